@@ -1,0 +1,10 @@
+"""Fused ops for vector quantization, to import into any VQ model.
+
+Each op is one file: public function, eager twin, registration with ``torch.library``, backward, autograd.
+"""
+
+from regvq_fast.ops.assign_codes import assign_codes
+from regvq_fast.ops.vector_quantize import VectorQuantizeOutput, vector_quantize
+from regvq_fast.ops.weighted_info_nce import weighted_info_nce
+
+__all__ = ["VectorQuantizeOutput", "assign_codes", "vector_quantize", "weighted_info_nce"]

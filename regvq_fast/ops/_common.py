@@ -1,0 +1,68 @@
+"""What the ops share: argument checks that speak to people, the choice of implementation, and tiles of rows."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "eager"]
+
+_IMPLS = ("auto", "triton", "eager")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Elements of one tile of scores, rows x codes. 2 MiB in fp32: a tile and its few temporaries stay in a core's cache,
+# the products are still large enough to run at full speed, and the memory of a call does not depend on M.
+TILE_ELEMENTS = 1 << 19
+_MIN_TILE_ROWS = 16
+
+
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """The implementation that runs: the single place that decides it."""
+    if impl not in _IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLS))}, got {impl!r}")
+    if impl == "triton":
+        raise ValueError(f"impl='triton' has no kernels yet in this version (device {device}); use impl='auto'")
+    return "eager"
+
+
+def check_matrix(name: str, value: Tensor, columns: int | None = None, *, ndim: int = 2) -> None:
+    """Raise unless ``value`` is a floating-point tensor of ``ndim`` dimensions with the given last dimension."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be floating point (fp16, bf16, fp32 or fp64), got {value.dtype}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
+    if columns is not None and value.shape[-1] != columns:
+        raise ValueError(f"{name} must have {columns} in its last dimension, got shape {tuple(value.shape)}")
+
+
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless ``value`` has the device and, autocast aside, the type of ``other``."""
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device} but {other_name} on {other.device}; move them to one device")
+    if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        raise TypeError(f"{name} is {value.dtype} but {other_name} {other.dtype}; convert one of them")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise if ``value`` (CPU) holds nan or inf. CUDA tensors pass unchecked: looking would stop the device."""
+    if value.device.type == "cpu" and not torch.isfinite(value).all():
+        bad = (~torch.isfinite(value)).nonzero()
+        where = tuple(bad[0].tolist())
+        raise ValueError(f"{name} has {len(bad)} non-finite value(s), the first is {value[where].item()} at {where}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp64 stays fp64 (for oracles), everything else is computed in fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def rows_per_tile(num_columns: int) -> int:
+    """Rows of a tile of scores with ``num_columns`` of them a row."""
+    return max(_MIN_TILE_ROWS, TILE_ELEMENTS // num_columns)

@@ -1,0 +1,65 @@
+"""Nearest code of every row: ``argmin_n |x_m - z_n|^2``, the look-up of VQ-VAE (van den Oord et al., 2017)."""
+
+import torch
+from torch import Tensor
+
+from regvq_fast.ops._common import (
+    Impl,
+    check_finite,
+    check_like,
+    check_matrix,
+    compute_dtype,
+    resolve_impl,
+    rows_per_tile,
+)
+
+
+def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Index of the nearest code, without a gradient. Equivalent to ``torch.cdist(x, codebook).argmin(-1)``.
+
+    Args:
+        x: (..., D) fp16, bf16, fp32 or fp64.
+        codebook: (N, D), type and device of ``x``.
+        impl: "auto" | "triton" | "eager".
+
+    Returns:
+        (...) int64; the smallest code wins an exact tie. Deterministic. Autocast: inputs are cast to fp32.
+
+    Memory beyond inputs and output: O((M + N) * D) plus one tile of about 2^19 scores (at least 16 rows).
+
+    Raises:
+        ValueError: shapes or devices that don't fit; on a CPU nan or inf in an input.
+        TypeError: types that don't fit.
+    """
+    check_matrix("x", x, ndim=x.ndim if isinstance(x, Tensor) and x.ndim > 1 else 2)
+    check_matrix("codebook", codebook, x.shape[-1])
+    check_like("codebook", codebook, "x", x)
+    if codebook.shape[0] == 0:
+        raise ValueError("codebook has no codes, shape (0, D)")
+    resolve_impl(impl, x.device)
+    indices = torch.ops.regvq.assign_codes(x.detach().reshape(-1, x.shape[-1]), codebook.detach())
+    return indices.reshape(x.shape[:-1])
+
+
+@torch.library.custom_op("regvq::assign_codes", mutates_args=())
+def _assign_codes(x: Tensor, codebook: Tensor) -> Tensor:
+    check_finite("x", x)
+    check_finite("codebook", codebook)
+    dtype = compute_dtype(x)
+    codes = codebook.to(dtype)
+    column = codes.square().sum(1).mul_(-0.5)  # argmin |x - z|^2 = argmax x.z - |z|^2 / 2
+    indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    step = rows_per_tile(len(codes))
+    for start in range(0, len(x), step):
+        scores = torch.addmm(column, x[start : start + step].to(dtype), codes.t())
+        indices[start : start + step] = scores.argmax(1)
+    return indices
+
+
+@_assign_codes.register_fake
+def _(x: Tensor, codebook: Tensor) -> Tensor:
+    return x.new_empty(len(x), dtype=torch.int64)
+
+
+for _device_type in ("cpu", "cuda"):
+    _assign_codes.register_autocast(_device_type, torch.float32)

@@ -1,0 +1,80 @@
+"""Counter-based Gumbel noise: Philox4x32-10 (Salmon et al., SC 2011) keyed by the seed, counted by row and code.
+
+Noise is a function of ``(seed, global row, code)`` and of nothing else. The layout of a counter is
+
+    c0 = code // 4    c1 = row >> 32    c2 = row & 0xffffffff    c3 = 0        key = (seed & 0xffffffff, seed >> 32)
+
+and the four words of one call belong to four adjacent codes. With ``c0`` depending on the column only and ``c1``,
+``c2`` on the row only, the first two of the ten rounds separate into row and column parts: they run on vectors, and
+only eight rounds touch all pairs. ``kernels/noise.py`` computes the same bits in Triton.
+"""
+
+import torch
+from torch import Tensor
+
+_ROUNDS = 10
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of broadcastable counters.
+
+    Args:
+        c0, c1, c2, c3: int64 tensors holding unsigned 32-bit words; their shapes broadcast against each other.
+        seed: 0-dim int64 tensor, the 64-bit key (low word first).
+
+    Returns:
+        Four int64 tensors of the common shape holding unsigned 32-bit words.
+    """
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    # A 64-bit product serves twice: its high word goes into the next c0 or c2, its low word is the next c1 or c3,
+    # which only ever enters an xor and so needs no mask until the end.
+    for i in range(_ROUNDS):
+        # From the second round on c0 and c2 are our own temporaries.
+        product_0 = c0.mul_(_MULTIPLIER_0) if i else c0 * _MULTIPLIER_0
+        product_1 = c2.mul_(_MULTIPLIER_1) if i else c2 * _MULTIPLIER_1
+        c0 = ((product_1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        c2 = ((product_0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, c3 = product_1, product_0
+        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+    c1, c3 = c1 & _LOW, c3 & _LOW
+    return c0.expand(shape), c1.expand(shape), c2.expand(shape), c3.expand(shape)
+
+
+def gumbel_from_words(words: Tensor) -> Tensor:
+    """Gumbel(0, 1) noise from unsigned 32-bit words (int64 tensor); float32, in [-2.82, 22.88], never inf or nan.
+
+    ``v = (word + 1/2) / 2^32`` counts from 0, where fp32 is densest, and ``g = -log(-log1p(-v))``: small ``v`` is the
+    *upper* tail of the noise, the one that argmax selects, and it is resolved to the last bit. Words that round to
+    ``v = 1`` are taken as ``1 - 2^-24``.
+    """
+    v = words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
+    """Gumbel(0, 1) noise of some rows over all codes.
+
+    Args:
+        seed: 0-dim int64 tensor.
+        rows: (R,) int64 global row numbers, in any order.
+        num_codes: N.
+
+    Returns:
+        (R, N) float32. Temporary memory: about 3 times the result.
+    """
+    blocks = torch.arange((num_codes + 3) // 4, device=rows.device)
+    words = philox4x32(
+        blocks[None, :],
+        (rows >> 32)[:, None],
+        (rows & _LOW)[:, None],
+        rows.new_zeros(1, 1),
+        seed,
+    )
+    noise = torch.empty(len(rows), len(blocks), 4, dtype=torch.float32, device=rows.device)
+    for i, word in enumerate(words):
+        noise[..., i] = word
+    return gumbel_from_words(noise).view(len(rows), -1)[:, :num_codes]

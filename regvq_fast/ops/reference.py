@@ -1,0 +1,72 @@
+"""The ops as the plain PyTorch expressions of their formulas: the oracle of the tests, the baseline of the benchmarks.
+
+They keep every M x N and L x L matrix and leave the gradients to autograd. Same arguments, same noise bits.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regvq_fast.ops.noise import gumbel_noise
+from regvq_fast.ops.vector_quantize import CodebookGrad, VectorQuantizeOutput
+
+
+def vector_quantize_reference(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    row_offset: int = 0,
+    tau: float = 0.9,
+    groups: int = 1,
+    codebook_grad: CodebookGrad = "soft",
+    noise: Tensor | None = None,
+) -> VectorQuantizeOutput:
+    """:func:`regvq_fast.ops.vector_quantize` of (M, D) rows, literally. ``noise`` (M, N) replaces the seed's."""
+    num_rows, num_codes = len(x), len(codebook)
+    if weight is None:
+        s = -scale * torch.cdist(x, codebook).square()
+    else:
+        s = scale * x @ weight.t() + (0.0 if bias is None else bias)
+    a, temperature = s, torch.ones(num_rows, 1, dtype=x.dtype, device=x.device)
+    if mask is not None:
+        if noise is None:
+            assert seed is not None
+            noise = gumbel_noise(seed, torch.arange(num_rows, device=x.device) + row_offset, num_codes).to(x.dtype)
+        a = s + mask.unsqueeze(1) * noise
+        temperature = torch.where(mask, tau, 1.0).to(x.dtype).unsqueeze(1)
+    p = (a / temperature).softmax(1)
+    indices, best_indices = a.argmax(1), s.argmax(1)
+    hard = F.one_hot(indices, num_codes).to(x.dtype)
+    straight_through = hard + p - p.detach()
+    if codebook_grad == "hard":
+        quantized = straight_through @ codebook
+    else:
+        # The value of hard @ codebook; the posterior's gradient from the rows, and to the codes that of p or nothing.
+        quantized = straight_through @ codebook.detach()
+        if codebook_grad == "soft":
+            soft = p.detach() @ codebook
+            quantized = quantized + soft - soft.detach()
+    posterior = straight_through.view(groups, -1, num_codes).mean(1)
+    perturbation = (codebook[indices] - codebook[best_indices]).square().sum(1).detach()
+    return VectorQuantizeOutput(quantized, posterior, indices, best_indices, perturbation)
+
+
+def weighted_info_nce_reference(
+    query: Tensor, key: Tensor, weight: Tensor | None = None, *, tau: float = 0.07
+) -> Tensor:
+    """:func:`regvq_fast.ops.weighted_info_nce`, literally: Eq. 3 less its constant ``-log w_i``, or Eq. 2."""
+    a = query @ key.mT / tau
+    positive = a.diagonal(dim1=1, dim2=2)
+    if weight is None:
+        return a.logsumexp(2) - positive
+    length = query.shape[1]
+    factor = torch.full_like(a[:1], -math.log(length))
+    factor = torch.where(torch.eye(length, dtype=torch.bool, device=a.device), weight.log().unsqueeze(2), factor)
+    return (a + factor).logsumexp(2) - positive

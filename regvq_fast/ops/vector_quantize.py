@@ -1,0 +1,436 @@
+"""Regularized vector quantization: stochastic-mask selection with a straight-through softmax backward.
+
+Reg-VQ (Zhang et al., CVPR 2023), sections 3.1 and 3.2, Algorithm 1. Legend: M rows, N codes, D channels, G groups of
+R = M / G rows.
+
+    s[m,n]         = -scale * |x_m - z_n|^2   (distance)      or      scale * x_m . w_n + b_n   (linear)
+    index[m]       = argmax_n (s[m,n] + mask[m] * g[m,n])                                g Gumbel(0, 1)
+    best_index[m]  = argmax_n  s[m,n]
+    quantized[m]   = z[index[m]]
+    perturbation   = |z[index] - z[best_index]|^2
+    posterior[g]   = mean over the rows of group g of one_hot(index)
+
+The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
+and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
+tile's scores and draws its noise again.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regvq_fast.ops._common import (
+    Impl,
+    check_finite,
+    check_like,
+    check_matrix,
+    check_positive,
+    compute_dtype,
+    resolve_impl,
+    rows_per_tile,
+)
+from regvq_fast.ops.noise import gumbel_noise
+from regvq_fast.ops.segment_sum import segment_counts, segment_sum
+
+CodebookGrad = Literal["soft", "hard", "none"]
+_CODEBOOK_GRADS = ("soft", "hard", "none")
+
+
+class VectorQuantizeOutput(NamedTuple):
+    """What :func:`vector_quantize` returns; leading dimensions as those of ``x``."""
+
+    quantized: Tensor  # (M, D) x.dtype, straight-through gradient
+    posterior: Tensor  # (G, N) float32, straight-through gradient; every row sums to 1
+    indices: Tensor  # (M,) int64, the selected codes
+    best_indices: Tensor  # (M,) int64, the codes that a selection without noise takes
+    perturbation: Tensor  # (M,) float32, squared distance between the two; 0 on deterministic rows; no gradient
+
+
+def vector_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    row_offset: int = 0,
+    tau: float | Tensor = 0.9,
+    groups: int = 1,
+    codebook_grad: CodebookGrad = "soft",
+    impl: Impl = "auto",
+) -> VectorQuantizeOutput:
+    """Quantize rows to codes, with Gumbel noise where masked and the softmax's gradient everywhere.
+
+    Equivalent to this, which keeps several M x N matrices::
+
+        s = -scale * torch.cdist(x, codebook) ** 2                # weight given: scale * x @ weight.T + bias
+        a = (s + mask[:, None] * gumbel) / torch.where(mask, tau, 1.0)[:, None]
+        p, hard = a.softmax(-1), one_hot(a.argmax(-1), N)
+        straight_through = hard + p - p.detach()
+        quantized = straight_through @ codebook                   # "soft": p, not hard, carries the codebook's gradient
+        posterior = straight_through.view(groups, -1, N).mean(1)
+
+    Args:
+        x: (..., D) encoder vectors; fp16, bf16, fp32 or fp64. Leading dimensions are flattened to M rows.
+        codebook: (N, D) codes, type and device of ``x``.
+        weight: (N, D) or None. None: distance logits. Given: linear logits, a predicted token distribution.
+        bias: (N,) or None, with ``weight`` only.
+        scale: factor of the logits, > 0. No gradient.
+        mask: (...) bool or None, leading shape of ``x``: the stochastic rows. None: no row is.
+        seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; draw it outside the op.
+        row_offset: number of the first row in the global batch: the noise of a row depends on
+            (seed, row_offset + row, code) alone.
+        tau: Gumbel-softmax temperature of the stochastic rows' gradient, > 0: a float, or a 0-dim floating-point
+            tensor on the device of ``x`` (not checked), which an annealing schedule can fill without recompiling.
+        groups: G; consecutive groups of M / G rows have a posterior each. 1: the batch's, B: one an image.
+        codebook_grad: gradient of the look-up to the codes. "soft": ``p^T dQ`` (Algorithm 1). "hard":
+            ``dQ`` to the selected code (``gumbel_softmax(hard=True)`` then matmul). "none": nothing through the
+            look-up. Distance logits give the codes their own gradient in each case.
+        impl: "auto" | "triton" | "eager".
+
+    Returns:
+        :class:`VectorQuantizeOutput`. Its posterior and perturbation are float64 where ``x`` is.
+
+    Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Double backward is
+    not supported.
+
+    Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64). The smallest code wins an exact tie.
+    Deterministic: two calls give the same bits. Autocast: floating-point inputs are cast to fp32.
+
+    Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^19 scores (at least 16
+    rows), for the forward and for the backward.
+
+    Raises:
+        ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
+            ``x``, ``codebook``, ``weight`` or ``bias`` (on CUDA that would stop the device: they propagate).
+        TypeError: types that don't fit.
+    """
+    _check_arguments(x, codebook, weight, bias, scale, mask, seed, tau, groups, codebook_grad)
+    resolve_impl(impl, x.device)
+    quantized, posterior, indices, best_indices, perturbation = torch.ops.regvq.vector_quantize(
+        x.reshape(-1, x.shape[-1]),
+        codebook,
+        weight,
+        bias,
+        None if mask is None else mask.reshape(-1),
+        seed,
+        tau if isinstance(tau, Tensor) else torch.full((), tau, dtype=torch.float64, device=x.device),
+        float(scale),
+        row_offset,
+        groups,
+        codebook_grad,
+    )
+    rows = x.shape[:-1]
+    return VectorQuantizeOutput(
+        quantized.reshape(x.shape),
+        posterior,
+        indices.reshape(rows),
+        best_indices.reshape(rows),
+        perturbation.reshape(rows),
+    )
+
+
+def _check_arguments(
+    x: Tensor,
+    codebook: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    tau: float | Tensor,
+    groups: int,
+    codebook_grad: str,
+) -> None:
+    check_matrix("x", x, ndim=x.ndim if isinstance(x, Tensor) and x.ndim > 1 else 2)
+    check_matrix("codebook", codebook, x.shape[-1])
+    check_like("codebook", codebook, "x", x)
+    if codebook.shape[0] == 0:
+        raise ValueError("codebook has no codes, shape (0, D)")
+    if weight is not None:
+        check_matrix("weight", weight, x.shape[-1])
+        check_like("weight", weight, "x", x)
+        if weight.shape != codebook.shape:
+            raise ValueError(f"weight {tuple(weight.shape)} and codebook {tuple(codebook.shape)} must have one shape")
+    if bias is not None:
+        if weight is None:
+            raise ValueError("bias belongs to linear logits: give weight as well, or leave bias out")
+        check_matrix("bias", bias, codebook.shape[0], ndim=1)
+        check_like("bias", bias, "x", x)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}")
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask must have the leading shape of x, {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
+        if mask.device != x.device:
+            raise ValueError(f"mask is on {mask.device} but x on {x.device}; move them to one device")
+        if seed is None:
+            raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
+    if seed is not None:
+        if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim != 0:
+            raise TypeError(f"seed must be a 0-dim int64 tensor, got {seed!r}")
+        if seed.device != x.device:
+            raise ValueError(f"seed is on {seed.device} but x on {x.device}; move them to one device")
+    check_positive("scale", scale)
+    if not isinstance(tau, Tensor):
+        check_positive("tau", tau)
+    num_rows = x.numel() // max(1, x.shape[-1])
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if num_rows and groups > num_rows:
+        raise ValueError(f"more groups than rows: groups={groups}, rows={num_rows}")
+    if num_rows % groups:
+        raise ValueError(f"groups must divide the number of rows, got groups={groups}, rows={num_rows}")
+    if codebook_grad not in _CODEBOOK_GRADS:
+        raise ValueError(f"codebook_grad must be one of {', '.join(map(repr, _CODEBOOK_GRADS))}, got {codebook_grad!r}")
+
+
+# ---------------------------------------------------------------------------------------------------- eager twin
+
+
+class _Logits:
+    """Scores of row tiles, ``factor * x keys^T + column``; both logit kinds are this one product."""
+
+    def __init__(
+        self,
+        codebook: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.codebook = codebook.to(dtype)  # [N, D]
+        self.is_distance = weight is None
+        if weight is None:  # |x|^2 is constant in a row: it drops out of argmax and softmax
+            self.keys = self.codebook
+            self.factor = 2.0 * scale
+            self.column = self.codebook.square().sum(1).mul_(-scale)  # [N]
+        else:
+            self.keys = weight.to(dtype)
+            self.factor = scale
+            self.column = self.keys.new_zeros(len(self.keys)) if bias is None else bias.to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor)  # [rows, N]
+
+
+def _tiles(mask: Tensor | None, num_rows: int, num_codes: int, device: torch.device) -> list[tuple[Tensor, bool]]:
+    """Tiles of row numbers, stochastic rows apart from deterministic ones so that only the former pay for noise."""
+    if mask is None:
+        kinds = [(torch.arange(num_rows, device=device), False)]
+    else:
+        kinds = [(mask.nonzero().squeeze(1), True), ((~mask).nonzero().squeeze(1), False)]
+    return [(tile, noisy) for rows, noisy in kinds for tile in rows.split(rows_per_tile(num_codes)) if len(tile)]
+
+
+@torch.library.custom_op("regvq::vector_quantize", mutates_args=())
+def _vector_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    tau: Tensor,
+    scale: float,
+    row_offset: int,
+    groups: int,
+    codebook_grad: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    for name, value in (("x", x), ("codebook", codebook), ("weight", weight), ("bias", bias)):
+        if value is not None:
+            check_finite(name, value)
+    num_rows, num_codes = len(x), len(codebook)
+    dtype = compute_dtype(x)
+    logits = _Logits(codebook, weight, bias, scale, dtype)
+    indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
+    best_indices = torch.empty_like(indices)
+    for rows, noisy in _tiles(mask, num_rows, num_codes, x.device):
+        scores = logits(x[rows].to(dtype))
+        best = scores.argmax(1)
+        best_indices[rows] = best
+        if noisy:
+            assert seed is not None
+            scores += gumbel_noise(seed, rows + row_offset, num_codes)
+            best = scores.argmax(1)
+        indices[rows] = best
+    quantized = codebook[indices]
+    perturbation = (logits.codebook[indices] - logits.codebook[best_indices]).square_().sum(1)
+    group_rows = max(1, num_rows // groups)
+    group_of_row = torch.arange(num_rows, device=x.device).div_(group_rows, rounding_mode="floor")
+    counts = segment_counts(group_of_row * num_codes + indices, groups * num_codes)
+    posterior = counts.view(groups, num_codes).to(dtype).div_(group_rows)
+    return quantized, posterior, indices, best_indices, perturbation
+
+
+@_vector_quantize.register_fake
+def _(
+    x: Tensor,
+    codebook: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    tau: Tensor,
+    scale: float,
+    row_offset: int,
+    groups: int,
+    codebook_grad: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_codes = len(x), len(codebook)
+    indices = x.new_empty(num_rows, dtype=torch.int64)
+    return (
+        codebook.new_empty(num_rows, codebook.shape[1]),
+        x.new_empty(groups, num_codes, dtype=compute_dtype(x)),
+        indices,
+        torch.empty_like(indices),
+        x.new_empty(num_rows, dtype=compute_dtype(x)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ backward
+
+
+@torch.library.custom_op("regvq::vector_quantize_backward", mutates_args=())
+def _vector_quantize_backward(
+    grad_quantized: Tensor,
+    grad_posterior: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    indices: Tensor,
+    tau: Tensor,
+    scale: float,
+    row_offset: int,
+    codebook_grad: str,
+    needs_x: bool,
+    needs_codes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs.
+
+    With dP = dQ Z^T + dA / R and dS = p * (dP - sum_k p dP) / t, K the keys (codes or weight) and f their factor:
+    dx = f dS K, dK = f dS^T x, column gradient = sum_m dS; distance logits chain the column into the codes.
+    """
+    num_rows, num_codes = len(x), len(codebook)
+    dtype = compute_dtype(x)
+    logits = _Logits(codebook, weight, bias, scale, dtype)
+    soft = codebook_grad == "soft" and needs_codes
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
+    grad_keys = torch.zeros_like(logits.keys) if needs_codes else x.new_empty(0)  # [N, D]
+    grad_lookup = torch.zeros_like(logits.codebook) if soft else x.new_empty(0)  # [N, D], sum of p^T dQ
+    grad_column = logits.column.new_zeros(num_codes)  # [N], sum over m of dS
+    if grad_posterior is not None:
+        group_rows = max(1, num_rows // len(grad_posterior))
+        grad_posterior = grad_posterior.to(dtype) / group_rows  # [G, N]
+
+    for rows, noisy in _tiles(mask, num_rows, num_codes, x.device):
+        x_tile, grad_tile = x[rows].to(dtype), grad_quantized[rows].to(dtype)
+        scores = logits(x_tile)
+        if noisy:
+            assert seed is not None
+            scores += gumbel_noise(seed, rows + row_offset, num_codes)
+            scores /= tau
+        p = scores.softmax(1)
+        # dP, with the posterior's gradient as a bias of its columns; the scores' memory takes it.
+        grad = torch.mm(grad_tile, logits.codebook.t(), out=scores)
+        if grad_posterior is not None:
+            grad += grad_posterior if len(grad_posterior) == 1 else grad_posterior[rows // group_rows]
+        grad -= torch.linalg.vecdot(p, grad).unsqueeze(1)
+        grad *= p
+        if noisy:
+            grad /= tau
+        if needs_x:
+            grad_x[rows] = torch.mm(grad, logits.keys).mul_(logits.factor).to(x.dtype)
+        if needs_codes:
+            grad_column += grad.sum(0)
+            grad_keys.addmm_(grad.t(), x_tile, alpha=logits.factor)
+            if soft:
+                grad_lookup.addmm_(p.t(), grad_tile)
+
+    empty = x.new_empty(0)
+    if not needs_codes:
+        return grad_x, empty, empty.clone(), empty.clone()
+    grad_codes = grad_lookup if soft else torch.zeros_like(logits.codebook)
+    if codebook_grad == "hard":
+        grad_codes = segment_sum(grad_quantized.to(dtype), indices, num_codes)
+    if logits.is_distance:
+        grad_codes += grad_keys.addcmul_(grad_column.unsqueeze(1), logits.codebook, value=-logits.factor)
+        return grad_x, grad_codes.to(codebook.dtype), empty, empty.clone()
+    assert weight is not None
+    grad_bias = empty if bias is None else grad_column.to(bias.dtype)
+    return grad_x, grad_codes.to(codebook.dtype), grad_keys.to(weight.dtype), grad_bias
+
+
+@_vector_quantize_backward.register_fake
+def _(
+    grad_quantized: Tensor,
+    grad_posterior: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    indices: Tensor,
+    tau: Tensor,
+    scale: float,
+    row_offset: int,
+    codebook_grad: str,
+    needs_x: bool,
+    needs_codes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like(value: Tensor | None, needed: bool) -> Tensor:
+        if value is None or not needed:
+            return x.new_empty(0)
+        return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+    return like(x, needs_x), like(codebook, needs_codes), like(weight, needs_codes), like(bias, needs_codes)
+
+
+# ------------------------------------------------------------------------------------------ autograd and autocast
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, codebook, weight, bias, mask, seed, tau, scale, row_offset, _, codebook_grad = inputs
+    indices = output[2]
+    ctx.mark_non_differentiable(output[2], output[3], output[4])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau)
+    ctx.arguments = (scale, row_offset, codebook_grad)
+
+
+def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyped-def]
+    x, codebook, weight, bias, mask, seed, indices, tau = ctx.saved_tensors
+    if grad_quantized is None:
+        if grad_posterior is None:
+            return (None,) * 11
+        grad_quantized = codebook.new_zeros(len(x), codebook.shape[1])
+    needs_x, *needs_codes = ctx.needs_input_grad[:4]
+    grads = torch.ops.regvq.vector_quantize_backward(
+        grad_quantized,
+        grad_posterior,
+        x,
+        codebook,
+        weight,
+        bias,
+        mask,
+        seed,
+        indices,
+        tau,
+        *ctx.arguments,
+        needs_x,
+        any(needs_codes),
+    )
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 7
+
+
+_vector_quantize.register_autograd(_backward, setup_context=_setup_context)
+for _device_type in ("cpu", "cuda"):
+    _vector_quantize.register_autocast(_device_type, torch.float32)
+    _vector_quantize_backward.register_autocast(_device_type, torch.float32)

@@ -1,0 +1,210 @@
+"""Weighted InfoNCE: the probabilistic contrastive loss of Reg-VQ (Zhang et al., CVPR 2023, section 3.3).
+
+With ``a_ij = query_i . key_j / tau`` in each image, L positions of C channels:
+
+    vanilla (Eq. 2)    loss_i = log(      e^{a_ii} +         sum_{j != i} e^{a_ij} ) - a_ii
+    weighted (Eq. 3)   loss_i = log( w_i  e^{a_ii} + (1/L) * sum_{j != i} e^{a_ij} ) - a_ii
+
+Eq. 3's further term ``-log w_i`` has no gradient and is infinite where w_i = 0: it is left out, so the value is finite
+for every w >= 0 and the gradient is that of Eq. 3 wherever that is defined.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from regvq_fast.ops._common import (
+    Impl,
+    check_finite,
+    check_like,
+    check_matrix,
+    check_positive,
+    compute_dtype,
+    resolve_impl,
+    rows_per_tile,
+)
+
+
+def weighted_info_nce(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor | None = None,
+    *,
+    tau: float = 0.07,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Contrastive loss of every position: its positive is the same position, its negatives the image's others.
+
+    Without weight it is equivalent to ``cross_entropy(query @ key.mT / tau, arange(L), reduction="none")``.
+
+    Args:
+        query: (B, L, C) features of the original, fp16, bf16, fp32 or fp64; usually L2-normalised over C.
+        key: (B, L, C) features of the reconstruction, shape, type and device of ``query``.
+        weight: (B, L) floating point or None. Weights of the positives, >= 0, as they are (normalise them over an
+            image to sum 1); a larger weight means a weaker pull. None: vanilla InfoNCE. No gradient.
+        tau: temperature, > 0.
+        impl: "auto" | "triton" | "eager".
+
+    Returns:
+        (B, L) float32 (float64 for float64 inputs). Sum it over an image for Eq. 3, average it for Eq. 2.
+
+    Gradients: to ``query`` and ``key``. Double backward is not supported.
+
+    Numerics: similarities, sums and the result in fp32. Deterministic. Autocast: inputs are cast to fp32.
+    An image of a single position has no negatives: its loss is ``log w`` (0 without weight) and its gradient 0.
+
+    Memory beyond inputs and output: O(B * L * C) plus a fixed number of tiles of about 2^19 similarities.
+
+    Raises:
+        ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input.
+        TypeError: types that don't fit.
+    """
+    check_matrix("query", query, ndim=3)
+    check_matrix("key", key, ndim=3)
+    if query.shape != key.shape:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape")
+    check_like("key", key, "query", query)
+    if weight is not None:
+        check_matrix("weight", weight)
+        if weight.shape != query.shape[:2]:
+            raise ValueError(f"weight must have shape {tuple(query.shape[:2])}, got {tuple(weight.shape)}")
+        if weight.device != query.device:
+            raise ValueError(f"weight is on {weight.device} but query on {query.device}; move them to one device")
+        weight = weight.detach()
+    check_positive("tau", tau)
+    resolve_impl(impl, query.device)
+    loss, _ = torch.ops.regvq.weighted_info_nce(query, key, weight, float(tau))
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------- eager twin
+
+
+def _tiles(query: Tensor) -> list[tuple[int, slice]]:
+    """(image, consecutive rows) of every tile."""
+    num_images, length, _ = query.shape
+    step = rows_per_tile(max(1, length))
+    return [
+        (image, slice(start, min(start + step, length)))
+        for image in range(num_images)
+        for start in range(0, length, step)
+    ]
+
+
+def _log_factors(weight: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """Logarithms of the factors of positives (B, L) and negatives."""
+    if weight is None:
+        return None, 0.0
+    # A weight of 0 counts as the smallest normal number, so that the logarithm stays finite.
+    return weight.to(dtype).clamp(min=torch.finfo(dtype).tiny).log_(), -math.log(length)
+
+
+@torch.library.custom_op("regvq::weighted_info_nce", mutates_args=())
+def _weighted_info_nce(query: Tensor, key: Tensor, weight: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of every row, both (B, L)."""
+    for name, value in (("query", query), ("key", key), ("weight", weight)):
+        if value is not None:
+            check_finite(name, value)
+    if weight is not None and weight.device.type == "cpu" and (weight < 0).any():
+        raise ValueError(f"weight must not be negative, got {weight.min().item()}")
+    dtype = compute_dtype(query)
+    log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
+    loss = torch.empty(query.shape[:2], dtype=dtype, device=query.device)
+    lse = torch.empty_like(loss)
+    for image, rows in _tiles(query):
+        a, diagonal = _similarities(query, key, image, rows, tau, dtype)
+        positive = diagonal.clone()
+        if log_positive is not None:
+            diagonal += log_positive[image, rows] - log_negative
+        lse[image, rows] = a.logsumexp(1) + log_negative
+        loss[image, rows] = lse[image, rows] - positive
+    return loss, lse
+
+
+def _similarities(
+    query: Tensor, key: Tensor, image: int, rows: slice, tau: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Similarities of some rows of an image over tau, (rows, L), and a view of their diagonal a_ii, (rows,)."""
+    a = torch.mm(query[image, rows].to(dtype) / tau, key[image].to(dtype).t())
+    return a, a.diagonal(rows.start)
+
+
+@_weighted_info_nce.register_fake
+def _(query: Tensor, key: Tensor, weight: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
+    loss = query.new_empty(query.shape[:2], dtype=compute_dtype(query))
+    return loss, torch.empty_like(loss)
+
+
+# ------------------------------------------------------------------------------------------------------ backward
+
+
+@torch.library.custom_op("regvq::weighted_info_nce_backward", mutates_args=())
+def _weighted_info_nce_backward(
+    grad_loss: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    tau: float,
+    needs_query: bool,
+    needs_key: bool,
+) -> tuple[Tensor, Tensor]:
+    """dL_i/da_ij = f_ij e^{a_ij} / denominator_i - [i = j], f the factor w_i or 1/L of Eq. 3."""
+    dtype = compute_dtype(query)
+    log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device) if needs_query else key.new_empty(0)
+    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device) if needs_key else key.new_empty(0)
+    for image, rows in _tiles(query):
+        a, diagonal = _similarities(query, key, image, rows, tau, dtype)
+        if log_positive is not None:
+            diagonal += log_positive[image, rows] - log_negative
+        a += (log_negative - lse[image, rows]).unsqueeze(1)
+        a.exp_()
+        diagonal -= 1
+        a *= (grad_loss[image, rows].to(dtype) / tau).unsqueeze(1)
+        if needs_query:
+            grad_query[image, rows] = (a @ key[image].to(dtype)).to(query.dtype)
+        if needs_key:
+            grad_key[image].addmm_(a.t(), query[image, rows].to(dtype))
+    return grad_query, grad_key.to(key.dtype)
+
+
+@_weighted_info_nce_backward.register_fake
+def _(
+    grad_loss: Tensor,
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    tau: float,
+    needs_query: bool,
+    needs_key: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape) if needs_query else key.new_empty(0),
+        key.new_empty(key.shape) if needs_key else key.new_empty(0),
+    )
+
+
+# ------------------------------------------------------------------------------------------ autograd and autocast
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, weight, ctx.tau = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, weight, output[1])
+
+
+def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+    needs_query, needs_key = ctx.needs_input_grad[:2]
+    grad_query, grad_key = torch.ops.regvq.weighted_info_nce_backward(
+        grad_loss, *ctx.saved_tensors, ctx.tau, needs_query, needs_key
+    )
+    return grad_query if needs_query else None, grad_key if needs_key else None, None, None
+
+
+_weighted_info_nce.register_autograd(_backward, setup_context=_setup_context)
+for _device_type in ("cpu", "cuda"):
+    _weighted_info_nce.register_autocast(_device_type, torch.float32)
+    _weighted_info_nce_backward.register_autocast(_device_type, torch.float32)
