@@ -78,3 +78,18 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
     for i, word in enumerate(words):
         noise[..., i] = word
     return gumbel_from_words(noise).view(len(rows), -1)[:, :num_codes]
+
+
+def row_words(seed: Tensor, rows: Tensor, stream: int) -> Tensor:
+    """One 32-bit word a row, for draws that are made once a row: the mask, the sampled patches.
+
+    Args:
+        seed: 0-dim int64 tensor.
+        rows: int64 global row numbers, any shape.
+        stream: from 1 on; the counter's ``c3``, which is 0 in the Gumbel noise. Streams are independent.
+
+    Returns:
+        int64 tensor of the shape of ``rows`` holding unsigned 32-bit words.
+    """
+    zero = torch.zeros_like(rows)
+    return philox4x32(zero, rows >> 32, rows & _LOW, zero + stream, seed)[0]

@@ -1,0 +1,17 @@
+"""Training losses: reconstruction group, prior regularizer, adversarial pair."""
+
+from regvq_fast.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
+from regvq_fast.losses.perceptual import LPIPS
+from regvq_fast.losses.prior import prior_kl
+from regvq_fast.losses.reconstruction import ReconstructionLoss
+
+__all__ = [
+    "LPIPS",
+    "ProbabilisticContrastiveLoss",
+    "ReconstructionLoss",
+    "adaptive_weight",
+    "hinge_discriminator_loss",
+    "hinge_generator_loss",
+    "prior_kl",
+]

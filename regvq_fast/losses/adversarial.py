@@ -1,0 +1,41 @@
+"""Hinge losses of the patch discriminator and their adaptive weight (Esser et al., CVPR 2021, section 3.1)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """``(mean relu(1 - real) + mean relu(1 + fake)) / 2`` of logits of any shape; 0-dim float32."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """``-mean fake`` of logits of any shape; 0-dim float32."""
+    return -fake.float().mean()
+
+
+def adaptive_weight(
+    features: Tensor, weight: Tensor, grad_reconstruction: Tensor, grad_adversarial: Tensor, padding: int = 1
+) -> Tensor:
+    """Balance of the adversarial gradient at the decoder's last convolution.
+
+    ``lambda = clamp(|dL_rec/dW| / (|dL_gan/dW| + 1e-4), 0, 1e4)``. The gradients of W are formed from the two
+    gradients at the reconstruction and the convolution's input: nothing behind the last layer is walked for them.
+
+    Args:
+        features: (B, C, H, W) input of the convolution.
+        weight: (3, C, k, k) its weight W.
+        grad_reconstruction: (B, 3, H, W) gradient of the reconstruction losses at the reconstruction.
+        grad_adversarial: (B, 3, H, W) gradient of the generator loss there.
+        padding: of the convolution, whose stride is 1.
+
+    Returns:
+        0-dim float32, without a gradient.
+    """
+    features = features.detach()
+    norms = [
+        conv2d_weight(features, weight.shape, grad.to(features.dtype), padding=padding).float().norm()
+        for grad in (grad_reconstruction, grad_adversarial)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)

@@ -1,0 +1,66 @@
+"""The reconstruction group of the training loss: pixels, perceptual distance, contrastive loss."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
+
+
+class ReconstructionLoss(nn.Module):
+    """``l1_weight * L1 + perceptual_weight * LPIPS + contrastive_weight * PCL`` of an image and its reconstruction.
+
+    The feature network runs once on each of the two, and both losses read its maps; a contrastive loss with a network
+    of its own adds that. Terms of weight 0, or without a module, cost nothing.
+
+    Args:
+        features: images (B, 3, H, W) in [-1, 1] -> list of feature maps; frozen.
+        perceptual: (maps, maps) -> (B,) distances.
+        contrastive: the contrastive loss, or None.
+        contrastive_features: its own feature network, or None to share ``features``.
+        l1_weight, perceptual_weight, contrastive_weight: of the terms.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        perceptual: nn.Module,
+        contrastive: ProbabilisticContrastiveLoss | None,
+        contrastive_features: nn.Module | None = None,
+        *,
+        l1_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        contrastive_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.features, self.perceptual = features, perceptual
+        self.contrastive = contrastive if contrastive_weight > 0 else None
+        self.contrastive_features = contrastive_features if self.contrastive is not None else None
+        self.l1_weight = l1_weight
+        self.perceptual_weight, self.contrastive_weight = perceptual_weight, contrastive_weight
+
+    def forward(
+        self, images: Tensor, reconstruction: Tensor, perturbation: Tensor, seed: Tensor, first_image: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum (0-dim) and the terms by name (detached, unweighted).
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], no gradient.
+            reconstruction: (B, 3, H, W); gets the gradient.
+            perturbation: (B, h, w), the token weights of the contrastive loss.
+            seed, first_image: of the contrastive loss's sampled places.
+        """
+        l1 = F.l1_loss(reconstruction.float(), images)
+        loss, terms = self.l1_weight * l1, {"l1": l1.detach()}
+        shares_trunk = self.contrastive is not None and self.contrastive_features is None
+        maps: tuple[list[Tensor], list[Tensor]] | None = None
+        if self.perceptual_weight > 0 or shares_trunk:
+            maps = self.features(images.detach()), self.features(reconstruction)
+        if self.perceptual_weight > 0 and maps is not None:
+            perceptual = self.perceptual(*maps).mean()
+            loss, terms["perceptual"] = loss + self.perceptual_weight * perceptual, perceptual.detach()
+        if self.contrastive is not None:
+            if self.contrastive_features is not None:
+                maps = self.contrastive_features(images.detach()), self.contrastive_features(reconstruction)
+            contrastive = self.contrastive(*maps, perturbation, seed, first_image)
+            loss, terms["contrastive"] = loss + self.contrastive_weight * contrastive, contrastive.detach()
+        return loss, terms

@@ -1,0 +1,7 @@
+"""Networks: the VQGAN autoencoder, its discriminator, and the VGG feature network."""
+
+from regvq_fast.models.discriminator import PatchDiscriminator
+from regvq_fast.models.features import VGGFeatures, load_vgg_features
+from regvq_fast.models.vqgan import VQGAN, VQGANOutput
+
+__all__ = ["VQGAN", "PatchDiscriminator", "VGGFeatures", "VQGANOutput", "load_vgg_features"]

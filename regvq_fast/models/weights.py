@@ -1,0 +1,200 @@
+"""The one place that finds, fetches and reads pre-trained weights.
+
+A network asks `find_weights` for a file: a path that the user gave, else the torch hub cache, else a download. What to
+do where none is to be had, is the network's business; see `regvq_fast.models.features.load_vgg_features`.
+"""
+
+import hashlib
+import http.client
+import os
+import queue
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
+
+CONNECT_SECONDS = 5.0  # name resolution, connection and first answer together
+STALL_SECONDS = 15.0  # longest silence within a download
+MIN_BYTES_PER_SECOND = 16 * 1024  # slower than this over STALL_SECONDS counts as a stall, too
+
+
+class RemoteWeights(NamedTuple):
+    """A published file of weights."""
+
+    url: str
+    sha256_prefix: str  # leading hexadecimal digits
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file in the torch hub cache."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+class FoundWeights(NamedTuple):
+    """A file of weights on this machine, and where it came from."""
+
+    path: Path
+    source: str  # "path:...", "cache:..." or "download:..."
+
+
+def find_weights(remote: RemoteWeights, path: Path | None = None, *, download: bool = True) -> FoundWeights:
+    """Find weights: the `path` given, else the torch hub cache, else a download into that cache.
+
+    Args:
+        remote: the published file.
+        path: a file that the user asked for; nothing else is tried then.
+        download: whether the network may be used.
+
+    Raises:
+        FileNotFoundError: `path` is no file.
+        OSError: no `path`, nothing in the cache, and no download (its message says why).
+    """
+    if path is not None:
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no such weights file: {path}")
+        return FoundWeights(path, f"path:{path}")
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / remote.file_name
+    if cached.is_file():
+        return FoundWeights(cached, f"cache:{cached}")
+    if not download:
+        raise OSError(f"{remote.file_name} is not in {cached.parent}, and downloads are switched off")
+    download_file(remote, cached)
+    return FoundWeights(cached, f"download:{remote.url}")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from .safetensors, .pth or .pt onto the CPU; half-precision tensors are cast to float32.
+
+    A dict that has the state dict as "state_dict" is accepted. Pickled code is never run (`weights_only=True`).
+
+    Raises:
+        ValueError: another suffix, an unreadable or damaged file, or no state dict in it; the message names the path.
+    """
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".safetensors": safetensors.torch.load_file,
+        ".pth": _torch_load,
+        ".pt": _torch_load,
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"weights file {path} must end in one of {', '.join(readers)}")
+    try:
+        state = readers[path.suffix](path)
+    except Exception as error:  # a damaged file can make the readers raise anything
+        raise ValueError(f"can't read weights file {path}: {error}") from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"weights file {path} holds no state dict (names to tensors)")
+    half = (torch.float16, torch.bfloat16)
+    return {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in state.items()}
+
+
+def check_state_dict(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size], owner: str) -> None:
+    """Check that `given` has exactly the `expected` names and shapes.
+
+    Raises:
+        ValueError: lists every missing name, unexpected name and wrong shape; `owner` says what they don't fit.
+    """
+    complaints = [f"missing: {name}" for name in expected if name not in given]
+    complaints += [f"unexpected: {name}" for name in given if name not in expected]
+    complaints += [
+        f"wrong shape: {name} is {tuple(given[name].shape)}, should be {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in given and given[name].shape != shape
+    ]
+    if complaints:
+        raise ValueError("the weights do not fit " + "\n  ".join([f"{owner}:", *complaints]))
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download_file(remote: RemoteWeights, target: Path) -> None:
+    """Download a file with a progress bar on stderr; `target` appears complete and verified, or not at all.
+
+    Never hangs: gives up after CONNECT_SECONDS without an answer and after STALL_SECONDS without progress.
+
+    Raises:
+        OSError: no network, an HTTP error, a stall, an incomplete or wrong file, or no room to write it.
+    """
+    with _open_url(remote.url) as response:
+        total = int(response.headers.get("Content-Length") or 0) or None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since only within one file system is the final rename atomic.
+        handle, partial_name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        partial = Path(partial_name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                digest = _copy(response, file, target.name, total)
+            if not digest.startswith(remote.sha256_prefix):
+                raise OSError(f"{remote.url} is incomplete or not the expected file (SHA-256 {digest[:8]}...)")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _torch_load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _open_url(url: str) -> http.client.HTTPResponse:
+    """urlopen that answers within CONNECT_SECONDS.
+
+    The timeout of urlopen bounds neither name resolution nor the sum over a host's addresses, hence the thread, which
+    is left to itself where it takes longer.
+    """
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=STALL_SECONDS))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    host = urllib.parse.urlsplit(url).hostname
+    try:
+        answer = answers.get(timeout=CONNECT_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"{host} did not answer within {CONNECT_SECONDS:g} s") from None
+    if isinstance(answer, Exception):
+        raise OSError(f"can't reach {url}: {answer}") from answer
+    return answer
+
+
+def _copy(response: http.client.HTTPResponse, file: IO[bytes], label: str, total: int | None) -> str:
+    """Copy the body of `response` to `file`; returns its SHA-256."""
+    digest = hashlib.sha256()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    window_start, window_bytes = time.monotonic(), 0
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task(f"downloading {label}", total=total)
+        try:
+            while chunk := response.read1(1 << 20):  # read1: one receive, so that a trickle can't hide in a long read
+                file.write(chunk)
+                digest.update(chunk)
+                progress.advance(task, len(chunk))
+                window_bytes += len(chunk)
+                elapsed = time.monotonic() - window_start
+                if elapsed > STALL_SECONDS:
+                    if window_bytes < MIN_BYTES_PER_SECOND * elapsed:
+                        raise TimeoutError(f"{window_bytes / elapsed:.0f} bytes a second")
+                    window_start, window_bytes = time.monotonic(), 0
+        except (TimeoutError, http.client.HTTPException) as error:
+            raise OSError(f"the download of {label} stalled or broke off: {error}") from error
+    return digest.hexdigest()

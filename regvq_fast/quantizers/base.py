@@ -1,0 +1,67 @@
+"""What all quantizers share: their output, their codebook, and the way between feature maps and rows."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class QuantizerOutput(NamedTuple):
+    """What a quantizer returns for feature maps (B, D, H, W)."""
+
+    quantized: Tensor  # (B, D, H, W) float32, with the quantizer's gradient to its input
+    indices: Tensor  # (B, H, W) int64, the selected codes
+    loss: Tensor  # 0-dim float32, weighted sum of the quantizer's own losses
+    metrics: dict[str, Tensor]  # 0-dim, detached, for logging
+    perturbation: Tensor  # (B, H, W) float32, |z[index] - z[best_index]|^2; 0 where the selection is deterministic
+    mask: Tensor  # (B, H, W) bool, the stochastic positions
+
+
+class Quantizer(nn.Module):
+    """A codebook of ``num_codes`` codes of ``code_dim`` channels; subclasses define ``forward``.
+
+    ``forward(z, seed=None, row_offset=0)`` takes z (B, D, H, W) and returns :class:`QuantizerOutput`. It computes in
+    fp32 whatever autocast says, draws ``seed`` from PyTorch's global generator where none is given, and in evaluation
+    selects the best code everywhere.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int) -> None:
+        super().__init__()
+        if num_codes < 1 or code_dim < 1:
+            raise ValueError(f"num_codes and code_dim must be at least 1, got {num_codes} and {code_dim}")
+        self.num_codes = num_codes
+        self.code_dim = code_dim
+        self.embedding = nn.Embedding(num_codes, code_dim)
+
+    def codes(self) -> Tensor:
+        """(N, D) the codes that indices stand for."""
+        return self.embedding.weight
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes of a token map: (B, H, W) int64 -> (B, D, H, W)."""
+        return self.codes()[indices].permute(0, 3, 1, 2)
+
+    def set_progress(self, fraction: float) -> None:
+        """Called with the part of training done, 0 to 1, before each step; schedules override it."""
+
+    def extra_repr(self) -> str:
+        return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+
+    def _to_rows(self, z: Tensor) -> Tensor:
+        """(B, D, H, W) -> (B*H*W, D) float32; no copy for channels_last fp32 maps."""
+        if z.ndim != 4 or z.shape[1] != self.code_dim:
+            raise ValueError(f"the quantizer takes (B, {self.code_dim}, H, W) maps, got {tuple(z.shape)}")
+        return z.float().permute(0, 2, 3, 1).reshape(-1, self.code_dim)
+
+    @staticmethod
+    def _to_maps(rows: Tensor, z: Tensor) -> Tensor:
+        """(B*H*W, D) -> (B, D, H, W) in channels_last, or (B*H*W,) -> (B, H, W), with the sizes of z."""
+        batch, _, height, width = z.shape
+        if rows.ndim == 1:
+            return rows.view(batch, height, width)
+        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A 0-dim int64 seed from PyTorch's global generator of the device."""
+    return torch.randint(torch.iinfo(torch.int64).max, (), device=device)

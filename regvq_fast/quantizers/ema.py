@@ -1,0 +1,78 @@
+"""VQ-VAE: nearest code from a codebook of running averages (van den Oord et al., 2017, appendix A.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regvq_fast.ops import assign_codes
+from regvq_fast.ops.noise import row_words
+from regvq_fast.ops.segment_sum import segment_counts, segment_sum
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
+from regvq_fast.quantizers.nearest import _straight_through_output
+
+
+class EMAQuantizer(Quantizer):
+    """Codes are exponential moving averages of the encoder outputs assigned to them; they get no gradient.
+
+    A code whose running share falls under ``dead_threshold`` of the uniform share 1/N is dead: it is moved to an
+    encoder output drawn from the batch and starts over with the uniform share. A fresh codebook is all dead, so its
+    first batch initialises it.
+
+    Args:
+        num_codes: N.
+        code_dim: D.
+        decay: of the running averages.
+        commitment: weight of ``mean |z - sg(q)|^2``.
+        dead_threshold: see above; 0 leaves dead codes alone.
+    """
+
+    cluster_share: Tensor
+    cluster_sum: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        decay: float = 0.99,
+        commitment: float = 0.25,
+        dead_threshold: float = 0.1,
+    ) -> None:
+        super().__init__(num_codes, code_dim)
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        if commitment < 0 or dead_threshold < 0:
+            raise ValueError(f"commitment and dead_threshold must not be negative, got {commitment}, {dead_threshold}")
+        self.decay, self.commitment, self.dead_threshold = decay, commitment, dead_threshold
+        self.embedding.weight.requires_grad_(False)
+        # In shares of the rows, not in rows: they don't depend on the batch size.
+        self.register_buffer("cluster_share", torch.zeros(num_codes))
+        self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
+
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
+        with torch.autocast(z.device.type, enabled=False):
+            rows = self._to_rows(z)
+            indices = assign_codes(rows, self.embedding.weight)
+            codes = F.embedding(indices, self.embedding.weight)
+            commitment = F.mse_loss(rows, codes)
+            out = _straight_through_output(self, z, rows, codes, indices, self.commitment * commitment, commitment)
+            if self.training:
+                self._update_codes(rows.detach(), indices, draw_seed(z.device) if seed is None else seed)
+            return out
+
+    @torch.no_grad()
+    def _update_codes(self, rows: Tensor, indices: Tensor, seed: Tensor) -> None:
+        # Debiasing as in Adam is not needed: the codes are a ratio of two averages with the same bias.
+        share = segment_counts(indices, self.num_codes) / len(rows)
+        self.cluster_share.lerp_(share, 1 - self.decay)
+        self.cluster_sum.lerp_(segment_sum(rows, indices, self.num_codes) / len(rows), 1 - self.decay)
+        uniform = 1 / self.num_codes
+        dead = (self.cluster_share < self.dead_threshold * uniform).unsqueeze(1)
+        # A random row a code, no row twice while there are enough.
+        numbers = torch.arange(len(rows), device=rows.device)
+        order = row_words(seed, numbers, stream=1).argsort()
+        candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
+        self.cluster_sum.copy_(torch.where(dead, candidates * uniform, self.cluster_sum))
+        self.cluster_share.copy_(torch.where(dead.squeeze(1), uniform, self.cluster_share))
+        averages = self.cluster_sum / self.cluster_share.clamp(min=1e-5 * uniform).unsqueeze(1)
+        self.embedding.weight.copy_(averages)

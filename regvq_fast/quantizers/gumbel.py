@@ -1,0 +1,77 @@
+"""Gumbel-VQ: every position is sampled (Jang et al., 2017; Ramesh et al., 2021; taming's ``GumbelQuantize``)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regvq_fast.ops import vector_quantize
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
+
+
+class GumbelQuantizer(Quantizer):
+    """Hard straight-through Gumbel-softmax over predicted token distributions, at an annealed temperature.
+
+    The KL divergence of every position's softmax to the uniform prior has ``kl_weight``; it is plain PyTorch and keeps
+    an M x N matrix, as all implementations of this baseline do (0 skips it).
+
+    Args:
+        num_codes: N.
+        code_dim: D.
+        tau_start, tau_end: temperature at the start and the end of training, exponentially interpolated.
+        kl_weight: see above.
+    """
+
+    tau: Tensor
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        tau_start: float = 1.0,
+        tau_end: float = 0.0625,
+        kl_weight: float = 5e-4,
+    ) -> None:
+        super().__init__(num_codes, code_dim)
+        if not (tau_start > 0 and tau_end > 0):
+            raise ValueError(f"tau_start and tau_end must be greater than 0, got {tau_start} and {tau_end}")
+        if kl_weight < 0:
+            raise ValueError(f"kl_weight must not be negative, got {kl_weight}")
+        self.tau_start, self.tau_end, self.kl_weight = tau_start, tau_end, kl_weight
+        self.proj = nn.Linear(code_dim, num_codes)
+        self.register_buffer("tau", torch.tensor(tau_start))
+
+    def set_progress(self, fraction: float) -> None:
+        # A tensor, so that a compiled step reads each value without recompiling.
+        self.tau.fill_(self.tau_start * (self.tau_end / self.tau_start) ** fraction)
+
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
+        with torch.autocast(z.device.type, enabled=False):
+            rows = self._to_rows(z)
+            mask = torch.full(rows.shape[:1], self.training, dtype=torch.bool, device=z.device)
+            if self.training and seed is None:
+                seed = draw_seed(z.device)
+            out = vector_quantize(
+                rows,
+                self.embedding.weight,
+                weight=self.proj.weight,
+                bias=self.proj.bias,
+                mask=mask if self.training else None,
+                seed=seed,
+                row_offset=row_offset,
+                tau=self.tau,
+                codebook_grad="hard",
+            )
+            loss, metrics = rows.new_zeros(()), {"tau": self.tau.clone()}
+            if self.kl_weight > 0:
+                log_p = F.log_softmax(self.proj(rows), dim=1)
+                kl = (log_p.exp() * log_p).sum(1).mean() + torch.log(log_p.new_tensor(float(self.num_codes)))
+                loss, metrics["kl"] = self.kl_weight * kl, kl.detach()
+            return QuantizerOutput(
+                self._to_maps(out.quantized, z),
+                self._to_maps(out.indices, z),
+                loss,
+                metrics,
+                self._to_maps(out.perturbation, z),
+                self._to_maps(mask, z),
+            )

@@ -1,0 +1,36 @@
+"""Stochastic mask (Reg-VQ, section 3.2): which positions of a token map are selected with noise."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from regvq_fast.ops.noise import row_words
+
+MaskMode = Literal["exact", "bernoulli"]
+
+
+def stochastic_mask(
+    batch_size: int, positions: int, ratio: float, seed: Tensor, *, mode: MaskMode = "exact", row_offset: int = 0
+) -> Tensor:
+    """A mask for each image, redrawn with the seed.
+
+    Args:
+        batch_size: B.
+        positions: H * W.
+        ratio: share of stochastic positions, 0 to 1.
+        seed: 0-dim int64 tensor.
+        mode: "exact": floor(ratio * positions) of them in every image. "bernoulli": each with probability ``ratio``.
+        row_offset: global number of the first position: a position's draw depends on (seed, global position) alone,
+            so the mask doesn't change with the split of a batch over ranks.
+
+    Returns:
+        (B * H * W,) bool.
+    """
+    rows = torch.arange(batch_size * positions, device=seed.device) + row_offset
+    words = row_words(seed, rows, stream=1)
+    if mode == "bernoulli":
+        return words < int(ratio * 2**32)
+    count = int(ratio * positions)
+    order = words.view(batch_size, positions).argsort(1)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True).view(-1)

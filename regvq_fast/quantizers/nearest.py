@@ -1,0 +1,47 @@
+"""VQ-GAN: nearest code, straight-through identity, commitment (van den Oord et al., 2017; Esser et al., 2021)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regvq_fast.ops import assign_codes
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput
+
+
+class NearestQuantizer(Quantizer):
+    """Every position takes its nearest code; the gradient passes to the encoder as if nothing had happened.
+
+    ``loss = mean |sg(z) - q|^2 + commitment * mean |z - sg(q)|^2``, the codebook's only gradient being the first term
+    (taming-transformers' ``VectorQuantizer2`` with ``legacy=False``). Codes start uniform in [-1/N, 1/N], as there.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int, *, commitment: float = 0.25) -> None:
+        super().__init__(num_codes, code_dim)
+        if commitment < 0:
+            raise ValueError(f"commitment must not be negative, got {commitment}")
+        self.commitment = commitment
+        torch.nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
+
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
+        with torch.autocast(z.device.type, enabled=False):
+            rows = self._to_rows(z)
+            indices = assign_codes(rows, self.embedding.weight)
+            codes = self.embedding(indices)
+            commitment = F.mse_loss(rows, codes.detach())
+            loss = F.mse_loss(codes, rows.detach()) + self.commitment * commitment
+            return _straight_through_output(self, z, rows, codes, indices, loss, commitment)
+
+
+def _straight_through_output(
+    quantizer: Quantizer, z: Tensor, rows: Tensor, codes: Tensor, indices: Tensor, loss: Tensor, commitment: Tensor
+) -> QuantizerOutput:
+    """Output of a deterministic quantizer: the codes forward, the identity backward."""
+    index_map = quantizer._to_maps(indices, z)
+    return QuantizerOutput(
+        quantizer._to_maps(rows + (codes - rows).detach(), z),
+        index_map,
+        loss,
+        {"commitment": commitment.detach()},
+        torch.zeros_like(index_map, dtype=torch.float32),
+        torch.zeros_like(index_map, dtype=torch.bool),
+    )

@@ -1,0 +1,275 @@
+"""The autoencoder: taming's names, shapes and formulas, its methods, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regvq_fast.models.layers import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
+from regvq_fast.models.vqgan import VQGAN
+
+TAMING_SHAPES = Path(__file__).parent / "data" / "taming_vqgan_imagenet_f16_1024.json"
+TINY = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,), "z_channels": 6}
+
+
+class Quantized(NamedTuple):
+    quantized: Tensor
+    indices: Tensor
+
+
+class NearestCode(nn.Module):
+    """The least that VQGAN asks of a quantizer; noisy in training, so that a leak of training mode shows."""
+
+    def __init__(self, num_codes: int = 12, code_dim: int = 4):
+        super().__init__()
+        self.num_codes, self.code_dim = num_codes, code_dim
+        self.embedding = nn.Embedding(num_codes, code_dim)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def lookup(self, indices):
+        return self.embedding(indices).permute(0, 3, 1, 2)
+
+    def forward(self, z):
+        rows = z.permute(0, 2, 3, 1).unsqueeze(3)  # (B, h, w, 1, D)
+        distances = (rows - self.embedding.weight.to(z.dtype)).square().sum(-1)
+        if self.training:
+            distances = distances + torch.rand_like(distances)
+        indices = distances.argmin(-1)
+        return Quantized(z + (self.lookup(indices) - z).detach(), indices)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return VQGAN(NearestCode(), **TINY).double().eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+# --- taming's layout -------------------------------------------------------------------------------------------------
+
+
+def test_default_names_and_shapes_are_tamings():
+    with torch.device("meta"):
+        model = VQGAN(NearestCode(1024, 256))
+    ours = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    del ours["quantize.steps"]  # the stand-in quantizer's own
+    assert ours == json.loads(TAMING_SHAPES.read_text())
+
+
+def test_a_taming_checkpoint_loads(model, images):
+    checkpoint = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    del checkpoint["quantize.steps"]
+    model.quantize.steps.fill_(7)
+    model.load_taming_state_dict({"epoch": 3, "state_dict": checkpoint | {"loss.discriminator.main.0.bias": 0}})
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in checkpoint.items())
+    assert model.quantize.steps == 7
+    assert model(images).reconstruction.isfinite().all()
+
+
+def test_a_wrong_checkpoint_is_refused_as_a_whole(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrong = {name: tensor + 1 for name, tensor in before.items()}
+    del wrong["encoder.conv_in.bias"], wrong["quantize.embedding.weight"]
+    wrong["encoder.conv_im.bias"] = torch.zeros(8)
+    wrong["decoder.conv_out.weight"] = torch.zeros(3, 4, 3, 3)
+    with pytest.raises(ValueError, match="do not fit this VQGAN") as error:
+        model.load_taming_state_dict(wrong)
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: encoder.conv_in.bias",
+        "  missing: quantize.embedding.weight",
+        "  unexpected: encoder.conv_im.bias",
+        "  wrong shape: decoder.conv_out.weight is (3, 4, 3, 3), should be (3, 8, 3, 3)",
+    ]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_not_strict_loads_what_fits_by_name(model):
+    bias = model.encoder.conv_in.bias.detach() + 1
+    model.load_taming_state_dict({"encoder.conv_in.bias": bias, "colorize": torch.zeros(1)}, strict=False)
+    assert torch.equal(model.encoder.conv_in.bias, bias)
+    with pytest.raises(ValueError, match="wrong shape"):
+        model.load_taming_state_dict({"encoder.conv_in.bias": bias[1:]}, strict=False)
+
+
+# --- formulas of the blocks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(512, 32), (64, 32), (48, 24), (33, 11), (37, 1), (8, 8), (1, 1)])
+def test_group_norm_groups(channels, groups):
+    norm = group_norm(channels)
+    assert (norm.num_groups, norm.num_channels, norm.eps) == (groups, channels, 1e-6)
+
+
+@pytest.mark.parametrize("out_channels", [6, 10])
+def test_resnet_block(out_channels):
+    block = ResnetBlock(6, out_channels).double()
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+
+    def branch(h, norm, conv):
+        h = F.group_norm(h, norm.num_groups, norm.weight, norm.bias, 1e-6)
+        return F.conv2d(h * torch.sigmoid(h), conv.weight, conv.bias, padding=1)
+
+    h = branch(branch(x, block.norm1, block.conv1), block.norm2, block.conv2)
+    skip = x if out_channels == 6 else F.conv2d(x, block.nin_shortcut.weight, block.nin_shortcut.bias)
+    torch.testing.assert_close(block(x), skip + h)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_attention_block(memory_format):
+    block = AttnBlock(6).double()
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64).to(memory_format=memory_format)
+    h = F.group_norm(x, 6, eps=1e-6)
+
+    def project(conv, values):
+        return torch.einsum("oc,bcn->bon", conv.weight[:, :, 0, 0], values) + conv.bias[:, None]
+
+    q, k, v = (project(conv, h.reshape(2, 6, 20)) for conv in (block.q, block.k, block.v))
+    attention = (torch.einsum("bci,bcj->bij", q, k) / 6**0.5).softmax(2)
+    attended = torch.einsum("bij,bcj->bci", attention, v)
+    torch.testing.assert_close(block(x), x + project(block.proj_out, attended).reshape(2, 6, 5, 4))
+    assert block(x).is_contiguous(memory_format=memory_format)
+
+
+def test_downsample_pads_below_and_right():
+    block = Downsample(1)
+    nn.init.ones_(block.conv.weight)
+    nn.init.zeros_(block.conv.bias)
+    assert block(torch.ones(1, 1, 4, 4)).tolist() == [[[[9.0, 6.0], [6.0, 4.0]]]]
+
+
+def test_upsample_repeats():
+    block = Upsample(1)
+    nn.init.dirac_(block.conv.weight)
+    nn.init.zeros_(block.conv.bias)
+    assert block(torch.tensor([[[[1.0, 2.0]]]])).tolist() == [[[[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]]]
+
+
+def test_attention_stands_at_the_resolutions_named():
+    model = VQGAN(NearestCode(), **TINY | {"ch_mult": (1, 1, 2), "attn_resolutions": (4, 16)})
+    assert [len(level.attn) for level in model.encoder.down] == [1, 0, 1]
+    assert [len(level.attn) for level in model.decoder.up] == [2, 0, 2]
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_shapes(model, images):
+    output = model(images)
+    assert (model.downsampling_factor, model.token_shape) == (2, (8, 8))
+    assert model.encode(images).shape == (2, 4, 8, 12)
+    assert output.quantizer.indices.shape == (2, 8, 12)
+    assert output.features.shape == (2, 8, 16, 24)
+    assert output.reconstruction.shape == images.shape
+
+
+def test_every_parameter_takes_part(model, images):
+    output = model(images)
+    codes = model.quantize.lookup(output.quantizer.indices)
+    (output.reconstruction.sum() + codes.sum()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_last_layer_gradient_follows_from_the_features(model, images):
+    output = model(images)
+    gradient = torch.randn_like(output.reconstruction)
+    (wanted,) = torch.autograd.grad(output.reconstruction, model.last_layer, gradient)
+    formed = torch.nn.grad.conv2d_weight(output.features, model.last_layer.shape, gradient, padding=1)
+    torch.testing.assert_close(formed, wanted)
+
+
+def test_tokens_decode_to_the_reconstruction(model, images):
+    output = model(images)
+    tokens = model.tokenize(images)
+    assert torch.equal(tokens, output.quantizer.indices)
+    torch.testing.assert_close(model.decode_indices(tokens), output.reconstruction)
+    torch.testing.assert_close(model.decode(output.quantizer.quantized), output.reconstruction)
+
+
+def test_tokens_do_not_depend_on_the_mode(images):
+    model = VQGAN(NearestCode(), **TINY, dropout=0.5).double().eval()
+    tokens = model.tokenize(images)
+    decoded = model.decode_indices(tokens)
+    model.train()
+    model.encoder.eval()  # a frozen part
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(model.tokenize(images), tokens)
+    assert torch.equal(model.decode_indices(tokens), decoded)
+    with pytest.raises(ValueError, match="multiple"):
+        model.tokenize(images[..., 1:])
+    assert [module.training for module in model.modules()] == modes
+    assert not torch.equal(model.decode(model.quantize.lookup(tokens)), decoded)  # the dropout is there
+
+
+def test_channels_last(model, images):
+    expected = model(images)
+    output = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(output.reconstruction, expected.reconstruction)
+    assert output.features.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiles_without_a_graph_break(model, images):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
+    torch.testing.assert_close(compiled.reconstruction, model(images).reconstruction)
+    tokens = torch.compile(model.tokenize, fullgraph=True, backend="eager")(images)
+    assert torch.equal(tokens, compiled.quantizer.indices)
+
+
+def test_bfloat16_autocast(model, images):
+    model, images = model.float(), images.float()
+    expected = model.decode(model.encode(images))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model.decode(model.encode(images))
+    assert output.dtype == torch.bfloat16
+    error = (output.float() - expected).square().mean().sqrt() / expected.std()
+    assert 0 < error < 0.1
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 17}, "image_size 17 is not a multiple of the down-sampling factor 2"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"ch": 0}, "ch must be at least 1, got 0"),
+        ({"num_res_blocks": 0}, "num_res_blocks must be at least 1, got 0"),
+        ({"z_channels": -1}, "z_channels must be at least 1, got -1"),
+        ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
+        ({"ch_mult": ()}, r"ch_mult must name at least one level.*\(\)"),
+        ({"ch_mult": (1, 0)}, r"ch_mult must name at least one level.*\(1, 0\)"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_configuration(change, message):
+    with pytest.raises(ValueError, match=message):
+        VQGAN(NearestCode(), **TINY | change)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, 16), r"images must be \(B, 3, H, W\), got \(2, 3, 16\)"),
+        ((2, 1, 16, 16), r"images must be \(B, 3, H, W\), got \(2, 1, 16, 16\)"),
+        ((2, 3, 15, 16), "image height 15 is not a multiple of the down-sampling factor 2"),
+        ((2, 3, 16, 9), "image width 9 is not a multiple of the down-sampling factor 2"),
+    ],
+)
+def test_bad_images(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_bad_indices(model):
+    with pytest.raises(ValueError, match=r"indices must be \(B, h, w\), got \(8, 8\)"):
+        model.decode_indices(torch.zeros(8, 8, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"int64, got torch.float32"):
+        model.decode_indices(torch.zeros(1, 8, 8))
