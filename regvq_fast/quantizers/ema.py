@@ -16,7 +16,7 @@ class EMAQuantizer(Quantizer):
 
     A code whose running share falls under ``dead_threshold`` of the uniform share 1/N is dead: it is moved to an
     encoder output drawn from the batch and starts over with the uniform share. A fresh codebook is all dead, so its
-    first batch initialises it.
+    first batch initialises it: each code becomes an encoder output or the mean of those assigned to it.
 
     Args:
         num_codes: N.
@@ -48,6 +48,13 @@ class EMAQuantizer(Quantizer):
         # In shares of the rows, not in rows: they don't depend on the batch size.
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
+        self.register_load_state_dict_post_hook(_adopt_loaded_codes)
+
+    @torch.no_grad()
+    def start_from_embedding(self) -> None:
+        """Take the codes as they are for live averages of the uniform share, after they came from elsewhere."""
+        self.cluster_share.fill_(1 / self.num_codes)
+        self.cluster_sum.copy_(self.embedding.weight / self.num_codes)
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
@@ -76,3 +83,9 @@ class EMAQuantizer(Quantizer):
         self.cluster_share.copy_(torch.where(dead.squeeze(1), uniform, self.cluster_share))
         averages = self.cluster_sum / self.cluster_share.clamp(min=1e-5 * uniform).unsqueeze(1)
         self.embedding.weight.copy_(averages)
+
+
+def _adopt_loaded_codes(quantizer: EMAQuantizer, keys) -> None:  # type: ignore[no-untyped-def]
+    """Codes loaded without averages, as from taming's checkpoints, are live."""
+    if any(name.endswith("cluster_share") for name in keys.missing_keys):
+        quantizer.start_from_embedding()

@@ -85,9 +85,9 @@ class RegularizedQuantizer(Quantizer):
         return F.normalize(self.embedding.weight, dim=1) if self.logits == "cosine" else self.embedding.weight
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
-        batch, _, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
+            batch, _, height, width = z.shape
             if self.logits == "cosine":
                 rows = F.normalize(rows, dim=1)
             mask = None

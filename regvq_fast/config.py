@@ -1,0 +1,284 @@
+"""Everything a tokenizer run can be told: one dataclass a concern, and the named presets.
+
+The command line is generated from these classes; a field's docstring is its help. Flags override the preset.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+QuantizerName = Literal["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"]
+PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images."""
+
+    data: Path | None = None
+    """Folder of images (searched recursively). Not given: the embedded scenes, composed of real photographs."""
+    image_size: int = 64
+    """Side of the square images, in pixels; a multiple of the down-sampling factor."""
+    crop: Literal["random-resized", "center"] = "random-resized"
+    """Training crop of a folder's images."""
+    flip: bool = True
+    """Mirror half of the training images of a folder."""
+    val_images: int = 512
+    """Most validation images an evaluation uses."""
+    workers: int | None = None
+    """Processes that load images. Not given: half of the cores, none on two."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Autoencoder, discriminator and feature network."""
+
+    ch: int = 32
+    """Base width of encoder and decoder."""
+    ch_mult: tuple[int, ...] = (1, 2, 2, 4)
+    """Width of each level over the base; one down-sampling by 2 between levels."""
+    num_res_blocks: int = 1
+    """Residual blocks a level (the decoder has one more)."""
+    attn_resolutions: tuple[int, ...] = (8,)
+    """Resolutions with self-attention."""
+    z_channels: int = 64
+    """Width of the encoder's output."""
+    dropout: float = 0.0
+    """Dropout in residual blocks."""
+    disc_filters: int = 32
+    """Base width of the discriminator."""
+    disc_layers: int = 2
+    """Down-samplings of the discriminator."""
+    disc_norm: Literal["batch", "group", "none"] = "batch"
+    """Normalisation of the discriminator."""
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """Quantizer."""
+
+    quantizer: QuantizerName = "reg-vq"
+    """Reg-VQ, or a baseline: nearest code (vq-gan), Gumbel-softmax (gumbel-vq), EMA codebook (vq-vae)."""
+    num_codes: int = 256
+    """Size of the codebook, N."""
+    code_dim: int = 32
+    """Channels of a code, D."""
+    logits: Literal["distance", "linear", "cosine"] = "distance"
+    """reg-vq: what scores a code."""
+    logit_std: float = 4.0
+    """reg-vq: spread of the fresh logits over the codes; the Gumbel noise's is 1.28."""
+    mask_ratio: float = 0.4
+    """reg-vq: share of positions that are selected with noise."""
+    mask_mode: Literal["exact", "bernoulli"] = "exact"
+    """reg-vq: exactly that share of every image, or each position with that probability."""
+    tau: float = 0.9
+    """reg-vq: Gumbel-softmax temperature."""
+    prior_weight: float = 0.1
+    """reg-vq: weight of the KL divergence from the uniform prior, per nat."""
+    prior_scope: Literal["image", "batch", "global"] = "batch"
+    """reg-vq: the posterior of each image, of the batch, or of the batches of all ranks."""
+    codebook_grad: Literal["soft", "hard", "none"] = "soft"
+    """reg-vq: gradient of the look-up to the codes (Algorithm 1: soft)."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Losses."""
+
+    l1_weight: float = 1.0
+    """Absolute error of the pixels."""
+    perceptual_weight: float = 1.0
+    """LPIPS distance."""
+    contrastive: Literal["pcl", "cl", "none"] = "pcl"
+    """Contrastive loss: probabilistic (Eq. 3), vanilla (Eq. 2) or none."""
+    contrastive_weight: float = 0.1
+    """Its weight."""
+    contrastive_patches: int = 256
+    """Places sampled in each image and layer."""
+    contrastive_net: Literal["same", "vgg16", "vgg19"] = "same"
+    """Feature network of the contrastive loss; "same" shares the perceptual one and its forward pass."""
+    contrastive_weights: Path | None = None
+    """Weights file of that network, if it is one of its own."""
+    perceptual_net: Literal["vgg16", "vgg19"] = "vgg16"
+    """Feature network of the perceptual distance."""
+    perceptual_weights: Path | None = None
+    """Its weights file (torchvision names). Not given: torch hub cache, download, else random weights."""
+    disc_weight: float = 0.8
+    """Adversarial loss, on top of its adaptive factor."""
+    disc_start: int = 10_000_000
+    """Step at which the discriminator joins."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimization."""
+
+    steps: int | None = 1000
+    """Optimizer steps. Not given: as many as `epochs` makes."""
+    epochs: int = 100
+    """Passes over the training images where `steps` is not given."""
+    batch_size: int = 16
+    """Images a step."""
+    accumulate: int = 1
+    """Parts that a step's batch is cut into, to save memory."""
+    lr: float = 1.5e-4
+    """Learning rate of AdamW after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, on matrices and kernels only."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    final_lr_fraction: float = 1.0
+    """Cosine decay of the learning rate to this fraction at the end; 1 keeps it constant."""
+    clip_grad: float = 1.0
+    """Norm to which gradients are clipped; 0 turns it off."""
+    ema: float = 0.0
+    """Decay of averaged weights, which then serve evaluation and the saved model; 0 turns them off."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run."""
+
+    preset: PresetName = "scenes"
+    """Named set of defaults."""
+    out: Path | None = None
+    """Run folder. Not given: runs/PRESET-QUANTIZER-DATE."""
+    seed: int = 0
+    """Decides weights, data order, masks and noise."""
+    device: str = "auto"
+    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    amp: bool = False
+    """Mixed precision: bf16 where the device has it, else fp16 with loss scaling."""
+    log_every: int = 10
+    """Steps between records."""
+    image_every: int = 250
+    """Steps between pictures of reconstructions."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: at the end only."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of ``train/vq.py``."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+def _paper(preset: PresetName, epochs: int) -> TrainConfig:
+    """The paper's setting (section 4.1) on taming's VQGAN: 256 px, 16 x 16 tokens, 1024 codes of 256 channels."""
+    return TrainConfig(
+        run=RunConfig(preset=preset, image_every=1000, log_every=50),
+        data=DataConfig(image_size=256, val_images=5000),
+        quantizer=QuantizerConfig(num_codes=1024, code_dim=256),
+        model=ModelConfig(
+            ch=128,
+            ch_mult=(1, 1, 2, 2, 4),
+            num_res_blocks=2,
+            attn_resolutions=(16,),
+            z_channels=256,
+            disc_filters=64,
+            disc_layers=3,
+        ),
+        loss=LossConfig(contrastive_net="vgg19", disc_start=10_000),
+        optimizer=OptimizerConfig(steps=None, epochs=epochs, batch_size=40, warmup_steps=1000),
+    )
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "scenes": TrainConfig(),
+    "ade20k": _paper("ade20k", epochs=100),
+    "celebahq": _paper("celebahq", epochs=60),
+    "cub200": _paper("cub200", epochs=300),
+    "coco": _paper("coco", epochs=50),
+}
+
+
+def parse_train_config(args: list[str], description: str) -> TrainConfig:
+    """The configuration that a command line asks for: its preset, overridden by its flags."""
+    import tyro
+
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[TrainConfig],
+        default=PRESETS[_preset_of(args)],
+        args=args,
+        description=description,
+    )
+
+
+def _preset_of(args: list[str]) -> str:
+    """The preset is needed before the other flags are parsed, since it is what they override."""
+    preset = "scenes"
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        if flag == "--preset":
+            preset = value
+        elif flag.startswith("--preset="):
+            preset = flag.removeprefix("--preset=")
+    # An unknown name is reported by the parser, with the choices.
+    return preset if preset in get_args(PresetName) else "scenes"
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise ValueError for what no single module can see."""
+    optimizer, data, loss = config.optimizer, config.data, config.loss
+    for name, value in {
+        "--batch-size": optimizer.batch_size,
+        "--accumulate": optimizer.accumulate,
+        "--epochs": optimizer.epochs,
+        "--val-images": data.val_images,
+        "--log-every": config.run.log_every,
+        "--image-every": config.run.image_every,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, number in {
+        "--l1-weight": loss.l1_weight,
+        "--perceptual-weight": loss.perceptual_weight,
+        "--contrastive-weight": loss.contrastive_weight,
+        "--disc-weight": loss.disc_weight,
+        "--clip-grad": optimizer.clip_grad,
+        "--warmup-steps": optimizer.warmup_steps,
+        "--disc-start": loss.disc_start,
+        "--eval-every": config.run.eval_every,
+    }.items():
+        if number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+    if optimizer.steps is not None and optimizer.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {optimizer.steps}")
+    if not optimizer.lr > 0:
+        raise ValueError(f"--lr must be greater than 0, got {optimizer.lr}")
+    if not 0 <= optimizer.ema < 1:
+        raise ValueError(f"--ema must be in [0, 1), got {optimizer.ema}")
+    if optimizer.batch_size % optimizer.accumulate:
+        raise ValueError(
+            f"--accumulate must divide --batch-size, got {optimizer.accumulate} and {optimizer.batch_size}"
+        )
+    factor = 2 ** (len(config.model.ch_mult) - 1)
+    if data.image_size < factor or data.image_size % factor:
+        raise ValueError(
+            f"--image-size {data.image_size} is not a multiple of the down-sampling factor {factor}; "
+            f"try {max(factor, round(data.image_size / factor) * factor)}"
+        )
+    if config.run.preset != "scenes" and data.data is None:
+        raise ValueError(f"--preset {config.run.preset} needs its images: give their folder with --data PATH")
+
+
+def override(config: TrainConfig, **changes: object) -> TrainConfig:
+    """A copy with fields of any section replaced by name: ``override(config, steps=3, num_codes=16)``."""
+    sections: dict[str, object] = {}
+    for section in ("run", "data", "quantizer", "model", "loss", "optimizer"):
+        part = getattr(config, section)
+        own = {name: value for name, value in changes.items() if hasattr(part, name)}
+        sections[section] = replace(part, **own)
+        changes = {name: value for name, value in changes.items() if name not in own}
+    if changes:
+        raise ValueError(f"no such field: {', '.join(changes)}")
+    return TrainConfig(**sections)  # type: ignore[arg-type]

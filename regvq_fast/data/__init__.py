@@ -1,0 +1,23 @@
+"""Data sets that map a global sample index to a sample, deterministically, and their batches."""
+
+from regvq_fast.data.folder import Crop, ImageFolder
+from regvq_fast.data.loading import build_dataset, default_workers, training_batches, validation_batches
+from regvq_fast.data.samples import Batch, Sample, Split
+from regvq_fast.data.scenes import CLASSES, ScenesDataset
+from regvq_fast.data.transforms import to_float, to_uint8
+
+__all__ = [
+    "CLASSES",
+    "Batch",
+    "Crop",
+    "ImageFolder",
+    "Sample",
+    "ScenesDataset",
+    "Split",
+    "build_dataset",
+    "default_workers",
+    "to_float",
+    "to_uint8",
+    "training_batches",
+    "validation_batches",
+]

@@ -1,0 +1,65 @@
+"""How much of a codebook is used."""
+
+import torch
+from torch import Tensor
+
+
+def utilization(counts: Tensor) -> Tensor:
+    """Share of the codes counted at least once.
+
+    Args:
+        counts: (N,) integers >= 0.
+
+    Returns:
+        () float64, 0..1.
+    """
+    return (counts > 0).double().mean()
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp(entropy) of the code frequencies: the size of the uniformly used codebook with the same entropy.
+
+    Args:
+        counts: (N,) integers >= 0.
+
+    Returns:
+        () float64, 1..N, or 0 where nothing has been counted.
+    """
+    total = counts.sum()
+    frequencies = counts.double() / total.clamp(min=1)
+    return torch.special.entr(frequencies).sum().exp() * (total > 0)
+
+
+class CodebookUsage:
+    """Counts how often each code is selected over a window of training or evaluation.
+
+    Nothing here waits for the device: results are tensors, and reading one (``float(...)``) is what synchronises.
+    Counts are exact and deterministic (int64).
+
+    Args:
+        num_codes: N, at least 1; ValueError otherwise.
+        device: where the indices will be.
+    """
+
+    def __init__(self, num_codes: int, device: torch.device | str = "cpu") -> None:
+        if num_codes < 1:
+            raise ValueError(f"num_codes must be at least 1, got {num_codes}")
+        self.counts = torch.zeros(num_codes, dtype=torch.int64, device=device)
+        """(N,) int64, selections of each code since the last reset."""
+
+    def update(self, indices: Tensor) -> None:
+        """Count the codes in ``indices``: int64 of any shape, 0..N-1, on the device of the counts."""
+        indices = indices.detach().reshape(-1)
+        self.counts.scatter_add_(0, indices, torch.ones_like(indices))  # unlike bincount, needs no look at the values
+
+    def utilization(self) -> Tensor:
+        """() float64: share of the codes selected in the window."""
+        return utilization(self.counts)
+
+    def perplexity(self) -> Tensor:
+        """() float64: exp(entropy) of the frequencies in the window, 0 for an empty one."""
+        return perplexity(self.counts)
+
+    def reset(self) -> None:
+        """Begin a new window."""
+        self.counts.zero_()

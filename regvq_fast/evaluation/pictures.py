@@ -1,0 +1,183 @@
+"""The pictures a run leaves: reconstructions, code usage, the codebook. Each file appears whole or not at all."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from regvq_fast.data.transforms import to_uint8
+from regvq_fast.evaluation.codebook import perplexity, utilization
+
+_BACKGROUND = 255
+_SMALLEST_TILE = 128
+"""Pixels; smaller pictures are enlarged by a whole factor so that theirs can be made out."""
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` to write to; it takes the place of ``path`` once the body succeeds.
+
+    Creates missing parent folders. Where the body fails, the temporary file is removed and ``path`` left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells writers the format
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_reconstruction_grid(
+    path: str | os.PathLike[str], originals: Tensor, reconstructions: Tensor, columns: int = 8
+) -> None:
+    """Save a grid of pairs: each original directly above its reconstruction.
+
+    Args:
+        path: of the picture; its suffix gives the format.
+        originals, reconstructions: (B, 3, H, W), uint8 or floating in -1..1 (clamped), on any device.
+        columns: pairs in a row.
+
+    Raises:
+        ValueError: shapes that differ or are not (B, 3, H, W) with B >= 1.
+    """
+    if originals.shape != reconstructions.shape or originals.ndim != 4 or originals.shape[1] != 3 or not len(originals):
+        raise ValueError(
+            "originals and reconstructions must have one shape (B, 3, H, W), B >= 1, "
+            f"got {tuple(originals.shape)} and {tuple(reconstructions.shape)}"
+        )
+    scale = max(1, math.ceil(_SMALLEST_TILE / originals.shape[3]))
+    original, reconstruction = (_enlarge(_as_uint8(images), scale) for images in (originals, reconstructions))
+    seam = torch.full((len(original), 3, 2, original.shape[3]), _BACKGROUND, dtype=torch.uint8)
+    pairs = torch.cat([original, seam, reconstruction], dim=2)
+    _save_image(path, _tile(pairs, min(columns, len(pairs)), gutter=8))
+
+
+def save_codebook_mosaic(
+    path: str | os.PathLike[str],
+    decode: Callable[[Tensor], Tensor],
+    num_codes: int,
+    token_shape: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+    max_codes: int = 1024,
+    batch_size: int = 64,
+) -> None:
+    """Save what each embedding looks like (the paper's appendix A): the first 1024 of them as a 32 x 32 mosaic.
+
+    A code's tile is the centre of the image decoded from a token map filled with that code: the area of one token,
+    farthest from the borders. Row by row in the order of the codes, in a near-square grid.
+
+    Args:
+        path: of the picture; its suffix gives the format.
+        decode: (B, h, w) int64 code indices on ``device`` -> (B, 3, H, W) images, uint8 or floating in -1..1.
+            Called without gradients.
+        num_codes: N, at least 1; ValueError otherwise.
+        token_shape: (h, w) of the token maps.
+        device: where ``decode`` wants its indices.
+        max_codes: the most codes to show.
+        batch_size: codes decoded at a time.
+    """
+    if num_codes < 1:
+        raise ValueError(f"num_codes must be at least 1, got {num_codes}")
+    shown = min(num_codes, max_codes)
+    tiles = []
+    with torch.no_grad():
+        for codes in torch.arange(shown, device=device).split(batch_size):
+            images = decode(codes[:, None, None].expand(-1, *token_shape).contiguous())
+            tiles.append(
+                _as_uint8(_center_crop(images, images.shape[2] // token_shape[0], images.shape[3] // token_shape[1]))
+            )
+    mosaic = torch.cat(tiles)
+    columns = math.ceil(math.sqrt(shown))
+    scale = max(1, round(1024 / (columns * mosaic.shape[3])))
+    _save_image(path, _tile(_enlarge(mosaic, scale), columns, gutter=1))
+
+
+def save_usage_histogram(path: str | os.PathLike[str], counts: Tensor, title: str) -> None:
+    """Save how often each code is used, from the most to the least frequent.
+
+    The count axis is logarithmic where used codes differ by more than a factor of 30. Unused codes are the shaded
+    part on the right. The dashed line is what uniform use would give. Does not touch matplotlib's global state.
+
+    Args:
+        path: of the picture; its suffix gives the format (png, svg, pdf).
+        counts: (N,) integers >= 0, N >= 1, on any device.
+        title: what was counted; utilization and perplexity are put below it.
+
+    Raises:
+        ValueError: counts that are not a vector with at least one entry.
+    """
+    if counts.ndim != 1 or not len(counts):
+        raise ValueError(f"counts must have shape (N,), N >= 1, got {tuple(counts.shape)}")
+    counts = counts.detach().cpu()
+    sorted_counts = counts.sort(descending=True).values.numpy()
+    num_codes, used = len(sorted_counts), int((sorted_counts > 0).sum())
+    uniform = sorted_counts.sum() / num_codes
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    edges = np.arange(num_codes + 1)
+    logarithmic = used > 0 and sorted_counts[0] > 30 * sorted_counts[used - 1]
+    axes.stairs(sorted_counts, edges, fill=True, color="#3b6ea8", baseline=0.5 if logarithmic else 0)
+    if used < num_codes:
+        label = f"never used: {num_codes - used:,} of {num_codes:,} codes"
+        axes.axvspan(used, num_codes, color="#d9d9d9", linewidth=0, label=label)
+    axes.axhline(uniform, color="#c0504d", linestyle="--", linewidth=1.2, label=f"uniform use: {uniform:,.1f} each")
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xlim(0, num_codes)
+    axes.set_xlabel("codes, from the most to the least frequent")
+    axes.set_ylabel("times selected")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    share, effective = float(utilization(counts)), float(perplexity(counts))
+    axes.set_title(f"{title}\nutilization {share:.1%}, perplexity {effective:,.1f} of {num_codes:,}", fontsize=11)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _as_uint8(images: Tensor) -> Tensor:
+    """To uint8 on the CPU."""
+    return (images.detach() if images.dtype == torch.uint8 else to_uint8(images)).cpu()
+
+
+def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
+    top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+    return images[:, :, top : top + height, left : left + width]
+
+
+def _enlarge(images: Tensor, scale: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, scale * H, scale * W), each pixel a block."""
+    return images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+
+
+def _tile(tiles: Tensor, columns: int, gutter: int) -> Tensor:
+    """(T, 3, H, W) uint8 -> one (3, H', W') picture, tiles in reading order with ``gutter`` pixels around each."""
+    count, _, height, width = tiles.shape
+    rows = math.ceil(count / columns)
+    size = (3, rows * (height + gutter) + gutter, columns * (width + gutter) + gutter)
+    picture = torch.full(size, _BACKGROUND, dtype=torch.uint8)
+    for k, tile in enumerate(tiles):
+        row, column = divmod(k, columns)
+        top, left = gutter + row * (height + gutter), gutter + column * (width + gutter)
+        picture[:, top : top + height, left : left + width] = tile
+    return picture
+
+
+def _save_image(path: str | os.PathLike[str], picture: Tensor) -> None:
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary)

@@ -1,0 +1,128 @@
+"""How well a tokenizer reconstructs images it has not seen."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from regvq_fast.data.samples import Batch
+from regvq_fast.data.transforms import to_float, to_uint8
+from regvq_fast.evaluation.codebook import CodebookUsage
+
+_SSIM_WINDOW = 11
+
+
+@dataclass(frozen=True)
+class ReconstructionMetrics:
+    """Means over images, of reconstructions clamped and rounded to 8 bits as a saved PNG would be."""
+
+    psnr: float
+    """dB, higher is better: the mean of the images' own PSNRs (not the PSNR of the mean error); infinite where a
+    reconstruction is exact."""
+    ssim: float
+    """Structural similarity, at most 1, as its authors define it (and scikit-image computes it): Gaussian windows of
+    11 pixels, sigma 1.5, that lie wholly in the image; averaged over the three channels."""
+    perceptual: float | None
+    """Mean perceptual distance, lower is better; None where none was asked for."""
+    utilization: float
+    """Share of the codes used at least once over all images, 0..1."""
+    perplexity: float
+    """exp(entropy) of the code frequencies over all images, 1..N."""
+    images: int
+    """How many images the means are over."""
+    code_counts: Tensor
+    """(N,) int64 on the CPU: how often each code was selected."""
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers by name, ready for JSON or TensorBoard; no ``perceptual`` where it is None."""
+        values = {name: getattr(self, name) for name in ("psnr", "ssim", "perceptual", "utilization", "perplexity")}
+        return {name: value for name, value in values.items() if value is not None} | {"images": self.images}
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    num_codes: int,
+    device: torch.device | str,
+    autocast: AbstractContextManager[object] | None = None,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> ReconstructionMetrics:
+    """Reconstruct every image of ``batches`` and measure the result against the original.
+
+    A reconstruction with a NaN or an infinity makes PSNR and SSIM NaN, rather than being scored as the picture it
+    would be clamped to. The device is read once, at the end.
+
+    Args:
+        model: a VQGAN in evaluation mode: float32 images (B, 3, H, W) in -1..1 to an output with ``reconstruction``
+            (B, 3, H, W) in -1..1 and ``quantizer.indices`` (B, h, w) int64.
+        batches: with uint8 ``image`` (B, 3, H, W), H and W at least 11.
+        num_codes: N, the size of the codebook.
+        device: where the model is.
+        autocast: entered around every call of the model, so it must allow that more than once, as torch.autocast does.
+        perceptual: (reconstruction, original), both float32 (B, 3, H, W) in -1..1 and the former rounded to 8 bits,
+            to distances (B, ...), averaged over the rest. Called outside ``autocast``.
+        progress: called after each batch with the number of images done.
+
+    Raises:
+        ValueError: the model is in training mode, there is not a single image, or the images are below 11 pixels.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before evaluating it")
+    usage = CodebookUsage(num_codes, device)
+    psnr, ssim, distances = [], [], []
+    images = 0
+    for batch in batches:
+        height, width = batch["image"].shape[2:]
+        if min(height, width) < _SSIM_WINDOW:
+            raise ValueError(f"SSIM needs images of at least {_SSIM_WINDOW} pixels a side, got {height} x {width}")
+        original_uint8 = batch["image"].to(device, non_blocking=True)
+        original = to_float(original_uint8)
+        with autocast or nullcontext():
+            output = model(original)
+        usage.update(output.quantizer.indices)
+        reconstruction_uint8 = to_uint8(output.reconstruction)
+        finite = output.reconstruction.isfinite().flatten(1).all(dim=1)
+        psnr.append(torch.where(finite, _psnr(reconstruction_uint8, original_uint8), torch.nan))
+        ssim.append(torch.where(finite, _ssim(reconstruction_uint8, original_uint8), torch.nan))
+        if perceptual is not None:
+            distance = perceptual(to_float(reconstruction_uint8), original)
+            distances.append(distance.reshape(len(original), -1).float().mean(dim=1))
+        images += len(original)
+        if progress is not None:
+            progress(images)
+    if not images:
+        raise ValueError("there is no image to evaluate on")
+
+    return ReconstructionMetrics(
+        psnr=_mean(psnr),
+        ssim=_mean(ssim),
+        perceptual=_mean(distances) if distances else None,
+        utilization=float(usage.utilization()),
+        perplexity=float(usage.perplexity()),
+        images=images,
+        code_counts=usage.counts.cpu(),
+    )
+
+
+def _psnr(images: Tensor, originals: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 twice -> (B,) dB."""
+    images, originals = images.float() / 255, originals.float() / 255
+    return peak_signal_noise_ratio(images, originals, data_range=1.0, reduction="none", dim=(1, 2, 3))
+
+
+def _ssim(images: Tensor, originals: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 twice -> (B,)."""
+    images, originals = images.float() / 255, originals.float() / 255
+    _, similarity = structural_similarity_index_measure(images, originals, data_range=1.0, return_full_image=True)
+    border = _SSIM_WINDOW // 2  # torchmetrics' own mean includes windows that hang over the border, reflected
+    return similarity[:, :, border:-border, border:-border].flatten(1).mean(dim=1)
+
+
+def _mean(values: list[Tensor]) -> float:
+    return float(torch.cat(values).double().mean())

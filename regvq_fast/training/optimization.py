@@ -1,0 +1,37 @@
+"""AdamW as the paper uses it, the learning-rate schedule, and averaged weights."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from regvq_fast.config import OptimizerConfig
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and kernels; biases, normalisation and codes are not decayed.
+
+    Decayed codes would all drift to the origin, against the codebook's own losses.
+    """
+    codes = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in codes]
+    others = [p for p in parameters if p.ndim < 2 or id(p) in codes]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate at a step of a run: linear warm-up, then a cosine to ``final_lr_fraction``."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    done = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
+
+
+def average_weights(module: nn.Module, decay: float) -> AveragedModel | None:
+    """Exponential moving average of parameters and buffers; None where ``decay`` is 0."""
+    if decay == 0:
+        return None
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,122 @@
+"""One training step of the VQ-GAN.
+
+    image -> encoder -> z -> quantizer -> decoder -> reconstruction -> losses -> one backward
+
+The autoencoder runs forward once, and no part of a backward graph is walked twice. The gradients of the two groups of
+losses (reconstruction, adversarial) are taken at the reconstruction; with the input of the decoder's last convolution
+they give that layer's two weight gradients, whose norms balance the groups; then one combined gradient goes through
+decoder and encoder.
+"""
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from regvq_fast.losses.reconstruction import ReconstructionLoss
+from regvq_fast.models.discriminator import PatchDiscriminator
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.training.compilation import maybe_compile
+from regvq_fast.training.precision import Precision
+
+
+class VQGANStep:
+    """Forward and backward of a batch, leaving gradients in the parameters; the optimizers are the caller's.
+
+    Args:
+        model: the autoencoder.
+        discriminator: the discriminator.
+        reconstruction_loss: the losses that need no discriminator.
+        precision: see :func:`regvq_fast.training.precision.choose_precision`.
+        disc_weight: of the adversarial loss, on top of its adaptive factor.
+        compile: compile the networks.
+    """
+
+    def __init__(
+        self,
+        model: VQGAN,
+        discriminator: PatchDiscriminator,
+        reconstruction_loss: ReconstructionLoss,
+        precision: Precision,
+        *,
+        disc_weight: float = 0.8,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.discriminator = model, discriminator
+        self.precision, self.disc_weight = precision, disc_weight
+        self._autoencode = maybe_compile(model, compile)
+        self._discriminate = maybe_compile(discriminator, compile)
+        self._reconstruction_loss = maybe_compile(reconstruction_loss, compile)
+
+    def __call__(
+        self,
+        images: Tensor,
+        seed: Tensor,
+        *,
+        first_image: int = 0,
+        adversarial: bool = False,
+        loss_scale: Tensor | float = 1.0,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradients of one batch to the parameters of autoencoder and discriminator.
+
+        Args:
+            images: (B, 3, H, W) float in [-1, 1].
+            seed: 0-dim int64 tensor: mask, noise and sampled places.
+            first_image: number of the batch's first image in the global batch.
+            adversarial: whether the discriminator takes part; without it, it costs nothing.
+            loss_scale: factor of all gradients (fp16 loss scaling, gradient accumulation).
+
+        Returns:
+            The losses and other numbers by name (0-dim tensors, unscaled) and the selected codes (B, h, w).
+        """
+        height, width = self.model.token_shape
+        with self.precision.autocast():
+            out = self._autoencode(images, seed, first_image * height * width)
+            # A leaf: the losses' graphs end here, the autoencoder's begins.
+            reconstruction = out.reconstruction.detach().float().requires_grad_()
+            loss, metrics = self._reconstruction_loss(
+                images, reconstruction, out.quantizer.perturbation, seed, first_image
+            )
+        (gradient,) = torch.autograd.grad(loss_scale * loss, reconstruction)
+        metrics["quantizer"] = out.quantizer.loss.detach()
+        metrics |= out.quantizer.metrics
+        metrics["loss"] = loss.detach() + metrics["quantizer"]
+
+        if adversarial:
+            with self.precision.autocast(), _frozen(self.discriminator):
+                generator_loss = hinge_generator_loss(self._discriminate(reconstruction))
+            (gan_gradient,) = torch.autograd.grad(loss_scale * generator_loss, reconstruction)
+            factor = adaptive_weight(
+                out.features, self.model.last_layer, gradient / loss_scale, gan_gradient / loss_scale
+            )
+            gradient = gradient + self.disc_weight * factor * gan_gradient
+            metrics |= {"generator": generator_loss.detach(), "lambda": factor}
+
+        torch.autograd.backward(
+            [out.reconstruction, loss_scale * out.quantizer.loss],
+            [gradient.to(out.reconstruction.dtype), None],
+        )
+
+        if adversarial:
+            with self.precision.autocast():
+                real, fake = self._discriminate(images), self._discriminate(reconstruction.detach())
+                discriminator_loss = hinge_discriminator_loss(real, fake)
+            (loss_scale * discriminator_loss).backward()
+            metrics |= {
+                "discriminator": discriminator_loss.detach(),
+                "logits_real": real.detach().float().mean(),
+                "logits_fake": fake.detach().float().mean(),
+            }
+        return metrics, out.quantizer.indices
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters inside the block: backward makes only that of the input."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

@@ -1,0 +1,112 @@
+import os
+import signal
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from regvq_fast.data import ImageFolder, ScenesDataset, build_dataset, training_batches, validation_batches
+from regvq_fast.data.loading import default_workers
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def same(first, second) -> bool:
+    return (
+        torch.equal(first["image"], second["image"])
+        and torch.equal(first["segmentation"], second["segmentation"])
+        and first["caption"] == second["caption"]
+    )
+
+
+def test_batches_hold_samples_in_index_order():
+    dataset = ScenesDataset("train", 16, length=5)
+    first, second = take(training_batches(dataset, 3, start=4), 2)
+    assert first["image"].shape == (3, 3, 16, 16)
+    assert first["segmentation"].shape == (3, 16, 16)
+    assert second["caption"] == [dataset[index]["caption"] for index in (7, 8, 9)]  # past the "epoch" of 5
+    assert torch.equal(second["image"][1], dataset[8]["image"])
+
+
+def test_the_stream_depends_on_neither_workers_nor_batch_size():
+    dataset = ScenesDataset("train", 16)
+    alone = take(training_batches(dataset, 4), 6)
+    assert all(map(same, alone, take(training_batches(dataset, 4, workers=2), 6)))
+    resumed = take(training_batches(dataset, 4, start=8), 4)
+    assert all(map(same, alone[2:], resumed))
+    large = next(training_batches(dataset, 24))
+    assert torch.equal(large["image"], torch.cat([batch["image"] for batch in alone]))
+
+
+def test_validation_keeps_the_last_batch_and_can_be_repeated():
+    loader = validation_batches(ScenesDataset("val", 16, length=7), 3)
+    first, again = list(loader), list(loader)
+    assert [len(batch["image"]) for batch in first] == [3, 3, 1]
+    assert all(map(same, first, again))
+    assert len(loader) == 3
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    dataset = ScenesDataset("val", 16, length=4)
+    take(training_batches(dataset, 2, workers=1), 1)
+    list(validation_batches(dataset, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class AboutTheProcess(Dataset):
+    """Samples that say how many compute threads their process has and whether it ignores Ctrl-C."""
+
+    def __getitem__(self, index):
+        ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return {"image": torch.tensor([os.getpid(), torch.get_num_threads(), int(ignores)])}
+
+
+def test_workers_keep_to_one_thread_and_leave_interrupts_to_the_parent():
+    pid, threads, ignores = next(training_batches(AboutTheProcess(), 1, workers=1))["image"][0].tolist()
+    assert pid != os.getpid()
+    assert threads == 1
+    assert ignores
+
+
+def test_an_error_in_a_worker_reaches_the_caller(tmp_path):
+    for name in ("train/0.png", "train/1.png", "val/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    dataset = ImageFolder(tmp_path, "train", 16)
+    for name in ("0.png", "1.png"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 2 images"):
+        next(training_batches(dataset, 1, workers=1))
+
+
+def test_build_dataset(tmp_path):
+    scenes = build_dataset(None, split="val", image_size=32, length=9, seed=1)
+    assert isinstance(scenes, ScenesDataset)
+    assert torch.equal(scenes[3]["image"], ScenesDataset("val", 32, 9, 1)[3]["image"])
+    for k in range(200):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
+    folder = build_dataset(tmp_path, split="val", image_size=8, length=2, crop="center", flip=False)
+    assert isinstance(folder, ImageFolder)
+    assert (len(folder), folder.crop, folder.flip) == (2, "center", False)
+    assert len(build_dataset(tmp_path, split="train", image_size=8, length=2)) > 100
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (3, 1), (8, 4), (64, 8)])
+def test_default_workers(monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    assert default_workers() == workers
+
+
+def test_bad_arguments_name_the_value():
+    dataset = ScenesDataset("train", 16)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        training_batches(dataset, 0)
+    with pytest.raises(ValueError, match="start must be at least 0, got -1"):
+        training_batches(dataset, 1, start=-1)
+    with pytest.raises(ValueError, match="workers must be at least 0, got -2"):
+        validation_batches(dataset, 1, workers=-2)

@@ -1,0 +1,306 @@
+"""One suite over all four quantizers, then what is special to each."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from regvq_fast.losses.prior import prior_kl
+from regvq_fast.ops import vector_quantize
+from regvq_fast.quantizers import (
+    EMAQuantizer,
+    GumbelQuantizer,
+    NearestQuantizer,
+    Quantizer,
+    QuantizerOutput,
+    RegularizedQuantizer,
+)
+from regvq_fast.quantizers.mask import stochastic_mask
+
+N, D = 24, 8
+BUILDERS = {
+    "reg-vq": lambda: RegularizedQuantizer(N, D),
+    "reg-vq-linear": lambda: RegularizedQuantizer(N, D, logits="linear"),
+    "reg-vq-cosine": lambda: RegularizedQuantizer(N, D, logits="cosine"),
+    "gumbel-vq": lambda: GumbelQuantizer(N, D),
+    "vq-gan": lambda: NearestQuantizer(N, D),
+    "vq-vae": lambda: EMAQuantizer(N, D),
+}
+
+
+@pytest.fixture(params=BUILDERS, ids=str)
+def quantizer(request: pytest.FixtureRequest) -> Quantizer:
+    torch.manual_seed(0)
+    return BUILDERS[request.param]()
+
+
+def maps(batch: int = 3, height: int = 4, width: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, D, height, width, generator=generator).to(memory_format=torch.channels_last)
+
+
+def seed(value: int = 7) -> Tensor:
+    return torch.tensor(value)
+
+
+def equal(a: QuantizerOutput, b: QuantizerOutput) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, Tensor))
+
+
+def test_output_has_the_documented_shapes_types_and_finite_values(quantizer: Quantizer) -> None:
+    out = quantizer(maps(), seed())
+    assert out.quantized.shape == (3, D, 4, 5)
+    assert out.quantized.dtype == torch.float32
+    assert out.indices.shape == out.perturbation.shape == out.mask.shape == (3, 4, 5)
+    assert out.indices.dtype == torch.int64
+    assert out.mask.dtype == torch.bool
+    assert 0 <= int(out.indices.min()) <= int(out.indices.max()) < N
+    assert out.loss.shape == ()
+    assert torch.isfinite(out.loss)
+    assert all(m.shape == () and torch.isfinite(m) and not m.requires_grad for m in out.metrics.values())
+
+
+def test_quantized_maps_are_the_codes_of_the_indices(quantizer: Quantizer) -> None:
+    for module in (quantizer.train(), quantizer.eval()):
+        before = quantizer.codes().detach().clone()  # the EMA codebook moves after the look-up
+        out = module(maps(), seed())
+        torch.testing.assert_close(out.quantized, before[out.indices].permute(0, 3, 1, 2))
+
+
+def test_evaluation_takes_the_best_code_everywhere_and_changes_nothing(quantizer: Quantizer) -> None:
+    quantizer.eval()
+    state = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    first, second = quantizer(maps(), seed(1)), quantizer(maps(), seed(2))
+    assert equal(first, second)
+    assert not first.mask.any()
+    assert (first.perturbation == 0).all()
+    assert all(torch.equal(value, state[name]) for name, value in quantizer.state_dict().items())
+
+
+def test_the_seed_decides_and_the_global_generator_serves_where_none_is_given(quantizer: Quantizer) -> None:
+    a = copy.deepcopy(quantizer)(maps(), seed(5))
+    b = copy.deepcopy(quantizer)(maps(), seed(5))
+    assert equal(a, b)
+    torch.manual_seed(11)
+    c = copy.deepcopy(quantizer)(maps())
+    torch.manual_seed(11)
+    assert equal(c, copy.deepcopy(quantizer)(maps()))
+
+
+def test_gradients_reach_the_input_and_all_trainable_parameters(quantizer: Quantizer) -> None:
+    z = maps().requires_grad_()
+    out = quantizer(z, seed())
+    (out.quantized.square().mean() + out.loss).backward()
+    assert z.grad is not None
+    assert z.grad.abs().sum() > 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in quantizer.parameters() if p.requires_grad)
+
+
+def test_computes_in_fp32_under_autocast(quantizer: Quantizer) -> None:
+    z = maps().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = copy.deepcopy(quantizer)(z, seed())
+    assert equal(under_autocast, copy.deepcopy(quantizer)(z.float(), seed()))
+
+
+def test_compiles_as_one_graph_to_the_same_result(quantizer: Quantizer) -> None:
+    torch._dynamo.reset()
+    expected = copy.deepcopy(quantizer)(maps(), seed())
+    compiled = torch.compile(copy.deepcopy(quantizer), backend="aot_eager", fullgraph=True)
+    z = maps().requires_grad_()
+    out = compiled(z, seed())
+    assert torch.equal(out.indices, expected.indices)
+    torch.testing.assert_close(out.quantized, expected.quantized)
+    (out.quantized.sum() + out.loss).backward()
+    assert z.grad is not None
+
+
+def test_state_dict_round_trip_and_lookup(quantizer: Quantizer) -> None:
+    assert quantizer.state_dict()["embedding.weight"].shape == (N, D)
+    indices = torch.arange(N).view(1, 4, 6)
+    torch.testing.assert_close(quantizer.lookup(indices)[0, :, 2, 3], quantizer.codes()[2 * 6 + 3])
+
+
+@pytest.mark.parametrize("shape", [(2, D + 1, 4, 4), (2, D, 4)])
+def test_maps_of_another_shape_are_refused(quantizer: Quantizer, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"\(B, {D}, H, W\)"):
+        quantizer(torch.zeros(shape))
+
+
+# ------------------------------------------------------------------------------------------------------- reg-vq
+
+
+def test_reg_vq_masks_exactly_the_share_of_every_image_and_redraws_it() -> None:
+    quantizer = RegularizedQuantizer(N, D, mask_ratio=0.4)
+    first, second = quantizer(maps(), seed(1)), quantizer(maps(), seed(2))
+    assert (first.mask.flatten(1).sum(1) == math.floor(0.4 * 20)).all()
+    assert not torch.equal(first.mask[0], first.mask[1])
+    assert not torch.equal(first.mask, second.mask)
+    assert (first.perturbation[~first.mask] == 0).all()
+
+
+def test_bernoulli_mask_has_its_ratio_on_average() -> None:
+    mask = stochastic_mask(100, 1000, 0.3, seed(), mode="bernoulli")
+    assert abs(mask.float().mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 1e5)
+
+
+@pytest.mark.parametrize("mode", ["exact", "bernoulli"])
+def test_a_batch_split_over_ranks_draws_the_same_mask(mode: str) -> None:
+    whole = stochastic_mask(4, 20, 0.4, seed(), mode=mode)
+    parts = [stochastic_mask(2, 20, 0.4, seed(), mode=mode, row_offset=offset) for offset in (0, 40)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_every_position_is_masked_equally_often() -> None:
+    counts = torch.stack([stochastic_mask(50, 16, 0.25, seed(s)).view(50, 16).sum(0) for s in range(40)]).sum(0)
+    expected = 2000 * 0.25
+    # Chi-square with 15 degrees of freedom; draws without replacement vary less than independent ones.
+    assert float(((counts - expected) ** 2 / (expected * 0.75)).sum()) < 37.7
+
+
+def test_reg_vq_split_over_ranks_selects_the_same_codes() -> None:
+    quantizer = RegularizedQuantizer(N, D)
+    z = maps(batch=4)
+    whole = quantizer(z, seed())
+    halves = [quantizer(z[:2], seed()), quantizer(z[2:], seed(), 2 * 20)]
+    assert torch.equal(whole.indices, torch.cat([h.indices for h in halves]))
+
+
+@pytest.mark.parametrize("logits", ["distance", "linear", "cosine"])
+@pytest.mark.parametrize(("num_codes", "code_dim"), [(64, 8), (256, 32), (1024, 256), (8192, 64), (8192, 256)])
+def test_fresh_reg_vq_neither_samples_at_random_nor_ignores_its_noise(
+    logits: str, num_codes: int, code_dim: int
+) -> None:
+    torch.manual_seed(0)
+    quantizer = RegularizedQuantizer(num_codes, code_dim, logits=logits, mask_ratio=1.0)
+    z = torch.randn(4, code_dim, 8, 8)
+    out = quantizer(z, seed())
+    assert 0.2 < float(out.metrics["perturbed"]) < 0.95
+    # Random codes would lie at rank N/2 of the row's logits on average; sampled ones lie near the top.
+    rows = quantizer._to_rows(z)
+    rows = torch.nn.functional.normalize(rows, dim=1) if logits == "cosine" else rows
+    scores = quantizer.proj(rows) if logits == "linear" else rows @ quantizer.codes().t()
+    rank = (scores > scores.gather(1, out.indices.view(-1, 1))).float().sum(1)
+    assert float(rank.mean()) < 0.1 * num_codes
+
+
+def test_no_fresh_code_is_nearest_to_every_small_input() -> None:
+    quantizer = RegularizedQuantizer(256, 32).eval()
+    out = quantizer(0.01 * torch.randn(8, 32, 8, 8))
+    assert len(out.indices.unique()) > 100
+
+
+@pytest.mark.parametrize(("scope", "groups"), [("image", 3), ("batch", 1), ("global", 1)])
+def test_reg_vq_loss_is_the_weighted_kl_of_its_scope(scope: str, groups: int) -> None:
+    quantizer = RegularizedQuantizer(N, D, prior_weight=0.5, prior_scope=scope, mask_ratio=0)
+    out = quantizer(maps())
+    posterior = vector_quantize(
+        quantizer._to_rows(maps()), quantizer.codes(), scale=quantizer.scale, groups=groups
+    ).posterior
+    torch.testing.assert_close(out.loss, 0.5 * prior_kl(posterior))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask_ratio": 1.5}, "mask_ratio must be between 0 and 1, got 1.5"),
+        ({"tau": 0.0}, "tau must be greater than 0, got 0"),
+        ({"logit_std": -1.0}, "logit_std must be greater than 0, got -1"),
+        ({"prior_weight": -0.1}, "prior_weight must not be negative, got -0.1"),
+        ({"logits": "dot"}, "logits must be .*, got 'dot'"),
+    ],
+)
+def test_reg_vq_refuses_bad_settings(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RegularizedQuantizer(N, D, **arguments)
+
+
+# ------------------------------------------------------------------------------------------------------ baselines
+
+
+def test_vq_gan_gradient_is_the_identity_and_its_loss_the_textbook_one() -> None:
+    quantizer = NearestQuantizer(N, D, commitment=0.25)
+    z = maps().requires_grad_()
+    out = quantizer(z)
+    weight = torch.randn_like(out.quantized)
+    (gradient,) = torch.autograd.grad((out.quantized * weight).sum(), z, retain_graph=True)
+    assert torch.equal(gradient, weight)
+    codes = quantizer.lookup(out.indices).detach()
+    loss_z, loss_codes = torch.autograd.grad(out.loss, (z, quantizer.embedding.weight))
+    torch.testing.assert_close(loss_z, 0.25 * 2 * (z - codes).detach() / z.numel())
+    expected = torch.zeros(N, D)
+    difference = (codes - z.detach()).permute(0, 2, 3, 1).reshape(-1, D)
+    expected.index_add_(0, out.indices.view(-1), 2 * difference / z.numel())
+    torch.testing.assert_close(loss_codes, expected)
+
+
+def test_vq_vae_codes_become_the_means_of_their_rows() -> None:
+    quantizer = EMAQuantizer(2, 1, decay=0.0, dead_threshold=0.0)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+    quantizer(torch.tensor([-3.0, -2.0, 4.0, 5.0]).view(1, 1, 2, 2), seed())
+    torch.testing.assert_close(quantizer.embedding.weight.detach(), torch.tensor([[-2.5], [4.5]]))
+    assert not quantizer.embedding.weight.requires_grad
+
+
+def test_vq_vae_moves_dead_codes_to_encoder_outputs_and_leaves_live_ones() -> None:
+    quantizer = EMAQuantizer(3, 1, decay=0.5, dead_threshold=0.1)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([[0.0], [10.0], [1000.0]]))
+        quantizer.start_from_embedding()
+    z = torch.tensor([0.0, 1.0, 9.0, 10.0]).view(1, 1, 2, 2)
+    for step in range(6):
+        quantizer(z, seed(step))
+    codes = quantizer.embedding.weight.detach().view(-1)
+    assert codes.max() <= 10
+    assert len(quantizer(z, seed()).indices.unique()) >= 2
+
+
+def test_vq_vae_fresh_codebook_is_initialised_by_its_first_batch() -> None:
+    quantizer = EMAQuantizer(N, D)
+    z = 5 + maps()
+    quantizer(z, seed())
+    distance = torch.cdist(quantizer.embedding.weight.detach(), quantizer._to_rows(z)).min(1).values
+    assert float((distance < 1e-5).float().mean()) > 0.6
+    quantizer(z, seed(8))
+    assert len(quantizer(z, seed(9)).indices.unique()) > 0.8 * N
+
+
+def test_vq_vae_keeps_codes_that_were_loaded() -> None:
+    codes = torch.randn(N, D)
+    quantizer = EMAQuantizer(N, D, decay=0.99)
+    quantizer.load_state_dict({"embedding.weight": codes}, strict=False)
+    quantizer(maps(), seed())
+    # A step of the average at most (at share 60 / 60 it would be a fifth of the way), not a replacement.
+    assert float((quantizer.embedding.weight.detach() - codes).norm(dim=1).max()) < 1.0
+    assert float((quantizer.embedding.weight.detach() - codes).norm(dim=1).median()) < 0.1
+
+
+def test_gumbel_vq_anneals_its_temperature_without_recompiling() -> None:
+    torch._dynamo.reset()
+    quantizer = GumbelQuantizer(N, D, tau_start=1.0, tau_end=0.25)
+    compiled = torch.compile(quantizer, backend="eager", fullgraph=True)
+    taus = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for fraction in (0.0, 0.5, 1.0):
+            quantizer.set_progress(fraction)
+            taus.append(float(compiled(maps(), seed()).metrics["tau"]))
+    assert taus == pytest.approx([1.0, 0.5, 0.25])
+
+
+def test_gumbel_vq_samples_every_position_as_torch_does_and_has_the_kl_of_its_softmax() -> None:
+    quantizer = GumbelQuantizer(N, D, kl_weight=1.0)
+    z = maps()
+    out = quantizer(z, seed())
+    assert out.mask.all()
+    p = quantizer.proj(quantizer._to_rows(z)).softmax(1)
+    expected = (p * (p * N).log()).sum(1).mean()
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("build", [NearestQuantizer, EMAQuantizer, GumbelQuantizer, RegularizedQuantizer])
+def test_an_empty_codebook_is_refused(build: type[Quantizer]) -> None:
+    with pytest.raises(ValueError, match="num_codes and code_dim must be at least 1, got 0 and 8"):
+        build(0, 8)
