@@ -1,0 +1,116 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regvq_fast.losses import ProbabilisticContrastiveLoss, ReconstructionLoss
+from regvq_fast.ops.reference import weighted_info_nce_reference
+
+SEED = torch.tensor(4)
+
+
+def feature_maps(seed: int, sizes: tuple[int, ...] = (8, 4)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 6, s, s, generator=generator, dtype=torch.float64).float() for s in sizes]
+
+
+def rows(x: Tensor) -> Tensor:
+    return F.normalize(x.flatten(2).mT, dim=2)
+
+
+def test_dense_loss_is_equation_3_averaged_over_layers_images_and_places() -> None:
+    original, reconstruction = feature_maps(0), feature_maps(1)
+    perturbation = torch.rand(2, 2, 2)
+    loss = ProbabilisticContrastiveLoss(num_patches=None)(original, reconstruction, perturbation, SEED)
+    expected = []
+    for x, z in zip(original, reconstruction, strict=True):
+        weight = perturbation.repeat_interleave(x.shape[2] // 2, 1).repeat_interleave(x.shape[3] // 2, 2).flatten(1)
+        weight = weight / weight.sum(1, keepdim=True)
+        expected.append(weighted_info_nce_reference(rows(x), rows(z), weight).mean())
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+def test_unweighted_loss_is_vanilla_contrastive_learning_whatever_the_perturbation() -> None:
+    original, reconstruction = feature_maps(0, (4,)), feature_maps(1, (4,))
+    module = ProbabilisticContrastiveLoss(weighted=False, num_patches=None)
+    expected = weighted_info_nce_reference(rows(original[0]), rows(reconstruction[0])).mean()
+    for perturbation in (torch.zeros(2, 2, 2), torch.rand(2, 2, 2)):
+        torch.testing.assert_close(module(original, reconstruction, perturbation, SEED), expected)
+
+
+def test_sampled_places_are_the_same_in_both_images_and_drawn_once() -> None:
+    # Features that tell their place: the loss of identical maps is small only if the places agree.
+    place = torch.eye(64).view(1, 64, 8, 8).expand(2, -1, -1, -1).contiguous()
+    module = ProbabilisticContrastiveLoss(weighted=False, num_patches=32)
+    assert float(module([place], [place], torch.zeros(2, 2, 2), SEED)) < 1e-4
+    assert float(module([place], [place.flip(2)], torch.zeros(2, 2, 2), SEED)) > 1
+
+
+def test_sampling_estimates_the_dense_loss_and_depends_on_the_seed_alone() -> None:
+    original, reconstruction = feature_maps(0, (16,)), feature_maps(1, (16,))
+    perturbation = torch.rand(2, 4, 4)
+    sampled = ProbabilisticContrastiveLoss(num_patches=64)
+    losses = torch.stack([sampled(original, reconstruction, perturbation, torch.tensor(s)) for s in range(20)])
+    again = sampled(original, reconstruction, perturbation, torch.tensor(0))
+    assert torch.equal(again, losses[0])
+    assert len(losses.unique()) == 20
+
+
+def test_an_images_places_do_not_depend_on_the_batch_it_comes_in() -> None:
+    original, reconstruction, perturbation = feature_maps(0), feature_maps(1), torch.rand(2, 2, 2)
+    module = ProbabilisticContrastiveLoss(num_patches=8)
+    whole = module(original, reconstruction, perturbation, SEED)
+    parts = [
+        module([x[i : i + 1] for x in original], [z[i : i + 1] for z in reconstruction], perturbation[i : i + 1], SEED, i)
+        for i in (0, 1)
+    ]
+    torch.testing.assert_close(whole, torch.stack(parts).mean())
+
+
+def test_only_the_reconstruction_gets_a_gradient_and_it_is_finite_without_perturbation() -> None:
+    original = [x.requires_grad_() for x in feature_maps(0)]
+    reconstruction = [z.requires_grad_() for z in feature_maps(1)]
+    loss = ProbabilisticContrastiveLoss(num_patches=8)(original, reconstruction, torch.zeros(2, 2, 2), SEED)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(x.grad is None for x in original)
+    assert all(z.grad is not None and torch.isfinite(z.grad).all() and z.grad.abs().sum() > 0 for z in reconstruction)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"num_patches": 1}, "at least 2"), ({"tau": 0.0}, "got 0")])
+def test_bad_settings_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProbabilisticContrastiveLoss(**arguments)
+
+
+class _Features(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        self.calls += 1
+        return [images, F.avg_pool2d(images, 2)]
+
+
+def test_reconstruction_loss_sums_its_weighted_terms_and_skips_those_of_weight_0() -> None:
+    class Distance(torch.nn.Module):
+        def forward(self, x: list[Tensor], y: list[Tensor]) -> Tensor:
+            return (x[0] - y[0]).square().mean((1, 2, 3))
+
+    x, y = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    arguments = (x, y, torch.rand(2, 2, 2), SEED)
+    shared, own = _Features(), _Features()
+    contrastive = ProbabilisticContrastiveLoss()
+    full = ReconstructionLoss(shared, Distance(), contrastive, l1_weight=2, perceptual_weight=3, contrastive_weight=5)
+    loss, terms = full(*arguments)
+    torch.testing.assert_close(loss, 2 * terms["l1"] + 3 * terms["perceptual"] + 5 * terms["contrastive"])
+    torch.testing.assert_close(terms["l1"], (x - y).abs().mean())
+    assert shared.calls == 2
+
+    with_own = ReconstructionLoss(shared, Distance(), contrastive, own)
+    assert set(with_own(*arguments)[1]) == {"l1", "perceptual", "contrastive"}
+    assert (shared.calls, own.calls) == (4, 2)
+    pixels = ReconstructionLoss(shared, Distance(), contrastive, perceptual_weight=0, contrastive_weight=0)
+    assert set(pixels(*arguments)[1]) == {"l1"}
+    assert shared.calls == 4

@@ -1,0 +1,138 @@
+"""The ops as ``torch.library`` citizens: opcheck, torch.compile without a break or a recompilation, autocast."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from vq_cases import LOGITS, SEED, assert_same, copy_leaves, make_inputs, outputs_and_gradients
+
+from regvq_fast.ops import assign_codes, vector_quantize, weighted_info_nce
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Graphs of other tests neither count nor slow this one down."""
+    torch._dynamo.reset()
+
+
+def features(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 6, 4, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    return query, key, torch.rand(2, 6, generator=generator)
+
+
+@pytest.mark.parametrize("codebook_grad", ["soft", "hard"])
+@pytest.mark.parametrize("mask", ["no mask", "random"])
+@pytest.mark.parametrize("logits", LOGITS)
+def test_opcheck_vector_quantize(logits, mask, codebook_grad):
+    inputs = make_inputs(logits, mask, 8, 5, 3, torch.float32)
+    tensors = [inputs.get(name) for name in ("x", "codebook", "weight", "bias", "mask", "seed")]
+    tau = torch.tensor(0.9)
+    torch.library.opcheck(torch.ops.regvq.vector_quantize, (*tensors, tau, 1.5, 7, 2, codebook_grad))
+    detached = [None if t is None else t.detach() for t in tensors]
+    grads = torch.randn(8, 3), torch.randn(2, 5)
+    indices = torch.zeros(8, dtype=torch.int64)
+    for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            torch.ops.regvq.vector_quantize_backward,
+            (*grads, *detached, indices, tau, 1.5, 7, codebook_grad, needs_x, needs_codes),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_the_other_ops(dtype):
+    torch.library.opcheck(torch.ops.regvq.assign_codes, (torch.randn(8, 3).to(dtype), torch.randn(5, 3).to(dtype)))
+    query, key, weight = features(dtype)
+    for w in (None, weight):
+        torch.library.opcheck(torch.ops.regvq.weighted_info_nce, (query, key, w, 0.07))
+        detached = (torch.rand(2, 6), query.detach(), key.detach(), w, torch.rand(2, 6) + 5, 0.07)
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(torch.ops.regvq.weighted_info_nce_backward, (*detached, *needs))
+
+
+def training_step(inputs, tau, groups=2):
+    """Quantizer between ordinary PyTorch on both sides, as in a model."""
+    x, codebook = inputs["x"] * 1.5, inputs["codebook"]
+    output = vector_quantize(x, codebook, mask=inputs["mask"], seed=inputs["seed"], tau=tau, groups=groups)
+    prior = (output.posterior * output.posterior.clamp(min=1e-9).log()).sum()
+    contrast = weighted_info_nce(x.unflatten(0, (2, -1)), output.quantized.unflatten(0, (2, -1)))
+    return output.quantized.square().sum() + prior + contrast.sum(), output.indices, assign_codes(x, codebook)
+
+
+def step_and_gradients(step, inputs, tau):
+    loss, *indices = step(inputs, tau)
+    return [loss.detach(), *torch.autograd.grad(loss, (inputs["x"], inputs["codebook"])), *indices]
+
+
+def assert_close(results, expected):
+    for value, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
+
+
+def test_inductor_compiles_a_whole_training_step_and_agrees_with_eager():
+    inputs = make_inputs(num_rows=20, dtype=torch.float32)
+    tau = torch.tensor(0.7)
+    compiled = torch.compile(training_step, fullgraph=True)
+    assert_close(step_and_gradients(compiled, inputs, tau), step_and_gradients(training_step, inputs, tau))
+    transposed = inputs | {
+        name: inputs[name].detach().t().contiguous().t().requires_grad_() for name in ("x", "codebook")
+    }
+    assert_close(step_and_gradients(compiled, transposed, tau), step_and_gradients(training_step, inputs, tau))
+
+
+def test_neither_tau_nor_the_seed_nor_the_number_of_rows_recompiles():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(training_step, fullgraph=True, backend=counter)
+    for num_rows, tau, seed in ((20, 0.9, 3), (20, 0.5, 4), (34, 0.4, 5), (48, 0.3, 6)):
+        inputs = make_inputs(num_rows=num_rows, dtype=torch.float32) | {"seed": torch.tensor(seed)}
+        for name in ("x", "mask"):
+            torch._dynamo.mark_dynamic(inputs[name], 0)
+        temperature = torch.tensor(tau)
+        results = step_and_gradients(compiled, inputs, temperature)
+        assert_close(results, step_and_gradients(training_step, inputs, temperature))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_gives_the_fp32_result_of_the_rounded_inputs(compiled):
+    inputs = make_inputs("linear with bias", dtype=torch.bfloat16)
+    query, key, weight = features(torch.bfloat16)
+
+    def step(inputs, query, key):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = vector_quantize(**inputs)
+            nearest = assign_codes(inputs["x"], inputs["codebook"])
+            return output, nearest, weighted_info_nce(query, key, weight)
+
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    output, nearest, loss = run(inputs, query, key)
+    single = copy_leaves(inputs, torch.float32)
+    expected = vector_quantize(**single)
+    for name, value in output._asdict().items():
+        assert torch.equal(value, getattr(expected, name)), name
+    assert output.quantized.dtype == torch.float32
+    assert torch.equal(nearest, assign_codes(single["x"], single["codebook"]))
+    assert torch.equal(loss, weighted_info_nce(query.float(), key.float(), weight))
+
+    # Gradients come back in the inputs' own type, rounded once.
+    (gradient,) = torch.autograd.grad(output.quantized.sum() + output.posterior.square().sum(), inputs["x"])
+    (true,) = torch.autograd.grad(expected.quantized.sum() + expected.posterior.square().sum(), single["x"])
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.float(), true, rtol=2**-8, atol=1e-5)
+
+
+def test_the_ops_run_under_inference_mode():
+    inputs = make_inputs(dtype=torch.float32)
+    with torch.inference_mode():
+        output = vector_quantize(**inputs)
+    assert torch.equal(output.indices, vector_quantize(**inputs).indices)
+    assert SEED.item() == inputs["seed"].item()
+
+
+def test_meta_tensors_give_shapes_without_computing():
+    inputs = {name: value.detach().to("meta") for name, value in make_inputs(dtype=torch.float16).items()}
+    output = vector_quantize(**inputs, groups=3)
+    assert [tuple(value.shape) for value in output] == [(24, 5), (3, 11), (24,), (24,), (24,)]
+    assert output.quantized.dtype == torch.float16
+    assert output.posterior.dtype == torch.float32
+    real = outputs_and_gradients(vector_quantize, make_inputs(dtype=torch.float32), groups=3)
+    assert_same({"indices": real["indices"]}, {"indices": vector_quantize(**make_inputs(dtype=torch.float32)).indices})

@@ -1,0 +1,164 @@
+"""Every documented error of the ops, each with the value that caused it in its message, before anything is computed."""
+
+import re
+
+import pytest
+import torch
+
+from regvq_fast.ops import assign_codes, vector_quantize, weighted_info_nce
+
+SEED = torch.tensor(1)
+MASK = torch.ones(6, dtype=torch.bool)
+NAN = float("nan")
+
+
+def with_value(shape, place, value):
+    tensor = torch.zeros(shape)
+    tensor[place] = value
+    return tensor
+
+
+# Arguments that replace good ones, the error, and what its message must hold.
+QUANTIZE = {
+    "x is a list": ({"x": [[1.0]]}, TypeError, "x must be a tensor, got list"),
+    "x is integer": ({"x": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "x must be floating point.*torch.int64"),
+    "x is a vector": ({"x": torch.zeros(4)}, ValueError, r"x must have .*\(4,\)"),
+    "x is a number": ({"x": torch.zeros(())}, ValueError, r"x must have .*\(\)"),
+    "codebook is flat": ({"codebook": torch.zeros(4)}, ValueError, r"codebook must have 2 dim.*\(4,\)"),
+    "codebook has other D": ({"codebook": torch.zeros(5, 3)}, ValueError, r"codebook must have 4 .*\(5, 3\)"),
+    "codebook has no codes": ({"codebook": torch.zeros(0, 4)}, ValueError, r"codebook has no codes.*\(0, 4\)"),
+    "no channels": ({"x": torch.zeros(6, 0), "codebook": torch.zeros(5, 0)}, ValueError, r"no channels.*\(5, 0\)"),
+    "codebook in another type": (
+        {"codebook": torch.zeros(5, 4, dtype=torch.float16)},
+        TypeError,
+        "codebook is torch.float16 but x torch.float32",
+    ),
+    "codebook on another device": (
+        {"codebook": torch.zeros(5, 4, device="meta")},
+        ValueError,
+        "codebook is on meta but x on cpu",
+    ),
+    "weight of other shape": ({"weight": torch.zeros(7, 4)}, ValueError, r"weight \(7, 4\) and codebook \(5, 4\)"),
+    "weight of other D": ({"weight": torch.zeros(5, 2)}, ValueError, r"weight must have 4 .*\(5, 2\)"),
+    "weight in another type": ({"weight": torch.zeros(5, 4).double()}, TypeError, "weight is torch.float64 but x"),
+    "weight on another device": ({"weight": torch.zeros(5, 4, device="meta")}, ValueError, "weight is on meta"),
+    "bias without weight": ({"bias": torch.zeros(5)}, ValueError, "bias belongs to linear logits"),
+    "bias of other length": (
+        {"weight": torch.zeros(5, 4), "bias": torch.zeros(4)},
+        ValueError,
+        r"bias must have 5 .*\(4,\)",
+    ),
+    "bias in another type": (
+        {"weight": torch.zeros(5, 4), "bias": torch.zeros(5).bfloat16()},
+        TypeError,
+        "bias is torch.bfloat16 but x torch.float32",
+    ),
+    "mask without seed": ({"mask": MASK}, ValueError, "mask without seed"),
+    "mask is a list": ({"mask": [True] * 6, "seed": SEED}, TypeError, "mask must be a tensor, got list"),
+    "mask is float": ({"mask": MASK.float(), "seed": SEED}, TypeError, "mask must be bool, got torch.float32"),
+    "mask of other shape": (
+        {"mask": MASK[:5], "seed": SEED},
+        ValueError,
+        r"mask must have the leading shape of x, \(6,\), got \(5,\)",
+    ),
+    "mask on another device": ({"mask": MASK.to("meta"), "seed": SEED}, ValueError, "mask is on meta but x on cpu"),
+    "seed is a number": ({"mask": MASK, "seed": 3}, TypeError, "seed must be a 0-dim int64 tensor, got 3"),
+    "seed has a dimension": ({"mask": MASK, "seed": SEED[None]}, TypeError, r"seed must be .*tensor\(\[1\]\)"),
+    "seed is int32": ({"mask": MASK, "seed": SEED.int()}, TypeError, "seed must be .*int32"),
+    "seed on another device": ({"mask": MASK, "seed": SEED.to("meta")}, ValueError, "seed is on meta but x on cpu"),
+    "scale 0": ({"scale": 0.0}, ValueError, "scale must be greater than 0, got 0.0"),
+    "scale nan": ({"scale": NAN}, ValueError, "scale must be greater than 0, got nan"),
+    "tau 0": ({"tau": 0.0}, ValueError, "tau must be greater than 0, got 0.0"),
+    "tau negative": ({"tau": -0.5}, ValueError, "tau must be greater than 0, got -0.5"),
+    "tau nan": ({"tau": NAN}, ValueError, "tau must be greater than 0, got nan"),
+    "groups 0": ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),
+    "more groups than rows": ({"groups": 7}, ValueError, "more groups than rows: groups=7, rows=6"),
+    "groups that don't divide": ({"groups": 4}, ValueError, "groups=4, rows=6"),
+    "unknown codebook_grad": ({"codebook_grad": "firm"}, ValueError, "codebook_grad must be one of .*got 'firm'"),
+    "unknown impl": ({"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
+    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' has no kernels yet"),
+    "nan in x": ({"x": with_value((6, 4), (2, 3), NAN)}, ValueError, r"x has 1 non-finite.*nan at \(2, 3\)"),
+    "inf in codebook": (
+        {"codebook": with_value((5, 4), (slice(1, 3), 2), float("inf"))},
+        ValueError,
+        r"codebook has 2 non-finite.*inf at \(1, 2\)",
+    ),
+    "nan in weight": ({"weight": with_value((5, 4), (4, 0), NAN)}, ValueError, r"weight has 1 .*nan at \(4, 0\)"),
+    "-inf in bias": (
+        {"weight": torch.zeros(5, 4), "bias": with_value((5,), 3, -float("inf"))},
+        ValueError,
+        r"bias has 1 .*-inf at \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZE)
+def test_vector_quantize_names_what_is_wrong(case):
+    changed, error, message = QUANTIZE[case]
+    with pytest.raises(error, match=message):
+        vector_quantize(**{"x": torch.zeros(6, 4), "codebook": torch.zeros(5, 4)} | changed)
+
+
+ASSIGN = {
+    "x is a list": ({"x": [[1.0]]}, TypeError, "x must be a tensor, got list"),
+    "x is integer": ({"x": torch.zeros(6, 4, dtype=torch.int32)}, TypeError, "x must be floating point.*torch.int32"),
+    "codebook has other D": ({"codebook": torch.zeros(5, 3)}, ValueError, r"codebook must have 4 .*\(5, 3\)"),
+    "codebook has no codes": ({"codebook": torch.zeros(0, 4)}, ValueError, r"codebook has no codes.*\(0, 4\)"),
+    "no channels": ({"x": torch.zeros(6, 0), "codebook": torch.zeros(5, 0)}, ValueError, r"no channels.*\(5, 0\)"),
+    "codebook in another type": ({"codebook": torch.zeros(5, 4).half()}, TypeError, "codebook is torch.float16"),
+    "codebook on another device": ({"codebook": torch.zeros(5, 4, device="meta")}, ValueError, "codebook is on meta"),
+    "unknown impl": ({"impl": ""}, ValueError, "impl must be one of .*got ''"),
+    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' has no kernels yet"),
+    "nan in x": ({"x": with_value((6, 4), (5, 1), NAN)}, ValueError, r"x has 1 non-finite.*nan at \(5, 1\)"),
+    "nan in codebook": ({"codebook": with_value((5, 4), (0, 1), NAN)}, ValueError, r"codebook has 1 .*nan at \(0, 1\)"),
+}
+
+
+@pytest.mark.parametrize("case", ASSIGN)
+def test_assign_codes_names_what_is_wrong(case):
+    changed, error, message = ASSIGN[case]
+    with pytest.raises(error, match=message):
+        assign_codes(**{"x": torch.zeros(6, 4), "codebook": torch.zeros(5, 4)} | changed)
+
+
+CONTRAST = {
+    "query is a list": ({"query": [1.0]}, TypeError, "query must be a tensor, got list"),
+    "query is integer": (
+        {"query": torch.zeros(2, 3, 4, dtype=torch.int64)},
+        TypeError,
+        "query must be floating.*int64",
+    ),
+    "query is flat": ({"query": torch.zeros(3, 4)}, ValueError, r"query must have 3 dimension.*\(3, 4\)"),
+    "other shapes": ({"key": torch.zeros(2, 5, 4)}, ValueError, r"query \(2, 3, 4\) and key \(2, 5, 4\)"),
+    "key in another type": ({"key": torch.zeros(2, 3, 4).half()}, TypeError, "key is torch.float16 but query"),
+    "key on another device": ({"key": torch.zeros(2, 3, 4, device="meta")}, ValueError, "key is on meta but query"),
+    "weight is integer": ({"weight": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "weight must be floating.*int64"),
+    "weight of other shape": ({"weight": torch.ones(3, 2)}, ValueError, r"weight must have .*\(2, 3\), got \(3, 2\)"),
+    "weight on another device": ({"weight": torch.ones(2, 3, device="meta")}, ValueError, "weight is on meta"),
+    "weight negative": ({"weight": with_value((2, 3), (1, 1), -0.25)}, ValueError, "must not be negative, got -0.25"),
+    "tau 0": ({"tau": 0}, ValueError, "tau must be greater than 0, got 0"),
+    "tau negative": ({"tau": -1.0}, ValueError, "tau must be greater than 0, got -1.0"),
+    "unknown impl": ({"impl": "fast"}, ValueError, "impl must be one of .*got 'fast'"),
+    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' has no kernels yet"),
+    "nan in query": ({"query": with_value((2, 3, 4), (1, 2, 0), NAN)}, ValueError, r"query has 1 .*nan at \(1, 2, 0\)"),
+    "inf in key": (
+        {"key": with_value((2, 3, 4), (0, 0, 3), float("inf"))},
+        ValueError,
+        r"key has 1 non-finite.*inf at \(0, 0, 3\)",
+    ),
+    "nan in weight": ({"weight": with_value((2, 3), (0, 2), NAN)}, ValueError, r"weight has 1 .*nan at \(0, 2\)"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRAST)
+def test_weighted_info_nce_names_what_is_wrong(case):
+    changed, error, message = CONTRAST[case]
+    with pytest.raises(error, match=message):
+        weighted_info_nce(**{"query": torch.zeros(2, 3, 4), "key": torch.zeros(2, 3, 4)} | changed)
+
+
+def test_under_autocast_types_may_differ_but_fp64_needs_fp64():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vector_quantize(torch.zeros(6, 4).half(), torch.zeros(5, 4)).quantized.dtype == torch.float32
+        with pytest.raises(TypeError, match=re.escape("codebook is torch.float64 but x torch.float32")):
+            vector_quantize(torch.zeros(6, 4), torch.zeros(5, 4).double())

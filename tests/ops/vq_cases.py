@@ -1,0 +1,88 @@
+"""Inputs for ``vector_quantize`` and its reference, and every output and gradient of a call: shared by its tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAVES = ("x", "codebook", "weight", "bias")
+LOGITS = ("distance", "linear", "linear with bias")
+MASKS = ("no mask", "all", "random")
+SEED = torch.tensor(1234567890123456789)
+
+
+def make_inputs(
+    logits: str = "distance",
+    mask: str = "random",
+    num_rows: int = 24,
+    num_codes: int = 11,
+    width: int = 5,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword arguments of the op; floating-point tensors are leaves that require a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    inputs: dict[str, Any] = {"x": leaf(num_rows, width), "codebook": leaf(num_codes, width)}
+    if logits != "distance":
+        inputs["weight"] = leaf(num_codes, width)
+    if logits == "linear with bias":
+        inputs["bias"] = leaf(num_codes)
+    if mask != "no mask":
+        random = torch.rand(num_rows, generator=generator) < 0.5
+        inputs |= {"mask": random if mask == "random" else torch.ones_like(random), "seed": SEED}
+    return inputs
+
+
+def copy_leaves(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same inputs with new leaves of another type."""
+    return inputs | {
+        name: inputs[name].detach().to(dtype).requires_grad_(inputs[name].requires_grad)
+        for name in LEAVES
+        if inputs.get(name) is not None
+    }
+
+
+def upstream(num_rows: int, width: int, groups: int, num_codes: int, seed: int = 99) -> tuple[Tensor, Tensor]:
+    """Gradients of ``quantized`` and ``posterior``; the latter's scale makes both matter."""
+    generator = torch.Generator().manual_seed(seed)
+    grad_quantized = torch.randn(num_rows, width, generator=generator, dtype=torch.float64)
+    grad_posterior = torch.randn(groups, num_codes, generator=generator, dtype=torch.float64) * num_rows / groups
+    return grad_quantized, grad_posterior
+
+
+def outputs_and_gradients(
+    op: Callable[..., Any], inputs: dict[str, Any], use: tuple[str, ...] = ("quantized", "posterior"), **settings: Any
+) -> dict[str, Tensor]:
+    """Named outputs of ``op`` and, as "d x" and so on, the gradients of its leaves (zero where there is none)."""
+    output = op(**inputs, **settings)
+    x, codebook = inputs["x"], inputs["codebook"]
+    results = {name: getattr(output, name).detach() for name in output._fields}
+    grads = upstream(x.shape[:-1].numel(), x.shape[-1], settings.get("groups", 1), codebook.shape[0])
+    loss = torch.zeros((), dtype=torch.float64)
+    for name, grad in zip(("quantized", "posterior"), grads, strict=True):
+        value = getattr(output, name)
+        if name in use:
+            loss = loss + (value.double() * grad.reshape(value.shape)).sum()
+    leaves = [name for name in LEAVES if inputs.get(name) is not None and inputs[name].requires_grad]
+    gradients = torch.autograd.grad(loss, [inputs[name] for name in leaves], allow_unused=True)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        results[f"d {name}"] = torch.zeros_like(inputs[name]) if gradient is None else gradient
+    return results
+
+
+def assert_same(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Equal integers; floats within ``tolerance`` of the tensor's largest magnitude (or of 1)."""
+    assert results.keys() == expected.keys()
+    for name, value in results.items():
+        other = expected[name]
+        assert value.shape == other.shape, name
+        if value.is_floating_point():
+            atol = tolerance * max(1.0, float(other.abs().max()) if other.numel() else 0.0)
+            torch.testing.assert_close(value, other, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert torch.equal(value, other), name

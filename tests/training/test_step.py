@@ -1,0 +1,137 @@
+"""One training step against the textbook: separate backward passes through everything."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.losses import ReconstructionLoss, hinge_discriminator_loss, hinge_generator_loss
+from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
+from regvq_fast.losses.perceptual import LPIPS
+from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
+from regvq_fast.quantizers import NearestQuantizer, RegularizedQuantizer
+from regvq_fast.training.precision import Precision
+from regvq_fast.training.step import VQGANStep
+
+FP32 = Precision(torch.device("cpu"), None, "test")
+LAYERS = ("relu1_2", "relu2_2")
+
+
+def build_parts(quantizer: str = "reg-vq") -> tuple[VQGAN, PatchDiscriminator, ReconstructionLoss]:
+    torch.manual_seed(0)
+    codebook = RegularizedQuantizer(16, 4) if quantizer == "reg-vq" else NearestQuantizer(16, 4)
+    model = VQGAN(codebook, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=4)
+    discriminator = PatchDiscriminator(filters=4, num_layers=1)
+    features = VGGFeatures("vgg16", LAYERS)
+    contrastive = ProbabilisticContrastiveLoss(num_patches=16)
+    loss = ReconstructionLoss(features, LPIPS(features), contrastive, contrastive_weight=0.1)
+    return model, discriminator, loss
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def gradients(*modules: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{i}.{name}": p.grad.clone()
+        for i, module in enumerate(modules)
+        for name, p in module.named_parameters()
+        if p.grad is not None
+    }
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Equal up to ``tolerance`` of the largest gradient: those of biases before a normalisation are rounding only."""
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        difference = float((actual[name] - value).abs().max())
+        assert difference <= tolerance * max(largest, 1e-6), f"{name}: {difference} of {largest}"
+
+
+def textbook(
+    model: VQGAN, discriminator: PatchDiscriminator, loss: ReconstructionLoss, batch: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """taming's computation: lambda by two walks from the losses to the last layer, then one sum, one backward."""
+    out = model(batch, seed)
+    reconstruction_loss, _ = loss(batch, out.reconstruction, out.quantizer.perturbation, seed)
+    discriminator.requires_grad_(False)
+    generator_loss = hinge_generator_loss(discriminator(out.reconstruction))
+    discriminator.requires_grad_(True)
+    (nll_grad,) = torch.autograd.grad(reconstruction_loss, model.last_layer, retain_graph=True)
+    (gan_grad,) = torch.autograd.grad(generator_loss, model.last_layer, retain_graph=True)
+    factor = (nll_grad.norm() / (gan_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
+    (reconstruction_loss + 0.8 * factor * generator_loss + out.quantizer.loss).backward()
+    hinge_discriminator_loss(discriminator(batch), discriminator(out.reconstruction.detach())).backward()
+    return reconstruction_loss, factor
+
+
+@pytest.mark.parametrize("quantizer", ["reg-vq", "vq-gan"])
+def test_step_equals_the_textbook_computation(quantizer: str) -> None:
+    parts = build_parts(quantizer)
+    copies = copy.deepcopy(parts)
+    batch, seed = images(), torch.tensor(3)
+    expected_loss, factor = textbook(*copies, batch, seed)
+    metrics, indices = VQGANStep(*parts, FP32)(batch, seed, adversarial=True)
+    torch.testing.assert_close(metrics["lambda"], factor, rtol=1e-4, atol=0)
+    torch.testing.assert_close(metrics["loss"] - metrics["quantizer"], expected_loss.detach(), rtol=1e-5, atol=1e-6)
+    assert indices.shape == (2, 8, 8)
+    actual, expected = gradients(*parts), gradients(*copies)
+    assert actual.keys() == expected.keys()
+    assert not any(name.startswith("2.") for name in actual), "the feature network must not collect gradients"
+    assert_same_gradients(actual, expected, 1e-5)
+
+
+def test_discriminator_costs_nothing_before_it_joins() -> None:
+    model, discriminator, loss = build_parts()
+    calls = []
+    discriminator.register_forward_hook(lambda *_: calls.append(1))
+    metrics, _ = VQGANStep(model, discriminator, loss, FP32)(images(), torch.tensor(0))
+    assert not calls
+    assert not gradients(discriminator)
+    assert "lambda" not in metrics
+
+
+def test_autoencoder_runs_forward_once_and_the_features_once_on_each_image() -> None:
+    model, discriminator, loss = build_parts()
+    calls = {"encoder": 0, "decoder": 0, "features": 0}
+    for name, module in (("encoder", model.encoder), ("decoder", model.decoder.mid), ("features", loss.features)):
+        module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    VQGANStep(model, discriminator, loss, FP32)(images(), torch.tensor(0), adversarial=True)
+    assert calls == {"encoder": 1, "decoder": 1, "features": 2}
+
+
+def test_loss_scale_scales_every_gradient_and_leaves_lambda_alone() -> None:
+    results = []
+    for scale in (1.0, 1024.0):
+        parts = build_parts()
+        metrics, _ = VQGANStep(*parts, FP32)(images(), torch.tensor(0), adversarial=True, loss_scale=scale)
+        results.append((metrics, gradients(*parts)))
+    (plain, small), (scaled, large) = results
+    torch.testing.assert_close(plain["lambda"], scaled["lambda"])
+    assert_same_gradients({name: value / 1024 for name, value in large.items()}, small, 1e-5)
+
+
+def test_parts_of_a_batch_draw_the_same_selection_as_the_whole() -> None:
+    batch = images(4)
+    model, discriminator, loss = build_parts()
+    step = VQGANStep(model, discriminator, loss, FP32)
+    _, whole = step(batch, torch.tensor(5))
+    parts = [step(batch[first : first + 2], torch.tensor(5), first_image=first)[1] for first in (0, 2)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_compiled_step_equals_the_eager_one_on_both_sides_of_disc_start() -> None:
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        parts = build_parts()
+        step = VQGANStep(*parts, FP32, compile=compiled)
+        # Twice on each side: several backward passes over compiled graphs must not share buffers.
+        metrics = [step(images(), torch.tensor(s), adversarial=s >= 2)[0] for s in range(4)]
+        results.append((metrics, gradients(*parts)))
+    (eager, eager_gradients), (compiled_metrics, compiled_gradients) = results
+    for a, b in zip(eager, compiled_metrics, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert_same_gradients(compiled_gradients, eager_gradients, 1e-3)
