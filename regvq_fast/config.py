@@ -35,12 +35,12 @@ class ModelConfig:
 
     ch: int = 32
     """Base width of encoder and decoder."""
-    ch_mult: tuple[int, ...] = (1, 2, 2, 4)
+    ch_mult: tuple[int, ...] = (1, 1, 2, 4)
     """Width of each level over the base; one down-sampling by 2 between levels."""
     num_res_blocks: int = 1
     """Residual blocks a level (the decoder has one more)."""
-    attn_resolutions: tuple[int, ...] = (8,)
-    """Resolutions with self-attention."""
+    attn_resolutions: tuple[int, ...] = ()
+    """Resolutions with self-attention in every block; the lowest one always has it once."""
     z_channels: int = 64
     """Width of the encoder's output."""
     dropout: float = 0.0

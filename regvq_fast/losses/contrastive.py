@@ -59,9 +59,7 @@ class ProbabilisticContrastiveLoss(nn.Module):
         ]
         return torch.stack(losses).mean()
 
-    def _layer(
-        self, layer: int, x: Tensor, z: Tensor, perturbation: Tensor, seed: Tensor, first_image: int
-    ) -> Tensor:
+    def _layer(self, layer: int, x: Tensor, z: Tensor, perturbation: Tensor, seed: Tensor, first_image: int) -> Tensor:
         batch, _, height, width = x.shape
         weight = F.interpolate(perturbation.detach().unsqueeze(1), size=(height, width), mode="nearest").flatten(1)
         query, key = x.flatten(2).mT, z.flatten(2).mT  # (B, L, C)

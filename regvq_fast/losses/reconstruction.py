@@ -51,16 +51,18 @@ class ReconstructionLoss(nn.Module):
         """
         l1 = F.l1_loss(reconstruction.float(), images)
         loss, terms = self.l1_weight * l1, {"l1": l1.detach()}
+        original: list[Tensor] = []
+        reconstructed: list[Tensor] = []
         shares_trunk = self.contrastive is not None and self.contrastive_features is None
-        maps: tuple[list[Tensor], list[Tensor]] | None = None
         if self.perceptual_weight > 0 or shares_trunk:
-            maps = self.features(images.detach()), self.features(reconstruction)
-        if self.perceptual_weight > 0 and maps is not None:
-            perceptual = self.perceptual(*maps).mean()
+            original, reconstructed = self.features(images.detach()), self.features(reconstruction)
+        if self.perceptual_weight > 0:
+            perceptual = self.perceptual(original, reconstructed).mean()
             loss, terms["perceptual"] = loss + self.perceptual_weight * perceptual, perceptual.detach()
         if self.contrastive is not None:
             if self.contrastive_features is not None:
-                maps = self.contrastive_features(images.detach()), self.contrastive_features(reconstruction)
-            contrastive = self.contrastive(*maps, perturbation, seed, first_image)
+                original = self.contrastive_features(images.detach())
+                reconstructed = self.contrastive_features(reconstruction)
+            contrastive = self.contrastive(original, reconstructed, perturbation, seed, first_image)
             loss, terms["contrastive"] = loss + self.contrastive_weight * contrastive, contrastive.detach()
         return loss, terms

@@ -41,7 +41,10 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
     """Raise unless ``value`` has the device and, autocast aside, the type of ``other``."""
     if value.device != other.device:
         raise ValueError(f"{name} is on {value.device} but {other_name} on {other.device}; move them to one device")
-    if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+    if value.dtype != other.dtype:
+        # Autocast makes fp32 of every type but fp64.
+        if torch.float64 not in (value.dtype, other.dtype) and torch.is_autocast_enabled(other.device.type):
+            return
         raise TypeError(f"{name} is {value.dtype} but {other_name} {other.dtype}; convert one of them")
 
 

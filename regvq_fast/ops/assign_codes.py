@@ -34,8 +34,8 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
     check_matrix("x", x, ndim=x.ndim if isinstance(x, Tensor) and x.ndim > 1 else 2)
     check_matrix("codebook", codebook, x.shape[-1])
     check_like("codebook", codebook, "x", x)
-    if codebook.shape[0] == 0:
-        raise ValueError("codebook has no codes, shape (0, D)")
+    if codebook.numel() == 0:
+        raise ValueError(f"codebook has no codes or no channels, shape {tuple(codebook.shape)}")
     resolve_impl(impl, x.device)
     indices = torch.ops.regvq.assign_codes(x.detach().reshape(-1, x.shape[-1]), codebook.detach())
     return indices.reshape(x.shape[:-1])
@@ -58,7 +58,7 @@ def _assign_codes(x: Tensor, codebook: Tensor) -> Tensor:
 
 @_assign_codes.register_fake
 def _(x: Tensor, codebook: Tensor) -> Tensor:
-    return x.new_empty(len(x), dtype=torch.int64)
+    return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
 for _device_type in ("cpu", "cuda"):

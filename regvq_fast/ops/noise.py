@@ -77,7 +77,7 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
     noise = torch.empty(len(rows), len(blocks), 4, dtype=torch.float32, device=rows.device)
     for i, word in enumerate(words):
         noise[..., i] = word
-    return gumbel_from_words(noise).view(len(rows), -1)[:, :num_codes]
+    return gumbel_from_words(noise).view(len(rows), 4 * len(blocks))[:, :num_codes]
 
 
 def row_words(seed: Tensor, rows: Tensor, stream: int) -> Tensor:

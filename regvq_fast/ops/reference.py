@@ -23,7 +23,7 @@ def vector_quantize_reference(
     mask: Tensor | None = None,
     seed: Tensor | None = None,
     row_offset: int = 0,
-    tau: float = 0.9,
+    tau: float | Tensor = 0.9,
     groups: int = 1,
     codebook_grad: CodebookGrad = "soft",
     noise: Tensor | None = None,
@@ -40,7 +40,7 @@ def vector_quantize_reference(
             assert seed is not None
             noise = gumbel_noise(seed, torch.arange(num_rows, device=x.device) + row_offset, num_codes).to(x.dtype)
         a = s + mask.unsqueeze(1) * noise
-        temperature = torch.where(mask, tau, 1.0).to(x.dtype).unsqueeze(1)
+        temperature = torch.where(mask, torch.as_tensor(tau, dtype=x.dtype, device=x.device), 1.0).unsqueeze(1)
     p = (a / temperature).softmax(1)
     indices, best_indices = a.argmax(1), s.argmax(1)
     hard = F.one_hot(indices, num_codes).to(x.dtype)

@@ -26,6 +26,8 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int) -> Tensor:
     Returns:
         (N, D) of the type of ``values``. Temporary memory: O(M * D).
     """
+    # In fp16 and bf16 a running sum stops growing at 2048 and 256.
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     order = indices.argsort(stable=True)
     counts = segment_counts(indices, num_segments)
-    return torch.segment_reduce(values[order], "sum", lengths=counts, axis=0, unsafe=True)
+    return torch.segment_reduce(values[order].to(dtype), "sum", lengths=counts, axis=0, unsafe=True).to(values.dtype)

@@ -148,8 +148,8 @@ def _check_arguments(
     check_matrix("x", x, ndim=x.ndim if isinstance(x, Tensor) and x.ndim > 1 else 2)
     check_matrix("codebook", codebook, x.shape[-1])
     check_like("codebook", codebook, "x", x)
-    if codebook.shape[0] == 0:
-        raise ValueError("codebook has no codes, shape (0, D)")
+    if codebook.numel() == 0:
+        raise ValueError(f"codebook has no codes or no channels, shape {tuple(codebook.shape)}")
     if weight is not None:
         check_matrix("weight", weight, x.shape[-1])
         check_like("weight", weight, "x", x)
@@ -161,6 +161,8 @@ def _check_arguments(
         check_matrix("bias", bias, codebook.shape[0], ndim=1)
         check_like("bias", bias, "x", x)
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         if mask.shape != x.shape[:-1]:
@@ -202,14 +204,15 @@ class _Logits:
         scale: float,
         dtype: torch.dtype,
     ) -> None:
-        self.codebook = codebook.to(dtype)  # [N, D]
+        # Contiguous, as the gradients are that take their layout from here: the fake kernels promise it.
+        self.codebook = codebook.to(dtype).contiguous()  # [N, D]
         self.is_distance = weight is None
         if weight is None:  # |x|^2 is constant in a row: it drops out of argmax and softmax
             self.keys = self.codebook
             self.factor = 2.0 * scale
             self.column = self.codebook.square().sum(1).mul_(-scale)  # [N]
         else:
-            self.keys = weight.to(dtype)
+            self.keys = weight.to(dtype).contiguous()
             self.factor = scale
             self.column = self.keys.new_zeros(len(self.keys)) if bias is None else bias.to(dtype)
 
@@ -280,7 +283,7 @@ def _(
     groups: int,
     codebook_grad: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_codes = len(x), len(codebook)
+    num_rows, num_codes = x.shape[0], codebook.shape[0]  # len() would fix a dynamic size
     indices = x.new_empty(num_rows, dtype=torch.int64)
     return (
         codebook.new_empty(num_rows, codebook.shape[1]),
@@ -410,7 +413,7 @@ def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyp
     if grad_quantized is None:
         if grad_posterior is None:
             return (None,) * 11
-        grad_quantized = codebook.new_zeros(len(x), codebook.shape[1])
+        grad_quantized = codebook.new_zeros(x.shape[0], codebook.shape[1])
     needs_x, *needs_codes = ctx.needs_input_grad[:4]
     grads = torch.ops.regvq.vector_quantize_backward(
         grad_quantized,

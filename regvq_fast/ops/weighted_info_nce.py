@@ -81,14 +81,15 @@ def weighted_info_nce(
 # ---------------------------------------------------------------------------------------------------- eager twin
 
 
-def _tiles(query: Tensor) -> list[tuple[int, slice]]:
-    """(image, consecutive rows) of every tile."""
+def _tiles(query: Tensor) -> list[tuple[slice, slice]]:
+    """(images, rows) of every tile: some rows of one image, or all rows of several small ones."""
     num_images, length, _ = query.shape
-    step = rows_per_tile(max(1, length))
+    row_step = rows_per_tile(max(1, length))
+    image_step = max(1, row_step // max(1, length))
     return [
-        (image, slice(start, min(start + step, length)))
-        for image in range(num_images)
-        for start in range(0, length, step)
+        (slice(image, min(image + image_step, num_images)), slice(start, min(start + row_step, length)))
+        for image in range(0, num_images, image_step)
+        for start in range(0, length, row_step)
     ]
 
 
@@ -96,8 +97,9 @@ def _log_factors(weight: Tensor | None, length: int, dtype: torch.dtype) -> tupl
     """Logarithms of the factors of positives (B, L) and negatives."""
     if weight is None:
         return None, 0.0
-    # A weight of 0 counts as the smallest normal number, so that the logarithm stays finite.
-    return weight.to(dtype).clamp(min=torch.finfo(dtype).tiny).log_(), -math.log(length)
+    # Without negatives a weight of 0 leaves nothing to sum: the smallest normal number keeps the logarithm finite.
+    smallest = torch.finfo(dtype).tiny if length == 1 else 0.0
+    return weight.to(dtype).clamp(min=smallest).log_(), -math.log(max(1, length))
 
 
 @torch.library.custom_op("regvq::weighted_info_nce", mutates_args=())
@@ -112,22 +114,22 @@ def _weighted_info_nce(query: Tensor, key: Tensor, weight: Tensor | None, tau: f
     log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
     loss = torch.empty(query.shape[:2], dtype=dtype, device=query.device)
     lse = torch.empty_like(loss)
-    for image, rows in _tiles(query):
-        a, diagonal = _similarities(query, key, image, rows, tau, dtype)
+    for images, rows in _tiles(query):
+        a, diagonal = _similarities(query, key, images, rows, tau, dtype)
         positive = diagonal.clone()
         if log_positive is not None:
-            diagonal += log_positive[image, rows] - log_negative
-        lse[image, rows] = a.logsumexp(1) + log_negative
-        loss[image, rows] = lse[image, rows] - positive
+            diagonal += log_positive[images, rows] - log_negative
+        lse[images, rows] = a.logsumexp(2) + log_negative
+        loss[images, rows] = lse[images, rows] - positive
     return loss, lse
 
 
 def _similarities(
-    query: Tensor, key: Tensor, image: int, rows: slice, tau: float, dtype: torch.dtype
+    query: Tensor, key: Tensor, images: slice, rows: slice, tau: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Similarities of some rows of an image over tau, (rows, L), and a view of their diagonal a_ii, (rows,)."""
-    a = torch.mm(query[image, rows].to(dtype) / tau, key[image].to(dtype).t())
-    return a, a.diagonal(rows.start)
+    """Similarities over tau, (images, rows, L), and a view of their diagonal a_ii, (images, rows)."""
+    a = torch.bmm(query[images, rows].to(dtype) / tau, key[images].to(dtype).mT)
+    return a, a.diagonal(rows.start, 1, 2)
 
 
 @_weighted_info_nce.register_fake
@@ -155,18 +157,18 @@ def _weighted_info_nce_backward(
     log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device) if needs_query else key.new_empty(0)
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device) if needs_key else key.new_empty(0)
-    for image, rows in _tiles(query):
-        a, diagonal = _similarities(query, key, image, rows, tau, dtype)
+    for images, rows in _tiles(query):
+        a, diagonal = _similarities(query, key, images, rows, tau, dtype)
         if log_positive is not None:
-            diagonal += log_positive[image, rows] - log_negative
-        a += (log_negative - lse[image, rows]).unsqueeze(1)
+            diagonal += log_positive[images, rows] - log_negative
+        a += (log_negative - lse[images, rows]).unsqueeze(2)
         a.exp_()
         diagonal -= 1
-        a *= (grad_loss[image, rows].to(dtype) / tau).unsqueeze(1)
+        a *= (grad_loss[images, rows].to(dtype) / tau).unsqueeze(2)
         if needs_query:
-            grad_query[image, rows] = (a @ key[image].to(dtype)).to(query.dtype)
+            grad_query[images, rows] = torch.bmm(a, key[images].to(dtype)).to(query.dtype)
         if needs_key:
-            grad_key[image].addmm_(a.t(), query[image, rows].to(dtype))
+            grad_key[images].baddbmm_(a.mT, query[images, rows].to(dtype))
     return grad_query, grad_key.to(key.dtype)
 
 

@@ -77,7 +77,7 @@ class EMAQuantizer(Quantizer):
         dead = (self.cluster_share < self.dead_threshold * uniform).unsqueeze(1)
         # A random row a code, no row twice while there are enough.
         numbers = torch.arange(len(rows), device=rows.device)
-        order = row_words(seed, numbers, stream=1).argsort()
+        order = row_words(seed, numbers, stream=2).argsort()
         candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
         self.cluster_sum.copy_(torch.where(dead, candidates * uniform, self.cluster_sum))
         self.cluster_share.copy_(torch.where(dead.squeeze(1), uniform, self.cluster_share))

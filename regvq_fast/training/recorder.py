@@ -57,7 +57,11 @@ class Recorder:
             {
                 **dataclasses.asdict(config),
                 "facts": dict(facts),
-                "versions": {"regvq_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+                "versions": {
+                    "regvq_fast": __version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
             },
         )
         for name, value in facts.items():

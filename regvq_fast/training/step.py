@@ -8,8 +8,8 @@ they give that layer's two weight gradients, whose norms balance the groups; the
 decoder and encoder.
 """
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn

@@ -4,6 +4,7 @@ import math
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from regvq_fast.evaluation.pictures import (
     save_usage_histogram,
 )
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.training.build import build_discriminator, build_model, build_reconstruction_loss, choose_device
 from regvq_fast.training.optimization import average_weights, build_optimizer, learning_rate
 from regvq_fast.training.precision import choose_precision
@@ -172,9 +174,9 @@ class VQGANTask:
     # -------------------------------------------------------------------------------------- evaluation and pictures
 
     @property
-    def eval_model(self) -> torch.nn.Module:
+    def eval_model(self) -> VQGAN:
         """The model that is judged and saved: the averaged weights where there are any."""
-        return (self.model if self.average is None else self.average.module).eval()
+        return cast(VQGAN, self.model if self.average is None else self.average.module).eval()
 
     def save_reconstructions(self, path: Path) -> None:
         """Grid of validation images and their reconstructions."""

@@ -61,7 +61,9 @@ def test_an_images_places_do_not_depend_on_the_batch_it_comes_in() -> None:
     module = ProbabilisticContrastiveLoss(num_patches=8)
     whole = module(original, reconstruction, perturbation, SEED)
     parts = [
-        module([x[i : i + 1] for x in original], [z[i : i + 1] for z in reconstruction], perturbation[i : i + 1], SEED, i)
+        module(
+            [x[i : i + 1] for x in original], [z[i : i + 1] for z in reconstruction], perturbation[i : i + 1], SEED, i
+        )
         for i in (0, 1)
     ]
     torch.testing.assert_close(whole, torch.stack(parts).mean())

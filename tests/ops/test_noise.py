@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regvq_fast.ops.noise import gumbel_from_words, gumbel_noise, philox4x32
+from regvq_fast.ops.noise import gumbel_from_words, gumbel_noise, philox4x32, row_words
 
 WORD = 1 << 32
 
@@ -93,6 +93,16 @@ def test_rows_and_seeds_that_share_their_low_words_have_other_noise():
     other = gumbel_noise(seed_of(1 + WORD), rows, 64)
     for a, b in ((noise[0], noise[1]), (noise[1], noise[2]), (noise[0], other[0])):
         assert (a == b).float().mean() < 0.05
+
+
+def test_row_words_come_from_counters_that_no_noise_uses():
+    seed, rows = 0x0123456789ABCDEF, torch.tensor([[0, 7], [WORD - 1, 5 * WORD + 3]])
+    key = [seed % WORD, seed >> 32]
+    for stream in (1, 2):
+        words = row_words(seed_of(seed), rows, stream)
+        assert words.shape == rows.shape
+        expected = [philox_by_hand([0, row >> 32, row % WORD, stream], key)[0] for row in rows.flatten().tolist()]
+        assert words.flatten().tolist() == expected
 
 
 def test_no_rows_give_no_noise():
