@@ -1,0 +1,64 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regvq_fast.config import PRESETS, TrainConfig, check_config, override, parse_train_config
+
+REQUIRED_FLAGS = (
+    "--preset --data --out --steps --batch-size --image-size --quantizer --num-codes --code-dim --logits --mask-ratio "
+    "--tau --prior-weight --prior-scope --contrastive --contrastive-weight --disc-start --seed --device --compile --amp "
+    "--ema --workers --perceptual-net --perceptual-weights"
+).split()
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    script = Path(__file__).parents[1] / "train" / "vq.py"
+    command = [sys.executable, str(script), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_names_every_flag_and_explains_it(help_text: str) -> None:
+    assert all(flag in help_text for flag in REQUIRED_FLAGS)
+    for section in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(section.type if isinstance(section.type, type) else section.default_factory):
+            assert f"--{field.name.replace('_', '-')}" in help_text
+    assert "python train/vq.py --compile --amp" in help_text
+
+
+def test_flags_override_the_preset() -> None:
+    config = parse_train_config(["--preset", "cub200", "--data", "birds", "--num-codes", "4096"], "")
+    assert config == override(PRESETS["cub200"], data=Path("birds"), num_codes=4096)
+    assert config.optimizer.epochs == 300
+    assert parse_train_config(["--preset=coco"], "").optimizer.epochs == 50
+    assert parse_train_config([], "") == PRESETS["scenes"]
+
+
+def test_an_unknown_preset_is_refused_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_train_config(["--preset", "imagenet"], "")
+    message = capsys.readouterr()
+    assert "celebahq" in message.out + message.err
+
+
+def test_paper_presets_have_the_papers_settings() -> None:
+    config = PRESETS["ade20k"]
+    assert config.optimizer.lr == 1.5e-4
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.batch_size == 40
+    assert (config.quantizer.mask_ratio, config.quantizer.tau) == (0.4, 0.9)
+    assert (config.data.image_size, config.quantizer.num_codes, config.quantizer.code_dim) == (256, 1024, 256)
+    assert (config.loss.perceptual_net, config.loss.contrastive_net) == ("vgg16", "vgg19")
+
+
+def test_override_refuses_fields_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="no such field: learning_rate"):
+        override(TrainConfig(), learning_rate=1.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_pass_their_own_checks(preset: str) -> None:
+    check_config(override(PRESETS[preset], data=Path("images")))

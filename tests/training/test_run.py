@@ -1,0 +1,164 @@
+"""Whole runs of train/vq.py at a tiny size, in this process."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from regvq_fast.config import PRESETS, TrainConfig, override
+from regvq_fast.training.build import build_model
+from regvq_fast.training.vqgan import VQGANTask
+
+SCRIPT = Path(__file__).parents[2] / "train" / "vq.py"
+TINY = (
+    "--steps 4 --batch-size 4 --image-size 32 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 8 --num-codes 16 "
+    "--val-images 6 --log-every 2 --image-every 2 --device cpu --disc-filters 4 --warmup-steps 2"
+).split()
+FAST = ["--perceptual-weight", "0", "--contrastive", "none"]
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["vq.py", *TINY, *map(str, flags)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+def test_a_run_leaves_everything_it_promises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(monkeypatch, "--out", out, "--amp", "--disc-start", 2)
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantizer"]["num_codes"] == 16
+    assert "random" in config["facts"]["perceptual"] or "ImageNet" in config["facts"]["perceptual"]
+    rows = records(out)
+    assert [(row["split"], row["step"]) for row in rows] == [("train", 1), ("train", 2), ("train", 4), ("val", 4)]
+    assert {"loss", "l1", "perceptual", "contrastive", "kl", "utilization", "perplexity", "lr"} <= rows[0].keys()
+    assert "lambda" not in rows[0]
+    assert {"lambda", "discriminator", "generator"} <= rows[2].keys()
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"psnr", "ssim", "utilization", "perplexity", "images/s", "peak memory (GiB)"} <= summary.keys()
+    pictures = {path.name for path in (out / "pictures").iterdir()}
+    assert pictures == {"reconstructions-0000002.png", "reconstructions.png", "codebook.png", "usage.png"}
+    for name in pictures:
+        with Image.open(out / "pictures" / name) as image:
+            assert np.asarray(image.convert("L")).std() > 1, f"{name} is blank"
+    assert list((out / "tensorboard").iterdir())
+    assert not list(out.rglob(".*")), "temporary files are left"
+
+    tiny = override(TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4)
+    build_model(tiny).load_state_dict(load_file(out / "model.safetensors"), strict=True)
+
+
+@pytest.mark.parametrize("quantizer", ["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"])
+def test_every_quantizer_trains_with_discriminator_averages_and_accumulation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quantizer: str
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--quantizer", quantizer, "--disc-start", 2, "--ema", 0.5, "--accumulate", 2, "--eval-every", 2]
+    train(monkeypatch, "--out", out, *FAST, *flags)
+    losses = [row["l1"] for row in records(out) if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+    assert json.loads((out / "summary.json").read_text())["quantizer"] == quantizer
+
+
+def test_a_seed_decides_a_run_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(monkeypatch, "--out", tmp_path / name, *FAST, "--seed", seed)
+    a, b, c = (without_clock(records(tmp_path / name)) for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_parts_of_a_batch_make_the_same_step_as_the_whole() -> None:
+    losses = []
+    for parts in (1, 2):
+        config = override(
+            TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4,
+            batch_size=4, accumulate=parts, quantizer="vq-gan", perceptual_weight=0, contrastive="none", device="cpu",
+        )  # fmt: skip
+        task = VQGANTask(config)
+        for step in range(3):
+            task.step(step)
+        losses.append(task.record())
+    assert losses[0]["l1"] == pytest.approx(losses[1]["l1"], rel=1e-4)
+    assert losses[0]["grad_norm"] == pytest.approx(losses[1]["grad_norm"], rel=1e-3)
+
+
+def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    for split in ("train", "val"):
+        (photos / split).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / split / f"{i}.png")
+    (photos / "train" / "broken.png").write_bytes(b"not an image")
+    train(monkeypatch, "--data", photos, "--out", tmp_path / "run", *FAST, "--steps", 6)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--image-size", "33"], "--image-size 33 is not a multiple of the down-sampling factor 2; try 32"),
+        (["--preset", "ade20k"], "--preset ade20k needs its images: give their folder with --data PATH"),
+        (["--device", "cuda:7"], "--device cuda:7"),
+        (["--device", "abacus"], "--device abacus is no device"),
+        (["--tau", "0"], "tau must be greater than 0, got 0.0"),
+        (["--mask-ratio", "1.5"], "mask_ratio must be between 0 and 1, got 1.5"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--batch-size", "6", "--accumulate", "4"], "--accumulate must divide --batch-size, got 4 and 6"),
+        (["--lr", "-1"], "--lr must be greater than 0, got -1.0"),
+        (["--perceptual-weights", "no/such.pth"], "no/such.pth"),
+        (["--disc-start", "0", "--disc-layers", "5"], "too small for a discriminator of 5 layers"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train(monkeypatch, "--out", tmp_path / "run", *flags)
+    assert str(stop.value).startswith("error: ")
+    assert message in str(stop.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="is not an empty folder"):
+        train(monkeypatch, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name() -> None:
+    config = override(
+        TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), perceptual_weight=0, contrastive="none", device="cpu"
+    )
+    task = VQGANTask(config)
+    task._add({"l1": torch.tensor(1.0), "perceptual": torch.tensor(float("nan"))})
+    with pytest.raises(FloatingPointError, match="perceptual became nan"):
+        task.record()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build(preset: str) -> None:
+    with torch.device("meta"):
+        model = build_model(PRESETS[preset])
+    factor = 8 if preset == "scenes" else 16
+    assert model.downsampling_factor == factor
+    assert PRESETS[preset].run.preset == preset
