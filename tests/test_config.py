@@ -9,8 +9,8 @@ from regvq_fast.config import PRESETS, TrainConfig, check_config, override, pars
 
 REQUIRED_FLAGS = (
     "--preset --data --out --steps --batch-size --image-size --quantizer --num-codes --code-dim --logits --mask-ratio "
-    "--tau --prior-weight --prior-scope --contrastive --contrastive-weight --disc-start --seed --device --compile --amp "
-    "--ema --workers --perceptual-net --perceptual-weights"
+    "--tau --prior-weight --prior-scope --contrastive --contrastive-weight --disc-start --seed --device --compile "
+    "--amp --ema --workers --perceptual-net --perceptual-weights"
 ).split()
 
 

@@ -25,14 +25,15 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     return "eager"
 
 
-def check_matrix(name: str, value: Tensor, columns: int | None = None, *, ndim: int = 2) -> None:
-    """Raise unless ``value`` is a floating-point tensor of ``ndim`` dimensions with the given last dimension."""
+def check_matrix(name: str, value: Tensor, columns: int | None = None, *, ndim: int | None = 2) -> None:
+    """Raise unless ``value`` is a floating-point tensor of ``ndim`` dimensions (None: two or more) and ``columns``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be floating point (fp16, bf16, fp32 or fp64), got {value.dtype}")
-    if value.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}")
+    if value.ndim < 2 if ndim is None else value.ndim != ndim:
+        wanted = "at least 2 dimensions" if ndim is None else f"{ndim} dimension(s)"
+        raise ValueError(f"{name} must have {wanted}, got shape {tuple(value.shape)}")
     if columns is not None and value.shape[-1] != columns:
         raise ValueError(f"{name} must have {columns} in its last dimension, got shape {tuple(value.shape)}")
 

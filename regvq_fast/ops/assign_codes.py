@@ -31,7 +31,7 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
         ValueError: shapes or devices that don't fit; on a CPU nan or inf in an input.
         TypeError: types that don't fit.
     """
-    check_matrix("x", x, ndim=x.ndim if isinstance(x, Tensor) and x.ndim > 1 else 2)
+    check_matrix("x", x, ndim=None)
     check_matrix("codebook", codebook, x.shape[-1])
     check_like("codebook", codebook, "x", x)
     if codebook.numel() == 0:

@@ -41,7 +41,7 @@ class VectorQuantizeOutput(NamedTuple):
     """What :func:`vector_quantize` returns; leading dimensions as those of ``x``."""
 
     quantized: Tensor  # (M, D) x.dtype, straight-through gradient
-    posterior: Tensor  # (G, N) float32, straight-through gradient; every row sums to 1
+    posterior: Tensor  # (G, N) float32, straight-through gradient; rows sum to 1 (to 0 where M = 0)
     indices: Tensor  # (M,) int64, the selected codes
     best_indices: Tensor  # (M,) int64, the codes that a selection without noise takes
     perturbation: Tensor  # (M,) float32, squared distance between the two; 0 on deterministic rows; no gradient
@@ -145,7 +145,7 @@ def _check_arguments(
     groups: int,
     codebook_grad: str,
 ) -> None:
-    check_matrix("x", x, ndim=x.ndim if isinstance(x, Tensor) and x.ndim > 1 else 2)
+    check_matrix("x", x, ndim=None)
     check_matrix("codebook", codebook, x.shape[-1])
     check_like("codebook", codebook, "x", x)
     if codebook.numel() == 0:

@@ -52,7 +52,8 @@ def weighted_info_nce(
     Gradients: to ``query`` and ``key``. Double backward is not supported.
 
     Numerics: similarities, sums and the result in fp32. Deterministic. Autocast: inputs are cast to fp32.
-    An image of a single position has no negatives: its loss is ``log w`` (0 without weight) and its gradient 0.
+    An image of a single position has no negatives: its loss is ``log w`` (0 without weight; w = 0 counts as the
+    smallest normal number there) and its gradient 0.
 
     Memory beyond inputs and output: O(B * L * C) plus a fixed number of tiles of about 2^19 similarities.
 
