@@ -10,19 +10,21 @@ from torch import Tensor
 PriorScope = Literal["image", "batch", "global"]
 
 
-def prior_kl(posterior: Tensor) -> Tensor:
+def prior_kl(posterior: Tensor, rows: int) -> Tensor:
     """``mean over groups of sum_n posterior * log(N * posterior)``, the KL divergence to the uniform prior.
 
     Args:
         posterior: (G, N) float, rows summing to 1, as :func:`regvq_fast.ops.vector_quantize` returns it.
+        rows: R, rows that a group's posterior is the mean of.
 
     Returns:
-        0-dim, in nats, between 0 and log N; 0 log 0 = 0. Its floor is log(N / R) where a group has R < N rows.
+        0-dim, in nats, between 0 and log N; 0 log 0 = 0. Its floor is log(N / R) where R < N.
 
-    Gradient: to ``posterior``, ``log(N * posterior) + 1``, clamped at the smallest normal number for unused codes: a
-    finite, strong pull towards them.
+    Gradient: to ``posterior``, ``(log(N * posterior) + 1) / G``. That is minus infinity for an unused code, of which R
+    rows tell no more than that its share is probably below 1 / R: it is taken at half a row's share, 1 / (2 R). (At
+    the smallest fp32 number it would be -87, and the few unused codes of a batch would drown everything else.)
     """
-    log_ratio = (posterior * posterior.shape[1]).clamp(min=torch.finfo(posterior.dtype).tiny).log()
+    log_ratio = (posterior.clamp(min=0.5 / rows) * posterior.shape[1]).log()
     return (posterior * log_ratio).sum(1).mean()
 
 
@@ -31,8 +33,12 @@ def posterior_groups(scope: PriorScope, batch_size: int) -> int:
     return batch_size if scope == "image" else 1
 
 
-def scoped_posterior(posterior: Tensor, scope: PriorScope) -> Tensor:
-    """The posterior that the regularizer sees: for scope "global" the mean over all ranks, with its gradient."""
+def scoped_posterior(posterior: Tensor, scope: PriorScope) -> tuple[Tensor, int]:
+    """The posterior that the regularizer sees, and over how many ranks it is the mean.
+
+    For scope "global" that is all of them, and the gradient goes back to each.
+    """
     if scope == "global" and dist.is_available() and dist.is_initialized():
-        return differentiable_dist.all_reduce(posterior) / dist.get_world_size()
-    return posterior
+        ranks = dist.get_world_size()
+        return differentiable_dist.all_reduce(posterior) / ranks, ranks
+    return posterior, 1

@@ -8,11 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_GROUPS = 32
+MIN_GROUP_CHANNELS = 4
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with taming's 32 groups, or, where 32 does not divide `channels`, with the largest divisor below it."""
-    groups = next(g for g in range(min(MAX_GROUPS, channels), 0, -1) if channels % g == 0)
+    """GroupNorm with taming's 32 groups, or fewer where they would have under 4 channels each or not divide them.
+
+    Taming's own models have 4 channels a group or more. Groups of one channel, which 32 groups of 32 would be, erase
+    the mean of every channel, and with it the colour of a region.
+    """
+    most = max(1, min(MAX_GROUPS, channels // MIN_GROUP_CHANNELS))
+    groups = next(g for g in range(most, 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 

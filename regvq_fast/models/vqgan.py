@@ -161,7 +161,7 @@ class VQGAN(nn.Module):
             QuantizerOutput` and `lookup(indices (B, h, w)) -> (B, D, h, w)`. Kept as `self.quantize`.
         image_size: side of the images, in pixels; a multiple of 2 ** (len(ch_mult) - 1). It decides which levels
             have attention; images of another size that is such a multiple are processed all the same.
-        ch: base width. GroupNorm takes 32 groups, or the largest divisor of the width below that.
+        ch: base width. GroupNorm takes 32 groups, fewer where they would have under 4 channels each.
         ch_mult: width of each level as a multiple of `ch`, from full resolution downwards.
         num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
         attn_resolutions: resolutions, in pixels of an `image_size` image, at which residual blocks are followed by
@@ -261,6 +261,19 @@ class VQGAN(nn.Module):
         quantizer = self.quantize(self.encode(images), *quantizer_args)
         features = self.decoder_features(quantizer.quantized)
         return VQGANOutput(self.decoder.conv_out(features), features, quantizer)
+
+    @torch.no_grad()
+    def standardize_latents(self, images: Tensor) -> None:
+        """Rescale `quant_conv` so that the latents of these images have mean 0 and variance 1 in every channel.
+
+        A data-dependent initialisation (Salimans and Kingma, 2016) for quantizers whose logits count on it; a fresh
+        encoder's latents are many times smaller, and Gumbel noise would drown their logits. Needs B * h * w > 1.
+        """
+        latents = self.encode(images).float()
+        std, mean = torch.std_mean(latents, dim=(0, 2, 3))
+        std = std.clamp(min=1e-6)
+        self.quant_conv.weight.div_(std.view(-1, 1, 1, 1))
+        self.quant_conv.bias.sub_(mean).div_(std)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ class Quantizer(nn.Module):
     selects the best code everywhere.
     """
 
+    expects_unit_variance = False
+    """Whether a fresh quantizer counts on encoder outputs of mean 0 and variance 1 in every channel."""
+
     def __init__(self, num_codes: int, code_dim: int) -> None:
         super().__init__()
         if num_codes < 1 or code_dim < 1:

@@ -20,9 +20,10 @@ class RegularizedQuantizer(Quantizer):
     """Stochastic-mask quantization with a straight-through softmax gradient and a prior-distribution regularizer.
 
     A fresh quantizer must neither pick codes at random nor ignore its noise, whatever its logits. So one number sets
-    the scale of all three kinds: ``logit_std``, the standard deviation over the codes of a fresh row's logits, given
-    encoder outputs of unit variance, to be read against the Gumbel noise's own 1.28. All codes start on one sphere,
-    so that none is the nearest of every row:
+    the scale of all three kinds: ``logit_std``, the standard deviation over the codes of a fresh row's logits, to be
+    read against the Gumbel noise's own 1.28. It counts on encoder outputs of unit variance, which
+    ``VQGAN.standardize_latents`` gives a fresh model. All codes start on one sphere, so that none is the nearest of
+    every row:
 
     - "distance" (default): ``-scale |x - z|^2``, codes of norm sqrt(D), ``scale = logit_std / (2 sqrt(D))``;
     - "linear": ``x . w + b``, w ~ N(0, logit_std^2 / D), a predicted token distribution beside the codebook;
@@ -40,6 +41,8 @@ class RegularizedQuantizer(Quantizer):
         prior_scope: rows that share a posterior: "image", "batch" or "global" (the batches of all ranks).
         codebook_grad: see :func:`regvq_fast.ops.vector_quantize`.
     """
+
+    expects_unit_variance = True
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class RegularizedQuantizer(Quantizer):
                     batch, height * width, self.mask_ratio, seed, mode=self.mask_mode, row_offset=row_offset
                 )
             linear = self.logits == "linear"
+            groups = posterior_groups(self.prior_scope, batch)
             out = vector_quantize(
                 rows,
                 self.codes(),
@@ -107,10 +111,11 @@ class RegularizedQuantizer(Quantizer):
                 seed=seed,
                 row_offset=row_offset,
                 tau=self.tau,
-                groups=posterior_groups(self.prior_scope, batch),
+                groups=groups,
                 codebook_grad=self.codebook_grad,
             )
-            kl = prior_kl(scoped_posterior(out.posterior, self.prior_scope))
+            posterior, ranks = scoped_posterior(out.posterior, self.prior_scope)
+            kl = prior_kl(posterior, len(rows) // groups * ranks)
             if mask is None:
                 mask = torch.zeros_like(out.indices, dtype=torch.bool)
             perturbed = (out.indices != out.best_indices).float().sum() / mask.sum().clamp(min=1)

@@ -30,6 +30,7 @@ from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.step import VQGANStep
 
 _GRID_IMAGES = 16
+_STANDARDIZE_IMAGES = 16
 
 
 class VQGANTask:
@@ -72,6 +73,9 @@ class VQGANTask:
                 f"--image-size {data.image_size} is too small for a discriminator of {config.model.disc_layers} "
                 f"layers, which needs {self.discriminator.min_size}: lower --disc-layers"
             )
+        if self.model.quantize.expects_unit_variance:
+            first = [self.train_set[i]["image"] for i in range(min(self.batch_size, _STANDARDIZE_IMAGES))]
+            self.model.standardize_latents(to_float(torch.stack(first).to(self.device)))
         reconstruction_loss, self.facts = build_reconstruction_loss(config.loss)
         self.reconstruction_loss = reconstruction_loss.to(  # type: ignore[call-overload]
             self.device, memory_format=torch.channels_last

@@ -102,7 +102,7 @@ def test_not_strict_loads_what_fits_by_name(model):
 # --- formulas of the blocks ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(512, 32), (64, 32), (48, 24), (33, 11), (37, 1), (8, 8), (1, 1)])
+@pytest.mark.parametrize(("channels", "groups"), [(512, 32), (128, 32), (64, 16), (32, 8), (48, 12), (33, 3), (37, 1), (8, 2), (1, 1)])
 def test_group_norm_groups(channels, groups):
     norm = group_norm(channels)
     assert (norm.num_groups, norm.num_channels, norm.eps) == (groups, channels, 1e-6)
@@ -126,7 +126,7 @@ def test_resnet_block(out_channels):
 def test_attention_block(memory_format):
     block = AttnBlock(6).double()
     x = torch.randn(2, 6, 5, 4, dtype=torch.float64).to(memory_format=memory_format)
-    h = F.group_norm(x, 6, eps=1e-6)
+    h = F.group_norm(x, 1, eps=1e-6)
 
     def project(conv, values):
         return torch.einsum("oc,bcn->bon", conv.weight[:, :, 0, 0], values) + conv.bias[:, None]
