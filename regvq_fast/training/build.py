@@ -1,6 +1,7 @@
 """From a configuration to its parts."""
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.losses.reconstruction import ReconstructionLoss
 from regvq_fast.models.discriminator import PatchDiscriminator
-from regvq_fast.models.features import VGGFeatures, load_vgg_features
+from regvq_fast.models.features import VGGFeatures, VGGName, load_vgg_features
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.quantizers import EMAQuantizer, GumbelQuantizer, NearestQuantizer, Quantizer, RegularizedQuantizer
 
@@ -82,7 +83,7 @@ def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, d
     facts: dict[str, str] = {}
     features: nn.Module = nn.Identity()
     perceptual: nn.Module = nn.Identity()
-    has_contrastive = config.contrastive != "none" and config.contrastive_weight > 0
+    has_contrastive = config.contrastive != "none" and config.contrastive_weight > 0  # of weight 0, it costs nothing
     own_net = has_contrastive and config.contrastive_net not in ("same", config.perceptual_net)
     if config.perceptual_weight > 0 or (has_contrastive and not own_net):
         features = _load(config.perceptual_net, config.perceptual_weights, "perceptual", facts)
@@ -95,7 +96,7 @@ def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, d
             weighted=config.contrastive == "pcl", num_patches=config.contrastive_patches
         )
         if own_net:
-            net = "vgg19" if config.contrastive_net == "vgg19" else "vgg16"
+            net: VGGName = "vgg19" if config.contrastive_net == "vgg19" else "vgg16"
             contrastive_features = _load(net, config.contrastive_weights, "contrastive", facts)
     loss = ReconstructionLoss(
         features,
@@ -109,7 +110,7 @@ def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, d
     return loss, facts
 
 
-def _load(net, weights, role: str, facts: dict[str, str]) -> VGGFeatures:  # type: ignore[no-untyped-def]
+def _load(net: VGGName, weights: Path | None, role: str, facts: dict[str, str]) -> VGGFeatures:
     """A feature network; the warning about random weights becomes a fact that the run shows and keeps."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
