@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+_MIN_IMAGE_SIZE = 16
+
 QuantizerName = Literal["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"]
 PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco"]
 
@@ -105,22 +107,22 @@ class LossConfig:
     """Its weights file (torchvision names). Not given: torch hub cache, download, else random weights."""
     disc_weight: float = 0.8
     """Adversarial loss, on top of its adaptive factor."""
-    disc_start: int = 10_000_000
-    """Step at which the discriminator joins."""
+    disc_start: int | None = None
+    """Step at which the discriminator joins. Not given: never."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Optimization."""
 
-    steps: int | None = 1000
+    steps: int | None = None
     """Optimizer steps. Not given: as many as `epochs` makes."""
     epochs: int = 100
     """Passes over the training images where `steps` is not given."""
     batch_size: int = 16
     """Images a step."""
     accumulate: int = 1
-    """Parts that a step's batch is cut into, to save memory."""
+    """Parts that a step's batch is cut into, to save memory; posterior, lambda and batch norm are of a part then."""
     lr: float = 1.5e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -194,7 +196,8 @@ def _paper(preset: PresetName, epochs: int) -> TrainConfig:
 
 
 PRESETS: dict[str, TrainConfig] = {
-    "scenes": TrainConfig(),
+    # A few minutes on two CPU cores: a small model takes a larger learning rate (docs/sweeps.md).
+    "scenes": TrainConfig(optimizer=OptimizerConfig(steps=400, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1)),
     "ade20k": _paper("ade20k", epochs=100),
     "celebahq": _paper("celebahq", epochs=60),
     "cub200": _paper("cub200", epochs=300),
@@ -217,7 +220,7 @@ def parse_train_config(args: list[str], description: str) -> TrainConfig:
 def _preset_of(args: list[str]) -> str:
     """The preset is needed before the other flags are parsed, since it is what they override."""
     preset = "scenes"
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
+    for flag, value in zip(args, [*args, ""][1:], strict=True):
         if flag == "--preset":
             preset = value
         elif flag.startswith("--preset="):
@@ -246,10 +249,13 @@ def check_config(config: TrainConfig) -> None:
         "--disc-weight": loss.disc_weight,
         "--clip-grad": optimizer.clip_grad,
         "--warmup-steps": optimizer.warmup_steps,
-        "--disc-start": loss.disc_start,
+        "--disc-start": loss.disc_start or 0,
         "--eval-every": config.run.eval_every,
+        "--workers": data.workers or 0,
+        "--weight-decay": optimizer.weight_decay,
+        "--final-lr-fraction": optimizer.final_lr_fraction,
     }.items():
-        if number < 0:
+        if not number >= 0:
             raise ValueError(f"{name} must not be negative, got {number}")
     if optimizer.steps is not None and optimizer.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {optimizer.steps}")
@@ -261,6 +267,14 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(
             f"--accumulate must divide --batch-size, got {optimizer.accumulate} and {optimizer.batch_size}"
         )
+    own_net = loss.contrastive_net not in ("same", loss.perceptual_net) and loss.contrastive != "none"
+    if loss.contrastive_weights is not None and not own_net:
+        raise ValueError(
+            f"--contrastive-weights {loss.contrastive_weights} has no network to go to: with --contrastive-net "
+            f"{loss.contrastive_net} the perceptual one serves both; use --perceptual-weights"
+        )
+    if data.image_size < _MIN_IMAGE_SIZE:
+        raise ValueError(f"--image-size must be at least {_MIN_IMAGE_SIZE} (for SSIM and VGG), got {data.image_size}")
     factor = 2 ** (len(config.model.ch_mult) - 1)
     if data.image_size < factor or data.image_size % factor:
         raise ValueError(

@@ -10,7 +10,7 @@ A run leaves its resolved configuration, metrics, pictures and weights in --out 
 
 import sys
 
-from regvq_fast.config import parse_train_config
+from regvq_fast.config import override, parse_train_config
 from regvq_fast.training.loop import fit
 from regvq_fast.training.recorder import Recorder, new_run_folder
 from regvq_fast.training.vqgan import VQGANTask
@@ -19,12 +19,16 @@ from regvq_fast.training.vqgan import VQGANTask
 def main() -> None:
     config = parse_train_config(sys.argv[1:], description=str(__doc__))
     try:
-        folder = new_run_folder(config)
+        config = override(config, out=new_run_folder(config))
         task = VQGANTask(config)
+        recorder = Recorder(task.config, task.facts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    with Recorder(folder, config, task.facts, task.steps) as recorder:
-        fit(task, recorder)
+    with recorder:
+        try:
+            fit(task, recorder)
+        except FloatingPointError as error:
+            sys.exit(f"stopped: {error}")
 
 
 if __name__ == "__main__":

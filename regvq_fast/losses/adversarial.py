@@ -16,7 +16,13 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    features: Tensor, weight: Tensor, grad_reconstruction: Tensor, grad_adversarial: Tensor, padding: int = 1
+    features: Tensor,
+    weight: Tensor,
+    grad_reconstruction: Tensor,
+    grad_adversarial: Tensor,
+    *,
+    grad_scale: Tensor | float = 1.0,
+    padding: int = 1,
 ) -> Tensor:
     """Balance of the adversarial gradient at the decoder's last convolution.
 
@@ -28,6 +34,8 @@ def adaptive_weight(
         weight: (3, C, k, k) its weight W.
         grad_reconstruction: (B, 3, H, W) gradient of the reconstruction losses at the reconstruction.
         grad_adversarial: (B, 3, H, W) gradient of the generator loss there.
+        grad_scale: factor that both gradients carry; divided out behind the convolution, since in fp16 the gradients of
+            an image's mean error would be 0 without it.
         padding: of the convolution, whose stride is 1.
 
     Returns:
@@ -35,7 +43,7 @@ def adaptive_weight(
     """
     features = features.detach()
     norms = [
-        conv2d_weight(features, weight.shape, grad.to(features.dtype), padding=padding).float().norm()
+        conv2d_weight(features, weight.shape, grad.to(features.dtype), padding=padding).float().norm() / grad_scale
         for grad in (grad_reconstruction, grad_adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)

@@ -14,7 +14,8 @@ class ProbabilisticContrastiveLoss(nn.Module):
     """InfoNCE between features of the same places, other places of the image being the negatives.
 
     With ``weighted`` (PCL, Eq. 3) a place's positive is weighted by the perturbation of its token, normalised over
-    the image's places: the farther the sampled code lies from the best one, the weaker the pull. Without it, vanilla
+    the image's places: the farther the sampled code lies from the best one, the weaker the pull; an image without any
+    perturbation has uniform weights. Without it, vanilla
     contrastive learning (CL, Eq. 2). Both are averaged over places, so that one loss weight fits both: the value is
     Eq. 3 divided by the number of places.
 
@@ -39,7 +40,7 @@ class ProbabilisticContrastiveLoss(nn.Module):
         reconstruction: list[Tensor],
         perturbation: Tensor,
         seed: Tensor,
-        first_image: int = 0,
+        first_image: int | Tensor = 0,
     ) -> Tensor:
         """Mean over layers, images and places.
 
@@ -59,7 +60,9 @@ class ProbabilisticContrastiveLoss(nn.Module):
         ]
         return torch.stack(losses).mean()
 
-    def _layer(self, layer: int, x: Tensor, z: Tensor, perturbation: Tensor, seed: Tensor, first_image: int) -> Tensor:
+    def _layer(
+        self, layer: int, x: Tensor, z: Tensor, perturbation: Tensor, seed: Tensor, first_image: int | Tensor
+    ) -> Tensor:
         batch, _, height, width = x.shape
         weight = F.interpolate(perturbation.detach().unsqueeze(1), size=(height, width), mode="nearest").flatten(1)
         query, key = x.flatten(2).mT, z.flatten(2).mT  # (B, L, C)
@@ -71,8 +74,9 @@ class ProbabilisticContrastiveLoss(nn.Module):
             weight = weight.gather(1, places)
             index = places.unsqueeze(2).expand(-1, -1, query.shape[2])
             query, key = query.gather(1, index), key.gather(1, index)
-        # An image without any perturbation keeps weights of 0: the pull of its positives is the strongest.
-        weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        # Without any perturbation nothing tells the places apart: uniform weights, with which PCL is CL.
+        total = weight.sum(1, keepdim=True)
+        weight = torch.where(total > 0, weight / total, 1 / weight.shape[1])
         loss = weighted_info_nce(
             F.normalize(query.float(), dim=2),
             F.normalize(key.float(), dim=2),

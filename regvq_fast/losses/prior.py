@@ -2,9 +2,7 @@
 
 from typing import Literal
 
-import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable_dist
 from torch import Tensor
 
 PriorScope = Literal["image", "batch", "global"]
@@ -24,8 +22,10 @@ def prior_kl(posterior: Tensor, rows: int) -> Tensor:
     rows tell no more than that its share is probably below 1 / R: it is taken at half a row's share, 1 / (2 R). (At
     the smallest fp32 number it would be -87, and the few unused codes of a batch would drown everything else.)
     """
-    log_ratio = (posterior.clamp(min=0.5 / rows) * posterior.shape[1]).log()
-    return (posterior * log_ratio).sum(1).mean()
+    fixed = posterior.detach()
+    log_ratio = (fixed.clamp(min=0.5 / rows) * posterior.shape[1]).log()
+    # The value of posterior * log_ratio with the gradient log_ratio + 1, which clamp would cut for unused codes.
+    return (posterior * (log_ratio + 1) - fixed).sum(1).mean()
 
 
 def posterior_groups(scope: PriorScope, batch_size: int) -> int:
@@ -39,6 +39,8 @@ def scoped_posterior(posterior: Tensor, scope: PriorScope) -> tuple[Tensor, int]
     For scope "global" that is all of them, and the gradient goes back to each.
     """
     if scope == "global" and dist.is_available() and dist.is_initialized():
+        import torch.distributed.nn.functional as differentiable_dist  # absent from builds without distributed
+
         ranks = dist.get_world_size()
         return differentiable_dist.all_reduce(posterior) / ranks, ranks
     return posterior, 1

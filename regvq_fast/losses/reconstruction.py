@@ -39,7 +39,7 @@ class ReconstructionLoss(nn.Module):
         self.perceptual_weight, self.contrastive_weight = perceptual_weight, contrastive_weight
 
     def forward(
-        self, images: Tensor, reconstruction: Tensor, perturbation: Tensor, seed: Tensor, first_image: int = 0
+        self, images: Tensor, reconstruction: Tensor, perturbation: Tensor, seed: Tensor, first_image: int | Tensor = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum (0-dim) and the terms by name (detached, unweighted).
 

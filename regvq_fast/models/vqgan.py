@@ -149,7 +149,7 @@ class VQGANOutput(NamedTuple):
     """What one pass through the autoencoder yields."""
 
     reconstruction: Tensor  # (B, 3, H, W), not clamped
-    features: Tensor  # (B, ch * ch_mult[0], H, W), the input of decoder.conv_out
+    features: Tensor  # (B, ch * ch_mult[0], H, W), the input of decoder.conv_out, detached
     quantizer: QuantizerOutput
 
 
@@ -260,16 +260,22 @@ class VQGAN(nn.Module):
         """
         quantizer = self.quantize(self.encode(images), *quantizer_args)
         features = self.decoder_features(quantizer.quantized)
-        return VQGANOutput(self.decoder.conv_out(features), features, quantizer)
+        # Detached: a compiled backward would carry a gradient of zeros for it otherwise, as large as the map.
+        return VQGANOutput(self.decoder.conv_out(features), features.detach(), quantizer)
 
     @torch.no_grad()
     def standardize_latents(self, images: Tensor) -> None:
         """Rescale `quant_conv` so that the latents of these images have mean 0 and variance 1 in every channel.
 
         A data-dependent initialisation (Salimans and Kingma, 2016) for quantizers whose logits count on it; a fresh
-        encoder's latents are many times smaller, and Gumbel noise would drown their logits. Needs B * h * w > 1.
+        encoder's latents are many times smaller, and Gumbel noise would drown their logits.
+
+        Raises:
+            ValueError: a single position in all; otherwise as `encode`.
         """
         latents = self.encode(images).float()
+        if latents[:, 0].numel() < 2:
+            raise ValueError(f"one latent has no variance: give more or larger images than {tuple(images.shape)}")
         std, mean = torch.std_mean(latents, dim=(0, 2, 3))
         std = std.clamp(min=1e-6)
         self.quant_conv.weight.div_(std.view(-1, 1, 1, 1))

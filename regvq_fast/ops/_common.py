@@ -1,5 +1,6 @@
 """What the ops share: argument checks that speak to people, the choice of implementation, and tiles of rows."""
 
+import math
 from typing import Literal
 
 import torch
@@ -10,9 +11,11 @@ Impl = Literal["auto", "triton", "eager"]
 _IMPLS = ("auto", "triton", "eager")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Elements of one tile of scores, rows x codes. 2 MiB in fp32: a tile and its few temporaries stay in a core's cache,
-# the products are still large enough to run at full speed, and the memory of a call does not depend on M.
+# Elements of one tile of scores, rows x codes; the memory of a call does not depend on M. On a CPU 2 MiB in fp32: a
+# tile and its few temporaries stay in a core's cache, and the products still run at full speed. On a GPU 64 MiB, since
+# the eager path is a hundred launches a tile.
 TILE_ELEMENTS = 1 << 19
+CUDA_TILE_ELEMENTS = 1 << 24
 _MIN_TILE_ROWS = 16
 
 
@@ -49,9 +52,15 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         raise TypeError(f"{name} is {value.dtype} but {other_name} {other.dtype}; convert one of them")
 
 
+class NonFiniteError(ValueError, FloatingPointError):
+    """An input holds nan or inf."""
+
+
 def check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be greater than 0, got {value}")
+    if math.isinf(value):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -59,7 +68,9 @@ def check_finite(name: str, value: Tensor) -> None:
     if value.device.type == "cpu" and not torch.isfinite(value).all():
         bad = (~torch.isfinite(value)).nonzero()
         where = tuple(bad[0].tolist())
-        raise ValueError(f"{name} has {len(bad)} non-finite value(s), the first is {value[where].item()} at {where}")
+        raise NonFiniteError(
+            f"{name} has {len(bad)} non-finite value(s), the first is {value[where].item()} at {where}"
+        )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -67,6 +78,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def rows_per_tile(num_columns: int) -> int:
+def rows_per_tile(num_columns: int, device: torch.device) -> int:
     """Rows of a tile of scores with ``num_columns`` of them a row."""
-    return max(_MIN_TILE_ROWS, TILE_ELEMENTS // num_columns)
+    elements = CUDA_TILE_ELEMENTS if device.type == "cuda" else TILE_ELEMENTS
+    return max(_MIN_TILE_ROWS, elements // num_columns)

@@ -25,7 +25,8 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
     Returns:
         (...) int64; the smallest code wins an exact tie. Deterministic. Autocast: inputs are cast to fp32.
 
-    Memory beyond inputs and output: O((M + N) * D) plus one tile of about 2^19 scores (at least 16 rows).
+    Memory beyond inputs and output: O((M + N) * D) plus one tile of about 2^19 scores (2^24 on CUDA; at
+    least 16 rows).
 
     Raises:
         ValueError: shapes or devices that don't fit; on a CPU nan or inf in an input.
@@ -49,7 +50,7 @@ def _assign_codes(x: Tensor, codebook: Tensor) -> Tensor:
     codes = codebook.to(dtype)
     column = codes.square().sum(1).mul_(-0.5)  # argmin |x - z|^2 = argmax x.z - |z|^2 / 2
     indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    step = rows_per_tile(len(codes))
+    step = rows_per_tile(len(codes), x.device)
     for start in range(0, len(x), step):
         scores = torch.addmm(column, x[start : start + step].to(dtype), codes.t())
         indices[start : start + step] = scores.argmax(1)

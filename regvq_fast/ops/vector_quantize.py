@@ -56,7 +56,7 @@ def vector_quantize(
     scale: float = 1.0,
     mask: Tensor | None = None,
     seed: Tensor | None = None,
-    row_offset: int = 0,
+    row_offset: int | Tensor = 0,
     tau: float | Tensor = 0.9,
     groups: int = 1,
     codebook_grad: CodebookGrad = "soft",
@@ -82,9 +82,10 @@ def vector_quantize(
         mask: (...) bool or None, leading shape of ``x``: the stochastic rows. None: no row is.
         seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; draw it outside the op.
         row_offset: number of the first row in the global batch: the noise of a row depends on
-            (seed, row_offset + row, code) alone.
+            (seed, row_offset + row, code) alone. An int, or a 0-dim int64 tensor on the device of ``x``, which
+            can change without recompiling.
         tau: Gumbel-softmax temperature of the stochastic rows' gradient, > 0: a float, or a 0-dim floating-point
-            tensor on the device of ``x`` (not checked), which an annealing schedule can fill without recompiling.
+            tensor on the device of ``x``, which an annealing schedule can fill without recompiling. No gradient.
         groups: G; consecutive groups of M / G rows have a posterior each. 1: the batch's, B: one an image.
         codebook_grad: gradient of the look-up to the codes. "soft": ``p^T dQ`` (Algorithm 1). "hard":
             ``dQ`` to the selected code (``gumbel_softmax(hard=True)`` then matmul). "none": nothing through the
@@ -97,18 +98,19 @@ def vector_quantize(
     Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Double backward is
     not supported.
 
-    Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64). The smallest code wins an exact tie.
+    Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64); on CUDA leave PyTorch's float32 matmul precision
+    at "highest", TF32 changes indices. The smallest code wins an exact tie.
     Deterministic: two calls give the same bits. Autocast: floating-point inputs are cast to fp32.
 
-    Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^19 scores (at least 16
-    rows), for the forward and for the backward.
+    Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^19 scores (2^24 on
+    CUDA; at least 16 rows), for the forward and for the backward.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
             ``x``, ``codebook``, ``weight`` or ``bias`` (on CUDA that would stop the device: they propagate).
         TypeError: types that don't fit.
     """
-    _check_arguments(x, codebook, weight, bias, scale, mask, seed, tau, groups, codebook_grad)
+    _check_arguments(x, codebook, weight, bias, scale, mask, seed, row_offset, tau, groups, codebook_grad)
     resolve_impl(impl, x.device)
     quantized, posterior, indices, best_indices, perturbation = torch.ops.regvq.vector_quantize(
         x.reshape(-1, x.shape[-1]),
@@ -117,9 +119,9 @@ def vector_quantize(
         bias,
         None if mask is None else mask.reshape(-1),
         seed,
-        tau if isinstance(tau, Tensor) else torch.full((), tau, dtype=torch.float64, device=x.device),
+        tau.detach() if isinstance(tau, Tensor) else torch.full((), tau, dtype=torch.float64, device=x.device),
+        row_offset if isinstance(row_offset, Tensor) else torch.full((), row_offset, device=x.device),
         float(scale),
-        row_offset,
         groups,
         codebook_grad,
     )
@@ -141,6 +143,7 @@ def _check_arguments(
     scale: float,
     mask: Tensor | None,
     seed: Tensor | None,
+    row_offset: int | Tensor,
     tau: float | Tensor,
     groups: int,
     codebook_grad: str,
@@ -172,12 +175,13 @@ def _check_arguments(
         if seed is None:
             raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
     if seed is not None:
-        if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim != 0:
-            raise TypeError(f"seed must be a 0-dim int64 tensor, got {seed!r}")
-        if seed.device != x.device:
-            raise ValueError(f"seed is on {seed.device} but x on {x.device}; move them to one device")
+        _check_scalar("seed", seed, x)
+    if isinstance(row_offset, Tensor):
+        _check_scalar("row_offset", row_offset, x)
     check_positive("scale", scale)
-    if not isinstance(tau, Tensor):
+    if isinstance(tau, Tensor):
+        _check_scalar("tau", tau, x, floating=True)
+    else:
         check_positive("tau", tau)
     num_rows = x.numel() // max(1, x.shape[-1])
     if groups < 1:
@@ -188,6 +192,15 @@ def _check_arguments(
         raise ValueError(f"groups must divide the number of rows, got groups={groups}, rows={num_rows}")
     if codebook_grad not in _CODEBOOK_GRADS:
         raise ValueError(f"codebook_grad must be one of {', '.join(map(repr, _CODEBOOK_GRADS))}, got {codebook_grad!r}")
+
+
+def _check_scalar(name: str, value: Tensor, x: Tensor, *, floating: bool = False) -> None:
+    kind = "floating-point" if floating else "int64"
+    fits = isinstance(value, Tensor) and value.ndim == 0
+    if not fits or not (value.is_floating_point() if floating else value.dtype == torch.int64):
+        raise TypeError(f"{name} must be a 0-dim {kind} tensor, got {value!r}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} but x on {x.device}; move them to one device")
 
 
 # ---------------------------------------------------------------------------------------------------- eager twin
@@ -221,12 +234,28 @@ class _Logits:
 
 
 def _tiles(mask: Tensor | None, num_rows: int, num_codes: int, device: torch.device) -> list[tuple[Tensor, bool]]:
-    """Tiles of row numbers, stochastic rows apart from deterministic ones so that only the former pay for noise."""
-    if mask is None:
-        kinds = [(torch.arange(num_rows, device=device), False)]
+    """Tiles of row numbers, and whether any of a tile's rows is stochastic.
+
+    On a CPU stochastic rows go apart from deterministic ones, so that only the former pay for noise. On a GPU they
+    stay mixed: to count them would stop the device.
+    """
+    if mask is None or device.type == "cuda":
+        kinds = [(torch.arange(num_rows, device=device), mask is not None)]
     else:
         kinds = [(mask.nonzero().squeeze(1), True), ((~mask).nonzero().squeeze(1), False)]
-    return [(tile, noisy) for rows, noisy in kinds for tile in rows.split(rows_per_tile(num_codes)) if len(tile)]
+    step = rows_per_tile(num_codes, device)
+    return [(tile, noisy) for rows, noisy in kinds for tile in rows.split(step) if len(tile)]
+
+
+def _add_noise(scores: Tensor, mask: Tensor | None, seed: Tensor | None, rows: Tensor, row_offset: Tensor) -> Tensor:
+    """Add Gumbel noise to the stochastic rows of a tile; returns which of its rows are, (rows, 1) bool."""
+    assert mask is not None
+    assert seed is not None
+    stochastic = mask[rows].unsqueeze(1)
+    scores.addcmul_(
+        gumbel_noise(seed, rows + row_offset, scores.shape[1]).to(scores.dtype), stochastic.to(scores.dtype)
+    )
+    return stochastic
 
 
 @torch.library.custom_op("regvq::vector_quantize", mutates_args=())
@@ -238,14 +267,16 @@ def _vector_quantize(
     mask: Tensor | None,
     seed: Tensor | None,
     tau: Tensor,
+    row_offset: Tensor,
     scale: float,
-    row_offset: int,
     groups: int,
     codebook_grad: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     for name, value in (("x", x), ("codebook", codebook), ("weight", weight), ("bias", bias)):
         if value is not None:
             check_finite(name, value)
+    if tau.device.type == "cpu":
+        check_positive("tau", tau.item())
     num_rows, num_codes = len(x), len(codebook)
     dtype = compute_dtype(x)
     logits = _Logits(codebook, weight, bias, scale, dtype)
@@ -256,8 +287,7 @@ def _vector_quantize(
         best = scores.argmax(1)
         best_indices[rows] = best
         if noisy:
-            assert seed is not None
-            scores += gumbel_noise(seed, rows + row_offset, num_codes)
+            _add_noise(scores, mask, seed, rows, row_offset)
             best = scores.argmax(1)
         indices[rows] = best
     quantized = codebook[indices]
@@ -278,8 +308,8 @@ def _(
     mask: Tensor | None,
     seed: Tensor | None,
     tau: Tensor,
+    row_offset: Tensor,
     scale: float,
-    row_offset: int,
     groups: int,
     codebook_grad: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -309,8 +339,8 @@ def _vector_quantize_backward(
     seed: Tensor | None,
     indices: Tensor,
     tau: Tensor,
+    row_offset: Tensor,
     scale: float,
-    row_offset: int,
     codebook_grad: str,
     needs_x: bool,
     needs_codes: bool,
@@ -336,9 +366,9 @@ def _vector_quantize_backward(
         x_tile, grad_tile = x[rows].to(dtype), grad_quantized[rows].to(dtype)
         scores = logits(x_tile)
         if noisy:
-            assert seed is not None
-            scores += gumbel_noise(seed, rows + row_offset, num_codes)
-            scores /= tau
+            stochastic = _add_noise(scores, mask, seed, rows, row_offset)
+            temperature = torch.where(stochastic, tau, 1.0).to(dtype)
+            scores /= temperature
         p = scores.softmax(1)
         # dP, with the posterior's gradient as a bias of its columns; the scores' memory takes it.
         grad = torch.mm(grad_tile, logits.codebook.t(), out=scores)
@@ -347,7 +377,7 @@ def _vector_quantize_backward(
         grad -= torch.linalg.vecdot(p, grad).unsqueeze(1)
         grad *= p
         if noisy:
-            grad /= tau
+            grad /= temperature
         if needs_x:
             grad_x[rows] = torch.mm(grad, logits.keys).mul_(logits.factor).to(x.dtype)
         if needs_codes:
@@ -382,8 +412,8 @@ def _(
     seed: Tensor | None,
     indices: Tensor,
     tau: Tensor,
+    row_offset: Tensor,
     scale: float,
-    row_offset: int,
     codebook_grad: str,
     needs_x: bool,
     needs_codes: bool,
@@ -400,16 +430,16 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, tau, scale, row_offset, _, codebook_grad = inputs
+    x, codebook, weight, bias, mask, seed, tau, row_offset, scale, _, codebook_grad = inputs
     indices = output[2]
     ctx.mark_non_differentiable(output[2], output[3], output[4])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau)
-    ctx.arguments = (scale, row_offset, codebook_grad)
+    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau, row_offset)
+    ctx.arguments = (scale, codebook_grad)
 
 
 def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, indices, tau = ctx.saved_tensors
+    x, codebook, weight, bias, mask, seed, indices, tau, row_offset = ctx.saved_tensors
     if grad_quantized is None:
         if grad_posterior is None:
             return (None,) * 11
@@ -426,6 +456,7 @@ def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyp
         seed,
         indices,
         tau,
+        row_offset,
         *ctx.arguments,
         needs_x,
         any(needs_codes),

@@ -55,7 +55,8 @@ def weighted_info_nce(
     An image of a single position has no negatives: its loss is ``log w`` (0 without weight; w = 0 counts as the
     smallest normal number there) and its gradient 0.
 
-    Memory beyond inputs and output: O(B * L * C) plus a fixed number of tiles of about 2^19 similarities.
+    Memory beyond inputs and output: O(B * L * C) plus a fixed number of tiles of about 2^19 similarities
+    (2^24 on CUDA).
 
     Raises:
         ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input.
@@ -85,7 +86,7 @@ def weighted_info_nce(
 def _tiles(query: Tensor) -> list[tuple[slice, slice]]:
     """(images, rows) of every tile: some rows of one image, or all rows of several small ones."""
     num_images, length, _ = query.shape
-    row_step = rows_per_tile(max(1, length))
+    row_step = rows_per_tile(max(1, length), query.device)
     image_step = max(1, row_step // max(1, length))
     return [
         (slice(image, min(image + image_step, num_images)), slice(start, min(start + row_step, length)))

@@ -15,8 +15,9 @@ class EMAQuantizer(Quantizer):
     """Codes are exponential moving averages of the encoder outputs assigned to them; they get no gradient.
 
     A code whose running share falls under ``dead_threshold`` of the uniform share 1/N is dead: it is moved to an
-    encoder output drawn from the batch and starts over with the uniform share. A fresh codebook is all dead, so its
-    first batch initialises it: each code becomes an encoder output or the mean of those assigned to it.
+    encoder output drawn from the batch and starts over with twice that share: at a decay of 0.99 it has 69 steps to be
+    selected before it is moved again. A fresh codebook is all dead, so its first batch initialises it: each code
+    becomes an encoder output or the mean of those assigned to it.
 
     Args:
         num_codes: N.
@@ -56,7 +57,7 @@ class EMAQuantizer(Quantizer):
         self.cluster_share.fill_(1 / self.num_codes)
         self.cluster_sum.copy_(self.embedding.weight / self.num_codes)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
             indices = assign_codes(rows, self.embedding.weight)
@@ -73,15 +74,15 @@ class EMAQuantizer(Quantizer):
         share = segment_counts(indices, self.num_codes) / len(rows)
         self.cluster_share.lerp_(share, 1 - self.decay)
         self.cluster_sum.lerp_(segment_sum(rows, indices, self.num_codes) / len(rows), 1 - self.decay)
-        uniform = 1 / self.num_codes
-        dead = (self.cluster_share < self.dead_threshold * uniform).unsqueeze(1)
+        threshold = self.dead_threshold / self.num_codes
+        dead = (self.cluster_share < threshold).unsqueeze(1)
         # A random row a code, no row twice while there are enough.
         numbers = torch.arange(len(rows), device=rows.device)
         order = row_words(seed, numbers, stream=2).argsort()
         candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
-        self.cluster_sum.copy_(torch.where(dead, candidates * uniform, self.cluster_sum))
-        self.cluster_share.copy_(torch.where(dead.squeeze(1), uniform, self.cluster_share))
-        averages = self.cluster_sum / self.cluster_share.clamp(min=1e-5 * uniform).unsqueeze(1)
+        self.cluster_sum.copy_(torch.where(dead, candidates * 2 * threshold, self.cluster_sum))
+        self.cluster_share.copy_(torch.where(dead.squeeze(1), 2 * threshold, self.cluster_share))
+        averages = self.cluster_sum / self.cluster_share.clamp(min=1e-5 / self.num_codes).unsqueeze(1)
         self.embedding.weight.copy_(averages)
 
 

@@ -1,5 +1,7 @@
 """Gumbel-VQ: every position is sampled (Jang et al., 2017; Ramesh et al., 2021; taming's ``GumbelQuantize``)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class GumbelQuantizer(Quantizer):
         # A tensor, so that a compiled step reads each value without recompiling.
         self.tau.fill_(self.tau_start * (self.tau_end / self.tau_start) ** fraction)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
             mask = torch.full(rows.shape[:1], self.training, dtype=torch.bool, device=z.device)
@@ -65,7 +67,7 @@ class GumbelQuantizer(Quantizer):
             loss, metrics = rows.new_zeros(()), {"tau": self.tau.clone()}
             if self.kl_weight > 0:
                 log_p = F.log_softmax(self.proj(rows), dim=1)
-                kl = (log_p.exp() * log_p).sum(1).mean() + torch.log(log_p.new_tensor(float(self.num_codes)))
+                kl = (log_p.exp() * log_p).sum(1).mean() + math.log(self.num_codes)
                 loss, metrics["kl"] = self.kl_weight * kl, kl.detach()
             return QuantizerOutput(
                 self._to_maps(out.quantized, z),

@@ -1,5 +1,6 @@
 """Stochastic mask (Reg-VQ, section 3.2): which positions of a token map are selected with noise."""
 
+import math
 from typing import Literal
 
 import torch
@@ -11,7 +12,13 @@ MaskMode = Literal["exact", "bernoulli"]
 
 
 def stochastic_mask(
-    batch_size: int, positions: int, ratio: float, seed: Tensor, *, mode: MaskMode = "exact", row_offset: int = 0
+    batch_size: int,
+    positions: int,
+    ratio: float,
+    seed: Tensor,
+    *,
+    mode: MaskMode = "exact",
+    row_offset: int | Tensor = 0,
 ) -> Tensor:
     """A mask for each image, redrawn with the seed.
 
@@ -31,6 +38,6 @@ def stochastic_mask(
     words = row_words(seed, rows, stream=1)
     if mode == "bernoulli":
         return words < int(ratio * 2**32)
-    count = int(ratio * positions)
+    count = math.floor(ratio * positions + 1e-9)  # 0.29 * 100 is a little less than 29
     order = words.view(batch_size, positions).argsort(1)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True).view(-1)

@@ -22,7 +22,7 @@ class NearestQuantizer(Quantizer):
         self.commitment = commitment
         torch.nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
             indices = assign_codes(rows, self.embedding.weight)

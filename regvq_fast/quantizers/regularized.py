@@ -87,7 +87,7 @@ class RegularizedQuantizer(Quantizer):
     def codes(self) -> Tensor:
         return F.normalize(self.embedding.weight, dim=1) if self.logits == "cosine" else self.embedding.weight
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int = 0) -> QuantizerOutput:
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
             batch, _, height, width = z.shape

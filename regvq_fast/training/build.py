@@ -116,6 +116,6 @@ def _load(net: VGGName, weights: Path | None, role: str, facts: dict[str, str]) 
         warnings.simplefilter("always")
         features = load_vgg_features(net, weights)
     facts[role] = f"{features.label}, weights: {features.source}"
-    if caught:
-        facts["warning"] = " ".join(str(w.message) for w in caught)
+    if not features.pretrained:
+        facts[f"{role} warning"] = " ".join(str(w.message) for w in caught)
     return features

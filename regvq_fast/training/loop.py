@@ -11,18 +11,21 @@ def fit(task: VQGANTask, recorder: Recorder) -> None:
     run = task.config.run
     recorder.status("compiling, one to three minutes" if run.compile else "starting")
     window_start, window_images = time.perf_counter(), 0
-    seconds, images = 0.0, 0  # of all windows but the first, which holds compilation
+    seconds, images = 0.0, 0  # of all windows but those that hold compilation
+    compiling = {0, task.disc_start} if run.compile else {0}
     for step in range(task.steps):
+        if step and step in compiling:
+            recorder.status("compiling the discriminator")
         task.step(step)
         window_images += task.batch_size
         done = step + 1
         recorder.advance(done)
-        if done == 1 or done % run.log_every == 0 or done == task.steps:
+        if step in compiling or done % run.log_every == 0 or done == task.steps:
             values = task.record()  # waits for the device, so that the clock below is honest
             elapsed = time.perf_counter() - window_start
             values["images_per_second"] = window_images / elapsed
             recorder.record(done, values)
-            if done > 1:
+            if step not in compiling:
                 seconds, images = seconds + elapsed, images + window_images
             window_start, window_images = time.perf_counter(), 0
         if done % run.image_every == 0 and done < task.steps:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from regvq_fast.config import TrainConfig
 from regvq_fast.evaluation.pictures import atomic_path
@@ -31,25 +33,32 @@ def new_run_folder(config: TrainConfig) -> Path:
     out = config.run.out
     if out is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{config.run.preset}-{config.quantizer.quantizer}-{stamp}"
+        name = f"{config.run.preset}-{config.quantizer.quantizer}-{stamp}"
+        candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"-{k}" for k in range(2, 1000))))
+        return next(path for path in candidates if not path.exists())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is not an empty folder; name a new one")
     return out
+
+
+def _finite(values: Mapping[str, object]) -> dict[str, object]:
+    """nan and infinities as None: JSON has none."""
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
 
 
 class Recorder:
     """Writes a run's numbers to ``folder``; a context manager.
 
     Args:
-        folder: run folder; created here.
-        config: saved as config.json, resolved, with ``facts`` and versions.
+        config: saved as config.json with ``facts`` and versions; its ``out``, the run folder, is created here.
         facts: what was found out at start: device, precision, weights of the feature network ...
-        steps: length of the run.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, facts: Mapping[str, str], steps: int) -> None:
-        self.folder = folder
-        self.steps = steps
+    def __init__(self, config: TrainConfig, facts: Mapping[str, str]) -> None:
+        if config.run.out is None or config.optimizer.steps is None:
+            raise ValueError("the recorder takes a resolved configuration: run.out and optimizer.steps are needed")
+        self.folder = folder = config.run.out
+        self.steps = steps = config.optimizer.steps
         self.console = Console()
         folder.mkdir(parents=True, exist_ok=True)
         self.save_json(
@@ -65,7 +74,7 @@ class Recorder:
             },
         )
         for name, value in facts.items():
-            self.console.print(f"[bold]{name:>12}[/]  {value}", highlight=False)
+            self.console.print(Text.assemble((f"{name:>18}  ", "bold"), value))
         self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard: Any = None
         self._progress = Progress(
@@ -75,7 +84,7 @@ class Recorder:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=self.console,
         )
         self._task = self._progress.add_task("starting", total=steps)
@@ -95,10 +104,6 @@ class Recorder:
         self._tensorboard.close()
         self._jsonl.close()
 
-    def say(self, message: str) -> None:
-        """One line above the progress bar."""
-        self._progress.console.print(message, highlight=False)
-
     def advance(self, step: int) -> None:
         """Move the bar to the number of steps done."""
         self._progress.update(self._task, completed=step)
@@ -107,11 +112,11 @@ class Recorder:
         """What the bar says the run is doing; its own line where there is no terminal."""
         self._progress.update(self._task, description=text)
         if not self.console.is_terminal:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False)
 
     def record(self, step: int, values: Mapping[str, float], prefix: str = "train") -> None:
         """Write numbers of a step to metrics.jsonl and TensorBoard; those of training also to the progress line."""
-        self._jsonl.write(json.dumps({"step": step, "split": prefix, **values}) + "\n")
+        self._jsonl.write(json.dumps({"step": step, "split": prefix, **_finite(values)}, allow_nan=False) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
@@ -137,15 +142,17 @@ class Recorder:
     def save_json(self, name: str, value: Mapping[str, object]) -> None:
         """Write a JSON file into the run folder, whole or not at all."""
         with atomic_path(self.folder / name) as temporary:
-            temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+            temporary.write_text(
+                json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8"
+            )
 
     def summarize(self, title: str, rows: Mapping[str, object]) -> None:
         """Save summary.json and print it as a table."""
         self.save_json("summary.json", rows)
-        table = Table(title=title, show_header=False, title_justify="left", min_width=len(title))
+        table = Table(title=Text(title), show_header=False, title_justify="left", min_width=len(title))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows.items():
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            table.add_row(Text(name), Text(f"{value:.4g}" if isinstance(value, float) else str(value)))
         self._progress.stop()
         self.console.print(table)

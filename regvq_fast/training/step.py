@@ -55,7 +55,7 @@ class VQGANStep:
         images: Tensor,
         seed: Tensor,
         *,
-        first_image: int = 0,
+        first_image: int | Tensor = 0,
         adversarial: bool = False,
         loss_scale: Tensor | float = 1.0,
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -64,7 +64,8 @@ class VQGANStep:
         Args:
             images: (B, 3, H, W) float in [-1, 1].
             seed: 0-dim int64 tensor: mask, noise and sampled places.
-            first_image: number of the batch's first image in the global batch.
+            first_image: number of the batch's first image in the global batch; a 0-dim int64 tensor where it changes,
+                which spares a compilation for each value.
             adversarial: whether the discriminator takes part; without it, it costs nothing.
             loss_scale: factor of all gradients (fp16 loss scaling, gradient accumulation).
 
@@ -88,16 +89,15 @@ class VQGANStep:
             with self.precision.autocast(), _frozen(self.discriminator):
                 generator_loss = hinge_generator_loss(self._discriminate(reconstruction))
             (gan_gradient,) = torch.autograd.grad(loss_scale * generator_loss, reconstruction)
-            factor = adaptive_weight(
-                out.features, self.model.last_layer, gradient / loss_scale, gan_gradient / loss_scale
-            )
+            factor = adaptive_weight(out.features, self.model.last_layer, gradient, gan_gradient, grad_scale=loss_scale)
             gradient = gradient + self.disc_weight * factor * gan_gradient
             metrics |= {"generator": generator_loss.detach(), "lambda": factor}
 
-        torch.autograd.backward(
-            [out.reconstruction, loss_scale * out.quantizer.loss],
-            [gradient.to(out.reconstruction.dtype), None],
-        )
+        outputs, gradients = [out.reconstruction], [gradient.to(out.reconstruction.dtype)]
+        if out.quantizer.loss.requires_grad:
+            outputs.append(out.quantizer.loss)
+            gradients.append(loss_scale * torch.ones_like(out.quantizer.loss))
+        torch.autograd.backward(outputs, gradients)
 
         if adversarial:
             with self.precision.autocast():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regvq_fast.config import TrainConfig, check_config
+from regvq_fast.config import TrainConfig, check_config, override
 from regvq_fast.data.loading import build_dataset, default_workers, training_batches, validation_batches
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float
@@ -31,13 +31,14 @@ from regvq_fast.training.step import VQGANStep
 
 _GRID_IMAGES = 16
 _STANDARDIZE_IMAGES = 16
+_GRADIENT_METRICS = {"grad_norm", "grad_norm_discriminator", "lambda"}
 
 
 class VQGANTask:
     """Everything a run needs, built and checked; writes nothing until it is told to.
 
     Args:
-        config: the run.
+        config: the run; kept as `config` with what was left open resolved.
 
     Raises:
         ValueError, OSError: what is wrong with the configuration or the data, in one sentence.
@@ -62,19 +63,22 @@ class VQGANTask:
         self.batch_size = optimizer.batch_size
         self.steps = optimizer.steps or math.ceil(optimizer.epochs * len(self.train_set) / self.batch_size)
         self.workers = default_workers() if data.workers is None else data.workers
+        self.config = config = override(config, device=str(self.device), steps=self.steps, workers=self.workers)
 
         torch.manual_seed(config.run.seed)
         self.model = build_model(config).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.discriminator = build_discriminator(config).to(  # type: ignore[call-overload]
             self.device, memory_format=torch.channels_last
         )
-        if config.loss.disc_start < self.steps and data.image_size < self.discriminator.min_size:
+        self.disc_start = self.steps if config.loss.disc_start is None else config.loss.disc_start
+        if self.disc_start < self.steps and data.image_size < self.discriminator.min_size:
             raise ValueError(
                 f"--image-size {data.image_size} is too small for a discriminator of {config.model.disc_layers} "
                 f"layers, which needs {self.discriminator.min_size}: lower --disc-layers"
             )
+        # Read here, so that a folder without a readable image is found out before anything is written.
+        first = [self.train_set[i]["image"] for i in range(min(self.batch_size, _STANDARDIZE_IMAGES))]
         if self.model.quantize.expects_unit_variance:
-            first = [self.train_set[i]["image"] for i in range(min(self.batch_size, _STANDARDIZE_IMAGES))]
             self.model.standardize_latents(to_float(torch.stack(first).to(self.device)))
         reconstruction_loss, self.facts = build_reconstruction_loss(config.loss)
         self.reconstruction_loss = reconstruction_loss.to(  # type: ignore[call-overload]
@@ -106,12 +110,14 @@ class VQGANTask:
         device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         parameters = sum(p.numel() for p in self.model.parameters())
         height, width = self.model.token_shape
+        quantizer = self.model.quantize
         source = "embedded scenes" if self.config.data.data is None else str(self.config.data.data)
         return {
             "device": device,
             "precision": self.precision.reason,
             "data": f"{source}, {len(self.val_set)} validation images of {self.config.data.image_size} px",
-            "model": f"{parameters / 1e6:.1f} M parameters, {height} x {width} tokens, {self.model.quantize}",
+            "model": f"{parameters / 1e6:.1f} M parameters, {height} x {width} tokens",
+            "quantizer": f"{type(quantizer).__name__}({quantizer.extra_repr()})",
         }
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -123,7 +129,7 @@ class VQGANTask:
                 self.train_set, self.batch_size, workers=self.workers, pin_memory=self.device.type == "cuda"
             )
         parts = self.config.optimizer.accumulate
-        adversarial = step >= self.config.loss.disc_start
+        adversarial = self.disc_start <= step
         self.model.train()
         self.discriminator.train()
         self.model.quantize.set_progress(step / self.steps)
@@ -134,8 +140,9 @@ class VQGANTask:
         images = images.contiguous(memory_format=torch.channels_last)
         loss_scale = self.scaler.scale(torch.ones((), device=self.device)) / parts
         for k, part in enumerate(images.chunk(parts)):
+            first_image = torch.full((), k * len(part), device=self.device)
             metrics, indices = self.train_step(
-                part, self.seed, first_image=k * len(part), adversarial=adversarial, loss_scale=loss_scale
+                part, self.seed, first_image=first_image, adversarial=adversarial, loss_scale=loss_scale
             )
             self._add(metrics)
             self.usage.update(indices)
@@ -168,6 +175,11 @@ class VQGANTask:
         means["lr"] = self.lr
         self._sums, self._counts = {}, {}
         self.usage.reset()
+        if self.scaler.is_enabled():  # it skips steps whose scaled gradients overflow: part of its search for a scale
+            means["loss_scale"] = self.scaler.get_scale()
+            for name in _GRADIENT_METRICS & means.keys():
+                if not math.isfinite(means[name]):
+                    del means[name]
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(

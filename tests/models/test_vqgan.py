@@ -102,7 +102,9 @@ def test_not_strict_loads_what_fits_by_name(model):
 # --- formulas of the blocks ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(512, 32), (128, 32), (64, 16), (32, 8), (48, 12), (33, 3), (37, 1), (8, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(512, 32), (128, 32), (64, 16), (32, 8), (48, 12), (33, 3), (37, 1), (8, 2), (1, 1)]
+)
 def test_group_norm_groups(channels, groups):
     norm = group_norm(channels)
     assert (norm.num_groups, norm.num_channels, norm.eps) == (groups, channels, 1e-6)

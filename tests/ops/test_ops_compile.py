@@ -27,14 +27,14 @@ def test_opcheck_vector_quantize(logits, mask, codebook_grad):
     inputs = make_inputs(logits, mask, 8, 5, 3, torch.float32)
     tensors = [inputs.get(name) for name in ("x", "codebook", "weight", "bias", "mask", "seed")]
     tau = torch.tensor(0.9)
-    torch.library.opcheck(torch.ops.regvq.vector_quantize, (*tensors, tau, 1.5, 7, 2, codebook_grad))
+    torch.library.opcheck(torch.ops.regvq.vector_quantize, (*tensors, tau, torch.tensor(7), 1.5, 2, codebook_grad))
     detached = [None if t is None else t.detach() for t in tensors]
     grads = torch.randn(8, 3), torch.randn(2, 5)
     indices = torch.zeros(8, dtype=torch.int64)
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*grads, *detached, indices, tau, 1.5, 7, codebook_grad, needs_x, needs_codes),
+            (*grads, *detached, indices, tau, torch.tensor(7), 1.5, codebook_grad, needs_x, needs_codes),
         )
 
 
