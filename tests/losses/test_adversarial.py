@@ -23,6 +23,15 @@ def test_adaptive_weight_is_the_ratio_of_the_last_layers_gradients() -> None:
     assert not weight.requires_grad
 
 
+def test_gradients_too_small_for_fp16_are_weighed_by_their_scale() -> None:
+    torch.manual_seed(0)
+    features, weight = torch.randn(1, 4, 8, 8), torch.zeros(3, 4, 3, 3)
+    large, small = 1e-2 * torch.randn(1, 3, 8, 8), 1e-2 * torch.randn(1, 3, 8, 8)
+    expected = adaptive_weight(features, weight, large, small)
+    scaled = adaptive_weight(features.half(), weight, 2.0**10 * large, 2.0**10 * small, grad_scale=2.0**10)
+    torch.testing.assert_close(scaled, expected, rtol=1e-2, atol=0)
+
+
 def test_adaptive_weight_is_clamped_where_the_adversarial_gradient_vanishes() -> None:
     features, weight = torch.ones(1, 2, 4, 4), torch.zeros(3, 2, 3, 3)
     large, zero = torch.full((1, 3, 4, 4), 1e6), torch.zeros(1, 3, 4, 4)

@@ -69,6 +69,17 @@ def test_an_images_places_do_not_depend_on_the_batch_it_comes_in() -> None:
     torch.testing.assert_close(whole, torch.stack(parts).mean())
 
 
+def test_without_perturbation_the_gradient_is_that_of_vanilla_contrastive_learning() -> None:
+    original, perturbation = feature_maps(0), torch.zeros(2, 2, 2)
+    gradients = []
+    for weighted in (True, False):
+        z = [m.requires_grad_() for m in feature_maps(1)]
+        module = ProbabilisticContrastiveLoss(weighted=weighted, num_patches=8)
+        gradients.append(torch.autograd.grad(module(original, z, perturbation, SEED), z))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_only_the_reconstruction_gets_a_gradient_and_it_is_finite_without_perturbation() -> None:
     original = [x.requires_grad_() for x in feature_maps(0)]
     reconstruction = [z.requires_grad_() for z in feature_maps(1)]

@@ -80,6 +80,25 @@ def test_the_size_of_the_tiles_changes_nothing(monkeypatch, elements, codebook_g
     assert_same(results, expected)
 
 
+def test_tiles_of_mixed_rows_as_on_a_gpu_give_the_same_result(monkeypatch):
+    inputs = make_inputs(num_rows=150, mask="random")
+    expected = outputs_and_gradients(vector_quantize, inputs, groups=3, tau=0.3)
+    module = sys.modules["regvq_fast.ops.vector_quantize"]
+    monkeypatch.setattr(
+        module, "_tiles", lambda mask, rows, *_: [(t, mask is not None) for t in torch.arange(rows).split(40)]
+    )
+    results = outputs_and_gradients(vector_quantize, inputs, groups=3, tau=0.3)
+    assert torch.equal(results["indices"], expected["indices"])
+    assert_same(results, expected)
+
+
+def test_a_row_offset_may_be_a_tensor():
+    inputs = make_inputs(num_rows=40, mask="all")
+    offset = 2**32 - 30
+    expected = outputs_and_gradients(vector_quantize, inputs, row_offset=offset)
+    assert_same(outputs_and_gradients(vector_quantize, inputs, row_offset=torch.tensor(offset)), expected, 0)
+
+
 def test_two_halves_with_their_offsets_are_the_whole():
     inputs = make_inputs(num_rows=40, mask="all")
     start = 2**32 - 30  # the boundary of the row's low word lies inside

@@ -118,6 +118,10 @@ def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(
         (["--preset", "ade20k"], "--preset ade20k needs its images: give their folder with --data PATH"),
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--device", "abacus"], "--device abacus is no device"),
+        (["--image-size", "8"], "--image-size must be at least 16 (for SSIM and VGG), got 8"),
+        (["--workers", "-1"], "--workers must not be negative, got -1"),
+        (["--contrastive-weights", "vgg.pth"], "--contrastive-weights vgg.pth has no network to go to"),
+        (["--weight-decay", "nan"], "--weight-decay must not be negative, got nan"),
         (["--tau", "0"], "tau must be greater than 0, got 0.0"),
         (["--mask-ratio", "1.5"], "mask_ratio must be between 0 and 1, got 1.5"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
@@ -136,6 +140,42 @@ def test_bad_input_ends_in_one_sentence_before_anything_is_written(
     assert str(stop.value).startswith("error: ")
     assert message in str(stop.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_readable_image_is_found_out_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        (tmp_path / "photos" / split / "a.png").write_bytes(b"not an image")
+    with pytest.raises(SystemExit, match="error: .*photos"):
+        train(monkeypatch, "--data", tmp_path / "photos", "--out", tmp_path / "run", "--quantizer", "vq-gan")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="error: .*file"):
+        train(monkeypatch, "--out", tmp_path / "file" / "run", *FAST)
+
+
+def test_overflow_of_scaled_gradients_skips_the_step_and_lowers_the_scale() -> None:
+    config = override(
+        TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
+        batch_size=4, perceptual_weight=0, contrastive="none", device="cpu", disc_start=0, disc_filters=4,
+    )  # fmt: skip
+    task = VQGANTask(config)
+    task.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    before = task.model.last_layer.detach().clone()
+    task.step(0)
+    values = task.record()  # no error: an overflow is part of the search for a scale
+    assert "grad_norm" not in values
+    assert values["loss_scale"] == 2.0**125
+    assert torch.equal(task.model.last_layer, before)
+    task.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    task.step(1)
+    assert task.record()["grad_norm"] > 0
+    assert not torch.equal(task.model.last_layer, before)
 
 
 def test_runs_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

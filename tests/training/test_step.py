@@ -10,7 +10,7 @@ from regvq_fast.losses import ReconstructionLoss, hinge_discriminator_loss, hing
 from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
-from regvq_fast.quantizers import NearestQuantizer, RegularizedQuantizer
+from regvq_fast.quantizers import GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
 from regvq_fast.training.precision import Precision
 from regvq_fast.training.step import VQGANStep
 
@@ -120,6 +120,22 @@ def test_parts_of_a_batch_draw_the_same_selection_as_the_whole() -> None:
     _, whole = step(batch, torch.tensor(5))
     parts = [step(batch[first : first + 2], torch.tensor(5), first_image=first)[1] for first in (0, 2)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+def test_any_number_of_parts_compiles_once() -> None:
+    torch._dynamo.reset()
+    model, _, _ = build_parts()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for first in range(10):
+            compiled(images(), torch.tensor(5), torch.full((), 64 * first))
+
+
+def test_a_quantizer_without_a_loss_of_its_own_trains() -> None:
+    model, discriminator, loss = build_parts()
+    model.quantize = GumbelQuantizer(16, 4, kl_weight=0)
+    VQGANStep(model, discriminator, loss, FP32)(images(), torch.tensor(0))
+    assert gradients(model)
 
 
 def test_compiled_step_equals_the_eager_one_on_both_sides_of_disc_start() -> None:
