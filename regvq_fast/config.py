@@ -93,7 +93,7 @@ class LossConfig:
     """LPIPS distance."""
     contrastive: Literal["pcl", "cl", "none"] = "pcl"
     """Contrastive loss: probabilistic (Eq. 3), vanilla (Eq. 2) or none."""
-    contrastive_weight: float = 0.1
+    contrastive_weight: float = 0.02
     """Its weight."""
     contrastive_patches: int = 256
     """Places sampled in each image and layer."""

@@ -148,14 +148,14 @@ def test_a_folder_without_a_readable_image_is_found_out_before_anything_is_writt
     for split in ("train", "val"):
         (tmp_path / "photos" / split).mkdir(parents=True)
         (tmp_path / "photos" / split / "a.png").write_bytes(b"not an image")
-    with pytest.raises(SystemExit, match="error: .*photos"):
+    with pytest.raises(SystemExit, match=r"error: .*photos"):
         train(monkeypatch, "--data", tmp_path / "photos", "--out", tmp_path / "run", "--quantizer", "vq-gan")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
 def test_a_run_folder_that_cannot_be_made_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="error: .*file"):
+    with pytest.raises(SystemExit, match=r"error: .*file"):
         train(monkeypatch, "--out", tmp_path / "file" / "run", *FAST)
 
 
