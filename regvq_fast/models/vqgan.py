@@ -11,6 +11,7 @@ down-sampling factor f = 2 ** (len(ch_mult) - 1). Values of images lie in [-1, 1
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regvq_fast.models.layers import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
+from regvq_fast.models.layers import (
+    MAX_GROUPS,
+    MIN_GROUP_CHANNELS,
+    AttnBlock,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    group_norm,
+)
 from regvq_fast.models.weights import check_state_dict
 
 if TYPE_CHECKING:
@@ -326,6 +335,12 @@ class VQGAN(nn.Module):
             given = {name: tensor for name, tensor in given.items() if name in expected}
             expected = {name: shape for name, shape in expected.items() if name in given}
         check_state_dict(given, expected, "this VQGAN")
+        if any(norm.num_groups != MAX_GROUPS for norm in self.modules() if isinstance(norm, nn.GroupNorm)):
+            warnings.warn(
+                f"this VQGAN has fewer than taming's {MAX_GROUPS} groups in a GroupNorm, since its width is below "
+                f"{MAX_GROUPS * MIN_GROUP_CHANNELS}: the weights fit but compute something else",
+                stacklevel=2,
+            )
         self.load_state_dict(given, strict=False)
 
     def _check_multiple(self, name: str, size: int) -> None:

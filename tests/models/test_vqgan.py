@@ -102,6 +102,11 @@ def test_not_strict_loads_what_fits_by_name(model):
 # --- formulas of the blocks ------------------------------------------------------------------------------------------
 
 
+def test_weights_on_a_width_that_taming_normalises_otherwise_are_warned_of(model):
+    with pytest.warns(UserWarning, match="fewer than taming's 32 groups"):
+        model.load_taming_state_dict(model.state_dict())
+
+
 @pytest.mark.parametrize(
     ("channels", "groups"), [(512, 32), (128, 32), (64, 16), (32, 8), (48, 12), (33, 3), (37, 1), (8, 2), (1, 1)]
 )
