@@ -84,4 +84,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # F.interpolate(x, scale_factor=2.0, mode="nearest") in other words: compiled for a CPU in bf16, with a residual
+        # block before it, torch 2.13 gives that a wrong backward, up to a gradient of zeros for all layers below.
+        batch, channels, height, width = x.shape
+        blocks = x.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(batch, height, 2, width, 2, channels)
+        return self.conv(blocks.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2))
