@@ -164,7 +164,7 @@ def _weighted_info_nce_backward(
         if log_positive is not None:
             diagonal += log_positive[images, rows] - log_negative
         a += (log_negative - lse[images, rows]).unsqueeze(2)
-        a.exp_()
+        a.clamp_(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
         diagonal -= 1
         a *= (grad_loss[images, rows].to(dtype) / tau).unsqueeze(2)
         if needs_query:

@@ -147,12 +147,17 @@ class Recorder:
             )
 
     def summarize(self, title: str, rows: Mapping[str, object]) -> None:
-        """Save summary.json and print it as a table."""
+        """Save summary.json and print it: numbers as a table, paths below it, whole so that they can be copied."""
         self.save_json("summary.json", rows)
         table = Table(title=Text(title), show_header=False, title_justify="left", min_width=len(title))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows.items():
+            if isinstance(value, Path):
+                continue
             table.add_row(Text(name), Text(f"{value:.4g}" if isinstance(value, float) else str(value)))
         self._progress.stop()
         self.console.print(table)
+        for name, value in rows.items():
+            if isinstance(value, Path):
+                self.console.print(Text.assemble((f"{name:>15}  ", "bold"), str(value)), soft_wrap=True)

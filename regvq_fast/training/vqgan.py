@@ -250,8 +250,8 @@ class VQGANTask:
             rows["unreadable images"] = unreadable
         rows["images/s"] = images_per_second
         rows["peak memory (GiB)"] = self._peak_memory()
-        rows["model"] = str(recorder.folder / "model.safetensors")
-        rows |= {name: str(path) for name, path in pictures.items()}
+        rows["model"] = recorder.folder / "model.safetensors"
+        rows |= pictures
         recorder.summarize(f"{recorder.folder}", rows)
 
     def _peak_memory(self) -> float:
