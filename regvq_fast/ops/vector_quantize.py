@@ -18,7 +18,6 @@ tile's scores and draws its noise again.
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regvq_fast.ops._common import (
@@ -100,8 +99,8 @@ def vector_quantize(
     not supported.
 
     Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64); on CUDA leave PyTorch's float32 matmul precision
-    at "highest", TF32 changes indices. The smallest code wins an exact tie.
-    In backward, probabilities under 1e-26 count as 0. Deterministic: two calls give the same bits. Autocast: floating-point inputs are cast to fp32.
+    at "highest", TF32 changes indices. The smallest code wins an exact tie. In backward, probabilities under 1e-26
+    count as 0. Deterministic: two calls give the same bits. Autocast: floating-point inputs are cast to fp32.
 
     Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^19 scores (2^24 on
     CUDA; at least 16 rows), for the forward and for the backward.
@@ -373,7 +372,7 @@ def _vector_quantize_backward(
         # Probabilities under 1e-26 become 0: on a CPU subnormal numbers would make softmax and the products below
         # several times slower. The clamp keeps them out of softmax (e^-60 < 1e-26), the threshold out of p.
         scores.clamp_(min=scores.amax(1, keepdim=True) - 60)
-        p = F.threshold_(scores.softmax(1), 1e-26, 0.0)
+        p = torch.threshold_(scores.softmax(1), 1e-26, 0.0)
         # dP, with the posterior's gradient as a bias of its columns; the scores' memory takes it.
         grad = torch.mm(grad_tile, logits.codebook.t(), out=scores)
         if grad_posterior is not None:
