@@ -52,6 +52,16 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         raise TypeError(f"{name} is {value.dtype} but {other_name} {other.dtype}; convert one of them")
 
 
+def check_scalar(name: str, value: Tensor, x: Tensor, *, floating: bool = False) -> None:
+    """Raise unless ``value`` is a 0-dim tensor, int64 or floating point, on the device of ``x``."""
+    kind = "floating-point" if floating else "int64"
+    fits = isinstance(value, Tensor) and value.ndim == 0
+    if not fits or not (value.is_floating_point() if floating else value.dtype == torch.int64):
+        raise TypeError(f"{name} must be a 0-dim {kind} tensor, got {value!r}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} but x on {x.device}; move them to one device")
+
+
 class NonFiniteError(ValueError, FloatingPointError):
     """An input holds nan or inf."""
 

@@ -26,6 +26,7 @@ from regvq_fast.ops._common import (
     check_like,
     check_matrix,
     check_positive,
+    check_scalar,
     compute_dtype,
     resolve_impl,
     rows_per_tile,
@@ -175,12 +176,12 @@ def _check_arguments(
         if seed is None:
             raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
     if seed is not None:
-        _check_scalar("seed", seed, x)
+        check_scalar("seed", seed, x)
     if isinstance(row_offset, Tensor):
-        _check_scalar("row_offset", row_offset, x)
+        check_scalar("row_offset", row_offset, x)
     check_positive("scale", scale)
     if isinstance(tau, Tensor):
-        _check_scalar("tau", tau, x, floating=True)
+        check_scalar("tau", tau, x, floating=True)
     else:
         check_positive("tau", tau)
     num_rows = x.numel() // max(1, x.shape[-1])
@@ -192,15 +193,6 @@ def _check_arguments(
         raise ValueError(f"groups must divide the number of rows, got groups={groups}, rows={num_rows}")
     if codebook_grad not in _CODEBOOK_GRADS:
         raise ValueError(f"codebook_grad must be one of {', '.join(map(repr, _CODEBOOK_GRADS))}, got {codebook_grad!r}")
-
-
-def _check_scalar(name: str, value: Tensor, x: Tensor, *, floating: bool = False) -> None:
-    kind = "floating-point" if floating else "int64"
-    fits = isinstance(value, Tensor) and value.ndim == 0
-    if not fits or not (value.is_floating_point() if floating else value.dtype == torch.int64):
-        raise TypeError(f"{name} must be a 0-dim {kind} tensor, got {value!r}")
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device} but x on {x.device}; move them to one device")
 
 
 # ---------------------------------------------------------------------------------------------------- eager twin
