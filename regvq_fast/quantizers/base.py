@@ -64,6 +64,20 @@ class Quantizer(nn.Module):
             return rows.view(batch, height, width)
         return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
+    def _straight_through(
+        self, z: Tensor, rows: Tensor, codes: Tensor, indices: Tensor, loss: Tensor, commitment: Tensor
+    ) -> QuantizerOutput:
+        """Output of a deterministic selection: the codes forward, the identity backward."""
+        index_map = self._to_maps(indices, z)
+        return QuantizerOutput(
+            self._to_maps(rows + (codes - rows).detach(), z),
+            index_map,
+            loss,
+            {"commitment": commitment.detach()},
+            torch.zeros_like(index_map, dtype=torch.float32),
+            torch.zeros_like(index_map, dtype=torch.bool),
+        )
+
 
 def draw_seed(device: torch.device) -> Tensor:
     """A 0-dim int64 seed from PyTorch's global generator of the device."""

@@ -8,7 +8,6 @@ from regvq_fast.ops import assign_codes
 from regvq_fast.ops.noise import row_words
 from regvq_fast.ops.segment_sum import segment_counts, segment_sum
 from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
-from regvq_fast.quantizers.nearest import _straight_through_output
 
 
 class EMAQuantizer(Quantizer):
@@ -50,6 +49,8 @@ class EMAQuantizer(Quantizer):
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
         self.register_load_state_dict_post_hook(_adopt_loaded_codes)
+        if dead_threshold == 0:  # nothing will move codes that are never selected: they stay where they are
+            self.start_from_embedding()
 
     @torch.no_grad()
     def start_from_embedding(self) -> None:
@@ -63,7 +64,7 @@ class EMAQuantizer(Quantizer):
             indices = assign_codes(rows, self.embedding.weight)
             codes = F.embedding(indices, self.embedding.weight)
             commitment = F.mse_loss(rows, codes)
-            out = _straight_through_output(self, z, rows, codes, indices, self.commitment * commitment, commitment)
+            out = self._straight_through(z, rows, codes, indices, self.commitment * commitment, commitment)
             if self.training:
                 self._update_codes(rows.detach(), indices, draw_seed(z.device) if seed is None else seed)
             return out

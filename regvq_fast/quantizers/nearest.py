@@ -29,19 +29,4 @@ class NearestQuantizer(Quantizer):
             codes = self.embedding(indices)
             commitment = F.mse_loss(rows, codes.detach())
             loss = F.mse_loss(codes, rows.detach()) + self.commitment * commitment
-            return _straight_through_output(self, z, rows, codes, indices, loss, commitment)
-
-
-def _straight_through_output(
-    quantizer: Quantizer, z: Tensor, rows: Tensor, codes: Tensor, indices: Tensor, loss: Tensor, commitment: Tensor
-) -> QuantizerOutput:
-    """Output of a deterministic quantizer: the codes forward, the identity backward."""
-    index_map = quantizer._to_maps(indices, z)
-    return QuantizerOutput(
-        quantizer._to_maps(rows + (codes - rows).detach(), z),
-        index_map,
-        loss,
-        {"commitment": commitment.detach()},
-        torch.zeros_like(index_map, dtype=torch.float32),
-        torch.zeros_like(index_map, dtype=torch.bool),
-    )
+            return self._straight_through(z, rows, codes, indices, loss, commitment)

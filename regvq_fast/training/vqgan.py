@@ -46,7 +46,6 @@ class VQGANTask:
 
     def __init__(self, config: TrainConfig) -> None:
         check_config(config)
-        self.config = config
         self.device = choose_device(config.run.device)
         data, optimizer = config.data, config.optimizer
         self.train_set = build_dataset(

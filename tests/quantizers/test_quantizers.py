@@ -268,6 +268,22 @@ def test_vq_vae_fresh_codebook_is_initialised_by_its_first_batch() -> None:
     assert len(quantizer(z, seed(9)).indices.unique()) > 0.8 * N
 
 
+def test_vq_vae_without_revival_leaves_codes_that_are_never_selected_where_they_are() -> None:
+    quantizer = EMAQuantizer(3, 1, dead_threshold=0)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([[0.0], [1.0], [1000.0]]))
+        quantizer.start_from_embedding()
+    fresh = EMAQuantizer(N, D, dead_threshold=0)
+    before = fresh.embedding.weight.detach().clone()
+    for step in range(3):
+        quantizer(torch.tensor([0.0, 1.0, 0.0, 1.0]).view(1, 1, 2, 2), seed(step))
+        selected = fresh(maps(), seed(step)).indices.unique()
+    assert quantizer.embedding.weight[2].item() == pytest.approx(1000)
+    unused = torch.ones(N, dtype=torch.bool).index_fill(0, selected, False)
+    assert unused.any()
+    assert float((fresh.embedding.weight.detach() - before)[unused].norm(dim=1).min()) < 1e-5
+
+
 def test_vq_vae_keeps_codes_that_were_loaded() -> None:
     codes = torch.randn(N, D)
     quantizer = EMAQuantizer(N, D, decay=0.99)
