@@ -13,8 +13,12 @@ belong to a row and c2, c3 to a column; the products of the second round too. So
     v = (word + 1/2) / 2^32,    E = -log(1 - v),    g = -log E
 
 Small v is the upper tail of g, the one that argmax selects: below 1/4, E comes from a polynomial, with a relative error
-under 1e-7 there, since ``1 - v`` has lost v's low bits. The words are eager's exactly, g within a few ulps of
-max(1, |g|), in [-2.82, 22.88], never inf or nan. Nothing but registers is used.
+under 1e-7 there, since ``1 - v`` has lost v's low bits. The words are eager's exactly, g within 1e-6 max(1, |g|) of
+its exact value, in [-2.82, 22.88], never inf or nan. Nothing but registers is used.
+
+The kernels keep scores and noise in units of log 2, where exp and log are one instruction each: g / log 2 = -log2 E.
+Both logarithms are the special function unit's (lg2.approx: within 2^-22, absolute on [1/2, 2] and relative elsewhere);
+libdevice's take about 18 instructions each, and the noise two of them an element.
 """
 
 import torch
@@ -25,9 +29,13 @@ _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
 _WEYL_0 = tl.constexpr(0x9E3779B9)
 _WEYL_1 = tl.constexpr(0xBB67AE85)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+# The interpreter knows no inline assembly.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Tile of _gumbel_noise_kernel: BM rows, BN codes (a multiple of 4), warps.
-_CONFIG = {"BM": 16, "BN": 128, "num_warps": 4}
+_CONFIG = {"BM": 16, "BN": 128, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -63,8 +71,17 @@ def noise_words(first_code, rows, seed, BN: tl.constexpr):
 
 
 @triton.jit
+def log2(x):
+    """log2 of fp32 values by the special function unit."""
+    if _INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def gumbel_from_words(words):
-    """Gumbel(0, 1) noise, fp32, from uint32 words of any shape."""
+    """Gumbel(0, 1) noise over log 2, fp32, from uint32 words of any shape."""
     v = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
     v = tl.minimum(v, 0.999999940395355224609375)  # 1 - 2^-24: words that round to v = 1
     # -log(1 - v) = v + v^2 q(v): least squares at Chebyshev nodes of [0, 1/4].
@@ -73,12 +90,12 @@ def gumbel_from_words(words):
     q = q * v + 0.249576307
     q = q * v + 0.333342687
     q = q * v + 0.499999967
-    return -tl.log(tl.where(v < 0.25, v + v * v * q, -tl.log(1.0 - v)))
+    return -log2(tl.where(v < 0.25, v + v * v * q, -_LN_2 * log2(1.0 - v)))
 
 
 @triton.jit
 def gumbel_tile(first_code, rows, seed, BN: tl.constexpr):
-    """Noise of codes first_code + (0 .. BN - 1), both multiples of 4; rows [BM] int64 -> [BM, BN] fp32."""
+    """Noise over log 2 of codes first_code + (0 .. BN - 1), both multiples of 4; rows [BM] int64 -> [BM, BN] fp32."""
     return gumbel_from_words(noise_words(first_code, rows, seed, BN))
 
 
@@ -103,7 +120,7 @@ def _gumbel_noise_kernel(
     if WORDS:
         tl.store(place, words.to(tl.int64), mask=inside)
     else:
-        tl.store(place, gumbel_from_words(words), mask=inside)
+        tl.store(place, gumbel_from_words(words) * _LN_2, mask=inside)
 
 
 def gumbel_noise(

@@ -1,6 +1,8 @@
 """What the ops share: argument checks that speak to people, the choice of implementation, and tiles of rows."""
 
+import importlib.util
 import math
+import os
 from typing import Literal
 
 import torch
@@ -11,6 +13,9 @@ Impl = Literal["auto", "triton", "eager"]
 _IMPLS = ("auto", "triton", "eager")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when the kernels are imported
+
 # Elements of one tile of scores, rows x codes; the memory of a call does not depend on M. On a CPU 2 MiB in fp32: a
 # tile and its few temporaries stay in a core's cache, and the products still run at full speed. On a GPU 64 MiB, since
 # the eager path is a hundred launches a tile.
@@ -19,13 +24,30 @@ CUDA_TILE_ELEMENTS = 1 << 24
 _MIN_TILE_ROWS = 16
 
 
-def resolve_impl(impl: str, device: torch.device) -> str:
+def resolve_impl(
+    impl: str, device: torch.device, dtype: torch.dtype, *, has_kernels: bool = True
+) -> Literal["triton", "eager"]:
     """The implementation that runs: the single place that decides it."""
     if impl not in _IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLS))}, got {impl!r}")
-    if impl == "triton":
-        raise ValueError(f"impl='triton' has no kernels yet in this version (device {device}); use impl='auto'")
-    return "eager"
+    if not has_kernels:
+        if impl == "triton":
+            raise ValueError("impl='triton': this op has no kernels yet in this version; use impl='auto'")
+        return "eager"
+    if impl == "eager":
+        return "eager"
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and _HAS_TRITON and dtype != torch.float64 else "eager"
+    if not _HAS_TRITON:
+        raise ValueError("impl='triton' needs the package triton: pip install triton, or use impl='auto'")
+    if dtype == torch.float64:
+        raise ValueError("impl='triton' has no float64: use impl='eager', or fp32, bf16 or fp16")
+    if device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"impl='triton' runs on CUDA tensors, got {device}: use impl='auto', or set TRITON_INTERPRET=1 before "
+            "Python starts to run the kernels in Triton's interpreter"
+        )
+    return "triton"
 
 
 def check_matrix(name: str, value: Tensor, columns: int | None = None, *, ndim: int | None = 2) -> None:

@@ -37,15 +37,12 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
     check_like("codebook", codebook, "x", x)
     if codebook.numel() == 0:
         raise ValueError(f"codebook has no codes or no channels, shape {tuple(codebook.shape)}")
-    resolve_impl(impl, x.device)
-    indices = torch.ops.regvq.assign_codes(x.detach().reshape(-1, x.shape[-1]), codebook.detach())
+    chosen = resolve_impl(impl, x.device, x.dtype)
+    indices = torch.ops.regvq.assign_codes(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), chosen)
     return indices.reshape(x.shape[:-1])
 
 
-@torch.library.custom_op("regvq::assign_codes", mutates_args=())
-def _assign_codes(x: Tensor, codebook: Tensor) -> Tensor:
-    check_finite("x", x)
-    check_finite("codebook", codebook)
+def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
     dtype = compute_dtype(x)
     codes = codebook.to(dtype)
     column = codes.square().sum(1).mul_(-0.5)  # argmin |x - z|^2 = argmax x.z - |z|^2 / 2
@@ -57,8 +54,19 @@ def _assign_codes(x: Tensor, codebook: Tensor) -> Tensor:
     return indices
 
 
+@torch.library.custom_op("regvq::assign_codes", mutates_args=())
+def _assign_codes(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
+    check_finite("x", x)
+    check_finite("codebook", codebook)
+    if impl == "triton":
+        from regvq_fast.kernels.assign_codes import assign_codes_forward
+
+        return assign_codes_forward(x, codebook)
+    return _assign_codes_eager(x, codebook)
+
+
 @_assign_codes.register_fake
-def _(x: Tensor, codebook: Tensor) -> Tensor:
+def _(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 

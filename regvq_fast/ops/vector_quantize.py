@@ -29,10 +29,8 @@ from regvq_fast.ops._common import (
     check_scalar,
     compute_dtype,
     resolve_impl,
-    rows_per_tile,
 )
-from regvq_fast.ops.noise import gumbel_noise
-from regvq_fast.ops.segment_sum import segment_counts, segment_sum
+from regvq_fast.ops.vector_quantize_eager import vector_quantize_backward_eager, vector_quantize_eager
 
 CodebookGrad = Literal["soft", "hard", "none"]
 _CODEBOOK_GRADS = ("soft", "hard", "none")
@@ -112,8 +110,10 @@ def vector_quantize(
         TypeError: types that don't fit.
     """
     _check_arguments(x, codebook, weight, bias, scale, mask, seed, row_offset, tau, groups, codebook_grad)
-    resolve_impl(impl, x.device)
-    quantized, posterior, indices, best_indices, perturbation = torch.ops.regvq.vector_quantize(
+    chosen = resolve_impl(impl, x.device, x.dtype)
+    leaves = (x, codebook, weight, bias)
+    trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    quantized, posterior, indices, best_indices, perturbation, _ = torch.ops.regvq.vector_quantize(
         x.reshape(-1, x.shape[-1]),
         codebook,
         weight,
@@ -125,6 +125,8 @@ def vector_quantize(
         float(scale),
         groups,
         codebook_grad,
+        trains and chosen == "triton",
+        chosen,
     )
     rows = x.shape[:-1]
     return VectorQuantizeOutput(
@@ -195,59 +197,7 @@ def _check_arguments(
         raise ValueError(f"codebook_grad must be one of {', '.join(map(repr, _CODEBOOK_GRADS))}, got {codebook_grad!r}")
 
 
-# ---------------------------------------------------------------------------------------------------- eager twin
-
-
-class _Logits:
-    """Scores of row tiles, ``factor * x keys^T + column``; both logit kinds are this one product."""
-
-    def __init__(
-        self,
-        codebook: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scale: float,
-        dtype: torch.dtype,
-    ) -> None:
-        # Contiguous, as the gradients are that take their layout from here: the fake kernels promise it.
-        self.codebook = codebook.to(dtype).contiguous()  # [N, D]
-        self.is_distance = weight is None
-        if weight is None:  # |x|^2 is constant in a row: it drops out of argmax and softmax
-            self.keys = self.codebook
-            self.factor = 2.0 * scale
-            self.column = self.codebook.square().sum(1).mul_(-scale)  # [N]
-        else:
-            self.keys = weight.to(dtype).contiguous()
-            self.factor = scale
-            self.column = self.keys.new_zeros(len(self.keys)) if bias is None else bias.to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor)  # [rows, N]
-
-
-def _tiles(mask: Tensor | None, num_rows: int, num_codes: int, device: torch.device) -> list[tuple[Tensor, bool]]:
-    """Tiles of row numbers, and whether any of a tile's rows is stochastic.
-
-    On a CPU stochastic rows go apart from deterministic ones, so that only the former pay for noise. On a GPU they
-    stay mixed: to count them would stop the device.
-    """
-    if mask is None or device.type == "cuda":
-        kinds = [(torch.arange(num_rows, device=device), mask is not None)]
-    else:
-        kinds = [(mask.nonzero().squeeze(1), True), ((~mask).nonzero().squeeze(1), False)]
-    step = rows_per_tile(num_codes, device)
-    return [(tile, noisy) for rows, noisy in kinds for tile in rows.split(step) if len(tile)]
-
-
-def _add_noise(scores: Tensor, mask: Tensor | None, seed: Tensor | None, rows: Tensor, row_offset: Tensor) -> Tensor:
-    """Add Gumbel noise to the stochastic rows of a tile; returns which of its rows are, (rows, 1) bool."""
-    assert mask is not None
-    assert seed is not None
-    stochastic = mask[rows].unsqueeze(1)
-    scores.addcmul_(
-        gumbel_noise(seed, rows + row_offset, scores.shape[1]).to(scores.dtype), stochastic.to(scores.dtype)
-    )
-    return stochastic
+# ------------------------------------------------------------------------------------------------------- forward
 
 
 @torch.library.custom_op("regvq::vector_quantize", mutates_args=())
@@ -263,32 +213,21 @@ def _vector_quantize(
     scale: float,
     groups: int,
     codebook_grad: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs_lse: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five outputs and lse (M,), the rows' log-sum-exp that the kernels' backward wants; empty for nobody."""
     for name, value in (("x", x), ("codebook", codebook), ("weight", weight), ("bias", bias)):
         if value is not None:
             check_finite(name, value)
     if tau.device.type == "cpu":
         check_positive("tau", tau.item())
-    num_rows, num_codes = len(x), len(codebook)
-    dtype = compute_dtype(x)
-    logits = _Logits(codebook, weight, bias, scale, dtype)
-    indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
-    best_indices = torch.empty_like(indices)
-    for rows, noisy in _tiles(mask, num_rows, num_codes, x.device):
-        scores = logits(x[rows].to(dtype))
-        best = scores.argmax(1)
-        best_indices[rows] = best
-        if noisy:
-            _add_noise(scores, mask, seed, rows, row_offset)
-            best = scores.argmax(1)
-        indices[rows] = best
-    quantized = codebook[indices]
-    perturbation = (logits.codebook[indices] - logits.codebook[best_indices]).square_().sum(1)
-    group_rows = max(1, num_rows // groups)
-    group_of_row = torch.arange(num_rows, device=x.device).div_(group_rows, rounding_mode="floor")
-    counts = segment_counts(group_of_row * num_codes + indices, groups * num_codes)
-    posterior = counts.view(groups, num_codes).to(dtype).div_(group_rows)
-    return quantized, posterior, indices, best_indices, perturbation
+    arguments = (x, codebook, weight, bias, mask, seed, tau, row_offset, scale, groups)
+    if impl == "triton":
+        from regvq_fast.kernels.vector_quantize import vector_quantize_forward
+
+        return vector_quantize_forward(*arguments, needs_lse)
+    return *vector_quantize_eager(*arguments), x.new_empty(0, dtype=torch.float32)
 
 
 @_vector_quantize.register_fake
@@ -304,7 +243,9 @@ def _(
     scale: float,
     groups: int,
     codebook_grad: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs_lse: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_codes = x.shape[0], codebook.shape[0]  # len() would fix a dynamic size
     indices = x.new_empty(num_rows, dtype=torch.int64)
     return (
@@ -313,6 +254,7 @@ def _(
         indices,
         torch.empty_like(indices),
         x.new_empty(num_rows, dtype=compute_dtype(x)),
+        x.new_empty(num_rows if needs_lse else 0, dtype=torch.float32),
     )
 
 
@@ -332,67 +274,23 @@ def _vector_quantize_backward(
     indices: Tensor,
     tau: Tensor,
     row_offset: Tensor,
+    lse: Tensor,
     scale: float,
     codebook_grad: str,
+    impl: str,
     needs_x: bool,
     needs_codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs.
+    """Gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs."""
+    tensors = (grad_quantized, grad_posterior, x, codebook, weight, bias, mask, seed, indices, tau, row_offset)
+    if impl == "triton":
+        from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
 
-    With dP = dQ Z^T + dA / R and dS = p * (dP - sum_k p dP) / t, K the keys (codes or weight) and f their factor:
-    dx = f dS K, dK = f dS^T x, column gradient = sum_m dS; distance logits chain the column into the codes.
-    """
-    num_rows, num_codes = len(x), len(codebook)
-    dtype = compute_dtype(x)
-    logits = _Logits(codebook, weight, bias, scale, dtype)
-    soft = codebook_grad == "soft" and needs_codes
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else x.new_empty(0)
-    grad_keys = torch.zeros_like(logits.keys) if needs_codes else x.new_empty(0)  # [N, D]
-    grad_lookup = torch.zeros_like(logits.codebook) if soft else x.new_empty(0)  # [N, D], sum of p^T dQ
-    grad_column = logits.column.new_zeros(num_codes)  # [N], sum over m of dS
-    if grad_posterior is not None:
-        group_rows = max(1, num_rows // len(grad_posterior))
-        grad_posterior = grad_posterior.to(dtype) / group_rows  # [G, N]
-
-    for rows, noisy in _tiles(mask, num_rows, num_codes, x.device):
-        x_tile, grad_tile = x[rows].to(dtype), grad_quantized[rows].to(dtype)
-        scores = logits(x_tile)
-        if noisy:
-            stochastic = _add_noise(scores, mask, seed, rows, row_offset)
-            temperature = torch.where(stochastic, tau, 1.0).to(dtype)
-            scores /= temperature
-        # Probabilities under 1e-26 become 0: on a CPU subnormal numbers would make softmax and the products below
-        # several times slower. The clamp keeps them out of softmax (e^-60 < 1e-26), the threshold out of p.
-        scores.clamp_(min=scores.amax(1, keepdim=True) - 60)
-        p = torch.threshold_(scores.softmax(1), 1e-26, 0.0)
-        # dP, with the posterior's gradient as a bias of its columns; the scores' memory takes it.
-        grad = torch.mm(grad_tile, logits.codebook.t(), out=scores)
-        if grad_posterior is not None:
-            grad += grad_posterior if len(grad_posterior) == 1 else grad_posterior[rows // group_rows]
-        grad -= torch.linalg.vecdot(p, grad).unsqueeze(1)
-        grad *= p
-        if noisy:
-            grad /= temperature
-        if needs_x:
-            grad_x[rows] = torch.mm(grad, logits.keys).mul_(logits.factor).to(x.dtype)
-        if needs_codes:
-            grad_column += grad.sum(0)
-            grad_keys.addmm_(grad.t(), x_tile, alpha=logits.factor)
-            if soft:
-                grad_lookup.addmm_(p.t(), grad_tile)
-
-    empty = x.new_empty(0)
-    if not needs_codes:
-        return grad_x, empty, empty.clone(), empty.clone()
-    grad_codes = grad_lookup if soft else torch.zeros_like(logits.codebook)
-    if codebook_grad == "hard":
-        grad_codes = segment_sum(grad_quantized.to(dtype), indices, num_codes)
-    if logits.is_distance:
-        grad_codes += grad_keys.addcmul_(grad_column.unsqueeze(1), logits.codebook, value=-logits.factor)
-        return grad_x, grad_codes.to(codebook.dtype), empty, empty.clone()
-    assert weight is not None
-    grad_bias = empty if bias is None else grad_column.to(bias.dtype)
-    return grad_x, grad_codes.to(codebook.dtype), grad_keys.to(weight.dtype), grad_bias
+        grads = vector_quantize_backward(*tensors, lse, scale, codebook_grad, needs_x, needs_codes)
+    else:
+        grads = vector_quantize_backward_eager(*tensors, scale, codebook_grad, needs_x, needs_codes)
+    grad_x, grad_codebook, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_codebook, grad_weight, grad_bias
 
 
 @_vector_quantize_backward.register_fake
@@ -408,8 +306,10 @@ def _(
     indices: Tensor,
     tau: Tensor,
     row_offset: Tensor,
+    lse: Tensor,
     scale: float,
     codebook_grad: str,
+    impl: str,
     needs_x: bool,
     needs_codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -425,19 +325,19 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, tau, row_offset, scale, _, codebook_grad = inputs
-    indices = output[2]
-    ctx.mark_non_differentiable(output[2], output[3], output[4])
+    x, codebook, weight, bias, mask, seed, tau, row_offset, scale, _, codebook_grad, _, impl = inputs
+    indices, lse = output[2], output[5]
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau, row_offset)
-    ctx.arguments = (scale, codebook_grad)
+    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau, row_offset, lse)
+    ctx.arguments = (scale, codebook_grad, impl)
 
 
 def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, indices, tau, row_offset = ctx.saved_tensors
+    x, codebook, weight, bias, mask, seed, indices, tau, row_offset, lse = ctx.saved_tensors
     if grad_quantized is None:
         if grad_posterior is None:
-            return (None,) * 11
+            return (None,) * 13
         grad_quantized = codebook.new_zeros(x.shape[0], codebook.shape[1])
     needs_x, *needs_codes = ctx.needs_input_grad[:4]
     grads = torch.ops.regvq.vector_quantize_backward(
@@ -452,11 +352,12 @@ def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyp
         indices,
         tau,
         row_offset,
+        lse,
         *ctx.arguments,
         needs_x,
         any(needs_codes),
     )
-    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 7
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 9
 
 
 _vector_quantize.register_autograd(_backward, setup_context=_setup_context)

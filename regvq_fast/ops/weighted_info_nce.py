@@ -75,7 +75,7 @@ def weighted_info_nce(
             raise ValueError(f"weight is on {weight.device} but query on {query.device}; move them to one device")
         weight = weight.detach()
     check_positive("tau", tau)
-    resolve_impl(impl, query.device)
+    resolve_impl(impl, query.device, query.dtype, has_kernels=False)
     loss, _ = torch.ops.regvq.weighted_info_nce(query, key, weight, float(tau))
     return loss
 

@@ -27,20 +27,24 @@ def test_opcheck_vector_quantize(logits, mask, codebook_grad):
     inputs = make_inputs(logits, mask, 8, 5, 3, torch.float32)
     tensors = [inputs.get(name) for name in ("x", "codebook", "weight", "bias", "mask", "seed")]
     tau = torch.tensor(0.9)
-    torch.library.opcheck(torch.ops.regvq.vector_quantize, (*tensors, tau, torch.tensor(7), 1.5, 2, codebook_grad))
+    offset, lse = torch.tensor(7), torch.empty(0)
+    forward = (*tensors, tau, offset, 1.5, 2, codebook_grad, False, "eager")
+    torch.library.opcheck(torch.ops.regvq.vector_quantize, forward)
     detached = [None if t is None else t.detach() for t in tensors]
     grads = torch.randn(8, 3), torch.randn(2, 5)
     indices = torch.zeros(8, dtype=torch.int64)
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*grads, *detached, indices, tau, torch.tensor(7), 1.5, codebook_grad, needs_x, needs_codes),
+            (*grads, *detached, indices, tau, offset, lse, 1.5, codebook_grad, "eager", needs_x, needs_codes),
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_the_other_ops(dtype):
-    torch.library.opcheck(torch.ops.regvq.assign_codes, (torch.randn(8, 3).to(dtype), torch.randn(5, 3).to(dtype)))
+    torch.library.opcheck(
+        torch.ops.regvq.assign_codes, (torch.randn(8, 3).to(dtype), torch.randn(5, 3).to(dtype), "eager")
+    )
     query, key, weight = features(dtype)
     for w in (None, weight):
         torch.library.opcheck(torch.ops.regvq.weighted_info_nce, (query, key, w, 0.07))

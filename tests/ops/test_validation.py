@@ -84,7 +84,7 @@ QUANTIZE = {
     "groups that don't divide": ({"groups": 4}, ValueError, "groups=4, rows=6"),
     "unknown codebook_grad": ({"codebook_grad": "firm"}, ValueError, "codebook_grad must be one of .*got 'firm'"),
     "unknown impl": ({"impl": "cuda"}, ValueError, "impl must be one of .*got 'cuda'"),
-    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' has no kernels yet"),
+    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' runs on CUDA tensors, got cpu.*TRITON_INTERPRET=1"),
     "nan in x": ({"x": with_value((6, 4), (2, 3), NAN)}, ValueError, r"x has 1 non-finite.*nan at \(2, 3\)"),
     "inf in codebook": (
         {"codebook": with_value((5, 4), (slice(1, 3), 2), float("inf"))},
@@ -116,7 +116,7 @@ ASSIGN = {
     "codebook in another type": ({"codebook": torch.zeros(5, 4).half()}, TypeError, "codebook is torch.float16"),
     "codebook on another device": ({"codebook": torch.zeros(5, 4, device="meta")}, ValueError, "codebook is on meta"),
     "unknown impl": ({"impl": ""}, ValueError, "impl must be one of .*got ''"),
-    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' has no kernels yet"),
+    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' runs on CUDA tensors, got cpu.*TRITON_INTERPRET=1"),
     "nan in x": ({"x": with_value((6, 4), (5, 1), NAN)}, ValueError, r"x has 1 non-finite.*nan at \(5, 1\)"),
     "nan in codebook": ({"codebook": with_value((5, 4), (0, 1), NAN)}, ValueError, r"codebook has 1 .*nan at \(0, 1\)"),
 }
@@ -147,7 +147,7 @@ CONTRAST = {
     "tau 0": ({"tau": 0}, ValueError, "tau must be greater than 0, got 0"),
     "tau negative": ({"tau": -1.0}, ValueError, "tau must be greater than 0, got -1.0"),
     "unknown impl": ({"impl": "fast"}, ValueError, "impl must be one of .*got 'fast'"),
-    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' has no kernels yet"),
+    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton': this op has no kernels yet"),
     "nan in query": ({"query": with_value((2, 3, 4), (1, 2, 0), NAN)}, ValueError, r"query has 1 .*nan at \(1, 2, 0\)"),
     "inf in key": (
         {"key": with_value((2, 3, 4), (0, 0, 3), float("inf"))},

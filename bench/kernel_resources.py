@@ -1,0 +1,187 @@
+"""Compile every kernel for every supported GPU, at every pinned tile, without one: registers, shared memory, spills.
+
+    python bench/kernel_resources.py                    all architectures, a table
+    python bench/kernel_resources.py 80 90 --width 256  some of them, one number of channels
+
+The calls are those that the launchers make: they run here on small CPU tensors, with the launches recorded instead of
+made. Exits with 1 if a kernel spills registers, needs more shared memory than the GPU has, multiplies without the
+tensor cores from sm_80 on, or multiplies at all below.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+ARCHITECTURES = (70, 80, 86, 90, 100)
+WIDTHS = (32, 64, 128, 256, 512)
+# Shared memory that a program can have, bytes (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {70: 98304, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+TENSOR_CORE = {
+    80: "mma.sync",
+    86: "mma.sync",
+    89: "mma.sync",
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+    120: "mma.sync",
+}
+COLUMNS = "kernel sm type D flags tile registers shared spills".split()
+
+# A kernel, the types of its arguments, its constants, attributes and options: what one compilation takes.
+Call = dict[str, Any]
+
+
+def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
+    """The distinct kernel calls that the ops make on an architecture."""
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    from regvq_fast.kernels import assign_codes, schedules, vector_quantize, vector_quantize_backward
+
+    calls: dict[str, Call] = {}
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        call = describe(kernel, args, options) | {"sm": architecture, "type": dtype_name, "D": width}
+        calls.setdefault(json.dumps(call, sort_keys=True, default=str), call)
+
+    run, JITFunction.run = JITFunction.run, record
+    capability, schedules.capability = schedules.capability, lambda device: architecture
+    try:
+        types = (torch.float16, torch.float32) if architecture == 70 else (torch.bfloat16, torch.float32)
+        for dtype, width in itertools.product(types, widths):
+            dtype_name = str(dtype).removeprefix("torch.")
+            rows, codes = 256, 8192
+            x, codebook = torch.zeros(rows, width, dtype=dtype), torch.zeros(codes, width, dtype=dtype)
+            mask, seed, zero = torch.zeros(rows, dtype=torch.bool), torch.tensor(0), torch.tensor(0)
+            tau = torch.ones((), dtype=torch.float64)
+            for split in (True, False):  # of the codes in parts
+                vector_quantize.MIN_PART_CODES = 2048 if split else codes
+                for masked in (mask, None):
+                    _, _, indices, _, _, lse = vector_quantize.vector_quantize_forward(
+                        x, codebook, None, None, masked, seed, tau, zero, 1.0, 1, True
+                    )
+                assign_codes.assign_codes_forward(x, codebook)
+            for masked, groups in itertools.product((mask, None), (1, 4)):
+                vector_quantize_backward.vector_quantize_backward(
+                    x, torch.zeros(groups, codes), x, codebook, None, None, masked, seed, indices, tau, zero, lse,
+                    1.0, "hard", True, True,
+                )  # fmt: skip
+    finally:
+        JITFunction.run = run
+        schedules.capability = capability
+    return list(calls.values())
+
+
+def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Call:
+    """A launch as Triton would specialise it: types, constants, what is a multiple of 16."""
+    import torch
+    from triton.runtime.jit import mangle_type
+
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {
+        name: value for name, value in options.items() if name in kernel.arg_names
+    }
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    types, constants, aligned = {}, {}, []
+    for position, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if name in constant or value is None or (type(value) is int and value == 1):
+            types[name], constants[name] = "constexpr", value
+            continue
+        types[name] = mangle_type(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned.append(position)
+    return {
+        "module": kernel.fn.__module__,
+        "kernel": kernel.fn.__name__,
+        "types": types,
+        "constants": constants,
+        "aligned": aligned,
+        "options": {name: value for name, value in options.items() if name not in kernel.arg_names},
+    }
+
+
+def compile_call(call: Call) -> dict[str, Any]:
+    """One row of the table, and what is wrong with it."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(call["module"]), call["kernel"])
+    attributes = {(position,): [["tt.divisibility", 16]] for position in call["aligned"]}
+    source = ASTSource(kernel, call["types"], call["constants"], attributes)
+    architecture = call["sm"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=call["options"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+    assert used, usage
+    registers, stack, local = map(int, used.groups())
+    shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+    constants = call["constants"]
+    tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK") if name in constants)
+    flags = [name for name, value in constants.items() if value is True and name.isupper()]
+    problems = []
+    if stack or local:
+        problems.append(f"spills {stack + local} bytes")
+    if shared > SHARED_LIMIT[architecture]:
+        problems.append(f"{shared} bytes of shared memory, {SHARED_LIMIT[architecture]} are there")
+    multiplies = not constants.get("GIVEN", True)
+    if multiplies and architecture < 80:
+        problems.append("a product of its own below sm_80")
+    if multiplies and architecture >= 80 and TENSOR_CORE.get(architecture, "mma.sync") not in ptx:
+        problems.append("no tensor-core instruction")
+    return {
+        "kernel": call["kernel"].strip("_").removesuffix("_kernel"),
+        "sm": architecture,
+        "type": call["type"],
+        "D": call["D"],
+        "flags": " ".join(flags),
+        "tile": f"{tile} w{call['options']['num_warps']} s{call['options'].get('num_stages', 3)}",
+        "registers": registers,
+        "shared": shared,
+        "spills": stack + local,
+        "problems": problems,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="*", type=int, default=list(ARCHITECTURES))
+    parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS), help="channels, D")
+    parser.add_argument("--kernel", default="", help="only kernels with this in their name")
+    parser.add_argument("--json", help="write the table here as well")
+    arguments = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    calls = [
+        call
+        for architecture in arguments.architectures
+        for call in record_calls(architecture, tuple(arguments.width))
+        if arguments.kernel in call["kernel"]
+    ]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(compile_call, calls))
+    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in COLUMNS}
+    print("  ".join(name.ljust(widths[name]) for name in COLUMNS))
+    for row in rows:
+        print("  ".join(str(row[name]).ljust(widths[name]) for name in COLUMNS), *row["problems"], sep="  ")
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    bad = [row for row in rows if row["problems"]]
+    print(f"{len(rows)} compilations, {len(bad)} with problems")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Which way a product goes and in what tiles: the one table, by architecture, type, width and number of codes.
+
+Two schedules compute the same function:
+
+- ``fused``: the kernels multiply tiles with ``tl.dot`` on the tensor cores and use the product where it is. From
+  sm_80 on.
+- ``chunked``: cuBLAS multiplies a chunk of rows into a buffer and the kernels read it there. Below sm_80, where
+  Triton's ``tl.dot`` has no tensor cores, and wherever it measures better.
+
+Tiles are pinned, so that a call costs no search and gives the same bits in every process. ``REGVQ_AUTOTUNE=1`` searches
+the neighbours of the pinned ones instead, once for each kind of call; ``REGVQ_SCHEDULE=fused|chunked`` overrides
+the schedule, to measure one against the other.
+
+The pinned tiles follow from counting registers and shared memory, and from the resource reports of ahead-of-time
+compilation (``python bench/kernel_resources.py``: no spills); they have not been tuned on a GPU.
+"""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import triton
+
+# Scores of a chunk of rows in backward, in all and at least in rows: two buffers of half precision (fused), or two of
+# fp32 more (chunked). Large enough for full-speed products, a fixed number of MiB whatever M. A chunk of few rows would
+# read and write the codes' gradients too often.
+CHUNK_SCORES = 1 << 25
+MIN_CHUNK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel's tile: BM rows, BN codes, BK channels at a time, warps and pipeline stages of a program."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, Any]:
+        # Triton 3.10 turns contraction to fused multiply-adds off unless it is asked for.
+        return asdict(self) | {"enable_fp_fusion": True}
+
+
+# Fused kernels by generation, on 16-bit and on 32-bit inputs, by the largest width (None: any). A width within BK is
+# loaded once for a tile of rows and stays; a larger one goes through in steps of BK for every tile of codes.
+Tiles = dict[int | None, Tile]
+_STAYING: Tiles = {128: Tile(128, 64, 128, 8, 3), 256: Tile(128, 64, 256, 8, 2), None: Tile(128, 64, 64, 8, 3)}
+_SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
+_SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
+_FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
+    80: {
+        "vector_quantize": (_STAYING, _SMALLER),
+        "assign_codes": (_STAYING, {None: Tile(64, 64, 32, 4, 3)}),
+        "probabilities": ({256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
+        "grad_scores": (_STAYING, _SMALLER),
+    },
+    # A100's instructions with 99 KiB of shared memory: sm_86, sm_89, sm_120.
+    86: {
+        "vector_quantize": ({None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
+        "assign_codes": ({None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "probabilities": ({None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
+        "grad_scores": ({None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
+    },
+    90: {
+        "vector_quantize": (_STAYING, _SMALL),
+        "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "probabilities": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
+        "grad_scores": (_STAYING, _SMALL),
+    },
+    100: {
+        "vector_quantize": (_STAYING, _SMALL),
+        "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "probabilities": (_STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
+        "grad_scores": ({256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 2)}),
+    },
+}
+# Kernels that read their products: few rows, so that many programs share a chunk.
+_CHUNKED: dict[str, Tile] = {
+    "vector_quantize": Tile(16, 128, 16, 4, 2),
+    "assign_codes": Tile(16, 128, 16, 4, 2),
+    "probabilities": Tile(32, 128, 16, 8, 1),
+    "grad_scores": Tile(32, 128, 16, 8, 1),
+}
+KERNELS = tuple(_CHUNKED)
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, 90 for sm_90; that of the interpreter, which runs on a CPU, is 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def schedule(device: torch.device) -> str:
+    """ "fused" or "chunked"."""
+    wanted = os.environ.get("REGVQ_SCHEDULE", "")
+    if wanted not in ("", "fused", "chunked"):
+        raise ValueError(f"REGVQ_SCHEDULE must be fused or chunked, got {wanted!r}")
+    if wanted == "fused" and capability(device) < 80:
+        raise ValueError("REGVQ_SCHEDULE=fused needs tensor cores that Triton can use, sm_80 or newer")
+    return wanted or ("fused" if capability(device) >= 80 else "chunked")
+
+
+def tile(kernel: str, how: str, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
+    """The pinned tile of one of :data:`KERNELS` under a schedule, for inputs of a type and D = ``width`` channels."""
+    if how == "chunked":
+        return _CHUNKED[kernel]
+    architecture = capability(device)
+    small_memory = architecture in (86, 87, 89) or architecture >= 120
+    generation = 86 if small_memory else max(known for known in _FUSED if known <= architecture)
+    tiles = _FUSED[generation][kernel][dtype == torch.float32]
+    chosen = next(tile for limit, tile in tiles.items() if limit is None or width <= limit)
+    if width >= chosen.BK:
+        return chosen
+    # No wider than the matrix; 16 channels are the least of a product.
+    return replace(chosen, BK=max(16, triton.next_power_of_2(width)))
+
+
+def chunk_rows(num_codes: int) -> int:
+    """Rows of a chunk; a multiple of every tile."""
+    return max(MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes // 128 * 128)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` multiplies: fp32 as three TF32 products, which keep 21 bits and more; 16 bits as they are."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def part_codes(num_rows: int, num_codes: int, tile: Tile, least: int, device: torch.device) -> int:
+    """Codes that one program sweeps, a multiple of BN: all of them, unless rows alone leave the GPU partly idle.
+
+    The fewest parts, of ``least`` codes at least, whose programs come in waves that are full to nine tenths on average.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    programs = triton.cdiv(num_rows, tile.BM)
+    most = max(1, num_codes // least)
+
+    def fullness(parts: int) -> float:
+        waves = triton.cdiv(programs * parts, processors)
+        return programs * parts / (waves * processors)
+
+    parts = next((parts for parts in range(1, most + 1) if fullness(parts) >= 0.9), None)
+    if parts is None:
+        parts = max(range(1, most + 1), key=fullness)
+    return triton.cdiv(triton.cdiv(num_codes, parts), tile.BN) * tile.BN

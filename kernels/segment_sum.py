@@ -1,0 +1,61 @@
+"""Sums of rows by code, in the order of the rows: the hard codebook gradient and the EMA codebook.
+
+    out[n] = sum over m with indices[m] = n of values[m]
+
+The rows are sorted by code; a program adds up the rows of one code, a few at a time and in their order, and is the only
+one to write its element. No copy of the rows is made: memory O(M + N) beyond the result, which sorting takes.
+
+A code that takes nearly every row makes one program's loop long; that is the price of a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _segment_sum_kernel(
+    values_ptr,  # (M, D)
+    order_ptr,  # (M,) int64: row numbers sorted by code, in their order within a code
+    ends_ptr,  # (N,) int64: where a code's rows end in that order
+    out_ptr,  # (N, D) fp32
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+):
+    code = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BD + tl.arange(0, BD)
+    end = tl.load(ends_ptr + code)
+    start = tl.load(ends_ptr + code - 1, mask=code > 0, other=0)
+    total = tl.zeros([BD], tl.float32)
+    for first in range(start, end, BM):
+        place = first + tl.arange(0, BM)
+        rows = tl.load(order_ptr + place, mask=place < end, other=0)
+        inside = (place < end)[:, None] & (column < D)[None, :]
+        values = tl.load(values_ptr + rows[:, None] * D + column[None, :], mask=inside, other=0.0)
+        total += tl.sum(values.to(tl.float32), axis=0)
+    tl.store(out_ptr + code * D + column, total, mask=column < D)
+
+
+def segment_sum(values: torch.Tensor, indices: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """Sums by code in fp32.
+
+    Args:
+        values: (M, D) fp16, bf16 or fp32.
+        indices: (M,) int64 in [0, N).
+        num_segments: N.
+
+    Returns:
+        (N, D) fp32.
+    """
+    width = values.shape[1]
+    out = torch.empty(num_segments, width, dtype=torch.float32, device=values.device)
+    if out.numel() == 0:
+        return out
+    codes, order = indices.sort(stable=True)
+    ends = torch.searchsorted(codes, torch.arange(num_segments, device=codes.device), right=True)
+    block = min(128, triton.next_power_of_2(width))
+    _segment_sum_kernel[(num_segments, triton.cdiv(width, block))](
+        values.contiguous(), order, ends, out, D=width, BM=16, BD=block, num_warps=4, enable_fp_fusion=True
+    )
+    return out

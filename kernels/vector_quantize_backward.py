@@ -1,0 +1,353 @@
+"""Regularized vector quantization, backward: the straight-through softmax's gradients, chunk by chunk of rows.
+
+Reg-VQ (Zhang et al., CVPR 2023), Algorithm 1. With u = (s + mask g) / t the scores over their temperature and lse
+their log-sum-exp, both from the forward's formulas, dQ and dA the gradients of the quantized rows and of the posterior,
+R rows in a group, f the factor of the product (2 scale or scale) and k the keys (codes or weight):
+
+    p[m,n]  = exp(u[m,n] - lse[m])
+    dP[m,n] = dQ_m . z_n + dA[group(m), n] / R
+    r[m]    = sum_n p dP
+    dS[m,n] = p (dP - r) / t
+    dx = f dS k,   dk = f dS^T x,   dcolumn = sum_m dS,   lookup = p^T dQ ("soft"; "hard": the sum by chosen code)
+    distance:  dZ = lookup + dk - f diag(dcolumn) z        linear:  dZ = lookup,  dW = dk,  db = dcolumn
+
+For a chunk of rows, one sweep makes p (scores and dP multiplied in its tiles, noise drawn again) and r, a second one
+multiplies dP again and makes f dS, and three products give dx, dk and the look-up's gradient. That is 6 products of
+2 M N D operations; sweeps that keep nothing take 8 (S, dP, sum p dP z, sum p z by rows; S, dP, dS^T x, p^T dQ by
+codes). p and dS are kept in the type of x: a tensor-core product would round them to it anyway.
+
+In fp16 p is kept times 2^15 and dS relative to a bound on its magnitude: fp16 has no room for probabilities under 1e-7
+and for gradients after a loss scale.
+
+Deterministic: every element has one writer, every sum a fixed order. Memory: two buffers of a chunk, which has
+max(2^25, 512 N) scores at most, in the type of x (``chunked``: two more in fp32), and O((M + N) D).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from regvq_fast.kernels import schedules
+from regvq_fast.kernels.noise import gumbel_tile
+from regvq_fast.kernels.products import product_fp32, without_tf32
+from regvq_fast.kernels.segment_sum import segment_sum
+from regvq_fast.kernels.tiles import column_term, load_rows, multiply, order_rows, product
+from regvq_fast.kernels.vector_quantize import LOG2_E
+
+_FP16_P_SCALE = 2.0**15
+
+
+@triton.jit
+def _tile_rows(order_ptr, mask_ptr, first_row, end_row, block, NOISE: tl.constexpr, BM: tl.constexpr):
+    """Row numbers [BM] int64 of a tile, which of them there are, and which are stochastic."""
+    place = first_row + block.to(tl.int64) * BM + tl.arange(0, BM)
+    inside = place < end_row
+    if NOISE:
+        rows = tl.load(order_ptr + place, mask=inside, other=0).to(tl.int64)
+        stochastic = tl.load(mask_ptr + rows, mask=inside, other=0) != 0
+    else:
+        rows, stochastic = place, inside
+    return rows, inside, stochastic
+
+
+@triton.jit
+def _grad_probabilities(
+    products,  # [BM, BN] fp32, dQ z^T
+    grad_posterior_ptr,  # (G, N) fp32, over R
+    rows,
+    inside,
+    code,
+    valid,
+    num_codes,
+    group_rows,
+    POSTERIOR: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+):
+    """dP of a tile; zero beyond the last code."""
+    if POSTERIOR:
+        if ONE_GROUP:
+            return products + tl.load(grad_posterior_ptr + code, mask=valid, other=0.0)[None, :]
+        else:
+            place = grad_posterior_ptr + (rows // group_rows)[:, None] * num_codes + code[None, :]
+            return products + tl.load(place, mask=inside[:, None] & valid[None, :], other=0.0)
+    else:
+        return products
+
+
+@triton.jit
+def _probabilities_kernel(
+    x_ptr,  # (M, D)
+    keys_ptr,  # (N, D): the codes, or the weight where LINEAR
+    codes_ptr,  # (N, D)
+    column_ptr,  # (N,) fp32, in log 2
+    grad_quantized_ptr,  # (M, D)
+    grad_posterior_ptr,  # (G, N) fp32, where POSTERIOR
+    scores_ptr,  # (rows of the chunk, N) fp32: x k^T where GIVEN
+    products_ptr,  # (rows of the chunk, N) fp32: dQ z^T where GIVEN
+    lse_ptr,  # (M,) fp32, in log 2
+    order_ptr,  # (M,) int32, where NOISE
+    mask_ptr,  # (M,) bool, where NOISE
+    seed_ptr,  # () int64, where NOISE
+    row_offset_ptr,  # () int64, where NOISE
+    tau_ptr,  # () floating point, where NOISE
+    p_ptr,  # (rows of the chunk, N)
+    shares_ptr,  # (rows of the chunk, parts) fp32: shares of r
+    first_row,
+    end_row,
+    num_codes,
+    part_codes,  # codes of a part, a multiple of BN
+    group_rows,
+    factor,
+    p_scale,
+    D: tl.constexpr,
+    LINEAR: tl.constexpr,
+    NOISE: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    rows, inside, stochastic = _tile_rows(order_ptr, mask_ptr, first_row, end_row, tl.program_id(0), NOISE, BM)
+    buffer_row = (rows - first_row)[:, None] * num_codes  # [BM, 1]
+    if NOISE:
+        any_noise = tl.max(stochastic.to(tl.int32)) != 0
+        noise_rows, seed = rows + tl.load(row_offset_ptr), tl.load(seed_ptr)
+        inverse_t = tl.where(stochastic, 1.0 / tl.load(tau_ptr).to(tl.float32), 1.0)
+    if D <= BK and not GIVEN:  # tiles that stay
+        x = load_rows(x_ptr, rows, inside, 0, D, BK)
+        grad_quantized = load_rows(grad_quantized_ptr, rows, inside, 0, D, BK)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+    share = tl.zeros([BM], tl.float32)
+    first_code = tl.program_id(1) * part_codes
+    for first in range(first_code, tl.minimum(first_code + part_codes, num_codes), BN):
+        code = first + tl.arange(0, BN)
+        valid = code < num_codes
+        both = inside[:, None] & valid[None, :]
+        wide_code = code.to(tl.int64)
+        if GIVEN:
+            scores = tl.load(scores_ptr + buffer_row + code[None, :], mask=both, other=0.0)
+            products = tl.load(products_ptr + buffer_row + code[None, :], mask=both, other=0.0)
+        elif D <= BK:
+            z = load_rows(codes_ptr, wide_code, valid, 0, D, BK)
+            key = load_rows(keys_ptr, wide_code, valid, 0, D, BK) if LINEAR else z
+            scores = multiply(x, key, tl.zeros([BM, BN], tl.float32), PRECISION)
+            products = multiply(grad_quantized, z, tl.zeros([BM, BN], tl.float32), PRECISION)
+        else:
+            scores = product(x_ptr, rows, inside, keys_ptr, wide_code, valid, D, BM, BN, BK, PRECISION)
+            products = product(grad_quantized_ptr, rows, inside, codes_ptr, wide_code, valid, D, BM, BN, BK, PRECISION)
+        scores = scores * factor + tl.load(column_ptr + code, mask=valid, other=float("-inf"))[None, :]
+        if NOISE:
+            if any_noise:
+                noise = gumbel_tile(first, noise_rows, seed, BN)
+                scores = tl.where(stochastic[:, None], scores + noise, scores) * inverse_t[:, None]
+        p = tl.exp2(scores - lse[:, None])
+        tl.store(p_ptr + buffer_row + code[None, :], (p * p_scale).to(p_ptr.dtype.element_ty), mask=both)
+        grad = _grad_probabilities(
+            products, grad_posterior_ptr, rows, inside, code, valid, num_codes, group_rows, POSTERIOR, ONE_GROUP
+        )
+        share += tl.sum(p * grad, axis=1)
+    tl.store(shares_ptr + (rows - first_row) * tl.num_programs(1) + tl.program_id(1), share, mask=inside)
+
+
+@triton.jit
+def _grad_scores_kernel(
+    codes_ptr,  # (N, D)
+    grad_quantized_ptr,  # (M, D)
+    grad_posterior_ptr,  # (G, N) fp32, where POSTERIOR
+    products_ptr,  # (rows of the chunk, N) fp32: dQ z^T where GIVEN
+    row_sums_ptr,  # (rows of the chunk,) fp32: r
+    order_ptr,  # (M,) int32, where NOISE
+    mask_ptr,  # (M,) bool, where NOISE
+    tau_ptr,  # () floating point, where NOISE
+    magnitude_ptr,  # () fp32, where SCALED
+    p_ptr,  # (rows of the chunk, N)
+    grad_scores_ptr,  # (rows of the chunk, N): f dS, over the magnitude where SCALED
+    column_shares_ptr,  # (tiles of rows, N) fp32, where COLUMN: sums over a tile's rows
+    first_row,
+    end_row,
+    num_codes,
+    part_codes,  # codes of a part, a multiple of BN
+    group_rows,
+    p_scale,
+    factor,
+    D: tl.constexpr,
+    NOISE: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SCALED: tl.constexpr,
+    COLUMN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    rows, inside, stochastic = _tile_rows(order_ptr, mask_ptr, first_row, end_row, tl.program_id(0), NOISE, BM)
+    buffer_row = (rows - first_row)[:, None] * num_codes  # [BM, 1]
+    row_factor = tl.full([BM], 1.0, tl.float32) * (factor / p_scale)
+    if NOISE:
+        row_factor = tl.where(stochastic, row_factor / tl.load(tau_ptr).to(tl.float32), row_factor)
+    if SCALED:
+        row_factor /= tl.load(magnitude_ptr)
+    if D <= BK and not GIVEN:  # a tile that stays
+        grad_quantized = load_rows(grad_quantized_ptr, rows, inside, 0, D, BK)
+    row_sum = tl.load(row_sums_ptr + (rows - first_row), mask=inside, other=0.0)
+    first_code = tl.program_id(1) * part_codes
+    for first in range(first_code, tl.minimum(first_code + part_codes, num_codes), BN):
+        code = first + tl.arange(0, BN)
+        valid = code < num_codes
+        both = inside[:, None] & valid[None, :]
+        wide_code = code.to(tl.int64)
+        if GIVEN:
+            products = tl.load(products_ptr + buffer_row + code[None, :], mask=both, other=0.0)
+        elif D <= BK:
+            z = load_rows(codes_ptr, wide_code, valid, 0, D, BK)
+            products = multiply(grad_quantized, z, tl.zeros([BM, BN], tl.float32), PRECISION)
+        else:
+            products = product(grad_quantized_ptr, rows, inside, codes_ptr, wide_code, valid, D, BM, BN, BK, PRECISION)
+        grad = _grad_probabilities(
+            products, grad_posterior_ptr, rows, inside, code, valid, num_codes, group_rows, POSTERIOR, ONE_GROUP
+        )
+        p = tl.load(p_ptr + buffer_row + code[None, :], mask=both, other=0.0).to(tl.float32)
+        grad = p * (grad - row_sum[:, None]) * row_factor[:, None]
+        tl.store(grad_scores_ptr + buffer_row + code[None, :], grad.to(grad_scores_ptr.dtype.element_ty), mask=both)
+        if COLUMN:
+            share = tl.sum(tl.where(inside[:, None], grad, 0.0), axis=0)
+            tl.store(column_shares_ptr + tl.program_id(0).to(tl.int64) * num_codes + code, share, mask=valid)
+
+
+def vector_quantize_backward(
+    grad_quantized: torch.Tensor,
+    grad_posterior: torch.Tensor | None,
+    x: torch.Tensor,
+    codebook: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    indices: torch.Tensor,
+    tau: torch.Tensor,
+    row_offset: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    codebook_grad: str,
+    needs_x: bool,
+    needs_codes: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of (x, codebook, weight, bias) in their types; None for those that nobody needs.
+
+    indices (M,) int64 and lse (M,) fp32 are the forward's.
+    """
+    x, codebook, grad_quantized = x.contiguous(), codebook.contiguous(), grad_quantized.contiguous()
+    keys = codebook if weight is None else weight.contiguous()
+    (num_rows, width), num_codes = x.shape, codebook.shape[0]
+    how, dtype = schedules.schedule(x.device), x.dtype
+    given, chunk = how == "chunked", schedules.chunk_rows(num_codes)
+    factor = scale * (2.0 if weight is None else 1.0)
+    column = column_term(codebook, weight is not None, bias, LOG2_E * (-scale if weight is None else 1.0))
+    group_rows = num_rows if grad_posterior is None else max(1, num_rows // grad_posterior.shape[0])
+    if grad_posterior is not None:
+        grad_posterior = grad_posterior.to(torch.float32).contiguous() / group_rows
+    order = None if mask is None else order_rows(mask, chunk)
+    magnitude, p_scale = None, 1.0
+    if dtype == torch.float16:
+        p_scale = _FP16_P_SCALE
+        magnitude = _magnitude(grad_quantized, grad_posterior, codebook, tau, factor)
+    flags = {
+        "D": width,
+        "NOISE": mask is not None,
+        "POSTERIOR": grad_posterior is not None,
+        "ONE_GROUP": grad_posterior is not None and grad_posterior.shape[0] == 1,
+        "GIVEN": given,
+        "PRECISION": schedules.precision(dtype),
+    }
+    p_tile, s_tile = (
+        schedules.tile(kernel, how, dtype, width, x.device) for kernel in ("probabilities", "grad_scores")
+    )
+    needs_column = needs_codes and (weight is None or bias is not None)
+    grad_x = torch.empty_like(x) if needs_x else None
+    grad_keys = codebook.new_zeros(keys.shape, dtype=torch.float32) if needs_codes else None
+    soft, grad_lookup = codebook_grad == "soft", None
+    if needs_codes and soft:
+        grad_lookup = codebook.new_zeros(codebook.shape, dtype=torch.float32)
+    elif needs_codes and codebook_grad == "hard":
+        grad_lookup = segment_sum(grad_quantized, indices, num_codes)
+    grad_column = column.new_zeros(num_codes) if needs_column else None
+
+    rows = min(chunk, num_rows)
+    p_part, s_part = (schedules.part_codes(rows, num_codes, tile, 256, x.device) for tile in (p_tile, s_tile))
+    p_parts, s_parts = triton.cdiv(num_codes, p_part), triton.cdiv(num_codes, s_part)
+    p_buffer, s_buffer = x.new_empty(2, rows, num_codes)
+    share_buffer = x.new_empty(rows, p_parts, dtype=torch.float32)
+    for start in range(0, num_rows, chunk):
+        end = min(start + chunk, num_rows)
+        p, grad_scores, shares = p_buffer[: end - start], s_buffer[: end - start], share_buffer[: end - start]
+        scores = products = None
+        if given:
+            with without_tf32(x.device):
+                scores = product_fp32(x[start:end], keys.t())
+                products = product_fp32(grad_quantized[start:end], codebook.t())
+        _probabilities_kernel[(triton.cdiv(end - start, p_tile.BM), p_parts)](
+            x, keys, codebook, column, grad_quantized, grad_posterior, scores, products, lse,
+            order, mask, seed, row_offset, tau, p, shares,
+            start, end, num_codes, p_part, group_rows, factor * LOG2_E, p_scale,
+            LINEAR=weight is not None, **flags, **p_tile.options(),
+        )  # fmt: skip
+        row_tiles = triton.cdiv(end - start, s_tile.BM)
+        column_shares = None if grad_column is None else column.new_empty(row_tiles, num_codes)
+        _grad_scores_kernel[(row_tiles, s_parts)](
+            codebook, grad_quantized, grad_posterior, products, shares.sum(1) if p_parts > 1 else shares,
+            order, mask, tau, magnitude, p, grad_scores, column_shares,
+            start, end, num_codes, s_part, group_rows, p_scale, factor,
+            SCALED=magnitude is not None, COLUMN=column_shares is not None, **flags, **s_tile.options(),
+        )  # fmt: skip
+        if grad_x is not None:
+            if magnitude is None:
+                torch.mm(grad_scores, keys, out=grad_x[start:end])
+            else:
+                torch.mul(product_fp32(grad_scores, keys), magnitude, out=grad_x[start:end])
+        if grad_keys is not None:
+            grad_keys += product_fp32(grad_scores.t(), x[start:end])
+        if grad_lookup is not None and soft:
+            grad_lookup += product_fp32(p.t(), grad_quantized[start:end])
+        if grad_column is not None and column_shares is not None:
+            grad_column += column_shares.sum(0)
+
+    if grad_keys is None:
+        return grad_x, None, None, None
+    if weight is None:
+        assert grad_column is not None
+        grad_keys.addcmul_(grad_column.unsqueeze(1), codebook, value=-1.0)  # of |z|^2: dcolumn carries the factor f
+    if magnitude is not None:
+        grad_keys *= magnitude
+    if grad_lookup is not None and soft:
+        grad_lookup /= p_scale
+    if weight is None:
+        grad_codes = grad_keys if grad_lookup is None else grad_lookup.add_(grad_keys)
+        return grad_x, grad_codes.to(dtype), None, None
+    grad_codes = torch.zeros_like(codebook) if grad_lookup is None else grad_lookup.to(dtype)
+    grad_bias = None
+    if grad_column is not None:
+        grad_bias = (grad_column / factor if magnitude is None else grad_column * (magnitude / factor)).to(dtype)
+    return grad_x, grad_codes, grad_keys.to(dtype), grad_bias
+
+
+def _magnitude(
+    grad_quantized: torch.Tensor,
+    grad_posterior: torch.Tensor | None,
+    codebook: torch.Tensor,
+    tau: torch.Tensor,
+    factor: float,
+) -> torch.Tensor:
+    """What f dS is divided by, () fp32, so that it fills fp16: |f dS| <= f max |dP| / t, and max |dP| from norms."""
+
+    def largest_norm(matrix: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).max()
+
+    bound = largest_norm(grad_quantized) * largest_norm(codebook)
+    if grad_posterior is not None:
+        bound = bound + grad_posterior.abs().max()
+    return (bound / tau.to(torch.float32).clamp(max=1.0)).clamp(min=1e-20) * (factor * 2.0**-15)
