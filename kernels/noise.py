@@ -41,9 +41,11 @@ _CONFIG = {"BM": 16, "BN": 128, "num_warps": 4, "enable_fp_fusion": True}
 @triton.jit
 def philox_round(c0, c1, c2, c3, k0, k1):
     """One round on uint32 tensors of any shapes that broadcast."""
-    new_c0 = tl.umulhi(c2, _MULTIPLIER_1) ^ c1 ^ k0
-    new_c2 = tl.umulhi(c0, _MULTIPLIER_0) ^ c3 ^ k1
-    return new_c0, c2 * _MULTIPLIER_1, new_c2, c0 * _MULTIPLIER_0
+    # One 32 x 32 -> 64 bit multiplication gives both words.
+    product_0, product_1 = c0.to(tl.uint64) * _MULTIPLIER_0, c2.to(tl.uint64) * _MULTIPLIER_1
+    new_c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
+    new_c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+    return new_c0, product_1.to(tl.uint32), new_c2, product_0.to(tl.uint32)
 
 
 @triton.jit

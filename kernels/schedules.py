@@ -15,12 +15,18 @@ The pinned tiles follow from counting registers and shared memory, and from the 
 compilation (``python bench/kernel_resources.py``: no spills); they have not been tuned on a GPU.
 """
 
+import contextlib
+import itertools
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import triton
+
+T = TypeVar("T")
 
 # Scores of a chunk of rows in backward, in all and at least in rows: two buffers of half precision (fused), or two of
 # fp32 more (chunked). Large enough for full-speed products, a fixed number of MiB whatever M. A chunk of few rows would
@@ -48,6 +54,7 @@ class Tile:
 # loaded once for a tile of rows and stays; a larger one goes through in steps of BK for every tile of codes.
 Tiles = dict[int | None, Tile]
 _STAYING: Tiles = {128: Tile(128, 64, 128, 8, 3), 256: Tile(128, 64, 256, 8, 2), None: Tile(128, 64, 64, 8, 3)}
+_STEPPING: Tiles = {None: Tile(64, 64, 64, 8, 2)}
 _SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
 _SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
 _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
@@ -59,10 +66,10 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     },
     # A100's instructions with 99 KiB of shared memory: sm_86, sm_89, sm_120.
     86: {
-        "vector_quantize": ({None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
-        "assign_codes": ({None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
-        "probabilities": ({None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
-        "grad_scores": ({None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
+        "vector_quantize": (_STEPPING, _SMALLER),
+        "assign_codes": (_STEPPING, {None: Tile(64, 64, 32, 4, 3)}),
+        "probabilities": (_STEPPING, _SMALLER),
+        "grad_scores": (_STEPPING, _SMALLER),
     },
     90: {
         "vector_quantize": (_STAYING, _SMALL),
@@ -118,6 +125,54 @@ def tile(kernel: str, how: str, dtype: torch.dtype, width: int, device: torch.de
         return chosen
     # No wider than the matrix; 16 channels are the least of a product.
     return replace(chosen, BK=max(16, triton.next_power_of_2(width)))
+
+
+_tuned: dict[tuple[object, ...], Tile] = {}
+
+
+def run(
+    kernel: str,
+    how: str,
+    dtype: torch.dtype,
+    width: int,
+    num_codes: int,
+    device: torch.device,
+    launch: Callable[[Tile], T],
+) -> T:
+    """``launch`` a kernel with its pinned tile or, with ``REGVQ_AUTOTUNE=1``, with the fastest of the neighbours.
+
+    The search calls ``launch`` any number of times, and synchronises: warm up before a CUDA graph is captured.
+    """
+    chosen = tile(kernel, how, dtype, width, device)
+    if os.environ.get("REGVQ_AUTOTUNE") == "1":
+        key = (kernel, how, dtype, width, num_codes, device)
+        if key not in _tuned:
+            times = {}
+            for candidate in neighbours(chosen):
+                with contextlib.suppress(triton.runtime.errors.OutOfResources, triton.CompilationError):
+                    times[candidate] = milliseconds(partial(launch, candidate))
+            _tuned[key] = min(times, key=lambda tile: times[tile])
+        chosen = _tuned[key]
+    return launch(chosen)
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    return triton.testing.do_bench(run, return_mode="median")
+
+
+def neighbours(pinned: Tile) -> list[Tile]:
+    """The pinned tile first, then those with half or twice its rows, codes, warps, and one stage more or fewer."""
+    shapes = itertools.product(
+        (pinned.BM, pinned.BM // 2, pinned.BM * 2),
+        (pinned.BN, pinned.BN // 2, pinned.BN * 2),
+        (pinned.num_warps, pinned.num_warps // 2, pinned.num_warps * 2),
+        (pinned.num_stages, pinned.num_stages - 1, pinned.num_stages + 1),
+    )
+    return [
+        Tile(BM, BN, pinned.BK, warps, stages)
+        for BM, BN, warps, stages in shapes
+        if 16 <= BM <= 256 and 16 <= BN <= 256 and 2 <= warps <= 16 and 1 <= stages <= 5
+    ]
 
 
 def chunk_rows(num_codes: int) -> int:

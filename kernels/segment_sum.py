@@ -54,7 +54,7 @@ def segment_sum(values: torch.Tensor, indices: torch.Tensor, num_segments: int) 
         return out
     codes, order = indices.sort(stable=True)
     ends = torch.searchsorted(codes, torch.arange(num_segments, device=codes.device), right=True)
-    block = min(128, triton.next_power_of_2(width))
+    block = min(64, triton.next_power_of_2(width))
     _segment_sum_kernel[(num_segments, triton.cdiv(width, block))](
         values.contiguous(), order, ends, out, D=width, BM=16, BD=block, num_warps=4, enable_fp_fusion=True
     )

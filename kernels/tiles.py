@@ -8,10 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-# No code has this number: what argmax takes where nothing is a maximum, a row of nan.
-_NO_CODE = tl.constexpr(2**31 - 1)
-
-
 # The interpreter takes a bfloat16 operand of tl.dot for an integer.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -66,13 +62,14 @@ def product(
 
 
 @triton.jit
-def running_argmax(best, best_code, tile_best, scores, codes):
-    """Take a tile's scores [BM, BN] with their maxima [BM] into the best ones so far; the smallest code wins a tie.
+def running_argmax(best, best_code, tile_best, scores, first_code, BN: tl.constexpr):
+    """Take the scores [BM, BN] of codes first_code + (0 .. BN - 1) with their maxima [BM] into the best ones so far.
 
-    Tiles come in ascending order of their codes [BN]. In this form an element costs a comparison, a selection and a
-    minimum, whatever the order in which the hardware reduces.
+    Tiles come in ascending order of their codes; the smallest code wins a tie. In this form an element costs a
+    comparison, a selection and a minimum, whatever the order in which the hardware reduces.
     """
-    tile_code = tl.min(tl.where(scores == tile_best[:, None], codes[None, :], _NO_CODE), axis=1)
+    column = tl.arange(0, BN)[None, :]
+    tile_code = first_code + tl.min(tl.where(scores == tile_best[:, None], column, BN), axis=1)
     better = tile_best > best
     return tl.where(better, tile_best, best), tl.where(better, tile_code, best_code)
 

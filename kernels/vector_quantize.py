@@ -82,13 +82,13 @@ def _sweep(
         column = tl.load(column_ptr + code, mask=valid, other=float("-inf"))
         scores = scores * factor + column[None, :]
         tile_best = tl.max(scores, axis=1)
-        best, best_code = running_argmax(best, best_code, tile_best, scores, code)
+        best, best_code = running_argmax(best, best_code, tile_best, scores, first, BN)
         if NOISE:
             if any_noise:
                 noise = gumbel_tile(first, noise_rows, seed, BN)
                 scores = tl.where(stochastic[:, None], scores + noise, scores)
                 tile_best = tl.max(scores, axis=1)
-                top, top_code = running_argmax(top, top_code, tile_best, scores, code)
+                top, top_code = running_argmax(top, top_code, tile_best, scores, first, BN)
         if LSE:
             new_max = tl.maximum(lse_max, tile_best * inverse_t)
             terms = tl.exp2(scores * inverse_t[:, None] - new_max[:, None])
@@ -299,7 +299,7 @@ def vector_quantize_forward(
     indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     best_indices, perturbation = torch.empty_like(indices), x.new_empty(num_rows, dtype=torch.float32)
     quantized, lse = torch.empty_like(x), perturbation.new_empty(num_rows if needs_lse else 0)
-    counts = torch.zeros(groups, num_codes, dtype=torch.int32, device=x.device)
+    counts = torch.empty(groups, num_codes, dtype=torch.int32, device=x.device)
     group_rows = max(1, num_rows // groups)
     run_sweep(
         "vector_quantize",
@@ -329,38 +329,44 @@ def run_sweep(
     """Sweep all rows, chunk by chunk where the products come from cuBLAS, and join the parts of the codes."""
     (num_rows, width), num_codes = x.shape, codebook.shape[0]
     if num_rows == 0:
+        if outputs[5] is not None:
+            outputs[5].zero_()
         return
     how = schedules.schedule(x.device)
-    tile = schedules.tile(kernel, how, x.dtype, width, x.device)
-    given, noisy = how == "chunked", noise[0] is not None
-    chunk = schedules.chunk_rows(num_codes)
-    order = order_rows(noise[0], chunk) if noise[0] is not None else None
-    lse = outputs[4]
+    given, chunk = how == "chunked", schedules.chunk_rows(num_codes)
+    step = chunk if given else num_rows
+    order = None if noise[0] is None else order_rows(noise[0], chunk)
+    lse, counts = outputs[4:]
     flags = {
         "D": width,
-        "NOISE": noisy,
+        "NOISE": order is not None,
         "LSE": lse is not None and lse.numel() > 0,
         "ASSIGN": kernel == "assign_codes",
     }
-    step = chunk if given else num_rows
-    part_codes = schedules.part_codes(min(step, num_rows), num_codes, tile, MIN_PART_CODES, x.device)
-    num_parts = triton.cdiv(num_codes, part_codes)
-    split = num_parts > 1
-    part_values = x.new_empty(num_parts, 4, num_rows, dtype=torch.float32) if split else None
-    part_indices = x.new_empty(num_parts, 2, num_rows, dtype=torch.int32) if split else None
-    for start in range(0, num_rows, step):
-        end = min(start + step, num_rows)
-        scores = None
-        if given:
-            with without_tf32(x.device):
-                scores = product_fp32(x[start:end], keys.t())
-        _vector_quantize_fwd_kernel[(triton.cdiv(end - start, tile.BM), num_parts)](
-            x, keys, codebook, column, scores, order, *noise, *outputs, part_values, part_indices,
-            start, end, num_rows, num_codes, part_codes, group_rows, factor,
-            GIVEN=given, SPLIT=split, PRECISION=schedules.precision(x.dtype), **flags, **tile.options(),
-        )  # fmt: skip
-    if split:
-        _join_parts_kernel[(triton.cdiv(num_rows, 32),)](
-            codebook, *outputs, part_values, part_indices, num_rows, num_codes, num_parts, group_rows,
-            BM=32, num_warps=4, enable_fp_fusion=True, **flags,
-        )  # fmt: skip
+
+    def sweep(tile: schedules.Tile) -> None:
+        part_codes = schedules.part_codes(min(step, num_rows), num_codes, tile, MIN_PART_CODES, x.device)
+        num_parts = triton.cdiv(num_codes, part_codes)
+        split = num_parts > 1
+        part_values = x.new_empty(num_parts, 4, num_rows, dtype=torch.float32) if split else None
+        part_indices = x.new_empty(num_parts, 2, num_rows, dtype=torch.int32) if split else None
+        if counts is not None:
+            counts.zero_()
+        for start in range(0, num_rows, step):
+            end = min(start + step, num_rows)
+            scores = None
+            if given:
+                with without_tf32(x.device):
+                    scores = product_fp32(x[start:end], keys.t())
+            _vector_quantize_fwd_kernel[(triton.cdiv(end - start, tile.BM), num_parts)](
+                x, keys, codebook, column, scores, order, *noise, *outputs, part_values, part_indices,
+                start, end, num_rows, num_codes, part_codes, group_rows, factor,
+                GIVEN=given, SPLIT=split, PRECISION=schedules.precision(x.dtype), **flags, **tile.options(),
+            )  # fmt: skip
+        if split:
+            _join_parts_kernel[(triton.cdiv(num_rows, 32),)](
+                codebook, *outputs, part_values, part_indices, num_rows, num_codes, num_parts, group_rows,
+                BM=32, num_warps=4, enable_fp_fusion=True, **flags,
+            )  # fmt: skip
+
+    schedules.run(kernel, how, x.dtype, width, num_codes, x.device, sweep)

@@ -23,6 +23,8 @@ Deterministic: every element has one writer, every sum a fixed order. Memory: tw
 max(2^25, 512 N) scores at most, in the type of x (``chunked``: two more in fp32), and O((M + N) D).
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +37,8 @@ from regvq_fast.kernels.tiles import column_term, load_rows, multiply, order_row
 from regvq_fast.kernels.vector_quantize import LOG2_E
 
 _FP16_P_SCALE = 2.0**15
+# Codes of a part at least: parts only add up their shares of r.
+MIN_PART_CODES = 256
 
 
 @triton.jit
@@ -264,75 +268,88 @@ def vector_quantize_backward(
         "GIVEN": given,
         "PRECISION": schedules.precision(dtype),
     }
-    p_tile, s_tile = (
-        schedules.tile(kernel, how, dtype, width, x.device) for kernel in ("probabilities", "grad_scores")
-    )
     needs_column = needs_codes and (weight is None or bias is not None)
     grad_x = torch.empty_like(x) if needs_x else None
-    grad_keys = codebook.new_zeros(keys.shape, dtype=torch.float32) if needs_codes else None
-    soft, grad_lookup = codebook_grad == "soft", None
-    if needs_codes and soft:
-        grad_lookup = codebook.new_zeros(codebook.shape, dtype=torch.float32)
-    elif needs_codes and codebook_grad == "hard":
+    grad_keys = grad_lookup = grad_column = None
+    if needs_codes and codebook_grad == "hard":
         grad_lookup = segment_sum(grad_quantized, indices, num_codes)
-    grad_column = column.new_zeros(num_codes) if needs_column else None
 
-    rows = min(chunk, num_rows)
-    p_part, s_part = (schedules.part_codes(rows, num_codes, tile, 256, x.device) for tile in (p_tile, s_tile))
-    p_parts, s_parts = triton.cdiv(num_codes, p_part), triton.cdiv(num_codes, s_part)
-    p_buffer, s_buffer = x.new_empty(2, rows, num_codes)
-    share_buffer = x.new_empty(rows, p_parts, dtype=torch.float32)
+    def make_p(
+        start: int, end: int, scores: torch.Tensor | None, products: torch.Tensor | None, tile: schedules.Tile
+    ) -> torch.Tensor:
+        """Fills p; returns r of the chunk's rows."""
+        part = schedules.part_codes(end - start, num_codes, tile, MIN_PART_CODES, x.device)
+        grid = (triton.cdiv(end - start, tile.BM), triton.cdiv(num_codes, part))
+        shares = x.new_empty(end - start, grid[1], dtype=torch.float32)
+        _probabilities_kernel[grid](
+            x, keys, codebook, column, grad_quantized, grad_posterior, scores, products, lse,
+            order, mask, seed, row_offset, tau, p, shares,
+            start, end, num_codes, part, group_rows, factor * LOG2_E, p_scale,
+            LINEAR=weight is not None, **flags, **tile.options(),
+        )  # fmt: skip
+        return shares.squeeze(1) if grid[1] == 1 else shares.sum(1)
+
+    def make_grad_scores(
+        start: int, end: int, products: torch.Tensor | None, row_sums: torch.Tensor, tile: schedules.Tile
+    ) -> torch.Tensor | None:
+        """Fills f dS; returns its column sums (N,), where they are needed."""
+        part = schedules.part_codes(end - start, num_codes, tile, MIN_PART_CODES, x.device)
+        grid = (triton.cdiv(end - start, tile.BM), triton.cdiv(num_codes, part))
+        column_shares = column.new_empty(grid[0], num_codes) if needs_column else None
+        _grad_scores_kernel[grid](
+            codebook, grad_quantized, grad_posterior, products, row_sums,
+            order, mask, tau, magnitude, p, grad_scores, column_shares,
+            start, end, num_codes, part, group_rows, p_scale, factor,
+            SCALED=magnitude is not None, COLUMN=needs_column, **flags, **tile.options(),
+        )  # fmt: skip
+        return None if column_shares is None else column_shares.sum(0)
+
+    p_buffer, grad_scores_buffer = x.new_empty(2, min(chunk, num_rows), num_codes)
+    kind = (how, dtype, width, num_codes, x.device)
     for start in range(0, num_rows, chunk):
         end = min(start + chunk, num_rows)
-        p, grad_scores, shares = p_buffer[: end - start], s_buffer[: end - start], share_buffer[: end - start]
+        p, grad_scores = p_buffer[: end - start], grad_scores_buffer[: end - start]
         scores = products = None
         if given:
             with without_tf32(x.device):
                 scores = product_fp32(x[start:end], keys.t())
                 products = product_fp32(grad_quantized[start:end], codebook.t())
-        _probabilities_kernel[(triton.cdiv(end - start, p_tile.BM), p_parts)](
-            x, keys, codebook, column, grad_quantized, grad_posterior, scores, products, lse,
-            order, mask, seed, row_offset, tau, p, shares,
-            start, end, num_codes, p_part, group_rows, factor * LOG2_E, p_scale,
-            LINEAR=weight is not None, **flags, **p_tile.options(),
-        )  # fmt: skip
-        row_tiles = triton.cdiv(end - start, s_tile.BM)
-        column_shares = None if grad_column is None else column.new_empty(row_tiles, num_codes)
-        _grad_scores_kernel[(row_tiles, s_parts)](
-            codebook, grad_quantized, grad_posterior, products, shares.sum(1) if p_parts > 1 else shares,
-            order, mask, tau, magnitude, p, grad_scores, column_shares,
-            start, end, num_codes, s_part, group_rows, p_scale, factor,
-            SCALED=magnitude is not None, COLUMN=column_shares is not None, **flags, **s_tile.options(),
-        )  # fmt: skip
+        row_sums = schedules.run("probabilities", *kind, partial(make_p, start, end, scores, products))
+        column_sums = schedules.run("grad_scores", *kind, partial(make_grad_scores, start, end, products, row_sums))
         if grad_x is not None:
             if magnitude is None:
                 torch.mm(grad_scores, keys, out=grad_x[start:end])
             else:
                 torch.mul(product_fp32(grad_scores, keys), magnitude, out=grad_x[start:end])
-        if grad_keys is not None:
-            grad_keys += product_fp32(grad_scores.t(), x[start:end])
-        if grad_lookup is not None and soft:
-            grad_lookup += product_fp32(p.t(), grad_quantized[start:end])
-        if grad_column is not None and column_shares is not None:
-            grad_column += column_shares.sum(0)
+        if needs_codes:
+            grad_keys = _add(grad_keys, product_fp32(grad_scores.t(), x[start:end]))
+            if codebook_grad == "soft":
+                grad_lookup = _add(grad_lookup, product_fp32(p.t(), grad_quantized[start:end]))
+        if column_sums is not None:
+            grad_column = _add(grad_column, column_sums)
 
-    if grad_keys is None:
+    if not needs_codes:
         return grad_x, None, None, None
-    if weight is None:
-        assert grad_column is not None
-        grad_keys.addcmul_(grad_column.unsqueeze(1), codebook, value=-1.0)  # of |z|^2: dcolumn carries the factor f
+    if grad_lookup is None or grad_keys is None:  # "none", or no rows
+        grad_lookup = codebook.new_zeros(codebook.shape, dtype=torch.float32)
+    elif codebook_grad == "soft" and p_scale != 1:
+        grad_lookup /= p_scale
+    if grad_keys is None:
+        grad_keys, grad_column = torch.zeros_like(grad_lookup), torch.zeros_like(column)
     if magnitude is not None:
         grad_keys *= magnitude
-    if grad_lookup is not None and soft:
-        grad_lookup /= p_scale
+        grad_column = None if grad_column is None else grad_column * magnitude
     if weight is None:
-        grad_codes = grad_keys if grad_lookup is None else grad_lookup.add_(grad_keys)
-        return grad_x, grad_codes.to(dtype), None, None
-    grad_codes = torch.zeros_like(codebook) if grad_lookup is None else grad_lookup.to(dtype)
-    grad_bias = None
-    if grad_column is not None:
-        grad_bias = (grad_column / factor if magnitude is None else grad_column * (magnitude / factor)).to(dtype)
-    return grad_x, grad_codes, grad_keys.to(dtype), grad_bias
+        assert grad_column is not None
+        # The column holds -scale |z|^2, and its sums the factor f = 2 scale.
+        grad_keys.addcmul_(grad_column.unsqueeze(1), codebook, value=-1.0)
+        return grad_x, grad_lookup.add_(grad_keys).to(dtype), None, None
+    grad_bias = None if grad_column is None else (grad_column / factor).to(dtype)
+    return grad_x, grad_lookup.to(dtype), grad_keys.to(dtype), grad_bias
+
+
+def _add(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
+    return term if total is None else total.add_(term)
 
 
 def _magnitude(
