@@ -95,8 +95,16 @@ class LossConfig:
     """Contrastive loss: probabilistic (Eq. 3), vanilla (Eq. 2) or none."""
     contrastive_weight: float = 0.02
     """Its weight."""
+    contrastive_region: Literal["all", "masked"] = "all"
+    """Places with a positive: all of them, or those of stochastic tokens."""
+    contrastive_sampling: Literal["dense", "sampled"] = "sampled"
+    """Contrast every place of a feature map, or a sample."""
     contrastive_patches: int = 256
-    """Places sampled in each image and layer."""
+    """sampled: places in each image and layer."""
+    contrastive_max_places: int = 4096
+    """dense: most places of a map; a larger one gives a strided sub-grid."""
+    contrastive_layer_weights: tuple[float, ...] = ()
+    """Weights of the network's layers. Not given: equal."""
     contrastive_net: Literal["same", "vgg16", "vgg19"] = "same"
     """Feature network of the contrastive loss; "same" shares the perceptual one and its forward pass."""
     contrastive_weights: Path | None = None
@@ -266,6 +274,23 @@ def check_config(config: TrainConfig) -> None:
     if optimizer.batch_size % optimizer.accumulate:
         raise ValueError(
             f"--accumulate must divide --batch-size, got {optimizer.accumulate} and {optimizer.batch_size}"
+        )
+    if loss.contrastive != "none":
+        for name, places in {
+            "--contrastive-patches": loss.contrastive_patches,
+            "--contrastive-max-places": loss.contrastive_max_places,
+        }.items():
+            if places < 2:
+                raise ValueError(f"{name} must be at least 2, for there to be negatives, got {places}")
+        weights, layers = loss.contrastive_layer_weights, 5
+        if weights and (len(weights) != layers or min(weights) < 0 or sum(weights) <= 0):
+            raise ValueError(
+                f"--contrastive-layer-weights must be {layers} numbers, none negative and not all 0, got {weights}"
+            )
+    if loss.contrastive_region == "masked" and config.quantizer.quantizer != "reg-vq":
+        raise ValueError(
+            f"--contrastive-region masked needs stochastic tokens, which --quantizer {config.quantizer.quantizer} "
+            "has not: use reg-vq, or the region all"
         )
     own_net = loss.contrastive_net not in ("same", loss.perceptual_net) and loss.contrastive != "none"
     if loss.contrastive_weights is not None and not own_net:

@@ -1,5 +1,9 @@
 """Probabilistic contrastive loss between an image and its reconstruction (Reg-VQ, section 3.3)."""
 
+import math
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,32 +11,52 @@ from torch import Tensor, nn
 from regvq_fast.ops import weighted_info_nce
 from regvq_fast.ops.noise import row_words
 
-_FIRST_STREAM = 16  # of the patches' draws; one stream a layer
+_FIRST_STREAM = 16  # of the places' draws; one stream a layer
 
 
 class ProbabilisticContrastiveLoss(nn.Module):
     """InfoNCE between features of the same places, other places of the image being the negatives.
 
-    With ``weighted`` (PCL, Eq. 3) a place's positive is weighted by the perturbation of its token, normalised over
-    the image's places: the farther the sampled code lies from the best one, the weaker the pull; an image without any
-    perturbation has uniform weights. Without it, vanilla
-    contrastive learning (CL, Eq. 2). Both are averaged over places, so that one loss weight fits both: the value is
-    Eq. 3 divided by the number of places.
+    With ``weighted`` (PCL, Eq. 3) a place's positive is weighted by the perturbation of its token, normalised over the
+    image's places: the farther the sampled code lies from the best one, the weaker the pull; an image without any
+    perturbation has uniform weights. Without it, vanilla contrastive learning (CL, Eq. 2). Both are averaged over
+    places, so that one loss weight fits both: the value is Eq. 3 divided by the number of places.
 
     Args:
         weighted: PCL or CL.
         num_patches: places sampled in each image and layer, the same in both images (a smaller map gives all of its
-            places); None takes every place of every map.
+            places); None takes every place (dense).
+        max_places: most places of a map in the dense form; a larger map gives a strided sub-grid, shifted anew by each
+            seed. None: no limit. Memory grows with the number of places, time with its square.
+        region: "all" places have a positive, or those of "masked" (stochastic) tokens alone; the negatives are the
+            same, and sampled places are masked ones as far as there are any.
+        layer_weights: of the layers, their number ones if None; the loss is the weighted mean.
         tau: temperature.
     """
 
-    def __init__(self, *, weighted: bool = True, num_patches: int | None = 256, tau: float = 0.07) -> None:
+    def __init__(
+        self,
+        *,
+        weighted: bool = True,
+        num_patches: int | None = 256,
+        max_places: int | None = 4096,
+        region: Literal["all", "masked"] = "all",
+        layer_weights: Sequence[float] | None = None,
+        tau: float = 0.07,
+    ) -> None:
         super().__init__()
-        if num_patches is not None and num_patches < 2:
-            raise ValueError(f"num_patches must be at least 2, for there to be negatives, got {num_patches}")
+        for name, value in (("num_patches", num_patches), ("max_places", max_places)):
+            if value is not None and value < 2:
+                raise ValueError(f"{name} must be at least 2, for there to be negatives, got {value}")
+        if region not in ("all", "masked"):
+            raise ValueError(f"region must be 'all' or 'masked', got {region!r}")
+        if layer_weights is not None and (min(layer_weights, default=0) < 0 or sum(layer_weights) <= 0):
+            raise ValueError(f"layer_weights must not be negative, nor all 0, got {tuple(layer_weights)}")
         if not tau > 0:
             raise ValueError(f"tau must be greater than 0, got {tau}")
-        self.weighted, self.num_patches, self.tau = weighted, num_patches, tau
+        self.weighted, self.num_patches, self.max_places, self.tau = weighted, num_patches, max_places, tau
+        self.region = region
+        self.layer_weights = None if layer_weights is None else tuple(layer_weights)
 
     def forward(
         self,
@@ -41,46 +65,105 @@ class ProbabilisticContrastiveLoss(nn.Module):
         perturbation: Tensor,
         seed: Tensor,
         first_image: int | Tensor = 0,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Mean over layers, images and places.
+        """Weighted mean over layers of the mean over images and places.
 
         Args:
             original: feature maps (B, C_l, H_l, W_l) of the original; no gradient.
             reconstruction: the same of the reconstruction; they get the gradient.
             perturbation: (B, h, w) of the tokens, >= 0; mapped to each layer by nearest neighbour.
             seed: 0-dim int64 tensor, the draw of the places.
-            first_image: global number of the first image: an image's places depend on (seed, number) alone.
+            first_image: global number of the first image: an image's sampled places depend on (seed, number) alone.
+            mask: (B, h, w) bool, the stochastic tokens; needed for the region "masked".
 
         Returns:
-            0-dim float32.
+            0-dim float32; 0 where no place counts.
+
+        Similarities accumulate in fp32. On CUDA 16-bit maps are multiplied as such, after a normalisation in fp32.
         """
+        if self.region == "masked" and mask is None:
+            raise ValueError("region='masked' needs the mask of the stochastic tokens")
+        weights = self.layer_weights or (1.0,) * len(original)
+        if len(weights) != len(original):
+            raise ValueError(f"layer_weights has {len(weights)} weights for {len(original)} feature maps")
         losses = [
-            self._layer(layer, x.detach(), z, perturbation, seed, first_image)
-            for layer, (x, z) in enumerate(zip(original, reconstruction, strict=True))
+            weight * self._layer(layer, x.detach(), z, perturbation.detach(), seed, first_image, mask)
+            for layer, (weight, x, z) in enumerate(zip(weights, original, reconstruction, strict=True))
+            if weight > 0
         ]
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum() / sum(weights)
 
     def _layer(
-        self, layer: int, x: Tensor, z: Tensor, perturbation: Tensor, seed: Tensor, first_image: int | Tensor
+        self,
+        layer: int,
+        x: Tensor,
+        z: Tensor,
+        perturbation: Tensor,
+        seed: Tensor,
+        first_image: int | Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
-        batch, _, height, width = x.shape
-        weight = F.interpolate(perturbation.detach().unsqueeze(1), size=(height, width), mode="nearest").flatten(1)
+        counted = _at_places(mask.float(), x) if mask is not None and self.region == "masked" else None  # (B, L)
+        weight = _at_places(perturbation, x)
+        places = self._places(layer, x, counted, seed, first_image)
         query, key = x.flatten(2).mT, z.flatten(2).mT  # (B, L, C)
-        length = height * width
-        if self.num_patches is not None and self.num_patches < length:
-            rows = torch.arange(batch * length, device=x.device) + first_image * length
-            words = row_words(seed, rows, stream=_FIRST_STREAM + layer).view(batch, length)
-            places = words.topk(self.num_patches, dim=1).indices  # (B, P), no place twice
+        if places is not None:
             weight = weight.gather(1, places)
+            counted = None if counted is None else counted.gather(1, places)
             index = places.unsqueeze(2).expand(-1, -1, query.shape[2])
             query, key = query.gather(1, index), key.gather(1, index)
-        # Without any perturbation nothing tells the places apart: uniform weights, with which PCL is CL.
+        with torch.autocast(x.device.type, enabled=False):
+            # The tensor cores want 16 bits; elsewhere the maps are multiplied in fp32 anyway.
+            dtype = x.dtype if x.is_cuda else torch.float32
+            loss = weighted_info_nce(
+                F.normalize(query.float(), dim=2).to(dtype),
+                F.normalize(key.float(), dim=2).to(dtype),
+                _normalized(weight, counted) if self.weighted else None,
+                tau=self.tau,
+            )
+        if counted is None:
+            return loss.mean()
+        return (loss * counted).sum() / counted.sum().clamp(min=1)
+
+    def _places(
+        self, layer: int, x: Tensor, counted: Tensor | None, seed: Tensor, first_image: int | Tensor
+    ) -> Tensor | None:
+        """(B, P) places of a map that take part, no place twice; None: all of them."""
+        batch, _, height, width = x.shape
+        length, stream = height * width, _FIRST_STREAM + layer
+        if self.num_patches is not None:
+            if self.num_patches >= length:
+                return None
+            rows = torch.arange(batch * length, device=x.device) + first_image * length
+            words = row_words(seed, rows, stream).view(batch, length)
+            if counted is not None:
+                words = words + counted.long() * 2**32  # counted places first
+            return words.topk(self.num_patches, dim=1).indices
+        if self.max_places is None or length <= self.max_places:
+            return None
+        stride = math.ceil(math.sqrt(length / self.max_places))
+        shift = row_words(seed, torch.arange(2, device=x.device), stream) % stride
+        ys = torch.arange(height // stride, device=x.device) * stride + shift[0]
+        xs = torch.arange(width // stride, device=x.device) * stride + shift[1]
+        return (ys[:, None] * width + xs[None, :]).flatten().expand(batch, -1)
+
+
+def _at_places(tokens: Tensor, x: Tensor) -> Tensor:
+    """Values of tokens (B, h, w) at the places of a map, by nearest neighbour; (B, L)."""
+    return F.interpolate(tokens.unsqueeze(1), size=x.shape[2:], mode="nearest").flatten(1)
+
+
+def _normalized(weight: Tensor, counted: Tensor | None) -> Tensor:
+    """Weights (B, P) with sum 1; of counted places alone, with the mean 1 / P over them and 0 elsewhere.
+
+    Without any perturbation nothing tells the places apart: uniform weights, with which PCL is CL.
+    """
+    num_places = weight.shape[1]
+    if counted is None:
         total = weight.sum(1, keepdim=True)
-        weight = torch.where(total > 0, weight / total, 1 / weight.shape[1])
-        loss = weighted_info_nce(
-            F.normalize(query.float(), dim=2),
-            F.normalize(key.float(), dim=2),
-            weight if self.weighted else None,
-            tau=self.tau,
-        )
-        return loss.mean()
+        return torch.where(total > 0, weight / total, 1 / num_places)
+    weight = weight * counted
+    total = weight.sum(1, keepdim=True)
+    share = counted.sum(1, keepdim=True) / num_places
+    return torch.where(total > 0, weight / total * share, counted / num_places)

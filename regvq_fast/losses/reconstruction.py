@@ -39,7 +39,13 @@ class ReconstructionLoss(nn.Module):
         self.perceptual_weight, self.contrastive_weight = perceptual_weight, contrastive_weight
 
     def forward(
-        self, images: Tensor, reconstruction: Tensor, perturbation: Tensor, seed: Tensor, first_image: int | Tensor = 0
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        perturbation: Tensor,
+        seed: Tensor,
+        first_image: int | Tensor = 0,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum (0-dim) and the terms by name (detached, unweighted).
 
@@ -48,6 +54,7 @@ class ReconstructionLoss(nn.Module):
             reconstruction: (B, 3, H, W); gets the gradient.
             perturbation: (B, h, w), the token weights of the contrastive loss.
             seed, first_image: of the contrastive loss's sampled places.
+            mask: (B, h, w) bool, the stochastic tokens, for a contrastive loss of the masked region.
         """
         l1 = F.l1_loss(reconstruction.float(), images)
         loss, terms = self.l1_weight * l1, {"l1": l1.detach()}
@@ -63,6 +70,6 @@ class ReconstructionLoss(nn.Module):
             if self.contrastive_features is not None:
                 original = self.contrastive_features(images.detach())
                 reconstructed = self.contrastive_features(reconstruction)
-            contrastive = self.contrastive(original, reconstructed, perturbation, seed, first_image)
+            contrastive = self.contrastive(original, reconstructed, perturbation, seed, first_image, mask)
             loss, terms["contrastive"] = loss + self.contrastive_weight * contrastive, contrastive.detach()
         return loss, terms

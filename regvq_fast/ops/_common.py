@@ -24,16 +24,10 @@ CUDA_TILE_ELEMENTS = 1 << 24
 _MIN_TILE_ROWS = 16
 
 
-def resolve_impl(
-    impl: str, device: torch.device, dtype: torch.dtype, *, has_kernels: bool = True
-) -> Literal["triton", "eager"]:
+def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> Literal["triton", "eager"]:
     """The implementation that runs: the single place that decides it."""
     if impl not in _IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLS))}, got {impl!r}")
-    if not has_kernels:
-        if impl == "triton":
-            raise ValueError("impl='triton': this op has no kernels yet in this version; use impl='auto'")
-        return "eager"
     if impl == "eager":
         return "eager"
     if impl == "auto":

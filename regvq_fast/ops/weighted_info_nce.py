@@ -75,8 +75,8 @@ def weighted_info_nce(
             raise ValueError(f"weight is on {weight.device} but query on {query.device}; move them to one device")
         weight = weight.detach()
     check_positive("tau", tau)
-    resolve_impl(impl, query.device, query.dtype, has_kernels=False)
-    loss, _ = torch.ops.regvq.weighted_info_nce(query, key, weight, float(tau))
+    chosen = resolve_impl(impl, query.device, query.dtype)
+    loss, _, _ = torch.ops.regvq.weighted_info_nce(query, key, weight, float(tau), chosen)
     return loss
 
 
@@ -104,28 +104,6 @@ def _log_factors(weight: Tensor | None, length: int, dtype: torch.dtype) -> tupl
     return weight.to(dtype).clamp(min=smallest).log_(), -math.log(max(1, length))
 
 
-@torch.library.custom_op("regvq::weighted_info_nce", mutates_args=())
-def _weighted_info_nce(query: Tensor, key: Tensor, weight: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every row, both (B, L)."""
-    for name, value in (("query", query), ("key", key), ("weight", weight)):
-        if value is not None:
-            check_finite(name, value)
-    if weight is not None and weight.device.type == "cpu" and (weight < 0).any():
-        raise ValueError(f"weight must not be negative, got {weight.min().item()}")
-    dtype = compute_dtype(query)
-    log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
-    loss = torch.empty(query.shape[:2], dtype=dtype, device=query.device)
-    lse = torch.empty_like(loss)
-    for images, rows in _tiles(query):
-        a, diagonal = _similarities(query, key, images, rows, tau, dtype)
-        positive = diagonal.clone()
-        if log_positive is not None:
-            diagonal += log_positive[images, rows] - log_negative
-        lse[images, rows] = a.logsumexp(2) + log_negative
-        loss[images, rows] = lse[images, rows] - positive
-    return loss, lse
-
-
 def _similarities(
     query: Tensor, key: Tensor, images: slice, rows: slice, tau: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -134,10 +112,74 @@ def _similarities(
     return a, a.diagonal(rows.start, 1, 2)
 
 
+def _weighted_info_nce_eager(
+    query: Tensor, key: Tensor, weight: Tensor | None, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(query)
+    log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
+    loss = torch.empty(query.shape[:2], dtype=dtype, device=query.device)
+    lse, share = torch.empty_like(loss), torch.empty_like(loss)
+    for images, rows in _tiles(query):
+        a, diagonal = _similarities(query, key, images, rows, tau, dtype)
+        positive = diagonal.clone()
+        if log_positive is not None:
+            diagonal += log_positive[images, rows] - log_negative
+        lse[images, rows] = a.logsumexp(2)
+        loss[images, rows] = lse[images, rows] + log_negative - positive
+        share[images, rows] = (diagonal - lse[images, rows]).expm1_().neg_()
+    return loss, lse, share
+
+
+def _weighted_info_nce_backward_eager(
+    grad_loss: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    share: Tensor,
+    tau: float,
+    needs_query: bool,
+    needs_key: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    dtype = compute_dtype(query)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device) if needs_query else None
+    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device) if needs_key else None
+    for images, rows in _tiles(query):
+        a, diagonal = _similarities(query, key, images, rows, tau, dtype)
+        a -= lse[images, rows].unsqueeze(2)
+        a.clamp_(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
+        diagonal.copy_(-share[images, rows])
+        a *= (grad_loss[images, rows].to(dtype) / tau).unsqueeze(2)
+        if grad_query is not None:
+            grad_query[images, rows] = torch.bmm(a, key[images].to(dtype)).to(query.dtype)
+        if grad_key is not None:
+            grad_key[images].baddbmm_(a.mT, query[images, rows].to(dtype))
+    return grad_query, None if grad_key is None else grad_key.to(key.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- forward
+
+
+@torch.library.custom_op("regvq::weighted_info_nce", mutates_args=())
+def _weighted_info_nce(
+    query: Tensor, key: Tensor, weight: Tensor | None, tau: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, log-sum-exp (over the factor of the negatives) and the negatives' share of the sum of every row, (B, L)."""
+    for name, value in (("query", query), ("key", key), ("weight", weight)):
+        if value is not None:
+            check_finite(name, value)
+    if weight is not None and weight.device.type == "cpu" and (weight < 0).any():
+        raise ValueError(f"weight must not be negative, got {weight.min().item()}")
+    if impl == "triton":
+        from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_forward
+
+        return weighted_info_nce_forward(query, key, weight, tau)
+    return _weighted_info_nce_eager(query, key, weight, tau)
+
+
 @_weighted_info_nce.register_fake
-def _(query: Tensor, key: Tensor, weight: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, weight: Tensor | None, tau: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     loss = query.new_empty(query.shape[:2], dtype=compute_dtype(query))
-    return loss, torch.empty_like(loss)
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
 # ------------------------------------------------------------------------------------------------------ backward
@@ -148,30 +190,23 @@ def _weighted_info_nce_backward(
     grad_loss: Tensor,
     query: Tensor,
     key: Tensor,
-    weight: Tensor | None,
     lse: Tensor,
+    share: Tensor,
     tau: float,
+    impl: str,
     needs_query: bool,
     needs_key: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dL_i/da_ij = f_ij e^{a_ij} / denominator_i - [i = j], f the factor w_i or 1/L of Eq. 3."""
-    dtype = compute_dtype(query)
-    log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device) if needs_query else key.new_empty(0)
-    grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device) if needs_key else key.new_empty(0)
-    for images, rows in _tiles(query):
-        a, diagonal = _similarities(query, key, images, rows, tau, dtype)
-        if log_positive is not None:
-            diagonal += log_positive[images, rows] - log_negative
-        a += (log_negative - lse[images, rows]).unsqueeze(2)
-        a.clamp_(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
-        diagonal -= 1
-        a *= (grad_loss[images, rows].to(dtype) / tau).unsqueeze(2)
-        if needs_query:
-            grad_query[images, rows] = torch.bmm(a, key[images].to(dtype)).to(query.dtype)
-        if needs_key:
-            grad_key[images].baddbmm_(a.mT, query[images, rows].to(dtype))
-    return grad_query, grad_key.to(key.dtype)
+    """Gradients of query and key; empty tensors stand for those that nobody needs."""
+    arguments = (grad_loss, query, key, lse, share, tau, needs_query, needs_key)
+    if impl == "triton":
+        from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_backward
+
+        grads = weighted_info_nce_backward(*arguments)
+    else:
+        grads = _weighted_info_nce_backward_eager(*arguments)
+    grad_query, grad_key = (query.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_query, grad_key
 
 
 @_weighted_info_nce_backward.register_fake
@@ -179,14 +214,15 @@ def _(
     grad_loss: Tensor,
     query: Tensor,
     key: Tensor,
-    weight: Tensor | None,
     lse: Tensor,
+    share: Tensor,
     tau: float,
+    impl: str,
     needs_query: bool,
     needs_key: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        query.new_empty(query.shape) if needs_query else key.new_empty(0),
+        query.new_empty(query.shape) if needs_query else query.new_empty(0),
         key.new_empty(key.shape) if needs_key else key.new_empty(0),
     )
 
@@ -195,17 +231,17 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, weight, ctx.tau = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, weight, output[1])
+    query, key, _, ctx.tau, ctx.impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(query, key, *output[1:])
 
 
-def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     needs_query, needs_key = ctx.needs_input_grad[:2]
     grad_query, grad_key = torch.ops.regvq.weighted_info_nce_backward(
-        grad_loss, *ctx.saved_tensors, ctx.tau, needs_query, needs_key
+        grad_loss, *ctx.saved_tensors, ctx.tau, ctx.impl, needs_query, needs_key
     )
-    return grad_query if needs_query else None, grad_key if needs_key else None, None, None
+    return grad_query if needs_query else None, grad_key if needs_key else None, None, None, None
 
 
 _weighted_info_nce.register_autograd(_backward, setup_context=_setup_context)

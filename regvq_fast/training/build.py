@@ -93,7 +93,11 @@ def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, d
     contrastive_features = None
     if has_contrastive:
         contrastive = ProbabilisticContrastiveLoss(
-            weighted=config.contrastive == "pcl", num_patches=config.contrastive_patches
+            weighted=config.contrastive == "pcl",
+            num_patches=config.contrastive_patches if config.contrastive_sampling == "sampled" else None,
+            max_places=config.contrastive_max_places,
+            region=config.contrastive_region,
+            layer_weights=config.contrastive_layer_weights or None,
         )
         if own_net:
             net: VGGName = "vgg19" if config.contrastive_net == "vgg19" else "vgg16"

@@ -78,7 +78,7 @@ class VQGANStep:
             # A leaf: the losses' graphs end here, the autoencoder's begins.
             reconstruction = out.reconstruction.detach().float().requires_grad_()
             loss, metrics = self._reconstruction_loss(
-                images, reconstruction, out.quantizer.perturbation, seed, first_image
+                images, reconstruction, out.quantizer.perturbation, seed, first_image, out.quantizer.mask
             )
         (gradient,) = torch.autograd.grad(loss_scale * loss, reconstruction)
         metrics["quantizer"] = out.quantizer.loss.detach()

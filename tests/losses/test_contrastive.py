@@ -90,7 +90,87 @@ def test_only_the_reconstruction_gets_a_gradient_and_it_is_finite_without_pertur
     assert all(z.grad is not None and torch.isfinite(z.grad).all() and z.grad.abs().sum() > 0 for z in reconstruction)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"num_patches": 1}, "at least 2"), ({"tau": 0.0}, "got 0")])
+def test_dense_loss_of_a_large_map_takes_a_strided_sub_grid_that_every_seed_shifts() -> None:
+    original, reconstruction = feature_maps(0, (9,)), feature_maps(1, (9,))
+    module = ProbabilisticContrastiveLoss(weighted=False, num_patches=None, max_places=20)  # of 81: every third
+    shifts = {}
+    for y in range(3):
+        for x in range(3):
+            part = slice(None), slice(None), slice(y, None, 3), slice(x, None, 3)
+            loss = weighted_info_nce_reference(rows(original[0][part]), rows(reconstruction[0][part])).mean()
+            shifts[round(float(loss), 5)] = (y, x)
+    losses = [
+        round(float(module(original, reconstruction, torch.zeros(2, 3, 3), torch.tensor(s))), 5) for s in range(60)
+    ]
+    assert {shifts[loss] for loss in losses} == set(shifts.values())
+
+
+def test_masked_region_is_equation_3_of_the_masked_places_among_all_negatives() -> None:
+    original, reconstruction = feature_maps(0, (4,)), feature_maps(1, (4,))
+    perturbation, mask = torch.rand(2, 4, 4), torch.rand(2, 4, 4) < 0.5
+    for weighted in (True, False):
+        module = ProbabilisticContrastiveLoss(weighted=weighted, num_patches=None, region="masked")
+        loss = module(original, reconstruction, perturbation, SEED, mask=mask)
+        counted = mask.flatten(1)
+        weight = perturbation.flatten(1) * counted
+        weight = weight / weight.sum(1, keepdim=True) * counted.float().mean(1, keepdim=True)
+        arguments = (rows(original[0]), rows(reconstruction[0]), weight.clamp(min=1e-30) if weighted else None)
+        expected = weighted_info_nce_reference(*arguments)[counted].mean()
+        torch.testing.assert_close(loss, expected)
+
+
+def test_masked_region_without_masked_places_is_0_and_with_all_masked_the_whole() -> None:
+    original, perturbation = feature_maps(0), torch.rand(2, 2, 2)
+    reconstruction = [z.requires_grad_() for z in feature_maps(1)]
+    module = ProbabilisticContrastiveLoss(num_patches=8, region="masked")
+    nothing = module(original, reconstruction, perturbation, SEED, mask=torch.zeros(2, 2, 2, dtype=torch.bool))
+    assert nothing.item() == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(nothing, reconstruction))
+    everything = module(original, reconstruction, perturbation, SEED, mask=torch.ones(2, 2, 2, dtype=torch.bool))
+    whole = ProbabilisticContrastiveLoss(num_patches=8)(original, reconstruction, perturbation, SEED)
+    torch.testing.assert_close(everything, whole)
+
+
+def test_sampled_places_of_the_masked_region_are_masked_ones_first() -> None:
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    module = ProbabilisticContrastiveLoss(num_patches=8, region="masked")
+    places = module._places(0, torch.zeros(2, 1, 4, 4), mask.float().flatten(1), SEED, 0)
+    assert places is not None
+    assert [sorted(row) for row in places.tolist()] == [list(range(8))] * 2
+
+
+def test_layers_are_averaged_by_their_weights() -> None:
+    original, reconstruction, perturbation = feature_maps(0), feature_maps(1), torch.rand(2, 2, 2)
+
+    def loss(weights: tuple[float, ...] | None) -> Tensor:
+        module = ProbabilisticContrastiveLoss(num_patches=None, layer_weights=weights)
+        return module(original, reconstruction, perturbation, SEED)
+
+    first, second = loss((1, 0)), loss((0, 2))
+    torch.testing.assert_close(loss((1, 3)), (first + 3 * second) / 4)
+    torch.testing.assert_close(loss(None), (first + second) / 2)
+
+
+def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
+    maps, perturbation = feature_maps(0), torch.rand(2, 2, 2)
+    with pytest.raises(ValueError, match="needs the mask"):
+        ProbabilisticContrastiveLoss(region="masked")(maps, maps, perturbation, SEED)
+    with pytest.raises(ValueError, match="3 weights for 2 feature maps"):
+        ProbabilisticContrastiveLoss(layer_weights=(1, 1, 1))(maps, maps, perturbation, SEED)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_patches": 1}, "num_patches must be at least 2"),
+        ({"max_places": 1}, "max_places must be at least 2"),
+        ({"tau": 0.0}, "got 0"),
+        ({"region": "sky"}, "region must be 'all' or 'masked', got 'sky'"),
+        ({"layer_weights": (1.0, -1.0)}, "must not be negative"),
+        ({"layer_weights": (0.0, 0.0)}, "nor all 0"),
+    ],
+)
 def test_bad_settings_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ProbabilisticContrastiveLoss(**arguments)

@@ -120,6 +120,16 @@ def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(
         (["--device", "abacus"], "--device abacus is no device"),
         (["--image-size", "8"], "--image-size must be at least 16 (for SSIM and VGG), got 8"),
         (["--workers", "-1"], "--workers must not be negative, got -1"),
+        (["--contrastive-patches", "1"], "--contrastive-patches must be at least 2, for there to be negatives, got 1"),
+        (["--contrastive-max-places", "0"], "--contrastive-max-places must be at least 2"),
+        (
+            ["--contrastive-layer-weights", "1", "2"],
+            "--contrastive-layer-weights must be 5 numbers, none negative and not all 0, got (1.0, 2.0)",
+        ),
+        (
+            ["--contrastive-region", "masked", "--quantizer", "vq-gan"],
+            "--contrastive-region masked needs stochastic tokens, which --quantizer vq-gan has not",
+        ),
         (["--contrastive-weights", "vgg.pth"], "--contrastive-weights vgg.pth has no network to go to"),
         (["--weight-decay", "nan"], "--weight-decay must not be negative, got nan"),
         (["--tau", "0"], "tau must be greater than 0, got 0.0"),

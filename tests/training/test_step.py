@@ -151,3 +151,16 @@ def test_compiled_step_equals_the_eager_one_on_both_sides_of_disc_start() -> Non
     for a, b in zip(eager, compiled_metrics, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert_same_gradients(compiled_gradients, eager_gradients, 1e-3)
+
+
+def test_contrastive_loss_of_the_masked_region_and_of_every_place_reach_the_encoder() -> None:
+    losses = []
+    for region in ("all", "masked"):
+        model, discriminator, loss = build_parts()
+        assert loss.contrastive is not None
+        loss.contrastive.num_patches, loss.contrastive.max_places, loss.contrastive.region = None, 64, region
+        loss.l1_weight = loss.perceptual_weight = 0
+        metrics, _ = VQGANStep(model, discriminator, loss, FP32)(images(), torch.tensor(3))
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoder.parameters())
+        losses.append(float(metrics["contrastive"]))
+    assert losses[0] != losses[1]
