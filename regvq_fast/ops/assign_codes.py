@@ -20,12 +20,13 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
     Args:
         x: (..., D) fp16, bf16, fp32 or fp64.
         codebook: (N, D), type and device of ``x``.
-        impl: "auto" | "triton" | "eager".
+        impl: "auto" | "triton" | "eager"; "auto" is the Triton kernel on CUDA, fp64 aside.
 
     Returns:
         (...) int64; the smallest code wins an exact tie. Deterministic. Autocast: inputs are cast to fp32.
 
-    Memory beyond inputs and output: O((M + N) * D) plus one tile of about 2^19 scores (2^24 on CUDA; at
+    Memory beyond inputs and output: Triton 4 N bytes, and 24 M for each part where the codes are split (below sm_80 also
+    a buffer of max(2^25, 512 N) fp32 scores); eager O((M + N) * D) plus one tile of about 2^19 scores (2^24 on CUDA; at
     least 16 rows).
 
     Raises:

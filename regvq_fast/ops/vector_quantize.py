@@ -89,7 +89,8 @@ def vector_quantize(
         codebook_grad: gradient of the look-up to the codes. "soft": ``p^T dQ`` (Algorithm 1). "hard":
             ``dQ`` to the selected code (``gumbel_softmax(hard=True)`` then matmul). "none": nothing through the
             look-up. Distance logits give the codes their own gradient in each case.
-        impl: "auto" | "triton" | "eager".
+        impl: "auto" | "triton" | "eager". "auto": the Triton kernels on CUDA, fp64 aside, and eager PyTorch elsewhere.
+            "triton" on a CPU needs Triton's interpreter.
 
     Returns:
         :class:`VectorQuantizeOutput`. Its posterior and perturbation are float64 where ``x`` is.
@@ -97,12 +98,16 @@ def vector_quantize(
     Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Double backward is
     not supported.
 
-    Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64); on CUDA leave PyTorch's float32 matmul precision
-    at "highest", TF32 changes indices. The smallest code wins an exact tie. In backward, probabilities under 1e-26
-    count as 0. Deterministic: two calls give the same bits. Autocast: floating-point inputs are cast to fp32.
+    Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64). The kernels multiply fp32 as three TF32 products,
+    fp16 and bf16 as they are, and round probabilities and score gradients to 16 bits for 16-bit inputs, as their
+    products would. "eager" on CUDA: leave PyTorch's float32 matmul precision at "highest", TF32 changes indices. The
+    smallest code wins an exact tie. "eager" takes probabilities under 1e-26 as 0 in backward. Deterministic: two calls
+    give the same bits. Autocast: floating-point inputs are cast to fp32.
 
-    Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^19 scores (2^24 on
-    CUDA; at least 16 rows), for the forward and for the backward.
+    Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each part where the codes are
+    split; backward 12 N D and two buffers of max(2^25, 512 N) scores at most (those of M N if that is less), in the
+    type of ``x``. Below sm_80 also an fp32 buffer of as many scores forward, two backward. Eager: O((M + N) * D) plus a
+    fixed number of tiles of about 2^19 scores (2^24 on CUDA; at least 16 rows).
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
