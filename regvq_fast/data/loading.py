@@ -42,20 +42,27 @@ def default_workers() -> int:
 
 
 def training_batches(
-    dataset: Dataset[Sample], batch_size: int, *, start: int = 0, workers: int = 0, pin_memory: bool = False
+    dataset: Dataset[Sample],
+    batch_size: int,
+    *,
+    start: int = 0,
+    stride: int | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """An endless iterator over batches of samples ``start``, ``start + 1``, ... in this order.
 
-    Batch k holds samples ``start + k * batch_size`` and on, whatever the number of workers: to resume, start at the
-    number of samples seen. The data set must take any index >= 0 (a training split). Workers start at once and end
-    with the iterator. Draws nothing from torch's global generator.
+    Batch k holds samples ``start + k * stride`` and on, whatever the number of workers; ``stride`` is the batch size
+    unless the batch is a rank's part of a larger one. To resume, start at the number of samples seen. The data set must
+    take any index >= 0 (a training split). Workers start at once and end with the iterator. Draws nothing from torch's
+    global generator.
 
     Raises ValueError for a batch size below 1, or a negative start or number of workers.
     """
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}")
     _check(batch_size, workers)
-    sampler = _CountingBatches(batch_size, start)
+    sampler = _CountingBatches(batch_size, start, stride or batch_size)
     return iter(_loader(dataset, workers, batch_sampler=sampler, pin_memory=pin_memory))
 
 
@@ -79,12 +86,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class _CountingBatches(Sampler[list[int]]):
-    def __init__(self, batch_size: int, start: int) -> None:
+    def __init__(self, batch_size: int, start: int, stride: int) -> None:
         self.batch_size = batch_size
         self.start = start
+        self.stride = stride
 
     def __iter__(self) -> Iterator[list[int]]:
-        for first in itertools.count(self.start, self.batch_size):
+        for first in itertools.count(self.start, self.stride):
             yield list(range(first, first + self.batch_size))
 
 

@@ -1,8 +1,11 @@
 """Hinge losses of the patch discriminator and their adaptive weight (Esser et al., CVPR 2021, section 3.1)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
+
+from regvq_fast.ranks import mean_over_ranks
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -27,7 +30,8 @@ def adaptive_weight(
     """Balance of the adversarial gradient at the decoder's last convolution.
 
     ``lambda = clamp(|dL_rec/dW| / (|dL_gan/dW| + 1e-4), 0, 1e4)``. The gradients of W are formed from the two
-    gradients at the reconstruction and the convolution's input: nothing behind the last layer is walked for them.
+    gradients at the reconstruction and the convolution's input: nothing behind the last layer is walked for them. In a
+    distributed run they are the means over the ranks, and so is lambda the whole batch's.
 
     Args:
         features: (B, C, H, W) input of the convolution.
@@ -42,8 +46,9 @@ def adaptive_weight(
         0-dim float32, without a gradient.
     """
     features = features.detach()
-    norms = [
-        conv2d_weight(features, weight.shape, grad.to(features.dtype), padding=padding).float().norm() / grad_scale
+    gradients = [
+        conv2d_weight(features, weight.shape, grad.to(features.dtype), padding=padding).float()
         for grad in (grad_reconstruction, grad_adversarial)
     ]
+    norms = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1) / grad_scale
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-import torch.distributed as dist
 from torch import Tensor
+
+from regvq_fast.ranks import mean_over_ranks, num_ranks
 
 PriorScope = Literal["image", "batch", "global"]
 
@@ -36,11 +37,9 @@ def posterior_groups(scope: PriorScope, batch_size: int) -> int:
 def scoped_posterior(posterior: Tensor, scope: PriorScope) -> tuple[Tensor, int]:
     """The posterior that the regularizer sees, and over how many ranks it is the mean.
 
-    For scope "global" that is all of them, and the gradient goes back to each.
+    For scope "global" that is all of them: the mean of the ranks' posteriors, with the gradient to this rank's rows.
+    The mean of the ranks' gradients, which data-parallel training takes, is then that of the whole batch.
     """
-    if scope == "global" and dist.is_available() and dist.is_initialized():
-        import torch.distributed.nn.functional as differentiable_dist  # absent from builds without distributed
-
-        ranks = dist.get_world_size()
-        return differentiable_dist.all_reduce(posterior) / ranks, ranks
-    return posterior, 1
+    if scope != "global" or num_ranks() == 1:
+        return posterior, 1
+    return posterior + (mean_over_ranks(posterior) - posterior.detach()), num_ranks()

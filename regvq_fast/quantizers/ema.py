@@ -8,6 +8,7 @@ from regvq_fast.ops import assign_codes
 from regvq_fast.ops.noise import row_words
 from regvq_fast.ops.segment_sum import segment_counts, segment_sum
 from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
+from regvq_fast.ranks import gather_rows
 
 
 class EMAQuantizer(Quantizer):
@@ -65,8 +66,9 @@ class EMAQuantizer(Quantizer):
             codes = F.embedding(indices, self.embedding.weight)
             commitment = F.mse_loss(rows, codes)
             out = self._straight_through(z, rows, codes, indices, self.commitment * commitment, commitment)
-            if self.training:
-                self._update_codes(rows.detach(), indices, draw_seed(z.device) if seed is None else seed)
+            if self.training:  # from the rows of all ranks, so that each makes the same update
+                seed = draw_seed(z.device) if seed is None else seed
+                self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed)
             return out
 
     @torch.no_grad()

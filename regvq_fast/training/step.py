@@ -6,18 +6,23 @@ The autoencoder runs forward once, and no part of a backward graph is walked twi
 losses (reconstruction, adversarial) are taken at the reconstruction; with the input of the decoder's last convolution
 they give that layer's two weight gradients, whose norms balance the groups; then one combined gradient goes through
 decoder and encoder.
+
+In a distributed run each rank has an equal part of the batch, and the gradients that a step leaves are the means over
+the ranks (PyTorch's DistributedDataParallel): those of the whole batch.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from regvq_fast.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
 from regvq_fast.losses.reconstruction import ReconstructionLoss
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.ranks import num_ranks
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.precision import Precision
 
@@ -46,8 +51,9 @@ class VQGANStep:
     ) -> None:
         self.model, self.discriminator = model, discriminator
         self.precision, self.disc_weight = precision, disc_weight
-        self._autoencode = maybe_compile(model, compile)
+        self._autoencode = distributed(maybe_compile(model, compile))
         self._discriminate = maybe_compile(discriminator, compile)
+        self._train_discriminate = distributed(self._discriminate)
         self._reconstruction_loss = maybe_compile(reconstruction_loss, compile)
 
     def __call__(
@@ -58,6 +64,7 @@ class VQGANStep:
         first_image: int | Tensor = 0,
         adversarial: bool = False,
         loss_scale: Tensor | float = 1.0,
+        synchronize: bool = True,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradients of one batch to the parameters of autoencoder and discriminator.
 
@@ -68,10 +75,21 @@ class VQGANStep:
                 which spares a compilation for each value.
             adversarial: whether the discriminator takes part; without it, it costs nothing.
             loss_scale: factor of all gradients (fp16 loss scaling, gradient accumulation).
+            synchronize: take the mean of the gradients over the ranks; False for all but the last part of a batch.
 
         Returns:
-            The losses and other numbers by name (0-dim tensors, unscaled) and the selected codes (B, h, w).
+            The losses and other numbers by name (0-dim, unscaled, this rank's) and the selected codes (B, h, w).
         """
+        with ExitStack() as stack:
+            if not synchronize:
+                for module in (self._autoencode, self._train_discriminate):
+                    if isinstance(module, DistributedDataParallel):
+                        stack.enter_context(module.no_sync())
+            return self._step(images, seed, first_image, adversarial, loss_scale)
+
+    def _step(
+        self, images: Tensor, seed: Tensor, first_image: int | Tensor, adversarial: bool, loss_scale: Tensor | float
+    ) -> tuple[dict[str, Tensor], Tensor]:
         height, width = self.model.token_shape
         with self.precision.autocast():
             out = self._autoencode(images, seed, first_image * height * width)
@@ -101,7 +119,8 @@ class VQGANStep:
 
         if adversarial:
             with self.precision.autocast():
-                real, fake = self._discriminate(images), self._discriminate(reconstruction.detach())
+                real = self._train_discriminate(images)
+                fake = self._train_discriminate(reconstruction.detach())
                 discriminator_loss = hinge_discriminator_loss(real, fake)
             (loss_scale * discriminator_loss).backward()
             metrics |= {
@@ -110,6 +129,14 @@ class VQGANStep:
                 "logits_fake": fake.detach().float().mean(),
             }
         return metrics, out.quantizer.indices
+
+
+def distributed(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over the ranks, where there are several."""
+    if num_ranks() == 1:
+        return module
+    # Buffers are those of one rank's part (batch statistics), or equal on all ranks: nothing to broadcast.
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextmanager
