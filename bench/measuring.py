@@ -1,4 +1,4 @@
-"""What the benchmarks measure besides time: resident memory of a call in a fresh process, repeats side by side."""
+"""What the benchmarks measure with: time of runs side by side, on the host and on a GPU, and the memory they take."""
 
 import math
 import statistics
@@ -6,8 +6,48 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
 
 Run = Callable[[], object]
+T = TypeVar("T")
+
+# Turns that even a slow case gets.
+LEAST_REPEATS = 5
+
+
+def take_turns(
+    runs: dict[str, Run], clock: Callable[[Run], T], repeats: int, limit: float = math.inf
+) -> dict[str, list[T]]:
+    """What ``clock`` reads off each warm run, ``repeats`` times, or fewer where that takes over ``limit`` seconds.
+
+    They take turns, so that a busy or hot moment of the machine meets all of them.
+    """
+    readings: dict[str, list[T]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    for turn in range(repeats):
+        if turn >= LEAST_REPEATS and time.perf_counter() - begin > limit:
+            break
+        for name, run in runs.items():
+            readings[name].append(clock(run))
+    return readings
+
+
+# ---------------------------------------------------------------------------------------------------------- the host
+
+
+def wall_clock(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def medians(runs: dict[str, Run], repeats: int = 3) -> dict[str, float]:
+    """Median seconds of each run on a CPU, after one that warms it up."""
+    for run in runs.values():
+        run()
+    return {name: statistics.median(seconds) for name, seconds in take_turns(runs, wall_clock, repeats).items()}
 
 
 def resident_growth(run: Run) -> float:
@@ -34,14 +74,77 @@ def peak_memory(script: str, *case: str) -> float:
     return float(done.stdout)
 
 
-def medians(runs: dict[str, Run], repeats: int = 3) -> dict[str, float]:
-    """Median seconds of each run; they take turns, so that a busy moment of the machine meets all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
+# ------------------------------------------------------------------------------------------------------------- a GPU
+
+# A kernel that sleeps holds the GPU while the host launches what is timed. At 2 GHz or less it sleeps long enough.
+_SLEEP_CYCLES_PER_SECOND = 2e9
+_LONGEST_SLEEP = 0.02
+
+
+class Sample(NamedTuple):
+    device: float  # seconds on the GPU, launches hidden
+    host: float  # seconds until the call has returned: where it is the longer one, launches decide
+
+
+class DeviceMeter:
+    """Time and memory of runs on the current GPU.
+
+    Time is that between two events around the run: with a cold L2 cache, since a training step has other things in it;
+    with memory in the allocator's hands, since a turn begins with an untimed call; and without the launches, which the
+    host makes while a sleeping kernel holds the GPU.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        cache = torch.cuda.get_device_properties().L2_cache_size
+        self._flush = torch.empty(max(4 * cache, 1 << 28), dtype=torch.int8, device=device)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    @property
+    def flushed_mib(self) -> float:
+        return self._flush.numel() / 2**20
+
+    def time(self, run: Run) -> Sample:
+        torch.cuda.synchronize()
+        host = wall_clock(run)
+        torch.cuda.synchronize()
+        self._flush.zero_()
+        torch.cuda._sleep(int(min(2 * host + 1e-4, _LONGEST_SLEEP) * _SLEEP_CYCLES_PER_SECOND))
+        self._start.record()
         run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
+        self._end.record()
+        torch.cuda.synchronize()
+        return Sample(self._start.elapsed_time(self._end) / 1e3, host)
+
+    def extra_mib(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> float:
+        """Peak of allocated memory during a warm run, less what was there before and what the run returns."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before - storage_bytes(outputs)) / 2**20
+
+
+def storage_bytes(tensors: tuple[torch.Tensor, ...]) -> int:
+    """Bytes of the memory that some tensors lie in, shared memory counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def graphed(run: Callable[[], T]) -> Callable[[], T]:
+    """``run`` as a CUDA graph: the returned function replays its kernels and returns the same tensors every time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up, which can't be captured
+        for _ in range(3):
             run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+
+    def replay() -> T:
+        graph.replay()
+        return outputs
+
+    return replay

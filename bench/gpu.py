@@ -1,0 +1,305 @@
+"""Measure the vector quantization ops on a GPU, against PyTorch and other packages: one command, within 8 minutes.
+
+    python bench/gpu.py                      the tests of the ops, then every case; bench/results/gpu-NAME.json
+    python bench/gpu.py --out other.json
+    python bench/gpu.py --quick              no tests, the cases of the targets in one type: a minute or two
+
+It first runs tests/ops, whose kernels run natively on CUDA, then measures each case: the result is compared with the
+eager twin's in fp64, and a wrong one gets no time; then all competitors take turns. The tables come last. Competitors
+that are missing, don't compile or run out of memory are named as such and stop nobody. Optional: ``pip install
+nvidia-ml-py vector-quantize-pytorch flash-kmeans``.
+
+Exits with 0; 1 if a test failed or a result of ours was wrong or failed; 2 without CUDA.
+"""
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import gpu_cases
+import gpu_report
+import machine
+import measuring
+import peers
+import torch
+from gpu_cases import Case, Inputs
+from gpu_report import OUT_OF_TIME
+from measuring import Sample
+from peers import TensorRun
+
+LIMIT = 450.0  # seconds in all, up to the tables: no case begins that would not be ready by then
+TEST_LIMIT = 200.0  # of these for the tests
+CASE_LIMIT = 3.0  # of these for the turns of a case
+REPEATS = 30
+NO_CUDA = "bench/gpu.py measures on a CUDA GPU, and PyTorch finds none on this machine."
+
+
+class Meter(Protocol):
+    """What :class:`measuring.DeviceMeter` does."""
+
+    def time(self, run: measuring.Run) -> Sample: ...
+    def extra_mib(self, run: TensorRun) -> float: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+def make_cases(half: str, quick: bool) -> list[Case]:
+    """What is measured, what the targets are about first: time may run out. ``half``: the GPU's main 16-bit type."""
+    first = [Case(part, 8192, half) for part in gpu_cases.PARTS]
+    first += [Case("forward+backward", 1024, half, graph=True), Case("forward+backward", 262144, half, masked=False)]
+    if quick:
+        return first
+    other = "float16" if half == "bfloat16" else None
+    sizes = [Case(part, codes, half) for codes in (16384, 1024, 65536) for part in gpu_cases.PARTS]
+    types = [Case(part, 8192, dtype) for dtype in (other, "float32") if dtype for part in gpu_cases.PARTS]
+    small = [Case(part, codes, half) for codes in (4096, 512) for part in gpu_cases.PARTS]
+    rest = [replace(case, dtype=other) for case in first[3:4] + sizes + small if other]
+    return first + sizes + types + small + rest
+
+
+def measure_case(
+    case: Case,
+    inputs: Inputs,
+    makers: dict[str, Callable[[], TensorRun]],
+    meter: Meter,
+    repeats: int = REPEATS,
+    limit: float = CASE_LIMIT,
+) -> dict[str, Any]:
+    """One entry of the report. Every competitor is tried alone first; those that pass take turns."""
+    truth = gpu_cases.truth_of(case, inputs)
+    runs: dict[str, TensorRun] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        run, results[name] = attempt(make, partial(examine, case, inputs, truth, name, meter))
+        if run is not None:
+            runs[name] = run
+        del run
+        _release()
+
+    def timed(run: measuring.Run) -> Sample | None:
+        try:
+            return meter.time(run)
+        except torch.OutOfMemoryError:  # beside the others, of what each of them keeps
+            return None
+
+    for name, turns in measuring.take_turns(dict(runs), timed, repeats, limit).items():
+        taken = [sample for sample in turns if sample is not None]
+        if len(taken) < len(turns):
+            results[name]["status"] = "out of memory"
+            continue
+        device = sorted(1e3 * sample.device for sample in taken)
+        results[name] |= {
+            "ms": statistics.median(device),
+            "ms_quartiles": [device[len(device) // 4], device[-1 - len(device) // 4]],
+            "host_ms": statistics.median(1e3 * sample.host for sample in taken),
+            "repeats": len(taken),
+            "tflops": case.flops / statistics.median(device) / 1e9,
+        }
+    return {
+        "case": case.name,
+        "part": case.part,
+        "codes": case.codes,
+        "dtype": case.dtype,
+        "masked": inputs.mask is not None,
+        "graph": case.graph,
+        "products": case.products,
+        "flops": case.flops,
+        "results": results,
+    }
+
+
+def attempt(
+    make: Callable[[], TensorRun], examination: Callable[[TensorRun], dict[str, Any]]
+) -> tuple[TensorRun | None, dict[str, Any]]:
+    """A run that is warm and was found right, and what was found; or None, and what happened instead."""
+    try:
+        run = make()
+        return run, {"status": "ok"} | examination(run)
+    except peers.SkippedError as error:
+        return None, {"status": "skipped", "reason": str(error)}
+    except gpu_cases.WrongResultError as error:
+        return None, {"status": "wrong", "reason": str(error)}
+    except torch.OutOfMemoryError:
+        return None, {"status": "out of memory"}
+    except Exception as error:  # whatever a competitor dies of is its result
+        return None, {"status": "failed", "reason": _describe(error)}
+
+
+def examine(
+    case: Case, inputs: Inputs, truth: gpu_cases.Truth, name: str, meter: Meter, run: TensorRun
+) -> dict[str, Any]:
+    """Memory of a run, by competitor; raises where ours is wrong.
+
+    Others answer by their own rules: of their nearest codes it says how many are those of fp64.
+    """
+    found: dict[str, Any] = {}
+    results = run()
+    if name in gpu_cases.SCHEDULES:
+        gpu_cases.check(case, inputs, truth, results)
+        if case.graph:
+            gpu_cases.check_replay(case, inputs, run, gpu_cases.make_ours(case, inputs, name))
+    elif case.part == "assign" and name != "matmul":
+        found["agreement"] = float((results[0] == truth.indices).double().mean())
+    del results
+    if not case.graph:  # a graph owns its memory
+        found["extra_mib"] = meter.extra_mib(run)
+    return found
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+
+def run_tests(limit: float) -> dict[str, Any]:
+    """The tests of the ops in a process of their own, as much of them as ``limit`` seconds allow."""
+    command = [sys.executable, "-m", "pytest", "tests/ops", "--tb=line", "-rfE"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit
+        )
+        output, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, code = error.stdout or b"", None
+    result = read_tests(output.decode(errors="replace"), code)
+    return result | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def read_tests(output: str, code: int | None) -> dict[str, Any]:
+    """Counts from pytest's own summary, or from its progress where it was stopped (``code`` None)."""
+    lines = output.splitlines()
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", lines[-1] if lines else "")}
+    counts = {word: counts[word] for word in ("passed", "failed", "error", "errors", "skipped") if word in counts}
+    status = "passed" if code == 0 else "failed"
+    if code is None:
+        letters = Counter("".join(re.findall(r"^([.FEsxX]+)(?: +\[ *\d+%\])?$", output, re.MULTILINE)))
+        counts = {"passed": letters["."], "failed": letters["F"] + letters["E"], "skipped": letters["s"]}
+        status = "failed" if counts["failed"] else "stopped at the time limit"
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:20]
+    if code and not failures:
+        failures = lines[-5:]  # it didn't get as far as a test
+    return {"status": status, "counts": counts, "failures": failures}
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def square_product_tflops(meter: Meter, dtype: str) -> float:
+    """TFLOP/s of a product whose speed memory doesn't limit, 8192 cubed."""
+    a = torch.randn(8192, 8192, dtype=getattr(torch, dtype), device="cuda")
+    samples = measuring.take_turns({"": partial(torch.mm, a, a)}, meter.time, REPEATS, CASE_LIMIT)[""]
+    return 2 * 8192**3 / statistics.median(sample.device for sample in samples) / 1e12
+
+
+def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], machine.State]]:
+    """A report without measurements, and what reads the GPU's clocks."""
+    from regvq_fast.kernels import schedules
+
+    driver, read_state, problem = machine.gpu_state()
+    if problem:
+        print(problem)
+    report: dict[str, Any] = {
+        "command": "python bench/gpu.py" + (" --quick" if quick else ""),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe_gpu() | {"driver": driver} | machine.describe_software(),
+        "packages": peers.versions(),
+        "method": {
+            "rows": Case.rows,
+            "width": Case.width,
+            "mask_ratio": gpu_cases.MASK_RATIO,
+            "repeats": REPEATS,
+            "default_schedule": schedules.schedule(torch.device("cuda")),
+        },
+        "state_before": read_state(),
+        "tests": None,
+        "matmul_8192_tflops": {},
+        "cases": [],
+        "targets": [],
+        "not_measured": {},
+    }
+    return report, read_state
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON to write; default bench/results/gpu-NAME.json")
+    parser.add_argument("--quick", action="store_true", help="no tests, few cases")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(NO_CUDA, file=sys.stderr)
+        return 2
+    begin = time.perf_counter()
+    for name in ("TRITON_INTERPRET", "REGVQ_SCHEDULE"):  # before the kernels are imported, and for the tests as well
+        os.environ.pop(name, None)
+    report, read_state = new_report(options.quick)
+    gpu = re.sub(r"[^a-z0-9]+", "-", report["machine"]["gpu"].lower())
+    path = options.out or machine.ROOT / "bench" / "results" / f"gpu-{gpu}.json"
+    if not options.quick:
+        report["tests"] = run_tests(TEST_LIMIT)
+        print(f"tests/ops: {report['tests']}", flush=True)
+
+    meter = measuring.DeviceMeter()
+    report["method"]["flushed_mib"] = meter.flushed_mib
+    # bf16 is emulated below sm_80.
+    half = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    for dtype in (half, "float32"):
+        report["matmul_8192_tflops"][dtype] = square_product_tflops(meter, dtype)
+    durations = [0.0]
+    for case in make_cases(half, options.quick):
+        _release()
+        now = time.perf_counter()
+        if now - begin + max(durations[-3:]) > LIMIT:
+            report["not_measured"][case.name] = OUT_OF_TIME
+            continue
+        try:
+            inputs = gpu_cases.make_inputs(case, "cuda")
+            entry = measure_case(case, inputs, gpu_cases.competitors(case, inputs), meter)
+        except Exception as error:  # not a competitor's fault: the GPU is too small, or beyond use
+            report["not_measured"][case.name] = _describe(error)
+            continue
+        report["cases"].append(entry | {"state": read_state()})
+        report["targets"] = gpu_report.evaluate_targets(report["cases"], report["method"]["default_schedule"])
+        del inputs
+        durations.append(time.perf_counter() - now)
+        report["seconds"] = round(time.perf_counter() - begin, 1)
+        save(report, path)  # after every case: what is measured stays, whatever comes
+        print(f"{report['seconds']:.0f} s: {case.name}", flush=True)
+    save(report, path)
+    with contextlib.suppress(ValueError):  # another drive has no relative path
+        path = path.resolve().relative_to(Path.cwd())
+    print(f"\n{path}\n\n{gpu_report.summary(report)}")
+    return 1 if gpu_report.problems(report) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

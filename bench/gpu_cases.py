@@ -1,0 +1,278 @@
+"""The cases that ``bench/gpu.py`` measures: their inputs, who competes, and the gate that wrong results don't pass."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import measuring
+import peers
+import torch
+from peers import TensorRun
+from torch import Tensor
+
+from regvq_fast.ops import assign_codes, vector_quantize
+from regvq_fast.ops.noise import gumbel_noise
+
+PARTS = ("forward+backward", "forward", "assign")
+SCHEDULES = ("fused", "chunked")
+MASK_RATIO = 0.4
+TAU = 0.9
+FRESH_SEED = 987654321
+
+# Largest deviation of a gradient, of its largest element. 16-bit probabilities are rounded once, and so is the result.
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Another index passes where its score is this close to the best one, of |x|^2 + |z|^2 ...
+TIE_BAND = 1e-5
+# ... which makes few rows ambiguous.
+MOST_TIES = 0.01
+
+
+class WrongResultError(Exception):
+    """A result that the fp64 twin doesn't confirm: it gets no time."""
+
+
+@dataclass(frozen=True)
+class Case:
+    part: str  # of PARTS
+    codes: int
+    dtype: str
+    masked: bool = True  # 40 % of the rows are stochastic
+    graph: bool = False  # as a CUDA graph
+    rows: int = 10240
+    width: int = 256
+
+    @property
+    def products(self) -> int:
+        """Products of M x N x D that the part can't do without: the forward's, and backward's five."""
+        return 6 if self.part == "forward+backward" else 1
+
+    @property
+    def flops(self) -> int:
+        return self.products * 2 * self.rows * self.codes * self.width
+
+    @property
+    def name(self) -> str:
+        extras = "" if self.masked or self.part == "assign" else ", no noise"
+        return f"{self.part}{', graph' if self.graph else ''}{extras}, N={self.codes}, {self.dtype}"
+
+
+class Inputs(NamedTuple):
+    x: Tensor  # (M, D), leaf
+    codebook: Tensor  # (N, D), leaf
+    mask: Tensor | None  # (M,)
+    seed: Tensor  # () int64
+    tau: Tensor  # (), type of x: as a tensor on the device it costs nobody a copy
+    scale: float
+    grad_quantized: Tensor  # (M, D)
+    grad_posterior: Tensor  # (1, N) fp32
+
+
+class Truth(NamedTuple):
+    """What fp64 says; gradients are empty where the part has none."""
+
+    indices: Tensor
+    best_indices: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    """Rows and codes of unit variance, and logits of standard deviation 2, which leave no softmax one-sided."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    trains = case.part != "assign"
+    mask = torch.rand(case.rows, generator=generator, device=device) < MASK_RATIO if case.masked and trains else None
+    return Inputs(
+        x=normal(case.rows, case.width).to(dtype).requires_grad_(trains),
+        codebook=normal(case.codes, case.width).to(dtype).requires_grad_(trains),
+        mask=mask,
+        seed=torch.tensor(123456789, device=device),
+        tau=torch.tensor(TAU, dtype=dtype, device=device),
+        scale=1 / math.sqrt(case.width),
+        grad_quantized=normal(case.rows, case.width).to(dtype),
+        grad_posterior=case.rows * normal(1, case.codes),  # over M rows, comparable to the other one
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- competitors
+
+
+def gradients_of(case: Case, inputs: Inputs, quantized: Tensor, posterior: Tensor) -> tuple[Tensor, ...]:
+    if case.part != "forward+backward":
+        return ()
+    upstream = [inputs.grad_quantized.to(quantized.dtype), inputs.grad_posterior.to(posterior.dtype)]
+    return torch.autograd.grad([quantized, posterior], [inputs.x, inputs.codebook], upstream)
+
+
+def run_ours(case: Case, inputs: Inputs, impl: Any = "auto") -> tuple[Tensor, ...]:
+    """Outputs of the public op and gradients, no graph behind them. The seed is drawn outside, as in training."""
+    if case.part == "assign":
+        return (assign_codes(inputs.x, inputs.codebook, impl=impl),)
+    output = vector_quantize(
+        inputs.x,
+        inputs.codebook,
+        scale=inputs.scale,
+        mask=inputs.mask,
+        seed=inputs.seed,
+        tau=inputs.tau,
+        impl=impl,
+    )
+    gradients = gradients_of(case, inputs, output.quantized, output.posterior)
+    return *(value.detach() for value in output), *gradients
+
+
+def run_plain(case: Case, inputs: Inputs, function: Callable[..., Any]) -> tuple[Tensor, ...]:
+    if case.part == "assign":
+        return (function(inputs.x, inputs.codebook),)
+    output = function(inputs.x, inputs.codebook, inputs.mask, inputs.tau, inputs.scale)
+    gradients = gradients_of(case, inputs, output.quantized, output.posterior)
+    return output.indices, output.quantized.detach(), output.posterior.detach(), *gradients
+
+
+def on_schedule(how: str, run: TensorRun) -> TensorRun:
+    """``run`` on one of our schedules, which its calls look up."""
+
+    def scheduled() -> tuple[Tensor, ...]:
+        os.environ["REGVQ_SCHEDULE"] = how
+        try:
+            return run()
+        finally:
+            del os.environ["REGVQ_SCHEDULE"]
+
+    return scheduled
+
+
+def make_ours(case: Case, inputs: Inputs, how: str) -> TensorRun:
+    if how == "fused" and inputs.x.is_cuda and torch.cuda.get_device_capability() < (8, 0):
+        raise peers.SkippedError("Triton has no tensor cores below sm_80")
+    return on_schedule(how, partial(run_ours, case, inputs))
+
+
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def make_plain(case: Case, inputs: Inputs, compiles: bool) -> TensorRun:
+    function: Callable[..., Any] = peers.plain_assign if case.part == "assign" else peers.plain_quantize
+    if compiles:
+        if function not in _compiled:  # forward and backward of a size come out of one compilation
+            _compiled[function] = peers.compiled(function)
+        function = _compiled[function]
+    return partial(run_plain, case, inputs, function)
+
+
+def make_matmul(inputs: Inputs) -> TensorRun:
+    """The floor: the product of all rows with all codes, written to memory."""
+    x, codes = inputs.x.detach(), inputs.codebook.detach().t()
+    return lambda: (x @ codes,)
+
+
+def competitors(case: Case, inputs: Inputs) -> dict[str, Callable[[], TensorRun]]:
+    """Who takes part in a case: functions that make their runs, and may raise instead."""
+    makers: dict[str, Callable[[], TensorRun]] = {
+        **{how: partial(make_ours, case, inputs, how) for how in SCHEDULES},
+        "eager": partial(make_plain, case, inputs, False),
+        "compiled": partial(make_plain, case, inputs, True),
+    }
+    if case.graph:
+        makers = {name: partial(_make_graphed, make) for name, make in makers.items()}
+    elif case.part == "assign":
+        makers["vqp nearest"] = partial(peers.lucidrains, inputs.x, inputs.codebook, None, gumbel=False, training=False)
+        makers["flash-kmeans"] = partial(peers.flash_kmeans, inputs.x, inputs.codebook)
+    else:
+        grad = inputs.grad_quantized if case.part == "forward+backward" else None
+        for name, gumbel in (("vqp nearest", False), ("vqp gumbel", True)):
+            makers[name] = partial(peers.lucidrains, inputs.x, inputs.codebook, grad, gumbel=gumbel)
+    return makers | {"matmul": partial(make_matmul, inputs)}
+
+
+def _make_graphed(make: Callable[[], TensorRun]) -> TensorRun:
+    run = make()
+    run()  # compiles
+    return measuring.graphed(run)
+
+
+# -------------------------------------------------------------------------------------------------------------- gate
+
+
+def truth_of(case: Case, inputs: Inputs) -> Truth:
+    """The eager twin on fp64 copies of the inputs, with the same noise bits."""
+    double = inputs._replace(
+        x=inputs.x.detach().double().requires_grad_(inputs.x.requires_grad),
+        codebook=inputs.codebook.detach().double().requires_grad_(inputs.codebook.requires_grad),
+        tau=inputs.tau.double(),
+    )
+    results = run_ours(case, double, "eager")
+    if case.part == "assign":
+        return Truth(results[0], results[0], ())
+    return Truth(results[2], results[3], results[5:])
+
+
+def check(case: Case, inputs: Inputs, truth: Truth, results: tuple[Tensor, ...]) -> None:
+    """Raise :class:`WrongResultError` unless what :func:`run_ours` gave is right in every row and code."""
+    if case.part == "assign":
+        check_indices("indices", results[0], truth.indices, inputs, None)
+        return
+    quantized, posterior, indices, best_indices, perturbation, *gradients = results
+    check_indices("best_indices", best_indices, truth.best_indices, inputs, None)
+    check_indices("indices", indices, truth.indices, inputs, inputs.mask)
+    codebook = inputs.codebook.detach()
+    _require("quantized", torch.equal(quantized, codebook[indices]), "isn't the chosen codes")
+    share = indices.bincount(minlength=case.codes) / case.rows
+    _require("posterior", torch.allclose(posterior[0], share, rtol=0, atol=1e-6), "isn't the indices' frequencies")
+    distance = (codebook[indices].double() - codebook[best_indices].double()).square().sum(1)
+    near = torch.allclose(perturbation.double(), distance, rtol=1e-4, atol=1e-6)
+    _require("perturbation", near, "isn't the squared distance of the two codes")
+    for name, gradient, expected in zip(("dx", "dcodebook"), gradients, truth.gradients, strict=False):
+        error = float((gradient.double() - expected).abs().max() / expected.abs().max())
+        tolerance = GRADIENT_TOLERANCE[inputs.x.dtype]
+        _require(name, error <= tolerance, f"is off by {error:.2g} of its largest element, {tolerance} is allowed")
+
+
+def check_indices(name: str, indices: Tensor, expected: Tensor, inputs: Inputs, mask: Tensor | None) -> None:
+    """Indices are the expected ones, except on a few rows whose scores tie within rounding."""
+    codes = len(inputs.codebook)
+    _require(name, bool(((indices >= 0) & (indices < codes)).all()), "aren't codes")
+    rows = (indices != expected).nonzero().squeeze(1)
+    share = len(rows) / len(indices)
+    _require(name, share <= MOST_TIES, f"differ from those of fp64 on {100 * share:.2g} % of the rows")
+    if not len(rows):
+        return
+    x, codebook = inputs.x.detach()[rows].double(), inputs.codebook.detach().double()
+    noise = torch.zeros(len(rows), codes, dtype=torch.float64, device=x.device)
+    if mask is not None:
+        noise = gumbel_noise(inputs.seed, rows, codes) * mask[rows].unsqueeze(1)
+
+    def score(chosen: Tensor) -> Tensor:
+        distance = (x - codebook[chosen]).square().sum(1)
+        return noise.gather(1, chosen.unsqueeze(1)).squeeze(1) - inputs.scale * distance
+
+    lost = (score(expected[rows]) - score(indices[rows])).abs()
+    band = TIE_BAND * inputs.scale * (x.square().sum(1) + codebook[expected[rows]].square().sum(1))
+    worst = float((lost - band).max())
+    _require(name, worst <= 0, f"miss a better code by {float(lost.max()):.2g}")
+
+
+def _require(name: str, condition: bool, problem: str) -> None:
+    if not condition:
+        raise WrongResultError(f"{name} {problem}")
+
+
+def check_replay(case: Case, inputs: Inputs, replay: TensorRun, call: TensorRun) -> None:
+    """With a new seed in the graph's tensor a replay is right, and has the indices of a call with that seed."""
+    old, old_indices = inputs.seed.clone(), replay()[2].clone()
+    inputs.seed.fill_(FRESH_SEED)
+    replayed = replay()
+    check(case, inputs, truth_of(case, inputs), replayed)
+    what, indices = "indices of a replay with a new seed", replayed[2]
+    _require(what, torch.equal(indices, call()[2]), "differ from a call's")
+    inputs.seed.copy_(old)
+    changed = indices != old_indices
+    stochastic = torch.zeros_like(changed) if inputs.mask is None else inputs.mask
+    _require(what, bool(changed.any()), "are those of the old seed")
+    _require(what, not changed[~stochastic].any(), "differ on deterministic rows")

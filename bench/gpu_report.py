@@ -1,0 +1,185 @@
+"""From measurements to words: which targets are met, and the tables that ``bench/gpu.py`` prints last."""
+
+from typing import Any
+
+Results = dict[str, dict[str, Any]]  # by competitor
+Entry = dict[str, Any]  # a measured case, as the JSON has it
+
+# Competitors in the order of the tables, with their heads.
+PEERS = {
+    "eager": "eager",
+    "compiled": "compiled",
+    "vqp nearest": "vqp nearest",
+    "vqp gumbel": "vqp gumbel",
+    "flash-kmeans": "flash-kmeans",
+}
+_LARGE = 8192
+OUT_OF_TIME = "out of time"
+
+
+def _value(entry: Entry, name: str, key: str) -> float | None:
+    return entry["results"].get(name, {}).get(key)
+
+
+def milliseconds(entry: Entry, name: str) -> float | None:
+    return _value(entry, name, "ms")
+
+
+def speed_up(entry: Entry, ours: str, peer: str) -> float | None:
+    """How many times as fast as ``peer``; None unless both were measured."""
+    mine, other = milliseconds(entry, ours), milliseconds(entry, peer)
+    return other / mine if mine and other else None
+
+
+def share(entry: Entry, name: str) -> float | None:
+    """The floor, the case's products at the rate of the plain product of the same size, over the time taken."""
+    mine, product = milliseconds(entry, name), milliseconds(entry, "matmul")
+    return entry["products"] * product / mine if mine and product else None
+
+
+# ----------------------------------------------------------------------------------------------------------- targets
+
+
+def evaluate_targets(entries: list[Entry], ours: str) -> list[dict[str, Any]]:
+    """The targets that apply to the measured cases, for the schedule that users get.
+
+    ``met`` is None where a competitor has no time (not installed, out of memory): nothing was shown. Where ours has
+    none, wrong or failed, the target is missed.
+    """
+    targets: list[dict[str, Any]] = []
+
+    def add(entry: Entry, what: str, wanted: float, got: float | None, at_most: bool = False) -> None:
+        met = None
+        if got is not None:
+            met = got <= wanted if at_most else got >= wanted
+        elif entry["results"][ours]["status"] != "ok":
+            met = False
+        case = {"case": entry["case"], "what": what, "at_most": at_most}
+        targets.append(case | {"target": wanted, "measured": got, "met": met})
+
+    for entry in entries:
+        part, codes = entry["part"], entry["codes"]
+        if entry["dtype"] == "float32":
+            continue
+        if part == "forward+backward" and codes == 1024 and entry["graph"]:
+            add(entry, "ms under a CUDA graph", 0.1, milliseconds(entry, ours), at_most=True)
+        if part == "forward+backward" and not entry["masked"] and codes == 262144:
+            extra = _value(entry, ours, "extra_mib")
+            add(entry, "GB besides inputs and outputs", 2.0, extra and extra * 2**20 / 1e9, at_most=True)
+        if codes < _LARGE or entry["graph"]:
+            continue
+        if part == "forward+backward":
+            add(entry, "times as fast as eager", 8.0, speed_up(entry, ours, "eager"))
+            add(entry, "times as fast as torch.compile", 3.0, speed_up(entry, ours, "compiled"))
+            add(entry, "of the matmul rate, 6 products", 0.45, share(entry, ours))
+        elif part == "forward":
+            add(entry, "of the matmul rate", 0.45, share(entry, ours))
+        else:
+            add(entry, "of the matmul rate", 0.65, share(entry, ours))
+            add(entry, "times as fast as flash-kmeans", 1.0, speed_up(entry, ours, "flash-kmeans"))
+    return targets
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell: the first one left, the rest right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _cell(entry: Entry, name: str, value: float | None, form: str) -> str:
+    if value is not None:
+        return format(value, form)
+    return _SHORT.get(entry["results"].get(name, {}).get("status", ""), "")
+
+
+_SHORT = {"skipped": "-", "out of memory": "OOM", "wrong": "WRONG", "failed": "FAILED"}
+
+
+def ratios(entries: list[Entry], ours: str) -> str:
+    peers = [name for name in PEERS if any(name in entry["results"] for entry in entries)]
+    head = ["times as fast as", *(PEERS[name] for name in peers), "% of matmul", "TFLOP/s", "MiB", "eager MiB"]
+
+    def row(entry: Entry) -> list[str]:
+        rate = share(entry, ours)
+        return [
+            entry["case"],
+            *(_cell(entry, name, speed_up(entry, ours, name), ".1f") for name in peers),
+            _cell(entry, ours, None if rate is None else 100 * rate, ".0f"),
+            _cell(entry, ours, _value(entry, ours, "tflops"), ".0f"),
+            *(_cell(entry, name, _value(entry, name, "extra_mib"), ".0f") for name in (ours, "eager")),
+        ]
+
+    return format_table([head, *map(row, entries)])
+
+
+def times(entries: list[Entry], ours: str, gpu: str) -> str:
+    present = ["fused", "chunked", *PEERS, "matmul"]
+    names = [name for name in present if any(name in entry["results"] for entry in entries)]
+    head = [f"ms on {gpu}", *(PEERS.get(name, name) for name in names), "host"]
+
+    def row(entry: Entry) -> list[str]:
+        cells = [_cell(entry, name, milliseconds(entry, name), ".3f") for name in names]
+        return [entry["case"], *cells, _cell(entry, ours, _value(entry, ours, "host_ms"), ".3f")]
+
+    return format_table([head, *map(row, entries)])
+
+
+def target_table(targets: list[dict[str, Any]]) -> str:
+    words = {True: "met", False: "NOT MET", None: "open"}
+    rows = [["target", "", "wanted", "measured", ""]]
+    for target in targets:
+        measured = "-" if target["measured"] is None else f"{target['measured']:.3g}"
+        wanted = f"{'<=' if target['at_most'] else '>='} {target['target']:g}"
+        rows.append([target["case"], target["what"], wanted, measured, words[target["met"]]])
+    return format_table(rows)
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    """What makes the run a failure: failed tests, wrong or failed results of ours. Peers may fail."""
+    found = []
+    tests = report["tests"]
+    if tests and tests["status"] != "passed":
+        found.append(f"tests/ops {tests['status']}: {tests['counts']}")
+    for entry in report["cases"]:
+        for name in ("fused", "chunked"):
+            result = entry["results"].get(name, {})
+            if result.get("status") not in (None, "ok", "skipped"):
+                found.append(f"{entry['case']}, {name} {result['status']}: {result.get('reason')}")
+    found += [f"{case}: {reason}" for case, reason in report["not_measured"].items() if reason != OUT_OF_TIME]
+    return found
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The end of the output: ratios first, then the times they are made of, the targets, and what went wrong."""
+    machine, method, entries = report["machine"], report["method"], report["cases"]
+    ours, tests = method["default_schedule"], report["tests"]
+    failed = tests is not None and tests["status"] == "failed"
+    lines = ["TESTS OF THE OPS FAILED: no speed-up below is to be reported", ""] if failed else []
+    lines += [
+        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}, triton {machine['triton']}",
+        f"M = {method['rows']}, D = {method['width']}, {100 * method['mask_ratio']:.0f} % of the rows stochastic; ours "
+        f"is the {ours} schedule; medians of up to {method['repeats']}, cold L2, launches hidden",
+        "MiB: besides inputs and outputs; host: ms until a call of ours returns, the launches",
+        "% of matmul: of the rate of the plain product of the same size; 8192 x 8192 x 8192 reaches "
+        + ", ".join(f"{rate:.0f} TFLOP/s in {dtype}" for dtype, rate in report["matmul_8192_tflops"].items()),
+        "vqp: vector-quantize-pytorch, other functions: nearest code without noise, Gumbel noise on every row; in fp32",
+        "",
+    ]
+    if entries:
+        lines += [ratios(entries, ours), "", times(entries, ours, machine["gpu"]), ""]
+    if report["targets"]:
+        lines += [target_table(report["targets"]), ""]
+    late = [case for case, reason in report["not_measured"].items() if reason == OUT_OF_TIME]
+    if late:
+        lines.append(f"{OUT_OF_TIME}, not measured: {'; '.join(late)}")
+    lines.append("tests/ops: not run" if tests is None else f"tests/ops {tests['status']}: {tests['counts']}")
+    return "\n".join(lines + [f"PROBLEM: {problem}" for problem in problems(report)])

@@ -1,0 +1,134 @@
+"""What the ops are measured against: plain PyTorch, and other packages where they are installed.
+
+Each function gives a run: a call without arguments that returns tensors without a graph behind them. The packages
+answer other questions than ours does, which the docstrings say; none of them is needed to run the rest.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regvq_fast.ops.reference import vector_quantize_reference
+from regvq_fast.ops.vector_quantize import VectorQuantizeOutput
+
+TensorRun = Callable[[], tuple[Tensor, ...]]
+PACKAGES = ("vector-quantize-pytorch", "flash-kmeans")
+
+
+class SkippedError(Exception):
+    """A competitor that can't run here; the message says why."""
+
+
+def package(name: str) -> ModuleType:
+    """The module of one of :data:`PACKAGES`, imported only where it is measured."""
+    try:
+        return importlib.import_module(name.replace("-", "_"))
+    except ImportError as error:
+        raise SkippedError(f"{name} is not installed: pip install {name} ({error})") from error
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of :data:`PACKAGES`; None where one isn't installed."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- plain PyTorch
+
+
+def plain_quantize(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, tau: Tensor | float, scale: float
+) -> VectorQuantizeOutput:
+    """``vector_quantize`` in plain PyTorch, in the cheapest of its forms.
+
+    The distances are a product and a bias, which saves cdist's square root and is exact enough in half precision. The
+    noise is drawn as ``F.gumbel_softmax`` draws it, in the type of ``x``. The codebook gradient is "hard", one product
+    less than Algorithm 1's.
+    """
+    noise = None
+    if mask is not None:
+        noise = x.new_empty(len(x), len(codebook)).exponential_().log_().neg_()
+    return vector_quantize_reference(
+        x,
+        codebook,
+        weight=2 * codebook,
+        bias=-scale * codebook.square().sum(1),
+        scale=scale,
+        mask=mask,
+        noise=noise,
+        tau=tau,
+        codebook_grad="hard",
+    )
+
+
+def plain_assign(x: Tensor, codebook: Tensor) -> Tensor:
+    """``assign_codes`` in plain PyTorch, the distances as one product with a bias."""
+    return torch.addmm(codebook.square().sum(1).mul(-0.5), x, codebook.t()).argmax(1)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` by ``torch.compile``, anew for each size."""
+    # Past this number of sizes it would run uncompiled, or refuse.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+# --------------------------------------------------------------------------------------------------- other packages
+
+
+def lucidrains(
+    x: Tensor, codebook: Tensor, grad_quantized: Tensor | None, *, gumbel: bool, training: bool = True
+) -> TensorRun:
+    """``vector_quantize_pytorch.VectorQuantize``, which computes in fp32 whatever the type of ``x``.
+
+    Nearest: no noise, straight-through identity, a learnable codebook with its commitment loss. Gumbel: noise on every
+    row, gradient of the softmax to x; the codebook learns by moving averages, inside the forward pass. Backward where
+    there is a ``grad_quantized``.
+    """
+    num_codes, width = codebook.shape
+    if gumbel:
+        settings: dict[str, Any] = {
+            "stochastic_sample_codes": True,
+            "straight_through": True,
+            "sample_codebook_temp": 0.9,
+            "route_gradients_to_input": False,  # or the straight-through identity would replace the softmax's gradient
+        }
+    else:
+        settings = {"learnable_codebook": True, "ema_update": False}
+    module = package("vector-quantize-pytorch").VectorQuantize(
+        dim=width, codebook_size=num_codes, rotation_trick=False, freeze_codebook=grad_quantized is None, **settings
+    )
+    module.to(x.device).train(training)
+    module._codebook.embed.data.copy_(codebook.detach().unsqueeze(0))
+    leaves = [x] if gumbel else [x, *module.parameters()]
+    batch = x if training else x.detach()
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(training):
+            quantized, indices, loss = module(batch.unsqueeze(0))
+        gradients: tuple[Tensor, ...] = ()
+        if grad_quantized is not None:
+            upstream = [grad_quantized.unsqueeze(0), torch.ones_like(loss)]
+            gradients = torch.autograd.grad([quantized, loss], leaves, upstream)
+        return indices.flatten(), quantized.detach(), loss.detach(), *gradients
+
+    return run
+
+
+def flash_kmeans(x: Tensor, codebook: Tensor) -> TensorRun:
+    """flash-kmeans' assignment step, with ``|x|^2`` ready, as its k-means loop has it; fp32 inputs multiply in TF32."""
+    package("flash-kmeans")
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    batch, centroids = x.detach().unsqueeze(0), codebook.detach().unsqueeze(0)
+    norms = batch.float().square().sum(-1)
+    return lambda: (euclid_assign_triton(batch, centroids, norms).flatten(),)

@@ -1,0 +1,472 @@
+"""``bench/gpu.py`` as far as a CPU can tell: its gate, how it measures, its report and exit codes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import gpu
+import gpu_cases
+import gpu_report
+import machine
+import measuring
+import peers
+import pytest
+import torch
+from gpu_cases import Case, WrongResultError
+
+from regvq_fast.ops import vector_quantize
+
+ROOT = Path(__file__).resolve().parents[1]
+STEP = Case("forward+backward", 24, "float32", rows=96, width=8)
+ASSIGN = Case("assign", 24, "float32", rows=96, width=8)
+
+
+class FakeMeter:
+    """Runs what it is given and says what it was told, one millisecond more at each call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def time(self, run: measuring.Run) -> measuring.Sample:
+        run()
+        self.calls += 1
+        return measuring.Sample(1e-3 * self.calls, 5e-3)
+
+    def extra_mib(self, run: peers.TensorRun) -> float:
+        run()
+        return 7.0
+
+
+# -------------------------------------------------------------------------------------------------------------- gate
+
+
+@pytest.fixture(scope="module", params=[STEP, Case("forward", 24, "bfloat16", rows=96, width=8), ASSIGN])
+def right(request):
+    """A case, its inputs, the truth and a right result of it."""
+    case = request.param
+    inputs = gpu_cases.make_inputs(case, "cpu")
+    return case, inputs, gpu_cases.truth_of(case, inputs), gpu_cases.run_ours(case, inputs)
+
+
+def test_the_gate_lets_a_right_result_through(right):
+    case, *rest = right
+    gpu_cases.check(case, *rest)
+
+
+def _next_code(value):
+    wrong = value.clone()
+    wrong[5] = (wrong[5] + 1) % 24
+    return wrong
+
+
+def _off(value):
+    wrong = value.clone()
+    wrong[..., 3] += wrong.abs().max() / 10
+    return wrong
+
+
+def _nan(value):
+    wrong = value.clone()
+    wrong[..., 3] = torch.nan
+    return wrong
+
+
+def _replaced(results, place, change):
+    return (*results[:place], change(results[place]), *results[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, _off, "quantized isn't"),
+        (1, _off, "posterior isn't"),
+        (2, _next_code, "indices differ"),
+        (2, lambda indices: indices - 24, "indices aren't codes"),
+        (3, _next_code, "best_indices differ"),
+        (4, _off, "perturbation isn't"),
+        (5, _off, "dx is off"),
+        (5, _nan, "dx is off by nan"),
+        (6, _off, "dcodebook is off"),
+    ],
+)
+def test_the_gate_refuses_a_wrong_step(place, change, message):
+    inputs = gpu_cases.make_inputs(STEP, "cpu")
+    truth, results = gpu_cases.truth_of(STEP, inputs), gpu_cases.run_ours(STEP, inputs)
+    with pytest.raises(WrongResultError, match=message):
+        gpu_cases.check(STEP, inputs, truth, _replaced(results, place, change))
+
+
+def test_the_gate_refuses_another_seeds_indices():
+    inputs = gpu_cases.make_inputs(STEP, "cpu")
+    other = gpu_cases.run_ours(STEP, inputs._replace(seed=inputs.seed + 1))
+    with pytest.raises(WrongResultError, match="indices differ from those of fp64"):
+        gpu_cases.check(STEP, inputs, gpu_cases.truth_of(STEP, inputs), other)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_few_rows_may_tie_and_may_not_lose(noisy):
+    """On one row in 200 the second best code, at a score that equals the best one's, or doesn't."""
+    case = Case("forward", 24, "float64", rows=200, width=8)
+    inputs = gpu_cases.make_inputs(case, "cpu")
+    mask = torch.full((200,), noisy)
+    inputs = inputs._replace(mask=mask)
+    indices = gpu_cases.truth_of(case, inputs).indices
+    row = 11
+    second = (indices[row] + 1) % 24
+    chosen = indices.clone()
+    chosen[row] = second
+    with pytest.raises(WrongResultError, match="miss a better code"):
+        gpu_cases.check_indices("indices", chosen, indices, inputs, mask)
+    if noisy:
+        return
+    tied = inputs.codebook.detach().clone()
+    tied[second] = tied[indices[row]]  # a duplicate: the two scores are the same
+    gpu_cases.check_indices("indices", chosen, indices, inputs._replace(codebook=tied), mask)
+
+
+def test_the_noise_counts_in_a_tie():
+    """Two equal codes: on a stochastic row the noise decides between them, on a deterministic one nothing does."""
+    case = Case("forward", 2, "float64", rows=200, width=8)
+    inputs = gpu_cases.make_inputs(case, "cpu")
+    inputs = inputs._replace(codebook=inputs.codebook.detach()[:1].repeat(2, 1).requires_grad_())
+    mask = torch.zeros(200, dtype=torch.bool)
+    mask[11] = True
+    inputs = inputs._replace(mask=mask)
+    indices = gpu_cases.truth_of(case, inputs).indices
+    for row, tie in ((11, False), (12, True)):
+        other = indices.clone()
+        other[row] = 1 - other[row]
+        if tie:
+            gpu_cases.check_indices("indices", other, indices, inputs, mask)
+        else:
+            with pytest.raises(WrongResultError, match="miss a better code"):
+                gpu_cases.check_indices("indices", other, indices, inputs, mask)
+
+
+class Replay:
+    """Stands for a CUDA graph: fixed outputs, which a replay fills by the seed in the inputs."""
+
+    def __init__(self, inputs, stale=False, shift=0):
+        self.inputs, self.stale, self.shift = inputs, stale, shift
+        self.outputs = gpu_cases.run_ours(STEP, inputs)
+
+    def __call__(self):
+        seed = torch.tensor(123456789) if self.stale else self.inputs.seed + self.shift
+        for output, value in zip(self.outputs, gpu_cases.run_ours(STEP, self.inputs._replace(seed=seed)), strict=True):
+            output.copy_(value)
+        return self.outputs
+
+
+def test_a_replay_follows_the_seed():
+    inputs = gpu_cases.make_inputs(STEP, "cpu")
+    call = gpu_cases.make_ours(STEP, inputs, "fused")
+    gpu_cases.check_replay(STEP, inputs, Replay(inputs), call)
+    assert inputs.seed.item() == 123456789
+
+
+@pytest.mark.parametrize("wrong", ["keeps its seed", "has another seed", "differs from a call"])
+def test_a_replay_that_does_not_follow_the_seed_is_refused(wrong):
+    inputs = gpu_cases.make_inputs(STEP, "cpu")
+    replay = Replay(inputs, stale=wrong == "keeps its seed", shift=int(wrong == "has another seed"))
+    call = gpu_cases.make_ours(STEP, inputs, "fused")
+    other = gpu_cases.run_ours(STEP, inputs)
+    message = "new seed differ from a call's" if wrong == "differs from a call" else "indices differ from those of fp64"
+    with pytest.raises(WrongResultError, match=message):
+        gpu_cases.check_replay(STEP, inputs, replay, (lambda: other) if wrong == "differs from a call" else call)
+
+
+# ------------------------------------------------------------------------------------------------------- measurements
+
+
+def test_a_device_measurement_is_cold_and_hides_the_launches(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(L2_cache_size=1 << 20))
+    meter = measuring.DeviceMeter(device="cpu")
+    assert meter.flushed_mib >= 256
+    meter._flush = SimpleNamespace(zero_=lambda: log.append("flush"))  # type: ignore[assignment]
+    sample = meter.time(lambda: log.append("run"))
+    assert log == "synchronize run synchronize flush sleep event run event synchronize".split()
+    assert sample.device == 2.5e-3
+    assert 0 <= sample.host < 1
+
+
+def test_extra_memory_is_the_peak_less_what_was_there_and_what_is_returned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 164 * 2**20)
+    output = torch.zeros(2**22)  # 16 MiB
+    meter = object.__new__(measuring.DeviceMeter)
+    assert meter.extra_mib(lambda: (output, output.view(2, -1))) == 48
+
+
+def test_competitors_take_turns_until_the_time_is_up(monkeypatch):
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    readings = measuring.take_turns(runs, measuring.wall_clock, 3)
+    assert order == list("ababab")
+    assert [len(values) for values in readings.values()] == [3, 3]
+    assert len(measuring.take_turns(runs, measuring.wall_clock, 100, limit=-1)["a"]) == measuring.LEAST_REPEATS
+
+
+def test_a_measured_case_holds_every_competitor_and_what_became_of_it():
+    inputs = gpu_cases.make_inputs(ASSIGN, "cpu")
+
+    def absent():
+        raise peers.SkippedError("peer is not installed: pip install peer")
+
+    def too_large():
+        raise torch.OutOfMemoryError("8 GiB")
+
+    def broken():
+        return lambda: 1 / 0
+
+    wrong = (gpu_cases.truth_of(ASSIGN, inputs).indices + 1) % 24
+    makers = gpu_cases.competitors(ASSIGN, inputs)
+    makers = {name: makers[name] for name in ("fused", "eager", "matmul")}
+    makers |= {"chunked": lambda: lambda: (wrong,), "absent": absent, "too large": too_large, "broken": broken}
+    entry = gpu.measure_case(ASSIGN, inputs, makers, FakeMeter(), repeats=3)
+    results = entry["results"]
+    assert {name: result["status"] for name, result in results.items()} == {
+        "fused": "ok",
+        "eager": "ok",
+        "matmul": "ok",
+        "chunked": "wrong",
+        "absent": "skipped",
+        "too large": "out of memory",
+        "broken": "failed",
+    }
+    assert results["absent"]["reason"] == "peer is not installed: pip install peer"
+    assert results["broken"]["reason"] == "ZeroDivisionError: division by zero"
+    # Turns of three: 1, 4, 7 ms, then 2, 5, 8, then 3, 6, 9.
+    assert [results[name]["ms"] for name in ("fused", "eager", "matmul")] == [4, 5, 6]
+    assert results["fused"]["host_ms"] == 5
+    assert results["fused"]["extra_mib"] == 7
+    assert results["eager"]["agreement"] == 1
+    assert results["fused"]["tflops"] == pytest.approx(2 * 96 * 24 * 8 / 4e-3 / 1e12)
+    assert "ms" not in results["chunked"]
+    assert not {"REGVQ_SCHEDULE"} & os.environ.keys()
+    json.dumps(entry)
+
+
+def test_a_competitor_that_runs_out_of_memory_beside_the_others_has_no_time():
+    inputs = gpu_cases.make_inputs(ASSIGN, "cpu")
+    calls = []
+
+    def make():
+        def run():
+            calls.append(1)
+            if len(calls) == 5:
+                raise torch.OutOfMemoryError("8 GiB")
+            return (torch.zeros(96, dtype=torch.int64),)
+
+        return run
+
+    makers = gpu_cases.competitors(ASSIGN, inputs)
+    entry = gpu.measure_case(ASSIGN, inputs, {"fused": makers["fused"], "eager": make}, FakeMeter(), repeats=4)
+    assert entry["results"]["eager"]["status"] == "out of memory"
+    assert "ms" not in entry["results"]["eager"]
+    assert entry["results"]["fused"]["repeats"] == 4
+
+
+def test_plain_pytorch_computes_what_the_op_computes():
+    """Without noise the baseline's codes and, with the same codebook gradient, its gradients are the op's."""
+    case = Case("forward+backward", 24, "float64", masked=False, rows=96, width=8)
+    inputs = gpu_cases.make_inputs(case, "cpu")
+    indices, quantized, posterior, *gradients = gpu_cases.run_plain(case, inputs, peers.plain_quantize)
+    output = vector_quantize(inputs.x, inputs.codebook, scale=inputs.scale, codebook_grad="hard")
+    expected = gpu_cases.gradients_of(case, inputs, output.quantized, output.posterior)
+    assert torch.equal(indices, output.indices)
+    torch.testing.assert_close(quantized, output.quantized.detach())
+    torch.testing.assert_close(posterior, output.posterior.detach())
+    for ours, plain in zip(expected, gradients, strict=True):
+        torch.testing.assert_close(plain, ours, rtol=1e-9, atol=1e-9)
+
+
+def test_plain_noise_is_gumbel_noise():
+    """Of 16 codes one has a logit of 0 and the others -2: it comes as often as softmax says (4 standard deviations)."""
+    torch.manual_seed(0)
+    rows = 4000
+    codebook = torch.full((16, 1), 2**0.5)
+    codebook[0] = 0
+    mask, tau = torch.ones(rows, dtype=torch.bool), torch.tensor(0.9)
+    share = peers.plain_quantize(torch.zeros(rows, 1), codebook, mask, tau, 1.0).posterior[0, 0]
+    expected = 1 / (1 + 15 * math.exp(-2))
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / rows) ** 0.5
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_kmeans", None)
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    x, codebook = torch.zeros(3, 2), torch.zeros(4, 2)
+    with pytest.raises(peers.SkippedError, match="pip install flash-kmeans"):
+        peers.flash_kmeans(x, codebook)
+    with pytest.raises(peers.SkippedError, match="pip install vector-quantize-pytorch"):
+        peers.lucidrains(x, codebook, None, gumbel=True)
+
+
+# ------------------------------------------------------------------------------------------- tests, cases, machine
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "status", "counts"),
+    [
+        (".. [100%]\n2 passed, 1 skipped in 3.20s", 0, "passed", {"passed": 2, "skipped": 1}),
+        ("F.\nFAILED a::b - no\n1 failed, 1 passed in 72.1s (0:01:12)", 1, "failed", {"failed": 1, "passed": 1}),
+        ("..s. [ 50%]\n..", None, "stopped at the time limit", {"passed": 5, "failed": 0, "skipped": 1}),
+        ("..F. [ 50%]\nE", None, "failed", {"passed": 3, "failed": 2, "skipped": 0}),
+        ("No module named pytest", 1, "failed", {}),
+    ],
+)
+def test_counts_of_the_tests(output, code, status, counts):
+    result = gpu.read_tests(output, code)
+    assert (result["status"], result["counts"]) == (status, counts)
+    assert bool(result["failures"]) == (code == 1)
+
+
+def test_the_order_of_the_cases():
+    cases = gpu.make_cases("bfloat16", quick=False)
+    assert len(set(cases)) == len(cases)
+    assert cases[:5] == gpu.make_cases("bfloat16", quick=True)
+    parts = {(case.part, case.codes) for case in cases if case.dtype == "bfloat16" and not case.graph and case.masked}
+    assert parts == {(part, codes) for part in gpu_cases.PARTS for codes in (512, 1024, 4096, 8192, 16384, 65536)}
+    assert {case.codes for case in cases if case.dtype == "float32"} == {8192}
+    assert {case.dtype for case in gpu.make_cases("float16", quick=False)} == {"float16", "float32"}
+    assert Case("forward+backward", 8192, "bfloat16").flops == 6 * 2 * 10240 * 8192 * 256
+
+
+def test_throttle_reasons_by_name():
+    assert machine.throttle_reasons(0) == []
+    assert machine.throttle_reasons(0x4 | 0x40) == ["power cap", "thermal, hardware"]
+
+
+def test_without_nvml_the_state_is_null_and_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    driver, read, problem = machine.gpu_state()
+    assert driver is None
+    assert read() is None
+    assert "pip install nvidia-ml-py" in problem
+
+
+def test_the_commit_is_recorded_where_there_is_one():
+    software = machine.describe_software()
+    assert software["torch"] == torch.__version__
+    assert software["commit"] is None or len(software["commit"]) == 40
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def test_without_cuda_it_says_so_and_exits_with_2():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu.py"], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [gpu.NO_CUDA])
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch, tmp_path):
+    """Runs main as on a GPU, on three small cases, with two competitors and without tests; returns code and report."""
+    pytest.importorskip("triton")  # it knows the schedules
+    small = [STEP, ASSIGN, Case("forward", 24, "float32", rows=96, width=8)]
+    make_inputs, competitors = gpu_cases.make_inputs, gpu_cases.competitors
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(machine, "describe_gpu", lambda: {"gpu": "NVIDIA Test"})
+    monkeypatch.setattr(machine, "gpu_state", lambda: ("1.2", lambda: {"sm_mhz": 1980}, None))
+    monkeypatch.setattr(measuring, "DeviceMeter", lambda: SimpleNamespace(**_members(FakeMeter()), flushed_mib=256))
+    monkeypatch.setattr(gpu, "square_product_tflops", lambda meter, dtype: 700.0)
+    monkeypatch.setattr(gpu, "make_cases", lambda half, quick: small)
+    monkeypatch.setattr(gpu_cases, "make_inputs", lambda case, device: make_inputs(case, "cpu"))
+    monkeypatch.setattr(
+        gpu_cases,
+        "competitors",
+        lambda case, inputs: {name: competitors(case, inputs)[name] for name in ("fused", "eager", "matmul")},
+    )
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # main takes both out of the environment
+    monkeypatch.setenv("REGVQ_SCHEDULE", "chunked")
+    path = tmp_path / "new" / "results.json"
+
+    def run():
+        return gpu.main(["--quick", "--out", str(path)]), json.loads(path.read_text())
+
+    return run
+
+
+def _members(meter):
+    return {"time": meter.time, "extra_mib": meter.extra_mib}
+
+
+def test_the_report_of_a_whole_run(pretend_gpu, capsys):
+    code, report = pretend_gpu()
+    assert code == 0
+    assert [entry["case"] for entry in report["cases"]] == [
+        "forward+backward, N=24, float32",
+        "assign, N=24, float32",
+        "forward, N=24, float32",
+    ]
+    assert {"command", "date", "machine", "packages", "method", "tests", "targets", "seconds"} <= report.keys()
+    assert report["method"]["default_schedule"] == "fused"
+    assert report["machine"]["driver"] == "1.2"
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["cases"][0]["state"] == {"sm_mhz": 1980}
+    assert report["cases"][0]["results"]["fused"]["status"] == "ok"
+    assert report["packages"].keys() == set(peers.PACKAGES)
+    assert capsys.readouterr().out.endswith("tests/ops: not run\n")
+
+
+def test_a_wrong_op_makes_the_run_fail(pretend_gpu, monkeypatch, capsys):
+    run_ours = gpu_cases.run_ours
+
+    def wrong(case, inputs, impl="auto"):
+        results = run_ours(case, inputs, impl)
+        return results if impl == "eager" or case.part == "assign" else _replaced(results, 2, _next_code)
+
+    monkeypatch.setattr(gpu_cases, "run_ours", wrong)
+    code, report = pretend_gpu()
+    assert code == 1
+    assert [entry["results"]["fused"]["status"] for entry in report["cases"]] == ["wrong", "ok", "wrong"]
+    assert "PROBLEM: forward, N=24, float32, fused wrong: " in capsys.readouterr().out
+
+
+def test_no_case_begins_after_the_time_limit(pretend_gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "LIMIT", -1)
+    code, report = pretend_gpu()
+    assert code == 0
+    assert report["cases"] == []
+    assert set(report["not_measured"].values()) == {gpu_report.OUT_OF_TIME}
+
+
+def test_a_case_that_cannot_be_set_up_is_named_and_the_others_go_on(pretend_gpu, monkeypatch):
+    truth_of = gpu_cases.truth_of
+
+    def failing(case, inputs):
+        if case.part == "assign":
+            raise torch.OutOfMemoryError("8 GiB")
+        return truth_of(case, inputs)
+
+    monkeypatch.setattr(gpu_cases, "truth_of", failing)
+    code, report = pretend_gpu()
+    assert code == 1
+    assert len(report["cases"]) == 2
+    assert report["not_measured"] == {"assign, N=24, float32": "OutOfMemoryError: 8 GiB"}
