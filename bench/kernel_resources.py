@@ -42,7 +42,13 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
     import torch
     from triton.runtime.jit import JITFunction
 
-    from regvq_fast.kernels import assign_codes, schedules, vector_quantize, vector_quantize_backward
+    from regvq_fast.kernels import (
+        assign_codes,
+        schedules,
+        vector_quantize,
+        vector_quantize_backward,
+        weighted_info_nce,
+    )
 
     calls: dict[str, Call] = {}
 
@@ -72,6 +78,12 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
                     x, torch.zeros(groups, codes), x, codebook, None, None, masked, seed, indices, tau, zero, lse,
                     1.0, "hard", True, True,
                 )  # fmt: skip
+            query = torch.zeros(1, 256, width, dtype=dtype)
+            weights = torch.zeros(query.shape[:2])
+            for split, weight in itertools.product((True, False), (weights, None)):
+                weighted_info_nce.MIN_PART_KEYS = 64 if split else 256
+                loss, lse, share = weighted_info_nce.weighted_info_nce_forward(query, query, weight, 0.07)
+            weighted_info_nce.weighted_info_nce_backward(loss, query, query, lse, share, 0.07, False, False)
     finally:
         JITFunction.run = run
         schedules.capability = capability

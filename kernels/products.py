@@ -7,12 +7,13 @@ import torch
 
 
 def product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` of (., K) and (K, .), accumulated and returned in fp32; a new tensor."""
+    """``a @ b`` of (., K) and (K, .), or of batches of them, accumulated and returned in fp32; a new tensor."""
+    multiply = torch.bmm if a.ndim == 3 else torch.mm
     if a.dtype == torch.float32:
-        return torch.mm(a, b)
+        return multiply(a, b)
     if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())  # the interpreter's
+        return multiply(a, b, out_dtype=torch.float32)
+    return multiply(a.float(), b.float())  # the interpreter's
 
 
 @contextlib.contextmanager

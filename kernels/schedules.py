@@ -63,6 +63,8 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "assign_codes": (_STAYING, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": ({256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
         "grad_scores": (_STAYING, _SMALLER),
+        "weighted_info_nce": (_STAYING, _SMALLER),
+        "weighted_info_nce_backward": (_STAYING, _SMALLER),
     },
     # A100's instructions with 99 KiB of shared memory: sm_86, sm_89, sm_120.
     86: {
@@ -70,18 +72,24 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "assign_codes": (_STEPPING, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": (_STEPPING, _SMALLER),
         "grad_scores": (_STEPPING, _SMALLER),
+        "weighted_info_nce": ({128: Tile(64, 64, 128, 8, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
+        "weighted_info_nce_backward": (_STEPPING, _SMALLER),
     },
     90: {
         "vector_quantize": (_STAYING, _SMALL),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
         "grad_scores": (_STAYING, _SMALL),
+        "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
     },
     100: {
         "vector_quantize": (_STAYING, _SMALL),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": (_STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
         "grad_scores": ({256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 2)}),
+        "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, _SMALL),
+        "weighted_info_nce_backward": (_STAYING, _SMALL),
     },
 }
 # Kernels that read their products: few rows, so that many programs share a chunk.
@@ -90,6 +98,8 @@ _CHUNKED: dict[str, Tile] = {
     "assign_codes": Tile(16, 128, 16, 4, 2),
     "probabilities": Tile(32, 128, 16, 8, 1),
     "grad_scores": Tile(32, 128, 16, 8, 1),
+    "weighted_info_nce": Tile(16, 128, 16, 4, 2),
+    "weighted_info_nce_backward": Tile(16, 128, 16, 4, 2),
 }
 KERNELS = tuple(_CHUNKED)
 

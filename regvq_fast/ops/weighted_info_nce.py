@@ -44,19 +44,24 @@ def weighted_info_nce(
         weight: (B, L) floating point or None. Weights of the positives, >= 0, as they are (normalise them over an
             image to sum 1); a larger weight means a weaker pull. None: vanilla InfoNCE. No gradient.
         tau: temperature, > 0.
-        impl: "auto" | "triton" | "eager".
+        impl: "auto" | "triton" | "eager". "auto": the Triton kernels on CUDA, fp64 aside, and eager PyTorch elsewhere.
+            "triton" on a CPU needs Triton's interpreter.
 
     Returns:
         (B, L) float32 (float64 for float64 inputs). Sum it over an image for Eq. 3, average it for Eq. 2.
 
     Gradients: to ``query`` and ``key``. Double backward is not supported.
 
-    Numerics: similarities, sums and the result in fp32. Deterministic. Autocast: inputs are cast to fp32.
-    An image of a single position has no negatives: its loss is ``log w`` (0 without weight; w = 0 counts as the
-    smallest normal number there) and its gradient 0.
+    Numerics: similarities, sums and the result in fp32. The kernels multiply fp32 as three TF32 products, fp16 and bf16
+    as they are, and round the similarities' gradients to 16 bits for 16-bit inputs, as their products would.
+    Deterministic. Autocast: inputs are cast to fp32. An image of a single position has no negatives: its loss is
+    ``log w`` (0 without weight; w = 0 counts as the smallest normal number there) and its gradient 0.
 
-    Memory beyond inputs and output: O(B * L * C) plus a fixed number of tiles of about 2^19 similarities
-    (2^24 on CUDA).
+    Memory beyond inputs and output. Both keep 8 B L bytes for the backward. Triton: forward 12 B L bytes for each part
+    where the keys are split; backward one buffer of max(2^25, 512 L) similarities at most, in the type of ``query``,
+    and gradients in fp32: a chunk of the keys', all of the queries' where these train. Below sm_80 also an fp32 buffer
+    of as many similarities, forward and backward. Eager: O(B * L * C) plus a fixed number of tiles of about 2^19
+    similarities (2^24 on CUDA).
 
     Raises:
         ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input.
@@ -163,7 +168,9 @@ def _weighted_info_nce_backward_eager(
 def _weighted_info_nce(
     query: Tensor, key: Tensor, weight: Tensor | None, tau: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, log-sum-exp (over the factor of the negatives) and the negatives' share of the sum of every row, (B, L)."""
+    """Of every row, (B, L): the loss, and for the backward of the same ``impl`` the log-sum-exp over the factor of the
+    negatives (the kernels' in log 2) and the negatives' share of that sum.
+    """
     for name, value in (("query", query), ("key", key), ("weight", weight)):
         if value is not None:
             check_finite(name, value)

@@ -238,6 +238,24 @@ def test_channels_last(model, images):
     assert output.features.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_checkpointed_activations_leave_the_gradients_as_they_are(model, images, compile):
+    gradients, kept = [], []
+    for enabled in (False, True):
+        model.checkpoint_activations(enabled)
+        sizes: list[int] = []
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compile else model
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            loss = forward(images).reconstruction.square().mean()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+        kept.append(sum(sizes))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert (plain is None) == (checkpointed is None)
+        if plain is not None:
+            torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-7)
+    assert kept[1] < 0.5 * kept[0] or compile
+
+
 def test_compiles_without_a_graph_break(model, images):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
     torch.testing.assert_close(compiled.reconstruction, model(images).reconstruction)

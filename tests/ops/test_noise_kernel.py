@@ -1,24 +1,21 @@
-"""The Triton noise against the eager one. Without a GPU the kernel runs in Triton's interpreter.
-
-The interpreter must be chosen before Triton is imported, which other tests of this process may have done: so the tests
-of this file run once more, in a process of their own.
-"""
+"""The Triton noise against the eager one; without a GPU in Triton's interpreter."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from kernel_cases import (
+    DEVICE,
+    if_kernels_are_elsewhere,
+    in_a_new_process,
+    needs_kernels,
+    pass_in_the_interpreter,
+    without_interpreter,
+)
 
 from regvq_fast.ops.noise import gumbel_noise, philox4x32
 
 pytest.importorskip("triton")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in the interpreter's process")
 
 # The GPU's lg2.approx is within 2^-22; the interpreter's logarithms are exact to the last bits.
 TOLERANCE = (4 if DEVICE == "cpu" else 8) * torch.finfo(torch.float32).eps
@@ -51,18 +48,12 @@ for capability in map(int, sys.argv[1:]):
 """
 
 
-def in_a_new_process(*command: str, **environment: str) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
+@if_kernels_are_elsewhere
 def test_this_file_passes_in_the_interpreter():
-    in_a_new_process("-m", "pytest", __file__, TRITON_INTERPRET="1")
+    pass_in_the_interpreter(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiling is off in the interpreter")
+@without_interpreter
 def test_it_compiles_for_every_supported_gpu_without_spills(tmp_path):
     in_a_new_process("-c", COMPILE, "70", "80", "90", "100", TRITON_CACHE_DIR=str(tmp_path))
 

@@ -47,10 +47,10 @@ def test_opcheck_the_other_ops(dtype):
     )
     query, key, weight = features(dtype)
     for w in (None, weight):
-        torch.library.opcheck(torch.ops.regvq.weighted_info_nce, (query, key, w, 0.07))
-        detached = (torch.rand(2, 6), query.detach(), key.detach(), w, torch.rand(2, 6) + 5, 0.07)
+        torch.library.opcheck(torch.ops.regvq.weighted_info_nce, (query, key, w, 0.07, "eager"))
+        tensors = (torch.rand(2, 6), query.detach(), key.detach(), torch.rand(2, 6) + 5, torch.rand(2, 6))
         for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(torch.ops.regvq.weighted_info_nce_backward, (*detached, *needs))
+            torch.library.opcheck(torch.ops.regvq.weighted_info_nce_backward, (*tensors, 0.07, "eager", *needs))
 
 
 def training_step(inputs, tau, groups=2):

@@ -147,7 +147,7 @@ CONTRAST = {
     "tau 0": ({"tau": 0}, ValueError, "tau must be greater than 0, got 0"),
     "tau negative": ({"tau": -1.0}, ValueError, "tau must be greater than 0, got -1.0"),
     "unknown impl": ({"impl": "fast"}, ValueError, "impl must be one of .*got 'fast'"),
-    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton': this op has no kernels yet"),
+    "impl triton": ({"impl": "triton"}, ValueError, "impl='triton' runs on CUDA tensors, got cpu.*TRITON_INTERPRET=1"),
     "nan in query": ({"query": with_value((2, 3, 4), (1, 2, 0), NAN)}, ValueError, r"query has 1 .*nan at \(1, 2, 0\)"),
     "inf in key": (
         {"key": with_value((2, 3, 4), (0, 0, 3), float("inf"))},

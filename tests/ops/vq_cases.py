@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regvq_fast.ops.reference import vector_quantize_reference
+
 LEAVES = ("x", "codebook", "weight", "bias")
 LOGITS = ("distance", "linear", "linear with bias")
 MASKS = ("no mask", "all", "random")
@@ -38,6 +40,11 @@ def make_inputs(
     return inputs
 
 
+def frozen(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs, none of which trains."""
+    return {name: value.detach() for name, value in inputs.items()}
+
+
 def copy_leaves(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The same inputs with new leaves of another type."""
     return inputs | {
@@ -48,31 +55,46 @@ def copy_leaves(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def upstream(num_rows: int, width: int, groups: int, num_codes: int, seed: int = 99) -> tuple[Tensor, Tensor]:
-    """Gradients of ``quantized`` and ``posterior``; the latter's scale makes both matter."""
+    """Gradients of ``quantized`` and ``posterior``; the latter's scale makes both matter.
+
+    The former has few enough digits for every type: no input of backward is rounded.
+    """
     generator = torch.Generator().manual_seed(seed)
-    grad_quantized = torch.randn(num_rows, width, generator=generator, dtype=torch.float64)
+    grad_quantized = torch.randn(num_rows, width, generator=generator, dtype=torch.float64).mul(32).round().div(32)
     grad_posterior = torch.randn(groups, num_codes, generator=generator, dtype=torch.float64) * num_rows / groups
     return grad_quantized, grad_posterior
 
 
 def outputs_and_gradients(
-    op: Callable[..., Any], inputs: dict[str, Any], use: tuple[str, ...] = ("quantized", "posterior"), **settings: Any
+    op: Callable[..., Any],
+    inputs: dict[str, Any],
+    use: tuple[str, ...] = ("quantized", "posterior"),
+    loss_scale: float = 1.0,
+    **settings: Any,
 ) -> dict[str, Tensor]:
     """Named outputs of ``op`` and, as "d x" and so on, the gradients of its leaves (zero where there is none)."""
     output = op(**inputs, **settings)
     x, codebook = inputs["x"], inputs["codebook"]
     results = {name: getattr(output, name).detach() for name in output._fields}
     grads = upstream(x.shape[:-1].numel(), x.shape[-1], settings.get("groups", 1), codebook.shape[0])
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
     for name, grad in zip(("quantized", "posterior"), grads, strict=True):
         value = getattr(output, name)
         if name in use:
+            grad = (grad * loss_scale).to(x.device)
             loss = loss + (value.double() * grad.reshape(value.shape)).sum()
     leaves = [name for name in LEAVES if inputs.get(name) is not None and inputs[name].requires_grad]
-    gradients = torch.autograd.grad(loss, [inputs[name] for name in leaves], allow_unused=True)
+    gradients = torch.autograd.grad(loss, [inputs[name] for name in leaves], allow_unused=True) if leaves else []
     for name, gradient in zip(leaves, gradients, strict=True):
         results[f"d {name}"] = torch.zeros_like(inputs[name]) if gradient is None else gradient
     return results
+
+
+def plain_low_precision(x: Tensor, codebook: Tensor, **arguments: Any) -> Any:
+    """The reference in the inputs' own type; cdist has no half types, so distances are spelt out as a product."""
+    if "weight" not in arguments:
+        arguments |= {"weight": 2 * codebook, "bias": -arguments.get("scale", 1.0) * codebook.square().sum(1)}
+    return vector_quantize_reference(x, codebook, **arguments)
 
 
 def assert_same(results: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:

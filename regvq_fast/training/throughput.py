@@ -1,0 +1,77 @@
+"""How well the device is used: operations of a step, the device's peak, power and memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+# Dense matrix products, TFLOP/s, by a part of the GPU's name and the type: NVIDIA's data sheets, SXM where there is a
+# choice. The first match counts.
+_PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
+    "B200": {torch.bfloat16: 2250, torch.float16: 2250, torch.float32: 75},
+    "H200": {torch.bfloat16: 989, torch.float16: 989, torch.float32: 67},
+    "H100 PCIe": {torch.bfloat16: 756, torch.float16: 756, torch.float32: 51},
+    "H100": {torch.bfloat16: 989, torch.float16: 989, torch.float32: 67},
+    "A100": {torch.bfloat16: 312, torch.float16: 312, torch.float32: 19.5},
+    "L40S": {torch.bfloat16: 362, torch.float16: 362, torch.float32: 91.6},
+    "V100": {torch.float16: 125, torch.float32: 15.7},
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
+    """Operations a second that the device can do at most in ``dtype`` (None: fp32); None where that isn't known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    rates = next((rates for part, rates in _PEAK_TFLOPS.items() if part in name), {})
+    rate = rates.get(dtype or torch.float32)
+    return None if rate is None else rate * 1e12
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Operations of the matrix products and convolutions that ``step`` does, forward and backward; it is run once.
+
+    The ops of this project count what their mathematics needs: one product forward, five backward, whatever a kernel
+    computes again.
+    """
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def _product(a: torch.Size, b: torch.Size) -> int:
+    return 2 * a[0] * b[0] * a[1]
+
+
+@register_flop_formula(torch.ops.regvq.vector_quantize)
+def _(x: torch.Size, codebook: torch.Size, *_: Any, **__: Any) -> int:
+    return _product(x, codebook)
+
+
+@register_flop_formula(torch.ops.regvq.vector_quantize_backward)
+def _(
+    grad_quantized: torch.Size,
+    grad_posterior: torch.Size | None,
+    x: torch.Size,
+    codebook: torch.Size,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 5 * _product(x, codebook)
+
+
+@register_flop_formula(torch.ops.regvq.assign_codes)
+def _(x: torch.Size, codebook: torch.Size, *_: Any, **__: Any) -> int:
+    return _product(x, codebook)
+
+
+@register_flop_formula(torch.ops.regvq.weighted_info_nce)
+def _(query: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * query[0] * query[1] * query[1] * query[2]
+
+
+@register_flop_formula(torch.ops.regvq.weighted_info_nce_backward)
+def _(grad_loss: torch.Size, query: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * 2 * query[0] * query[1] * query[1] * query[2]

@@ -1,0 +1,163 @@
+"""The schedules' table, and what its tiles cost on every supported GPU: ahead-of-time compilation needs none."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import in_a_new_process, without_interpreter
+
+pytest.importorskip("triton")
+
+from regvq_fast.kernels import schedules
+
+BENCH = str(Path(__file__).parents[2] / "bench")
+CPU = torch.device("cpu")
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+ARCHITECTURES = (70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+
+# ------------------------------------------------------------------------------------------------------------- table
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """``on(90)``: as if the device were an sm_90."""
+    monkeypatch.delenv("REGVQ_SCHEDULE", raising=False)
+    return lambda architecture: monkeypatch.setattr(schedules, "capability", lambda device: architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_schedule_follows_from_the_architecture(architecture, on, monkeypatch):
+    on(architecture)
+    fused = architecture >= 80
+    assert schedules.schedule(CPU) == ("fused" if fused else "chunked")
+    monkeypatch.setenv("REGVQ_SCHEDULE", "chunked")
+    assert schedules.schedule(CPU) == "chunked"
+    monkeypatch.setenv("REGVQ_SCHEDULE", "fused")
+    if fused:
+        assert schedules.schedule(CPU) == "fused"
+    else:
+        with pytest.raises(ValueError, match="REGVQ_SCHEDULE=fused needs .* sm_80 or newer"):
+            schedules.schedule(CPU)
+
+
+def test_an_unknown_schedule_is_an_error(monkeypatch):
+    monkeypatch.setenv("REGVQ_SCHEDULE", "best")
+    with pytest.raises(ValueError, match="REGVQ_SCHEDULE must be fused or chunked, got 'best'"):
+        schedules.schedule(CPU)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_there_is_a_tile_for_everything(architecture, on):
+    on(architecture)
+    how = schedules.schedule(CPU)
+    for kernel in schedules.KERNELS:
+        for dtype in TYPES:
+            for width in (1, 15, 16, 17, 64, 100, 128, 129, 256, 257, 512, 513, 4096):
+                tile = schedules.tile(kernel, how, dtype, width, CPU)
+                # tl.dot takes 16 and more of each, tl.arange powers of two; the noise comes in fours of codes.
+                assert min(tile.BM, tile.BN, tile.BK) >= 16
+                assert all(math.log2(extent).is_integer() for extent in (tile.BM, tile.BN, tile.BK, tile.num_warps))
+                assert tile.options()["enable_fp_fusion"] is True
+                assert schedules.chunk_rows(1024) % tile.BM == 0
+                if how == "fused":
+                    assert tile.BK < 2 * max(16, width)  # no more zeros than channels
+
+
+@pytest.mark.parametrize("num_codes", [1, 1000, 1024, 16384, 65536, 1_000_000])
+def test_chunks_are_whole_tiles_of_a_bounded_number_of_scores(num_codes):
+    rows = schedules.chunk_rows(num_codes)
+    assert rows % 128 == 0
+    assert rows * num_codes <= max(schedules.CHUNK_SCORES, schedules.MIN_CHUNK_ROWS * num_codes)
+    assert (rows + 128) * num_codes > schedules.CHUNK_SCORES
+
+
+@given(
+    num_rows=st.integers(1, 100_000),
+    num_codes=st.integers(1, 100_000),
+    rows_of_a_tile=st.sampled_from((16, 64, 128)),
+    codes_of_a_tile=st.sampled_from((32, 64, 128)),
+    least=st.sampled_from((64, 256, 2048)),
+)
+def test_parts_are_whole_tiles_that_cover_the_codes(num_rows, num_codes, rows_of_a_tile, codes_of_a_tile, least):
+    tile = schedules.Tile(rows_of_a_tile, codes_of_a_tile, 64, 4, 2)
+    part = schedules.part_codes(num_rows, num_codes, tile, least, CPU)
+    assert part == schedules.part_codes(num_rows, num_codes, tile, least, CPU)
+    assert part % codes_of_a_tile == 0
+    assert min(least, num_codes) <= part < num_codes + codes_of_a_tile  # the last part may have fewer
+
+
+def test_codes_are_split_only_where_rows_leave_processors_idle():
+    tile = schedules.Tile(64, 64, 64, 4, 2)
+    processors = 8  # of what isn't a GPU
+    assert schedules.part_codes(64 * processors, 8192, tile, 256, CPU) == 8192
+    assert schedules.part_codes(64, 8192, tile, 256, CPU) == 8192 // processors
+    assert schedules.part_codes(64, 255, tile, 256, CPU) == 256
+
+
+# --------------------------------------------------------------------------------------------------------- resources
+
+# bench/kernel_resources.py with fewer calls: of each kernel, type and tile the one with the most flags.
+RESOURCES = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import kernel_resources
+
+def thinned(architecture, widths, record_calls=kernel_resources.record_calls):
+    chosen = {}
+    for call in record_calls(architecture, widths):
+        names = ("ASSIGN", "BM", "BN", "BK")
+        key = (call["kernel"], call["type"], str(call["options"]), *(call["constants"].get(name) for name in names))
+        flags = sum(value is True for value in call["constants"].values())
+        if key not in chosen or flags > chosen[key][0]:
+            chosen[key] = (flags, call)
+    return [call for _, call in chosen.values()]
+
+kernel_resources.record_calls = thinned
+sys.exit(kernel_resources.main())
+"""
+# The kernels of the schedules' table, by their names in the report.
+NAMES = {
+    "vector_quantize": "vector_quantize_fwd",
+    "assign_codes": "vector_quantize_fwd ASSIGN",
+    "probabilities": "probabilities",
+    "grad_scores": "grad_scores",
+    "weighted_info_nce": "weighted_info_nce_fwd",
+    "weighted_info_nce_backward": "weighted_info_nce_bwd",
+}
+
+
+@without_interpreter
+@pytest.mark.slow
+def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores(tmp_path):
+    table = str(tmp_path / "table.json")
+    widths = ("128", "256", "512")  # the limits of the tiles, and beyond
+    command = ("-c", RESOURCES, BENCH, "70", "80", "90", "100", "--json", table, "--width", *widths)
+    in_a_new_process(*command, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    compiled, multiply = set(), set()
+    for row in json.loads(Path(table).read_text()):
+        flags = row["flags"].split()
+        name = row["kernel"] + (" ASSIGN" if "ASSIGN" in flags else "")
+        compiled.add((row["sm"], row["type"], name, row["tile"]))
+        if name in NAMES.values() and "GIVEN" not in flags:
+            multiply.add((row["sm"], name))
+    assert multiply == {(architecture, name) for architecture in (80, 90, 100) for name in NAMES.values()}
+    for architecture in (70, 80, 90, 100):
+        assert pinned(architecture) <= compiled
+
+
+def pinned(architecture: int) -> set[tuple[int, str, str, str]]:
+    """The table's tiles for an architecture, as rows of the report."""
+    types = ("float16" if architecture == 70 else "bfloat16", "float32")
+    tiles = {kernel: [[tile]] * 2 for kernel, tile in schedules._CHUNKED.items()}
+    if architecture >= 80:
+        tiles = {kernel: [pair[0].values(), pair[1].values()] for kernel, pair in schedules._FUSED[architecture].items()}
+    return {
+        (architecture, dtype, NAMES[kernel], f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.num_warps} s{tile.num_stages}")
+        for kernel, by_type in tiles.items()
+        for dtype, several in zip(types, by_type, strict=True)
+        for tile in several
+    }
