@@ -1,13 +1,13 @@
-"""Measure the vector quantization ops on a GPU, against PyTorch and other packages: one command, within 8 minutes.
+"""Measure the ops on a GPU, against PyTorch and other packages: one command, within 8 minutes.
 
     python bench/gpu.py                      the tests of the ops, then every case; bench/results/gpu-NAME.json
     python bench/gpu.py --out other.json
-    python bench/gpu.py --quick              no tests, the cases of the targets in one type: a minute or two
+    python bench/gpu.py --quick              no tests, the cases of the targets in one type: a few minutes
 
 It first runs tests/ops, whose kernels run natively on CUDA, then measures each case: the result is compared with the
 eager twin's in fp64, and a wrong one gets no time; then all competitors take turns. The tables come last. Competitors
 that are missing, don't compile or run out of memory are named as such and stop nobody. Optional: ``pip install
-nvidia-ml-py vector-quantize-pytorch flash-kmeans``.
+nvidia-ml-py vector-quantize-pytorch flash-kmeans inf-cl``.
 
 Exits with 0; 1 if a test failed or a result of ours was wrong or failed; 2 without CUDA.
 """
@@ -28,15 +28,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import gpu_cases
+import gpu_info_nce
 import gpu_report
 import machine
 import measuring
 import peers
 import torch
-from gpu_cases import Case, Inputs
+from gpu_cases import Case
+from gpu_info_nce import InfoNceCase
 from gpu_report import OUT_OF_TIME
 from measuring import Sample
 from peers import TensorRun
@@ -45,6 +48,8 @@ LIMIT = 450.0  # seconds in all, up to the tables: no case begins that would not
 TEST_LIMIT = 200.0  # of these for the tests
 CASE_LIMIT = 3.0  # of these for the turns of a case
 REPEATS = 30
+# Who knows the cases of an op: make_inputs, competitors, truth_of and examine.
+OPS: dict[type, ModuleType] = {Case: gpu_cases, InfoNceCase: gpu_info_nce}
 NO_CUDA = "bench/gpu.py measures on a CUDA GPU, and PyTorch finds none on this machine."
 
 
@@ -58,30 +63,36 @@ class Meter(Protocol):
 # ------------------------------------------------------------------------------------------------------------- cases
 
 
-def make_cases(half: str, quick: bool) -> list[Case]:
+def make_cases(half: str, quick: bool) -> list[Case | InfoNceCase]:
     """What is measured, what the targets are about first: time may run out. ``half``: the GPU's main 16-bit type."""
     first = [Case(part, 8192, half) for part in gpu_cases.PARTS]
     first += [Case("forward+backward", 1024, half, graph=True), Case("forward+backward", 262144, half, masked=False)]
+    step, lengths = "forward+backward", (4096, 16384, 65536)
+    long = [(65536, 64), *((length, width) for length in lengths for width in (512, 128))]
+    contrastive = [InfoNceCase(step, *size, half) for size in long]
     if quick:
-        return first
+        return [*first, *contrastive]
     other = "float16" if half == "bfloat16" else None
     sizes = [Case(part, codes, half) for codes in (16384, 1024, 65536) for part in gpu_cases.PARTS]
     types = [Case(part, 8192, dtype) for dtype in (other, "float32") if dtype for part in gpu_cases.PARTS]
     small = [Case(part, codes, half) for codes in (4096, 512) for part in gpu_cases.PARTS]
     rest = [replace(case, dtype=other) for case in first[3:4] + sizes + small if other]
-    return first + sizes + types + small + rest
+    forward = [InfoNceCase("forward", *size, half) for size in long[1:]]
+    short = [(length, width) for length in (1024, 256) for width in (512, 128)]
+    contrastive_rest = forward + [InfoNceCase(part, *size, half) for size in short for part in gpu_info_nce.PARTS]
+    return [*first, *contrastive, *sizes, *contrastive_rest, *types, *small, *rest]
 
 
 def measure_case(
-    case: Case,
-    inputs: Inputs,
+    case: Case | InfoNceCase,
+    inputs: Any,
     makers: dict[str, Callable[[], TensorRun]],
     meter: Meter,
     repeats: int = REPEATS,
     limit: float = CASE_LIMIT,
 ) -> dict[str, Any]:
     """One entry of the report. Every competitor is tried alone first; those that pass take turns."""
-    truth = gpu_cases.truth_of(case, inputs)
+    truth = OPS[type(case)].truth_of(case, inputs)
     runs: dict[str, TensorRun] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, make in makers.items():
@@ -112,11 +123,10 @@ def measure_case(
         }
     return {
         "case": case.name,
+        "op": case.op,
         "part": case.part,
-        "codes": case.codes,
         "dtype": case.dtype,
-        "masked": inputs.mask is not None,
-        "graph": case.graph,
+        **case.describe(),
         "products": case.products,
         "flops": case.flops,
         "results": results,
@@ -141,21 +151,10 @@ def attempt(
 
 
 def examine(
-    case: Case, inputs: Inputs, truth: gpu_cases.Truth, name: str, meter: Meter, run: TensorRun
+    case: Case | InfoNceCase, inputs: Any, truth: Any, name: str, meter: Meter, run: TensorRun
 ) -> dict[str, Any]:
-    """Memory of a run, by competitor; raises where ours is wrong.
-
-    Others answer by their own rules: of their nearest codes it says how many are those of fp64.
-    """
-    found: dict[str, Any] = {}
-    results = run()
-    if name in gpu_cases.SCHEDULES:
-        gpu_cases.check(case, inputs, truth, results)
-        if case.graph:
-            gpu_cases.check_replay(case, inputs, run, gpu_cases.make_ours(case, inputs, name))
-    elif case.part == "assign" and name != "matmul":
-        found["agreement"] = float((results[0] == truth.indices).double().mean())
-    del results
+    """How right a run is, and its memory, by competitor; raises where ours is wrong."""
+    found: dict[str, Any] = OPS[type(case)].examine(case, inputs, truth, name, run)
     if not case.graph:  # a graph owns its memory
         found["extra_mib"] = meter.extra_mib(run)
     return found
@@ -232,6 +231,8 @@ def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], machine.State]
             "rows": Case.rows,
             "width": Case.width,
             "mask_ratio": gpu_cases.MASK_RATIO,
+            "info_nce_rows": gpu_info_nce.ROWS,
+            "info_nce_tau": gpu_info_nce.TAU,
             "repeats": REPEATS,
             "default_schedule": schedules.schedule(torch.device("cuda")),
         },
@@ -282,8 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
             report["not_measured"][case.name] = OUT_OF_TIME
             continue
         try:
-            inputs = gpu_cases.make_inputs(case, "cuda")
-            entry = measure_case(case, inputs, gpu_cases.competitors(case, inputs), meter)
+            op = OPS[type(case)]
+            inputs = op.make_inputs(case, "cuda")
+            entry = measure_case(case, inputs, op.competitors(case, inputs), meter)
         except Exception as error:  # not a competitor's fault: the GPU is too small, or beyond use
             report["not_measured"][case.name] = _describe(error)
             continue

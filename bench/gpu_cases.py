@@ -1,11 +1,11 @@
-"""The cases that ``bench/gpu.py`` measures: their inputs, who competes, and the gate that wrong results don't pass."""
+"""The vector quantization cases of ``bench/gpu.py``: their inputs, who competes, and the gate of the results."""
 
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import measuring
 import peers
@@ -43,6 +43,7 @@ class Case:
     graph: bool = False  # as a CUDA graph
     rows: int = 10240
     width: int = 256
+    op: ClassVar[str] = "vector_quantize"
 
     @property
     def products(self) -> int:
@@ -57,6 +58,10 @@ class Case:
     def name(self) -> str:
         extras = "" if self.masked or self.part == "assign" else ", no noise"
         return f"{self.part}{', graph' if self.graph else ''}{extras}, N={self.codes}, {self.dtype}"
+
+    def describe(self) -> dict[str, Any]:
+        """What the report knows the case by, besides what all cases have."""
+        return {"codes": self.codes, "masked": self.masked and self.part != "assign", "graph": self.graph}
 
 
 class Inputs(NamedTuple):
@@ -135,8 +140,10 @@ def run_plain(case: Case, inputs: Inputs, function: Callable[..., Any]) -> tuple
     return output.indices, output.quantized.detach(), output.posterior.detach(), *gradients
 
 
-def on_schedule(how: str, run: TensorRun) -> TensorRun:
+def on_schedule(how: str, device: torch.device, run: TensorRun) -> TensorRun:
     """``run`` on one of our schedules, which its calls look up."""
+    if how == "fused" and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        raise peers.SkippedError("Triton has no tensor cores below sm_80")
 
     def scheduled() -> tuple[Tensor, ...]:
         os.environ["REGVQ_SCHEDULE"] = how
@@ -149,9 +156,7 @@ def on_schedule(how: str, run: TensorRun) -> TensorRun:
 
 
 def make_ours(case: Case, inputs: Inputs, how: str) -> TensorRun:
-    if how == "fused" and inputs.x.is_cuda and torch.cuda.get_device_capability() < (8, 0):
-        raise peers.SkippedError("Triton has no tensor cores below sm_80")
-    return on_schedule(how, partial(run_ours, case, inputs))
+    return on_schedule(how, inputs.x.device, partial(run_ours, case, inputs))
 
 
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -200,6 +205,18 @@ def _make_graphed(make: Callable[[], TensorRun]) -> TensorRun:
 # -------------------------------------------------------------------------------------------------------------- gate
 
 
+def examine(case: Case, inputs: Inputs, truth: Truth, name: str, run: TensorRun) -> dict[str, float]:
+    """Raises where ours is wrong. Others answer by their own rules: how many of their nearest codes are fp64's."""
+    results = run()
+    if name in SCHEDULES:
+        check(case, inputs, truth, results)
+        if case.graph:
+            check_replay(case, inputs, run, make_ours(case, inputs, name))
+    elif case.part == "assign" and name != "matmul":
+        return {"agreement": float((results[0] == truth.indices).double().mean())}
+    return {}
+
+
 def truth_of(case: Case, inputs: Inputs) -> Truth:
     """The eager twin on fp64 copies of the inputs, with the same noise bits."""
     double = inputs._replace(
@@ -222,25 +239,25 @@ def check(case: Case, inputs: Inputs, truth: Truth, results: tuple[Tensor, ...])
     check_indices("best_indices", best_indices, truth.best_indices, inputs, None)
     check_indices("indices", indices, truth.indices, inputs, inputs.mask)
     codebook = inputs.codebook.detach()
-    _require("quantized", torch.equal(quantized, codebook[indices]), "isn't the chosen codes")
+    require("quantized", torch.equal(quantized, codebook[indices]), "isn't the chosen codes")
     share = indices.bincount(minlength=case.codes) / case.rows
-    _require("posterior", torch.allclose(posterior[0], share, rtol=0, atol=1e-6), "isn't the indices' frequencies")
+    require("posterior", torch.allclose(posterior[0], share, rtol=0, atol=1e-6), "isn't the indices' frequencies")
     distance = (codebook[indices].double() - codebook[best_indices].double()).square().sum(1)
     near = torch.allclose(perturbation.double(), distance, rtol=1e-4, atol=1e-6)
-    _require("perturbation", near, "isn't the squared distance of the two codes")
+    require("perturbation", near, "isn't the squared distance of the two codes")
     for name, gradient, expected in zip(("dx", "dcodebook"), gradients, truth.gradients, strict=False):
         error = float((gradient.double() - expected).abs().max() / expected.abs().max())
         tolerance = GRADIENT_TOLERANCE[inputs.x.dtype]
-        _require(name, error <= tolerance, f"is off by {error:.2g} of its largest element, {tolerance} is allowed")
+        require(name, error <= tolerance, f"is off by {error:.2g} of its largest element, {tolerance} is allowed")
 
 
 def check_indices(name: str, indices: Tensor, expected: Tensor, inputs: Inputs, mask: Tensor | None) -> None:
     """Indices are the expected ones, except on a few rows whose scores tie within rounding."""
     codes = len(inputs.codebook)
-    _require(name, bool(((indices >= 0) & (indices < codes)).all()), "aren't codes")
+    require(name, bool(((indices >= 0) & (indices < codes)).all()), "aren't codes")
     rows = (indices != expected).nonzero().squeeze(1)
     share = len(rows) / len(indices)
-    _require(name, share <= MOST_TIES, f"differ from those of fp64 on {100 * share:.2g} % of the rows")
+    require(name, share <= MOST_TIES, f"differ from those of fp64 on {100 * share:.2g} % of the rows")
     if not len(rows):
         return
     x, codebook = inputs.x.detach()[rows].double(), inputs.codebook.detach().double()
@@ -255,10 +272,10 @@ def check_indices(name: str, indices: Tensor, expected: Tensor, inputs: Inputs, 
     lost = (score(expected[rows]) - score(indices[rows])).abs()
     band = TIE_BAND * inputs.scale * (x.square().sum(1) + codebook[expected[rows]].square().sum(1))
     worst = float((lost - band).max())
-    _require(name, worst <= 0, f"miss a better code by {float(lost.max()):.2g}")
+    require(name, worst <= 0, f"miss a better code by {float(lost.max()):.2g}")
 
 
-def _require(name: str, condition: bool, problem: str) -> None:
+def require(name: str, condition: bool, problem: str) -> None:
     if not condition:
         raise WrongResultError(f"{name} {problem}")
 
@@ -270,9 +287,9 @@ def check_replay(case: Case, inputs: Inputs, replay: TensorRun, call: TensorRun)
     replayed = replay()
     check(case, inputs, truth_of(case, inputs), replayed)
     what, indices = "indices of a replay with a new seed", replayed[2]
-    _require(what, torch.equal(indices, call()[2]), "differ from a call's")
+    require(what, torch.equal(indices, call()[2]), "differ from a call's")
     inputs.seed.copy_(old)
     changed = indices != old_indices
     stochastic = torch.zeros_like(changed) if inputs.mask is None else inputs.mask
-    _require(what, bool(changed.any()), "are those of the old seed")
-    _require(what, not changed[~stochastic].any(), "differ on deterministic rows")
+    require(what, bool(changed.any()), "are those of the old seed")
+    require(what, not changed[~stochastic].any(), "differ on deterministic rows")

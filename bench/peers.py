@@ -16,7 +16,7 @@ from regvq_fast.ops.reference import vector_quantize_reference
 from regvq_fast.ops.vector_quantize import VectorQuantizeOutput
 
 TensorRun = Callable[[], tuple[Tensor, ...]]
-PACKAGES = ("vector-quantize-pytorch", "flash-kmeans")
+PACKAGES = ("vector-quantize-pytorch", "flash-kmeans", "inf-cl")
 
 
 class SkippedError(Exception):
@@ -132,3 +132,23 @@ def flash_kmeans(x: Tensor, codebook: Tensor) -> TensorRun:
     batch, centroids = x.detach().unsqueeze(0), codebook.detach().unsqueeze(0)
     norms = batch.float().square().sum(-1)
     return lambda: (euclid_assign_triton(batch, centroids, norms).flatten(),)
+
+
+def inf_cl(query: Tensor, key: Tensor, tau: float) -> Callable[[], Tensor]:
+    """inf-cl's flash loss, InfoNCE without weights: losses (B, L) with their graph.
+
+    It knows one image, so that B of them take turns; it converts 16-bit features to fp32 and multiplies in TF32; and
+    its backward computes both gradients, whichever is asked for.
+    """
+    loss = package("inf-cl").cal_flash_loss
+    width = query.shape[2]
+    head = min(width, 256)  # channels of a product; 256 is its default, and C must be a multiple
+    if width % head:
+        raise SkippedError(f"inf-cl takes C <= 256 or a multiple of 256, not {width}")
+
+    def run() -> Tensor:
+        # One by one they would be indexed, and the backward of every index would fill all of the key's gradient.
+        images = zip(query.unbind(), key.unbind(), strict=True)
+        return torch.stack([loss(one, other, scale=1 / tau, head_dim=head) for one, other in images])
+
+    return run

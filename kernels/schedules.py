@@ -59,9 +59,9 @@ _SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
 _SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
 _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     80: {
-        "vector_quantize": (_STAYING, _SMALLER),
+        "vector_quantize": (_STAYING | {None: Tile(128, 64, 64, 8, 2)}, _SMALLER),
         "assign_codes": (_STAYING, {None: Tile(64, 64, 32, 4, 3)}),
-        "probabilities": ({256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
+        "probabilities": ({256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
         "grad_scores": (_STAYING, _SMALLER),
         "weighted_info_nce": (_STAYING, _SMALLER),
         "weighted_info_nce_backward": (_STAYING, _SMALLER),
@@ -84,7 +84,7 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
     },
     100: {
-        "vector_quantize": (_STAYING, _SMALL),
+        "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": (_STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
         "grad_scores": ({256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 2)}),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import gpu
 import gpu_cases
+import gpu_info_nce
 import gpu_report
 import machine
 import measuring
@@ -17,12 +18,14 @@ import peers
 import pytest
 import torch
 from gpu_cases import Case, WrongResultError
+from gpu_info_nce import InfoNceCase
 
 from regvq_fast.ops import vector_quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = Case("forward+backward", 24, "float32", rows=96, width=8)
 ASSIGN = Case("assign", 24, "float32", rows=96, width=8)
+CONTRAST = InfoNceCase("forward+backward", 48, 8, "float32", rows=96)
 
 
 class FakeMeter:
@@ -343,9 +346,12 @@ def test_counts_of_the_tests(output, code, status, counts):
 
 
 def test_the_order_of_the_cases():
+    """Targets of vector quantization, of InfoNCE, then the rest."""
     cases = gpu.make_cases("bfloat16", quick=False)
     assert len(set(cases)) == len(cases)
-    assert cases[:5] == gpu.make_cases("bfloat16", quick=True)
+    assert cases[:12] == gpu.make_cases("bfloat16", quick=True)
+    assert [type(case) for case in cases[:13]] == [*5 * [Case], *7 * [InfoNceCase], Case]
+    cases = [case for case in cases if isinstance(case, Case)]
     parts = {(case.part, case.codes) for case in cases if case.dtype == "bfloat16" and not case.graph and case.masked}
     assert parts == {(part, codes) for part in gpu_cases.PARTS for codes in (512, 1024, 4096, 8192, 16384, 65536)}
     assert {case.codes for case in cases if case.dtype == "float32"} == {8192}
@@ -385,10 +391,19 @@ def test_without_cuda_it_says_so_and_exits_with_2():
 
 @pytest.fixture
 def pretend_gpu(monkeypatch, tmp_path):
-    """Runs main as on a GPU, on three small cases, with two competitors and without tests; returns code and report."""
+    """Runs main as on a GPU, on four small cases, with two competitors and without tests; returns code and report."""
     pytest.importorskip("triton")  # it knows the schedules
-    small = [STEP, ASSIGN, Case("forward", 24, "float32", rows=96, width=8)]
-    make_inputs, competitors = gpu_cases.make_inputs, gpu_cases.competitors
+    small = [STEP, ASSIGN, Case("forward", 24, "float32", rows=96, width=8), CONTRAST]
+
+    def on_cpu(op):
+        make_inputs, competitors, names = op.make_inputs, op.competitors, ("fused", "eager", "matmul")
+        monkeypatch.setattr(op, "make_inputs", lambda case, device: make_inputs(case, "cpu"))
+        monkeypatch.setattr(
+            op, "competitors", lambda case, inputs: {name: competitors(case, inputs)[name] for name in names}
+        )
+
+    on_cpu(gpu_cases)
+    on_cpu(gpu_info_nce)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -397,12 +412,6 @@ def pretend_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(measuring, "DeviceMeter", lambda: SimpleNamespace(**_members(FakeMeter()), flushed_mib=256))
     monkeypatch.setattr(gpu, "square_product_tflops", lambda meter, dtype: 700.0)
     monkeypatch.setattr(gpu, "make_cases", lambda half, quick: small)
-    monkeypatch.setattr(gpu_cases, "make_inputs", lambda case, device: make_inputs(case, "cpu"))
-    monkeypatch.setattr(
-        gpu_cases,
-        "competitors",
-        lambda case, inputs: {name: competitors(case, inputs)[name] for name in ("fused", "eager", "matmul")},
-    )
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # main takes both out of the environment
     monkeypatch.setenv("REGVQ_SCHEDULE", "chunked")
     path = tmp_path / "new" / "results.json"
@@ -424,7 +433,9 @@ def test_the_report_of_a_whole_run(pretend_gpu, capsys):
         "forward+backward, N=24, float32",
         "assign, N=24, float32",
         "forward, N=24, float32",
+        "InfoNCE forward+backward, B=2, L=48, C=8, float32",
     ]
+    assert [entry["op"] for entry in report["cases"]] == [*3 * ["vector_quantize"], "weighted_info_nce"]
     assert {"command", "date", "machine", "packages", "method", "tests", "targets", "seconds"} <= report.keys()
     assert report["method"]["default_schedule"] == "fused"
     assert report["machine"]["driver"] == "1.2"
@@ -445,7 +456,7 @@ def test_a_wrong_op_makes_the_run_fail(pretend_gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu_cases, "run_ours", wrong)
     code, report = pretend_gpu()
     assert code == 1
-    assert [entry["results"]["fused"]["status"] for entry in report["cases"]] == ["wrong", "ok", "wrong"]
+    assert [entry["results"]["fused"]["status"] for entry in report["cases"]] == ["wrong", "ok", "wrong", "ok"]
     assert "PROBLEM: forward, N=24, float32, fused wrong: " in capsys.readouterr().out
 
 
@@ -468,5 +479,5 @@ def test_a_case_that_cannot_be_set_up_is_named_and_the_others_go_on(pretend_gpu,
     monkeypatch.setattr(gpu_cases, "truth_of", failing)
     code, report = pretend_gpu()
     assert code == 1
-    assert len(report["cases"]) == 2
+    assert len(report["cases"]) == 3
     assert report["not_measured"] == {"assign, N=24, float32": "OutOfMemoryError: 8 GiB"}

@@ -14,11 +14,10 @@ def make_entry(part="forward+backward", codes=8192, dtype="bfloat16", masked=Tru
     }
     return {
         "case": case.name,
+        "op": case.op,
         "part": part,
-        "codes": codes,
         "dtype": dtype,
-        "masked": masked,
-        "graph": graph,
+        **case.describe(),
         "products": case.products,
         "results": full,
     }

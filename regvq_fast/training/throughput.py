@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 # Dense matrix products, TFLOP/s, by a part of the GPU's name and the type: NVIDIA's data sheets, SXM where there is a

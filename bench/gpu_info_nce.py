@@ -1,0 +1,183 @@
+"""The ``weighted_info_nce`` cases of ``bench/gpu.py``: their inputs, who competes, and the gate of the results."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import gpu_cases
+import peers
+import torch
+import torch.nn.functional as F
+from gpu_cases import GRADIENT_TOLERANCE, MASK_RATIO, SCHEDULES, require
+from peers import TensorRun
+from torch import Tensor
+
+from regvq_fast.ops import weighted_info_nce
+from regvq_fast.ops.reference import weighted_info_nce_reference
+
+PARTS = ("forward+backward", "forward")
+TAU = 0.07
+ROWS = 65536  # B L, where L isn't larger
+LATENT = 16
+# Largest deviation of a loss: similarities, up to 1 / tau, are sums of fp32 whatever the type of the features.
+LOSS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class InfoNceCase:
+    part: str  # of PARTS; the gradient is that of the key, as in training
+    length: int
+    width: int
+    dtype: str
+    rows: int = ROWS
+    op: ClassVar[str] = "weighted_info_nce"
+    graph: ClassVar[bool] = False
+
+    @property
+    def images(self) -> int:
+        return max(1, self.rows // self.length)
+
+    @property
+    def products(self) -> int:
+        """Products of B x L x L x C that the part can't do without: similarities; again, and the key's gradient."""
+        return 3 if self.part == "forward+backward" else 1
+
+    @property
+    def flops(self) -> int:
+        return self.products * 2 * self.images * self.length**2 * self.width
+
+    @property
+    def name(self) -> str:
+        return f"InfoNCE {self.part}, B={self.images}, L={self.length}, C={self.width}, {self.dtype}"
+
+    def describe(self) -> dict[str, Any]:
+        """What the report knows the case by, besides what all cases have."""
+        return {"images": self.images, "length": self.length, "width": self.width}
+
+
+class InfoNceInputs(NamedTuple):
+    query: Tensor  # (B, L, C)
+    key: Tensor  # (B, L, C), leaf
+    weight: Tensor  # (B, L) fp32
+    grad_loss: Tensor  # (B, L) fp32
+
+
+class InfoNceTruth(NamedTuple):
+    """What fp64 says, with the weights and without: the losses, and the key's gradient where the part has one."""
+
+    weighted: tuple[Tensor, ...]
+    vanilla: tuple[Tensor, ...]
+
+
+def make_inputs(case: InfoNceCase, device: str) -> InfoNceInputs:
+    """Features after a ReLU, of a few latent factors, and a reconstruction that resembles them; most weights are 0.
+
+    Such keys have many near neighbours: softmaxes are neither flat nor one-sided, and the negatives' part of the
+    gradient is as large as the positive's. Of independent normal features it would vanish in the gate's tolerance.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (case.images, case.length)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device)
+
+    mixing, original = normal(LATENT, case.width), normal(*shape, LATENT)
+    features = (original @ mixing, (original + 0.5 * normal(*shape, LATENT)) @ mixing)
+    query, key = (F.normalize(feature.relu(), dim=2).to(getattr(torch, case.dtype)) for feature in features)
+    stochastic = torch.rand(shape, generator=generator, device=device) < MASK_RATIO
+    weight = stochastic * torch.rand(shape, generator=generator, device=device)
+    return InfoNceInputs(
+        query=query,
+        key=key.requires_grad_(),
+        weight=weight / weight.sum(1, keepdim=True),
+        grad_loss=0.5 + torch.rand(shape, generator=generator, device=device),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- competitors
+
+
+def results_of(case: InfoNceCase, inputs: InfoNceInputs, loss: Tensor) -> tuple[Tensor, ...]:
+    if case.part != "forward+backward":
+        return (loss.detach(),)
+    return loss.detach(), *torch.autograd.grad(loss, inputs.key, inputs.grad_loss.to(loss.dtype))
+
+
+def run_ours(case: InfoNceCase, inputs: InfoNceInputs, weight: Tensor | None, impl: Any = "auto") -> tuple[Tensor, ...]:
+    return results_of(case, inputs, weighted_info_nce(inputs.query, inputs.key, weight, tau=TAU, impl=impl))
+
+
+_compiled: list[Callable[..., Tensor]] = []
+
+
+def make_plain(case: InfoNceCase, inputs: InfoNceInputs, compiles: bool) -> TensorRun:
+    """The plain expression. Weights in the type of the features keep its L x L matrices in that type: its cheapest."""
+    function: Callable[..., Tensor] = weighted_info_nce_reference
+    if compiles:
+        if not _compiled:  # forward and backward of a size come out of one compilation
+            _compiled.append(peers.compiled(function))
+        function = _compiled[0]
+    weight = inputs.weight.to(inputs.query.dtype)
+    return lambda: results_of(case, inputs, function(inputs.query, inputs.key, weight, tau=TAU))
+
+
+def make_inf_cl(case: InfoNceCase, inputs: InfoNceInputs) -> TensorRun:
+    losses = peers.inf_cl(inputs.query, inputs.key, TAU)
+    return lambda: results_of(case, inputs, losses())
+
+
+def make_matmul(inputs: InfoNceInputs) -> TensorRun:
+    """The floor: the similarities of every image, written to memory."""
+    query, key = inputs.query, inputs.key.detach().mT
+    return lambda: (torch.bmm(query, key),)
+
+
+def competitors(case: InfoNceCase, inputs: InfoNceInputs) -> dict[str, Callable[[], TensorRun]]:
+    """Who takes part in a case; "vanilla" is ours without weights, on the schedule that users get, for inf-cl."""
+    ours = partial(run_ours, case, inputs, inputs.weight)
+    return {
+        **{how: partial(gpu_cases.on_schedule, how, inputs.query.device, ours) for how in SCHEDULES},
+        "vanilla": lambda: partial(run_ours, case, inputs, None),
+        "eager": partial(make_plain, case, inputs, False),
+        "compiled": partial(make_plain, case, inputs, True),
+        "inf-cl": partial(make_inf_cl, case, inputs),
+        "matmul": partial(make_matmul, inputs),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- gate
+
+
+def truth_of(case: InfoNceCase, inputs: InfoNceInputs) -> InfoNceTruth:
+    """The eager twin on fp64 copies of the inputs. It goes through tiles of rows: L = 65536 fits."""
+    double = inputs._replace(query=inputs.query.double(), key=inputs.key.detach().double().requires_grad_())
+    weighted, vanilla = (run_ours(case, double, weight, "eager") for weight in (inputs.weight, None))
+    return InfoNceTruth(weighted, vanilla)
+
+
+def check(dtype: torch.dtype, truth: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+    """Raise :class:`gpu_cases.WrongResultError` unless every loss, and the gradient of every key, is right."""
+    error = loss_error(truth, results)
+    require("loss", error <= LOSS_TOLERANCE, f"is off by {error:.2g}, {LOSS_TOLERANCE} is allowed")
+    for gradient, expected in zip(results[1:], truth[1:], strict=True):
+        error = float(((gradient.double() - expected).norm(dim=2) / expected.norm(dim=2)).max())
+        tolerance = GRADIENT_TOLERANCE[dtype]
+        require("dkey", error <= tolerance, f"is off by {error:.2g} of a row's norm, {tolerance} is allowed")
+
+
+def loss_error(truth: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> float:
+    return float((results[0].double() - truth[0]).abs().max())
+
+
+def examine(
+    case: InfoNceCase, inputs: InfoNceInputs, truth: InfoNceTruth, name: str, run: TensorRun
+) -> dict[str, float]:
+    """How far a run's losses are off; raises where ours is wrong. Others round as they like."""
+    results = run()
+    if name == "matmul":
+        return {}
+    expected = truth.vanilla if name in ("vanilla", "inf-cl") else truth.weighted
+    if name in (*SCHEDULES, "vanilla"):
+        check(inputs.query.dtype, expected, results)
+    return {"loss_error": loss_error(expected, results)}
