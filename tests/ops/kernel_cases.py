@@ -1,7 +1,7 @@
 """How the tests of the Triton kernels run: on a GPU as they are, elsewhere in Triton's interpreter.
 
-The interpreter must be chosen before Triton is imported, which other tests of a process may have done: so a file of such
-tests runs once more, in a process of its own. Inputs and expectations are the CPU's in both.
+The interpreter must be chosen before Triton is imported, which other tests of a process may have done: so a file of
+such tests runs once more, in a process of its own. Inputs and expectations are the CPU's in both.
 """
 
 import contextlib
@@ -17,20 +17,16 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in the interpreter's process")
 without_interpreter = pytest.mark.skipif(INTERPRETED, reason="not in the interpreter's process")
 if_kernels_are_elsewhere = pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="kernels run in this process")
 
 
-def _schedules() -> tuple[str, ...]:
-    """Those that the device can run."""
-    fused = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
-    return ("fused", "chunked") if fused else ("chunked",)
-
-
-SCHEDULES = _schedules()
+# Before sm_80 there are neither tensor cores that Triton can use nor bfloat16.
+_OLD = DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 0)
+SCHEDULES = ("chunked",) if _OLD else ("fused", "chunked")
+FLOATS = (torch.float32, torch.float16) if _OLD else (torch.float32, torch.float16, torch.bfloat16)
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 

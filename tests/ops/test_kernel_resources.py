@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import in_a_new_process, without_interpreter
 
@@ -40,7 +40,7 @@ def test_the_schedule_follows_from_the_architecture(architecture, on, monkeypatc
     if fused:
         assert schedules.schedule(CPU) == "fused"
     else:
-        with pytest.raises(ValueError, match="REGVQ_SCHEDULE=fused needs .* sm_80 or newer"):
+        with pytest.raises(ValueError, match=r"REGVQ_SCHEDULE=fused needs .* sm_80 or newer"):
             schedules.schedule(CPU)
 
 
@@ -64,7 +64,7 @@ def test_there_is_a_tile_for_everything(architecture, on):
                 assert tile.options()["enable_fp_fusion"] is True
                 assert schedules.chunk_rows(1024) % tile.BM == 0
                 if how == "fused":
-                    assert tile.BK < 2 * max(16, width)  # no more zeros than channels
+                    assert max(16, width) > tile.BK // 2  # no more zeros than channels
 
 
 @pytest.mark.parametrize("num_codes", [1, 1000, 1024, 16384, 65536, 1_000_000])
@@ -75,6 +75,7 @@ def test_chunks_are_whole_tiles_of_a_bounded_number_of_scores(num_codes):
     assert (rows + 128) * num_codes > schedules.CHUNK_SCORES
 
 
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     num_rows=st.integers(1, 100_000),
     num_codes=st.integers(1, 100_000),
@@ -152,12 +153,11 @@ def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores
 def pinned(architecture: int) -> set[tuple[int, str, str, str]]:
     """The table's tiles for an architecture, as rows of the report."""
     types = ("float16" if architecture == 70 else "bfloat16", "float32")
-    tiles = {kernel: [[tile]] * 2 for kernel, tile in schedules._CHUNKED.items()}
-    if architecture >= 80:
-        tiles = {kernel: [pair[0].values(), pair[1].values()] for kernel, pair in schedules._FUSED[architecture].items()}
+    chunked = {kernel: ({None: tile}, {None: tile}) for kernel, tile in schedules._CHUNKED.items()}
+    table = chunked if architecture == 70 else schedules._FUSED[architecture]
     return {
         (architecture, dtype, NAMES[kernel], f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.num_warps} s{tile.num_stages}")
-        for kernel, by_type in tiles.items()
-        for dtype, several in zip(types, by_type, strict=True)
-        for tile in several
+        for kernel, tiles_by_type in table.items()
+        for dtype, tiles in zip(types, tiles_by_type, strict=True)
+        for tile in tiles.values()
     }

@@ -42,7 +42,7 @@ def test_float64_has_no_kernel():
 
 @without_interpreter
 def test_cpu_tensors_need_the_interpreter():
-    with pytest.raises(ValueError, match="impl='triton' runs on CUDA tensors, got cpu.*TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match=r"impl='triton' runs on CUDA tensors, got cpu.*TRITON_INTERPRET=1"):
         segment_sum(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), 2, impl="triton")
 
 

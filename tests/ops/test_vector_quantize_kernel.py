@@ -162,6 +162,18 @@ def test_tau_and_row_offset_may_be_tensors(dtype):
 
 @needs_kernels
 @every_schedule
+def test_a_mask_of_no_row_is_no_mask(schedule):
+    inputs = make_inputs(mask="no mask", num_rows=40, num_codes=70, dtype=torch.float32)
+    masked = inputs | {"mask": torch.zeros(40, dtype=torch.bool), "seed": SEED}
+    expected = kernel_results(inputs, schedule)
+    results = kernel_results(masked, schedule, tau=0.1)
+    for name in OUTPUTS:
+        assert torch.equal(results[name], expected[name]), name
+    assert_same(results, expected, 1e-6)
+
+
+@needs_kernels
+@every_schedule
 def test_leading_dimensions_are_rows_in_order(schedule):
     inputs = make_inputs(num_rows=24, dtype=torch.float32)
     expected = kernel_results(inputs, schedule, groups=4)
