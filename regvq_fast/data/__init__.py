@@ -1,23 +1,35 @@
 """Data sets that map a global sample index to a sample, deterministically, and their batches."""
 
-from regvq_fast.data.folder import Crop, ImageFolder
-from regvq_fast.data.loading import build_dataset, default_workers, training_batches, validation_batches
+from regvq_fast.data.folder import ImageFolder
+from regvq_fast.data.loading import (
+    TimedBatches,
+    build_dataset,
+    default_workers,
+    training_batches,
+    validation_batches,
+)
+from regvq_fast.data.pictures import Crop, Field
 from regvq_fast.data.samples import Batch, Sample, Split
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
+from regvq_fast.data.shards import ImageShards, write_shards
 from regvq_fast.data.transforms import to_float, to_uint8
 
 __all__ = [
     "CLASSES",
     "Batch",
     "Crop",
+    "Field",
     "ImageFolder",
+    "ImageShards",
     "Sample",
     "ScenesDataset",
     "Split",
+    "TimedBatches",
     "build_dataset",
     "default_workers",
     "to_float",
     "to_uint8",
     "training_batches",
     "validation_batches",
+    "write_shards",
 ]

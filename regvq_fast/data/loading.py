@@ -3,16 +3,22 @@
 import itertools
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import time
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from regvq_fast.data.folder import Crop, ImageFolder
+from regvq_fast.data.finding import holds_shards
+from regvq_fast.data.folder import ImageFolder
+from regvq_fast.data.pictures import Crop, Field
 from regvq_fast.data.samples import Batch, Sample, Split
 from regvq_fast.data.scenes import ScenesDataset
+from regvq_fast.data.shards import ImageShards
+
+_PREFETCH = 4
+"""Batches that each worker keeps ready: a slow read or a few large photographs in a row don't stall the step."""
 
 
 def build_dataset(
@@ -24,21 +30,48 @@ def build_dataset(
     seed: int = 0,
     crop: Crop = "random-resized",
     flip: bool = True,
-) -> ScenesDataset | ImageFolder:
-    """The data set that ``--data`` names: a folder of images, or the embedded scenes where it is None.
+    fields: Collection[Field] = (),
+) -> ScenesDataset | ImageFolder | ImageShards:
+    """The data set that ``--data`` names: a folder of images, tar shards, or the embedded scenes where it is None.
 
-    ``length`` is the number of scenes or, for a folder, the most validation images to use. ``crop`` and ``flip``
-    concern training on a folder. Raises what the data set's constructor raises.
+    Shards are a tar file, a pattern of tar files in braces, or a folder with tar files and no image above them.
+    ``length`` is the number of scenes or, for images, the most validation images to use. ``crop`` and ``flip`` concern
+    training on images, and ``fields`` are what their samples hold besides (scenes always have caption and
+    segmentation). Raises what the data set's constructor raises.
     """
     if data is None:
         return ScenesDataset(split, image_size, length, seed)
-    return ImageFolder(Path(data), split, image_size, crop, flip, seed, limit=length)
+    dataset = ImageShards if holds_shards(data) else ImageFolder
+    return dataset(data, split, image_size, crop, flip, seed, length, fields)
 
 
-def default_workers() -> int:
-    """Worker processes to use: half of the cores, at most 8; none on 2 cores, which training itself needs."""
+def default_workers(processes: int = 1) -> int:
+    """Worker processes for each of ``processes`` that train on this machine.
+
+    Half of the cores shared between them, at most 8 and at least 1 each; none on 2 cores, which training itself needs.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cores <= 2 else min(cores // 2, 8)
+    return 0 if cores <= 2 else max(min(cores // 2 // processes, 8), 1)
+
+
+class TimedBatches(Iterator[Batch]):
+    """Batches, and how long the loop that takes them waited: what a faster loader could save."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._waited = 0.0
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self._waited += time.perf_counter() - start
+
+    def waited(self) -> float:
+        """Seconds spent waiting since the last call. Those of the first batch hold the start of the workers."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
 
 def training_batches(
@@ -49,13 +82,14 @@ def training_batches(
     stride: int | None = None,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> TimedBatches:
     """An endless iterator over batches of samples ``start``, ``start + 1``, ... in this order.
 
     Batch k holds samples ``start + k * stride`` and on, whatever the number of workers; ``stride`` is the batch size
     unless the batch is a rank's part of a larger one. To resume, start at the number of samples seen. The data set must
-    take any index >= 0 (a training split). Workers start at once and end with the iterator. Draws nothing from torch's
-    global generator.
+    take any index >= 0 (a training split). Workers start at once and end with the iterator; each keeps 4 batches ready.
+    ``pin_memory`` puts batches where a GPU copies them from without waiting. Draws nothing from torch's global
+    generator.
 
     Raises ValueError for a batch size below 1, or a negative start or number of workers.
     """
@@ -63,16 +97,18 @@ def training_batches(
         raise ValueError(f"start must be at least 0, got {start}")
     _check(batch_size, workers)
     sampler = _CountingBatches(batch_size, start, stride or batch_size)
-    return iter(_loader(dataset, workers, batch_sampler=sampler, pin_memory=pin_memory))
+    return TimedBatches(iter(_loader(dataset, workers, batch_sampler=sampler, pin_memory=pin_memory)))
 
 
-def validation_batches(dataset: Dataset[Sample], batch_size: int, workers: int = 0) -> DataLoader[Batch]:
+def validation_batches(
+    dataset: Dataset[Sample], batch_size: int, workers: int = 0, pin_memory: bool = False
+) -> DataLoader[Batch]:
     """All samples of a validation split in order; the last batch may be smaller. Can be iterated any number of times.
 
     Raises ValueError for a batch size below 1 or a negative number of workers.
     """
     _check(batch_size, workers)
-    return _loader(dataset, workers, batch_size=batch_size)
+    return _loader(dataset, workers, batch_size=batch_size, pin_memory=pin_memory)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -108,6 +144,7 @@ def _loader(dataset: Dataset[Sample], workers: int, **options: Any) -> DataLoade
         cast(Dataset[Batch], dataset),
         num_workers=workers,
         persistent_workers=workers > 0,
+        prefetch_factor=_PREFETCH if workers else None,
         collate_fn=collate,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # DataLoader seeds its workers from it; the default would be the global one

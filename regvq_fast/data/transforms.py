@@ -1,18 +1,34 @@
 """Between Pillow images, uint8 tensors and the [-1, 1] the networks see."""
 
-import math
 import random
+from math import ceil, exp, log, sqrt
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, JpegImagePlugin
 from torch import Tensor
 
 AREA_RANGE = (0.5, 1.0)
 """Area of a random-resized crop, as a share of the largest square that fits the image."""
 RATIO_RANGE = (0.9, 1.1)
 """Width over height of a random-resized crop before it is resized to a square."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright."""
+_SIDEWAYS = (5, 6, 7, 8)
+_RIGHT_TO_LEFT = (2, 3, 6, 7)
+"""Orientations whose turn brings the stored image's right or lower edge to the left ..."""
+_BOTTOM_TO_TOP = (3, 4, 7, 8)
+"""... or to the top."""
 
 
 class Box(NamedTuple):
@@ -39,21 +55,72 @@ def image_to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def open_rgb(path: str, shorter_side: int) -> Image.Image:
-    """Decode the image at ``path`` (its first frame) as 8-bit RGB, upright.
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image the way it is viewed, EXIF orientation applied. Decodes no JPEG."""
+    width, height = image.size
+    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def crop_rgb(image: Image.Image, box: Box, width: int, height: int, oversampling: float) -> Image.Image:
+    """Decode an opened image (its first frame) and resize ``box``, in pixels as viewed, to 8-bit RGB.
 
     - The EXIF orientation is applied.
     - Greyscale, palette, CMYK and bilevel images are converted; transparency is composited on white.
     - 16-bit samples keep their upper byte; float samples are read as 0..1, or as 0..255 where any exceeds 1.
-    - A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but with no side below ``shorter_side``: many times
-      faster on large photographs.
+    - A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box then still has ``oversampling`` times the pixels
+      asked for, in width and height: several times faster. The part of the picture is the same to a rounding error.
 
     Raises whatever Pillow raises for a file it cannot read.
     """
-    with Image.open(path) as image:
-        image.draft(image.mode, (shorter_side, shorter_side))
-        image.load()
-        return _as_rgb(ImageOps.exif_transpose(image))
+    size = upright_size(image)
+    reduction = max(min((box.right - box.left) / width, (box.bottom - box.top) / height) / oversampling, 1)
+    drafted = image.draft(None, (ceil(image.width / reduction), ceil(image.height / reduction)))
+    image.load()
+    orientation = _orientation(image)
+    # Where the picture lies in the decoded image: a side of 5 pixels comes out of a decoder at half its size as 3, of
+    # which the picture takes 2.5.
+    right, bottom = drafted[1][2:] if drafted else image.size
+    if orientation in _SIDEWAYS:
+        right, bottom = bottom, right
+    image = _as_rgb(image.transpose(_TURNS[orientation]) if orientation in _TURNS else image)
+    left = image.width - right if orientation in _RIGHT_TO_LEFT else 0.0
+    top = image.height - bottom if orientation in _BOTTOM_TO_TOP else 0.0
+    return resize_box(image, _moved(box, size, Box(left, top, left + right, top + bottom)), width, height)
+
+
+def crop_labels(image: Image.Image, box: Box, picture_size: tuple[int, int], width: int, height: int) -> Image.Image:
+    """The same ``box`` of a map of class ids, which belongs to a picture of ``picture_size``, by nearest neighbour.
+
+    The map may be larger or smaller than the picture, of the same shape. Its palette, if any, is ignored.
+
+    Raises:
+        ValueError: it has colours instead of class ids, ids above 255, or another shape than the picture.
+    """
+    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        raise ValueError(f"a segmentation map has one class id a pixel, this one is {image.mode}")
+    labels = np.asarray(image)
+    if labels.max() > 255 or labels.min() < 0:
+        raise ValueError(f"class ids of a segmentation map must be in 0..255, got {labels.min()}..{labels.max()}")
+    # Equal shapes up to the rounding of one side to whole pixels.
+    if abs(image.width * picture_size[1] - image.height * picture_size[0]) > max(picture_size):
+        raise ValueError(f"a segmentation map of {image.size} does not fit its picture of {picture_size}")
+    box = _moved(box, picture_size, Box(0, 0, *image.size))
+    return Image.fromarray(labels.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST, box=box)
+
+
+def _orientation(image: Image.Image) -> int:
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        image.load()  # a PNG may state it after its pixels; a TIFF's is applied by decoding
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return orientation if orientation in _TURNS else 1  # cameras write nonsense, too
+
+
+def _moved(box: Box, size: tuple[int, int], target: Box) -> Box:
+    """The part of ``target`` that ``box`` is of a picture of this size."""
+    x, y = (target.right - target.left) / size[0], (target.bottom - target.top) / size[1]
+    left, top = target.left + box.left * x, target.top + box.top * y
+    right, bottom = target.left + box.right * x, target.top + box.bottom * y
+    return Box(left, top, min(right, target.right), min(bottom, target.bottom))  # no rounding beyond the edge
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -67,7 +134,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_box(width: int, height: int) -> Box:
@@ -79,8 +146,8 @@ def center_box(width: int, height: int) -> Box:
 
 def random_box(width: int, height: int, rng: random.Random) -> Box:
     """A nearly square box: area uniform in AREA_RANGE, aspect log-uniform in RATIO_RANGE, any place equally likely."""
-    side = min(width, height) * math.sqrt(rng.uniform(*AREA_RANGE))
-    stretch = math.exp(rng.uniform(*map(math.log, RATIO_RANGE)) / 2)
+    side = min(width, height) * sqrt(rng.uniform(*AREA_RANGE))
+    stretch = exp(rng.uniform(*map(log, RATIO_RANGE)) / 2)
     box_width, box_height = min(side * stretch, width), min(side / stretch, height)
     left, top = rng.uniform(0, width - box_width), rng.uniform(0, height - box_height)
     return Box(left, top, min(left + box_width, width), min(top + box_height, height))
@@ -88,4 +155,4 @@ def random_box(width: int, height: int, rng: random.Random) -> Box:
 
 def resize_box(image: Image.Image, box: Box, width: int, height: int) -> Image.Image:
     """The part ``box`` of ``image``, resized to ``width`` x ``height`` with an antialiasing Lanczos filter."""
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=(box.left, box.top, box.right, box.bottom))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)

@@ -233,6 +233,27 @@ def test_missing_folder_file_and_empty_folder(tmp_path):
         ImageFolder(tmp_path / "empty")
 
 
+def test_captions_and_segmentation_lie_beside_the_images(tmp_path, caplog):
+    pixels = np.arange(64 * 128).reshape(64, 128) // 97 % 256
+    for split in ("train", "val"):
+        for k in range(4):
+            (tmp_path / split).mkdir(exist_ok=True)
+            Image.fromarray(np.stack([pixels.astype(np.uint8)] * 3, axis=-1)).save(tmp_path / split / f"{k}.x.png")
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / split / f"{k}.x.seg.png")
+            if k != 2:
+                (tmp_path / split / f"{k}.x.txt").write_text(f" photograph {k}, très belle \n", encoding="utf-8")
+    for split in ("train", "val"):
+        dataset = ImageFolder(tmp_path, split, 64, crop="center", fields=["caption", "segmentation"])
+        assert len(dataset) == 3
+        for k in range(3):  # central crops of 64 x 64 pixels are not resized: the map is the image
+            sample = dataset[k]
+            assert torch.equal(sample["segmentation"], sample["image"][0])
+        assert {dataset[k]["caption"] for k in range(3)} == {f"photograph {k}, très belle" for k in (0, 1, 3)}
+    assert caplog.messages == [f"left out 1 of 4 images in {tmp_path}: no caption and segmentation"] * 2
+    assert len(ImageFolder(tmp_path, "train", 64)) == 4
+    assert ImageFolder(tmp_path, "train", 64)[0].keys() == {"image"}
+
+
 def test_bad_arguments_name_the_value(folder):
     for arguments, message in (
         ({"split": "dev"}, "'dev'"),

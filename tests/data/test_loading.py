@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from regvq_fast.data import ImageFolder, ScenesDataset, build_dataset, training_batches, validation_batches
-from regvq_fast.data.loading import default_workers
+from regvq_fast.data.loading import TimedBatches, default_workers
 
 
 def take(iterator, count):
@@ -96,10 +97,46 @@ def test_build_dataset(tmp_path):
     assert len(build_dataset(tmp_path, split="train", image_size=8, length=2)) > 100
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 0), (3, 1), (8, 4), (64, 8)])
-def test_default_workers(monkeypatch, cores, workers):
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, 1, 0), (2, 1, 0), (3, 1, 1), (8, 1, 4), (64, 1, 8), (8, 2, 2), (8, 8, 1), (128, 8, 8), (2, 2, 0)],
+)
+def test_default_workers(monkeypatch, cores, processes, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-    assert default_workers() == workers
+    assert default_workers(processes) == workers
+
+
+def test_waiting_for_batches_is_timed_and_nothing_else_is(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def slow():
+        for k in range(3):
+            clock[0] += 0.5
+            yield k
+        clock[0] += 2
+        raise OSError("the disk is gone")
+
+    batches = TimedBatches(slow())
+    assert batches.waited() == 0
+    assert take(batches, 2) == [0, 1]
+    clock[0] += 30  # the step
+    assert batches.waited() == 1
+    assert batches.waited() == 0
+    assert next(batches) == 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert batches.waited() == 2.5
+
+
+def test_batches_of_a_data_set_are_timed_and_their_workers_end_with_them():
+    batches = training_batches(AboutTheProcess(), 1, workers=1)
+    worker = int(next(batches)["image"][0, 0])
+    assert batches.waited() > 0
+    os.kill(worker, 0)
+    del batches
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
 
 
 def test_bad_arguments_name_the_value():

@@ -5,7 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.data.transforms import center_box, image_to_tensor, open_rgb, random_box, resize_box, to_float, to_uint8
+from regvq_fast.data.transforms import (
+    Box,
+    center_box,
+    crop_labels,
+    crop_rgb,
+    image_to_tensor,
+    random_box,
+    resize_box,
+    to_float,
+    to_uint8,
+    upright_size,
+)
 
 
 def test_levels_survive_the_round_trip_and_span_minus_one_to_one():
@@ -28,9 +39,15 @@ def halves(top: tuple[int, ...] | int, bottom: tuple[int, ...] | int, mode: str)
     return image
 
 
+def whole(path) -> torch.Tensor:
+    with Image.open(path) as image:
+        width, height = upright_size(image)
+        return image_to_tensor(crop_rgb(image, Box(0, 0, width, height), width, height, 1))
+
+
 def saved(image: Image.Image, path, **options) -> torch.Tensor:
     image.save(path, **options)
-    return image_to_tensor(open_rgb(str(path), 8))
+    return whole(path)
 
 
 def test_greyscale_bilevel_and_palette(tmp_path):
@@ -86,14 +103,79 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert image_to_tensor(open_rgb(str(tmp_path / "moving.gif"), 8))[:, 0, 0].tolist() == [255, 0, 0]
+    assert whole(tmp_path / "moving.gif")[:, 0, 0].tolist() == [255, 0, 0]
 
 
-def test_large_jpegs_are_decoded_small_but_never_below_the_asked_size(tmp_path):
+def test_large_jpegs_are_decoded_small_but_with_enough_pixels_for_the_crop(tmp_path):
     Image.new("RGB", (1600, 800)).save(tmp_path / "large.jpg")
-    assert open_rgb(str(tmp_path / "large.jpg"), 100).size == (200, 100)
-    assert open_rgb(str(tmp_path / "large.jpg"), 101).size == (400, 200)
-    assert open_rgb(str(tmp_path / "large.jpg"), 900).size == (1600, 800)
+    for side, oversampling, expected in (
+        (400, 2, 800),
+        (400, 2.01, 1600),
+        (800, 2, 400),
+        (100, 1, 1600),
+        (50, 1, 1600),
+    ):
+        with Image.open(tmp_path / "large.jpg") as image:
+            assert crop_rgb(image, Box(30, 0, 30 + side, side), 100, 100, oversampling).size == (100, 100)
+            assert image.width == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decoding_small_does_not_move_the_crop(tmp_path, orientation):
+    """Sides that the reduction of 8 doesn't divide: the decoded image shows up to 7 pixels more than there are."""
+    pixels = np.zeros((157, 203, 3), dtype=np.uint8)
+    pixels[..., 0] = np.arange(203)
+    pixels[..., 1] = np.arange(157)[:, None]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "odd.jpg"
+    Image.fromarray(pixels).save(path, quality=100, subsampling=0, exif=exif)
+    for corner in (0.0, 0.5, 1.0):
+        crops = []
+        for oversampling in (1, 1000):
+            with Image.open(path) as image:
+                width, height = upright_size(image)
+                assert (width, height) == ((203, 157) if orientation < 5 else (157, 203))
+                left, top = corner * (width - 140), corner * (height - 130)
+                crops.append(
+                    image_to_tensor(crop_rgb(image, Box(left, top, left + 140, top + 130), 10, 10, oversampling))
+                )
+                assert max(image.size) == (26 if oversampling == 1 else 203)
+        # A step from one pixel of the crop to the next is 13 levels; the outermost ones are blurred.
+        assert (crops[0].int() - crops[1].int())[:2, 1:-1, 1:-1].abs().max() <= 1
+
+
+@pytest.mark.parametrize("value", [0, 9])
+def test_an_orientation_that_means_nothing_is_ignored(tmp_path, value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    assert saved(halves((255, 0, 0), (0, 0, 255), "RGB"), tmp_path / "odd.png", exif=exif).shape == (3, 16, 8)
+
+
+def test_labels_are_cut_like_their_picture_whatever_their_size():
+    labels = np.arange(64, dtype=np.uint8).reshape(4, 16).repeat(2, 0).repeat(2, 1)  # 8 x 32
+    expected = np.arange(64).reshape(4, 16)[:, 4:8]
+    for mode in ("L", "P", "I;16"):
+        image = Image.fromarray(labels.astype(np.uint16) if mode == "I;16" else labels)
+        if mode == "P":
+            image.putpalette(range(255, -1, -1))
+        assert image.mode == mode
+        for size in ((32, 8), (64, 16), (320, 80)):
+            box = Box(size[0] / 4, 0, size[0] / 2, size[1])
+            assert np.array_equal(np.asarray(crop_labels(image, box, size, 4, 4)), expected)
+    two = Image.new("1", (4, 4), 1)
+    assert np.asarray(crop_labels(two, Box(0, 0, 4, 4), (4, 4), 2, 2)).tolist() == [[1, 1], [1, 1]]
+
+
+def test_labels_that_are_none_are_refused():
+    box = Box(0, 0, 8, 8)
+    with pytest.raises(ValueError, match="one class id a pixel, this one is RGB"):
+        crop_labels(Image.new("RGB", (8, 8)), box, (8, 8), 4, 4)
+    with pytest.raises(ValueError, match=r"must be in 0..255, got 300..300"):
+        crop_labels(Image.fromarray(np.full((8, 8), 300, dtype=np.uint16)), box, (8, 8), 4, 4)
+    with pytest.raises(ValueError, match=r"of \(8, 16\) does not fit its picture of \(16, 8\)"):
+        crop_labels(Image.new("L", (8, 16)), box, (16, 8), 4, 4)
+    crop_labels(Image.new("L", (33, 50)), box, (100, 150), 4, 4)  # a third, rounded
 
 
 @pytest.mark.parametrize("size", [(40, 100), (100, 40), (64, 64), (1, 300)])

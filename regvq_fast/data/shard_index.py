@@ -1,0 +1,241 @@
+"""Where each sample lies in a tar file, read once from its headers and kept."""
+
+import hashlib
+import logging
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from regvq_fast.data.finding import CAPTION_SUFFIX, EXTENSIONS, SEGMENTATION_SUFFIX, name_hash
+from regvq_fast.files import atomic_path
+
+logger = logging.getLogger("regvq_fast")
+
+INDEX_NAME = ".regvq-index.npz"
+"""The index of all shards in a folder, kept there."""
+PLACE = np.dtype([("offset", np.int64), ("size", np.int64)])
+"""Bytes of a tar file; the offset is -1 where a sample has no such part."""
+ENTRY = np.dtype([("hash", np.uint32), ("image", PLACE), ("caption", PLACE), ("segmentation", PLACE)])
+"""A sample; the hash is of its image's name."""
+
+_VERSION = 1
+_THREADS = 8
+_MANY = 8
+"""So many shards to index are worth a progress bar."""
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class ShardIndex(NamedTuple):
+    """The samples of a tar file in its order."""
+
+    entries: NDArray[np.void]
+    """(count,) of type ENTRY."""
+    damage: str
+    """What is wrong with the rest of the file; empty where it is whole."""
+
+
+class _Record(NamedTuple):
+    stamp: tuple[int, int]  # size and modification time in ns: what must not have changed since
+    content: ShardIndex
+
+
+def load_indexes(shards: Sequence[Path]) -> list[ShardIndex]:
+    """The index of each shard: from the cache where size and modification time are as they were, else from its headers.
+
+    New ones are kept in the shards' folder, or in ``$XDG_CACHE_HOME/regvq_fast`` where that can't be written. Processes
+    that index the same shards at once do the same work, and each leaves a whole file. One warning for each shard that
+    is damaged or cut short; the samples before the damage count.
+
+    Raises:
+        ValueError: a shard is compressed. OSError: one can't be read.
+    """
+    found: dict[Path, ShardIndex] = {}
+    for folder in sorted({shard.parent for shard in shards}):
+        found |= _load_folder(folder, [shard for shard in shards if shard.parent == folder])
+    for shard in shards:
+        if found[shard].damage:
+            _warn_once(f"shard {shard} {found[shard].damage}: its {len(found[shard].entries)} whole samples are used")
+    return [found[shard] for shard in shards]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Training and validation may come out of the same shards."""
+    logger.warning(message)
+
+
+def _load_folder(folder: Path, shards: Sequence[Path]) -> dict[Path, ShardIndex]:
+    stamps = {shard.name: _stamp(shard) for shard in shards}
+    records: dict[str, _Record] = {}
+    for file in _cache_files(folder):
+        for name, record in _load_cache(file).items():
+            if name not in records or record.stamp == stamps.get(name):
+                records[name] = record
+    new = [shard for shard in shards if shard.name not in records or records[shard.name].stamp != stamps[shard.name]]
+    if new:
+        for shard, index in zip(new, _read_many(new, folder), strict=True):
+            records[shard.name] = _Record(stamps[shard.name], index)
+        _save_cache(folder, {name: record for name, record in records.items() if (folder / name).exists()})
+    return {shard: records[shard.name].content for shard in shards}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+# ----------------------------------------------------------------------------------------------------- reading headers
+
+
+def _read_many(shards: Sequence[Path], folder: Path) -> Iterable[ShardIndex]:
+    # Threads, since most of the time goes into waiting for a disk or the network.
+    with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
+        yield from track(
+            pool.map(read_index, shards),
+            total=len(shards),
+            description=f"indexing shards in {folder}",
+            console=Console(stderr=True),
+            transient=True,
+            disable=len(shards) < _MANY,
+        )
+
+
+def read_index(path: Path) -> ShardIndex:
+    """Index one tar file by its headers, seeking over what lies between them.
+
+    A sample is a member KEY.EXT, where EXT (after the first dot of the file name, as in webdataset) is that of an
+    image. KEY.txt and KEY.seg.png anywhere in the same tar file are its caption and segmentation.
+
+    Raises:
+        ValueError: the file is compressed. OSError: it can't be read.
+    """
+    images: list[tuple[str, str, int, int]] = []
+    companions: dict[str, dict[str, tuple[int, int]]] = {CAPTION_SUFFIX: {}, SEGMENTATION_SUFFIX: {}}
+    damage = ""
+    with path.open("rb") as file:
+        _refuse_compression(path, file.read(8))
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # a list of every member otherwise
+                    if member.offset_data + member.size > length:
+                        damage = f"ends in the middle of {member.name}"
+                        break
+                    name = member.name.removeprefix("./")
+                    head, _, base = name.rpartition("/")
+                    key, dot, rest = base.partition(".")
+                    if not key or not member.isreg():
+                        continue
+                    key, suffix = f"{head}/{key}", dot + rest.lower()
+                    if suffix in companions:
+                        companions[suffix][key] = (member.offset_data, member.size)
+                    elif suffix in EXTENSIONS:
+                        images.append((key, name, member.offset_data, member.size))
+                else:
+                    damage = _missing_end(file, archive.offset)
+        except (tarfile.TarError, ValueError) as error:
+            damage = f"is no whole tar file ({error})"
+    nowhere = (-1, 0)
+    rows = [
+        (
+            name_hash(name),
+            (offset, size),
+            companions[CAPTION_SUFFIX].get(key, nowhere),
+            companions[SEGMENTATION_SUFFIX].get(key, nowhere),
+        )
+        for key, name, offset, size in images
+    ]
+    return ShardIndex(np.array(rows, dtype=ENTRY), damage)
+
+
+def _refuse_compression(path: Path, start: bytes) -> None:
+    for magic, name in _COMPRESSIONS.items():
+        if start.startswith(magic):
+            raise ValueError(
+                f"{path} is compressed with {name}, so that no sample can be read without all before it; "
+                "unpack it to a plain .tar (images are compressed already)"
+            )
+
+
+def _missing_end(file: BinaryIO, offset: int) -> str:
+    """What is wrong with the end of an archive whose last member ends at ``offset``; a whole one has a block of 0s."""
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    if block == bytes(_BLOCK):
+        return ""
+    return "is cut short" if len(block) < _BLOCK else f"is damaged from byte {offset} on"
+
+
+def member_name(path: Path, offset: int) -> str:
+    """The name of the member whose data begin at ``offset``, or its first 100 bytes where the format keeps long ones
+    elsewhere. The index has no names: only messages need them.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(offset - _BLOCK, 0))
+            return tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape").name
+    except (OSError, tarfile.TarError):  # gone since, or changed
+        return f"byte {offset}"
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def _cache_files(folder: Path) -> list[Path]:
+    """Where the index of a folder's shards may lie, best first."""
+    files = [folder / INDEX_NAME]
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # nobody's home
+        return files
+    digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    return [*files, home / "regvq_fast" / "shards" / f"{digest}.npz"]
+
+
+def _load_cache(file: Path) -> dict[str, _Record]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if int(arrays["version"]) != _VERSION:
+                return {}
+            parts = np.split(arrays["entries"], np.cumsum(arrays["counts"])[:-1])
+            names, damages, stamps = (arrays[name].tolist() for name in ("names", "damages", "stamps"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing, or not what was written
+        return {}
+    return {
+        name: _Record((size, time), ShardIndex(entries, damage))
+        for name, (size, time), entries, damage in zip(names, stamps, parts, damages, strict=True)
+    }
+
+
+def _save_cache(folder: Path, records: Mapping[str, _Record]) -> None:
+    indexes = [record.content for record in records.values()]
+    error: OSError | None = None
+    for file in _cache_files(folder):
+        try:
+            with atomic_path(file) as temporary:
+                np.savez_compressed(
+                    temporary,
+                    version=_VERSION,
+                    names=np.array(list(records), dtype=np.str_),
+                    stamps=np.array([record.stamp for record in records.values()], dtype=np.int64),
+                    damages=np.array([index.damage for index in indexes], dtype=np.str_),
+                    counts=np.array([len(index.entries) for index in indexes], dtype=np.int64),
+                    entries=np.concatenate([index.entries for index in indexes]),
+                )
+            return
+        except OSError as failure:
+            error = failure
+    logger.warning("the index of the shards in %s can't be kept, and is made anew each time (%s)", folder, error)

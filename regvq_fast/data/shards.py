@@ -1,0 +1,237 @@
+"""Tar shards in webdataset's layout as a data set, and the writing of them."""
+
+import os
+import re
+import tarfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from io import BytesIO
+from itertools import chain
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regvq_fast.data.finding import EXTENSIONS, SHARD_SUFFIXES, SPLIT_NAMES, find_files
+from regvq_fast.data.pictures import Crop, Field, Part, PictureDataset
+from regvq_fast.data.samples import Split
+from regvq_fast.data.shard_index import ShardIndex, load_indexes, member_name
+from regvq_fast.files import atomic_path
+
+_MOST_SHARDS = 1_000_000
+
+
+class ImageShards(PictureDataset):
+    """The images in tar files, as square uint8 RGB pictures: :class:`ImageFolder` for millions of them.
+
+    Layout, as written by webdataset, img2dataset or plain ``tar``: KEY.jpg (png, webp, bmp, tif, tiff, gif), with
+    KEY.txt its caption and KEY.seg.png its class ids, where KEY is what comes before the first dot of the file name.
+    Other members are left alone, and so are those whose names begin with a dot.
+
+    Why not webdataset's own reader: it streams shards and shuffles within a buffer, so that which sample comes when
+    depends on the number of workers and ranks, and a run can't be resumed where it stopped. Here the headers are read
+    once (:mod:`~regvq_fast.data.shard_index`), every sample has an offset, and the data set is random access like a
+    folder: the order is an exact shuffle, a function of (seed, index) alone. The price is one read of a whole image
+    at a random place for each sample, instead of a sequential stream: nothing to a local disk or a parallel file
+    system, slow on a spinning disk, impossible on an object store. The tar files must not be compressed.
+
+    Memory is 16 bytes a sample, and 16 for each field, in arrays that forked workers share. Files are opened for each
+    read and closed again: a few microseconds beside the milliseconds of decoding, for which thousands of shards take no
+    file handles and nothing is shared between processes.
+
+    Splits: the shards' own where the last split's name in some of their paths below the folder, as a word, is "train"
+    and in others "val", "validation" or "test" (the first of these): train/0000.tar, imagenet-val-0000.tar. Otherwise
+    about 5 % of the images, by a hash of their names in the tar file: packing a folder, or packing it anew, moves
+    none from one split to the other.
+
+    Images that can't be read are skipped as in a folder, and so is what follows the damage in a damaged tar file.
+
+    Args:
+        source: a folder with tar files, searched recursively; one tar file; or a pattern with braces, in which ranges
+            and lists are expanded as in a shell: ``shards-{000000..000099}.tar``, ``{a,b}-{0..9}.tar``.
+        split, image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``.
+
+    The order is that of the shards' paths, sorted, and within a shard that of the file: shards of a folder's images in
+    sorted order give the samples that the folder gives.
+
+    Raises:
+        FileNotFoundError: no such folder, file or shards of a pattern; no images in them, or none with the fields.
+        ValueError: a pattern that can't be expanded, a compressed shard, and what ``ImageFolder`` raises.
+        OSError: a shard can't be read.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        split: Split = "train",
+        image_size: int = 256,
+        crop: Crop = "random-resized",
+        flip: bool = True,
+        seed: int = 0,
+        limit: int | None = None,
+        fields: Collection[Field] = (),
+    ) -> None:
+        super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
+        root, shards = _find_shards(self.source)
+        own = _own_shards(root, shards, split)
+        self.shards: Sequence[Path] = own or shards
+        entries, ends = self._complete_entries(load_indexes(self.shards))
+        chosen = self._choose(None if own else entries["hash"], len(entries))
+        self._ends = np.searchsorted(chosen, ends)  # where each shard's samples end in the split's list
+        parts: tuple[Part, ...] = ("image", *self.fields)
+        self._places: dict[Part, NDArray[np.void]] = {part: entries[part][chosen] for part in parts}
+        self._start(len(chosen))
+
+    def _complete_entries(self, indexes: Sequence[ShardIndex]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+        """The samples with all fields, and how many there are up to the end of each shard; at least one sample."""
+        entries = np.concatenate([index.entries for index in indexes])
+        ends = np.cumsum([len(index.entries) for index in indexes])
+        if not len(entries):
+            kinds = " ".join(sorted(extension.removeprefix(".") for extension in EXTENSIONS))
+            raise FileNotFoundError(
+                f"no images in the {len(self.shards)} tar files of {self.source}; a sample is KEY.EXT, with no dot in "
+                f"KEY and EXT one of {kinds}"
+            )
+        complete = self._complete([entries[field]["offset"] >= 0 for field in self.fields], len(entries))
+        return entries[complete], np.searchsorted(complete, ends)
+
+    def _read(self, position: int, part: Part) -> bytes:
+        offset, size = self._places[part][position].tolist()
+        with self._shard(position).open("rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) < size:
+            raise EOFError("the shard ends in the middle of it")
+        return data
+
+    def _name(self, position: int) -> str:
+        shard = self._shard(position)
+        return f"{member_name(shard, int(self._places['image'][position]['offset']))} of {shard}"
+
+    def _shard(self, position: int) -> Path:
+        return self.shards[int(np.searchsorted(self._ends, position, side="right"))]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern stands for, sorted: ``{08..10}`` is 08, 09, 10 and ``{a,b}`` is a, b, also nested.
+
+    Raises:
+        ValueError: braces that don't match, or that hold neither a range of whole numbers nor a list.
+    """
+    return sorted(set(_expand(pattern, pattern)))
+
+
+def _expand(text: str, pattern: str) -> list[str]:
+    braces = re.search(r"\{([^{}]*)\}", text)  # an innermost pair
+    if braces is None:
+        if "{" in text or "}" in text:
+            raise ValueError(f"cannot expand {pattern}: its braces don't match")
+        return [text]
+    inside = braces[1]
+    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = map(int, limits.groups())
+        if not 0 <= last - first < _MOST_SHARDS:
+            raise ValueError(f"cannot expand {pattern}: {{{inside}}} is no range of 1 to {_MOST_SHARDS} shards")
+        padded = any(len(limit) > 1 and limit.startswith("0") for limit in limits.groups())
+        width = max(map(len, limits.groups())) if padded else 0
+        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    elif "," in inside:
+        choices = inside.split(",")
+    else:
+        raise ValueError(f"cannot expand {pattern}: {{{inside}}} is neither a range like {{000..099}} nor a list")
+    before, after = text[: braces.start()], text[braces.end() :]
+    return list(chain.from_iterable(_expand(before + choice + after, pattern) for choice in choices))
+
+
+def _find_shards(source: str) -> tuple[Path, list[Path]]:
+    """The folder that holds all of them, and the shards, sorted; at least one."""
+    path = Path(source)
+    if path.is_dir():
+        shards = [Path(file) for file in find_files(path, SHARD_SUFFIXES)]
+        if not shards:
+            raise FileNotFoundError(f"no tar files in {source} or its subfolders")
+        return path, shards
+    if path.is_file():
+        return path.parent, [path]
+    if "{" not in source and "}" not in source:
+        raise FileNotFoundError(f"no such file or folder: {source}; give a folder of tar files, or a pattern")
+    shards = [Path(name) for name in expand_braces(source)]
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise FileNotFoundError(f"{len(missing)} of the {len(shards)} shards of {source} are missing: {names}")
+    return Path(re.split("[{}]", source)[0] + "x").parent, shards
+
+
+def _own_shards(root: Path, shards: Sequence[Path], split: Split) -> list[Path]:
+    """The shards of this split, if they come with splits; else none."""
+    names = {name for choices in SPLIT_NAMES.values() for name in choices}
+    by_name: dict[str, list[Path]] = {}
+    for shard in shards:
+        words = re.findall("[a-z]+", shard.relative_to(root).as_posix().lower())
+        own = [word for word in words if word in names]
+        if own:
+            by_name.setdefault(own[-1], []).append(shard)
+    found: dict[str, list[Path]] = {
+        name: next((by_name[choice] for choice in choices if choice in by_name), [])
+        for name, choices in SPLIT_NAMES.items()
+    }
+    return found[split] if all(found.values()) else []
+
+
+def write_shards(samples: Iterable[Mapping[str, str | bytes]], pattern: str, max_bytes: int = 10**9) -> list[Path]:
+    """Pack samples into tar files that this module and webdataset read; returns their paths.
+
+    Equal samples give equal bytes. Each file appears once it is whole.
+
+    Args:
+        samples: each with its ``__key__``, a path without extension that no other sample has, and its files by
+            extension: ``{"__key__": "cats/0", "jpg": b"...", "txt": "a cat", "seg.png": b"..."}``. Strings are
+            written as UTF-8.
+        pattern: path of the shards with a place for their number, as in "packed/train-%06d.tar".
+        max_bytes: a shard ends before the sample that would make it larger, but holds one at least.
+
+    Raises:
+        ValueError: a pattern without a place for a number; a key that is missing, repeated in its shard, or with a dot
+            in its file name, where the extension would begin.
+        FileExistsError: a shard of this name is there already.
+    """
+    try:
+        if pattern % 0 == pattern % 1:
+            raise TypeError
+    except (TypeError, ValueError):
+        raise ValueError(f"pattern must have one place for a number, like shards-%06d.tar; got {pattern!r}") from None
+    shards: list[Path] = []
+    remaining = iter(samples)
+    sample = next(remaining, None)
+    while sample is not None:
+        shard = Path(pattern % len(shards))
+        if shard.exists():
+            raise FileExistsError(f"{shard} exists; name other shards, or remove it")
+        keys: set[str] = set()
+        with atomic_path(shard) as temporary, tarfile.open(temporary, "w") as archive:
+            while sample is not None:
+                key, files = _encoded(sample)
+                size = sum(tarfile.BLOCKSIZE * (1 + ceil(len(data) / tarfile.BLOCKSIZE)) for data in files.values())
+                if keys and archive.offset + size > max_bytes:
+                    break
+                if key in keys:
+                    raise ValueError(f"key {key!r} is in {shard} already")
+                keys.add(key)
+                for extension, data in files.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(data)
+                    archive.addfile(member, BytesIO(data))
+                sample = next(remaining, None)
+        shards.append(shard)
+    return shards
+
+
+def _encoded(sample: Mapping[str, str | bytes]) -> tuple[str, dict[str, bytes]]:
+    key = sample.get("__key__", "")
+    name = key.rpartition("/")[2] if isinstance(key, str) else ""
+    if not isinstance(key, str) or not name or "." in name:
+        raise ValueError(f"a sample's __key__ must be a path without a dot in its file name, got {key!r}")
+    files = {name: data.encode() if isinstance(data, str) else data for name, data in sample.items()}
+    del files["__key__"]
+    return key, files
