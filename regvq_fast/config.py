@@ -1,11 +1,14 @@
 """Everything a tokenizer run can be told: one dataclass a concern, and the named presets.
 
-The command line is generated from these classes; a field's docstring is its help. Flags override the preset.
+The command line is generated from these classes; a field's docstring is its help. Flags override the preset, or the
+configuration of the run that is resumed.
 """
 
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 _MIN_IMAGE_SIZE = 16
 
@@ -18,7 +21,8 @@ class DataConfig:
     """Images."""
 
     data: Path | None = None
-    """Folder of images (searched recursively). Not given: the embedded scenes, composed of real photographs."""
+    """Folder of images or of tar shards (webdataset's layout), searched recursively; or shards, as in
+    'shards-{000000..000099}.tar'. Not given: the embedded scenes, composed of real photographs."""
     image_size: int = 64
     """Side of the square images, in pixels; a multiple of the down-sampling factor."""
     crop: Literal["random-resized", "center"] = "random-resized"
@@ -155,6 +159,8 @@ class RunConfig:
     """Named set of defaults."""
     out: Path | None = None
     """Run folder. Not given: runs/PRESET-QUANTIZER-DATE."""
+    resume: bool = False
+    """Continue the run in `out` from its newest checkpoint; its configuration is the default of all flags then."""
     seed: int = 0
     """Decides weights, data order, masks and noise."""
     device: str = "auto"
@@ -169,6 +175,14 @@ class RunConfig:
     """Steps between pictures of reconstructions."""
     eval_every: int = 0
     """Steps between evaluations; 0: at the end only."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: only at the end, and when a signal stops the run."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, beside the one that evaluated best."""
+    max_skipped: int = 20
+    """Steps in a row that may be skipped for a loss or gradient that is not finite; one more stops the run."""
+    collapse_threshold: float = 0.1
+    """Warn when a record window uses less than this share of the codes that uniform use would reach; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,7 @@ class TrainConfig:
 def _paper(preset: PresetName, epochs: int) -> TrainConfig:
     """The paper's setting (section 4.1) on taming's VQGAN: 256 px, 16 x 16 tokens, 1024 codes of 256 channels."""
     return TrainConfig(
-        run=RunConfig(preset=preset, image_every=1000, log_every=50),
+        run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         data=DataConfig(image_size=256, val_images=5000),
         quantizer=QuantizerConfig(num_codes=1024, code_dim=256),
         model=ModelConfig(
@@ -214,27 +228,77 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def parse_train_config(args: list[str], description: str) -> TrainConfig:
-    """The configuration that a command line asks for: its preset, overridden by its flags."""
+    """The configuration of a command line: that of its preset, or of the run it resumes, overridden by its flags.
+
+    Raises:
+        ValueError: ``--resume`` of a folder that holds no run.
+    """
     import tyro
 
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig],
-        default=PRESETS[_preset_of(args)],
-        args=args,
-        description=description,
+        tyro.conf.OmitArgPrefixes[TrainConfig], default=_default_of(args), args=args, description=description
     )
 
 
-def _preset_of(args: list[str]) -> str:
-    """The preset is needed before the other flags are parsed, since it is what they override."""
-    preset = "scenes"
-    for flag, value in zip(args, [*args, ""][1:], strict=True):
-        if flag == "--preset":
-            preset = value
-        elif flag.startswith("--preset="):
-            preset = flag.removeprefix("--preset=")
+def _default_of(args: list[str]) -> TrainConfig:
+    """What the flags override has to be known before they are parsed."""
+    out = _value_of("--out", args)
+    if "--resume" in args and out is not None:
+        saved = read_config(Path(out))
+        # A run saves its number of steps; new epochs are to decide it anew.
+        return override(saved, out=Path(out), steps=None if _value_of("--epochs", args) else saved.optimizer.steps)
     # An unknown name is reported by the parser, with the choices.
-    return preset if preset in get_args(PresetName) else "scenes"
+    return PRESETS.get(_value_of("--preset", args) or "scenes", PRESETS["scenes"])
+
+
+def _value_of(name: str, args: list[str]) -> str | None:
+    """The value of a flag, the last one where it stands several times."""
+    found = None
+    for flag, value in zip(args, [*args, ""][1:], strict=True):
+        if flag == name:
+            found = value
+        elif flag.startswith(f"{name}="):
+            found = flag.removeprefix(f"{name}=")
+    return found
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration in a run's folder.
+
+    Raises:
+        ValueError: there is none, or it is not one of a run.
+    """
+    path = folder / "config.json"
+    try:
+        return config_from_dict(json.loads(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"there is no run to resume in {folder}: it has no config.json") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the configuration of a run: {error}") from None
+
+
+def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that was saved as ``dataclasses.asdict`` in JSON; fields that are missing have their defaults.
+
+    Raises:
+        ValueError, TypeError: not such a configuration.
+    """
+    if not isinstance(values, Mapping) or not values.keys() & {section.name for section in fields(TrainConfig)}:
+        raise ValueError("it has none of its sections")
+    sections: dict[str, Any] = {}
+    for section in fields(TrainConfig):
+        kind = get_type_hints(TrainConfig)[section.name]
+        hints = get_type_hints(kind)
+        saved = dict(values[section.name]) if section.name in values else {}
+        if unknown := saved.keys() - hints.keys():
+            raise ValueError(f"no such field: {', '.join(sorted(unknown))}")
+        for name, value in saved.items():
+            if isinstance(value, list):
+                saved[name] = tuple(value)
+            elif value is not None and Path in get_args(hints[name]):
+                saved[name] = Path(value)
+        sections[section.name] = kind(**saved)
+    return replace(TrainConfig(**sections), run=replace(sections["run"], resume=False))
 
 
 def check_config(config: TrainConfig) -> None:
@@ -247,6 +311,7 @@ def check_config(config: TrainConfig) -> None:
         "--val-images": data.val_images,
         "--log-every": config.run.log_every,
         "--image-every": config.run.image_every,
+        "--keep-checkpoints": config.run.keep_checkpoints,
     }.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -259,6 +324,8 @@ def check_config(config: TrainConfig) -> None:
         "--warmup-steps": optimizer.warmup_steps,
         "--disc-start": loss.disc_start or 0,
         "--eval-every": config.run.eval_every,
+        "--checkpoint-every": config.run.checkpoint_every,
+        "--max-skipped": config.run.max_skipped,
         "--workers": data.workers or 0,
         "--weight-decay": optimizer.weight_decay,
         "--final-lr-fraction": optimizer.final_lr_fraction,
@@ -269,6 +336,8 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(f"--steps must be at least 1, got {optimizer.steps}")
     if not optimizer.lr > 0:
         raise ValueError(f"--lr must be greater than 0, got {optimizer.lr}")
+    if not 0 <= config.run.collapse_threshold <= 1:
+        raise ValueError(f"--collapse-threshold must be between 0 and 1, got {config.run.collapse_threshold}")
     if not 0 <= optimizer.ema < 1:
         raise ValueError(f"--ema must be in [0, 1), got {optimizer.ema}")
     if optimizer.batch_size % optimizer.accumulate:

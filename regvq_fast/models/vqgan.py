@@ -11,14 +11,17 @@ down-sampling factor f = 2 ** (len(ch_mult) - 1). Values of images lie in [-1, 1
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.models.layers import (
     MAX_GROUPS,
@@ -28,6 +31,13 @@ from regvq_fast.models.layers import (
     ResnetBlock,
     Upsample,
     group_norm,
+)
+from regvq_fast.models.pretrained import (
+    describe_quantizer,
+    pretrained_files,
+    read_pretrained,
+    restore_quantizer,
+    write_folder,
 )
 from regvq_fast.models.weights import check_state_dict
 
@@ -45,9 +55,16 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttnBlock(c_out) for _, c_out in pairs if attention)
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
+        self.checkpointing = False
+        """Keep the level's input alone for backward, and run the level once more there."""
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, widths[0], H, W) to (B, widths[-1], H', W'), H' being H halved, doubled or kept."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._blocks, h, use_reentrant=False)
+        return self._blocks(h)
+
+    def _blocks(self, h: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             h = block(h)
             if self.attn:
@@ -220,6 +237,7 @@ class VQGAN(nn.Module):
             "z_channels": z_channels,
             "dropout": dropout,
         }
+        self._arguments = {**shared, "in_channels": in_channels}
         self.encoder = Encoder(**shared, in_channels=in_channels)
         self.decoder = Decoder(**shared, out_channels=in_channels)
         self.quantize = quantizer
@@ -272,6 +290,15 @@ class VQGAN(nn.Module):
         # Detached: a compiled backward would carry a gradient of zeros for it otherwise, as large as the map.
         return VQGANOutput(self.decoder.conv_out(features), features.detach(), quantizer)
 
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Trade time for memory: each level of encoder and decoder runs a second time in backward, keeping its input.
+
+        Gradients stay what they are.
+        """
+        for module in self.modules():
+            if isinstance(module, Level):
+                module.checkpointing = enabled
+
     @torch.no_grad()
     def standardize_latents(self, images: Tensor) -> None:
         """Rescale `quant_conv` so that the latents of these images have mean 0 and variance 1 in every channel.
@@ -313,6 +340,48 @@ class VQGAN(nn.Module):
             raise TypeError(f"indices must be int64, got {indices.dtype}")
         with _evaluating(self):
             return self.decode(self.quantize.lookup(indices))
+
+    def architecture(self) -> dict[str, Any]:
+        """What the model was built with, as plain values: its arguments, and under "quantizer" those of the quantizer.
+
+        Raises:
+            ValueError: the quantizer is not one of this library's.
+        """
+        return {**self._arguments, "quantizer": describe_quantizer(self.quantize)}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the weights, and the architecture they need, to a folder that `from_pretrained` reads.
+
+        It appears complete or not at all; one of the same name that this wrote earlier is replaced.
+
+        Raises:
+            ValueError: `folder` is something else, or the quantizer is not one of this library's.
+            OSError: the folder can't be written.
+        """
+        write_folder(Path(folder), pretrained_files(self.architecture(), self.state_dict()))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> VQGAN:
+        """The model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run.
+
+        Of a run it is the final model, or that of the newest checkpoint where the run has not come to its end. Files
+        that have checksums are compared with them, and nothing is unpickled.
+
+        Returns:
+            The model on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such folder, or no weights in it.
+            ValueError: a file is truncated, damaged or foreign; the message names it.
+        """
+        arguments, weights = read_pretrained(Path(folder))
+        try:
+            model = cls(restore_quantizer(arguments.pop("quantizer", {})), **arguments)
+        except TypeError as error:
+            raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
+        check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, "this VQGAN")
+        model.load_state_dict(weights)
+        return model.eval()
 
     def load_taming_state_dict(self, state_dict: Mapping, strict: bool = True) -> None:
         """Load a taming-transformers `VQModel` checkpoint: its state dict, or a dict that has it as "state_dict".

@@ -3,10 +3,12 @@
 import math
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from regvq_fast.config import OptimizerConfig
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -30,8 +32,19 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
 
 
-def average_weights(module: nn.Module, decay: float) -> AveragedModel | None:
-    """Exponential moving average of parameters and buffers; None where ``decay`` is 0."""
+def average_weights(module: nn.Module, decay: float, skip: Tensor | None = None) -> AveragedModel | None:
+    """Exponential moving average of parameters and buffers; None where ``decay`` is 0.
+
+    ``skip``, 0-dim on the module's device, is read at each update: where it is 1 the average stays as it is.
+    """
     if decay == 0:
         return None
-    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @torch.no_grad()
+    def update(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
+        weight = 1 - decay if skip is None else (1 - decay) * (1 - skip)
+        change = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(averages, change)
+
+    return AveragedModel(module, multi_avg_fn=update, use_buffers=True)

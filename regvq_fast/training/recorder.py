@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
+import os
 import platform
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +21,7 @@ from rich.text import Text
 
 from regvq_fast.config import TrainConfig
 from regvq_fast.evaluation.pictures import atomic_path
+from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.version import __version__
 
 # Names in the progress line, in this order, with their formats; everything else is in the files.
@@ -25,7 +29,7 @@ _SHOWN = {"loss": ".3f", "l1": ".3f", "perceptual": ".3f", "kl": ".2f", "lambda"
 
 
 def new_run_folder(config: TrainConfig) -> Path:
-    """Where the run will write; nothing is created yet.
+    """Where a new run will write; nothing is created yet.
 
     Raises:
         ValueError: the folder named by ``--out`` is not empty: runs don't mix.
@@ -37,7 +41,9 @@ def new_run_folder(config: TrainConfig) -> Path:
         candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"-{k}" for k in range(2, 1000))))
         return next(path for path in candidates if not path.exists())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists and is not an empty folder; name a new one")
+        raise ValueError(
+            f"--out {out} exists and is not an empty folder; name a new one, or continue its run with --resume"
+        )
     return out
 
 
@@ -46,36 +52,96 @@ def _finite(values: Mapping[str, object]) -> dict[str, object]:
     return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
 
 
+def reason(error: OSError) -> str:
+    """What went wrong with a file, in words, without the number and a temporary name."""
+    return error.strerror or str(error)
+
+
+class _Lines:
+    """A file of lines that outlives a full disk: what can't be written waits for the next line.
+
+    Args:
+        path: made where it is missing.
+        keep: bytes of it to keep; the rest is cut off, and a last line that was not finished with it.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self._file = path.open("ab", buffering=0)
+        self.size = path.read_bytes()[:keep].rfind(b"\n") + 1
+        """Bytes of all lines so far, those that wait included."""
+        self._file.truncate(self.size)
+        self._waiting = b""
+
+    def write(self, line: str) -> None:
+        """Add a line; OSError where it has to wait."""
+        added = line.encode() + b"\n"
+        self._waiting += added
+        self.size += len(added)
+        self._flush()
+
+    def sync(self) -> None:
+        """Wait until the disk has all lines; OSError where it can't."""
+        self._flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+
 class Recorder:
     """Writes a run's numbers to ``folder``; a context manager.
 
+    A disk that is full doesn't end a run: numbers wait in memory until there is room, TensorBoard's are lost.
+
     Args:
-        config: saved as config.json with ``facts`` and versions; its ``out``, the run folder, is created here.
+        config: saved as config.json with ``facts``, ``architecture`` and versions; its ``out``, the run folder, is
+            created here.
         facts: what was found out at start: device, precision, weights of the feature network ...
+        architecture: what the model is built with; see ``VQGAN.architecture``.
+        start: where a resumed run continues: records that were made after it are removed.
     """
 
-    def __init__(self, config: TrainConfig, facts: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        facts: Mapping[str, str],
+        architecture: Mapping[str, Any],
+        start: Checkpoint | None = None,
+    ) -> None:
         if config.run.out is None or config.optimizer.steps is None:
             raise ValueError("the recorder takes a resolved configuration: run.out and optimizer.steps are needed")
         self.folder = folder = config.run.out
         self.steps = steps = config.optimizer.steps
         self.console = Console()
         folder.mkdir(parents=True, exist_ok=True)
-        self.save_json(
-            "config.json",
-            {
-                **dataclasses.asdict(config),
-                "facts": dict(facts),
-                "versions": {
-                    "regvq_fast": __version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+        self.description: dict[str, Any] = {
+            **dataclasses.asdict(config),
+            "facts": dict(facts),
+            "architecture": dict(architecture),
+            "versions": {
+                "regvq_fast": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
             },
-        )
+        }
+        """What config.json holds."""
+        self.save_json("config.json", self.description)
         for name, value in facts.items():
             self.console.print(Text.assemble((f"{name:>18}  ", "bold"), value))
-        self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._start = start.step if start else 0
+        if start is not None:
+            for note in start.notes:
+                self.warn(note)
+            if start.folder is not None:
+                line = Text.assemble((f"{'resuming':>18}  ", "bold"), f"from {start.folder}")
+                self.console.print(line, soft_wrap=True)
+        self._lines = _Lines(folder / "metrics.jsonl", keep=start.state.get("metrics_bytes", 0) if start else 0)
+        self._resuming = start is not None
+        self._failing: set[str] = set()
         self._tensorboard: Any = None
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -87,12 +153,15 @@ class Recorder:
             TextColumn("{task.description}", markup=False),
             console=self.console,
         )
-        self._task = self._progress.add_task("starting", total=steps)
+        self._task = self._progress.add_task("starting", total=steps, completed=self._start)
 
     def __enter__(self) -> Self:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._tensorboard = SummaryWriter(self.folder / "tensorboard")
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
+        # A resumed run hides what TensorBoard has of later steps.
+        purge = self._start + 1 if self._start else 0
+        self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=purge if self._resuming else None)
         if self.console.is_terminal:
             self._progress.start()
         return self
@@ -101,8 +170,11 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._tensorboard.close()
-        self._jsonl.close()
+        with self.surviving_a_full_disk("metrics.jsonl"):
+            self._lines.sync()
+        self._lines.close()
+        self._draw(lambda board: board.close())
+        threading.excepthook = self._excepthook
 
     def advance(self, step: int) -> None:
         """Move the bar to the number of steps done."""
@@ -114,15 +186,40 @@ class Recorder:
         if not self.console.is_terminal:
             self.console.print(text, highlight=False, markup=False)
 
-    def record(self, step: int, values: Mapping[str, float], prefix: str = "train") -> None:
+    def warn(self, text: str) -> None:
+        """One line that stands out and stays."""
+        self.console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+
+    @contextmanager
+    def surviving_a_full_disk(self, what: str) -> Iterator[None]:
+        """Turn an OSError of the block, which writes ``what``, into a warning: one until it succeeds again."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._failing:
+                self.warn(f"{what} could not be written ({reason(error)}); the run goes on")
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Size of metrics.jsonl with all records so far."""
+        return self._lines.size
+
+    def sync(self) -> None:
+        """Wait until the disk has all records so far; OSError where it can't."""
+        self._lines.sync()
+
+    def record(self, step: int, values: Mapping[str, float | str], prefix: str = "train") -> None:
         """Write numbers of a step to metrics.jsonl and TensorBoard; those of training also to the progress line."""
-        self._jsonl.write(json.dumps({"step": step, "split": prefix, **_finite(values)}, allow_nan=False) + "\n")
-        self._jsonl.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+        with self.surviving_a_full_disk("metrics.jsonl"):
+            self._lines.write(json.dumps({"step": step, "split": prefix, **_finite(values)}, allow_nan=False))
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        self._draw(lambda board: [board.add_scalar(f"{prefix}/{name}", value, step) for name, value in numbers.items()])
         if prefix == "train":
-            parts = [f"{name} {values[name]:{style}}" for name, style in _SHOWN.items() if name in values]
-            parts += [f"{values['images_per_second']:.1f} images/s", f"codes {values['utilization']:.0%}"]
+            parts = [f"{name} {numbers[name]:{style}}" for name, style in _SHOWN.items() if name in numbers]
+            parts += [f"{numbers['images_per_second']:.1f} images/s", f"codes {numbers['utilization']:.0%}"]
             line = " · ".join(parts)
             self.status(line if self.console.is_terminal else f"step {step}/{self.steps}  {line}")
 
@@ -137,7 +234,22 @@ class Recorder:
 
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self._tensorboard.add_image(path.stem.split("-")[0], pixels, step, dataformats="HWC")
+        self._draw(lambda board: board.add_image(path.stem.split("-")[0], pixels, step, dataformats="HWC"))
+
+    def _draw(self, draw: Callable[[Any], object]) -> None:
+        """Write to TensorBoard, until that fails once: its queue has no reader from then on, and would block."""
+        if self._tensorboard is None:
+            return
+        try:
+            draw(self._tensorboard)
+        except OSError as error:
+            self._tensorboard = None
+            self.warn(f"TensorBoard gets no more numbers ({reason(error)}); metrics.jsonl has them")
+
+    def _thread_failed(self, failure: Any) -> None:
+        """Keep quiet about TensorBoard's writer, which finds the disk full in a thread: its next call says so."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+            self._excepthook(failure)
 
     def save_json(self, name: str, value: Mapping[str, object]) -> None:
         """Write a JSON file into the run folder, whole or not at all."""

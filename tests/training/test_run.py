@@ -1,8 +1,6 @@
 """Whole runs of train/vq.py at a tiny size, in this process."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,37 +8,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import FAST, records, train, without_clock
 
 from regvq_fast.config import PRESETS, TrainConfig, override
 from regvq_fast.training.build import build_model
 from regvq_fast.training.vqgan import VQGANTask
 
-SCRIPT = Path(__file__).parents[2] / "train" / "vq.py"
-TINY = (
-    "--steps 4 --batch-size 4 --image-size 32 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 8 --num-codes 16 "
-    "--val-images 6 --log-every 2 --image-every 2 --device cpu --disc-filters 4 --warmup-steps 2"
-).split()
-FAST = ["--perceptual-weight", "0", "--contrastive", "none"]
 
-
-def train(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["vq.py", *TINY, *map(str, flags)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_clock(rows: list[dict]) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
-
-
-def test_a_run_leaves_everything_it_promises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train(monkeypatch, "--out", out, "--amp", "--disc-start", 2)
+    train("--out", out, "--amp", "--disc-start", 2)
     config = json.loads((out / "config.json").read_text())
     assert config["quantizer"]["num_codes"] == 16
+    assert config["architecture"]["quantizer"]["type"] == "RegularizedQuantizer"
     assert "random" in config["facts"]["perceptual"] or "ImageNet" in config["facts"]["perceptual"]
     rows = records(out)
     assert [(row["split"], row["step"]) for row in rows] == [("train", 1), ("train", 2), ("train", 4), ("val", 4)]
@@ -62,20 +42,18 @@ def test_a_run_leaves_everything_it_promises(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize("quantizer", ["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"])
-def test_every_quantizer_trains_with_discriminator_averages_and_accumulation(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quantizer: str
-) -> None:
+def test_every_quantizer_trains_with_discriminator_averages_and_accumulation(tmp_path: Path, quantizer: str) -> None:
     out = tmp_path / "run"
     flags = ["--quantizer", quantizer, "--disc-start", 2, "--ema", 0.5, "--accumulate", 2, "--eval-every", 2]
-    train(monkeypatch, "--out", out, *FAST, *flags)
+    train("--out", out, *FAST, *flags)
     losses = [row["l1"] for row in records(out) if row["split"] == "train"]
     assert losses[-1] < losses[0]
     assert json.loads((out / "summary.json").read_text())["quantizer"] == quantizer
 
 
-def test_a_seed_decides_a_run_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_seed_decides_a_run_to_the_last_bit(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(monkeypatch, "--out", tmp_path / name, *FAST, "--seed", seed)
+        train("--out", tmp_path / name, *FAST, "--seed", seed)
     a, b, c = (without_clock(records(tmp_path / name)) for name in "abc")
     assert a == b
     assert a != c
@@ -96,9 +74,7 @@ def test_parts_of_a_batch_make_the_same_step_as_the_whole() -> None:
     assert losses[0]["grad_norm"] == pytest.approx(losses[1]["grad_norm"], rel=1e-3)
 
 
-def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for split in ("train", "val"):
         (photos / split).mkdir(parents=True)
@@ -106,7 +82,7 @@ def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(
             pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(photos / split / f"{i}.png")
     (photos / "train" / "broken.png").write_bytes(b"not an image")
-    train(monkeypatch, "--data", photos, "--out", tmp_path / "run", *FAST, "--steps", 6)
+    train("--data", photos, "--out", tmp_path / "run", *FAST, "--steps", 6)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable images"] == 1
 
 
@@ -135,6 +111,10 @@ def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(
         (["--tau", "0"], "tau must be greater than 0, got 0.0"),
         (["--mask-ratio", "1.5"], "mask_ratio must be between 0 and 1, got 1.5"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--keep-checkpoints", "0"], "--keep-checkpoints must be at least 1, got 0"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every must not be negative, got -1"),
+        (["--max-skipped", "-1"], "--max-skipped must not be negative, got -1"),
+        (["--collapse-threshold", "1.5"], "--collapse-threshold must be between 0 and 1, got 1.5"),
         (["--batch-size", "6", "--accumulate", "4"], "--accumulate must divide --batch-size, got 4 and 6"),
         (["--lr", "-1"], "--lr must be greater than 0, got -1.0"),
         (["--perceptual-weights", "no/such.pth"], "no/such.pth"),
@@ -146,27 +126,25 @@ def test_bad_input_ends_in_one_sentence_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        train(monkeypatch, "--out", tmp_path / "run", *flags)
+        train("--out", tmp_path / "run", *flags)
     assert str(stop.value).startswith("error: ")
     assert message in str(stop.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_a_readable_image_is_found_out_before_anything_is_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_folder_without_a_readable_image_is_found_out_before_anything_is_written(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / "photos" / split).mkdir(parents=True)
         (tmp_path / "photos" / split / "a.png").write_bytes(b"not an image")
     with pytest.raises(SystemExit, match=r"error: .*photos"):
-        train(monkeypatch, "--data", tmp_path / "photos", "--out", tmp_path / "run", "--quantizer", "vq-gan")
+        train("--data", tmp_path / "photos", "--out", tmp_path / "run", "--quantizer", "vq-gan")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_a_run_folder_that_cannot_be_made_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"error: .*file"):
-        train(monkeypatch, "--out", tmp_path / "file" / "run", *FAST)
+        train("--out", tmp_path / "file" / "run", *FAST)
 
 
 def test_overflow_of_scaled_gradients_skips_the_step_and_lowers_the_scale() -> None:
@@ -188,21 +166,11 @@ def test_overflow_of_scaled_gradients_skips_the_step_and_lowers_the_scale() -> N
     assert not torch.equal(task.model.last_layer, before)
 
 
-def test_runs_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_runs_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="is not an empty folder"):
-        train(monkeypatch, "--out", tmp_path)
+    with pytest.raises(SystemExit, match="is not an empty folder; name a new one, or continue its run with --resume"):
+        train("--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_by_name() -> None:
-    config = override(
-        TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), perceptual_weight=0, contrastive="none", device="cpu"
-    )
-    task = VQGANTask(config)
-    task._add({"l1": torch.tensor(1.0), "perceptual": torch.tensor(float("nan"))})
-    with pytest.raises(FloatingPointError, match="perceptual became nan"):
-        task.record()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,0 +1,222 @@
+"""Folders of weights that explain themselves, written whole or not at all.
+
+    config.json         {"architecture": ...}: what the model and its quantizer are built with
+    model.safetensors   tensors by name
+    manifest.json       size and SHA-256 of every other file
+
+A checkpoint of a run is such a folder with the state of training beside it (`regvq_fast.training.checkpoint`). What is
+read is compared with the manifest before it is parsed, and nothing is ever unpickled.
+"""
+
+import errno
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from torch import Tensor
+
+from regvq_fast.version import __version__
+
+if TYPE_CHECKING:
+    from regvq_fast.quantizers import Quantizer
+
+CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+CHECKPOINTS = "checkpoints"  # folder in a run's folder
+
+_STEP_FOLDER = re.compile(r"step-(\d{7,})")
+
+
+def step_folders(run: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder by step, oldest first; none where there are none."""
+    folder = run / CHECKPOINTS
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
+    """Make a folder of these files and their manifest; it is on the disk, complete, when this returns.
+
+    They are written under a temporary name beside ``folder`` that takes its place at the end: whatever happens before,
+    a full disk or a kill, leaves no half of it. A folder of the same name is replaced.
+
+    Raises:
+        ValueError: ``folder`` is something else than a folder with a manifest.
+        OSError: it can't be written; nothing is left of it, and ``folder`` is as it was.
+    """
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} exists and is not a folder of weights: name another one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        temporary.mkdir()
+        manifest = {}
+        for name, content in files.items():
+            _write(temporary / name, content)
+            manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        _write(temporary / MANIFEST, to_json({"files": manifest}))
+        _sync(temporary)
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    finally:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_folder(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The contents of files in a folder that :func:`write_folder` made.
+
+    Raises:
+        ValueError: in one sentence, what is missing, truncated or not the file that was written.
+    """
+    manifest = folder / MANIFEST
+    try:
+        entries = json.loads(manifest.read_bytes())["files"]
+        expected = {name: (int(entries[name]["bytes"]), str(entries[name]["sha256"])) for name in names}
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or only a part of one") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{manifest} is damaged, or not the manifest of a checkpoint") from None
+    contents = {}
+    for name, (size, sha256) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        content = path.read_bytes()
+        if len(content) < size:
+            raise ValueError(f"{path} is truncated: {len(content):,} of {size:,} bytes are there")
+        if len(content) > size or hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{path} is not the file that was written: its SHA-256 is not the one in {MANIFEST}")
+        contents[name] = content
+    return contents
+
+
+def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Architecture and weights in a checkpoint's folder, or of a run: its final model, else its newest checkpoint.
+
+    Raises:
+        FileNotFoundError: no such folder, or neither weights nor checkpoints in it.
+        ValueError: a file is damaged or not what its name says.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    if not (folder / WEIGHTS).exists():
+        checkpoints = list(step_folders(folder).values())
+        if not checkpoints:
+            raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {CHECKPOINTS}/: it is no run or checkpoint")
+        folder = checkpoints[-1]
+    if (folder / MANIFEST).exists():
+        contents = read_folder(folder, (CONFIG, WEIGHTS))
+    else:  # a run's folder: its final weights have no manifest, but took their name when they were complete
+        contents = {name: _read(folder / name) for name in (CONFIG, WEIGHTS)}
+    try:
+        architecture = dict(json.loads(contents[CONFIG])["architecture"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / CONFIG} does not describe a model: it has no valid 'architecture'") from None
+    return architecture, weights_from_bytes(contents[WEIGHTS], folder / WEIGHTS)
+
+
+def pretrained_files(architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The files of a folder that :func:`read_pretrained` reads."""
+    config = {"architecture": architecture, "versions": {"regvq_fast": __version__}}
+    return {CONFIG: to_json(config), WEIGHTS: weights_to_bytes(weights)}
+
+
+def weights_to_bytes(weights: Mapping[str, Tensor]) -> bytes:
+    """Tensors by name as a safetensors file."""
+    return safetensors.torch.save({name: value.detach().contiguous() for name, value in weights.items()})
+
+
+def weights_from_bytes(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU; ``path`` is named where that is what it isn't (ValueError)."""
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:  # a damaged file can make the reader raise anything
+        raise ValueError(f"{path} is not a safetensors file, or damaged ({error})") from None
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """JSON for people: indented, ending in a new line; what JSON lacks (paths) as text."""
+    return (json.dumps(value, indent=2, default=str, allow_nan=False) + "\n").encode()
+
+
+def describe_quantizer(quantizer: "Quantizer") -> dict[str, Any]:
+    """What :func:`restore_quantizer` needs to build an equal one, without its weights, as plain values.
+
+    Raises:
+        ValueError: a class that is not one of this library's.
+    """
+    kind = type(quantizer).__name__
+    if _quantizers().get(kind) is not type(quantizer):
+        raise ValueError(f"only this library's quantizers can be described in {CONFIG}, not {type(quantizer)}")
+    names = inspect.signature(type(quantizer)).parameters
+    arguments = {name: getattr(quantizer, name) for name in names if name != "logit_std"}
+    if "logit_std" in names:  # it decides the initial codes, which the weights replace, and the scale
+        arguments["scale"] = quantizer.scale
+    return {"type": kind, **arguments}
+
+
+def restore_quantizer(description: Mapping[str, Any]) -> "Quantizer":
+    """The quantizer of :func:`describe_quantizer`, with fresh weights.
+
+    Raises:
+        ValueError: not such a description.
+    """
+    arguments = dict(description)
+    kind, scale = arguments.pop("type", None), arguments.pop("scale", None)
+    if kind not in _quantizers():
+        raise ValueError(f"quantizer {kind!r} is none of {', '.join(_quantizers())}")
+    try:
+        quantizer = _quantizers()[kind](**arguments)
+    except TypeError as error:
+        raise ValueError(f"the description of {kind} doesn't fit this version: {error}") from None
+    if scale is not None:
+        quantizer.scale = scale
+    return quantizer
+
+
+def _quantizers() -> dict[str, type["Quantizer"]]:
+    import regvq_fast.quantizers as library  # its losses import this package
+
+    classes = (library.EMAQuantizer, library.GumbelQuantizer, library.NearestQuantizer, library.RegularizedQuantizer)
+    return {cls.__name__: cls for cls in classes}
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    return path.read_bytes()
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the disk has the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that can't, which some network ones can't
+            raise
+    finally:
+        os.close(descriptor)

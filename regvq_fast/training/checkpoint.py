@@ -1,0 +1,236 @@
+"""Checkpoints of a run: written whole or not at all, checked when they are read, the newest and the best kept.
+
+    runs/NAME/checkpoints/step-0000400/
+        config.json         the run's configuration and the model's architecture
+        model.safetensors   the weights that are judged: the averaged ones where there are any
+        training.pt         all else that the next step depends on; tensors and plain values, read with weights_only
+        manifest.json       size and SHA-256 of each file
+    runs/NAME/checkpoints/best.json     which of them evaluated best
+
+`VQGAN.from_pretrained` takes such a folder without the rest of this module.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regvq_fast.config import TrainConfig, config_from_dict, read_config
+from regvq_fast.evaluation.pictures import atomic_path
+from regvq_fast.models.pretrained import (
+    CHECKPOINTS,
+    CONFIG,
+    WEIGHTS,
+    read_folder,
+    step_folders,
+    to_json,
+    weights_from_bytes,
+    weights_to_bytes,
+    write_folder,
+)
+
+TRAINING, BEST = "training.pt", "best.json"
+
+# Fields that a resumed run may change: none of them changes a training step ...
+_FREE = (
+    "out resume device compile workers data val_images perceptual_weights contrastive_weights steps epochs log_every "
+    "image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold"
+).split()
+# ... but these, which are what helps against numbers that are not finite: the run says so.
+_REMEDIES = ("amp", "lr", "clip_grad")
+
+_LOWER_IS_BETTER = {"perceptual": True, "psnr": False}  # what decides on the best checkpoint, the first one there is
+
+
+@dataclass
+class Checkpoint:
+    """Where a run continues."""
+
+    step: int
+    """Steps done."""
+    folder: Path | None = None
+    """The checkpoint; None where there is none yet, and the run starts from its beginning."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What to tell: checkpoints that were passed over, settings that changed."""
+
+
+def find_checkpoint(config: TrainConfig) -> Checkpoint:
+    """The newest checkpoint that is whole, of the run that ``--out`` and ``--resume`` name. Writes nothing.
+
+    Raises:
+        ValueError: there is no run, none of its checkpoints can be read, or the configuration is that of another run.
+    """
+    run = config.run.out
+    if run is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    started_with = read_config(run)
+    notes: list[str] = []
+    for step, folder in reversed(step_folders(run).items()):
+        try:
+            checkpoint, started_with = _read(step, folder)
+        except (ValueError, OSError) as error:
+            notes.append(f"{error}; {folder.name} is passed over")
+            continue
+        checkpoint.notes = notes + _compare(config, started_with, folder)
+        return checkpoint
+    if notes:
+        raise ValueError(f"none of the checkpoints in {run / CHECKPOINTS} can be read: {notes[0].split('; ')[0]}")
+    changes = _compare(config, started_with, run)
+    return Checkpoint(0, notes=[*changes, f"there is no checkpoint in {run} yet: the run starts from its beginning"])
+
+
+def _read(step: int, folder: Path) -> tuple[Checkpoint, TrainConfig]:
+    contents = read_folder(folder, (CONFIG, WEIGHTS, TRAINING))
+    try:
+        config = config_from_dict(json.loads(contents[CONFIG]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is not the configuration of a run: {error}") from None
+    try:
+        state = torch.load(io.BytesIO(contents[TRAINING]), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the reader raise anything, in many lines
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder / TRAINING} is not a state of training, or damaged ({reason})") from None
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise ValueError(f"{folder / TRAINING} is not the state of training after step {step}")
+    return Checkpoint(step, folder, weights_from_bytes(contents[WEIGHTS], folder / WEIGHTS), state), config
+
+
+def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]:
+    """What to tell of settings that may differ; ValueError names the first one that may not."""
+    told = []
+    for section in dataclasses.fields(TrainConfig):
+        now, then = getattr(config, section.name), getattr(saved, section.name)
+        for name in (item.name for item in dataclasses.fields(now)):
+            value, old = getattr(now, name), getattr(then, name)
+            if value == old or name in _FREE:
+                continue
+            flag = "--" + name.replace("_", "-")
+            if name not in _REMEDIES:
+                raise ValueError(
+                    f"{flag} is {value} here but {old} in {source}: resume with the same, or start a new run in "
+                    "another --out"
+                )
+            told.append(f"{flag} is {value} from here on; it was {old}")
+    return told
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of PyTorch's global generators, which dropout draws from; nothing else of a run draws from any."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Continue the generators; that of a GPU where the state was saved on one."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, keeping the ``keep`` newest and the best one.
+
+    Args:
+        run: the run's folder.
+        keep: see above; at least 1.
+        start: where the run begins. Checkpoints of later steps, which could not be read, are set aside under another
+            name, and what a kill left of one is removed.
+        writes: False on ranks that keep track but have nothing to write.
+    """
+
+    def __init__(self, run: Path, keep: int, start: Checkpoint | None = None, *, writes: bool = True) -> None:
+        self.run, self.keep, self.writes = run, keep, writes
+        self.newest = start.folder if start else None
+        """The newest whole checkpoint, None where there is none yet."""
+        begin = start.step if start else 0
+        if writes:
+            for leftover in (run / CHECKPOINTS).glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for step, path in step_folders(run).items():
+                if step > begin:
+                    aside = path.with_name(f"damaged-{path.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+        self._best = self._read_best(begin)
+
+    def has(self, step: int) -> bool:
+        """Whether the newest checkpoint is of this step."""
+        return self.newest == self._path(step)
+
+    def save(self, step: int, config: Mapping[str, Any], weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Write the checkpoint of a step, then remove those that are not to be kept.
+
+        Args:
+            step: steps done.
+            config: the run's configuration, and the model's "architecture".
+            weights: those that are judged.
+            state: all else; tensors and plain values, in dicts, lists and tuples.
+
+        Raises:
+            OSError: it could not be written; nothing is left of it, and all others are still there.
+        """
+        if self.writes:
+            buffer = io.BytesIO()
+            torch.save({**state, "step": step}, buffer)
+            files: dict[str, bytes | memoryview] = {TRAINING: buffer.getbuffer()}
+            files |= {CONFIG: to_json(config), WEIGHTS: weights_to_bytes(weights)}
+            write_folder(self._path(step), files)
+        self.newest = self._path(step)
+        self._remove_old()
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether these numbers of an evaluation are better than any before: perceptual distance, else PSNR."""
+        name = next(name for name in _LOWER_IS_BETTER if name in metrics)
+        if not math.isfinite(metrics[name]):
+            return False
+        if self._best.get("metric") != name:
+            return True
+        gain = metrics[name] - self._best["value"]
+        return gain < 0 if _LOWER_IS_BETTER[name] else gain > 0
+
+    def mark_best(self, metrics: Mapping[str, float]) -> None:
+        """Keep the newest checkpoint as the best one, until another is better."""
+        if self.newest is None:
+            return
+        name = next(name for name in _LOWER_IS_BETTER if name in metrics)
+        self._best = {"checkpoint": self.newest.name, "metric": name, "value": metrics[name]}
+        if self.writes:
+            with atomic_path(self.run / CHECKPOINTS / BEST) as temporary:
+                temporary.write_bytes(to_json(self._best))
+            self._remove_old()
+
+    def _path(self, step: int) -> Path:
+        return self.run / CHECKPOINTS / f"step-{step:07d}"
+
+    def _read_best(self, begin: int) -> dict[str, Any]:
+        """What was best up to where the run begins."""
+        try:
+            best = json.loads((self.run / CHECKPOINTS / BEST).read_bytes())
+            known = {path.name for step, path in step_folders(self.run).items() if step <= begin}
+            return {**best, "value": float(best["value"])} if best["checkpoint"] in known else {}
+        except (OSError, ValueError, KeyError, TypeError):  # it only spares the best checkpoint from removal
+            return {}
+
+    def _remove_old(self) -> None:
+        if not self.writes:
+            return
+        folders = list(step_folders(self.run).values())
+        for path in folders[: -self.keep]:
+            if path.name != self._best.get("checkpoint"):
+                hidden = path.with_name(f".{path.name}")  # a kill while it is removed leaves no half of it by its name
+                with suppress(OSError):
+                    path.rename(hidden)
+                shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,294 @@
+"""A run that is interrupted and resumed is the run that was not, to the last bit."""
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
+
+from regvq_fast.config import TrainConfig, override
+from regvq_fast.training.checkpoint import Checkpoint
+from regvq_fast.training.vqgan import VQGANTask
+
+STEPS = 12
+RUN = (
+    f"--steps {STEPS} --dropout 0.2 --ema 0.9 --disc-start 5 --accumulate 2 --eval-every 4 --log-every 3 "
+    "--final-lr-fraction 0.1 --checkpoint-every 2"
+).split()
+
+# A run that kills itself: {0} is where, {1} the command line.
+KILLED = """
+import os, runpy, signal, sys
+from regvq_fast.models import pretrained
+from regvq_fast.training.vqgan import VQGANTask
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{0}
+sys.argv = {1!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was not interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(*FAST, *RUN, "--out", out)
+    return out
+
+
+def in_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    """Do something in the middle of a step, once."""
+    original = VQGANTask._update
+
+    def update(task: VQGANTask, *arguments: Any) -> None:
+        if task._step == number:
+            monkeypatch.setattr(VQGANTask, "_update", original)
+            action()
+        original(task, *arguments)
+
+    monkeypatch.setattr(VQGANTask, "_update", update)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, done: int, *flags: object) -> None:
+    """Train until so many steps are done."""
+    in_step(monkeypatch, done - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(*FAST, *flags)
+
+
+@pytest.mark.parametrize("where", ["in a step", "in a checkpoint"])
+def test_a_run_survives_kill_9(whole: Path, tmp_path: Path, where: str) -> None:
+    out = tmp_path / "run"
+    step = random.randrange(1, STEPS)  # any step must do
+    print(f"killed {where}, {step}")
+    if where == "in a step":
+        patch = "update = VQGANTask._update\n"
+        patch += f"VQGANTask._update = lambda task, flag: die() if task._step == {step} else update(task, flag)"
+    else:  # its files are written, its name is not; each checkpoint waits twice for the disk
+        patch = f"calls = []\npretrained._sync = lambda _: die() if len(calls) == {step // 2 * 2} else calls.append(1)"
+    code = KILLED.format(patch, [str(SCRIPT), *TINY, *FAST, *RUN, "--out", str(out)])
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resume(out)
+    assert_same_run(whole, out)
+    assert not list(out.rglob(".*")), "temporary files are left"
+
+
+@pytest.mark.parametrize(("number", "quantizer"), [(signal.SIGTERM, "vq-vae"), (signal.SIGINT, "gumbel-vq")])
+def test_a_signal_ends_the_step_saves_a_checkpoint_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    quantizer: str,
+) -> None:
+    flags = [*FAST, *RUN, "--quantizer", quantizer]
+    train(*flags, "--out", tmp_path / "whole")
+    handler = signal.getsignal(number)
+    in_step(monkeypatch, 6, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        train(*flags, "--out", tmp_path / "broken", "--checkpoint-every", 0)
+    assert stop.value.code == 128 + number
+    assert signal.getsignal(number) is handler
+    assert checkpoints(tmp_path / "broken") == ["step-0000007"]
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"stopped by {number.name} after step 7 of {STEPS}; to continue from step-0000007: "
+        f"python train/vq.py --resume --out {tmp_path / 'broken'}"
+    )
+    resume(tmp_path / "broken", "--workers", 1)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_step(monkeypatch, 2, twice)
+    with pytest.raises(SystemExit) as stop:
+        train(*FAST, "--out", tmp_path / "run")
+    assert stop.value.code == 143
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_evaluation_that_a_signal_cuts_short_is_done_after_resuming(
+    monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    evaluate = VQGANTask.evaluate
+
+    def interrupted(task: VQGANTask, **arguments: Any) -> Any:
+        monkeypatch.setattr(VQGANTask, "evaluate", evaluate)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(task, **arguments)
+
+    monkeypatch.setattr(VQGANTask, "evaluate", interrupted)
+    with pytest.raises(SystemExit):
+        train(*FAST, *RUN, "--out", out)
+    assert [row["split"] for row in records(out)] == ["train"] * 2
+    resume(out)
+    assert_same_run(whole, out)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    stop_after(monkeypatch, 9, *RUN, "--out", out)
+    assert checkpoints(out) == ["step-0000008", "step-0000009"]
+    damaged = out / "checkpoints" / "step-0000009" / "training.pt"
+    size = damaged.stat().st_size
+    os.truncate(damaged, size // 2)
+    (out / "checkpoints" / "step-0000099").mkdir()
+    resume(out)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{damaged} is truncated: {size // 2:,} of {size:,} bytes are there; step-0000009 is passed over" in said
+    assert "has no manifest.json: it is not a checkpoint, or only a part of one; step-0000099 is passed over" in said
+    assert f"resuming from {out / 'checkpoints' / 'step-0000008'}" in said
+    assert {"damaged-step-0000009", "damaged-step-0000099"} <= set(checkpoints(out))
+    for name in ("damaged-step-0000009", "damaged-step-0000099"):
+        (out / "checkpoints" / name).rename(tmp_path / name)
+    assert_same_run(whole, out)
+
+
+def test_without_a_whole_checkpoint_nothing_is_touched(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(*FAST, "--out", out)
+    weights = out / "checkpoints" / "step-0000004" / "model.safetensors"
+    weights.write_bytes(bytes(reversed(weights.read_bytes())))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match=r"error: none of the checkpoints in .* can be read: .*SHA-256"):
+        resume(out)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-codes", "32", "--seed", "5"], "--seed is 5 here but 0 in"),
+        (["--num-codes", "32"], "--num-codes is 32 here but 16 in"),
+        (["--preset", "ade20k", "--data", "."], "--preset is ade20k here but scenes in"),
+        (["--batch-size", "8"], "--batch-size is 8 here but 4 in"),
+        (["--perceptual-weight", "1"], "--perceptual-weight is 1.0 here but 0.0 in"),
+    ],
+)
+def test_another_configuration_is_refused_by_its_first_field(
+    whole: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    before = (whole / "config.json").read_bytes()
+    with pytest.raises(SystemExit, match="step-0000012: resume with the same, or start a new run") as stop:
+        resume(whole, *flags)
+    assert message in str(stop.value)
+    assert before == (whole / "config.json").read_bytes()
+
+
+def test_a_finished_run_can_go_on_with_more_steps_and_a_lower_learning_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    train(*FAST, "--out", out, "--checkpoint-every", 0)
+    before = records(out)
+    resume(out)
+    assert without_clock(records(out)) == without_clock(before)
+    resume(out, "--steps", 6, "--lr", 1e-4, "--log-every", 1, "--amp")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: --lr is 0.0001 from here on; it was 0.001" in said
+    assert "warning: --amp is True from here on; it was False" in said
+    assert [(row["split"], row["step"]) for row in records(out)] == [
+        ("train", 1), ("train", 2), ("train", 4), ("train", 5), ("train", 6), ("val", 6)
+    ]  # fmt: skip
+    assert checkpoints(out) == ["step-0000004", "step-0000006"]
+    assert json.loads((out / "config.json").read_text())["optimizer"]["steps"] == 6
+
+
+def test_a_run_that_saved_nothing_starts_from_its_beginning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash() -> None:
+        raise RuntimeError("out of memory")
+
+    train(*FAST, "--out", tmp_path / "whole")
+    in_step(monkeypatch, 3, crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(*FAST, "--out", tmp_path / "broken")
+    assert len(records(tmp_path / "broken")) == 2
+    resume(tmp_path / "broken")
+    assert "there is no checkpoint in" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume"], "--resume needs --out, the folder of the run to continue"),
+        (["--resume", "--out", "nothing"], "there is no run to resume in nothing: it has no config.json"),
+        (["--resume", "--out", "foreign"], "foreign/config.json is not the configuration of a run"),
+        (["--resume", "--out", "file"], "there is no run to resume in file"),
+    ],
+)
+def test_resuming_what_is_no_run_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model": "another program\'s"}')
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        train(*flags)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "foreign"]
+
+
+def test_other_images_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def picture(path: Path, seed: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+
+    for k in range(4):
+        picture(tmp_path / "a" / "train" / f"{k}.png", k)
+        picture(tmp_path / "b" / "train" / f"{k}.png", 9 + k)
+    for folder in "ab":
+        picture(tmp_path / folder / "val" / "0.png", 8)
+    out = tmp_path / "run"
+    train(*FAST, "--out", out, "--data", tmp_path / "a")
+    resume(out, "--data", tmp_path / "b")
+    assert "warning: the first training images differ" in " ".join(capsys.readouterr().out.split())
+    picture(tmp_path / "b" / "train" / "5.png", 5)
+    with pytest.raises(SystemExit, match=r"this run has 5 training images, the checkpoint .* has 4"):
+        resume(out)
+
+
+def test_the_scale_of_the_losses_is_resumed(tmp_path: Path) -> None:
+    config = override(
+        TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
+        batch_size=4, perceptual_weight=0, contrastive="none", device="cpu",
+    )  # fmt: skip
+    task = VQGANTask(config)
+    task.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=3)
+    for step in range(4):
+        task.step(step)
+    saved = copy.deepcopy(task.state())
+    again = VQGANTask(config)
+    again.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3, growth_interval=3)
+    again.load(Checkpoint(4, tmp_path, copy.deepcopy(task.eval_model.state_dict()), saved))
+    assert again.scaler.state_dict() == task.scaler.state_dict()
+    assert task.scaler.get_scale() == 2.0**7
+    for step in range(4, 6):
+        task.step(step)
+        again.step(step)
+    assert again.scaler.get_scale() == task.scaler.get_scale() == 2.0**8
+    for name, value in task.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
