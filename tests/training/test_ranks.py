@@ -44,6 +44,5 @@ def test_parts_of_a_ranks_batch_add_up_before_the_ranks_do(tmp_path: Path) -> No
     assert_same(one, two)
 
 
-@pytest.mark.slow
 def test_two_compiled_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     assert_same(train(tmp_path / "one.pt", 1), train(tmp_path / "two.pt", 2, "--compile"))

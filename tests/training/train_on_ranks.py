@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc-per-node 2 train_on_ranks.py OUT ...
 """
 
 import argparse
+import functools
 
 import torch
 
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.compile:  # traced as one graph with its collectives; generating code for it would take minutes
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
     device = torch.device("cpu")
     with process_group(device):
         torch.manual_seed(0)
