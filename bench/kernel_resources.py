@@ -59,7 +59,7 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
     run, JITFunction.run = JITFunction.run, record
     capability, schedules.capability = schedules.capability, lambda device: architecture
     try:
-        types = (torch.float16, torch.float32) if architecture == 70 else (torch.bfloat16, torch.float32)
+        types = (torch.float16, torch.float32) + ((torch.bfloat16,) if architecture >= 80 else ())
         for dtype, width in itertools.product(types, widths):
             dtype_name = str(dtype).removeprefix("torch.")
             rows, codes = 256, 8192
@@ -73,9 +73,9 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
                         x, codebook, None, None, masked, seed, tau, zero, 1.0, 1, True
                     )
                 assign_codes.assign_codes_forward(x, codebook)
-            for masked, groups in itertools.product((mask, None), (1, 4)):
+            for masked, groups, weight in itertools.product((mask, None), (1, 4), (None, codebook)):
                 vector_quantize_backward.vector_quantize_backward(
-                    x, torch.zeros(groups, codes), x, codebook, None, None, masked, seed, indices, tau, zero, lse,
+                    x, torch.zeros(groups, codes), x, codebook, weight, None, masked, seed, indices, tau, zero, lse,
                     1.0, "hard", True, True,
                 )  # fmt: skip
             query = torch.zeros(1, 256, width, dtype=dtype)

@@ -55,6 +55,7 @@ class Tile:
 Tiles = dict[int | None, Tile]
 _STAYING: Tiles = {128: Tile(128, 64, 128, 8, 3), 256: Tile(128, 64, 256, 8, 2), None: Tile(128, 64, 64, 8, 3)}
 _STEPPING: Tiles = {None: Tile(64, 64, 64, 8, 2)}
+_NARROW: Tiles = {64: Tile(128, 32, 64, 8, 3)}
 _SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
 _SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
 _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
@@ -62,6 +63,7 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "vector_quantize": (_STAYING | {None: Tile(128, 64, 64, 8, 2)}, _SMALLER),
         "assign_codes": (_STAYING, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": ({256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
+        "probabilities_linear": ({256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
         "grad_scores": (_STAYING, _SMALLER),
         "weighted_info_nce": (_STAYING, _SMALLER),
         "weighted_info_nce_backward": (_STAYING, _SMALLER),
@@ -71,6 +73,7 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "vector_quantize": (_STEPPING, _SMALLER),
         "assign_codes": (_STEPPING, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": (_STEPPING, _SMALLER),
+        "probabilities_linear": (_STEPPING, _SMALLER),
         "grad_scores": (_STEPPING, _SMALLER),
         "weighted_info_nce": ({128: Tile(64, 64, 128, 8, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
         "weighted_info_nce_backward": (_STEPPING, _SMALLER),
@@ -79,6 +82,7 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "vector_quantize": (_STAYING, _SMALL),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
+        "probabilities_linear": ({256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALL),
         "grad_scores": (_STAYING, _SMALL),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
         "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
@@ -86,7 +90,8 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     100: {
         "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
-        "probabilities": (_STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
+        "probabilities": (_NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, _SMALL),
+        "probabilities_linear": (_NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, _SMALL),
         "grad_scores": ({256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 2)}),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, _SMALL),
         "weighted_info_nce_backward": (_STAYING, _SMALL),
@@ -97,6 +102,7 @@ _CHUNKED: dict[str, Tile] = {
     "vector_quantize": Tile(16, 128, 16, 4, 2),
     "assign_codes": Tile(16, 128, 16, 4, 2),
     "probabilities": Tile(32, 128, 16, 8, 1),
+    "probabilities_linear": Tile(32, 128, 16, 8, 1),
     "grad_scores": Tile(32, 128, 16, 8, 1),
     "weighted_info_nce": Tile(16, 128, 16, 4, 2),
     "weighted_info_nce_backward": Tile(16, 128, 16, 4, 2),

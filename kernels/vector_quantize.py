@@ -295,6 +295,8 @@ def vector_quantize_forward(
     """
     x, codebook = x.contiguous(), codebook.contiguous()
     keys = codebook if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    mask = None if mask is None else mask.contiguous()
     num_rows, num_codes = x.shape[0], codebook.shape[0]
     indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     best_indices, perturbation = torch.empty_like(indices), x.new_empty(num_rows, dtype=torch.float32)

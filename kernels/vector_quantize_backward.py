@@ -6,7 +6,7 @@ R rows in a group, f the factor of the product (2 scale or scale) and k the keys
 
     p[m,n]  = exp(u[m,n] - lse[m])
     dP[m,n] = dQ_m . z_n + dA[group(m), n] / R
-    r[m]    = sum_n p dP
+    r[m]    = sum_n p dP / sum_n p          (sum_n p is 1 but for the rounding of lse, which large scores make felt)
     dS[m,n] = p (dP - r) / t
     dx = f dS k,   dk = f dS^T x,   dcolumn = sum_m dS,   lookup = p^T dQ ("soft"; "hard": the sum by chosen code)
     distance:  dZ = lookup + dk - f diag(dcolumn) z        linear:  dZ = lookup,  dW = dk,  db = dcolumn
@@ -95,7 +95,7 @@ def _probabilities_kernel(
     row_offset_ptr,  # () int64, where NOISE
     tau_ptr,  # () floating point, where NOISE
     p_ptr,  # (rows of the chunk, N)
-    shares_ptr,  # (rows of the chunk, parts) fp32: shares of r
+    shares_ptr,  # (rows of the chunk, 2, parts) fp32: shares of sum p dP and of sum p
     first_row,
     end_row,
     num_codes,
@@ -125,6 +125,7 @@ def _probabilities_kernel(
         grad_quantized = load_rows(grad_quantized_ptr, rows, inside, 0, D, BK)
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
     share = tl.zeros([BM], tl.float32)
+    p_sum = tl.zeros([BM], tl.float32)
     first_code = tl.program_id(1) * part_codes
     for first in range(first_code, tl.minimum(first_code + part_codes, num_codes), BN):
         code = first + tl.arange(0, BN)
@@ -153,7 +154,10 @@ def _probabilities_kernel(
             products, grad_posterior_ptr, rows, inside, code, valid, num_codes, group_rows, POSTERIOR, ONE_GROUP
         )
         share += tl.sum(p * grad, axis=1)
-    tl.store(shares_ptr + (rows - first_row) * tl.num_programs(1) + tl.program_id(1), share, mask=inside)
+        p_sum += tl.sum(p, axis=1)
+    place = shares_ptr + (rows - first_row) * 2 * tl.num_programs(1) + tl.program_id(1)
+    tl.store(place, share, mask=inside)
+    tl.store(place + tl.num_programs(1), p_sum, mask=inside)
 
 
 @triton.jit
@@ -247,6 +251,8 @@ def vector_quantize_backward(
     """
     x, codebook, grad_quantized = x.contiguous(), codebook.contiguous(), grad_quantized.contiguous()
     keys = codebook if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    mask = None if mask is None else mask.contiguous()
     (num_rows, width), num_codes = x.shape, codebook.shape[0]
     how, dtype = schedules.schedule(x.device), x.dtype
     given, chunk = how == "chunked", schedules.chunk_rows(num_codes)
@@ -280,14 +286,15 @@ def vector_quantize_backward(
         """Fills p; returns r of the chunk's rows."""
         part = schedules.part_codes(end - start, num_codes, tile, MIN_PART_CODES, x.device)
         grid = (triton.cdiv(end - start, tile.BM), triton.cdiv(num_codes, part))
-        shares = x.new_empty(end - start, grid[1], dtype=torch.float32)
+        shares = x.new_empty(end - start, 2, grid[1], dtype=torch.float32)
         _probabilities_kernel[grid](
             x, keys, codebook, column, grad_quantized, grad_posterior, scores, products, lse,
             order, mask, seed, row_offset, tau, p, shares,
             start, end, num_codes, part, group_rows, factor * LOG2_E, p_scale,
             LINEAR=weight is not None, **flags, **tile.options(),
         )  # fmt: skip
-        return shares.squeeze(1) if grid[1] == 1 else shares.sum(1)
+        totals = shares.sum(2)
+        return totals[:, 0] / totals[:, 1]
 
     def make_grad_scores(
         start: int, end: int, products: torch.Tensor | None, row_sums: torch.Tensor, tile: schedules.Tile
@@ -314,7 +321,8 @@ def vector_quantize_backward(
             with without_tf32(x.device):
                 scores = product_fp32(x[start:end], keys.t())
                 products = product_fp32(grad_quantized[start:end], codebook.t())
-        row_sums = schedules.run("probabilities", *kind, partial(make_p, start, end, scores, products))
+        sweep = "probabilities" if weight is None else "probabilities_linear"  # of two tiles of codes
+        row_sums = schedules.run(sweep, *kind, partial(make_p, start, end, scores, products))
         column_sums = schedules.run("grad_scores", *kind, partial(make_grad_scores, start, end, products, row_sums))
         if grad_x is not None:
             if magnitude is None:
@@ -362,7 +370,8 @@ def _magnitude(
     """What f dS is divided by, () fp32, so that it fills fp16: |f dS| <= f max |dP| / t, and max |dP| from norms."""
 
     def largest_norm(matrix: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32).max()
+        norms = torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32)
+        return norms.max() if len(norms) else norms.new_zeros(())
 
     bound = largest_norm(grad_quantized) * largest_norm(codebook)
     if grad_posterior is not None:

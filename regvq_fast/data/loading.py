@@ -146,15 +146,17 @@ def _loader(dataset: Dataset[Sample], workers: int, **options: Any) -> DataLoade
         persistent_workers=workers > 0,
         prefetch_factor=_PREFETCH if workers else None,
         collate_fn=collate,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # DataLoader seeds its workers from it; the default would be the global one
         **options,
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the parent should speak, and end its workers.
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach every process of a job; only the parent should answer, and end its workers.
 
+    It may have to end one that is stuck by SIGTERM, and Python waits for that at exit: the second one is obeyed.
     DataLoader itself keeps each worker to one compute thread.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -254,6 +254,18 @@ def test_captions_and_segmentation_lie_beside_the_images(tmp_path, caplog):
     assert ImageFolder(tmp_path, "train", 64)[0].keys() == {"image"}
 
 
+def test_segmentation_is_cut_and_mirrored_with_its_image(gradients):
+    for k in range(2):
+        red = Image.open(gradients / f"{k}.png").getchannel(0)
+        red.resize((64, 32), Image.Resampling.NEAREST).save(gradients / f"{k}.seg.png")  # half the size will do
+    dataset = ImageFolder(gradients, "train", 32, seed=1, fields=["segmentation"])
+    samples = [dataset[k] for k in range(16)]
+    for sample in samples:
+        assert (sample["image"][0].int() - sample["segmentation"].int()).abs().max() <= 5  # 4 levels a pixel of the map
+    rising = [bool(sample["segmentation"][0, -1] > sample["segmentation"][0, 0]) for sample in samples]
+    assert 2 < sum(rising) < 14
+
+
 def test_bad_arguments_name_the_value(folder):
     for arguments, message in (
         ({"split": "dev"}, "'dev'"),

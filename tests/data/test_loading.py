@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import time
@@ -8,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from regvq_fast.data import ImageFolder, ScenesDataset, build_dataset, training_batches, validation_batches
-from regvq_fast.data.loading import TimedBatches, default_workers
+from regvq_fast.data.loading import TimedBatches, _leave_signals_to_the_parent, default_workers
 
 
 def take(iterator, count):
@@ -72,6 +73,27 @@ def test_workers_keep_to_one_thread_and_leave_interrupts_to_the_parent():
     assert pid != os.getpid()
     assert threads == 1
     assert ignores
+
+
+def wait_as_a_worker(ready) -> None:
+    _leave_signals_to_the_parent(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_worker_leaves_the_first_sigterm_to_its_parent_and_obeys_the_second():
+    """Not by a loader: PyTorch raises an error in the main thread, wherever it is, when a worker is killed."""
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    worker = fork.Process(target=wait_as_a_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    worker.terminate()
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_an_error_in_a_worker_reaches_the_caller(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from regvq_fast.data import shard_index, write_shards
 from regvq_fast.data.shard_index import INDEX_NAME, load_indexes, member_name, read_index
+from regvq_fast.files import atomic_path
 
 
 def pack(folder, samples=4, name="s", first=0) -> list[Path]:
@@ -99,18 +100,28 @@ def test_an_unusable_cache_is_replaced(tmp_path, reads, content):
 
 def test_a_folder_that_cannot_be_written_is_indexed_elsewhere(tmp_path, reads, monkeypatch, caplog):
     shards = pack(tmp_path / "data")
-    (tmp_path / "data" / INDEX_NAME).mkdir()  # stands for a read-only folder: root may write anywhere
+    load_indexes(shards)
+    os.utime(shards[0], ns=(0, 0))  # what lies in the folder is out of date
+    reads.clear()
+
+    def write_elsewhere_only(path):  # root may write anywhere
+        if path.parent == tmp_path / "data":
+            raise PermissionError(f"read-only: {path}")
+        return atomic_path(path)
+
+    monkeypatch.setattr(shard_index, "atomic_path", write_elsewhere_only)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     load_indexes(shards)
     load_indexes(shards)
-    assert len(reads) == 2
+    assert reads == ["s-0.tar"]
     assert len(list((tmp_path / "cache" / "regvq_fast" / "shards").glob("*.npz"))) == 1
     assert caplog.messages == []
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     load_indexes(shards)
-    assert len(reads) == 4
+    load_indexes(shards)
+    assert reads == ["s-0.tar"] * 3
     assert "can't be kept" in caplog.messages[0]
 
 

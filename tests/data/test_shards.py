@@ -249,8 +249,10 @@ def test_one_split_alone_is_divided_by_hash_whatever_the_packing(tmp_path):
     samples = [sample(k) for k in range(60)]
     write_shards(samples, f"{tmp_path}/a/train-%d.tar")
     write_shards(reversed(samples), f"{tmp_path}/b/train-%d.tar", 20000)
-    held_out = [sorted(levels(ImageShards(tmp_path / name, "val", 8))) for name in "ab"]
-    assert held_out[0] == held_out[1]
+    (tmp_path / "c").mkdir()
+    add(tmp_path / "c" / "train-0.tar", {f"./{one['__key__']}.png": one["png"] for one in samples})
+    held_out = [sorted(levels(ImageShards(tmp_path / name, "val", 8))) for name in "abc"]
+    assert held_out[0] == held_out[1] == held_out[2]
     training = sorted(levels(ImageShards(tmp_path / "a" / "train-0.tar", "train", 8)))
     assert sorted(training + held_out[0]) == list(range(60))
 

@@ -52,10 +52,19 @@ def test_float64_has_no_kernels():
 
 @needs_kernels
 @every_schedule
-@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    ("num_rows", "num_codes", "width"),
-    [(1, 1, 1), (15, 1031, 17), (257, 127, 15), (1031, 15, 1), (17, 257, 257), (128, 64, 128), (127, 17, 512)],
+    ("num_rows", "num_codes", "width", "dtype"),
+    [
+        (1, 1, 1, torch.float32),
+        (257, 127, 15, torch.float32),
+        (17, 257, 257, torch.float32),
+        (15, 1031, 17, torch.float16),
+        (1031, 15, 1, torch.float16),
+        (17, 257, 257, torch.float16),
+        (257, 127, 15, FLOATS[-1]),
+        (128, 64, 128, FLOATS[-1]),
+        (127, 17, 512, FLOATS[-1]),
+    ],
 )
 def test_the_nearest_code_wins(num_rows, num_codes, width, dtype, schedule):
     x, codebook = random_inputs(num_rows, num_codes, width, dtype)

@@ -50,7 +50,7 @@ class Case(NamedTuple):
 # Rows, codes and channels are 1, ragged, and a multiple of every tile; less than a tile and many of them.
 _CASES = (
     Case(1, 1, 1, "distance", "all"),
-    Case(1, 1031, 17, "linear", "no mask", 1, 10.0, 1.0, "hard", torch.bfloat16),
+    Case(1, 1031, 17, "linear", "no mask", 1, 10.0, dtype=torch.bfloat16),
     Case(15, 17, 127, "linear with bias", "random", 3, 10.0),
     Case(17, 15, 512, "distance", "no mask", 17, dtype=torch.float16),
     Case(127, 257, 17, "distance", "random", 1, 0.05, 0.3, "hard"),
