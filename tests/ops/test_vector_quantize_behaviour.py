@@ -6,8 +6,16 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
-from vq_cases import LEAVES, LOGITS, SEED, assert_same, copy_leaves, make_inputs, outputs_and_gradients
+from vq_cases import (
+    LEAVES,
+    LOGITS,
+    SEED,
+    assert_same,
+    copy_leaves,
+    make_inputs,
+    outputs_and_gradients,
+    plain_low_precision,
+)
 
 from regvq_fast.ops import _common, vector_quantize
 from regvq_fast.ops.noise import gumbel_noise
@@ -207,23 +215,15 @@ def test_strides_of_the_inputs_do_not_matter(logits, codebook_grad):
 # -------------------------------------------------------------------------------------------------------- precision
 
 
-def plain_low_precision(x: Tensor, codebook: Tensor, **arguments) -> object:
-    """The reference in the inputs' own type; cdist has no half types, so distances are spelt out as a product."""
-    if "weight" not in arguments:
-        arguments |= {"weight": 2 * codebook, "bias": -codebook.square().sum(1)}
-    return vector_quantize_reference(x, codebook, **arguments)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("codebook_grad", ["soft", "none"])
 @pytest.mark.parametrize("logits", LOGITS)
 def test_the_error_is_at_most_that_of_plain_pytorch_in_the_same_type(logits, codebook_grad, dtype):
     inputs = make_inputs(logits, num_rows=60, num_codes=33, width=8, dtype=dtype)
-    truth = outputs_and_gradients(
-        vector_quantize_reference, copy_leaves(inputs, torch.float64), codebook_grad=codebook_grad
-    )
-    ours = outputs_and_gradients(vector_quantize, inputs, codebook_grad=codebook_grad)
-    plain = outputs_and_gradients(plain_low_precision, inputs, codebook_grad=codebook_grad)
+    settings = {"codebook_grad": codebook_grad, "few_digits": False}
+    truth = outputs_and_gradients(vector_quantize_reference, copy_leaves(inputs, torch.float64), **settings)
+    ours = outputs_and_gradients(vector_quantize, inputs, **settings)
+    plain = outputs_and_gradients(plain_low_precision, inputs, **settings)
     assert ours["quantized"].dtype == dtype
     for name in (f"d {leaf}" for leaf in LEAVES if leaf in inputs):
         assert ours[name].dtype == dtype

@@ -54,13 +54,17 @@ def copy_leaves(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def upstream(num_rows: int, width: int, groups: int, num_codes: int, seed: int = 99) -> tuple[Tensor, Tensor]:
+def upstream(
+    num_rows: int, width: int, groups: int, num_codes: int, seed: int = 99, few_digits: bool = True
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``quantized`` and ``posterior``; the latter's scale makes both matter.
 
-    The former has few enough digits for every type: no input of backward is rounded.
+    With ``few_digits`` the former is exact in every type: no input of backward is rounded.
     """
     generator = torch.Generator().manual_seed(seed)
-    grad_quantized = torch.randn(num_rows, width, generator=generator, dtype=torch.float64).mul(32).round().div(32)
+    grad_quantized = torch.randn(num_rows, width, generator=generator, dtype=torch.float64)
+    if few_digits:
+        grad_quantized = grad_quantized.mul(32).round().div(32)
     grad_posterior = torch.randn(groups, num_codes, generator=generator, dtype=torch.float64) * num_rows / groups
     return grad_quantized, grad_posterior
 
@@ -70,13 +74,15 @@ def outputs_and_gradients(
     inputs: dict[str, Any],
     use: tuple[str, ...] = ("quantized", "posterior"),
     loss_scale: float = 1.0,
+    few_digits: bool = True,
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Named outputs of ``op`` and, as "d x" and so on, the gradients of its leaves (zero where there is none)."""
     output = op(**inputs, **settings)
     x, codebook = inputs["x"], inputs["codebook"]
     results = {name: getattr(output, name).detach() for name in output._fields}
-    grads = upstream(x.shape[:-1].numel(), x.shape[-1], settings.get("groups", 1), codebook.shape[0])
+    groups = settings.get("groups", 1)
+    grads = upstream(x.shape[:-1].numel(), x.shape[-1], groups, codebook.shape[0], few_digits=few_digits)
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     for name, grad in zip(("quantized", "posterior"), grads, strict=True):
         value = getattr(output, name)
