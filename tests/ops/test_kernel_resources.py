@@ -110,7 +110,7 @@ import kernel_resources
 def thinned(architecture, widths, record_calls=kernel_resources.record_calls):
     chosen = {}
     for call in record_calls(architecture, widths):
-        names = ("ASSIGN", "BM", "BN", "BK")
+        names = ("ASSIGN", "LINEAR", "BM", "BN", "BK")
         key = (call["kernel"], call["type"], str(call["options"]), *(call["constants"].get(name) for name in names))
         flags = sum(value is True for value in call["constants"].values())
         if key not in chosen or flags > chosen[key][0]:
@@ -125,6 +125,7 @@ NAMES = {
     "vector_quantize": "vector_quantize_fwd",
     "assign_codes": "vector_quantize_fwd ASSIGN",
     "probabilities": "probabilities",
+    "probabilities_linear": "probabilities LINEAR",
     "grad_scores": "grad_scores",
     "weighted_info_nce": "weighted_info_nce_fwd",
     "weighted_info_nce_backward": "weighted_info_nce_bwd",
@@ -135,13 +136,13 @@ NAMES = {
 @pytest.mark.slow
 def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores(tmp_path):
     table = str(tmp_path / "table.json")
-    widths = ("128", "256", "512")  # the limits of the tiles, and beyond
+    widths = ("64", "128", "256", "512")  # the limits of the tiles, and beyond
     command = ("-c", RESOURCES, BENCH, "70", "80", "90", "100", "--json", table, "--width", *widths)
     in_a_new_process(*command, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     compiled, multiply = set(), set()
     for row in json.loads(Path(table).read_text()):
         flags = row["flags"].split()
-        name = row["kernel"] + (" ASSIGN" if "ASSIGN" in flags else "")
+        name = " ".join([row["kernel"], *(flag for flag in ("ASSIGN", "LINEAR") if flag in flags)])
         compiled.add((row["sm"], row["type"], name, row["tile"]))
         if name in NAMES.values() and "GIVEN" not in flags:
             multiply.add((row["sm"], name))
