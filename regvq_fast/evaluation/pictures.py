@@ -2,9 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,26 +13,11 @@ from torch import Tensor
 
 from regvq_fast.data.transforms import to_uint8
 from regvq_fast.evaluation.codebook import perplexity, utilization
+from regvq_fast.files import atomic_path
 
 _BACKGROUND = 255
 _SMALLEST_TILE = 128
 """Pixels; smaller pictures are enlarged by a whole factor so that theirs can be made out."""
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` to write to; it takes the place of ``path`` once the body succeeds.
-
-    Creates missing parent folders. Where the body fails, the temporary file is removed and ``path`` left as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells writers the format
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_reconstruction_grid(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from regvq_fast.config import TrainConfig, config_from_dict, read_config
-from regvq_fast.evaluation.pictures import atomic_path
+from regvq_fast.files import atomic_path
 from regvq_fast.models.pretrained import (
     CHECKPOINTS,
     CONFIG,

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regvq_fast.config import TrainConfig
-from regvq_fast.evaluation.pictures import atomic_path
+from regvq_fast.files import atomic_path
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.version import __version__
 

@@ -16,12 +16,12 @@ from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
 from regvq_fast.evaluation.pictures import (
-    atomic_path,
     save_codebook_mosaic,
     save_reconstruction_grid,
     save_usage_histogram,
 )
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.files import atomic_path
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
 from regvq_fast.models.vqgan import VQGAN
