@@ -33,16 +33,18 @@ import torch
 from taming_step import TamingStep
 from torch import Tensor, nn
 
-from regvq_fast.config import PRESETS, TrainConfig, override
+from regvq_fast import nvml
+from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.data.transforms import to_float
 from regvq_fast.models.features import VGGFeatures
-from regvq_fast.training import build, vqgan
+from regvq_fast.training import build
+from regvq_fast.training import task as training_task
 from regvq_fast.training.precision import choose_precision
 from regvq_fast.training.vqgan import VQGANTask
 
 SIZES = {
-    "small": override(PRESETS["scenes"], device="cpu", batch_size=4, disc_start=0),
-    "paper": override(PRESETS["ade20k"], device="cuda", preset="scenes", steps=1000, disc_start=0),
+    "small": override(VQGAN_PRESETS["scenes"], device="cpu", batch_size=4, disc_start=0),
+    "paper": override(VQGAN_PRESETS["ade20k"], device="cuda", preset="scenes", steps=1000, disc_start=0),
 }
 LIKE_FOR_LIKE: dict[str, Any] = {"quantizer": "vq-gan", "contrastive": "none", "amp": False, "compile": False}
 MODES: dict[str, dict[str, Any]] = {
@@ -56,18 +58,18 @@ MODES: dict[str, dict[str, Any]] = {
 REPEATS = 10
 
 
-def make_images(config: TrainConfig) -> Tensor:
+def make_images(config: VQGANConfig) -> Tensor:
     """A batch (B, 3, H, W) of uint8, as a loader gives it, but on the device."""
     shape = (config.optimizer.batch_size, 3, config.data.image_size, config.data.image_size)
     images = torch.randint(256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return images.to(config.run.device)
 
 
-def make_task(config: TrainConfig, images: Tensor) -> VQGANTask:
+def make_task(config: VQGANConfig, images: Tensor) -> VQGANTask:
     """The task that trains, always on these images, its feature networks with random weights; one step is done."""
     with (
         mock.patch.object(build, "load_vgg_features", lambda net, weights: VGGFeatures(net)),
-        mock.patch.object(vqgan, "training_batches", return_value=itertools.repeat({"image": images})),
+        mock.patch.object(training_task, "training_batches", return_value=itertools.repeat({"image": images})),
     ):
         task = VQGANTask(config)
         task.step(0)  # which opens the batches
@@ -162,7 +164,7 @@ def test_step(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyp
     benchmark.extra_info |= {"peak_mib": round(peak, 1), "threads": torch.get_num_threads()}
     benchmark.extra_info |= machine.describe_software()
     if config.run.device == "cuda":
-        benchmark.extra_info |= machine.describe_gpu() | {"state": machine.gpu_state()[1]()}
+        benchmark.extra_info |= machine.describe_gpu() | {"state": nvml.gpu_state()[1]()}
     benchmark.pedantic(run, rounds=REPEATS, warmup_rounds=2)
 
 

@@ -44,6 +44,8 @@ from gpu_report import OUT_OF_TIME
 from measuring import Sample
 from peers import TensorRun
 
+from regvq_fast import nvml
+
 LIMIT = 450.0  # seconds in all, up to the tables: no case begins that would not be ready by then
 TEST_LIMIT = 200.0  # of these for the tests
 CASE_LIMIT = 3.0  # of these for the turns of a case
@@ -215,11 +217,11 @@ def square_product_tflops(meter: Meter, dtype: str) -> float:
     return 2 * 8192**3 / statistics.median(sample.device for sample in samples) / 1e12
 
 
-def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], machine.State]]:
+def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
     """A report without measurements, and what reads the GPU's clocks."""
     from regvq_fast.kernels import schedules
 
-    driver, read_state, problem = machine.gpu_state()
+    driver, read_state, problem = nvml.gpu_state()
     if problem:
         print(problem)
     report: dict[str, Any] = {

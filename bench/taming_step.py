@@ -18,7 +18,7 @@ from unittest import mock
 import peers
 from torch import Tensor, nn
 
-from regvq_fast.config import TrainConfig
+from regvq_fast.config import VQGANConfig
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.layers import group_norm
@@ -39,7 +39,7 @@ class TamingStep:
     switches on in it, and below 128 channels our number of groups in GroupNorm (its own would be of one channel).
     """
 
-    def __init__(self, config: TrainConfig, precision: Precision) -> None:
+    def __init__(self, config: VQGANConfig, precision: Precision) -> None:
         self.precision, self.scaler = precision, precision.scaler()
         with contextlib.redirect_stdout(io.StringIO()):  # they announce themselves
             self.autoencoder = _Autoencoder(config).to(precision.device)
@@ -68,7 +68,7 @@ class TamingStep:
 class _Autoencoder(nn.Module):
     """taming's ``VQModel``, which is a LightningModule, as a plain module."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         size = {"resolution": config.data.image_size, "in_channels": 3, "out_ch": 3, "double_z": False}
         shared = asdict(config.model) | size  # they ignore what they don't know
@@ -87,7 +87,7 @@ class _Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(quantized)), loss
 
 
-def _build_loss(config: TrainConfig) -> Any:
+def _build_loss(config: VQGANConfig) -> Any:
     """``VQLPIPSWithDiscriminator`` without its downloads."""
     features = VGGFeatures("vgg16")
     for layer in features.features:

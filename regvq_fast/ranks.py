@@ -1,6 +1,8 @@
 """The processes of a distributed run, as ``torchrun`` starts them, and what they tell each other.
 
-Every function here is that of one process alone where there are no others, and costs nothing then.
+Every function here is that of one process alone where there are no others, and costs nothing then. Numbers of training
+go over NCCL without the host waiting for the GPUs; what the hosts themselves agree on (:func:`any_rank`,
+:func:`together`, :func:`texts_of_ranks`) goes over gloo and never touches a GPU.
 """
 
 import os
@@ -27,15 +29,25 @@ def is_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
+def local_rank() -> int:
+    """Number of this process on its machine: that of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if is_torchrun() else 0
+
+
+def local_ranks() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_torchrun() else 1
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the run's processes for the time of the block: NCCL on GPUs, gloo on CPUs; nothing without ``torchrun``."""
+    """Join the run's processes for the time of the block; nothing happens without ``torchrun``."""
     if not is_torchrun():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
     try:
@@ -65,5 +77,60 @@ def gather_rows(rows: Tensor) -> Tensor:
     if num_ranks() == 1:
         return rows
     everybody = rows.new_empty(num_ranks() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(everybody, rows.detach().contiguous())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as newer versions call it
+    gather(everybody, rows.detach().contiguous())
     return everybody
+
+
+def any_rank(value: int) -> int:
+    """The largest of the values that the ranks give; the hosts wait for each other, not for their GPUs."""
+    if num_ranks() == 1:
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def texts_of_ranks(text: str) -> list[str]:
+    """What each rank says, in their order."""
+    if num_ranks() == 1:
+        return [text]
+    content = text.encode()
+    padded = torch.zeros(any_rank(len(content) + 1), dtype=torch.uint8)
+    padded[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    length = torch.tensor([len(content)])
+    rows = zip(gather_rows(padded[None]), gather_rows(length).tolist(), strict=True)
+    return [bytes(row[:end].tolist()).decode() for row, end in rows]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """No rank goes on after the block unless all do: an error (ValueError, OSError) of one of them is raised on all.
+
+    The block must not hold a collective operation that a rank with an error would miss.
+    """
+    error: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    if num_ranks() > 1:
+        said = "" if error is None else ("value " if isinstance(error, ValueError) else "file ") + str(error)
+        first = next(filter(None, texts_of_ranks(said)), None)
+        if error is None and first is not None:
+            kind, _, message = first.partition(" ")
+            error = ValueError(message) if kind == "value" else OSError(message)
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 does the block while the others wait: what it leaves on the disk is there for them."""
+    if rank() > 0:
+        any_rank(0)
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            any_rank(0)

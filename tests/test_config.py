@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regvq_fast.config import PRESETS, TrainConfig, check_config, override, parse_train_config
+from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, check_vqgan_config, override, parse_config
 
 REQUIRED_FLAGS = (
     "--preset --data --out --steps --batch-size --image-size --quantizer --num-codes --code-dim --logits --mask-ratio "
@@ -23,29 +23,29 @@ def help_text() -> str:
 
 def test_help_names_every_flag_and_explains_it(help_text: str) -> None:
     assert all(flag in help_text for flag in REQUIRED_FLAGS)
-    for section in dataclasses.fields(TrainConfig):
+    for section in dataclasses.fields(VQGANConfig):
         for field in dataclasses.fields(section.type if isinstance(section.type, type) else section.default_factory):
             assert f"--{field.name.replace('_', '-')}" in help_text
     assert "python train/vq.py --compile --amp" in help_text
 
 
 def test_flags_override_the_preset() -> None:
-    config = parse_train_config(["--preset", "cub200", "--data", "birds", "--num-codes", "4096"], "")
-    assert config == override(PRESETS["cub200"], data=Path("birds"), num_codes=4096)
+    config = parse_config(VQGAN_PRESETS, ["--preset", "cub200", "--data", "birds", "--num-codes", "4096"], "")
+    assert config == override(VQGAN_PRESETS["cub200"], data=Path("birds"), num_codes=4096)
     assert config.optimizer.epochs == 300
-    assert parse_train_config(["--preset=coco"], "").optimizer.epochs == 50
-    assert parse_train_config([], "") == PRESETS["scenes"]
+    assert parse_config(VQGAN_PRESETS, ["--preset=coco"], "").optimizer.epochs == 50
+    assert parse_config(VQGAN_PRESETS, [], "") == VQGAN_PRESETS["scenes"]
 
 
 def test_an_unknown_preset_is_refused_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_train_config(["--preset", "imagenet"], "")
+        parse_config(VQGAN_PRESETS, ["--preset", "imagenet"], "")
     message = capsys.readouterr()
     assert "celebahq" in message.out + message.err
 
 
 def test_paper_presets_have_the_papers_settings() -> None:
-    config = PRESETS["ade20k"]
+    config = VQGAN_PRESETS["ade20k"]
     assert config.optimizer.lr == 1.5e-4
     assert config.optimizer.betas == (0.9, 0.95)
     assert config.optimizer.batch_size == 40
@@ -56,9 +56,9 @@ def test_paper_presets_have_the_papers_settings() -> None:
 
 def test_override_refuses_fields_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="no such field: learning_rate"):
-        override(TrainConfig(), learning_rate=1.0)
+        override(VQGANConfig(), learning_rate=1.0)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", VQGAN_PRESETS)
 def test_presets_pass_their_own_checks(preset: str) -> None:
-    check_config(override(PRESETS[preset], data=Path("images")))
+    check_vqgan_config(override(VQGAN_PRESETS[preset], data=Path("images")))

@@ -20,6 +20,7 @@ import torch
 from gpu_cases import Case, WrongResultError
 from gpu_info_nce import InfoNceCase
 
+from regvq_fast import nvml
 from regvq_fast.ops import vector_quantize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -360,13 +361,13 @@ def test_the_order_of_the_cases():
 
 
 def test_throttle_reasons_by_name():
-    assert machine.throttle_reasons(0) == []
-    assert machine.throttle_reasons(0x4 | 0x40) == ["power cap", "thermal, hardware"]
+    assert nvml.throttle_reasons(0) == []
+    assert nvml.throttle_reasons(0x4 | 0x40) == ["power cap", "thermal, hardware"]
 
 
 def test_without_nvml_the_state_is_null_and_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    driver, read, problem = machine.gpu_state()
+    driver, read, problem = nvml.gpu_state()
     assert driver is None
     assert read() is None
     assert "pip install nvidia-ml-py" in problem
@@ -408,7 +409,7 @@ def pretend_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(machine, "describe_gpu", lambda: {"gpu": "NVIDIA Test"})
-    monkeypatch.setattr(machine, "gpu_state", lambda: ("1.2", lambda: {"sm_mhz": 1980}, None))
+    monkeypatch.setattr(nvml, "gpu_state", lambda: ("1.2", lambda: {"sm_mhz": 1980}, None))
     monkeypatch.setattr(measuring, "DeviceMeter", lambda: SimpleNamespace(**_members(FakeMeter()), flushed_mib=256))
     monkeypatch.setattr(gpu, "square_product_tflops", lambda meter, dtype: 700.0)
     monkeypatch.setattr(gpu, "make_cases", lambda half, quick: small)

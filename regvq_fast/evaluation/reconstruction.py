@@ -10,7 +10,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float, to_uint8
-from regvq_fast.evaluation.codebook import CodebookUsage
+from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
+from regvq_fast.ranks import sum_over_ranks
 
 _SSIM_WINDOW = 11
 
@@ -55,6 +56,8 @@ def evaluate_reconstruction(
 ) -> ReconstructionMetrics:
     """Reconstruct every image of ``batches`` and measure the result against the original.
 
+    On several ranks each has batches of its own, and the result is that over all of them.
+
     A reconstruction with a NaN or an infinity makes PSNR and SSIM NaN, rather than being scored as the picture it
     would be clamped to. The device is read once, at the end.
 
@@ -96,17 +99,21 @@ def evaluate_reconstruction(
         images += len(original)
         if progress is not None:
             progress(images)
+    zero = torch.zeros(1, device=device)
+    sums = [torch.cat([zero, *values]).double().sum() for values in (psnr, ssim, distances)]
+    *totals, images = sum_over_ranks(torch.stack([*sums, zero.double().squeeze() + images])).tolist()
     if not images:
         raise ValueError("there is no image to evaluate on")
-
+    counts = sum_over_ranks(usage.counts)
+    psnr_mean, ssim_mean, perceptual_mean = (total / images for total in totals)
     return ReconstructionMetrics(
-        psnr=_mean(psnr),
-        ssim=_mean(ssim),
-        perceptual=_mean(distances) if distances else None,
-        utilization=float(usage.utilization()),
-        perplexity=float(usage.perplexity()),
-        images=images,
-        code_counts=usage.counts.cpu(),
+        psnr=psnr_mean,
+        ssim=ssim_mean,
+        perceptual=None if perceptual is None else perceptual_mean,
+        utilization=float(utilization(counts)),
+        perplexity=float(perplexity(counts)),
+        images=int(images),
+        code_counts=counts.cpu(),
     )
 
 
@@ -122,7 +129,3 @@ def _ssim(images: Tensor, originals: Tensor) -> Tensor:
     _, similarity = structural_similarity_index_measure(images, originals, data_range=1.0, return_full_image=True)
     border = _SSIM_WINDOW // 2  # torchmetrics' own mean includes windows that hang over the border, reflected
     return similarity[:, :, border:-border, border:-border].flatten(1).mean(dim=1)
-
-
-def _mean(values: list[Tensor]) -> float:
-    return float(torch.cat(values).double().mean())

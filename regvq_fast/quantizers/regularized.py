@@ -100,7 +100,9 @@ class RegularizedQuantizer(Quantizer):
                     batch, height * width, self.mask_ratio, seed, mode=self.mask_mode, row_offset=row_offset
                 )
             linear = self.logits == "linear"
-            groups = posterior_groups(self.prior_scope, batch)
+            # Only in training do all ranks come here together.
+            scope = "batch" if self.prior_scope == "global" and not self.training else self.prior_scope
+            groups = posterior_groups(scope, batch)
             out = vector_quantize(
                 rows,
                 self.codes(),
@@ -114,7 +116,7 @@ class RegularizedQuantizer(Quantizer):
                 groups=groups,
                 codebook_grad=self.codebook_grad,
             )
-            posterior, ranks = scoped_posterior(out.posterior, self.prior_scope)
+            posterior, ranks = scoped_posterior(out.posterior, scope)
             kl = prior_kl(posterior, len(rows) // groups * ranks)
             if mask is None:
                 mask = torch.zeros_like(out.indices, dtype=torch.bool)

@@ -3,10 +3,9 @@
 import warnings
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from regvq_fast.config import LossConfig, QuantizerConfig, TrainConfig
+from regvq_fast.config import LossConfig, QuantizerConfig, VQGANConfig
 from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.losses.reconstruction import ReconstructionLoss
@@ -14,25 +13,6 @@ from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import VGGFeatures, VGGName, load_vgg_features
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.quantizers import EMAQuantizer, GumbelQuantizer, NearestQuantizer, Quantizer, RegularizedQuantizer
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a flag names; "auto" is a GPU where there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'--device {name} is no device; use "auto", "cpu", "cuda" or "cuda:N"') from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f'--device {name} is not supported; use "auto", "cpu", "cuda" or "cuda:N"')
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine shows {torch.cuda.device_count()} CUDA device(s) to PyTorch")
-    return device
 
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
@@ -57,7 +37,7 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
     )
 
 
-def build_model(config: TrainConfig) -> VQGAN:
+def build_model(config: VQGANConfig) -> VQGAN:
     """The autoencoder with its quantizer."""
     model = config.model
     return VQGAN(
@@ -72,7 +52,7 @@ def build_model(config: TrainConfig) -> VQGAN:
     )
 
 
-def build_discriminator(config: TrainConfig) -> PatchDiscriminator:
+def build_discriminator(config: VQGANConfig) -> PatchDiscriminator:
     """The patch discriminator."""
     model = config.model
     return PatchDiscriminator(filters=model.disc_filters, num_layers=model.disc_layers, norm=model.disc_norm)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regvq_fast.config import TrainConfig, config_from_dict, read_config
+from regvq_fast.config import Config, TrainConfig, config_from_dict, read_config
 from regvq_fast.files import atomic_path
 from regvq_fast.models.pretrained import (
     CHECKPOINTS,
@@ -37,18 +37,24 @@ from regvq_fast.models.pretrained import (
     weights_to_bytes,
     write_folder,
 )
+from regvq_fast.ranks import gather_rows, rank, together
 
 TRAINING, BEST = "training.pt", "best.json"
 
 # Fields that a resumed run may change: none of them changes a training step ...
 _FREE = (
     "out resume device compile workers data val_images perceptual_weights contrastive_weights steps epochs log_every "
-    "image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold"
+    "image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold activation_checkpointing "
+    "deterministic trace_steps find_batch_size"
 ).split()
-# ... but these, which are what helps against numbers that are not finite: the run says so.
-_REMEDIES = ("amp", "lr", "clip_grad")
+# ... but these, which help against numbers that are not finite, or against too little memory: the run says so.
+_REMEDIES = ("amp", "lr", "clip_grad", "accumulate")
 
-_LOWER_IS_BETTER = {"perceptual": True, "psnr": False}  # what decides on the best checkpoint, the first one there is
+_LOWER_IS_BETTER = {
+    "perceptual": True,
+    "psnr": False,
+    "loss": True,
+}  # what decides on the best checkpoint, the first one there is
 
 
 @dataclass
@@ -68,17 +74,19 @@ class Checkpoint:
 def find_checkpoint(config: TrainConfig) -> Checkpoint:
     """The newest checkpoint that is whole, of the run that ``--out`` and ``--resume`` name. Writes nothing.
 
+    Each rank reads it for itself.
+
     Raises:
         ValueError: there is no run, none of its checkpoints can be read, or the configuration is that of another run.
     """
     run = config.run.out
     if run is None:
         raise ValueError("--resume needs --out, the folder of the run to continue")
-    started_with = read_config(run)
+    started_with = read_config(run, type(config))
     notes: list[str] = []
     for step, folder in reversed(step_folders(run).items()):
         try:
-            checkpoint, started_with = _read(step, folder)
+            checkpoint, started_with = _read(step, folder, type(config))
         except (ValueError, OSError) as error:
             notes.append(f"{error}; {folder.name} is passed over")
             continue
@@ -90,10 +98,10 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint:
     return Checkpoint(0, notes=[*changes, f"there is no checkpoint in {run} yet: the run starts from its beginning"])
 
 
-def _read(step: int, folder: Path) -> tuple[Checkpoint, TrainConfig]:
+def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Config]:
     contents = read_folder(folder, (CONFIG, WEIGHTS, TRAINING))
     try:
-        config = config_from_dict(json.loads(contents[CONFIG]))
+        config = config_from_dict(json.loads(contents[CONFIG]), kind)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run: {error}") from None
     try:
@@ -109,7 +117,7 @@ def _read(step: int, folder: Path) -> tuple[Checkpoint, TrainConfig]:
 def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]:
     """What to tell of settings that may differ; ValueError names the first one that may not."""
     told = []
-    for section in dataclasses.fields(TrainConfig):
+    for section in dataclasses.fields(config):
         now, then = getattr(config, section.name), getattr(saved, section.name)
         for name in (item.name for item in dataclasses.fields(now)):
             value, old = getattr(now, name), getattr(then, name)
@@ -126,18 +134,22 @@ def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of PyTorch's global generators, which dropout draws from; nothing else of a run draws from any."""
-    state = {"cpu": torch.get_rng_state()}
+    """The state of PyTorch's global generators, which dropout draws from; nothing else of a run draws from any.
+
+    One row of bytes for each rank.
+    """
+    state = {"cpu": gather_rows(torch.get_rng_state()[None])}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+        state["cuda"] = gather_rows(torch.cuda.get_rng_state(device)[None])
     return state
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Continue the generators; that of a GPU where the state was saved on one."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    """Continue the generators; one that was not saved, of a GPU or of a rank more than there were, stays as it is."""
+    if rank() < len(state["cpu"]):
+        torch.set_rng_state(state["cpu"][rank()])
+    if device.type == "cuda" and rank() < len(state.get("cuda", ())):
+        torch.cuda.set_rng_state(state["cuda"][rank()], device)
 
 
 class Checkpoints:
@@ -148,15 +160,17 @@ class Checkpoints:
         keep: see above; at least 1.
         start: where the run begins. Checkpoints of later steps, which could not be read, are set aside under another
             name, and what a kill left of one is removed.
-        writes: False on ranks that keep track but have nothing to write.
+
+    Rank 0 writes; the others keep track.
     """
 
-    def __init__(self, run: Path, keep: int, start: Checkpoint | None = None, *, writes: bool = True) -> None:
-        self.run, self.keep, self.writes = run, keep, writes
+    def __init__(self, run: Path, keep: int, start: Checkpoint | None = None) -> None:
+        self.run, self.keep, self.writes = run, keep, rank() == 0
         self.newest = start.folder if start else None
         """The newest whole checkpoint, None where there is none yet."""
         begin = start.step if start else 0
-        if writes:
+        self._best = self._read_best(begin)
+        if self.writes:
             for leftover in (run / CHECKPOINTS).glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for step, path in step_folders(run).items():
@@ -164,7 +178,6 @@ class Checkpoints:
                     aside = path.with_name(f"damaged-{path.name}")
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
-        self._best = self._read_best(begin)
 
     def has(self, step: int) -> bool:
         """Whether the newest checkpoint is of this step."""
@@ -180,14 +193,15 @@ class Checkpoints:
             state: all else; tensors and plain values, in dicts, lists and tuples.
 
         Raises:
-            OSError: it could not be written; nothing is left of it, and all others are still there.
+            OSError: it could not be written; nothing is left of it, and all others are still there. On every rank.
         """
-        if self.writes:
-            buffer = io.BytesIO()
-            torch.save({**state, "step": step}, buffer)
-            files: dict[str, bytes | memoryview] = {TRAINING: buffer.getbuffer()}
-            files |= {CONFIG: to_json(config), WEIGHTS: weights_to_bytes(weights)}
-            write_folder(self._path(step), files)
+        with together():
+            if self.writes:
+                buffer = io.BytesIO()
+                torch.save({**state, "step": step}, buffer)
+                files: dict[str, bytes | memoryview] = {TRAINING: buffer.getbuffer()}
+                files |= {CONFIG: to_json(config), WEIGHTS: weights_to_bytes(weights)}
+                write_folder(self._path(step), files)
         self.newest = self._path(step)
         self._remove_old()
 

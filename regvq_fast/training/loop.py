@@ -1,13 +1,20 @@
 """The training loop: steps, records, pictures, evaluations, checkpoints."""
 
+import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from regvq_fast.config import TrainConfig, override
-from regvq_fast.evaluation.reconstruction import ReconstructionMetrics
-from regvq_fast.training.checkpoint import Checkpoints, find_checkpoint
+from regvq_fast.config import Config, TrainConfig, override, parse_config
+from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, process_group, rank, texts_of_ranks, together
+from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
+from regvq_fast.training.memory import find_batch_size, is_out_of_memory, out_of_memory_advice
+from regvq_fast.training.precision import choose_device
 from regvq_fast.training.recorder import Recorder, new_run_folder, reason
 from regvq_fast.training.signals import Interrupted, StopSignals
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.task import Metrics, Task
+from regvq_fast.training.trace import StepTrace
 
 
 class RunStopped(Exception):
@@ -18,25 +25,64 @@ class RunStopped(Exception):
         self.exit_code = exit_code
 
 
-def prepare(config: TrainConfig) -> tuple[VQGANTask, Recorder, Checkpoints]:
+def run(task: type[Task[Config]], presets: Mapping[str, Config], description: str) -> None:
+    """A training script: parse its command line, train, and leave with a message and a status where that failed."""
+    config: TrainConfig | None = None
+    try:
+        config = parse_config(presets, sys.argv[1:], description)
+        device = choose_device(config.run.device)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    with process_group(device):
+        try:
+            if config.run.find_batch_size:
+                find_batch_size(task, config)
+                return
+            with together():
+                prepared = prepare(task, config)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}" if rank() == 0 else 1)
+        _, recorder, _ = prepared
+        try:
+            with recorder:
+                fit(*prepared)
+        except RunStopped as stop:
+            if rank() == 0:
+                print(stop, file=sys.stderr)
+            sys.exit(stop.exit_code)
+
+
+def prepare(kind: type[Task[Config]], config: Config) -> tuple[Task[Config], Recorder, Checkpoints]:
     """The parts of a run: new, or with ``--resume`` as they were at its newest checkpoint. Makes the run's folder.
 
     Raises:
         ValueError, OSError: what is wrong, in one sentence; nothing has been written.
     """
-    start = find_checkpoint(config) if config.run.resume else None
-    task = VQGANTask(override(config, out=new_run_folder(config) if start is None else config.run.out))
-    if start is not None:
-        task.load(start)
+    start: Checkpoint | None = None
+    out = ""
+    with together():
+        if config.run.resume:
+            start = find_checkpoint(config)
+        elif rank() == 0:
+            out = str(new_run_folder(config))
+    out = texts_of_ranks(out)[0]
+    with together():
+        found = texts_of_ranks("" if start is None else str(start.step))
+        if len(set(found)) > 1:
+            raise ValueError(f"the processes see checkpoints of different steps ({', '.join(found)}): is --out shared?")
+        task = kind(config if start else override(config, out=Path(out)))
+        if start is not None:
+            task.load(start)
     recorder = Recorder(task.config, task.facts, task.model.architecture(), start)
     return task, recorder, Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
 
 
-def fit(task: VQGANTask, recorder: Recorder, checkpoints: Checkpoints) -> None:
+def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
     """Run the steps of a task that are left, recording as its configuration says, then evaluate and finish it.
 
     Raises:
-        RunStopped: by a signal, by numbers that are not finite, or because the results could not be written.
+        RunStopped: by a signal, by numbers that are not finite, for want of memory, or because the results could not
+            be written.
     """
     loop = _Loop(task, recorder, checkpoints)
     with StopSignals() as stop:
@@ -54,14 +100,22 @@ def fit(task: VQGANTask, recorder: Recorder, checkpoints: Checkpoints) -> None:
                 f"stopped after step {loop.done}: {error}; to continue from {loop.newest}, add a lower --lr, a lower "
                 f"--clip-grad or --no-amp to: {loop.command}"
             ) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = out_of_memory_advice(task.config, task.device, task.rank_batch)
+            raise RunStopped(
+                f"stopped after step {loop.done}: {advice}; to continue from {loop.newest}: {loop.command}"
+            ) from None
 
 
 class _Loop:
-    def __init__(self, task: VQGANTask, recorder: Recorder, checkpoints: Checkpoints) -> None:
+    def __init__(self, task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
         self.task, self.recorder, self.checkpoints = task, recorder, checkpoints
         self.config = task.config.run
         self.done = task.start
-        self.command = f"python train/vq.py --resume --out {recorder.folder}"
+        launcher = f"torchrun --nproc-per-node {local_ranks()}" if is_torchrun() else "python"
+        self.command = f"{launcher} {task.script} --resume --out {recorder.folder}"
         self._not_saved: int | None = None  # the last step of which a checkpoint could not be written
         self._position = recorder.metrics_bytes  # of the records of the steps done, but not of their evaluation
 
@@ -72,8 +126,9 @@ class _Loop:
 
     def run(self, stop: StopSignals) -> None:
         task, recorder, run = self.task, self.recorder, self.config
-        recorder.status("compiling, one to three minutes" if run.compile else "starting")
-        milestones = {0, task.disc_start} if run.compile else {0}  # recorded by themselves: they hold compilation
+        recorder.status("starting")
+        milestones = task.compiles_at() if run.compile else {0: "starting"}
+        trace = StepTrace(recorder.folder / "trace.json", task.start, run.trace_steps, task.device)
         owes_checkpoint = False
         clock = _Clock()
         for step in range(task.start, task.steps):
@@ -81,25 +136,38 @@ class _Loop:
             if step and run.eval_every and step % run.eval_every == 0:
                 self._evaluate(stop)
                 clock.restart()
-            if run.compile and step == task.disc_start != task.start:
-                recorder.status("compiling the discriminator")
-            task.step(step)
+            if run.compile and (step in milestones or step == task.start):
+                recorder.status(milestones[step if step in milestones else 0])
+            with trace:
+                task.step(step)
             self.done = done = step + 1
             clock.images += task.batch_size
             recorder.advance(done)
             if step in milestones or done % run.log_every == 0 or done == task.steps:
                 values = task.record()  # waits for the device, so that the clock is honest
-                values["images_per_second"] = clock.read(counts=step not in milestones | {task.start})
+                compiled = step in milestones or step == task.start
+                seconds, images = clock.read(counts=not compiled)
+                values["images_per_second"] = images / seconds
+                waited = task.waited()
+                if not compiled:
+                    values |= {"data_wait": waited / seconds, **task.utilized(images / seconds)}
                 recorder.record(done, values)
                 for warning in task.review():
                     recorder.warn(warning)
-            elif step == task.start:
                 clock.restart()
+            elif step == task.start:
+                task.waited()
+                clock.restart()
+            with recorder.surviving_a_full_disk("trace.json"):
+                if trace.write():
+                    recorder.status(f"traced {run.trace_steps} steps: {trace.path}")
+                    clock.restart()
             if done % run.image_every == 0 and done < task.steps:
                 with recorder.surviving_a_full_disk("pictures/"):
-                    path = recorder.picture("reconstructions", done)
-                    task.save_reconstructions(path)
-                    recorder.show_picture(path, done)
+                    if rank() == 0:
+                        path = recorder.picture(task.picture, done)
+                        task.save_pictures(path)
+                        recorder.show_picture(path, done)
                 clock.restart()
             self._position = recorder.metrics_bytes
             owes_checkpoint |= run.checkpoint_every > 0 and done % run.checkpoint_every == 0
@@ -113,7 +181,7 @@ class _Loop:
         recorder.status("evaluating")
         metrics = self._evaluate(stop)
         try:
-            task.finish(recorder, metrics, clock.average)
+            task.conclude(recorder, metrics, clock.average)
         except OSError as error:
             raise RunStopped(
                 f"all steps are done, but the results could not be written ({reason(error)}); make room, then: "
@@ -124,9 +192,10 @@ class _Loop:
         """Save a checkpoint of the steps done, unless there is one; a disk that won't take it is a warning."""
         if self.checkpoints.has(self.done):
             return True
+        state = {**self.task.state(), "metrics_bytes": self._position}
         try:
-            self.recorder.sync()
-            state = {**self.task.state(), "metrics_bytes": self._position}
+            with together():
+                self.recorder.sync()
             self.checkpoints.save(self.done, self.recorder.description, self.task.eval_model.state_dict(), state)
         except OSError as error:
             if self._not_saved != self.done:
@@ -138,8 +207,9 @@ class _Loop:
             return False
         return True
 
-    def _evaluate(self, stop: StopSignals) -> ReconstructionMetrics:
-        metrics = self.task.evaluate(progress=stop.check)
+    def _evaluate(self, stop: StopSignals) -> Metrics:
+        # Ranks may have different numbers of batches: they agree on signals before and after.
+        metrics = self.task.evaluate(progress=stop.check if num_ranks() == 1 else None)
         values = metrics.scalars()
         self.recorder.record(self.done, values, prefix="val")
         if self.config.checkpoint_every and self.checkpoints.is_best(values) and self.save():
@@ -158,12 +228,13 @@ class _Clock:
     def restart(self) -> None:
         self._begin, self.images = time.perf_counter(), 0
 
-    def read(self, *, counts: bool) -> float:
+    def read(self, *, counts: bool) -> tuple[float, int]:
+        """Seconds and images of the window."""
         elapsed, images = time.perf_counter() - self._begin, self.images
         if counts:
             self._seconds, self._images = self._seconds + elapsed, self._images + images
         self.restart()
-        return images / elapsed
+        return elapsed, images
 
     @property
     def average(self) -> float:

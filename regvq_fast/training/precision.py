@@ -1,8 +1,34 @@
-"""Mixed precision, switched on in one function."""
+"""Device, mixed precision and the settings of the backends, each in one function."""
 
+import os
 from typing import NamedTuple
 
 import torch
+
+from regvq_fast.ranks import is_torchrun, local_rank, local_ranks
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a flag names; "auto" is a GPU where there is one, and under torchrun the GPU of this process.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'--device {name} is no device; use "auto", "cpu", "cuda" or "cuda:N"') from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f'--device {name} is not supported; use "auto", "cpu", "cuda" or "cuda:N"')
+    if device.type == "cuda":
+        if is_torchrun():
+            device = torch.device("cuda", local_rank())
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            needed = f" and {local_ranks()} processes need one each" if is_torchrun() else ""
+            raise ValueError(f"--device {name}: this machine shows {count} CUDA device(s) to PyTorch{needed}")
+    return device
 
 
 class Precision(NamedTuple):
@@ -19,6 +45,22 @@ class Precision(NamedTuple):
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, active for fp16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+
+def configure_backends(deterministic: bool) -> None:
+    """How cuBLAS and cuDNN compute for the networks, process-wide; the ops of this project keep their own precision.
+
+    fp32 convolutions and products use TF32, with its 10 bits of mantissa but fp32's range: mixed precision has 7 to 10.
+    cuDNN tries its algorithms at each new shape, and keeps the fastest. ``deterministic`` gives that up for algorithms
+    whose results don't depend on the order in which threads finish; an operation that has none warns.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
 
 
 def choose_precision(amp: bool, device: torch.device) -> Precision:

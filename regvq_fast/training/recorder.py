@@ -21,11 +21,14 @@ from rich.text import Text
 
 from regvq_fast.config import TrainConfig
 from regvq_fast.files import atomic_path
+from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.version import __version__
 
 # Names in the progress line, in this order, with their formats; everything else is in the files.
 _SHOWN = {"loss": ".3f", "l1": ".3f", "perceptual": ".3f", "kl": ".2f", "lambda": ".2f"}
+
+_SHARES = {"utilization": "codes", "mfu": "MFU"}
 
 
 def new_run_folder(config: TrainConfig) -> Path:
@@ -37,7 +40,7 @@ def new_run_folder(config: TrainConfig) -> Path:
     out = config.run.out
     if out is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{config.run.preset}-{config.quantizer.quantizer}-{stamp}"
+        name = f"{config.label}-{stamp}"
         candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"-{k}" for k in range(2, 1000))))
         return next(path for path in candidates if not path.exists())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -93,7 +96,7 @@ class _Lines:
 
 
 class Recorder:
-    """Writes a run's numbers to ``folder``; a context manager.
+    """Writes a run's numbers to ``folder``; a context manager. On ranks other than 0 it does nothing.
 
     A disk that is full doesn't end a run: numbers wait in memory until there is room, TensorBoard's are lost.
 
@@ -116,8 +119,10 @@ class Recorder:
             raise ValueError("the recorder takes a resolved configuration: run.out and optimizer.steps are needed")
         self.folder = folder = config.run.out
         self.steps = steps = config.optimizer.steps
-        self.console = Console()
-        folder.mkdir(parents=True, exist_ok=True)
+        self._writes = rank() == 0
+        self.console = Console(quiet=not self._writes)
+        if self._writes:
+            folder.mkdir(parents=True, exist_ok=True)
         self.description: dict[str, Any] = {
             **dataclasses.asdict(config),
             "facts": dict(facts),
@@ -139,7 +144,8 @@ class Recorder:
             if start.folder is not None:
                 line = Text.assemble((f"{'resuming':>18}  ", "bold"), f"from {start.folder}")
                 self.console.print(line, soft_wrap=True)
-        self._lines = _Lines(folder / "metrics.jsonl", keep=start.state.get("metrics_bytes", 0) if start else 0)
+        keep = start.state.get("metrics_bytes", 0) if start else 0
+        self._lines = _Lines(folder / "metrics.jsonl", keep) if self._writes else None
         self._resuming = start is not None
         self._failing: set[str] = set()
         self._tensorboard: Any = None
@@ -156,6 +162,8 @@ class Recorder:
         self._task = self._progress.add_task("starting", total=steps, completed=self._start)
 
     def __enter__(self) -> Self:
+        if not self._writes:
+            return self
         from torch.utils.tensorboard import SummaryWriter
 
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
@@ -169,6 +177,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._lines is None:
+            return
         self._progress.stop()
         with self.surviving_a_full_disk("metrics.jsonl"):
             self._lines.sync()
@@ -205,21 +215,25 @@ class Recorder:
     @property
     def metrics_bytes(self) -> int:
         """Size of metrics.jsonl with all records so far."""
-        return self._lines.size
+        return self._lines.size if self._lines else 0
 
     def sync(self) -> None:
         """Wait until the disk has all records so far; OSError where it can't."""
-        self._lines.sync()
+        if self._lines:
+            self._lines.sync()
 
     def record(self, step: int, values: Mapping[str, float | str], prefix: str = "train") -> None:
         """Write numbers of a step to metrics.jsonl and TensorBoard; those of training also to the progress line."""
+        if self._lines is None:
+            return
         with self.surviving_a_full_disk("metrics.jsonl"):
             self._lines.write(json.dumps({"step": step, "split": prefix, **_finite(values)}, allow_nan=False))
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         self._draw(lambda board: [board.add_scalar(f"{prefix}/{name}", value, step) for name, value in numbers.items()])
         if prefix == "train":
             parts = [f"{name} {numbers[name]:{style}}" for name, style in _SHOWN.items() if name in numbers]
-            parts += [f"{numbers['images_per_second']:.1f} images/s", f"codes {numbers['utilization']:.0%}"]
+            parts += [f"{numbers['images_per_second']:.1f} images/s"]
+            parts += [f"{label} {numbers[name]:.0%}" for name, label in _SHARES.items() if name in numbers]
             line = " · ".join(parts)
             self.status(line if self.console.is_terminal else f"step {step}/{self.steps}  {line}")
 
@@ -253,6 +267,8 @@ class Recorder:
 
     def save_json(self, name: str, value: Mapping[str, object]) -> None:
         """Write a JSON file into the run folder, whole or not at all."""
+        if not self._writes:
+            return
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text(
                 json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8"

@@ -7,6 +7,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from regvq_fast.ranks import any_rank
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -42,9 +44,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def check(self, *_: object) -> None:
-        """Raise Interrupted where a signal came; takes any arguments, to serve as a callback."""
-        if self._received is not None:
-            raise Interrupted(self._received)
+        """Raise Interrupted where a signal came, to any of the ranks, all of which must call this.
+
+        Takes any arguments, to serve as a callback.
+        """
+        if received := any_rank(self._received or 0):
+            raise Interrupted(received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked child, which inherited the handler: its parent stops it

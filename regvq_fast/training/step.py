@@ -11,8 +11,10 @@ In a distributed run each rank has an equal part of the batch, and the gradients
 the ranks (PyTorch's DistributedDataParallel): those of the whole batch.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,8 @@ class VQGANStep:
         reconstruction_loss: the losses that need no discriminator.
         precision: see :func:`regvq_fast.training.precision.choose_precision`.
         disc_weight: of the adversarial loss, on top of its adaptive factor.
-        compile: compile the networks.
+        compile: compile the networks; a discriminator with batch norm over several ranks stays as it is, since its
+            statistics are exchanged in the middle of it.
     """
 
     def __init__(
@@ -51,10 +54,15 @@ class VQGANStep:
     ) -> None:
         self.model, self.discriminator = model, discriminator
         self.precision, self.disc_weight = precision, disc_weight
-        self._autoencode = distributed(maybe_compile(model, compile))
-        self._discriminate = maybe_compile(discriminator, compile)
-        self._train_discriminate = distributed(self._discriminate)
-        self._reconstruction_loss = maybe_compile(reconstruction_loss, compile)
+        self._plain = _Networks(model, discriminator, discriminator, reconstruction_loss)
+        exchanges = any(isinstance(module, nn.SyncBatchNorm) for module in discriminator.modules())
+        discriminate = maybe_compile(discriminator, compile and not exchanges)
+        self._networks = _Networks(
+            distributed(maybe_compile(model, compile)),
+            discriminate,
+            distributed(discriminate),
+            maybe_compile(reconstruction_loss, compile),
+        )
 
     def __call__(
         self,
@@ -65,6 +73,7 @@ class VQGANStep:
         adversarial: bool = False,
         loss_scale: Tensor | float = 1.0,
         synchronize: bool = True,
+        plain: bool = False,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradients of one batch to the parameters of autoencoder and discriminator.
 
@@ -76,26 +85,34 @@ class VQGANStep:
             adversarial: whether the discriminator takes part; without it, it costs nothing.
             loss_scale: factor of all gradients (fp16 loss scaling, gradient accumulation).
             synchronize: take the mean of the gradients over the ranks; False for all but the last part of a batch.
+            plain: leave the gradients of this rank, and use the networks as they are, not compiled.
 
         Returns:
             The losses and other numbers by name (0-dim, unscaled, this rank's) and the selected codes (B, h, w).
         """
+        networks = self._plain if plain else self._networks
         with ExitStack() as stack:
             if not synchronize:
-                for module in (self._autoencode, self._train_discriminate):
+                for module in networks:
                     if isinstance(module, DistributedDataParallel):
                         stack.enter_context(module.no_sync())
-            return self._step(images, seed, first_image, adversarial, loss_scale)
+            return self._step(networks, images, seed, first_image, adversarial, loss_scale)
 
     def _step(
-        self, images: Tensor, seed: Tensor, first_image: int | Tensor, adversarial: bool, loss_scale: Tensor | float
+        self,
+        networks: "_Networks",
+        images: Tensor,
+        seed: Tensor,
+        first_image: int | Tensor,
+        adversarial: bool,
+        loss_scale: Tensor | float,
     ) -> tuple[dict[str, Tensor], Tensor]:
         height, width = self.model.token_shape
         with self.precision.autocast():
-            out = self._autoencode(images, seed, first_image * height * width)
+            out = networks.autoencode(images, seed, first_image * height * width)
             # A leaf: the losses' graphs end here, the autoencoder's begins.
             reconstruction = out.reconstruction.detach().float().requires_grad_()
-            loss, metrics = self._reconstruction_loss(
+            loss, metrics = networks.reconstruction_loss(
                 images, reconstruction, out.quantizer.perturbation, seed, first_image, out.quantizer.mask
             )
         (gradient,) = torch.autograd.grad(loss_scale * loss, reconstruction)
@@ -105,7 +122,7 @@ class VQGANStep:
 
         if adversarial:
             with self.precision.autocast(), _frozen(self.discriminator):
-                generator_loss = hinge_generator_loss(self._discriminate(reconstruction))
+                generator_loss = hinge_generator_loss(networks.discriminate(reconstruction))
             (gan_gradient,) = torch.autograd.grad(loss_scale * generator_loss, reconstruction)
             factor = adaptive_weight(out.features, self.model.last_layer, gradient, gan_gradient, grad_scale=loss_scale)
             gradient = gradient + self.disc_weight * factor * gan_gradient
@@ -119,8 +136,8 @@ class VQGANStep:
 
         if adversarial:
             with self.precision.autocast():
-                real = self._train_discriminate(images)
-                fake = self._train_discriminate(reconstruction.detach())
+                real = networks.train_discriminate(images)
+                fake = networks.train_discriminate(reconstruction.detach())
                 discriminator_loss = hinge_discriminator_loss(real, fake)
             (loss_scale * discriminator_loss).backward()
             metrics |= {
@@ -131,12 +148,23 @@ class VQGANStep:
         return metrics, out.quantizer.indices
 
 
+class _Networks(NamedTuple):
+    """What a step calls."""
+
+    autoencode: nn.Module
+    discriminate: nn.Module  # in the generator's turn, where its parameters get no gradient
+    train_discriminate: nn.Module
+    reconstruction_loss: nn.Module
+
+
 def distributed(module: nn.Module) -> nn.Module:
     """The module with its gradients averaged over the ranks, where there are several."""
     if num_ranks() == 1:
         return module
     # Buffers are those of one rank's part (batch statistics), or equal on all ranks: nothing to broadcast.
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)  # type: ignore[arg-type]
 
 
 @contextmanager

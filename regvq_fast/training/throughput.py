@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from regvq_fast.nvml import State, gpu_state
 
 # Dense matrix products, TFLOP/s, by a part of the GPU's name and the type: NVIDIA's data sheets, SXM where there is a
 # choice. The first match counts.
@@ -17,6 +20,32 @@ _PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "L40S": {torch.bfloat16: 362, torch.float16: 362, torch.float32: 91.6},
     "V100": {torch.float16: 125, torch.float32: 15.7},
 }
+
+
+class DeviceMonitor:
+    """Power, clocks and memory of a GPU for the records; nothing on a CPU, nor where NVML can't be asked.
+
+    Args:
+        device: that of the run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.facts: dict[str, str] = {}
+        """What the monitor has to say at the start: which driver, or why there will be no numbers."""
+        self._device = device
+        self._read: Callable[[], State] = lambda: None
+        if device.type == "cuda":
+            driver, self._read, problem = gpu_state(device)
+            self.facts = {"driver": problem or str(driver)}
+
+    def read(self) -> dict[str, float]:
+        """Watts, MHz, degrees Celsius and GiB in use by all processes of the GPU; GiB this one allocated at most."""
+        state = self._read() or {}
+        names = ("power_w", "sm_mhz", "celsius", "memory_used_gib")
+        values = {name: float(state[name]) for name in names if state.get(name) is not None}
+        if self._device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        return values
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
@@ -35,9 +64,23 @@ def count_flops(step: Callable[[], object]) -> int:
     The ops of this project count what their mathematics needs: one product forward, five backward, whatever a kernel
     computes again.
     """
-    with FlopCounterMode(display=False) as counter:
+    with _FlopCounter() as counter:
         step()
-    return int(counter.get_total_flops())
+    return counter.flops
+
+
+class _FlopCounter(TorchDispatchMode):
+    """torch's FlopCounterMode less its bookkeeping by module, whose hooks fail where gradients are taken of leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 def _product(a: torch.Size, b: torch.Size) -> int:

@@ -155,13 +155,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert again.is_best({"perceptual": 0.4})
 
 
-def test_what_a_kill_left_is_cleared_away_and_readers_write_nothing(tmp_path: Path) -> None:
+def test_what_a_kill_left_is_cleared_away_and_other_ranks_write_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     save(Checkpoints(tmp_path, keep=2), 3)
     half = tmp_path / "checkpoints" / ".step-0000004.17.new"
     half.mkdir()
     (half / "training.pt").write_text("ha")
     start = Checkpoint(3, tmp_path / "checkpoints" / "step-0000003")
-    reader = Checkpoints(tmp_path, keep=1, start=start, writes=False)
+    with monkeypatch.context() as other_rank:
+        other_rank.setattr("regvq_fast.training.checkpoint.rank", lambda: 1)
+        reader = Checkpoints(tmp_path, keep=1, start=start)
     save(reader, 5)
     reader.mark_best({"psnr": 1.0})
     assert half.exists()
@@ -233,16 +237,16 @@ def test_results_that_find_no_room_are_made_up_for_by_resuming(
 ) -> None:
     train(*FAST, "--out", tmp_path / "whole")
     out = tmp_path / "run"
-    finish = VQGANTask.finish
+    conclude = VQGANTask.conclude
 
     def limited(*arguments: Any) -> None:
         with largest_file(100_000):
-            finish(*arguments)
+            conclude(*arguments)
 
-    monkeypatch.setattr(VQGANTask, "finish", limited)
+    monkeypatch.setattr(VQGANTask, "conclude", limited)
     with pytest.raises(SystemExit) as stop:
         train(*FAST, "--out", out)
-    monkeypatch.setattr(VQGANTask, "finish", finish)
+    monkeypatch.setattr(VQGANTask, "conclude", conclude)
     assert stop.value.code == 1
     assert capsys.readouterr().err.strip() == (
         "all steps are done, but the results could not be written (File too large); make room, then: "

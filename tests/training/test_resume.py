@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tiny_runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
 
-from regvq_fast.config import TrainConfig, override
+from regvq_fast.config import VQGANConfig, override
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.training.vqgan import VQGANTask
 
@@ -273,7 +273,7 @@ def test_other_images_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_the_scale_of_the_losses_is_resumed(tmp_path: Path) -> None:
     config = override(
-        TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
+        VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu",
     )  # fmt: skip
     task = VQGANTask(config)

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import FAST, records, train, without_clock
 
-from regvq_fast.config import PRESETS, TrainConfig, override
+from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.training.build import build_model
 from regvq_fast.training.vqgan import VQGANTask
 
@@ -37,7 +37,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert list((out / "tensorboard").iterdir())
     assert not list(out.rglob(".*")), "temporary files are left"
 
-    tiny = override(TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4)
+    tiny = override(VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4)
     build_model(tiny).load_state_dict(load_file(out / "model.safetensors"), strict=True)
 
 
@@ -63,7 +63,7 @@ def test_parts_of_a_batch_make_the_same_step_as_the_whole() -> None:
     losses = []
     for parts in (1, 2):
         config = override(
-            TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4,
+            VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4,
             batch_size=4, accumulate=parts, quantizer="vq-gan", perceptual_weight=0, contrastive="none", device="cpu",
         )  # fmt: skip
         task = VQGANTask(config)
@@ -149,7 +149,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> Non
 
 def test_overflow_of_scaled_gradients_skips_the_step_and_lowers_the_scale() -> None:
     config = override(
-        TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
+        VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu", disc_start=0, disc_filters=4,
     )  # fmt: skip
     task = VQGANTask(config)
@@ -173,10 +173,10 @@ def test_runs_do_not_mix(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", VQGAN_PRESETS)
 def test_presets_build(preset: str) -> None:
     with torch.device("meta"):
-        model = build_model(PRESETS[preset])
+        model = build_model(VQGAN_PRESETS[preset])
     factor = 8 if preset == "scenes" else 16
     assert model.downsampling_factor == factor
-    assert PRESETS[preset].run.preset == preset
+    assert VQGAN_PRESETS[preset].run.preset == preset

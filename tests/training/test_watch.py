@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regvq_fast.training.vqgan
-from regvq_fast.config import TrainConfig, override
+from regvq_fast.config import VQGANConfig, override
 from regvq_fast.training.optimization import average_weights
 from regvq_fast.training.vqgan import VQGANTask
 from regvq_fast.training.watch import CollapseAlarm, Rollback, Watch
@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 
 def tiny_task(**changes: Any) -> VQGANTask:
     config = override(
-        TrainConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=99,
+        VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=99,
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu", disc_start=0, disc_filters=4, ema=0.5,
     )  # fmt: skip
     return VQGANTask(override(config, **changes))
@@ -40,7 +40,7 @@ def trained(task: VQGANTask) -> dict[str, Any]:
     model = {name: value for name, value in task.model.state_dict().items() if name != "quantize.tau"}  # a schedule
     optimizers = [optimizer["state"] for optimizer in state["optimizers"]]
     return copy.deepcopy(
-        {"model": model, "average": average, "optimizers": optimizers, "discriminator": state["discriminator"]}
+        {"model": model, "average": average, "optimizers": optimizers, "discriminator": state["others"]}
     )
 
 

@@ -37,7 +37,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+    clock = {"images_per_second", "data_wait"}
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
 def checkpoints(folder: Path) -> list[str]:

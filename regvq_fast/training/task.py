@@ -1,0 +1,411 @@
+"""What every training task has in common: its batches, optimizers, numerical watch, records and state.
+
+A step of any task is this: the parts of its batch go forward and backward, the watch looks at their numbers, and the
+optimizers take the gradients. All that is random in it is a function of one seed a step and of global sample numbers,
+so that it depends neither on how many processes share it nor on where it was interrupted.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from regvq_fast.config import Config, override
+from regvq_fast.data.loading import TimedBatches, collate, default_workers, training_batches, validation_batches
+from regvq_fast.files import atomic_path
+from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
+from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, rank, rank_0_first, sum_over_ranks, together
+from regvq_fast.training.checkpoint import Checkpoint, random_state, set_random_state
+from regvq_fast.training.memory import peak_memory
+from regvq_fast.training.optimization import average_weights, build_optimizer, learning_rate
+from regvq_fast.training.precision import choose_device, choose_precision, configure_backends
+from regvq_fast.training.recorder import Recorder
+from regvq_fast.training.throughput import DeviceMonitor, count_flops, peak_flops
+from regvq_fast.training.watch import OVERFLOWING, Reading, Rollback, Watch
+
+
+class Metrics(Protocol):
+    """What an evaluation found."""
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers by name; one of them decides on the best checkpoint."""
+
+
+class Task(ABC, Generic[Config]):
+    """Everything a run needs, built and checked; writes nothing until it is told to.
+
+    A subclass names its `script` and says how to build data (:meth:`build_data`) and networks (:meth:`build`), what a
+    part of a batch is (:meth:`inputs`) and does (:meth:`forward_backward`), and how the model is judged
+    (:meth:`evaluate`), shown (:meth:`save_pictures`) and summed up (:meth:`finish`). `build` sets `model`, the network
+    that is judged and saved.
+
+    Args:
+        config: the run; kept as `config` with what was left open resolved.
+
+    Raises:
+        ValueError, OSError: what is wrong with the configuration or the data, in one sentence.
+    """
+
+    script: ClassVar[str]
+    """What a run of this task is started with."""
+    picture: ClassVar[str] = "reconstructions"
+    """Name of what `save_pictures` shows."""
+    model: Any
+    """The network that is judged and saved; has ``architecture()``."""
+
+    def __init__(self, config: Config) -> None:
+        self.check(config)
+        run, optimizer = config.run, config.optimizer
+        self.device = choose_device(run.device)
+        self.batch_size = optimizer.batch_size
+        self.rank_batch, rest = divmod(self.batch_size, num_ranks())
+        if rest or self.rank_batch % optimizer.accumulate:
+            by = f" and --accumulate {optimizer.accumulate}" if optimizer.accumulate > 1 else ""
+            raise ValueError(
+                f"--batch-size {self.batch_size} does not divide among {num_ranks()} processes{by}: "
+                f"take a multiple of {num_ranks() * optimizer.accumulate}"
+            )
+        with rank_0_first():  # which may index the data
+            self.train_set, self.val_set = self.build_data(config)
+        self.steps = optimizer.steps or math.ceil(optimizer.epochs * len(self.train_set) / self.batch_size)
+        self.workers = default_workers(local_ranks()) if run.workers is None else run.workers
+        # The GPU of a process is not one of its run.
+        device = self.device.type if is_torchrun() else str(self.device)
+        self.config = override(config, device=device, steps=self.steps, workers=self.workers)
+
+        configure_backends(run.deterministic)
+        self.precision = choose_precision(run.amp, self.device)
+        self.facts: dict[str, str] = {}
+        """What is told at the start."""
+        self.fingerprint = ""
+        """Of the first training samples: other ones under the same name are noticed on resuming."""
+        torch.manual_seed(run.seed)
+        self.trained = self.build()
+        torch.manual_seed(run.seed + rank())  # dropout of each rank's own
+        self.optimizers = [build_optimizer(module, optimizer) for module in self.trained.values()]
+        self.scaler = self.precision.scaler()
+        self.watch = Watch(self.device)
+        self.average = average_weights(self.model, optimizer.ema, self.watch.skip)
+        for adamw in self.optimizers:
+            adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # its fused kernel does nothing where it is 1
+        self._rollback = Rollback(*self.trained.values())
+        self._reading = Reading({}, 0, [], 0)
+        self._monitor = DeviceMonitor(self.device)
+
+        # One seed a step, counted on the device: all that is random in a step is a function of it.
+        self.seed = torch.tensor((run.seed & 0x7FFFFFFF) << 32, device=self.device)
+        self._batches: TimedBatches | None = None
+        self._flops: dict[tuple[str, ...], float] = {}  # of a step, by what is trained in it
+        self.start = 0
+        """Steps done before this process."""
+        self._step = 0
+        self.lr = 0.0
+        self.facts = self._describe() | self.facts
+
+    # ------------------------------------------------------------------------------------------- what a subclass says
+
+    @abstractmethod
+    def check(self, config: Config) -> None:
+        """Raise ValueError for what is wrong with the configuration."""
+
+    @abstractmethod
+    def build_data(self, config: Config) -> tuple[Any, Any]:
+        """Training and validation split."""
+
+    @abstractmethod
+    def build(self) -> dict[str, nn.Module]:
+        """Make all networks, on the device; those that are trained, by the name of their gradient norm."""
+
+    @abstractmethod
+    def inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """The batch on the device, ready to be cut into parts along its first dimension."""
+
+    @abstractmethod
+    def forward_backward(
+        self, *inputs: Tensor, first_sample: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
+    ) -> dict[str, Tensor]:
+        """Add the gradients of a part of a batch to the parameters.
+
+        Args:
+            inputs: the part.
+            first_sample: 0-dim int64, number of its first sample in the batch of all ranks.
+            loss_scale: 0-dim, factor of all gradients.
+            synchronize: take the mean of the gradients over the ranks; False for all but the last part.
+            plain: for this rank alone, and without compilation.
+
+        Returns:
+            Losses and other numbers by name (0-dim, unscaled, this rank's), the same names for each part.
+        """
+
+    @abstractmethod
+    def evaluate(self, progress: Callable[[int], None] | None = None) -> Metrics:
+        """Judge `eval_model` on the validation split, which the ranks share; ``progress`` gets the number done."""
+
+    @abstractmethod
+    def save_pictures(self, path: Path) -> None:
+        """What `eval_model` makes, as one picture."""
+
+    @abstractmethod
+    def finish(self, recorder: Recorder, metrics: Any, rows: Mapping[str, object]) -> None:
+        """Save what a finished run leaves besides its weights, and print the summary, which ends in ``rows``."""
+
+    def trained_at(self, step: int) -> tuple[str, ...]:
+        """Names in `trained` of what takes part in a step."""
+        return tuple(self.trained)
+
+    def compiles_at(self) -> dict[int, str]:
+        """Steps that compile, with what to tell; they are recorded by themselves."""
+        return {0: "compiling, one to three minutes"}
+
+    def before_step(self, step: int) -> None:
+        """Set what a step depends on besides weights and data."""
+
+    def identity(self) -> dict[str, str]:
+        """What a configuration doesn't tell of data and losses, and a resumed run must have in common."""
+        return {"training images": str(len(self.train_set))}
+
+    def describe(self) -> dict[str, str]:
+        """Facts about data and model."""
+        return {}
+
+    def measure(self) -> dict[str, float]:
+        """More numbers of the window that a record ends."""
+        return {}
+
+    def warnings(self) -> list[str]:
+        """About what was recorded last."""
+        return []
+
+    def more_state(self) -> dict[str, Any]:
+        """What else the next step depends on."""
+        return {}
+
+    def load_more(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`more_state`."""
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def step(self, step: int) -> None:
+        """One optimizer step on the batch that is this step's; skipped on the device where a number is not finite."""
+        if self._batches is None:
+            self._batches = training_batches(
+                self.train_set,
+                self.rank_batch,
+                start=step * self.batch_size + rank() * self.rank_batch,
+                stride=self.batch_size,
+                workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        batch = next(self._batches)  # first: should it fail, the task is still as after the step before
+        self._step = step
+        parts = self.config.optimizer.accumulate
+        for module in self.trained.values():
+            module.train()
+        self.before_step(step)
+        self.lr = learning_rate(self.config.optimizer, step, self.steps)
+        self.seed += 1
+        self._rollback.save()
+
+        loss_scale = self.scaler.scale(torch.ones((), device=self.device)) / parts
+        pieces = zip(*(tensor.chunk(parts) for tensor in self.inputs(batch)), strict=True)
+        for k, piece in enumerate(pieces):
+            first_sample = torch.full((), rank() * self.rank_batch + k * len(piece[0]), device=self.device)
+            try:
+                metrics = self.forward_backward(
+                    *piece, first_sample=first_sample, loss_scale=loss_scale, synchronize=k == parts - 1
+                )
+            except FloatingPointError as error:
+                if num_ranks() > 1:  # the others are waiting for gradients that will not come
+                    raise
+                self.watch.break_off(error)
+                break
+            self.watch.add(metrics)
+        self._update(step)
+
+    def _update(self, step: int) -> None:
+        """Let the optimizers take the gradients, if all numbers of the step are finite."""
+        optimizers = dict(zip(self.trained, self.optimizers, strict=True))
+        active = {name: (self.trained[name], optimizers[name]) for name in self.trained_at(step)}
+        norms = {}
+        for name, (module, optimizer) in active.items():
+            self.scaler.unscale_(optimizer)
+            norms[name] = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        self.watch.judge(norms)
+        for name, (module, optimizer) in active.items():
+            if self.config.optimizer.clip_grad > 0:
+                nn.utils.clip_grads_with_norm_(module.parameters(), self.config.optimizer.clip_grad, norms[name])
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self._rollback.restore(self.watch.skip)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def record(self) -> dict[str, float | str]:
+        """Means of the numbers since the last call; training waits for the device here."""
+        self._reading = reading = self.watch.read()
+        values: dict[str, float | str] = {
+            **reading.means,
+            **self.measure(),
+            "lr": self.lr,
+            "skipped": reading.skipped,
+        }
+        if reading.causes:
+            values["not_finite"] = ", ".join(reading.causes)
+        if self.scaler.is_enabled():
+            values["loss_scale"] = self.scaler.get_scale()
+        return values | self._monitor.read()
+
+    def review(self) -> list[str]:
+        """Warnings about what was recorded last.
+
+        Raises:
+            FloatingPointError: more steps in a row were skipped than ``--max-skipped`` allows.
+        """
+        _, skipped, causes, longest = self._reading
+        if longest > (allowed := self.config.run.max_skipped):
+            raise FloatingPointError(
+                f"{longest} steps in a row were skipped (--max-skipped {allowed}), not finite: {', '.join(causes)}"
+            )
+        warnings = self.warnings()
+        # Loss scaling skips steps whose scaled gradients overflow, as part of its search for a scale.
+        if skipped and not (self.scaler.is_enabled() and OVERFLOWING.issuperset(causes)):
+            steps = "a step was" if skipped == 1 else f"{skipped} steps were"
+            warnings.append(f"{steps} skipped since the last record, not finite: {', '.join(causes)}")
+        return warnings
+
+    def waited(self) -> float:
+        """Seconds that this process waited for data since the last call."""
+        return self._batches.waited() if self._batches else 0.0
+
+    def utilized(self, images_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilization (MFU) at this speed: counted operations over the peak of all GPUs; none if unknown.
+
+        Operations are counted in an extra pass for each kind of step, whose gradients are thrown away.
+        """
+        peak = peak_flops(self.device, self.precision.dtype)
+        if peak is None:
+            return {}
+        active = self.trained_at(self._step)
+        if active not in self._flops:
+            self._flops[active] = self.flops_per_sample()
+        return {"mfu": images_per_second * self._flops[active] / (peak * num_ranks())}
+
+    def flops_per_sample(self) -> float:
+        """Counted operations of a step like the last one, for each sample; changes nothing that is trained."""
+        inputs = self.inputs(collate([self.train_set[0], self.train_set[1]]))  # two: batch statistics need company
+        first = torch.zeros((), dtype=torch.int64, device=self.device)
+        one = torch.ones((), device=self.device)
+        self._rollback.save()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            flops = count_flops(
+                lambda: self.forward_backward(
+                    *inputs, first_sample=first, loss_scale=one, synchronize=False, plain=True
+                )
+            )
+        self._rollback.restore(one)
+        for module in self.trained.values():
+            module.zero_grad(set_to_none=True)
+        return flops / len(inputs[0])
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, beside the weights of `eval_model`: tensors and plain values.
+
+        All ranks must call it; they get the same.
+        """
+        average = self.average
+        return {
+            "identity": self.identity(),
+            "fingerprint": self.fingerprint,
+            "model": None if average is None else self.model.state_dict(),
+            "updates_of_average": 0 if average is None else int(average.n_averaged),
+            "others": [module.state_dict() for module in self.trained.values() if module is not self.model],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "seed": self.seed,
+            "watch": self.watch.state_dict(),
+            "random": random_state(self.device),
+            **self.more_state(),
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint, as if there had been no break; what the checkpoint held is let go.
+
+        Raises:
+            ValueError: the checkpoint is of other data or of other losses.
+        """
+        if checkpoint.folder is None:
+            return
+        state, weights = checkpoint.state, checkpoint.weights
+        for name, value in self.identity().items():
+            saved = state["identity"].get(name)
+            if value != saved:
+                raise ValueError(
+                    f"this run has {value} {name}, the checkpoint {checkpoint.folder} has {saved}: resume with the same"
+                )
+        if self.fingerprint != state["fingerprint"]:
+            checkpoint.notes.append(
+                "the first training images differ from those of the checkpoint, of which there are as many: another "
+                "folder, or another version of Pillow?"
+            )
+        self.start = checkpoint.step
+        if self.average is None:
+            self.model.load_state_dict(weights)
+        else:
+            self.model.load_state_dict(state["model"])
+            self.eval_model.load_state_dict(weights)
+            self.average.n_averaged.fill_(state["updates_of_average"])
+        others = [module for module in self.trained.values() if module is not self.model]
+        for module, saved in zip(others, state["others"], strict=True):
+            module.load_state_dict(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.scaler.is_enabled() and state["scaler"]:  # empty where it was not enabled: it starts afresh then
+            self.scaler.load_state_dict(state["scaler"])
+        self.seed.copy_(state["seed"])
+        self.watch.load_state_dict(state["watch"])
+        set_random_state(state["random"], self.device)
+        self.load_more(state)
+        weights.clear()
+        del state["model"], state["others"], state["optimizers"]
+
+    # ----------------------------------------------------------------------------------------- evaluation and results
+
+    @property
+    def eval_model(self) -> Any:
+        """The model that is judged and saved: the averaged weights where there are any."""
+        return (self.model if self.average is None else self.average.module).eval()
+
+    def validation(self) -> Any:
+        """This rank's share of the validation split, in batches."""
+        share = Subset(self.val_set, range(rank(), len(self.val_set), num_ranks()))
+        return validation_batches(share, self.rank_batch, workers=self.workers)
+
+    def conclude(self, recorder: Recorder, metrics: Metrics, images_per_second: float) -> None:
+        """Save the model and what else the run leaves, and print the summary."""
+        unreadable = torch.tensor(sum(getattr(s, "unreadable", 0) for s in (self.train_set, self.val_set)))
+        unreadable = sum_over_ranks(unreadable)
+        with together():
+            if rank() > 0:
+                return
+            with atomic_path(recorder.folder / WEIGHTS) as temporary:
+                temporary.write_bytes(weights_to_bytes(self.eval_model.state_dict()))
+            rows: dict[str, object] = {"unreadable images": int(unreadable)} if unreadable else {}
+            rows |= {"images/s": images_per_second, "peak memory (GiB)": peak_memory(self.device) / 2**30}
+            rows["model"] = recorder.folder / WEIGHTS
+            self.finish(recorder, metrics, rows)
+
+    def _describe(self) -> dict[str, str]:
+        device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        if num_ranks() > 1:
+            device += f", {num_ranks()} processes with {self.rank_batch} images each"
+        return {"device": device, "precision": self.precision.reason, **self.describe(), **self._monitor.facts}

@@ -1,0 +1,114 @@
+"""Too little memory: what is said, what is found to fit, and what activation checkpointing changes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import FAST, assert_same_run, checkpoints, records, resume, train
+
+from regvq_fast.config import VQGANConfig, override
+from regvq_fast.training.memory import is_out_of_memory, largest_batch, out_of_memory_advice, runs_in_memory
+from regvq_fast.training.vqgan import VQGANTask
+
+
+@pytest.mark.parametrize("unit", [1, 3])
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 8, 40, 63, 64, 65, 1000])
+def test_the_largest_batch_is_found_in_few_tries(limit: int, unit: int) -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    assert largest_batch(fits, unit) == limit // unit * unit
+    assert all(size % unit == 0 for size in tried)
+    assert len(tried) <= 2 * max(limit // unit, 1).bit_length() + 1
+
+
+def test_what_is_too_large_for_any_machine_is_out_of_memory() -> None:
+    cpu = torch.device("cpu")
+    assert not runs_in_memory(lambda: torch.empty(2**60, dtype=torch.uint8), cpu)
+    assert runs_in_memory(lambda: torch.empty(1), cpu)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        runs_in_memory(lambda: torch.ones(2, 3) @ torch.ones(2, 3), cpu)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({}, "add --activation-checkpointing or --accumulate 2"),
+        ({"accumulate": 2}, "add --activation-checkpointing or --accumulate 4"),
+        ({"accumulate": 4, "activation_checkpointing": True}, "add --accumulate 8"),
+        ({"accumulate": 8, "activation_checkpointing": True}, "use a smaller --batch-size in a new run"),
+    ],
+)
+def test_the_advice_is_what_is_not_done_yet(changes: dict[str, Any], advice: str) -> None:
+    config = override(VQGANConfig(), batch_size=8, **changes)
+    said = out_of_memory_advice(config, torch.device("cpu"), 8)
+    assert said.startswith("out of memory at a peak of ")
+    assert said.endswith(f" GiB; {advice}")
+
+
+def test_out_of_memory_ends_with_advice_that_resuming_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = VQGANTask.step
+
+    def hungry(task: VQGANTask, number: int) -> None:
+        if number == 3:
+            torch.empty(2**60, dtype=torch.uint8)
+        step(task, number)
+
+    monkeypatch.setattr(VQGANTask, "step", hungry)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        train(*FAST, "--out", out, "--checkpoint-every", 2)
+    monkeypatch.setattr(VQGANTask, "step", step)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("stopped after step 3: out of memory at a peak of")
+    assert "add --activation-checkpointing or --accumulate 2; to continue from step-0000002: python train/vq.py" in said
+    resume(out, "--activation-checkpointing", "--accumulate", 2)
+    assert "--accumulate is 2 from here on; it was 1" in " ".join(capsys.readouterr().out.split())
+    assert checkpoints(out) == ["step-0000002", "step-0000004"]
+
+
+def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
+    flags = [*FAST, "--disc-start", 2]
+    train(*flags, "--out", tmp_path / "a")
+    train(*flags, "--out", tmp_path / "b", "--activation-checkpointing")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert [row["step"] for row in records(tmp_path / "b")] == [1, 2, 4, 4]
+
+
+def test_the_largest_batch_is_looked_for_with_whole_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = VQGANTask.step
+    taken: list[tuple[int, int]] = []
+
+    def limited(task: VQGANTask, number: int) -> None:
+        step(task, number)
+        taken.append((task.batch_size, number))
+        if task.batch_size > 13:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    # A CPU has no such limit, and native code doesn't survive one that is set: what a GPU would do is played.
+    monkeypatch.setattr(VQGANTask, "step", limited)
+    monkeypatch.setattr("regvq_fast.training.memory.memory_limit", lambda device: 2**33)
+    out = tmp_path / "run"
+    train(*FAST, "--find-batch-size", "--out", out, "--accumulate", 2, "--disc-start", 1)
+    *tries, result = capsys.readouterr().out.splitlines()
+    assert result == "largest batch of one process: --batch-size 12"
+    assert [int(line.split()[0]) for line in tries] == [2, 4, 8, 16, 12, 14]
+    assert tries[3].split("images")[1].strip() == "out of memory"
+    assert "GiB" in tries[4]
+    assert taken[:4] == [(2, 1), (2, 2), (4, 1), (4, 2)]  # with the discriminator
+    assert not out.exists()
+
+
+def test_without_a_gpu_there_is_no_largest_batch() -> None:
+    with pytest.raises(SystemExit, match="error: --find-batch-size needs a GPU: a CPU's memory has no such limit"):
+        train("--find-batch-size")

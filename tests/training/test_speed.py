@@ -1,0 +1,67 @@
+"""What a run tells of its speed: waits, operations, traces."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import FAST, records, train
+
+from regvq_fast.config import VQGANConfig, override
+from regvq_fast.training.precision import configure_backends
+from regvq_fast.training.vqgan import VQGANTask
+
+
+def test_records_tell_how_long_the_step_waited_for_data(tmp_path: Path) -> None:
+    train(*FAST, "--out", tmp_path / "run", "--log-every", 1)
+    rows = [row for row in records(tmp_path / "run") if row["split"] == "train"]
+    assert "data_wait" not in rows[0]  # the first step waits for the start of the workers
+    assert all(0 < row["data_wait"] < 1 for row in rows[1:])
+
+
+def test_a_trace_of_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(*FAST, "--out", tmp_path / "run", "--steps", 7, "--trace-steps", 2)
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum("Optimizer.step" in name for name in names) >= 2
+    assert any("regvq::vector_quantize" in name for name in names)
+    assert "traced 2 steps: " in " ".join(capsys.readouterr().out.split())
+
+
+def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(
+        VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
+        batch_size=4, quantizer="vq-vae", disc_start=1, disc_filters=4, perceptual_weight=0.0, contrastive="none",
+        device="cpu", dropout=0.5,
+    )  # fmt: skip
+    counted, plain = VQGANTask(config), VQGANTask(config)
+    assert counted.utilized(100.0) == {}  # nobody knows a CPU's peak
+    monkeypatch.setattr("regvq_fast.training.task.peak_flops", lambda device, dtype: 1e9)
+    ratios = []
+    for step in range(3):
+        # Dropout draws from the global generator: both tasks get the same stretch of it.
+        torch.manual_seed(step)
+        plain.step(step)
+        torch.manual_seed(step)
+        counted.step(step)
+        ratios.append(counted.utilized(100.0)["mfu"])
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, counted.model.state_dict()[name]), name
+    for name, value in plain.discriminator.state_dict().items():
+        assert torch.equal(value, counted.discriminator.state_dict()[name]), name
+    assert torch.equal(plain.usage.counts, counted.usage.counts)
+    assert 0 < ratios[0] < ratios[1] == ratios[2]  # the discriminator joins at step 1
+    macs = 8 * 3 * 9 * 32 * 32  # the encoder's first convolution: forward, and the gradient of its weights
+    assert ratios[0] * 1e9 / 100 > 2 * 2 * macs
+
+
+def test_deterministic_is_one_switch() -> None:
+    try:
+        configure_backends(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        configure_backends(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark

@@ -1,0 +1,99 @@
+"""train/vq.py on several processes: what one process does, and how it ends."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_runs import FAST, SCRIPT, TINY, checkpoints, records, resume, train, without_clock
+
+from regvq_fast.ranks import texts_of_ranks, together
+
+# Batch statistics are those of a rank's part: group norm has none.
+RUN = [*TINY, *FAST, "--disc-norm", "group", "--disc-start", "1", "--prior-scope", "global", "--val-images", "5"]
+RUN += ["--final-lr-fraction", "1"]  # else the rate depends on the number of steps
+
+
+def torchrun(*flags: object, processes: int = 2) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
+
+
+def run_on_ranks(*flags: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(torchrun(*flags, processes=processes), capture_output=True, text=True, timeout=300)
+
+
+def assert_close_runs(one: Path, two: Path) -> None:
+    """The same up to the order of sums; AdamW makes a whole step of the sign of a gradient that is all but zero."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
+    difference = sum(float((second[name] - value).square().sum()) for name, value in first.items())
+    assert difference <= 1e-5 * sum(float(value.square().sum()) for value in first.values())
+    assert len(records(one)) == len(records(two))
+    for row, other in zip(records(one), records(two), strict=True):
+        for name, value in without_clock([row])[0].items():
+            assert other[name] == (value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=1e-5)), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train(*RUN, "--out", out)
+    return out
+
+
+def test_two_processes_make_the_run_of_one_and_either_resumes_the_other(alone: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    done = run_on_ranks(*RUN, "--out", two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close_runs(alone, two)
+    assert done.stdout.count("device  CPU, 2 processes with 2 images each") == 1
+    assert json.loads((two / "summary.json").read_text())["images"] == 5
+    assert checkpoints(two) == ["step-0000004"]
+    assert not list(two.rglob(".*"))
+
+    train(*RUN, "--out", tmp_path / "longer", "--steps", "6")
+    resume(two, "--steps", "6")
+    assert_close_runs(tmp_path / "longer", two)
+
+    done = run_on_ranks("--resume", "--out", alone, "--steps", "6")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close_runs(tmp_path / "longer", alone)
+
+
+def test_sigterm_to_the_launcher_saves_and_a_refusal_is_one_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        torchrun(*RUN, "--out", out, "--steps", "5000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len(records(out)) < 2:
+            assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert "stopped by SIGTERM after step" in errors
+    assert f"torchrun --nproc-per-node 2 train/vq.py --resume --out {out}" in " ".join(errors.split())
+    assert checkpoints(out)
+
+    again = run_on_ranks(*RUN, "--out", out)
+    assert again.returncode == 1
+    assert again.stderr.count("exists and is not an empty folder") == 1
+
+
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("regvq_fast.training.task.num_ranks", lambda: 3)
+    with pytest.raises(SystemExit, match=r"--batch-size 4 does not divide among 3 processes: take a multiple of 3"):
+        train("--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_there_is_nobody_to_agree_with() -> None:
+    assert texts_of_ranks("ä") == ["ä"]
+    with pytest.raises(OSError, match="full"), together():
+        raise OSError("full")
