@@ -10,17 +10,33 @@ from regvq_fast.config.common import (
     parse_config,
     read_config,
 )
+from regvq_fast.config.prior import (
+    AR_PRESETS,
+    DIFFUSION_PRESETS,
+    ARConfig,
+    DiffusionConfig,
+    TokensConfig,
+    check_ar_config,
+    check_diffusion_config,
+)
 from regvq_fast.config.vqgan import VQGAN_PRESETS, LossConfig, QuantizerConfig, VQGANConfig, check_vqgan_config
 
 __all__ = [
+    "AR_PRESETS",
+    "DIFFUSION_PRESETS",
     "VQGAN_PRESETS",
+    "ARConfig",
     "Config",
+    "DiffusionConfig",
     "LossConfig",
     "OptimizerConfig",
     "QuantizerConfig",
     "RunConfig",
+    "TokensConfig",
     "TrainConfig",
     "VQGANConfig",
+    "check_ar_config",
+    "check_diffusion_config",
     "check_vqgan_config",
     "config_from_dict",
     "override",

@@ -12,6 +12,7 @@ from regvq_fast.data.pictures import Crop, Field
 from regvq_fast.data.samples import Batch, Sample, Split
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.shards import ImageShards, write_shards
+from regvq_fast.data.tokens import TokenBatch, TokenDataset, TokenSample, majority_vote, tokenize_batch, tokenizer_hash
 from regvq_fast.data.transforms import to_float, to_uint8
 
 __all__ = [
@@ -25,10 +26,16 @@ __all__ = [
     "ScenesDataset",
     "Split",
     "TimedBatches",
+    "TokenBatch",
+    "TokenDataset",
+    "TokenSample",
     "build_dataset",
     "default_workers",
+    "majority_vote",
     "to_float",
     "to_uint8",
+    "tokenize_batch",
+    "tokenizer_hash",
     "training_batches",
     "validation_batches",
     "write_shards",

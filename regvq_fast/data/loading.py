@@ -111,8 +111,13 @@ def validation_batches(
     return _loader(dataset, workers, batch_size=batch_size, pin_memory=pin_memory)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack images and semantic maps, list captions; every sample must have the same keys."""
+def collate(samples: Sequence[Sample] | Batch) -> Batch:
+    """Stack images and semantic maps, list captions; every sample must have the same keys.
+
+    A data set that gathers whole batches (``__getitems__``, as TokenDataset) has left nothing to do.
+    """
+    if isinstance(samples, dict):
+        return samples
     batch = Batch(image=torch.stack([sample["image"] for sample in samples]))
     if "segmentation" in samples[0]:
         batch["segmentation"] = torch.stack([sample["segmentation"] for sample in samples])

@@ -2,13 +2,16 @@
 
 import math
 import os
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from regvq_fast.data.transforms import to_uint8
@@ -33,16 +36,69 @@ def save_reconstruction_grid(
     Raises:
         ValueError: shapes that differ or are not (B, 3, H, W) with B >= 1.
     """
-    if originals.shape != reconstructions.shape or originals.ndim != 4 or originals.shape[1] != 3 or not len(originals):
+    if originals.shape != reconstructions.shape:
         raise ValueError(
-            "originals and reconstructions must have one shape (B, 3, H, W), B >= 1, "
-            f"got {tuple(originals.shape)} and {tuple(reconstructions.shape)}"
+            f"originals and reconstructions must have one shape (B, 3, H, W), got {tuple(originals.shape)} and "
+            f"{tuple(reconstructions.shape)}"
         )
-    scale = max(1, math.ceil(_SMALLEST_TILE / originals.shape[3]))
-    original, reconstruction = (_enlarge(_as_uint8(images), scale) for images in (originals, reconstructions))
-    seam = torch.full((len(original), 3, 2, original.shape[3]), _BACKGROUND, dtype=torch.uint8)
-    pairs = torch.cat([original, seam, reconstruction], dim=2)
-    _save_image(path, _tile(pairs, min(columns, len(pairs)), gutter=8))
+    save_image_grid(path, originals, reconstructions, columns=columns)
+
+
+def save_image_grid(path: str | os.PathLike[str], *stacks: Tensor, columns: int = 8) -> None:
+    """Save a grid of stacks of images that belong together: the first of each above the second, and so on.
+
+    Args:
+        path: of the picture; its suffix gives the format.
+        stacks: (B, 3, H, W) each, uint8 or floating in -1..1 (clamped), on any device; enlarged to one width, by whole
+            factors.
+        columns: stacks in a row.
+
+    Raises:
+        ValueError: shapes that don't go together or are not (B, 3, H, W) with B >= 1.
+    """
+    widest = max(images.shape[-1] for images in stacks)
+    width = widest * max(1, math.ceil(_SMALLEST_TILE / widest))
+    count = len(stacks[0])
+    alike = all(
+        images.ndim == 4 and images.shape[:2] == (count, 3) and width % images.shape[3] == 0 for images in stacks
+    )
+    if not alike or not count:
+        shapes = ", ".join(str(tuple(images.shape)) for images in stacks)
+        raise ValueError(f"images that belong together must be (B, 3, H, W), B >= 1, alike in size, got {shapes}")
+    seam = torch.full((count, 3, 2, width), _BACKGROUND, dtype=torch.uint8)
+    parts = [part for images in stacks for part in (seam, _enlarge(_as_uint8(images), width // images.shape[3]))]
+    tiles = torch.cat(parts[1:], dim=2)
+    _save_image(path, _tile(tiles, min(columns, len(tiles)), gutter=8))
+
+
+def caption_tiles(captions: Sequence[str], size: int) -> Tensor:
+    """Captions as pictures (B, 3, size, size) uint8; long ones are cut off."""
+    tiles = []
+    for caption in captions:
+        tile = Image.new("RGB", (size, size), (_BACKGROUND,) * 3)
+        draw = ImageDraw.Draw(tile)
+        font = ImageFont.load_default(size=max(9, size // 12))
+        letters = max(1, int(size / draw.textlength("n", font=font)))
+        draw.multiline_text((2, 2), "\n".join(textwrap.wrap(caption, letters)), fill=(0, 0, 0), font=font, spacing=2)
+        tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
+    return torch.stack(tiles)
+
+
+def color_map(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A semantic map as a picture, each class in a colour of its own that does not depend on the others there are.
+
+    Args:
+        segmentation: (B, h, w) class ids below 256, any integer type.
+        shape: (H, W) of the pictures; nearest neighbour.
+
+    Returns:
+        (B, 3, H, W) uint8, on the CPU.
+    """
+    hues = np.arange(256) * 0.61803398875 % 1  # the golden ratio keeps neighbouring ids apart
+    values = 0.95 - 0.35 * (np.arange(256) % 3) / 2
+    palette = torch.from_numpy((hsv_to_rgb(np.stack([hues, np.full(256, 0.65), values], 1)) * 255).astype(np.uint8))
+    ids = F.interpolate(segmentation.cpu().float().unsqueeze(1), shape, mode="nearest").squeeze(1).long()
+    return palette[ids].permute(0, 3, 1, 2).contiguous()
 
 
 def save_codebook_mosaic(

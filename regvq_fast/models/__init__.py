@@ -2,6 +2,16 @@
 
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import VGGFeatures, load_vgg_features
+from regvq_fast.models.token_transformer import TokenTransformer
+from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.vqgan import VQGAN, VQGANOutput
 
-__all__ = ["VQGAN", "PatchDiscriminator", "VGGFeatures", "VQGANOutput", "load_vgg_features"]
+__all__ = [
+    "VQGAN",
+    "PatchDiscriminator",
+    "TokenTransformer",
+    "VGGFeatures",
+    "VQDiffusion",
+    "VQGANOutput",
+    "load_vgg_features",
+]

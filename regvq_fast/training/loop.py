@@ -74,6 +74,9 @@ def prepare(kind: type[Task[Config]], config: Config) -> tuple[Task[Config], Rec
         if start is not None:
             task.load(start)
     recorder = Recorder(task.config, task.facts, task.model.architecture(), start)
+    with together():
+        if rank() == 0:
+            task.begin(recorder.folder)
     return task, recorder, Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
 
 

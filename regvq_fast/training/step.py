@@ -91,11 +91,7 @@ class VQGANStep:
             The losses and other numbers by name (0-dim, unscaled, this rank's) and the selected codes (B, h, w).
         """
         networks = self._plain if plain else self._networks
-        with ExitStack() as stack:
-            if not synchronize:
-                for module in networks:
-                    if isinstance(module, DistributedDataParallel):
-                        stack.enter_context(module.no_sync())
+        with synchronized(*networks, enabled=synchronize):
             return self._step(networks, images, seed, first_image, adversarial, loss_scale)
 
     def _step(
@@ -165,6 +161,16 @@ def distributed(module: nn.Module) -> nn.Module:
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)  # type: ignore[arg-type]
+
+
+@contextmanager
+def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether backward takes the mean of the gradients over the ranks, of forward passes inside the block."""
+    with ExitStack() as stack:
+        for module in modules if not enabled else ():
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 @contextmanager

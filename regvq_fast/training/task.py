@@ -84,6 +84,8 @@ class Task(ABC, Generic[Config]):
         """What is told at the start."""
         self.fingerprint = ""
         """Of the first training samples: other ones under the same name are noticed on resuming."""
+        self.companions: dict[str, nn.Module] = {}
+        """Modules that no optimizer trains, but whose buffers a step changes: they are saved, and taken back with it."""
         torch.manual_seed(run.seed)
         self.trained = self.build()
         torch.manual_seed(run.seed + rank())  # dropout of each rank's own
@@ -93,7 +95,7 @@ class Task(ABC, Generic[Config]):
         self.average = average_weights(self.model, optimizer.ema, self.watch.skip)
         for adamw in self.optimizers:
             adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # its fused kernel does nothing where it is 1
-        self._rollback = Rollback(*self.trained.values())
+        self._rollback = Rollback(*self.trained.values(), *self.companions.values())
         self._reading = Reading({}, 0, [], 0)
         self._monitor = DeviceMonitor(self.device)
 
@@ -161,6 +163,9 @@ class Task(ABC, Generic[Config]):
     def compiles_at(self) -> dict[int, str]:
         """Steps that compile, with what to tell; they are recorded by themselves."""
         return {0: "compiling, one to three minutes"}
+
+    def begin(self, folder: Path) -> None:
+        """Save into the run's folder what the run needs besides its checkpoints; rank 0, before the first step."""
 
     def before_step(self, step: int) -> None:
         """Set what a step depends on besides weights and data."""
@@ -329,6 +334,7 @@ class Task(ABC, Generic[Config]):
             "model": None if average is None else self.model.state_dict(),
             "updates_of_average": 0 if average is None else int(average.n_averaged),
             "others": [module.state_dict() for module in self.trained.values() if module is not self.model],
+            "companions": {name: module.state_dict() for name, module in self.companions.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "seed": self.seed,
@@ -367,6 +373,8 @@ class Task(ABC, Generic[Config]):
         others = [module for module in self.trained.values() if module is not self.model]
         for module, saved in zip(others, state["others"], strict=True):
             module.load_state_dict(saved)
+        for name, module in self.companions.items():
+            module.load_state_dict(state["companions"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if self.scaler.is_enabled() and state["scaler"]:  # empty where it was not enabled: it starts afresh then

@@ -1,0 +1,204 @@
+"""The autoregressive prior, training and sampling, beside taming-transformers' minGPT at the same size.
+
+pytest bench/bench_autoregressive.py -k small           on the CPU: width 256, 4 blocks, 16 images of 256 tokens
+pytest bench/bench_autoregressive.py -k paper           on a GPU: width 1024, 24 blocks, 32 images
+pytest bench/bench_autoregressive.py -s -k target       only the claims, whose runs take turns; prints their numbers
+
+``--benchmark-json FILE`` keeps what was measured. A training step is the loss of a batch, its gradients and the update
+of AdamW, the fused one for both. Sampling draws as many images from their conditions; taming's is
+``sample_with_past``, whose cache grows by a copy of itself at each token. Both have the same weights and choose among
+all codes. Mixed precision trains; to sample in half precision, the network's weights are converted. taming needs
+``pip install --no-deps taming-transformers-rom1504``.
+"""
+
+import copy
+import functools
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import machine
+import measuring
+import peers
+import pytest
+import taming_gpt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regvq_fast.models import TokenTransformer
+from regvq_fast.sampling import sample_autoregressive
+from regvq_fast.training.precision import choose_precision
+
+NUM_CODES, NUM_CLASSES, NUM_TOKENS = 1024, 151, 256
+
+
+class Size(NamedTuple):
+    device: str
+    width: int
+    depth: int
+    heads: int
+    images: int
+
+
+SIZES = {"small": Size("cpu", 256, 4, 8, 16), "paper": Size("cuda", 1024, 24, 16, 32)}
+TRAINING = ("taming", "taming-amp", "fp32", "amp", "amp-compile")
+SAMPLING = ("taming", "taming-half", "fp32", "fp32-compile", "half", "half-compile")
+REPEATS = 5
+
+
+@functools.cache
+def networks(size: str) -> tuple[nn.Module, TokenTransformer]:
+    """taming's and ours with the same weights, in evaluation mode, which without dropout computes as training does."""
+    device, width, depth, heads, _ = SIZES[size]
+    torch.manual_seed(0)
+    ours = TokenTransformer(NUM_CODES, NUM_CLASSES, width=width, depth=depth, heads=heads)
+    length = ours.condition_length + ours.num_tokens
+    theirs = taming_gpt.module().GPT(NUM_CODES, length, n_layer=depth, n_head=heads, n_embd=width)
+    with torch.no_grad():  # fresh weights would hardly tell a condition from another
+        for parameter in theirs.parameters():
+            parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
+    ours.load_taming_state_dict(theirs.state_dict())
+    return theirs.to(device).eval(), ours.to(device).eval()
+
+
+def make_batch(size: str) -> tuple[Tensor, Tensor]:
+    """Tokens and condition, (B, NUM_TOKENS) each."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (SIZES[size].images, NUM_TOKENS)
+    tokens, condition = (torch.randint(n, shape, generator=generator) for n in (NUM_CODES, NUM_CLASSES))
+    return tokens.to(SIZES[size].device), condition.to(SIZES[size].device)
+
+
+def taming_logits(network: nn.Module, tokens: Tensor, condition: Tensor) -> Tensor:
+    """Logits of the tokens, as ``Net2NetTransformer`` takes them from its network."""
+    logits, _ = network(torch.cat([condition, tokens], 1)[:, :-1])
+    return logits[:, condition.shape[1] - 1 :]
+
+
+def taming_loss(network: nn.Module, tokens: Tensor, condition: Tensor) -> Tensor:
+    logits = taming_logits(network, tokens, condition)
+    return F.cross_entropy(logits.reshape(-1, NUM_CODES), tokens.flatten())
+
+
+def pick(size: str, mode: str) -> nn.Module:
+    """A copy of one of the networks."""
+    theirs, ours = networks(size)
+    return copy.deepcopy(theirs if mode.startswith("taming") else ours)
+
+
+def finishing(run: Callable[[], object], size: str) -> measuring.Run:
+    """The run, until the device has done it."""
+
+    def finished() -> None:
+        run()
+        if SIZES[size].device == "cuda":
+            torch.cuda.synchronize()
+
+    return finished
+
+
+def training_run(size: str, mode: str) -> measuring.Run:
+    """A step of training, always on the same batch."""
+    network, precision = pick(size, mode).train(), choose_precision("amp" in mode, torch.device(SIZES[size].device))
+    optimizer, scaler = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True), precision.scaler()
+    loss: Callable[..., Tensor] = taming_loss if mode.startswith("taming") else TokenTransformer.loss
+    if mode.endswith("compile"):
+        loss = torch.compile(loss, fullgraph=True, dynamic=False)
+    tokens, condition = make_batch(size)
+
+    def step() -> None:
+        with precision.autocast():
+            value = loss(network, tokens, condition)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return finishing(step, size)
+
+
+def sampling_run(size: str, mode: str) -> measuring.Run:
+    """Images for all conditions of the batch."""
+    network, (_, condition) = pick(size, mode), make_batch(size)
+    half = choose_precision("half" in mode, condition.device).dtype
+    network = network if half is None else network.to(half)
+    if mode.startswith("taming"):
+        return finishing(lambda: taming_gpt.module().sample_with_past(condition, network, NUM_TOKENS), size)
+    assert isinstance(network, TokenTransformer)
+    ours, compiled = network, mode.endswith("compile")
+    return finishing(lambda: sample_autoregressive(ours, condition, seed=0, compile=compiled), size)
+
+
+@functools.cache
+def check(size: str) -> None:
+    """Both compute the same loss, and greedily draw what the other would: a wrong one reports no time."""
+    theirs, ours = networks(size)
+    tokens, condition = (ids[:2] for ids in make_batch(size))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.loss(tokens, condition), taming_loss(theirs, tokens, condition))
+        drawn = sample_autoregressive(ours, condition, seed=0, temperature=0.0).flatten(1)
+        theirs_drawn = taming_gpt.module().sample_with_past(condition, theirs, NUM_TOKENS, sample_logits=False)
+        assert drawn.unique().numel() > 10
+        for sample, judge in (
+            (drawn, taming_logits(theirs, drawn, condition)),
+            (theirs_drawn, ours(theirs_drawn, condition)),
+        ):
+            chosen = judge.gather(2, sample.unsqueeze(2)).squeeze(2)
+            assert float((judge.amax(2) - chosen).max()) < 1e-3  # equals within rounding may change places
+
+
+def ready(size: str, make: Callable[[str, str], measuring.Run], *modes: str) -> dict[str, measuring.Run]:
+    """Checked runs; skips the test where their device or taming is missing."""
+    if SIZES[size].device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("the paper's size needs a CUDA GPU")
+    try:
+        check(size)
+    except peers.SkippedError as error:
+        pytest.skip(str(error))
+    return {mode: make(size, mode) for mode in modes}
+
+
+def measure(benchmark, size: str, what: str, run: measuring.Run) -> None:  # type: ignore[no-untyped-def]
+    device, width, depth, _, images = SIZES[size]
+    benchmark.group = f"{what}, {images} images of {NUM_TOKENS} tokens, width {width}, {depth} blocks, {device}"
+    benchmark.extra_info |= {"images": images, "tokens": images * NUM_TOKENS, "threads": torch.get_num_threads()}
+    benchmark.extra_info |= machine.describe_software()
+    if device == "cuda":
+        benchmark.extra_info |= machine.describe_gpu()
+    benchmark.pedantic(run, rounds=REPEATS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("mode", TRAINING)
+@pytest.mark.parametrize("size", SIZES)
+def test_training(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    measure(benchmark, size, "training step", ready(size, training_run, mode)[mode])
+
+
+@pytest.mark.parametrize("mode", SAMPLING)
+@pytest.mark.parametrize("size", SIZES)
+def test_sampling(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    measure(benchmark, size, "sampling", ready(size, sampling_run, mode)[mode])
+
+
+def compare(size: str, make: Callable[[str, str], measuring.Run], *modes: str) -> dict[str, float]:
+    """Median seconds of runs that take turns."""
+    runs = ready(size, make, *modes)
+    for run in runs.values():
+        run()
+    turns = measuring.take_turns(runs, measuring.wall_clock, REPEATS)
+    seconds = {mode: statistics.median(turns[mode]) for mode in modes}
+    print(f"\n{size}: " + ", ".join(f"{mode} {time:.4g} s" for mode, time in seconds.items()))
+    return seconds
+
+
+def test_target_sampling_on_a_cpu() -> None:
+    """3 times as fast. It measures time: run it on an idle machine."""
+    seconds = compare("small", sampling_run, "taming", "fp32")
+    assert seconds["taming"] >= 3 * seconds["fp32"]
+
+
+def test_target_training_on_a_cpu() -> None:
+    """No slower, uncompiled and in fp32 as taming's."""
+    seconds = compare("small", training_run, "taming", "fp32")
+    assert seconds["taming"] >= seconds["fp32"]

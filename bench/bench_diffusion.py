@@ -1,0 +1,256 @@
+"""The diffusion prior, training and sampling, beside a plain expression of VQ-Diffusion's loss and sampler.
+
+pytest bench/bench_diffusion.py -k small           on the CPU: width 128, 4 blocks, 8 images of 256 tokens, 10 steps
+pytest bench/bench_diffusion.py -k paper           on a GPU: VQ-Diffusion-B, 16 images, 100 steps
+pytest bench/bench_diffusion.py -s -k target       only the claims, whose runs take turns; prints their numbers
+python bench/bench_diffusion.py small plain        MiB of resident memory that one loss and its gradient take
+
+``--benchmark-json FILE`` keeps what was measured. The loss is that of a batch of logits, with its gradient. A
+training step is the network's too, and the update of AdamW, the fused one for both. Sampling draws as many images, with
+guidance. The network is ours in all of them; in the plain ones its attention is written out, as in VQ-Diffusion's code.
+"""
+
+import contextlib
+import ctypes
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import machine
+import measuring
+import pytest
+import torch
+from plain_diffusion import PlainDiffusion, plain_attention
+from torch import Tensor
+
+from regvq_fast.losses.discrete_diffusion import diffusion_terms
+from regvq_fast.models import VQDiffusion, vq_diffusion
+from regvq_fast.sampling.diffusion import sample_diffusion
+from regvq_fast.training.precision import choose_precision
+
+NUM_CODES, NUM_TOKENS = 1024, 256
+
+
+class Size(NamedTuple):
+    device: str
+    width: int
+    depth: int
+    heads: int
+    images: int
+    steps: int  # T of the sampler's benchmark; training has 100
+
+
+SIZES = {"small": Size("cpu", 128, 4, 4, 8, 10), "paper": Size("cuda", 1024, 19, 16, 16, 100)}
+LOSS = ("plain", "eager", "compile")
+TRAINING = ("plain", "plain-amp", "eager", "compile", "amp-compile")
+SAMPLING = ("plain", "eager", "compile")
+REPEATS = 5
+GUIDANCE, TRUNCATION, AUXILIARY_WEIGHT = 2.0, 0.86, 5e-4
+
+
+@contextlib.contextmanager
+def written_out(mode: str) -> Iterator[None]:
+    """The network as VQ-Diffusion's code has it, in the plain modes."""
+    if not mode.startswith("plain"):
+        yield
+        return
+    with mock.patch.object(vq_diffusion, "attention", plain_attention):
+        yield
+
+
+def make_prior(size: str, num_steps: int = 100) -> VQDiffusion:
+    device, width, depth, heads, _, _ = SIZES[size]
+    torch.manual_seed(0)
+    return VQDiffusion(NUM_CODES, width=width, depth=depth, heads=heads, num_steps=num_steps).to(device)
+
+
+def make_batch(size: str) -> dict[str, Tensor]:
+    """Tokens, noisy tokens and their steps, text, and logits."""
+    device, _, _, _, images, _ = SIZES[size]
+    chain = vq_diffusion.MaskAndReplace(NUM_CODES)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(NUM_CODES, (images, NUM_TOKENS), generator=generator)
+    t = torch.randint(1, 101, (images,), generator=generator)
+    batch = {
+        "tokens": tokens,
+        "noisy": chain.corrupt(tokens, t, torch.tensor(0)),
+        "t": t,
+        "text": torch.randn(images, 77, 512, generator=generator),
+        "logits": 3 * torch.randn(images, NUM_TOKENS, NUM_CODES, generator=generator),
+    }
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def make_loss(size: str, mode: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Of logits, tokens, noisy tokens and t; 0-dim."""
+    chain, device = vq_diffusion.MaskAndReplace(NUM_CODES), torch.device(SIZES[size].device)
+    plain = PlainDiffusion(chain, device)
+    probability = torch.full((SIZES[size].images,), 0.01, device=device)
+
+    def loss(logits: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        if mode.startswith("plain"):
+            bound, auxiliary = plain.bound(logits, tokens, noisy, t)
+            return ((bound + AUXILIARY_WEIGHT * (2 - (t - 1) / 100) * auxiliary) / probability).mean()
+        return diffusion_terms(chain, logits, tokens, noisy, t).loss(t, probability, 100, AUXILIARY_WEIGHT)
+
+    return loss
+
+
+def maybe_compiled(function: Any, mode: str) -> Any:
+    return torch.compile(function, fullgraph=True, dynamic=False) if mode.endswith("compile") else function
+
+
+def loss_run(size: str, mode: str) -> measuring.Run:
+    loss, batch = maybe_compiled(make_loss(size, mode), mode), make_batch(size)
+    logits = batch["logits"].requires_grad_()
+    return finishing(
+        lambda: torch.autograd.grad(loss(logits, batch["tokens"], batch["noisy"], batch["t"]), logits), size
+    )
+
+
+def training_run(size: str, mode: str) -> measuring.Run:
+    """A step of training, always on the same batch."""
+    prior, batch = make_prior(size), make_batch(size)
+    precision, loss = choose_precision("amp" in mode, batch["text"].device), make_loss(size, mode)
+    optimizer, scaler = torch.optim.AdamW(prior.parameters(), lr=1e-4, fused=True), precision.scaler()
+
+    def value(tokens: Tensor, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        with precision.autocast():
+            logits = prior(noisy, t, text)
+        return loss(logits, tokens, noisy, t)
+
+    value = maybe_compiled(value, mode)
+
+    def step() -> None:
+        with written_out(mode):
+            scaler.scale(value(batch["tokens"], batch["noisy"], batch["t"], batch["text"])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return finishing(step, size)
+
+
+def sampling_run(size: str, mode: str) -> measuring.Run:
+    """Images for all texts of the batch."""
+    prior, text = make_prior(size, SIZES[size].steps).eval(), make_batch(size)["text"]
+    if mode != "plain":
+        draw = functools.partial(sample_diffusion, guidance=GUIDANCE, truncation=TRUNCATION, compile=mode == "compile")
+        return finishing(lambda: draw(prior, text, seed=0), size)
+    plain = PlainDiffusion(prior.transition, text.device)
+
+    def run() -> None:
+        with written_out(mode):
+            plain.sample(prior, text, prior.condition(len(text)), NUM_TOKENS, GUIDANCE, TRUNCATION)
+
+    return finishing(run, size)
+
+
+def finishing(run: Callable[[], object], size: str) -> measuring.Run:
+    """The run, until the device has done it."""
+
+    def finished() -> None:
+        run()
+        if SIZES[size].device == "cuda":
+            torch.cuda.synchronize()
+
+    return finished
+
+
+@functools.cache
+def check(size: str) -> None:
+    """Both compute the same network, losses, gradients and posteriors: a wrong one reports no time."""
+    batch, prior = make_batch(size), make_prior(size)
+    logits, tokens, noisy, t = (batch[name][:2] for name in ("logits", "tokens", "noisy", "t"))
+    probability = torch.ones(2, device=t.device)
+    plain = PlainDiffusion(prior.transition, t.device)
+    logits = logits.requires_grad_()
+    bound, auxiliary = plain.bound(logits, tokens, noisy, t)
+    terms = diffusion_terms(prior.transition, logits, tokens, noisy, t)
+    torch.testing.assert_close(terms.bound, bound, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(terms.cross_entropy, auxiliary, rtol=1e-3, atol=1e-4)
+    theirs = ((bound + 2 * auxiliary) / probability).mean()
+    ours = ((terms.bound + 2 * terms.cross_entropy) / probability).mean()
+    (expected,), (gradient,) = (torch.autograd.grad(value, logits) for value in (theirs, ours))
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+    with torch.no_grad():
+        posterior = prior.transition.log_posterior(logits, noisy, t - 1, t).clamp(min=-70.0)
+        plainly = plain.posterior(plain.predict(logits), plain.log_one_hot(noisy), t).mT
+        torch.testing.assert_close(posterior.exp(), plainly.exp(), rtol=1e-3, atol=1e-6)
+        predicted = prior(noisy, t, batch["text"][:2])
+        with written_out("plain"):
+            torch.testing.assert_close(prior(noisy, t, batch["text"][:2]), predicted, rtol=1e-3, atol=1e-3)
+
+
+def ready(size: str, make: Callable[[str, str], measuring.Run], *modes: str) -> dict[str, measuring.Run]:
+    """Checked runs; skips the test where their device is missing."""
+    if SIZES[size].device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("the paper's size needs a CUDA GPU")
+    check(size)
+    return {mode: make(size, mode) for mode in modes}
+
+
+def measure(benchmark, size: str, what: str, run: measuring.Run) -> None:  # type: ignore[no-untyped-def]
+    device, width, depth, _, images, steps = SIZES[size]
+    benchmark.group = f"{what}, {images} images of {NUM_TOKENS} tokens, width {width}, {depth} blocks, {device}"
+    benchmark.extra_info |= {"images": images, "steps": steps, "threads": torch.get_num_threads()}
+    benchmark.extra_info |= machine.describe_software()
+    if device == "cuda":
+        benchmark.extra_info |= machine.describe_gpu()
+    benchmark.pedantic(run, rounds=REPEATS, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("mode", LOSS)
+@pytest.mark.parametrize("size", SIZES)
+def test_loss(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    run = ready(size, loss_run, mode)[mode]
+    if SIZES[size].device == "cpu":
+        benchmark.extra_info["peak_mib"] = round(measuring.peak_memory(__file__, size, mode), 1)
+    measure(benchmark, size, "loss and gradient", run)
+
+
+@pytest.mark.parametrize("mode", TRAINING)
+@pytest.mark.parametrize("size", SIZES)
+def test_training(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    measure(benchmark, size, "training step", ready(size, training_run, mode)[mode])
+
+
+@pytest.mark.parametrize("mode", SAMPLING)
+@pytest.mark.parametrize("size", SIZES)
+def test_sampling(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    measure(benchmark, size, "sampling", ready(size, sampling_run, mode)[mode])
+
+
+def compare(size: str, make: Callable[[str, str], measuring.Run], *modes: str) -> dict[str, float]:
+    """Median seconds of runs that take turns."""
+    runs = ready(size, make, *modes)
+    for run in runs.values():
+        for _ in range(2):  # compiles, and makes the optimizers' states
+            run()
+    turns = measuring.take_turns(runs, measuring.wall_clock, REPEATS)
+    seconds = {mode: statistics.median(turns[mode]) for mode in modes}
+    print(f"\n{size}: " + ", ".join(f"{mode} {time:.4g} s" for mode, time in seconds.items()))
+    return seconds
+
+
+def test_target_training_on_a_cpu() -> None:
+    """1.5 times as fast, compiled. It measures time: run it on an idle machine."""
+    seconds = compare("small", training_run, "plain", "eager", "compile")
+    assert seconds["plain"] >= 1.5 * seconds["compile"]
+
+
+def test_target_sampling_on_a_cpu() -> None:
+    """No slower, and drawn by counter-based noise."""
+    seconds = compare("small", sampling_run, "plain", "eager", "compile")
+    assert seconds["plain"] >= seconds["eager"]
+
+
+if __name__ == "__main__":
+    measured = loss_run(*sys.argv[1:])
+    measured()  # loads modules and compiles: that is not its memory
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, and the run would find it there
+    print(measuring.resident_growth(measured))

@@ -1,0 +1,241 @@
+"""The files of a token cache: a data set that a tokenizer has encoded once, for priors to train from.
+
+    cache.json                  which tokenizer, which data, how many samples of what (:class:`CacheInfo`)
+    train-000000.safetensors    shards: samples of the training stream in its order,
+    val-000000.safetensors      and of the validation split in its order
+
+A shard is one safetensors file, so that the fields of its samples appear together or not at all, and its header says
+how long it has to be. It holds ``tokens`` (count, h, w) uint16 and, as the cache has them, ``segmentation`` (count, h,
+w) uint8, the class ids on the token grid, and ``caption`` (bytes,) uint8, UTF-8 one after another, with
+``caption_ends`` (count,) int64. The files are memory-mapped: opening one costs its header, a sample one or two pages.
+"""
+
+import dataclasses
+import json
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from regvq_fast.data.pictures import Field
+from regvq_fast.data.samples import Split
+from regvq_fast.files import atomic_path
+
+INFO = "cache.json"
+FORMAT = 1
+MAX_CODES = 2**16
+"""So many ids has uint16."""
+REMEDY = ": run train/cache_tokens.py again, it makes damaged files anew"
+
+_TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)}
+_MAX_HEADER = 10**6
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What ``cache.json`` records."""
+
+    tokenizer: str
+    """Path of the tokenizer, as it was given."""
+    tokenizer_sha256: str
+    """Of its weights (:func:`regvq_fast.data.tokens.tokenizer_hash`)."""
+    num_codes: int
+    token_shape: tuple[int, int]
+    """(h, w) of a sample's tokens."""
+    image_size: int
+    precision: str
+    """What the encoder computed in: "fp32", or the type of mixed precision."""
+    data: str | None
+    """Path of the images; None: the embedded scenes."""
+    seed: int
+    crop: str
+    flip: bool
+    views: int
+    """Epochs of the training stream that are kept."""
+    train_images: int
+    """Samples of an epoch."""
+    val_images: int
+    fields: tuple[Field, ...]
+    """What samples have besides their tokens."""
+    shard_samples: int
+    """Samples of a shard; the last one of a split may have fewer."""
+    num_classes: int | None = None
+    """Classes of the segmentation: those of the scenes, else one more than the largest id. None: it has none, or the
+    cache is not complete."""
+    complete: bool = False
+    """Whether all shards are there."""
+    format: int = FORMAT
+
+    def samples(self, split: Split) -> int:
+        """Samples in a split of the cache."""
+        return self.val_images if split == "val" else self.views * self.train_images
+
+    def num_shards(self, split: Split) -> int:
+        """Shards of a split."""
+        return math.ceil(self.samples(split) / self.shard_samples)
+
+    def shard_range(self, split: Split, number: int) -> range:
+        """The samples of a shard."""
+        return range(self.samples(split))[number * self.shard_samples : (number + 1) * self.shard_samples]
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change between the runs that fill a cache. The tokenizer's path may: its hash stands for it."""
+        free = {"tokenizer", "num_classes", "complete"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+
+def write_info(folder: Path, info: CacheInfo) -> None:
+    """Write ``cache.json``, whole or not at all."""
+    with atomic_path(folder / INFO) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n", encoding="utf-8")
+
+
+def read_info(folder: Path) -> CacheInfo:
+    """What a cache's folder says it holds.
+
+    Raises:
+        FileNotFoundError: no such folder, or no cache in it. ValueError: its ``cache.json`` is damaged or of another
+        version.
+    """
+    path = folder / INFO
+    if not path.is_file():
+        what = f"{folder} has no {INFO}" if folder.is_dir() else f"no such folder: {folder}"
+        raise FileNotFoundError(f"{what}; make a token cache with train/cache_tokens.py --out {folder}")
+    try:
+        values = json.loads(path.read_bytes())
+        version = values["format"]
+        if version == FORMAT:
+            lists = {"token_shape": tuple(map(int, values["token_shape"])), "fields": tuple(values["fields"])}
+            return CacheInfo(**(values | lists))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, or does not describe a token cache ({error})") from None
+    raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: make the cache anew")
+
+
+def shard_path(folder: Path, split: Split, number: int) -> Path:
+    """The file of a shard."""
+    return folder / f"{split}-{number:06d}.safetensors"
+
+
+class Shard(NamedTuple):
+    """Consecutive samples: arrays that are memory-mapped where they come from :func:`open_shard`."""
+
+    tokens: NDArray[np.uint16]
+    """(count, h, w)"""
+    segmentation: NDArray[np.uint8] | None
+    """(count, h, w)"""
+    caption: NDArray[np.uint8] | None
+    """(bytes,), UTF-8."""
+    caption_ends: NDArray[np.int64] | None
+    """(count,), where in ``caption`` each one ends."""
+
+    def caption_of(self, row: int) -> str:
+        """The caption of a sample; only where the cache has captions."""
+        assert self.caption is not None
+        assert self.caption_ends is not None
+        start = self.caption_ends[row - 1] if row else 0
+        return self.caption[start : self.caption_ends[row]].tobytes().decode()
+
+
+def write_shard(
+    path: Path, tokens: NDArray[np.uint16], segmentation: NDArray[np.uint8] | None, captions: Sequence[str] | None
+) -> None:
+    """Write a shard, whole or not at all: (count, h, w) twice and ``count`` captions; None where there are none."""
+    arrays: dict[str, NDArray[Any]] = {"tokens": tokens}
+    if segmentation is not None:
+        arrays["segmentation"] = segmentation
+    if captions is not None:
+        encoded = [caption.encode() for caption in captions]
+        arrays["caption"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        arrays["caption_ends"] = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    with atomic_path(path) as temporary:
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        temporary.write_bytes(safetensors.numpy.save(contiguous))  # save_file would let nobody else read it
+
+
+def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shard:
+    """Map a shard into memory, once its header and its length are what the cache says.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is truncated, damaged or of another cache; the message names it.
+    """
+    path = shard_path(folder, split, number)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, _MAX_HEADER))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing: run train/cache_tokens.py again, it makes what is missing"
+        ) from None
+    try:
+        entries = {name: _Entry.parse(entry) for name, entry in json.loads(header).items() if name != "__metadata__"}
+        starts, stops = zip(*sorted(entry.place for entry in entries.values()), strict=True)
+        if starts != (0, *stops[:-1]):
+            raise ValueError("its arrays overlap")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not a safetensors file, or its header is damaged{REMEDY}") from None
+    if size != (expected := 8 + length + stops[-1]):
+        raise ValueError(f"{path} is truncated or damaged: it has {size:,} bytes instead of {expected:,}{REMEDY}")
+    _check_entries(path, entries, _expected_entries(info, len(info.shard_range(split, number))))
+    data = np.memmap(path, mode="r", offset=8 + length) if stops[-1] else np.empty(0, np.uint8)
+    arrays = {name: entries[name].view(data) if name in entries else None for name in Shard._fields}
+    return Shard(**arrays)  # type: ignore[arg-type]
+
+
+class _Entry(NamedTuple):
+    """An array, as the header of a safetensors file describes it."""
+
+    dtype: str
+    shape: list[int]
+    place: tuple[int, int]
+    """First byte after the header, and the one after the last."""
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> "_Entry":
+        """Raises ValueError, KeyError, TypeError or AttributeError where that is not what it is."""
+        start, stop = entry["data_offsets"]
+        parsed = cls(entry["dtype"], [operator.index(side) for side in entry["shape"]], (start, stop))
+        if min(parsed.shape) < 0 or stop - start != math.prod(parsed.shape) * _TYPES[parsed.dtype].itemsize:
+            raise ValueError("the shape does not fit the bytes")
+        return parsed
+
+    def view(self, data: NDArray[np.uint8]) -> NDArray[Any]:
+        start, stop = self.place
+        return np.asarray(data[start:stop]).view(_TYPES[self.dtype]).reshape(self.shape)
+
+
+def _expected_entries(info: CacheInfo, count: int) -> dict[str, tuple[str, list[int] | None]]:
+    """Type and shape of each array of a shard of ``count`` samples; None: any."""
+    expected: dict[str, tuple[str, list[int] | None]] = {"tokens": ("U16", [count, *info.token_shape])}
+    if "segmentation" in info.fields:
+        expected["segmentation"] = ("U8", [count, *info.token_shape])
+    if "caption" in info.fields:
+        expected |= {"caption": ("U8", None), "caption_ends": ("I64", [count])}
+    return expected
+
+
+def _check_entries(
+    path: Path, entries: Mapping[str, _Entry], expected: Mapping[str, tuple[str, list[int] | None]]
+) -> None:
+    fits = entries.keys() == expected.keys() and all(
+        (entries[name].dtype, entries[name].shape) == (dtype, shape or entries[name].shape)
+        for name, (dtype, shape) in expected.items()
+    )
+    if not fits:
+        found = _listed({name: (entry.dtype, entry.shape) for name, entry in entries.items()})
+        raise ValueError(f"{path} holds {found} where its cache has {_listed(expected)}{REMEDY}")
+
+
+def _listed(entries: Mapping[str, tuple[str, list[int] | None]]) -> str:
+    return ", ".join(
+        f"{name} {dtype} {'' if shape is None else shape}".strip() for name, (dtype, shape) in entries.items()
+    )

@@ -1,0 +1,202 @@
+"""Samples of tokens: from a cache that ``train/cache_tokens.py`` made, or made of images on the way.
+
+Both give the same samples. The cache holds the first ``views`` epochs of a training stream in its order, so that sample
+g of a cached data set and the tokens of sample g of the images are equal for every g below their number.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NotRequired, Protocol, TypedDict, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from regvq_fast.data.samples import Batch, Split, check_index, check_split, shuffled_position
+from regvq_fast.data.token_cache import Shard, open_shard, read_info
+from regvq_fast.data.transforms import to_float
+
+_MAX_CLASSES = 256
+
+
+class TokenSample(TypedDict):
+    """The tokens of one picture, and what they are conditioned on."""
+
+    tokens: Tensor
+    """(h, w) int64, ids of codes."""
+    segmentation: NotRequired[Tensor]
+    """(h, w) uint8, a class id at each token."""
+    caption: NotRequired[str]
+
+
+class TokenBatch(TypedDict):
+    """Samples of tokens, stacked."""
+
+    tokens: Tensor
+    """(B, h, w) int64."""
+    segmentation: NotRequired[Tensor]
+    """(B, h, w) uint8."""
+    caption: NotRequired[list[str]]
+
+
+class Tokenizer(Protocol):
+    """What of a VQGAN makes tokens."""
+
+    def tokenize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in -1..1 -> (B, h, w) int64."""
+
+
+def tokenize_batch(tokenizer: Tokenizer, batch: Batch, device: torch.device | str = "cpu") -> TokenBatch:
+    """Turn a batch of images into the batch that a cache of them has, on ``device``, where the tokenizer is.
+
+    Nothing here waits for the device. Enter autocast around it for mixed precision.
+    """
+    tokens = tokenizer.tokenize(to_float(batch["image"].to(device, non_blocking=True)))
+    converted = TokenBatch(tokens=tokens)
+    if "segmentation" in batch:
+        segmentation = batch["segmentation"].to(device, non_blocking=True)
+        converted["segmentation"] = majority_vote(segmentation, (tokens.shape[1], tokens.shape[2]))
+    if "caption" in batch:
+        converted["caption"] = batch["caption"]
+    return converted
+
+
+def majority_vote(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The most frequent class id in each cell of a grid; the smallest of those that are equally frequent.
+
+    A pixel counts for the cell that its centre lies in (exactly, in whole numbers), so that the sides need not be
+    multiples of the grid's. Memory: 1 KiB a cell.
+
+    Args:
+        segmentation: (B, H, W) uint8.
+        shape: (h, w) of the grid, at least 1 and at most (H, W).
+
+    Returns:
+        (B, h, w) uint8, on the device of the map.
+
+    Raises:
+        TypeError: not uint8. ValueError: not three dimensions, or a grid that is finer than the map.
+    """
+    if segmentation.dtype != torch.uint8:
+        raise TypeError(f"class ids must be uint8, got {segmentation.dtype}")
+    if segmentation.ndim != 3:
+        raise ValueError(f"segmentation must be (B, H, W), got {tuple(segmentation.shape)}")
+    batch, height, width = segmentation.shape
+    if not (1 <= shape[0] <= height and 1 <= shape[1] <= width):
+        raise ValueError(f"a map of {height} x {width} pixels has no majority in each of {shape[0]} x {shape[1]} cells")
+    rows, columns = (
+        (2 * torch.arange(pixels, device=segmentation.device) + 1) * cells // (2 * pixels)
+        for pixels, cells in zip((height, width), shape, strict=True)
+    )
+    cell = rows[:, None] * shape[1] + columns
+    votes = (cell * _MAX_CLASSES + segmentation.long()).view(batch, -1)
+    counts = torch.zeros(batch, shape[0] * shape[1] * _MAX_CLASSES, dtype=torch.int32, device=segmentation.device)
+    counts.scatter_add_(1, votes, torch.ones((), dtype=torch.int32, device=votes.device).expand_as(votes))
+    winners = counts.view(batch, *shape, _MAX_CLASSES).argmax(dim=-1)  # the first of several
+    return winners.to(torch.uint8)
+
+
+def tokenizer_hash(tokenizer: nn.Module) -> str:
+    """SHA-256 of a module's weights, whatever file or device they are in: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class TokenDataset(Dataset[TokenSample]):
+    """The samples of a token cache, memory-mapped.
+
+    Training: endless. The first pass with the cache's own ``seed`` is the stream itself, ``views`` epochs that each
+    have their own order; later passes, and those of other seeds, are shuffled over all views of all images.
+    Validation: each sample once, in the order of the data set.
+
+    Goes to worker processes without its data. A batch is gathered at once (``__getitems__``, which DataLoader calls),
+    as one TokenBatch; see :func:`regvq_fast.data.loading.collate`.
+
+    Args:
+        folder: of the cache.
+        split: "train" or "val".
+        seed: decides the order of training samples.
+        tokenizer_hash: of the tokenizer that the tokens have to be of (:func:`tokenizer_hash`); None: any.
+
+    Raises:
+        FileNotFoundError: no cache there, or a shard is missing.
+        ValueError: an unknown split; a cache that is not complete, or of another tokenizer; a damaged file.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        split: Split = "train",
+        *,
+        seed: int = 0,
+        tokenizer_hash: str | None = None,
+    ) -> None:
+        check_split(split)
+        self.folder = Path(folder)
+        self.split: Split = split
+        self.seed = seed
+        self.info = info = read_info(self.folder)
+        if not info.complete:
+            raise ValueError(f"the token cache {folder} is not complete: run train/cache_tokens.py again, it goes on")
+        if tokenizer_hash is not None and tokenizer_hash != info.tokenizer_sha256:
+            raise ValueError(
+                f"the token cache {folder} was made by {info.tokenizer} (SHA-256 {info.tokenizer_sha256[:12]}), not by "
+                f"this tokenizer ({tokenizer_hash[:12]}): use that one, or make a cache with this one"
+            )
+        self._opened: list[Shard] | None = self._open()  # here, so that a damaged one shows at once
+
+    def __len__(self) -> int:
+        """Samples in the split; of all views in training."""
+        return self.info.samples(self.split)
+
+    def __getitem__(self, index: int) -> TokenSample:
+        """Sample ``index``; IndexError for a negative one and, in validation, beyond the last."""
+        batch = self.__getitems__([index])
+        sample = TokenSample(tokens=batch["tokens"][0])
+        if "segmentation" in batch:
+            sample["segmentation"] = batch["segmentation"][0]
+        if "caption" in batch:
+            sample["caption"] = batch["caption"][0]
+        return sample
+
+    def __getitems__(self, indices: Sequence[int]) -> TokenBatch:
+        """Samples of any indices, stacked; raises as ``__getitem__``."""
+        if self._opened is None:
+            self._opened = self._open()
+        places = [divmod(self._position(index), self.info.shard_samples) for index in indices]
+        shards = self._opened
+        tokens = np.stack([shards[number].tokens[row] for number, row in places]).astype(np.int64)
+        if len(places) and tokens.max() >= self.info.num_codes:  # an embedding on a GPU would end the process
+            raise ValueError(
+                f"{self.folder} holds the token {tokens.max()}, but its tokenizer has {self.info.num_codes} codes: "
+                "a shard is damaged; delete the cache, and make it anew"
+            )
+        batch = TokenBatch(tokens=torch.from_numpy(tokens))
+        if "segmentation" in self.info.fields:
+            maps = [cast(Any, shards[number].segmentation)[row] for number, row in places]
+            batch["segmentation"] = torch.from_numpy(np.stack(maps))
+        if "caption" in self.info.fields:
+            batch["caption"] = [shards[number].caption_of(row) for number, row in places]
+        return batch
+
+    def _position(self, index: int) -> int:
+        """Where in the cache sample ``index`` lies."""
+        count = len(self)
+        check_index(index, count, self.split)
+        if self.split == "val" or (index < count and self.seed == self.info.seed):
+            return index
+        return shuffled_position(index, count, self.seed)
+
+    def _open(self) -> list[Shard]:
+        return [
+            open_shard(self.folder, self.info, self.split, number) for number in range(self.info.num_shards(self.split))
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None}  # pickled, a mapped file would be its contents

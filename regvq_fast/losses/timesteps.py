@@ -1,0 +1,71 @@
+"""Which step of a diffusion an image is trained at."""
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.ops.noise import row_words
+from regvq_fast.ranks import sum_over_ranks
+
+_TIME_STREAM = 32  # of the steps' draws
+_WORDS = 2**32
+
+
+class TimestepSampler(nn.Module):
+    """Draws training steps t with probability proportional to sqrt(E[L_t^2]), L_t being the bound's term at t.
+
+    With the loss divided by the probability its expectation stays the bound, and its variance is the least (Nichol and
+    Dhariwal, 2021; VQ-Diffusion). Until each step was drawn `warm_up` times or more, all have the same probability. The
+    first step takes the second's history, as in VQ-Diffusion: its term is a likelihood, not a divergence.
+
+    Args:
+        num_steps: T.
+        warm_up: draws of each step before its history counts.
+        decay: of the history, a draw.
+        uniform: share of the probability that all steps have equally, which bounds the loss's weights.
+
+    Raises:
+        ValueError: a setting that is out of range.
+    """
+
+    def __init__(self, num_steps: int, *, warm_up: int = 10, decay: float = 0.9, uniform: float = 0.001) -> None:
+        super().__init__()
+        if num_steps < 2:
+            raise ValueError(f"num_steps must be at least 2, got {num_steps}")
+        if not 0 < decay < 1 or not 0 < uniform <= 1:
+            raise ValueError(f"decay must lie in (0, 1) and uniform in (0, 1], got {decay} and {uniform}")
+        self.num_steps, self.warm_up, self.decay, self.uniform = num_steps, warm_up, decay, uniform
+        self.register_buffer("history", torch.zeros(num_steps))  # of L_t^2, decayed sum of weights 1 - decay
+        self.register_buffer("count", torch.zeros(num_steps))
+
+    history: Tensor
+    count: Tensor
+
+    def probabilities(self) -> Tensor:
+        """(T,) float32, of the steps 1 to T."""
+        squares = self.history / (1 - self.decay**self.count).clamp(min=1 - self.decay)
+        weights = torch.cat([squares[1:2], squares[1:]]).sqrt()
+        shares = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        known = (self.count >= self.warm_up).all() & (weights.sum() > 0)
+        return (
+            torch.where(known, (1 - self.uniform) * shares, 1 - self.uniform) / torch.where(known, 1.0, self.num_steps)
+            + self.uniform / self.num_steps
+        )
+
+    def draw(self, seed: Tensor, num_images: int, first_image: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+        """Steps (B,) int64 of images, 1 to T, and their probabilities (B,); a function of (seed, image number)."""
+        images = torch.arange(num_images, device=seed.device) + first_image
+        probabilities = self.probabilities()
+        levels = (probabilities.double() * _WORDS).long().cumsum(0)  # integers: the same sums in any order
+        words = row_words(seed, images, _TIME_STREAM)
+        index = torch.searchsorted(levels, words, right=True).clamp(max=self.num_steps - 1)
+        return index + 1, probabilities[index]
+
+    @torch.no_grad()
+    def update(self, t: Tensor, bound: Tensor) -> None:
+        """Take the terms (B,) at the steps t (B,) into the history, those of all ranks."""
+        drawn = t[:, None] == torch.arange(1, self.num_steps + 1, device=t.device)
+        squares = drawn * bound.detach().float().square()[:, None]
+        counts, sums = sum_over_ranks(torch.stack([drawn.float().sum(0), squares.sum(0)]))
+        kept = self.decay**counts
+        self.history.copy_(kept * self.history + (1 - kept) * sums / counts.clamp(min=1))
+        self.count.add_(counts)

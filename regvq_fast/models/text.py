@@ -1,0 +1,277 @@
+"""Text for the diffusion prior: encoders from captions to features, behind one interface.
+
+    ids = encoder.tokenize(captions)    # (B, K, W) int64 on the CPU, in a loader's worker, say
+    features, mask = encoder(ids)       # (B, K, C), and (B, K) where there is text
+
+K places a caption, C features a place. `WordEncoder` is small and trains with the prior; `PretrainedTextEncoder` is
+frozen, CLIP's by default, whose features VQ-Diffusion takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regvq_fast.models.attention import attention
+from regvq_fast.models.token_transformer import Block, _initialize
+
+CLIP = "openai/clip-vit-base-patch32"
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+_DEFAULT_TOKENS = 77  # CLIP's; of pre-trained encoders whose tokenizer names no limit
+_MOST_TOKENS = 512  # tokenizers name astronomic limits where they have none
+
+
+class TextFeatures(NamedTuple):
+    """What the prior attends to."""
+
+    features: Tensor  # (B, K, C)
+    mask: Tensor  # (B, K) bool, true where there is text
+
+
+class TextEncoder(nn.Module, ABC):
+    """Captions to features. A subclass keeps each argument of its constructor as an attribute of the same name."""
+
+    shape: tuple[int, int]
+    """(K, C)."""
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Captions to ids (B, K, W) int64 on the CPU, which `forward` understands.
+
+        Raises:
+            ValueError: no captions, an empty one, or one that is too long.
+            TypeError: something else than a sequence of str.
+        """
+
+    @abstractmethod
+    def forward(self, ids: Tensor) -> TextFeatures:
+        """Ids (B, K, W) of `tokenize`, on the encoder's device, to features and their mask."""
+
+    def architecture(self) -> dict[str, Any]:
+        """What `restore_text_encoder` needs to build an equal one, without its weights, as plain values."""
+        arguments = inspect.signature(type(self)).parameters
+        return {"type": type(self).__name__, **{name: getattr(self, name) for name in arguments}}
+
+
+class WordEncoder(TextEncoder):
+    """Words and their context, learned with the prior; needs no vocabulary and no download.
+
+    A word is the sum of `hashes` rows of one table, at places that hash functions of the word name: two words share all
+    of them about once in buckets ** hashes pairs, so that any language has room in a small table. A few Transformer
+    blocks over words and positions follow. Case is ignored; punctuation marks are words.
+
+    Args:
+        width: C, a multiple of `heads`.
+        depth: blocks.
+        heads: attention heads.
+        max_words: K.
+        buckets: rows of the table.
+        hashes: rows a word.
+        truncate: cut long captions, which are an error otherwise.
+
+    Raises:
+        ValueError: a size that is not positive, or a width that is not a multiple of `heads`.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 256,
+        depth: int = 2,
+        heads: int = 4,
+        max_words: int = 48,
+        buckets: int = 2048,
+        hashes: int = 3,
+        truncate: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"width": width, "heads": heads, "max_words": max_words, "buckets": buckets, "hashes": hashes}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
+        self.width, self.depth, self.heads, self.max_words = width, depth, heads, max_words
+        self.buckets, self.hashes, self.truncate = buckets, hashes, truncate
+        self.shape = max_words, width
+        self.embedding = nn.Embedding(buckets + 1, width)  # row 0: no word
+        self.positions = nn.Parameter(torch.empty(max_words, width))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout=0.0) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.apply(_initialize)
+        nn.init.normal_(self.positions, std=self.embedding.weight.std().item())
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Captions to (B, K, hashes) int64, 1 to `buckets`, and 0 behind the last word."""
+        check_captions(captions)
+        ids = torch.zeros(len(captions), self.max_words, self.hashes, dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            words = _WORD.findall(caption.lower())
+            if len(words) > self.max_words and not self.truncate:
+                raise _too_long(caption, len(words), "words", self.max_words, "max_words")
+            hashes = [_hashes(word, self.hashes) for word in words[: self.max_words]]
+            ids[row, : len(hashes)] = torch.tensor(hashes) % self.buckets + 1
+        return ids
+
+    def forward(self, ids: Tensor) -> TextFeatures:
+        """(B, K, hashes) to (B, K, C) and (B, K)."""
+        x = self.embedding(ids).sum(2) + self.positions
+        for block in self.blocks:
+            x = block(x, attention)  # places behind the last word take part: they tell the length
+        return TextFeatures(self.norm(x), ids[..., 0] > 0)
+
+
+class PretrainedTextEncoder(TextEncoder):
+    """A frozen text encoder of Hugging Face's transformers: CLIP's, T5's, BERT's, or of any model with a tokenizer.
+
+    Its weights are neither parameters nor saved with the prior, and copies of the encoder share them; they move with
+    it to other devices and types. Features are the last hidden states, at unit length as in VQ-Diffusion, float32
+    whatever type the weights have.
+
+    Args:
+        name: of a model on huggingface.co, which is fetched once, or a local folder.
+        max_tokens: K, tokens of a caption; None: as many as the tokenizer allows, 77 where it names no limit.
+        truncate: cut long captions, which are an error otherwise.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: no such model, or no network to fetch it.
+        ValueError: `max_tokens` is not positive.
+    """
+
+    def __init__(self, name: str = CLIP, *, max_tokens: int | None = None, truncate: bool = False) -> None:
+        super().__init__()
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        self.name, self.truncate = name, truncate
+        self._tokenizer, model = _load(name)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        limit = self._tokenizer.model_max_length
+        self.max_tokens = max_tokens or (limit if limit <= _MOST_TOKENS else _DEFAULT_TOKENS)
+        self._frozen = _Shared(model.eval().requires_grad_(False))
+        self.shape = self.max_tokens, model.config.hidden_size
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Captions to (B, K, 2) int64: ids, and 1 where there is text."""
+        check_captions(captions)
+        captions = list(captions)
+        if not self.truncate:
+            for caption, ids in zip(captions, self._tokenizer(captions)["input_ids"], strict=True):
+                if len(ids) > self.max_tokens:
+                    raise _too_long(caption, len(ids), "tokens", self.max_tokens, "max_tokens")
+        tokens = self._tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        return torch.stack([tokens["input_ids"], tokens["attention_mask"]], dim=2)
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> TextFeatures:
+        """(B, K, 2) to (B, K, C) and (B, K)."""
+        token_ids, mask = ids.unbind(2)
+        hidden = self._frozen.model(input_ids=token_ids, attention_mask=mask).last_hidden_state
+        return TextFeatures(F.normalize(hidden.float(), dim=2), mask.bool())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PretrainedTextEncoder:
+        self._frozen.model._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+def restore_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
+    """The encoder of `TextEncoder.architecture`, a learned one with fresh weights.
+
+    Raises:
+        ValueError: not such a description. Otherwise as the encoder itself.
+    """
+    arguments = dict(description)
+    kind = arguments.pop("type", None)
+    kinds: dict[Any, type[TextEncoder]] = {cls.__name__: cls for cls in (WordEncoder, PretrainedTextEncoder)}
+    if kind not in kinds:
+        raise ValueError(f"text encoder {kind!r} is none of {', '.join(kinds)}")
+    try:
+        return kinds[kind](**arguments)
+    except TypeError as error:
+        raise ValueError(f"the description of {kind} doesn't fit this version: {error}") from None
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise TypeError on anything but a sequence of str, ValueError on an empty one or one with an empty caption."""
+    if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+        kind = "a str" if isinstance(captions, str) else ", ".join(sorted({type(item).__name__ for item in captions}))
+        raise TypeError(f"captions must be a list of str, got {kind}")
+    if not captions:
+        raise ValueError("there must be at least one caption, got none")
+    for number, caption in enumerate(captions):
+        if not caption.strip():
+            raise ValueError(
+                f"caption {number} is empty: give it words, or none at all for an image without a condition (text=None)"
+            )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _hashes(word: str, count: int) -> list[int]:
+    """Numbers that follow from the word, on every machine, and not from each other."""
+    salts = (i.to_bytes(2, "little") for i in range(count))
+    digests = (hashlib.blake2b(word.encode(), digest_size=4, salt=salt).digest() for salt in salts)
+    return [int.from_bytes(digest, "little") for digest in digests]
+
+
+class _TransformersModel(Protocol):
+    """What this module uses of a model of transformers, which may not be installed."""
+
+    config: Any
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor) -> Any: ...
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> Any: ...
+
+
+class _Shared:
+    """Keeps a model out of its owner's parameters and copies."""
+
+    def __init__(self, model: _TransformersModel) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: dict) -> _Shared:
+        return copy.copy(self)
+
+
+def _too_long(caption: str, length: int, unit: str, limit: int, argument: str) -> ValueError:
+    start = caption if len(caption) <= 60 else f"{caption[:60]}..."
+    return ValueError(
+        f"the caption {start!r} has {length} {unit}, over the encoder's {limit}: raise {argument} or set truncate=True"
+    )
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Tokenizer and text encoder of a model."""
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(
+            f"the text encoder {name!r} needs transformers: pip install transformers, or take WordEncoder, which "
+            "learns with the prior"
+        ) from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if config.model_type in ("clip", "clip_text_model"):
+            return tokenizer, transformers.CLIPTextModel.from_pretrained(name)
+        model = transformers.AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"no text encoder {name!r}, neither as a folder nor on huggingface.co: {reason}"
+        ) from None
+    return tokenizer, model.get_encoder() if config.is_encoder_decoder else model

@@ -1,0 +1,401 @@
+"""The autoregressive prior: a causal transformer over the tokens of an image, after those of a semantic map.
+
+The network is the minGPT of taming-transformers (Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Image
+Synthesis", CVPR 2021): pre-LayerNorm blocks, exact GELU, learned positions. Its checkpoints load with
+`TokenTransformer.load_taming_state_dict`. Two things differ in layout: query, key and value are one product (`qkv`),
+and the condition has its own embedding (`cond_emb`), with one more row for the null condition of classifier-free
+guidance.
+
+Shapes: tokens (B, h, w), in row-major order (B, L) with L = h * w; condition (B, h', w') or (B, K) with K = h' * w';
+N codes; C = width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from regvq_fast.models.attention import KeyValueCache, attention
+from regvq_fast.models.pretrained import pretrained_files, read_pretrained, write_folder
+from regvq_fast.models.weights import check_state_dict
+from regvq_fast.ops.noise import row_words
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value (B, L, heads, head_dim) to the same shape
+
+_INIT_STD = 0.02
+_KEPT, _REPLACEMENT, _DROPPED = 3, 4, 5  # streams of `corrupt`'s draws
+_LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; query, key and value are one product, in this order."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(B, L, C) to (B, L, C)."""
+        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        return self.dropout(self.proj(attend(query, key, value).flatten(2)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(width)
+        self.ln2 = nn.LayerNorm(width)
+        self.attn = SelfAttention(width, heads, dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
+        self.checkpointing = False
+        """Keep the block's input alone for backward, and run the block once more there."""
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(B, L, C) to (B, L, C)."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._layers, x, attend, use_reentrant=False)
+        return self._layers(x, attend)
+
+    def _layers(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attn(self.ln1(x), attend)
+        return x + self.mlp(self.ln2(x))
+
+
+class TokenTransformer(nn.Module):
+    """p(image tokens | condition), one token after the other; the defaults are taming's for semantic synthesis.
+
+    The sequence is the K ids of the condition, then the L tokens. A place sees what is before it, and itself.
+
+    Args:
+        num_codes: N, the codes that image tokens name.
+        num_classes: ids of the condition; the id `num_classes` is the null condition.
+        token_shape: (h, w) of an image's tokens.
+        condition_shape: (h', w') of the condition; None: `token_shape`.
+        width: C, a multiple of `heads`.
+        depth: blocks.
+        heads: attention heads.
+        dropout: probability, in [0, 1), on the embeddings and behind attention and MLP of each block; the attention
+            weights have none, since they are never in memory.
+
+    Raises:
+        ValueError: a size that is not positive, a width that is not a multiple of `heads`, a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        num_codes: int = 1024,
+        num_classes: int = 151,
+        *,
+        token_shape: Sequence[int] = (16, 16),
+        condition_shape: Sequence[int] | None = None,
+        width: int = 1024,
+        depth: int = 24,
+        heads: int = 16,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.token_shape = _grid("token_shape", token_shape)
+        self.condition_shape = (
+            self.token_shape if condition_shape is None else _grid("condition_shape", condition_shape)
+        )
+        self._arguments: dict[str, Any] = {
+            "num_codes": num_codes,
+            "num_classes": num_classes,
+            "token_shape": self.token_shape,
+            "condition_shape": self.condition_shape,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "dropout": dropout,
+        }
+        for name in ("num_codes", "num_classes", "width", "depth", "heads"):
+            if self._arguments[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {self._arguments[name]}")
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        self.num_codes, self.num_classes = num_codes, num_classes
+        self.num_tokens, self.condition_length = math.prod(self.token_shape), math.prod(self.condition_shape)
+
+        self.tok_emb = nn.Embedding(num_codes, width)
+        self.cond_emb = nn.Embedding(num_classes + 1, width)
+        # The last place is never an input; it is there as in taming's checkpoints.
+        self.pos_emb = nn.Parameter(torch.zeros(1, self.condition_length + self.num_tokens, width))
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.ln_f = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_codes, bias=False)
+        self.apply(_initialize)
+
+    # ----------------------------------------------------------------------------------------------------- training
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Logits of every token, given the condition and the tokens before it.
+
+        Args:
+            tokens: (B, h, w) or (B, L) int64 in [0, num_codes). The last one is not looked at.
+            condition: (B, h', w') or (B, K) int64 in [0, num_classes].
+
+        Returns:
+            (B, L, N) logits; those at place i are of token i.
+
+        Raises:
+            ValueError: other shapes; on a CPU, ids out of range.
+            TypeError: not int64.
+        """
+        return self.head(self._hidden(tokens, condition))
+
+    def loss(self, tokens: Tensor, condition: Tensor, *, inputs: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats a token, computed in fp32.
+
+        The logits of a chunk of rows are in memory at a time, and backward makes them again where there are several.
+
+        Args:
+            tokens, condition: as in `forward`; the tokens are the targets.
+            inputs: the tokens that the network sees, where they differ (see `corrupt`); None: `tokens`.
+
+        Returns:
+            0-dim float32.
+
+        Raises: as `forward`.
+        """
+        inputs = tokens if inputs is None else inputs
+        if len(inputs) != len(tokens):
+            raise ValueError(f"inputs and tokens must be of equally many images, got {len(inputs)}, {len(tokens)}")
+        hidden = self._hidden(inputs, condition).flatten(0, 1)
+        targets = self._flat_tokens(tokens).flatten()
+        rows = max(1, _LOSS_ELEMENTS // self.num_codes)
+        if len(targets) <= rows:
+            return self._summed_loss(hidden, targets) / len(targets)
+        sums = [
+            checkpoint(self._summed_loss, *chunk, use_reentrant=False)
+            for chunk in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.stack(sums).sum() / len(targets)
+
+    def corrupt(
+        self,
+        tokens: Tensor,
+        condition: Tensor,
+        *,
+        seed: Tensor,
+        first_image: int | Tensor,
+        keep: float = 1.0,
+        condition_dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """What the network sees in training: random tokens among the true ones, the null condition for some images.
+
+        The first is taming's `pkeep`, a regularizer; the second teaches what classifier-free guidance needs. A draw is
+        a function of (seed, global number of the image, position): the split of a batch doesn't change it.
+
+        Args:
+            tokens, condition: as in `forward`.
+            seed: 0-dim int64 tensor.
+            first_image: global number of the first image; a 0-dim tensor, where it changes under `torch.compile`.
+            keep: probability that a token stays; otherwise it is any of the codes.
+            condition_dropout: probability that an image loses its condition.
+
+        Returns:
+            Tokens (B, L) and condition (B, K).
+
+        Raises:
+            ValueError: a probability outside [0, 1], or shapes as in `forward`.
+            TypeError: not int64.
+        """
+        for name, probability in (("keep", keep), ("condition_dropout", condition_dropout)):
+            if not 0.0 <= probability <= 1.0:
+                raise ValueError(f"{name} is a probability and must lie in [0, 1], got {probability}")
+        tokens, condition = self._flat_tokens(tokens), self._flat_condition(condition)
+        images = torch.arange(len(tokens), device=tokens.device) + first_image
+        if keep < 1.0:
+            places = images[:, None] * self.num_tokens + torch.arange(self.num_tokens, device=tokens.device)
+            kept = row_words(seed, places, _KEPT) < int(keep * 2**32)
+            replacements = (row_words(seed, places, _REPLACEMENT) * self.num_codes) >> 32
+            tokens = torch.where(kept, tokens, replacements)
+        if condition_dropout > 0.0:
+            dropped = row_words(seed, images, _DROPPED) < int(condition_dropout * 2**32)
+            condition = condition.masked_fill(dropped[:, None], self.num_classes)
+        return tokens, condition
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Trade time for memory: each block runs a second time in backward, keeping its input. Gradients stay."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.checkpointing = enabled
+
+    # ----------------------------------------------------------------------------------------------------- sampling
+
+    def prefill(self, condition: Tensor) -> tuple[Tensor, KeyValueCache]:
+        """The condition in one pass: logits (B, N) of the first token, and the cache that `decode` goes on with.
+
+        Raises: as `forward`.
+        """
+        cache = KeyValueCache(len(self.blocks), self.condition_length + self.num_tokens)
+        x = self._embed(self.cond_emb(self._flat_condition(condition)))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, functools.partial(cache.fill, layer))
+        return self.head(self.ln_f(x[:, -1])), cache
+
+    def decode(self, tokens: Tensor, index: Tensor, cache: KeyValueCache, *, reached: int | None = None) -> Tensor:
+        """One token more for each image.
+
+        Args:
+            tokens: (B,) int64, the tokens at `index`.
+            index: 0-dim int64 tensor, position in the image, from 0 on.
+            cache: holds the condition and all tokens before; gets this one.
+            reached: `index` + 1 as a number of the host: attention is over what is there, with shapes that grow. None:
+                over the whole cache, with a mask; all shapes are static.
+
+        Returns:
+            Logits (B, N) of the token at `index` + 1.
+        """
+        place = index + self.condition_length
+        span = cache.length if reached is None else self.condition_length + reached
+        mask = cache.mask(place) if reached is None else None
+        x = self.drop(self.tok_emb(tokens).unsqueeze(1) + self.pos_emb.index_select(1, place.view(1)))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, functools.partial(cache.extend, layer, place, span, mask))
+        return self.head(self.ln_f(x[:, -1]))
+
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    def architecture(self) -> dict[str, Any]:
+        """What the model was built with, as plain values."""
+        return {"type": type(self).__name__, **self._arguments}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save weights and architecture to a folder that `from_pretrained` reads; see `VQGAN.save_pretrained`."""
+        write_folder(Path(folder), pretrained_files(self.architecture(), self.state_dict()))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> TokenTransformer:
+        """The model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run.
+
+        Returns:
+            The model on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such folder, or no weights in it.
+            ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it.
+        """
+        arguments, weights = read_pretrained(Path(folder))
+        kind = arguments.pop("type", "VQGAN")
+        if kind != cls.__name__:
+            raise ValueError(f"{folder} holds a {kind}, not a {cls.__name__}")
+        try:
+            model = cls(**arguments)
+        except TypeError as error:
+            raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
+        check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {kind}")
+        model.load_state_dict(weights)
+        return model.eval()
+
+    @torch.no_grad()
+    def load_taming_state_dict(self, state_dict: Mapping) -> None:
+        """Load taming's `GPT`: its state dict, or one of a `Net2NetTransformer` that has it as `transformer.*`.
+
+        A dict that has the state dict as "state_dict" is accepted. taming's condition and image share one embedding,
+        which goes into both of ours; the null condition, which it doesn't have, keeps the weights it has here. The
+        number of heads is not in a checkpoint: it must be the right one.
+
+        Raises:
+            ValueError: with all missing and unexpected names and wrong shapes, more classes than the shared embedding
+                has, or attention that isn't causal throughout (`n_unmasked`); nothing has been loaded then.
+        """
+        given = dict(state_dict.get("state_dict", state_dict))
+        if any(name.startswith("transformer.") for name in given):
+            prefix = "transformer."
+            given = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+        for name in [name for name in given if name.endswith("attn.mask")]:
+            mask = given.pop(name)
+            if not torch.equal(mask, mask.tril()):
+                raise ValueError(f"{name} lets places see later ones (n_unmasked > 0), which this model can't")
+        parts, own = ("query", "key", "value"), self.state_dict()
+        expected = {
+            name: value.shape for name, value in own.items() if ".qkv." not in name and name != "cond_emb.weight"
+        }
+        fused = [name for name in own if ".qkv." in name]
+        for name in fused:
+            shape = torch.Size([own[name].shape[0] // 3, *own[name].shape[1:]])
+            expected |= {name.replace("qkv", part): shape for part in parts}
+        check_state_dict(given, expected, "this TokenTransformer")
+        if self.num_classes > self.num_codes:
+            raise ValueError(
+                f"the checkpoint has one embedding of {self.num_codes} ids for image and condition, too few for the "
+                f"{self.num_classes} classes of this TokenTransformer"
+            )
+        weights = {name: given[name] for name in expected if name in own}
+        weights |= {name: torch.cat([given[name.replace("qkv", part)] for part in parts]) for name in fused}
+        self.load_state_dict(weights, strict=False)
+        self.cond_emb.weight[: self.num_classes] = self.tok_emb.weight[: self.num_classes]
+
+    # ----------------------------------------------------------------------------------------------------- internal
+
+    def _hidden(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """(B, L, C): what the head makes the logits of."""
+        tokens, condition = self._flat_tokens(tokens), self._flat_condition(condition)
+        if len(tokens) != len(condition):
+            raise ValueError(
+                f"tokens and condition must be of equally many images, got {len(tokens)}, {len(condition)}"
+            )
+        x = self._embed(torch.cat([self.cond_emb(condition), self.tok_emb(tokens[:, :-1])], dim=1))
+        causal = functools.partial(attention, causal=True)
+        for block in self.blocks:
+            x = block(x, causal)
+        return self.ln_f(x[:, self.condition_length - 1 :])
+
+    def _embed(self, embeddings: Tensor) -> Tensor:
+        return self.drop(embeddings + self.pos_emb[:, : embeddings.shape[1]])
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
+
+    def _flat_tokens(self, tokens: Tensor) -> Tensor:
+        return _flat("tokens", tokens, self.token_shape, self.num_codes)
+
+    def _flat_condition(self, condition: Tensor) -> Tensor:
+        return _flat("condition", condition, self.condition_shape, self.num_classes + 1)
+
+
+def _grid(name: str, shape: Sequence[int]) -> tuple[int, int]:
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"{name} must be (height, width), each at least 1, got {tuple(shape)}")
+    return shape[0], shape[1]
+
+
+def _flat(name: str, ids: Tensor, shape: tuple[int, int], limit: int) -> Tensor:
+    """(B, h, w) or (B, h * w) to (B, h * w); ids at `limit` or above are refused where looking stops no device."""
+    length = math.prod(shape)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    if ids.shape[1:] not in (shape, (length,)):
+        raise ValueError(f"{name} must be (B, {shape[0]}, {shape[1]}) or (B, {length}), got {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        smallest, largest = (int(bound) for bound in ids.aminmax())
+        if smallest < 0 or largest >= limit:
+            raise ValueError(f"{name} must lie in [0, {limit}), got ids from {smallest} to {largest}")
+    return ids.flatten(1)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=_INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,307 @@
+"""The discrete diffusion prior: a Transformer that names the tokens of an image behind noise, given a text.
+
+VQ-Diffusion (Gu et al., "Vector Quantized Diffusion Model for Text-to-Image Synthesis", CVPR 2022). The mathematics is
+in `regvq_fast.losses.discrete_diffusion`, the text in `regvq_fast.models.text`, the drawing of images in
+`regvq_fast.sampling.diffusion`. A training step reads
+
+    t, probability = timesteps.draw(seed, B, first_image)                    # TimestepSampler
+    noisy = model.transition.corrupt(tokens, t, seed, first_image)
+    logits = model(noisy, t, text, model.keep_text(B, 0.1, seed=seed, first_image=first_image))
+    terms = diffusion_terms(model.transition, logits, tokens, noisy, t)
+    terms.loss(t, probability, model.num_steps).backward()
+    timesteps.update(t, terms.bound)
+
+Shapes: tokens (B, h, w), in row-major order (B, L) with L = h * w; text (B, K, C_text); N codes; C = width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from regvq_fast.losses.discrete_diffusion import MaskAndReplace
+from regvq_fast.models.attention import attention
+from regvq_fast.models.pretrained import pretrained_files, read_pretrained, write_folder
+from regvq_fast.models.text import TextEncoder, restore_text_encoder
+from regvq_fast.models.token_transformer import SelfAttention, _flat, _grid, _initialize
+from regvq_fast.models.weights import check_state_dict
+from regvq_fast.ops.noise import row_words
+
+_TEXT_STREAM = 37  # of the draw which captions stay
+
+
+class GELU2(nn.Module):
+    """x * sigmoid(1.702 x), the GELU of VQ-Diffusion and CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class AdaptiveLayerNorm(nn.Module):
+    """LayerNorm whose scale and shift are a function of the step t (AdaLN)."""
+
+    def __init__(self, width: int, num_steps: int) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(num_steps, width)
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x (B, L, C) and t (B,), 1 to T, to (B, L, C)."""
+        scale, shift = self.linear(F.silu(self.emb(t - 1))).unsqueeze(1).chunk(2, dim=2)
+        return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to text; key and value are one product, in this order."""
+
+    def __init__(self, width: int, text_width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.kv = nn.Linear(text_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B, L, C) and text (B, K, C_text) to (B, L, C)."""
+        query = self.query(x).unflatten(2, (self.heads, -1))
+        key, value = self.kv(text).unflatten(2, (2, self.heads, -1)).unbind(2)
+        return self.dropout(self.proj(attention(query, key, value).flatten(2)))
+
+
+class DiffusionBlock(nn.Module):
+    """x + attention(AdaLN(x)), then x + attention(AdaLN(x), text), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, text_width: int, heads: int, num_steps: int, dropout: float) -> None:
+        super().__init__()
+        self.ln1 = AdaptiveLayerNorm(width, num_steps)
+        self.attn = SelfAttention(width, heads, dropout)
+        self.ln_text = AdaptiveLayerNorm(width, num_steps)
+        self.text_attn = CrossAttention(width, text_width, heads, dropout)
+        self.ln2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU2(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.checkpointing = False
+        """Keep the block's inputs alone for backward, and run the block once more there."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """x (B, L, C), t (B,) and text (B, K, C_text) to (B, L, C)."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._layers, x, t, text, use_reentrant=False)
+        return self._layers(x, t, text)
+
+    def _layers(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x, t), attention)
+        x = x + self.text_attn(self.ln_text(x, t), text)
+        return x + self.mlp(self.ln2(x))
+
+
+class VQDiffusion(nn.Module):
+    """p(x_0 | x_t, text) of every token at once; the defaults are VQ-Diffusion-B's.
+
+    Where there is no text (padding, dropped captions) the network sees the null condition, a learned row for each
+    place, so that attention needs no mask.
+
+    Args:
+        num_codes: N, the codes that tokens name; N itself is the mask.
+        token_shape: (h, w) of an image's tokens.
+        text_encoder: kept as `self.text_encoder`, and trained with the rest if it is a learned one; None: the text
+            comes as features.
+        text_shape: (K, C_text) of the features; an encoder decides it where there is one.
+        num_steps: T, the steps of the diffusion.
+        width: C, a multiple of `heads`.
+        depth: blocks.
+        heads: attention heads.
+        dropout: probability, in [0, 1), behind attention and MLP of each block.
+        null_condition: have one. Without it every image needs a text, whose padding is what the encoder makes of it,
+            and guidance is not possible.
+
+    Raises:
+        ValueError: a size that is not positive, a width that is not a multiple of `heads`, a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        num_codes: int = 1024,
+        *,
+        token_shape: Sequence[int] = (16, 16),
+        text_encoder: TextEncoder | None = None,
+        text_shape: Sequence[int] = (77, 512),
+        num_steps: int = 100,
+        width: int = 1024,
+        depth: int = 19,
+        heads: int = 16,
+        dropout: float = 0.0,
+        null_condition: bool = True,
+    ) -> None:
+        super().__init__()
+        self.token_shape = _grid("token_shape", token_shape)
+        self.text_shape = text_shape if text_encoder is None else text_encoder.shape
+        if len(self.text_shape) != 2 or min(self.text_shape) < 1:
+            raise ValueError(f"text_shape must be (places, features), each at least 1, got {tuple(text_shape)}")
+        self._arguments: dict[str, Any] = {
+            "num_codes": num_codes,
+            "token_shape": self.token_shape,
+            "text_shape": tuple(self.text_shape),
+            "num_steps": num_steps,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "dropout": dropout,
+            "null_condition": null_condition,
+        }
+        for name in ("width", "depth", "heads"):
+            if self._arguments[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {self._arguments[name]}")
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        self.transition = MaskAndReplace(num_codes, num_steps)
+        self.num_codes, self.num_steps, self.num_tokens = num_codes, num_steps, math.prod(self.token_shape)
+
+        self.tok_emb = nn.Embedding(num_codes + 1, width)
+        self.row_emb = nn.Embedding(self.token_shape[0], width)
+        self.column_emb = nn.Embedding(self.token_shape[1], width)
+        places, text_width = self.text_shape
+        self.blocks = nn.ModuleList(DiffusionBlock(width, text_width, heads, num_steps, dropout) for _ in range(depth))
+        self.ln_f = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_codes)
+        self.apply(_initialize)
+        # Rows of about unit length, as the features of CLIP.
+        null = torch.randn(places, text_width) / math.sqrt(text_width)
+        self.null_text = nn.Parameter(null) if null_condition else None
+        self.text_encoder = text_encoder
+
+    def forward(self, tokens: Tensor, t: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        """Logits of p(x_0 | x_t, text).
+
+        Args:
+            tokens: x_t, (B, h, w) or (B, L) int64 in [0, num_codes], the last being the mask.
+            t: (B,) int64, 1 to T.
+            text: features (B, K, C_text), or ids (B, K, W) int64 of `text_encoder`; None: the null condition.
+            text_mask: (B, K) or (B, 1) bool, false where the null condition takes the place of the text; ids have a
+                mask of their own besides.
+
+        Returns:
+            (B, L, N).
+
+        Raises:
+            ValueError: other shapes, no null condition where one is needed, ids without an encoder.
+            TypeError: tokens that are not int64.
+        """
+        tokens = _flat("tokens", tokens, self.token_shape, self.num_codes + 1)
+        if t.shape != (len(tokens),):
+            raise ValueError(f"t must be ({len(tokens)},), one step an image, got {tuple(t.shape)}")
+        condition = self.condition(len(tokens), text, text_mask)
+        places = self.row_emb.weight[:, None] + self.column_emb.weight
+        x = self.tok_emb(tokens) + places.flatten(0, 1)
+        for block in self.blocks:
+            x = block(x, t, condition)
+        return self.head(self.ln_f(x))
+
+    def condition(self, batch: int, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        """What the tokens attend to, (B, K, C_text): the text, and the null condition where it is masked.
+
+        It may go to `forward` as text without a mask; arguments and errors are those of `forward`.
+        """
+        if text is not None and not text.is_floating_point():
+            if self.text_encoder is None:
+                raise ValueError(f"text of type {text.dtype} needs a text_encoder, which this model has none of")
+            text, written = self.text_encoder(text)
+            if self.null_text is not None:
+                text_mask = written if text_mask is None else written & text_mask
+        places = self.text_shape[0]
+        if text is not None and text.shape != (batch, *self.text_shape):
+            wanted = (batch, *self.text_shape)
+            raise ValueError(f"text must be {wanted}, features of as many captions as images, got {tuple(text.shape)}")
+        if text_mask is not None and text_mask.shape not in ((batch, places), (batch, 1)):
+            raise ValueError(f"text_mask must be ({batch}, {places}) or ({batch}, 1), got {tuple(text_mask.shape)}")
+        if text is not None:
+            text = text.to(self.tok_emb.weight.dtype)
+            if text_mask is None:
+                return text
+        if self.null_text is None:
+            raise ValueError("this model has no null condition: give text, without a mask, to every image")
+        if text is None or text_mask is None:
+            return self.null_text.expand(batch, -1, -1)
+        return torch.where(text_mask[:, :, None], text, self.null_text)
+
+    def keep_text(
+        self, batch: int, dropout: float = 0.1, *, seed: Tensor, first_image: int | Tensor = 0
+    ) -> Tensor | None:
+        """A text_mask (B, 1) that drops captions, which teaches the null condition; None where none is dropped.
+
+        The draw is a function of (seed, global number of the image).
+
+        Raises:
+            ValueError: a dropout outside [0, 1], or above 0 for a model without a null condition.
+        """
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout is a probability and must lie in [0, 1], got {dropout}")
+        if dropout == 0.0:
+            return None
+        if self.null_text is None:
+            raise ValueError(f"captions can't be dropped ({dropout}) without a null condition, which this model lacks")
+        images = torch.arange(batch, device=seed.device) + first_image
+        return row_words(seed, images, _TEXT_STREAM)[:, None] >= int(dropout * 2**32)
+
+    def tokenize_text(self, captions: Sequence[str]) -> Tensor:
+        """Captions to ids (B, K, W) on the CPU, by the text encoder.
+
+        Raises:
+            ValueError: no text encoder, or an empty or over-long caption.
+        """
+        if self.text_encoder is None:
+            raise ValueError("captions need a text_encoder, which this model has none of: give features")
+        return self.text_encoder.tokenize(captions)
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Trade time for memory: each block runs a second time in backward, keeping its input. Gradients stay."""
+        for block in self.blocks:
+            block.checkpointing = enabled  # type: ignore[assignment]
+
+    def architecture(self) -> dict[str, Any]:
+        """What the model was built with, as plain values; under "text_encoder" what its encoder was."""
+        encoder = None if self.text_encoder is None else self.text_encoder.architecture()
+        return {"type": type(self).__name__, **self._arguments, "text_encoder": encoder}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save weights and architecture to a folder that `from_pretrained` reads; see `VQGAN.save_pretrained`.
+
+        A learned text encoder is saved with the rest, of a pre-trained one its name.
+        """
+        write_folder(Path(folder), pretrained_files(self.architecture(), self.state_dict()))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> VQDiffusion:
+        """The model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run.
+
+        Returns:
+            The model on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such folder, or no weights in it, or not those of its pre-trained text encoder.
+            ImportError: the text encoder needs transformers, which is not installed.
+            ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it.
+        """
+        arguments, weights = read_pretrained(Path(folder))
+        kind = arguments.pop("type", "VQGAN")
+        if kind != cls.__name__:
+            raise ValueError(f"{folder} holds a {kind}, not a {cls.__name__}")
+        encoder = arguments.pop("text_encoder", None)
+        try:
+            model = cls(text_encoder=None if encoder is None else restore_text_encoder(encoder), **arguments)
+        except TypeError as error:
+            raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
+        check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {kind}")
+        model.load_state_dict(weights)
+        return model.eval()

@@ -1,0 +1,176 @@
+"""Drawing images' tokens from the autoregressive prior, one position after the other."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from regvq_fast.models.attention import KeyValueCache
+from regvq_fast.models.token_transformer import TokenTransformer
+from regvq_fast.models.vqgan import _evaluating
+from regvq_fast.sampling.choosing import check_choice, choose_tokens
+
+Progress = Callable[[int, int], object]  # positions done, positions in all
+
+
+class _TokenPrior(Protocol):
+    token_shape: tuple[int, int]
+    num_tokens: int
+    num_codes: int
+
+
+@torch.no_grad()
+def sample_autoregressive(
+    prior: TokenTransformer,
+    condition: Tensor,
+    *,
+    seed: int | Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    keep: tuple[Tensor, Tensor] | None = None,
+    first_image: int | Tensor = 0,
+    compile: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Tokens of one image for each condition, drawn without dropout, whatever mode the prior is in.
+
+    The condition runs in one pass; then every token is one step. On a GPU its shapes and addresses are static, and it
+    is a CUDA graph, captured once a call; nothing waits for the device after that. A draw is a function of (seed,
+    number of the image, position): images don't change with the batch they are drawn in (but see
+    `regvq_fast.sampling.choosing` on rounding).
+
+    Args:
+        prior: on the device of the condition; in half precision, if its weights are (`prior.bfloat16()`).
+        condition: (B, h', w') or (B, K) int64.
+        seed: an int, or a 0-dim int64 tensor on that device.
+        temperature, top_k, top_p: as in `choose_tokens`.
+        guidance: weight w of classifier-free guidance, logits = null + w * (conditional - null). 1: none; others take
+            twice the work, and a prior that was trained with a null condition.
+        keep: for editing: tokens, and where to keep them, (B, h, w) or (B, L) int64 and bool. The others are drawn in
+            their order, each given the tokens before it, kept or drawn.
+        first_image: global number of the first image.
+        compile: run the network's step by `torch.compile`; it is compiled once for all calls with such shapes. On a CPU
+            it gains nothing, since the step then runs over the whole cache.
+        progress: called after each position with the positions done and their number.
+
+    Returns:
+        Tokens (B, h, w) int64.
+
+    Raises:
+        ValueError: a setting out of range, shapes that don't fit, or tensors on different devices.
+        TypeError: a tensor of another type.
+    """
+    check_choice(temperature, top_k, top_p)
+    if not math.isfinite(guidance) or guidance < 0.0:
+        raise ValueError(f"guidance must be a finite number of at least 0 (1: none), got {guidance}")
+    device, (batch, length) = prior.pos_emb.device, (len(condition), prior.num_tokens)
+    if condition.device != device:
+        raise ValueError(f"the condition is on {condition.device} but the prior on {device}; move them to one device")
+    if batch == 0:
+        raise ValueError(f"there must be at least one condition, got {tuple(condition.shape)}")
+    given, kept = _check_keep(keep, batch, prior, device)
+    guided = guidance != 1.0
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    first_rows = (torch.arange(batch, device=device) + first_image) * length
+    tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
+    index = torch.zeros((), dtype=torch.int64, device=device)  # of the last token that is there
+    decode = _compiled_decode() if compile else TokenTransformer.decode
+
+    def choose(logits: Tensor) -> None:
+        """Put the token at `index`."""
+        logits = logits.float()
+        if guided:
+            conditional, null = logits.chunk(2)
+            logits = null + guidance * (conditional - null)
+        rows = first_rows + index
+        chosen = choose_tokens(logits, rows, seed, temperature=temperature, top_k=top_k, top_p=top_p).unsqueeze(1)
+        place = index.view(1)
+        if given is not None and kept is not None:
+            chosen = torch.where(kept.index_select(1, place), given.index_select(1, place), chosen)
+        tokens.index_copy_(1, place, chosen)
+
+    def step(cache: KeyValueCache, reached: int | None) -> None:
+        last = tokens.index_select(1, index.view(1)).squeeze(1)
+        logits = decode(prior, last.repeat(2) if guided else last, index, cache, reached=reached)
+        index.add_(1)
+        choose(logits)
+
+    with _evaluating(prior):
+        logits, cache = prior.prefill(_with_null(prior, condition) if guided else condition)
+        choose(logits)
+        replay = None
+        if device.type == "cuda" and length > 1:
+            replay = _captured(functools.partial(step, cache, None), index)
+        for done in range(1, length):
+            if progress is not None:
+                progress(done, length)
+            if replay is not None:
+                replay()
+            else:
+                step(cache, None if compile else done)
+    if progress is not None:
+        progress(length, length)
+    return tokens.view(batch, *prior.token_shape)
+
+
+@functools.cache
+def _compiled_decode() -> Callable[..., Tensor]:
+    # The network alone: what follows is small, and would be compiled anew for each of the settings that users sweep.
+    return torch.compile(TokenTransformer.decode, fullgraph=True)
+
+
+def _captured(step: Callable[[], None], index: Tensor) -> Callable[[], None]:
+    """The step as a CUDA graph. A first run warms up, and is taken back by `index`: the next writes the same places."""
+    with torch.cuda.device(index.device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            start = index.clone()
+            step()
+            index.copy_(start)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
+            step()
+
+    def replay() -> None:
+        with torch.cuda.device(index.device):
+            graph.replay()
+
+    return replay
+
+
+def _with_null(prior: TokenTransformer, condition: Tensor) -> Tensor:
+    """The condition, and after it the null condition for each image."""
+    return torch.cat([condition, torch.full_like(condition, prior.num_classes)])
+
+
+def _check_keep(
+    keep: tuple[Tensor, Tensor] | None, batch: int, prior: _TokenPrior, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens and mask as (B, L), or twice None."""
+    if keep is None:
+        return None, None
+    (height, width), length = prior.token_shape, prior.num_tokens
+    flat = []
+    for name, tensor, dtype in zip(("tokens", "mask"), keep, (torch.int64, torch.bool), strict=True):
+        if tensor.dtype != dtype:
+            raise TypeError(f"the {name} to keep must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
+        if tensor.shape not in ((batch, height, width), (batch, length)):
+            wanted = f"({batch}, {height}, {width}) or ({batch}, {length})"
+            raise ValueError(f"the {name} to keep must be {wanted}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"the {name} to keep is on {tensor.device} but the prior on {device}")
+        flat.append(tensor.reshape(batch, length))
+    given, kept = flat
+    if device.type == "cpu" and bool(kept.any()):  # on a GPU, looking would stop it
+        smallest, largest = (int(bound) for bound in given[kept].aminmax())
+        if smallest < 0 or largest >= prior.num_codes:
+            wanted = f"[0, {prior.num_codes})"
+            raise ValueError(f"the tokens to keep must lie in {wanted}, got ids from {smallest} to {largest}")
+    return given, kept

@@ -1,0 +1,183 @@
+"""Drawing images' tokens from the diffusion prior, all positions at once, from all masked to none."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from regvq_fast.models.vq_diffusion import VQDiffusion
+from regvq_fast.models.vqgan import _evaluating
+from regvq_fast.ops.noise import row_words
+from regvq_fast.sampling.autoregressive import Progress, _check_keep
+from regvq_fast.sampling.choosing import check_choice, choose_tokens
+
+_STEP_STREAM = 38  # of the steps' seeds
+
+# The network alone: what follows has no shape of its own to compile for, but settings that users sweep.
+_compiled_network = torch.compile(VQDiffusion.forward, fullgraph=True)
+
+
+@torch.no_grad()
+def sample_diffusion(
+    prior: VQDiffusion,
+    text: Sequence[str] | Tensor | None = None,
+    *,
+    seed: int | Tensor,
+    text_mask: Tensor | None = None,
+    num_images: int | None = None,
+    steps: int | None = None,
+    temperature: float = 1.0,
+    truncation: float = 0.86,
+    guidance: float = 1.0,
+    keep: tuple[Tensor, Tensor] | None = None,
+    first_image: int | Tensor = 0,
+    compile: bool = False,
+    states: list[Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Tokens of one image for each text, drawn without dropout, whatever mode the prior is in.
+
+    A step from t to s draws x_0 of the truncated p(x_0 | x_t), then x_s of q(x_s | x_t, x_0), which together is a draw
+    of p(x_s | x_t), and exact for any s < t: fewer steps skip, and change nothing else. All shapes are static, nothing
+    waits for the device, and on a GPU the steps replay a CUDA graph that is captured once a call. A draw is a function
+    of (seed, number of the image, position): images don't change with the batch they are drawn in (but see
+    `regvq_fast.sampling.choosing` on rounding).
+
+    Args:
+        prior: the model.
+        text: B captions, which the prior's encoder reads, or its ids or features, as in `VQDiffusion.forward`, on the
+            prior's device. None: images of the null condition.
+        seed: an int, or a 0-dim int64 tensor on the prior's device.
+        text_mask: of the text, as in `VQDiffusion.forward`.
+        num_images: B where there is no text.
+        steps: 1 to the prior's `num_steps`, and by default as many.
+        temperature: of p(x_0 | x_t); 0 takes the most likely code.
+        truncation: share of p(x_0 | x_t) that is drawn from, the most likely codes first; 1: all of it.
+        guidance: weight w of classifier-free guidance, p(x_0 | x_t, text) being in proportion to
+            p(conditional)^w p(null)^(1 - w). 1: none; others take twice the work.
+        keep: for in-painting: tokens, and where to keep them, (B, h, w) or (B, L) int64 and bool. They are never
+            masked; the others are drawn around them.
+        first_image: global number of the first image.
+        compile: run the network by `torch.compile`; it is compiled once for all calls with such shapes.
+        states: a list that gets x_s (B, h, w) of every step, the last being the result; masked tokens are num_codes.
+        progress: called after each step with the steps done and their number.
+
+    Returns:
+        Tokens (B, h, w) int64.
+
+    Raises:
+        ValueError: a setting out of range, more steps than the prior has, guidance without a null condition, an empty
+            or over-long caption, shapes that don't fit, or tensors on different devices.
+        TypeError: a tensor of another type.
+    """
+    check_choice(temperature, None, None)
+    _check_settings(prior, steps, truncation, guidance, text)
+    device, length = prior.head.weight.device, prior.num_tokens
+    if isinstance(text, Tensor):
+        if text.device != device:
+            raise ValueError(f"the text is on {text.device} but the prior on {device}; move them to one device")
+    elif text is not None:
+        text = prior.tokenize_text(text).to(device)
+    batch = _batch(text, num_images)
+    given, kept = _check_keep(keep, batch, prior, device)
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    rows = ((torch.arange(batch, device=device) + first_image)[:, None] * length) + torch.arange(length, device=device)
+    schedule = timesteps(prior.num_steps, steps or prior.num_steps)
+    seeds = _step_seeds(seed, len(schedule) - 1)
+    grid = torch.tensor(schedule, device=device)
+    network = _compiled_network if compile else VQDiffusion.forward
+
+    tokens = torch.full((batch, length), prior.num_codes, dtype=torch.int64, device=device)
+    if given is not None and kept is not None:
+        tokens = torch.where(kept, given, tokens)
+    index = torch.zeros(1, dtype=torch.int64, device=device)  # of the step's t in the schedule
+
+    def step() -> None:
+        t, s = grid.index_select(0, index), grid.index_select(0, index + 1)
+        if guidance == 1.0:
+            logits = network(prior, tokens, t.expand(batch), condition)
+        else:
+            logits = network(prior, tokens.repeat(2, 1), t.expand(2 * batch), condition).float()
+            conditional, null = logits.chunk(2)
+            # The softmax of these is the renormalised product: what differs is a constant in each row.
+            logits = null + guidance * (conditional - null)
+        choice_seed, step_seed = seeds.index_select(0, index)[0].unbind()
+        start = choose_tokens(logits, rows, choice_seed, temperature=temperature, top_p=truncation)
+        drawn = prior.transition.sample_posterior(start, tokens, s, t, step_seed, first_image)
+        if given is not None and kept is not None:
+            drawn = torch.where(kept, given, drawn)
+        tokens.copy_(drawn)
+        index.add_(1)
+
+    with _evaluating(prior):
+        condition = prior.condition(batch, text, text_mask)
+        if guidance != 1.0:
+            condition = torch.cat([condition, prior.condition(batch)])
+        advance = _captured(step, tokens, index) if device.type == "cuda" and len(schedule) > 2 else step
+        for done in range(1, len(schedule)):
+            advance()
+            if states is not None:
+                states.append(tokens.clone().view(batch, *prior.token_shape))
+            if progress is not None:
+                progress(done, len(schedule) - 1)
+    return tokens.view(batch, *prior.token_shape)
+
+
+def timesteps(num_steps: int, steps: int) -> list[int]:
+    """The steps T = t_0 > t_1 > ... > 0 of a sampler that takes `steps` of `num_steps`, evenly spread."""
+    return [round(num_steps * left / steps) for left in range(steps, -1, -1)]
+
+
+def _step_seeds(seed: Tensor, steps: int) -> Tensor:
+    """Two seeds a step (steps, 2), which no other seed's steps share."""
+    words = row_words(seed, torch.arange(4 * steps, device=seed.device), _STEP_STREAM).view(steps, 2, 2)
+    return words[..., 0] | words[..., 1] << 32
+
+
+def _captured(step: Callable[[], None], *state: Tensor) -> Callable[[], None]:
+    """The step as a CUDA graph; `state`, which it changes in place, is as before."""
+    before = [tensor.clone() for tensor in state]
+    with torch.cuda.device(state[0].device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # warms up
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # captures, and runs nothing
+            step()
+
+    def replay() -> None:
+        with torch.cuda.device(state[0].device):
+            graph.replay()
+
+    return replay
+
+
+def _check_settings(prior: VQDiffusion, steps: int | None, truncation: float, guidance: float, text: object) -> None:
+    if steps is not None and not 1 <= steps <= prior.num_steps:
+        raise ValueError(f"steps must lie between 1 and the prior's {prior.num_steps}, got {steps}")
+    if not 0.0 < truncation <= 1.0:
+        raise ValueError(
+            f"truncation is the share of probability that is kept and must lie in (0, 1], got {truncation}"
+        )
+    if not math.isfinite(guidance) or guidance < 0.0:
+        raise ValueError(f"guidance must be a finite number of at least 0 (1: none), got {guidance}")
+    if guidance != 1.0 and prior.null_text is None:
+        raise ValueError(f"guidance {guidance} needs a null condition, which this prior lacks: set guidance=1")
+    if guidance != 1.0 and text is None:
+        raise ValueError(f"guidance {guidance} needs a text: without one, set guidance=1")
+
+
+def _batch(text: Tensor | None, num_images: int | None) -> int:
+    batch = num_images if text is None else len(text)
+    if batch is None:
+        raise ValueError("num_images must be given where there is no text")
+    if num_images not in (None, batch):
+        raise ValueError(f"num_images is {num_images} but there are {batch} texts: leave it out")
+    if batch < 1:
+        raise ValueError(f"there must be at least one image, got {batch}")
+    return batch

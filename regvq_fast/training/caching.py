@@ -1,0 +1,331 @@
+"""Encoding a data set once with a trained tokenizer: what ``train/cache_tokens.py`` runs."""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch.utils.data import Dataset
+
+from regvq_fast.data.loading import build_dataset, default_workers, validation_batches
+from regvq_fast.data.pictures import Crop, Field
+from regvq_fast.data.samples import Sample, Split
+from regvq_fast.data.scenes import CLASSES
+from regvq_fast.data.token_cache import (
+    INFO,
+    MAX_CODES,
+    REMEDY,
+    CacheInfo,
+    open_shard,
+    read_info,
+    shard_path,
+    write_info,
+    write_shard,
+)
+from regvq_fast.data.tokens import TokenBatch, tokenize_batch, tokenizer_hash
+from regvq_fast.evaluation.codebook import CodebookUsage
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.ranks import any_rank, local_ranks, num_ranks, process_group, rank, together
+from regvq_fast.training.precision import choose_device, choose_precision
+
+_SPLITS: tuple[Split, ...] = ("train", "val")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """A run of ``train/cache_tokens.py``."""
+
+    tokenizer: Path
+    """Run of train/vq.py, one of its checkpoints, or a folder of VQGAN.save_pretrained."""
+    out: Path
+    """Folder of the cache. One that a run began with the same settings is completed."""
+    data: Path | None = None
+    """Folder of images or of tar shards, as for train/vq.py. Not given: the embedded scenes."""
+    views: int = 4
+    """Epochs of the training stream to keep, each with its own crops and flips (or scenes)."""
+    fields: tuple[Literal["segmentation", "caption"], ...] = ()
+    """What to keep beside tokens. Not given: both of the scenes, none of images."""
+    crop: Crop = "random-resized"
+    """Training crop of images."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    scenes: int | None = None
+    """Scenes that count as an epoch. Not given: 8192."""
+    val_images: int = 512
+    """Most validation images to keep."""
+    seed: int = 0
+    """Decides order, crops, flips and scenes."""
+    shard_samples: int = 4096
+    """Samples a file; what a run that is stopped loses at most."""
+    batch_size: int = 64
+    """Images that are encoded at once."""
+    workers: int | None = None
+    """Processes that load images, of each rank. Not given: half of the cores, none on two."""
+    device: str = "auto"
+    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
+    amp: bool = False
+    """Encode in mixed precision: a few tokens differ from those of fp32."""
+
+
+def parse_cache_config(args: list[str], description: str) -> CacheConfig:
+    """The configuration of a command line."""
+    import tyro
+
+    return tyro.cli(CacheConfig, args=args, description=description)
+
+
+def cache_tokens(config: CacheConfig) -> None:
+    """Fill a token cache, or the rest of one, and print what it holds; under ``torchrun`` by all ranks.
+
+    Tokens depend on neither batch size nor number of ranks (on a GPU as far as its convolutions don't).
+
+    Raises:
+        ValueError, OSError: what is wrong with settings, tokenizer, data or folder, in one sentence.
+    """
+    counts = ("views", "scenes", "val_images", "shard_samples", "batch_size")
+    for name, least in {**dict.fromkeys(counts, 1), "workers": 0}.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if config.scenes is not None and config.data is not None:
+        raise ValueError(f"--scenes {config.scenes} is for the embedded scenes, not for --data {config.data}")
+    device = choose_device(config.device)
+    with process_group(device):
+        with together():
+            caching = _Caching(config, device)
+        caching.run()
+
+
+class _Caching:
+    """Everything a run needs, opened and checked; writes nothing until it runs."""
+
+    def __init__(self, config: CacheConfig, device: torch.device) -> None:
+        self.config, self.device, self.folder = config, device, config.out
+        self.console = Console(quiet=rank() > 0)
+        self.model = VQGAN.from_pretrained(config.tokenizer)
+        num_codes = self.model.quantize.num_codes
+        if num_codes > MAX_CODES:
+            raise ValueError(
+                f"tokens are kept as uint16, of {MAX_CODES} codes at most; {config.tokenizer} has {num_codes}"
+            )
+        self.precision = choose_precision(config.amp, device)
+        fields: tuple[Field, ...] = tuple(sorted(set(config.fields)))
+        if config.data is None:
+            fields = fields or ("caption", "segmentation")
+        self.datasets = {
+            split: build_dataset(
+                config.data,
+                split=split,
+                image_size=self.model.image_size,
+                length=config.scenes if split == "train" else config.val_images,
+                seed=config.seed,
+                crop=config.crop,
+                flip=config.flip,
+                fields=fields,
+            )
+            for split in _SPLITS
+        }
+        self.info = CacheInfo(
+            tokenizer=str(config.tokenizer),
+            tokenizer_sha256=tokenizer_hash(self.model),
+            num_codes=num_codes,
+            token_shape=self.model.token_shape,
+            image_size=self.model.image_size,
+            precision="fp32" if self.precision.dtype is None else str(self.precision.dtype).removeprefix("torch."),
+            data=None if config.data is None else str(config.data),
+            seed=config.seed,
+            crop=config.crop,
+            flip=config.flip,
+            views=config.views,
+            train_images=len(self.datasets["train"]),
+            val_images=len(self.datasets["val"]),
+            fields=fields,
+            shard_samples=config.shard_samples,
+        )
+        self._check_folder()
+        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _check_folder(self) -> None:
+        """The folder must be new, or hold a cache with these settings."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--out {self.folder} is a file: name a folder")
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        if INFO in names:
+            saved = read_info(self.folder).settings()
+            for name, value in self.info.settings().items():
+                if value != saved[name]:
+                    raise ValueError(
+                        f"{name} is {value} here but {saved[name]} in {self.folder / INFO}: continue with the same, or "
+                        "name another --out"
+                    )
+        elif any(not name.startswith(".") for name in names):
+            raise ValueError(f"--out {self.folder} is not empty and no token cache: name a new folder")
+
+    def run(self) -> None:
+        missing = [(split, number) for split in _SPLITS for number in self._missing(split)]
+        any_rank(0)  # all have looked at the folder before anything changes in it
+        with together():
+            if missing and rank() == 0:
+                self._begin()
+        total = sum(map(self.info.num_shards, _SPLITS))
+        data = self.info.data or "embedded scenes"
+        self._say("data", f"{data}, {self.info.train_images} training images x {self.info.views} views")
+        self._say("precision", self.precision.reason)
+        if len(missing) < total:
+            self._say("resuming", f"{total - len(missing)} of {total} shards are there")
+        mine = missing[rank() :: num_ranks()]
+        start = time.perf_counter()
+        with together(), self._progress() as progress:
+            task = progress.add_task("encoding", total=sum(len(self.info.shard_range(*shard)) for shard in mine))
+            for split in _SPLITS:
+                for done in self._encode(split, [number for name, number in mine if name == split]):
+                    progress.advance(task, done)
+        seconds = time.perf_counter() - start
+        if rank() == 0:
+            self._finish(sum(len(self.info.shard_range(*shard)) for shard in missing), seconds)
+
+    def _missing(self, split: Split) -> list[int]:
+        """Shards that aren't there, or are damaged."""
+        missing = []
+        for number in range(self.info.num_shards(split)):
+            try:
+                open_shard(self.folder, self.info, split, number)
+            except FileNotFoundError:
+                missing.append(number)
+            except ValueError as error:
+                problem = str(error).removesuffix(REMEDY)
+                self.console.print(Text(f"warning: {problem}: it is made anew"), soft_wrap=True)
+                missing.append(number)
+        return missing
+
+    def _begin(self) -> None:
+        """Say what the folder is, and remove what runs that were killed left half-written."""
+        write_info(self.folder, self.info)
+        for leftover in self.folder.glob(".*.safetensors"):
+            leftover.unlink()
+
+    def _encode(self, split: Split, numbers: Sequence[int]) -> Iterator[int]:
+        """Write these shards; yields the number of images after each batch."""
+        if not numbers:
+            return
+        workers = default_workers(local_ranks()) if self.config.workers is None else self.config.workers
+        images = _Shards(self.datasets[split], self.info, split, numbers)
+        batches = validation_batches(images, self.config.batch_size, workers, pin_memory=self.device.type == "cuda")
+        remaining = list(numbers)
+        held: list[TokenBatch] = []  # on the device, which is waited for once a shard
+        for batch in batches:
+            with self.precision.autocast():
+                held.append(tokenize_batch(self.model, batch, self.device))
+            yield len(batch["image"])
+            while remaining and _samples(held) >= (size := len(self.info.shard_range(split, remaining[0]))):
+                whole = _joined(held)
+                self._write(split, remaining.pop(0), _part(whole, 0, size))
+                held = [_part(whole, size, None)]
+
+    def _write(self, split: Split, number: int, batch: TokenBatch) -> None:
+        tokens = batch["tokens"].cpu().numpy().astype(np.uint16)
+        segmentation = batch["segmentation"].cpu().numpy() if "segmentation" in self.info.fields else None
+        captions = batch["caption"] if "caption" in self.info.fields else None
+        write_shard(shard_path(self.folder, split, number), tokens, segmentation, captions)
+
+    def _finish(self, encoded: int, seconds: float) -> None:
+        """Look at what all ranks left, mark it complete, and say what it is."""
+        usage = CodebookUsage(self.info.num_codes)
+        largest, size = -1, 0
+        for split in _SPLITS:
+            for number in range(self.info.num_shards(split)):
+                shard = open_shard(self.folder, self.info, split, number)
+                usage.update(torch.from_numpy(shard.tokens.astype(np.int64)))
+                if shard.segmentation is not None:
+                    largest = max(largest, int(shard.segmentation.max()))
+                size += shard_path(self.folder, split, number).stat().st_size
+        num_classes = None
+        if "segmentation" in self.info.fields:
+            num_classes = len(CLASSES) if self.config.data is None else largest + 1
+        write_info(self.folder, dataclasses.replace(self.info, num_classes=num_classes, complete=True))
+
+        samples = sum(map(self.info.samples, _SPLITS))
+        rows = {
+            "training samples": f"{self.info.samples('train')}",
+            "validation samples": f"{self.info.samples('val')}",
+            "tokens": f"{samples * math.prod(self.info.token_shape)}",
+            "size (MiB)": f"{size / 2**20:.4g}",
+            "codes used": f"{float(usage.utilization()):.1%} of {self.info.num_codes}",
+            "perplexity": f"{float(usage.perplexity()):.4g}",
+        }
+        if num_classes is not None:
+            rows["classes"] = str(num_classes)
+        if unreadable := sum(getattr(dataset, "unreadable", 0) for dataset in self.datasets.values()):
+            rows["unreadable images"] = str(unreadable)
+        if encoded:
+            rows["images/s"] = f"{encoded / seconds:.4g}"
+            rows["tokens/s"] = f"{encoded * math.prod(self.info.token_shape) / seconds:.4g}"
+        table = Table(title=Text(f"token cache {self.folder}"), show_header=False, title_justify="left", min_width=40)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in rows.items():
+            table.add_row(*row)
+        self.console.print(table)
+
+    def _say(self, name: str, value: str) -> None:
+        self.console.print(Text.assemble((f"{name:>18}  ", "bold"), value))
+
+    def _progress(self) -> Progress:
+        ranks = f" (rank 0 of {num_ranks()})" if num_ranks() > 1 else ""
+        return Progress(
+            TextColumn(f"[bold]images{ranks}"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+
+class _Shards(Dataset[Sample]):
+    """The samples of some shards, in ascending order of their numbers, as the images that they are made of."""
+
+    def __init__(self, dataset: Dataset[Sample], info: CacheInfo, split: Split, numbers: Sequence[int]) -> None:
+        self.dataset, self.numbers, self.shard_samples = dataset, numbers, info.shard_samples
+        self.count = sum(len(info.shard_range(split, number)) for number in numbers)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, row = divmod(index, self.shard_samples)  # only a split's last shard may have fewer
+        return self.dataset[self.numbers[shard] * self.shard_samples + row]
+
+
+def _samples(batches: Sequence[TokenBatch]) -> int:
+    return sum(len(batch["tokens"]) for batch in batches)
+
+
+def _joined(batches: Sequence[TokenBatch]) -> TokenBatch:
+    joined = TokenBatch(tokens=torch.cat([batch["tokens"] for batch in batches]))
+    if "segmentation" in batches[0]:
+        joined["segmentation"] = torch.cat([batch["segmentation"] for batch in batches])
+    if "caption" in batches[0]:
+        joined["caption"] = list(itertools.chain.from_iterable(batch["caption"] for batch in batches))
+    return joined
+
+
+def _part(batch: TokenBatch, start: int, stop: int | None) -> TokenBatch:
+    part = TokenBatch(tokens=batch["tokens"][start:stop])
+    if "segmentation" in batch:
+        part["segmentation"] = batch["segmentation"][start:stop]
+    if "caption" in batch:
+        part["caption"] = batch["caption"][start:stop]
+    return part

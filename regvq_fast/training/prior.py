@@ -1,0 +1,236 @@
+"""What the training of every prior over tokens shares: tokenizer, tokens, likelihood, samples."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.config import TokensConfig, TrainConfig
+from regvq_fast.data.loading import build_dataset, collate
+from regvq_fast.data.pictures import Field
+from regvq_fast.data.samples import Batch
+from regvq_fast.data.scenes import CLASSES, ScenesDataset
+from regvq_fast.data.token_cache import read_info
+from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch, tokenizer_hash
+from regvq_fast.data.transforms import to_uint8
+from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
+from regvq_fast.evaluation.pictures import save_image_grid
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.ranks import sum_over_ranks
+from regvq_fast.training.compilation import maybe_compile
+from regvq_fast.training.recorder import Recorder
+from regvq_fast.training.step import distributed, synchronized
+from regvq_fast.training.task import Task
+
+TOKENIZER = "tokenizer"
+"""Folder in a run's folder that holds its tokenizer, so that the run is all that sampling needs."""
+_SAMPLES = 8  # of a picture
+_CLASSIFIED = 128  # scenes whose regions are classified
+
+PriorConfig = TypeVar("PriorConfig", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class LikelihoodMetrics:
+    """How well a prior predicts tokens that it has not seen."""
+
+    loss: float
+    """Mean over images of the training loss on validation tokens, in nats a token."""
+    images: int
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers by name."""
+        return {"loss": self.loss, "images": self.images}
+
+
+class PriorTask(Task[PriorConfig]):
+    """A prior in training. A subclass says what its condition is, what its network is, and how it is sampled."""
+
+    picture = "samples"
+    condition_field: Field
+    """Of the samples, what images are conditioned on."""
+
+    # ------------------------------------------------------------------------------------------- what a subclass says
+
+    @abstractmethod
+    def tokens_config(self, config: PriorConfig) -> TokensConfig:
+        """The section about tokens."""
+
+    @abstractmethod
+    def build_prior(self) -> nn.Module:
+        """The network."""
+
+    @abstractmethod
+    def build_loss(self) -> nn.Module:
+        """The module of a training step: inputs, seed and number of the first image to losses and other numbers by
+        name, and to tensors for `observe`."""
+
+    @abstractmethod
+    def condition(self, batch: TokenBatch) -> tuple[Tensor, ...]:
+        """The condition on the device, ready to be cut into parts along its first dimension."""
+
+    @abstractmethod
+    def sample(self, model: Any, batch: TokenBatch) -> Tensor:
+        """Tokens (B, h, w) that a model draws under the conditions of a batch."""
+
+    @abstractmethod
+    def show(self, batch: TokenBatch) -> Tensor:
+        """The conditions of a batch as pictures (B, 3, H, W) uint8."""
+
+    # --------------------------------------------------------------------------------------------------- what is shared
+
+    def build_data(self, config: PriorConfig) -> tuple[Any, Any]:
+        tokens, seed = self.tokens_config(config), config.run.seed
+        source = tokens.tokenizer
+        if source is None and tokens.cache is not None:
+            source = Path(read_info(tokens.cache).tokenizer)
+            if not source.exists():
+                raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
+        assert source is not None  # checked
+        self.tokenizer = VQGAN.from_pretrained(source)
+        self.tokenizer_hash = tokenizer_hash(self.tokenizer)
+        if tokens.cache is not None:
+            splits = [
+                TokenDataset(tokens.cache, split, seed=seed, tokenizer_hash=self.tokenizer_hash)
+                for split in ("train", "val")
+            ]
+            if self.condition_field not in splits[0].info.fields:
+                raise ValueError(
+                    f"the token cache {tokens.cache} has no {self.condition_field}: make one with --fields "
+                    f"{self.condition_field}"
+                )
+            return splits[0], splits[1]
+        shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.condition_field,)}
+        return (
+            build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared),  # type: ignore[arg-type]
+            build_dataset(tokens.data, split="val", length=tokens.val_images, **shared),  # type: ignore[arg-type]
+        )
+
+    @property
+    def scenes(self) -> bool:
+        """Whether the images are the embedded scenes."""
+        tokens = self.tokens_config(self.config)
+        return (tokens.data if tokens.cache is None else self.train_set.info.data) is None
+
+    def build(self) -> dict[str, nn.Module]:
+        self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = self.build_prior().to(self.device)
+        self.model.checkpoint_activations(self.config.run.activation_checkpointing)
+        first = self.read(self.train_set, range(min(self.batch_size, 16)))
+        self.fingerprint = hashlib.sha256(first["tokens"].cpu().numpy().tobytes()).hexdigest()
+        self._plain = self.build_loss()
+        self._loss = distributed(maybe_compile(self._plain, self.config.run.compile))
+        return {"grad_norm": self.model}
+
+    def read(self, dataset: Any, indices: Iterable[int]) -> TokenBatch:
+        """Some samples, with tokens, on the device where they were made."""
+        if isinstance(dataset, TokenDataset):
+            return dataset.__getitems__(list(indices))
+        return self.tokens_of(collate([dataset[i] for i in indices]))
+
+    def tokens_of(self, batch: Any) -> TokenBatch:
+        """The batch as it is, or with tokens in place of its images."""
+        if "tokens" in batch:
+            return batch
+        with self.precision.autocast():
+            return tokenize_batch(self.tokenizer, batch, self.device)
+
+    def describe(self) -> dict[str, str]:
+        tokens = self.tokens_config(self.config)
+        height, width = self.tokenizer.token_shape
+        source = f"token cache {tokens.cache}" if tokens.cache else f"{tokens.data or 'embedded scenes'}, on the fly"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {
+            "tokens": f"{source}: {len(self.train_set)} training samples, {len(self.val_set)} for validation",
+            "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
+            "model": f"{parameters / 1e6:.1f} M parameters",
+        }
+
+    def identity(self) -> dict[str, str]:
+        return {**super().identity(), "as tokenizer": self.tokenizer_hash[:12]}
+
+    def begin(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder / TOKENIZER)
+
+    def inputs(self, batch: Batch | TokenBatch) -> tuple[Tensor, ...]:
+        ready = self.tokens_of(batch)
+        return ready["tokens"].to(self.device, non_blocking=True), *self.condition(ready)
+
+    def forward_backward(
+        self, *inputs: Tensor, first_sample: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
+    ) -> dict[str, Tensor]:
+        network = self._plain if plain else self._loss
+        with synchronized(network, enabled=synchronize):
+            with self.precision.autocast():
+                metrics, observed = network(*inputs, seed=self.seed, first_image=first_sample)
+            (loss_scale * metrics["loss"]).backward()
+        if not plain:
+            self.observe(*observed)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def observe(self, *tensors: Tensor) -> None:
+        """Learn from what a step saw, without a gradient."""
+
+    @torch.no_grad()
+    def evaluate(self, progress: Callable[[int], None] | None = None) -> LikelihoodMetrics:
+        model = self.eval_model
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        done = 0
+        for batch in self.validation():
+            inputs = self.inputs(batch)
+            with self.precision.autocast():
+                loss = self.validation_loss(model, *inputs).double()
+            total += torch.stack([loss, torch.ones_like(loss)]) * len(inputs[0])
+            done += len(inputs[0])
+            if progress is not None:
+                progress(done)
+        loss, images = sum_over_ranks(total).tolist()
+        return LikelihoodMetrics(loss / images, int(images))
+
+    @abstractmethod
+    def validation_loss(self, model: Any, *inputs: Tensor) -> Tensor:
+        """Mean loss of some images, in nats a token, without what only training adds."""
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 of tokens (B, h, w)."""
+        with self.precision.autocast():
+            return to_uint8(self.tokenizer.decode_indices(tokens.to(self.device)).float())
+
+    def save_pictures(self, path: Path) -> None:
+        """Conditions, samples under them, and what the tokenizer makes of the images they are of."""
+        batch = self.read(self.val_set, range(min(_SAMPLES, len(self.val_set))))
+        with self.precision.autocast():
+            tokens = self.sample(self.eval_model, batch)
+        save_image_grid(path, self.show(batch), self.decode(tokens), self.decode(batch["tokens"]))
+
+    def finish(self, recorder: Recorder, metrics: LikelihoodMetrics, rows: Mapping[str, object]) -> None:
+        path = recorder.picture(self.picture)
+        self.save_pictures(path)
+        recorder.show_picture(path, self.steps)
+        numbers: dict[str, object] = {"loss (nats a token)": metrics.loss, "images": metrics.images}
+        if self.scenes:
+            numbers |= self.agreement()
+        recorder.summarize(f"{recorder.folder}", numbers | dict(rows) | {"samples": path})
+
+    @torch.no_grad()
+    def agreement(self) -> Mapping[str, float]:
+        """Share of the regions whose photograph is recognised: in scenes, in their reconstructions, in samples."""
+        size, cache = self.tokenizer.image_size, getattr(self.val_set, "info", None)
+        seed = cache.seed if cache else self.config.run.seed
+        classifier = RegionClassifier.fit(ScenesDataset("train", size, seed=seed), num_classes=len(CLASSES))
+        scenes = ScenesDataset("val", size, len(self.val_set), seed)
+        real = collate([scenes[k] for k in range(min(_CLASSIFIED, len(scenes)))])
+        with self.precision.autocast():
+            batch = tokenize_batch(self.tokenizer, real, self.device)
+            samples = self.decode(self.sample(self.eval_model, batch))
+        images = {"scenes": real["image"], "reconstructions": self.decode(batch["tokens"]), "samples": samples}
+        return {
+            f"agreement of {name}": region_accuracy(classifier, pictures.cpu(), real["segmentation"]).accuracy
+            for name, pictures in images.items()
+        }

@@ -1,0 +1,287 @@
+import dataclasses
+import json
+import pickle
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regvq_fast.data import ScenesDataset, TokenDataset, training_batches, validation_batches
+from regvq_fast.data.loading import collate
+from regvq_fast.data.token_cache import CacheInfo, open_shard, read_info, shard_path, write_info, write_shard
+from regvq_fast.data.tokens import majority_vote, tokenize_batch, tokenizer_hash
+from regvq_fast.models import VQGAN
+from regvq_fast.quantizers import NearestQuantizer
+
+INFO = CacheInfo(
+    tokenizer="runs/tiny",
+    tokenizer_sha256="5eed",
+    num_codes=1000,
+    token_shape=(2, 3),
+    image_size=16,
+    precision="fp32",
+    data="photos",
+    seed=7,
+    crop="center",
+    flip=False,
+    views=2,
+    train_images=5,
+    val_images=3,
+    fields=("caption", "segmentation"),
+    shard_samples=4,
+    num_classes=9,
+    complete=True,
+)
+
+
+def write_cache(folder: Path, info: CacheInfo = INFO) -> Path:
+    """Sample g of training is full of 10 + g, of validation 100 + g; maps of g, captions "caption g"."""
+    for split, first in (("train", 10), ("val", 100)):
+        for number in range(info.num_shards(split)):
+            numbers = np.array(info.shard_range(split, number))
+            grid = np.ones((len(numbers), *info.token_shape), dtype=np.int64) * numbers[:, None, None]
+            write_shard(
+                shard_path(folder, split, number),
+                (grid + first).astype(np.uint16),
+                grid.astype(np.uint8) if "segmentation" in info.fields else None,
+                [f"caption {g} é" for g in numbers] if "caption" in info.fields else None,
+            )
+    write_info(folder, info)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return write_cache(tmp_path / "cache")
+
+
+def first_tokens(dataset: TokenDataset, indices) -> list[int]:
+    return dataset.__getitems__(list(indices))["tokens"][:, 0, 0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def test_samples_and_batches_hold_the_same(cache: Path) -> None:
+    dataset = TokenDataset(cache, "val")
+    batch = dataset.__getitems__([2, 0])
+    assert torch.equal(batch["tokens"], torch.tensor([102, 100])[:, None, None].expand(2, 2, 3))
+    assert torch.equal(batch["segmentation"], torch.tensor([2, 0], dtype=torch.uint8)[:, None, None].expand(2, 2, 3))
+    assert batch["caption"] == ["caption 2 é", "caption 0 é"]
+    sample = dataset[2]
+    assert torch.equal(sample["tokens"], batch["tokens"][0])
+    assert torch.equal(sample["segmentation"], batch["segmentation"][0])
+    assert sample["caption"] == "caption 2 é"
+    assert len(dataset) == 3
+
+
+def test_fields_that_a_cache_lacks_are_left_out(tmp_path: Path) -> None:
+    write_cache(tmp_path, dataclasses.replace(INFO, fields=()))
+    assert TokenDataset(tmp_path)[0].keys() == {"tokens"}
+
+
+def test_the_first_pass_is_the_stream_and_others_are_shuffled(cache: Path) -> None:
+    own = TokenDataset(cache, seed=7)
+    assert first_tokens(own, range(10)) == list(range(10, 20))
+    second, third = first_tokens(own, range(10, 20)), first_tokens(own, range(20, 30))
+    other = first_tokens(TokenDataset(cache, seed=8), range(10))
+    for order in (second, third, other):
+        assert sorted(order) == list(range(10, 20)) != order
+    assert len({tuple(order) for order in (second, third, other)}) == 3
+
+
+def test_indices_beyond_the_split_are_refused(cache: Path) -> None:
+    with pytest.raises(IndexError):
+        TokenDataset(cache, "val")[3]
+    with pytest.raises(IndexError):
+        TokenDataset(cache)[-1]
+
+
+def test_the_loader_gathers_whole_batches(cache: Path) -> None:
+    dataset = TokenDataset(cache)
+    expected = [first_tokens(dataset, range(first, first + 4)) for first in (8, 12, 16)]
+    for workers in (0, 2):
+        batches = training_batches(dataset, 4, start=8, workers=workers)
+        assert [next(batches)["tokens"][:, 0, 0].tolist() for _ in expected] == expected
+    validation = list(validation_batches(TokenDataset(cache, "val"), 2, workers=1))
+    assert [batch["tokens"][:, 0, 0].tolist() for batch in validation] == [[100, 101], [102]]
+    assert validation[1]["caption"] == ["caption 2 é"]
+
+
+def test_a_pickled_data_set_opens_the_cache_anew(cache: Path) -> None:
+    dataset = TokenDataset(cache)
+    packed = pickle.dumps(dataset)
+    assert len(packed) < 2000
+    assert torch.equal(pickle.loads(packed)[5]["tokens"], dataset[5]["tokens"])
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_cache_of_another_tokenizer_is_refused(cache: Path) -> None:
+    TokenDataset(cache, tokenizer_hash="5eed")
+    with pytest.raises(ValueError, match=r"made by runs/tiny \(SHA-256 5eed\), not by this tokenizer \(beef\)"):
+        TokenDataset(cache, tokenizer_hash="beef")
+
+
+def test_a_folder_without_a_whole_cache_is_refused(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        TokenDataset(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no cache.json; make a token cache with train/cache_tokens.py"):
+        TokenDataset(tmp_path)
+    with pytest.raises(ValueError, match="split must be one of"):
+        TokenDataset(cache, "test")
+    write_info(cache, dataclasses.replace(INFO, complete=False))
+    with pytest.raises(ValueError, match=r"not complete: run train/cache_tokens.py again"):
+        TokenDataset(cache)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1, 2]", "{}", '{"format": 1, "views": 3}', '{"format": 1, "token_shape": 4}']
+)
+def test_damaged_descriptions_are_named(cache: Path, content: str) -> None:
+    (cache / "cache.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cache.json is damaged, or does not describe a token cache"):
+        TokenDataset(cache)
+
+
+def test_other_versions_of_the_format_are_refused(cache: Path) -> None:
+    values = json.loads((cache / "cache.json").read_text()) | {"format": 2}
+    (cache / "cache.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="is of format 2, this version reads 1"):
+        TokenDataset(cache)
+
+
+def test_missing_and_truncated_shards_are_named(cache: Path) -> None:
+    shard = shard_path(cache, "train", 1)
+    whole = shard.read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        shard.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"train-000001.safetensors .*(truncated|damaged)"):
+            TokenDataset(cache)
+    shard.write_bytes(whole + b"x")
+    with pytest.raises(ValueError, match=r"train-000001.safetensors is truncated or damaged"):
+        TokenDataset(cache)
+    TokenDataset(cache, "val")  # which needs other files
+    shard.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"train-000001.safetensors is missing: run train/cache_tokens.py again"
+    ):
+        TokenDataset(cache)
+
+
+def test_shards_of_another_cache_are_named(tmp_path: Path, cache: Path) -> None:
+    other = write_cache(tmp_path / "other", dataclasses.replace(INFO, token_shape=(2, 2)))
+    shard_path(cache, "val", 0).write_bytes(shard_path(other, "val", 0).read_bytes())
+    with pytest.raises(ValueError, match=r"tokens U16 \[3, 2, 2\].* where its cache has .*tokens U16 \[3, 2, 3\]"):
+        TokenDataset(cache, "val")
+
+
+def test_tokens_that_no_code_has_are_refused(cache: Path) -> None:
+    shard = open_shard(cache, read_info(cache), "val", 0)
+    damaged = shard.tokens.copy()
+    damaged[1, 1, 1] = 1000
+    write_shard(shard_path(cache, "val", 0), damaged, shard.segmentation, [shard.caption_of(row) for row in range(3)])
+    dataset = TokenDataset(cache, "val")
+    assert len(dataset[0]["tokens"]) == 2
+    with pytest.raises(ValueError, match="holds the token 1000, but its tokenizer has 1000 codes"):
+        dataset.__getitems__([0, 1])
+
+
+def test_random_damage_never_passes_for_data(cache: Path) -> None:
+    """A header that says something else is an error in words, whatever it says."""
+    shard = shard_path(cache, "val", 0)
+    whole = bytearray(shard.read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    expected = TokenDataset(cache, "val")[2]
+    rng = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(header)] = rng.randrange(256)
+        shard.write_bytes(damaged)
+        try:
+            found = TokenDataset(cache, "val")[2]
+        except ValueError as error:
+            message = str(error)
+        else:
+            message = "val-000000.safetensors"
+            assert torch.equal(found["tokens"], expected["tokens"])
+            assert found["caption"] == expected["caption"]
+        assert "val-000000.safetensors" in message
+
+
+# ------------------------------------------------------------------------------------------------------- majority vote
+
+
+def vote_plainly(segmentation: torch.Tensor, shape: tuple[int, int]) -> list:
+    """Pixel by pixel, in the words of the docstring."""
+    height, width = segmentation.shape
+    cells = [[Counter() for _ in range(shape[1])] for _ in range(shape[0])]
+    for y in range(height):
+        for x in range(width):
+            cells[int((y + 0.5) / height * shape[0])][int((x + 0.5) / width * shape[1])][int(segmentation[y, x])] += 1
+    return [[min(cell, key=lambda c, cell=cell: (-cell[c], c)) for cell in row] for row in cells]
+
+
+@pytest.mark.parametrize(("size", "shape"), [((8, 8), (4, 2)), ((12, 9), (3, 9)), ((7, 10), (3, 4)), ((5, 5), (1, 1))])
+def test_majority_vote_is_that_of_the_pixels(size, shape) -> None:
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(0, 3, (6, *size), generator=generator, dtype=torch.uint8)  # many ties
+    maps = torch.cat([few, few * 127 + 1, torch.randint(0, 256, (2, *size), generator=generator, dtype=torch.uint8)])
+    voted = majority_vote(maps, shape)
+    assert voted.dtype == torch.uint8
+    assert voted.tolist() == [vote_plainly(one, shape) for one in maps]
+
+
+def test_the_smallest_id_wins_a_tie() -> None:
+    segmentation = torch.tensor([[[9, 255], [255, 9]]], dtype=torch.uint8)
+    assert majority_vote(segmentation, (1, 1)).item() == 9
+    assert torch.equal(majority_vote(segmentation, (2, 2)), segmentation)
+
+
+def test_majority_vote_refuses_what_is_no_map() -> None:
+    maps = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="4 x 4 pixels has no majority in each of 5 x 4 cells"):
+        majority_vote(maps, (5, 4))
+    with pytest.raises(ValueError, match=r"must be \(B, H, W\), got \(4, 4\)"):
+        majority_vote(maps[0], (2, 2))
+    with pytest.raises(TypeError, match=r"must be uint8, got torch.int64"):
+        majority_vote(maps.long(), (2, 2))
+
+
+# ----------------------------------------------------------------------------------------------- tokens out of images
+
+
+def tiny_vqgan() -> VQGAN:
+    torch.manual_seed(0)
+    quantizer = NearestQuantizer(32, 4)
+    model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
+    scenes = ScenesDataset("train", 16)
+    model.standardize_latents(collate([scenes[k] for k in range(8)])["image"] / 127.5 - 1)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    return model
+
+
+def test_tokenizing_keeps_what_images_come_with() -> None:
+    model, scenes = tiny_vqgan(), ScenesDataset("val", 16, length=5)
+    images = collate([scenes[k] for k in range(5)])
+    batch = tokenize_batch(model, images)
+    assert batch["tokens"].shape == (5, 8, 8)
+    assert batch["tokens"].dtype == torch.int64
+    assert len(batch["tokens"].unique()) > 4
+    assert torch.equal(batch["tokens"], model.tokenize(images["image"] / 127.5 - 1))
+    assert torch.equal(batch["segmentation"], majority_vote(images["segmentation"], (8, 8)))
+    assert batch["caption"] == images["caption"]
+    assert tokenize_batch(model, {"image": images["image"]}).keys() == {"tokens"}
+
+
+def test_a_hash_is_of_the_weights() -> None:
+    model, same = tiny_vqgan(), tiny_vqgan()
+    assert tokenizer_hash(model) == tokenizer_hash(same)
+    assert len(tokenizer_hash(model)) == 64
+    with torch.no_grad():
+        same.decoder.conv_out.bias[0] += 1e-7
+    assert tokenizer_hash(model) != tokenizer_hash(same)

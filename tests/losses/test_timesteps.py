@@ -1,0 +1,76 @@
+"""Importance sampling of training steps: its probabilities, its draws, and that it leaves the loss unbiased."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from regvq_fast.losses import timesteps
+from regvq_fast.losses.timesteps import TimestepSampler
+
+SEED = torch.tensor(5)
+
+
+def warm_sampler(num_steps: int = 6) -> tuple[TimestepSampler, Tensor]:
+    """A sampler that has seen each step 200 times, with these terms."""
+    sampler = TimestepSampler(num_steps)
+    terms = torch.arange(1.0, num_steps + 1) ** 2
+    for _ in range(200):
+        sampler.update(torch.arange(1, num_steps + 1), terms)
+    return sampler, terms
+
+
+def test_steps_are_equally_probable_until_each_was_drawn_ten_times() -> None:
+    sampler = TimestepSampler(4)
+    for _ in range(10):
+        assert sampler.probabilities().tolist() == [0.25] * 4
+        sampler.update(torch.tensor([1, 2, 3, 4]), torch.tensor([1.0, 1.0, 2.0, 4.0]))
+    expected = torch.tensor([1.0, 1.0, 2.0, 4.0]) / 8 * 0.999 + 0.001 / 4
+    torch.testing.assert_close(sampler.probabilities(), expected)  # without a bias from the history's beginning
+
+
+def test_probabilities_are_those_of_the_terms_and_the_first_step_takes_the_seconds() -> None:
+    sampler, terms = warm_sampler()
+    weights = torch.cat([terms[1:2], terms[1:]])
+    torch.testing.assert_close(sampler.probabilities(), 0.999 * weights / weights.sum() + 0.001 / 6)
+
+
+def test_weighted_loss_is_unbiased_by_enumeration() -> None:
+    """Over all words that a draw can be made of (one in 2^16 of them), loss / probability sums to the sum of terms."""
+    sampler, terms = warm_sampler()
+    words = torch.arange(2**15, 2**32, 2**16)
+    draw_words = lambda seed, images, stream: words  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timesteps, "row_words", draw_words)
+        t, probability = sampler.draw(SEED, len(words))
+    estimate = (terms[t - 1].double() / probability.double()).mean().item()
+    assert estimate == pytest.approx(terms.sum().item(), rel=1e-3)
+    assert set(t.tolist()) == set(range(1, 7))
+
+
+def test_drawn_steps_have_the_probabilities_and_depend_on_the_image_alone() -> None:
+    sampler, _ = warm_sampler()
+    t, probability = sampler.draw(SEED, 4000)
+    torch.testing.assert_close(probability, sampler.probabilities()[t - 1])
+    shares = (t - 1).bincount(minlength=6) / 4000
+    torch.testing.assert_close(shares, sampler.probabilities(), rtol=0, atol=0.03)  # four standard deviations
+    torch.testing.assert_close(sampler.draw(SEED, 1000, first_image=3000)[0], t[3000:])
+
+
+def test_history_takes_all_ranks_terms_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, ranks = TimestepSampler(3), TimestepSampler(3)
+    t, terms = torch.tensor([1, 1, 3]), torch.tensor([1.0, 3.0, 2.0])
+    alone.update(t.repeat(2), terms.repeat(2))
+    monkeypatch.setattr(timesteps, "sum_over_ranks", lambda value: 2 * value)  # two ranks of equal terms
+    ranks.update(t, terms)
+    torch.testing.assert_close(ranks.history, alone.history)
+    assert ranks.count.tolist() == alone.count.tolist() == [4, 0, 2]
+    # A step drawn four times moves by 1 - 0.9^4 towards the mean square of its terms, one that wasn't stays.
+    torch.testing.assert_close(alone.history, torch.tensor([(1 - 0.9**4) * 5, 0, (1 - 0.9**2) * 4]))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"decay": 1.0}, "decay"), ({"uniform": 0.0}, "uniform")])
+def test_impossible_samplers_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TimestepSampler(4, **arguments)
+    with pytest.raises(ValueError, match="num_steps must be at least 2, got 1"):
+        TimestepSampler(1)

@@ -1,0 +1,95 @@
+"""Attention: the formula, both implementations, one graph, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from regvq_fast.models import attention as module
+from regvq_fast.models.attention import attention, pytorch_attention, xformers_attention
+
+CASES = [(False, 5), (False, 7), (True, 5)]  # causal, keys; five queries
+
+
+def make(keys: int, **options):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 5, 3, 8), (2, keys, 3, 8), (2, keys, 3, 8)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(**options) for shape in shapes]
+
+
+def by_formula(query, key, value, *, causal):
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) / math.sqrt(query.shape[-1])
+    if causal:
+        later = torch.arange(key.shape[1]) > torch.arange(query.shape[1])[:, None]
+        scores = scores.masked_fill(later.to(scores.device), -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), value)
+
+
+@pytest.mark.parametrize(("causal", "keys"), CASES)
+def test_it_is_the_formula_with_its_gradients(causal, keys):
+    inputs = [tensor.requires_grad_() for tensor in make(keys)]
+    output, expected = attention(*inputs, causal=causal), by_formula(*inputs, causal=causal)
+    torch.testing.assert_close(output, expected)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = (torch.autograd.grad(result, inputs, upstream) for result in (output, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("causal", "keys"), CASES)
+def test_both_implementations_agree(causal, keys, dtype):
+    pytest.importorskip("xformers.ops")
+    inputs = [tensor.requires_grad_() for tensor in make(keys, device="cuda", dtype=dtype)]
+    outputs = [function(*inputs, causal=causal) for function in (xformers_attention, pytorch_attention)]
+    gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
+    tolerance = {"rtol": 0, "atol": 0.02 if dtype == torch.float16 else 1e-2}  # fp32 may multiply in TF32
+    torch.testing.assert_close(*outputs, **tolerance)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_xformers_runs_on_a_gpu_unless_it_does_not_fit(monkeypatch):
+    pytest.importorskip("xformers.ops")
+    calls = []
+    monkeypatch.setattr(module, "xformers_attention", lambda *tensors, **options: calls.append(options))
+    attention(*make(5, device="cuda", dtype=torch.float16), causal=True)
+    assert calls == [{"causal": True}]
+    narrow = [tensor[..., :4] for tensor in make(5, device="cuda", dtype=torch.float16)]
+    assert attention(*narrow).shape == (2, 5, 3, 4)
+    assert attention(*make(5, device="cuda")).dtype == torch.float64
+    assert len(calls) == 1
+
+
+def test_xformers_is_not_imported_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(module, "_xformers", lambda: pytest.fail("it would warn that there is no CUDA"))
+    attention(*make(5, dtype=torch.float32))
+
+
+def test_one_graph():
+    inputs = make(5, dtype=torch.float32)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs, causal=True), attention(*inputs, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "causal", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v), False, r"query must be \(B, L, heads, head_dim\).*got query \(5, 3, 8\)"),
+        (lambda q, k, v: (q, k, v[:, :6]), False, r"key and value \(B, S, heads, head_dim\).*value \(2, 6, 3, 8\)"),
+        (lambda q, k, v: (q[:1], k, v), False, r"same batch, heads and head_dim, got query \(1, 5, 3, 8\)"),
+        (lambda q, k, v: (q[:, :, :2], k, v), False, r"same batch, heads and head_dim, got query \(2, 5, 2, 8\)"),
+        (lambda q, k, v: (q, k, v), True, r"as many keys as queries, got query \(2, 5, 3, 8\), key \(2, 7, 3, 8\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, causal, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*change(*make(7)), causal=causal)
+
+
+def test_mixed_types_are_refused():
+    query, key, value = make(5)
+    with pytest.raises(TypeError, match=r"one type, got torch\.float32, torch\.float64 and torch\.float64"):
+        attention(query.float(), key, value)

@@ -1,0 +1,199 @@
+"""Drawing from the diffusion prior: what it has learned by heart, the law of its draws, and what is refused."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from regvq_fast.losses.discrete_diffusion import diffusion_terms
+from regvq_fast.losses.timesteps import TimestepSampler
+from regvq_fast.models.text import WordEncoder
+from regvq_fast.models.vq_diffusion import VQDiffusion
+from regvq_fast.sampling import diffusion
+from regvq_fast.sampling.diffusion import sample_diffusion, timesteps
+
+CAPTIONS = [
+    f"{colour} {thing} {place}" for colour in ("red", "blue") for thing in ("cat", "dog") for place in ("left", "right")
+]
+CODES, SIDE = 8, 3
+
+
+def make_prior(**arguments: Any) -> VQDiffusion:
+    torch.manual_seed(0)
+    encoder = WordEncoder(width=16, depth=1, heads=2, max_words=4, buckets=64)
+    sizes = {"token_shape": (SIDE, SIDE), "num_steps": 10, "width": 32, "depth": 2, "heads": 2}
+    return VQDiffusion(CODES, **{"text_encoder": encoder, **sizes, **arguments})
+
+
+@pytest.fixture(scope="module")
+def learned() -> tuple[VQDiffusion, Tensor]:
+    """A prior that knows eight captioned grids by heart, and these, (8, h, w)."""
+    prior = make_prior()
+    tokens = torch.randint(CODES, (8, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
+    clean = tokens.flatten(1).repeat(4, 1)
+    ids = prior.tokenize_text(CAPTIONS).repeat(4, 1, 1)
+    steps = TimestepSampler(prior.num_steps)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=300)
+    for seed in torch.arange(300):
+        t, probability = steps.draw(seed, 32)
+        noisy = prior.transition.corrupt(clean, t, seed)
+        logits = prior(noisy, t, ids, prior.keep_text(32, 0.1, seed=seed))
+        terms = diffusion_terms(prior.transition, logits, clean, noisy, t)
+        optimizer.zero_grad()
+        terms.loss(t, probability, prior.num_steps, auxiliary_weight=0.5).backward()
+        optimizer.step()
+        schedule.step()
+        steps.update(t, terms.bound)
+    assert steps.probabilities().std() > 0  # the last ones were drawn by importance
+    return prior, tokens
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"steps": 3}, {"steps": 1}, {"truncation": 1.0, "temperature": 0.0}, {"guidance": 1.5}]
+)
+def test_captions_bring_back_what_was_learned(learned: tuple[VQDiffusion, Tensor], settings: dict) -> None:
+    prior, tokens = learned
+    drawn = sample_diffusion(prior, CAPTIONS, seed=1, **settings)
+    assert (drawn == tokens).float().mean() > 0.97
+
+
+def test_kept_tokens_stay_and_the_rest_is_drawn_around_them(learned: tuple[VQDiffusion, Tensor]) -> None:
+    prior, tokens = learned
+    mask = torch.zeros(8, SIDE, SIDE, dtype=torch.bool)
+    mask[:, 0] = True
+    given = torch.where(mask, (tokens + 1) % CODES, 0)
+    drawn = sample_diffusion(prior, CAPTIONS, seed=1, keep=(given, mask))
+    assert torch.equal(drawn[mask], given[mask])
+    assert (drawn < CODES).all()
+    # Without a caption the rest can only follow from what is kept.
+    kept = (tokens.flatten(1), torch.ones(8, SIDE * SIDE, dtype=torch.bool).index_fill_(1, torch.tensor([4]), False))
+    drawn = sample_diffusion(prior, num_images=8, seed=1, keep=kept)
+    assert (drawn == tokens).float().mean() > 0.97
+
+
+def test_images_depend_on_seed_and_number_alone() -> None:
+    prior = make_prior().double()  # so that the batch's rounding doesn't decide
+    settings = {"truncation": 0.9, "guidance": 2.0, "steps": 4}
+    whole = sample_diffusion(prior, CAPTIONS, seed=3, **settings)
+    parts = [
+        sample_diffusion(prior, CAPTIONS[part], seed=3, first_image=part.start, **settings)
+        for part in (slice(0, 3), slice(3, 8))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(sample_diffusion(prior, CAPTIONS, seed=torch.tensor(3), **settings), whole)
+    assert not torch.equal(sample_diffusion(prior, CAPTIONS, seed=4, **settings), whole)
+    # Ids and features are the captions in other words.
+    ids = prior.tokenize_text(CAPTIONS)
+    features, mask = prior.text_encoder(ids)  # type: ignore[misc]
+    assert torch.equal(sample_diffusion(prior, ids, seed=3, **settings), whole)
+    assert torch.equal(sample_diffusion(prior, features, text_mask=mask, seed=3, **settings), whole)
+
+
+class Fixed(VQDiffusion):
+    """Gives the same p(x_0) everywhere, whatever it sees, and other ones without a condition."""
+
+    def forward(self, tokens: Tensor, t: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+        return probabilities.expand(*tokens.shape, 4)
+
+
+def shares(steps: int | None = None, **settings: Any) -> list[float]:
+    prior = Fixed(4, token_shape=(32, 32), text_shape=(1, 4), num_steps=10, width=4, depth=1, heads=1)
+    drawn = sample_diffusion(prior, torch.zeros(4, 1, 4), seed=0, steps=steps, **settings)
+    return (drawn.flatten().bincount(minlength=4) / drawn.numel()).tolist()
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion.VQDiffusion, "forward", Fixed.forward)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("steps", [None, 3, 1])
+def test_draws_have_the_networks_probabilities_however_many_steps(steps: int | None) -> None:
+    """4096 draws: a share's standard deviation is below 0.008."""
+    assert shares(steps, truncation=1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    total = 0.95  # the codes that 0.86 takes
+    assert shares(steps, truncation=0.86) == pytest.approx([0.5 / total, 0.3 / total, 0.15 / total, 0], abs=0.03)
+    assert shares(steps, truncation=0.4) == pytest.approx([1, 0, 0, 0], abs=2e-3)  # less what the chain replaces
+    assert shares(steps, truncation=1.0, temperature=0.5)[0] == pytest.approx(0.25 / 0.365, abs=0.03)
+
+
+def test_guidance_multiplies_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: VQDiffusion, tokens: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        assert len(tokens) == len(t) == len(condition) == 8
+        conditional, null = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.25] * 4]).log()
+        is_null = (condition == self.null_text).all(-1)[..., None]
+        return torch.where(is_null, null, conditional).expand(*tokens.shape, 4)
+
+    monkeypatch.setattr(diffusion.VQDiffusion, "forward", forward)
+    squares = torch.tensor([0.5, 0.3, 0.15, 0.05]).square()
+    assert shares(truncation=1.0, guidance=2.0) == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
+    assert shares(truncation=1.0, guidance=0.0) == pytest.approx([0.25] * 4, abs=0.03)
+
+
+def test_states_and_progress_tell_every_step() -> None:
+    prior = make_prior().train()
+    states: list[Tensor] = []
+    told: list[tuple[int, int]] = []
+    drawn = sample_diffusion(
+        prior, CAPTIONS, seed=0, steps=5, states=states, progress=lambda done, of: told.append((done, of))
+    )
+    assert told == [(step, 5) for step in range(1, 6)]
+    assert torch.equal(states[-1], drawn)
+    masked = [int((state == CODES).sum()) for state in states]
+    assert masked == sorted(masked, reverse=True)
+    assert masked[0] > masked[2] > masked[-1] == 0
+    assert len({state.data_ptr() for state in states}) == 5
+    assert prior.training
+
+
+def test_compiled_network_draws_the_same_images() -> None:
+    prior = make_prior(depth=1)
+    settings: dict[str, Any] = {"seed": 0, "steps": 2}
+    eager = sample_diffusion(prior, CAPTIONS, **settings)
+    assert torch.equal(sample_diffusion(prior, CAPTIONS, compile=True, **settings), eager)
+
+
+def test_steps_are_spread_evenly_and_end_at_both_ends() -> None:
+    assert timesteps(100, 4) == [100, 75, 50, 25, 0]
+    assert timesteps(10, 10) == list(range(10, -1, -1))
+    for steps in range(1, 101):
+        spread = timesteps(100, steps)
+        assert spread[0] == 100
+        assert spread[-1] == 0
+        assert len(set(spread)) == steps + 1
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    prior, without = make_prior(), make_prior(null_condition=False, text_encoder=None, text_shape=(2, 4))
+    keep = (torch.zeros(8, 9, dtype=torch.int64), torch.zeros(8, 9, dtype=torch.bool))
+    for settings, message in [
+        ({"steps": 11}, "steps must lie between 1 and the prior's 10, got 11"),
+        ({"steps": 0}, "steps must lie between 1 and the prior's 10, got 0"),
+        ({"truncation": 0.0}, r"truncation .* must lie in \(0, 1\], got 0.0"),
+        ({"temperature": -1.0}, "temperature must be .* got -1.0"),
+        ({"guidance": float("nan")}, "guidance must be a finite number .* got nan"),
+        ({"num_images": 3}, "num_images is 3 but there are 8 texts"),
+        ({"text": None}, "num_images must be given"),
+        ({"text": None, "num_images": 0}, "at least one image, got 0"),
+        ({"text": None, "num_images": 1, "guidance": 2.0}, "guidance 2.0 needs a text"),
+        ({"text": [""]}, "caption 0 is empty"),
+        ({"text": ["a b c d e"]}, "has 5 words, over the encoder's 4"),
+        ({"text": torch.zeros(1, 2, 3)}, r"text must be \(1, 4, 16\).*got \(1, 2, 3\)"),
+        ({"keep": (keep[0][:1], keep[1])}, "the tokens to keep must be"),
+        ({"prior": without, "text": torch.zeros(1, 2, 4), "guidance": 2.0}, "guidance 2.0 needs a null condition"),
+        ({"prior": without, "text": ["a cat"]}, "captions need a text_encoder"),
+    ]:
+        arguments = {"prior": prior, "text": CAPTIONS, "seed": 0, **settings}
+        with pytest.raises(ValueError, match=message):
+            sample_diffusion(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the mask to keep must be bool"):
+        sample_diffusion(prior, CAPTIONS, seed=0, keep=(keep[0], keep[0]))
+
+
+def test_default_truncation_is_vq_diffusions() -> None:
+    assert inspect.signature(sample_diffusion).parameters["truncation"].default == 0.86

@@ -1,0 +1,223 @@
+"""Whole runs of train/cache_tokens.py at a tiny size, and what they leave."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regvq_fast.data import ImageFolder, ScenesDataset, TokenDataset, tokenize_batch, training_batches
+from regvq_fast.data.loading import collate
+from regvq_fast.data.token_cache import read_info
+from regvq_fast.models import VQGAN
+from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.training import caching
+
+SCRIPT = Path(__file__).parents[1] / "train" / "cache_tokens.py"
+SCENES = "--scenes 10 --views 2 --val-images 5 --shard-samples 8 --batch-size 3 --device cpu --workers 0".split()
+"""20 training samples in shards of 8, 8 and 4, and one shard of 5 for validation."""
+SHARDS = ["train-000000", "train-000001", "train-000002", "val-000000"]
+
+
+def tiny_vqgan(num_codes: int = 32) -> VQGAN:
+    torch.manual_seed(0)
+    quantizer = NearestQuantizer(num_codes, 4)
+    model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
+    scenes = ScenesDataset("train", 16)
+    model.standardize_latents(collate([scenes[k] for k in range(8)])["image"] / 127.5 - 1)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    tiny_vqgan().save_pretrained(folder)
+    return folder
+
+
+def cache(tokenizer: Path, out: Path, *flags: object) -> Path:
+    arguments = ["cache_tokens.py", "--tokenizer", tokenizer, "--out", out, *flags]
+    with patch.object(sys, "argv", list(map(str, arguments))):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return out
+
+
+@pytest.fixture(scope="module")
+def scenes(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cache(tokenizer, tmp_path_factory.mktemp("caches") / "scenes", *SCENES)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_cache_holds_what_its_description_says(scenes: Path, tokenizer: Path) -> None:
+    assert sorted(contents(scenes)) == sorted(["cache.json", *(f"{shard}.safetensors" for shard in SHARDS)])
+    info = read_info(scenes)
+    assert info.complete
+    assert info.tokenizer == str(tokenizer)
+    assert (info.num_codes, info.token_shape, info.image_size, info.precision) == (32, (8, 8), 16, "fp32")
+    assert (info.data, info.views, info.train_images, info.val_images) == (None, 2, 10, 5)
+    assert (info.num_classes, info.fields) == (16, ("caption", "segmentation"))
+    assert len(TokenDataset(scenes)) == 20
+    assert len(TokenDataset(scenes, "val")) == 5
+
+
+def test_cached_samples_are_those_made_on_the_way(scenes: Path) -> None:
+    model = tiny_vqgan()
+    cached = training_batches(TokenDataset(scenes), 5)
+    images = training_batches(ScenesDataset("train", 16, length=10), 5)
+    distinct = set()
+    for _ in range(4):  # both views
+        expected, found = tokenize_batch(model, next(images)), next(cached)
+        assert torch.equal(found["tokens"], expected["tokens"])
+        assert torch.equal(found["segmentation"], expected["segmentation"])
+        assert found["caption"] == expected["caption"]
+        distinct |= set(found["tokens"].flatten().tolist())
+    assert len(distinct) > 8
+    scenes_val, tokens_val = ScenesDataset("val", 16, length=5), TokenDataset(scenes, "val")
+    expected = tokenize_batch(model, collate([scenes_val[k] for k in range(5)]))
+    assert torch.equal(tokens_val.__getitems__(range(5))["tokens"], expected["tokens"])
+
+
+def test_neither_batch_size_nor_workers_change_a_byte(scenes: Path, tokenizer: Path, tmp_path: Path) -> None:
+    other = cache(tokenizer, tmp_path / "cache", *SCENES, "--batch-size", "20", "--workers", "1")
+    assert contents(other) == contents(scenes)
+
+
+def test_two_ranks_make_the_cache_of_one(scenes: Path, tokenizer: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--tokenizer", str(tokenizer), "--out", str(tmp_path / "cache"), *SCENES]
+    done = subprocess.run([*launcher, str(SCRIPT), *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(tmp_path / "cache") == contents(scenes)
+    assert done.stdout.count("codes used") == 1
+
+
+def test_missing_and_damaged_shards_are_made_anew(
+    scenes: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cache(tokenizer, tmp_path / "cache", *SCENES)
+    kept = out / "train-000000.safetensors"
+    stamp = kept.stat().st_mtime_ns
+    (out / "train-000001.safetensors").unlink()
+    damaged = out / "val-000000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (out / ".train-000001.12345.safetensors").write_bytes(b"left by a run that was killed")
+    capsys.readouterr()
+    cache(tokenizer, out, *SCENES)
+    said = capsys.readouterr().out
+    assert contents(out) == contents(scenes)
+    assert kept.stat().st_mtime_ns == stamp
+    assert "2 of 4 shards are there" in said
+    assert "val-000000.safetensors is truncated or damaged" in said.replace("\n", "")
+    cache(tokenizer, out, *SCENES)  # which has nothing left to do
+    assert contents(out) == contents(scenes)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_run_that_stopped_goes_on_from_its_shards(
+    error: BaseException, scenes: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    out, written = tmp_path / "cache", []
+
+    def stop_at_the_third(path: Path, *arguments: object) -> None:
+        if len(written) == 2:
+            raise error
+        written.append(path)
+        write_shard(path, *arguments)
+
+    write_shard = caching.write_shard
+    with patch.object(caching, "write_shard", stop_at_the_third), pytest.raises(SystemExit) as stopped:
+        cache(tokenizer, out, *SCENES)
+    assert stopped.value.code == 130 or "No space left on device" in stopped.value.code
+    assert sorted(contents(out)) == ["cache.json", "train-000000.safetensors", "train-000001.safetensors"]
+    with pytest.raises(ValueError, match="not complete"):
+        TokenDataset(out)
+    cache(tokenizer, out, *SCENES)
+    assert contents(out) == contents(scenes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--views", "3"], "views is 3 here but 2 in"),
+        (["--seed", "1"], "seed is 1 here but 0 in"),
+        (["--scenes", "11"], "train_images is 11 here but 10 in"),
+        (["--fields", "caption"], "fields is ('caption',) here but ('caption', 'segmentation') in"),
+        (["--shard-samples", "9"], "shard_samples is 9 here but 8 in"),
+        (["--views", "0"], "--views must be at least 1, got 0"),
+        (["--scenes", "0"], "--scenes must be at least 1, got 0"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--data", "nowhere", "--scenes", "10"], "--scenes 10 is for the embedded scenes, not for --data nowhere"),
+    ],
+)
+def test_other_settings_are_refused_by_name(flags: list[str], message: str, scenes: Path, tokenizer: Path) -> None:
+    before = contents(scenes)
+    with pytest.raises(SystemExit) as refused:
+        cache(tokenizer, scenes, *SCENES, *flags)
+    assert message in str(refused.value.code)
+    assert contents(scenes) == before
+
+
+def test_other_tokenizers_and_folders_are_refused(scenes: Path, tokenizer: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = tiny_vqgan()
+    torch.nn.init.normal_(other.quantize.embedding.weight)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"tokenizer_sha256 is .* here but .* in .*cache.json: continue with the same"):
+        cache(tmp_path / "other", scenes, *SCENES)
+    with pytest.raises(SystemExit, match="is not empty and no token cache: name a new folder"):
+        cache(tokenizer, tokenizer, *SCENES)
+    with pytest.raises(SystemExit, match=r"--out .*config.json is a file: name a folder"):
+        cache(tokenizer, tokenizer / "config.json", *SCENES)
+    with pytest.raises(SystemExit, match="no such folder"):
+        cache(tmp_path / "nowhere", tmp_path / "cache", *SCENES)
+    tiny_vqgan(num_codes=65537).save_pretrained(tmp_path / "large")
+    with pytest.raises(SystemExit, match=r"tokens are kept as uint16, of 65536 codes at most; .*large has 65537"):
+        cache(tmp_path / "large", tmp_path / "cache", *SCENES)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_largest_token_fits(tmp_path: Path) -> None:
+    model = tiny_vqgan(num_codes=65536)
+    with torch.no_grad():  # all latents are those of the last code
+        model.quant_conv.weight.zero_()
+        model.quant_conv.bias.copy_(model.quantize.embedding.weight[-1])
+    model.save_pretrained(tmp_path / "large")
+    out = cache(tmp_path / "large", tmp_path / "cache", *SCENES)
+    assert TokenDataset(out)[0]["tokens"].eq(65535).all()
+
+
+def test_images_with_captions_and_maps(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(photos / f"{k}.png")
+        Image.fromarray(np.full((20, 24), k, dtype=np.uint8)).save(photos / f"{k}.seg.png")
+        (photos / f"{k}.txt").write_text(f"picture {k}")
+    (photos / "9.png").write_bytes(b"no image")
+    (photos / "9.seg.png").write_bytes(b"no map")
+    (photos / "9.txt").write_text("no caption")
+    flags = ["--data", photos, *"--views 2 --shard-samples 5 --batch-size 4 --device cpu --workers 0".split()]
+    plain = cache(tokenizer, tmp_path / "plain", *flags)
+    out = cache(tokenizer, tmp_path / "cache", *flags, "--fields", "segmentation", "caption")
+    assert "unreadable images" in capsys.readouterr().out
+
+    assert TokenDataset(plain)[0].keys() == {"tokens"}
+    assert read_info(plain).num_classes is None
+    assert read_info(out).num_classes == 8
+    images, tokens, model = ImageFolder(photos, "train", 16), TokenDataset(out), tiny_vqgan()
+    assert len(tokens) == 2 * len(images)
+    for index in range(len(tokens)):
+        sample = tokens[index]
+        assert torch.equal(sample["tokens"], tokenize_batch(model, collate([images[index]]))["tokens"][0])
+        assert sample["caption"] == f"picture {int(sample['segmentation'].unique())}"

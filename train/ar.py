@@ -1,0 +1,18 @@
+"""Train the autoregressive prior: a transformer that draws the tokens of an image, given its semantic map.
+
+    python train/ar.py --cache runs/tokens --compile --amp                # tokens of train/cache_tokens.py
+    python train/ar.py --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
+    python train/ar.py --preset ade20k --cache ADE20K/tokens --compile --amp
+    torchrun --nproc-per-node 4 train/ar.py --preset ade20k --cache ADE20K/tokens --compile --amp
+    python train/ar.py --resume --out runs/NAME
+
+A run leaves its resolved configuration, tokenizer, metrics, pictures, checkpoints and weights in --out (default:
+runs/...); train/sample.py draws images from it.
+"""
+
+from regvq_fast.config import AR_PRESETS
+from regvq_fast.training.autoregressive import ARTask
+from regvq_fast.training.loop import run
+
+if __name__ == "__main__":
+    run(ARTask, AR_PRESETS, description=str(__doc__))

@@ -1,0 +1,18 @@
+"""Train the diffusion prior: VQ-Diffusion over the tokens of an image, given its caption.
+
+    python train/diffusion.py --cache runs/tokens --compile --amp                # tokens of train/cache_tokens.py
+    python train/diffusion.py --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
+    python train/diffusion.py --preset coco --cache COCO/tokens --compile --amp
+    torchrun --nproc-per-node 4 train/diffusion.py --preset coco --cache COCO/tokens --compile --amp
+    python train/diffusion.py --resume --out runs/NAME
+
+A run leaves its resolved configuration, tokenizer, metrics, pictures, checkpoints and weights in --out (default:
+runs/...); train/sample.py draws images from it.
+"""
+
+from regvq_fast.config import DIFFUSION_PRESETS
+from regvq_fast.training.diffusion import DiffusionTask
+from regvq_fast.training.loop import run
+
+if __name__ == "__main__":
+    run(DiffusionTask, DIFFUSION_PRESETS, description=str(__doc__))
