@@ -10,7 +10,7 @@ from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.evaluation.pictures import caption_tiles
 from regvq_fast.losses.discrete_diffusion import diffusion_terms
 from regvq_fast.losses.timesteps import TimestepSampler
-from regvq_fast.models.text import PretrainedTextEncoder, WordEncoder
+from regvq_fast.models.text import PretrainedTextEncoder, TextEncoder, WordEncoder
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.sampling import sample_diffusion
 from regvq_fast.training.prior import PriorTask
@@ -32,14 +32,14 @@ class DiffusionTask(PriorTask[DiffusionConfig]):
 
     def build_prior(self) -> VQDiffusion:
         model = self.config.model
-        frozen = model.text_encoder != "words"
+        # Data sets have long captions: what doesn't fit is cut off.
+        encoder: TextEncoder = WordEncoder(truncate=True)
+        if model.text_encoder != "words":
+            encoder = PretrainedTextEncoder(model.text_encoder, truncate=True)
         prior = VQDiffusion(
             self.tokenizer.quantize.num_codes,
             token_shape=self.tokenizer.token_shape,
-            # Data sets have long captions: what doesn't fit is cut off.
-            text_encoder=PretrainedTextEncoder(model.text_encoder, truncate=True)
-            if frozen
-            else WordEncoder(truncate=True),
+            text_encoder=encoder,
             num_steps=model.diffusion_steps,
             width=model.width,
             depth=model.depth,

@@ -85,7 +85,7 @@ class Task(ABC, Generic[Config]):
         self.fingerprint = ""
         """Of the first training samples: other ones under the same name are noticed on resuming."""
         self.companions: dict[str, nn.Module] = {}
-        """Modules that no optimizer trains, but whose buffers a step changes: they are saved, and taken back with it."""
+        """Modules that no optimizer trains, but whose buffers a step changes: saved, and taken back with it."""
         torch.manual_seed(run.seed)
         self.trained = self.build()
         torch.manual_seed(run.seed + rank())  # dropout of each rank's own

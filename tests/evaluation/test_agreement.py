@@ -69,7 +69,7 @@ def test_what_a_tokenizer_makes_of_images_can_be_learned(validation) -> None:
 
     scenes = ScenesDataset("train", 64)
     images, maps = reconstruct(validation["image"]), validation["segmentation"]
-    plain, adapted = (RegionClassifier.fit(scenes, samples=192, reconstruct=r) for r in (None, reconstruct))
+    plain, adapted = (RegionClassifier.fit(scenes, samples=128, reconstruct=r) for r in (None, reconstruct))
     assert region_accuracy(plain, images, maps).accuracy < 0.4
     assert region_accuracy(adapted, images, maps).accuracy > 0.6
     assert region_accuracy(adapted, validation["image"], maps).accuracy > 0.75
