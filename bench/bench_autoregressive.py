@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.models import TokenTransformer
+from regvq_fast.precision import choose_precision
 from regvq_fast.sampling import sample_autoregressive
-from regvq_fast.training.precision import choose_precision
 
 NUM_CODES, NUM_CLASSES, NUM_TOKENS = 1024, 151, 256
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from regvq_fast.losses.discrete_diffusion import diffusion_terms
 from regvq_fast.models import VQDiffusion, vq_diffusion
+from regvq_fast.precision import choose_precision
 from regvq_fast.sampling.diffusion import sample_diffusion
-from regvq_fast.training.precision import choose_precision
 
 NUM_CODES, NUM_TOKENS = 1024, 256
 

@@ -37,9 +37,9 @@ from regvq_fast import nvml
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.data.transforms import to_float
 from regvq_fast.models.features import VGGFeatures
+from regvq_fast.precision import choose_precision
 from regvq_fast.training import build
 from regvq_fast.training import task as training_task
-from regvq_fast.training.precision import choose_precision
 from regvq_fast.training.vqgan import VQGANTask
 
 SIZES = {

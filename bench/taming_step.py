@@ -22,8 +22,8 @@ from regvq_fast.config import VQGANConfig
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.layers import group_norm
+from regvq_fast.precision import Precision
 from regvq_fast.training.optimization import build_optimizer
-from regvq_fast.training.precision import Precision
 
 
 class TamingStep:

@@ -6,6 +6,7 @@ go over NCCL without the host waiting for the GPUs; what the hosts themselves ag
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,6 +54,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        # gloo's thread frees the tensors of the last operation, for which it needs Python's lock; whoever frees the
+        # group later waits for that thread with the lock in hand. Half a second is plenty to be done before.
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 

@@ -1,11 +1,13 @@
 """Batches of a data set, by worker processes where they pay."""
 
+import atexit
 import itertools
 import os
 import signal
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -97,7 +99,10 @@ def training_batches(
         raise ValueError(f"start must be at least 0, got {start}")
     _check(batch_size, workers)
     sampler = _CountingBatches(batch_size, start, stride or batch_size)
-    return TimedBatches(iter(_loader(dataset, workers, batch_sampler=sampler, pin_memory=pin_memory)))
+    batches = iter(_loader(dataset, workers, batch_sampler=sampler, pin_memory=pin_memory))
+    if workers:
+        _with_workers.add(batches)
+    return TimedBatches(batches)
 
 
 def validation_batches(
@@ -155,6 +160,16 @@ def _loader(dataset: Dataset[Sample], workers: int, **options: Any) -> DataLoade
         generator=torch.Generator(),  # DataLoader seeds its workers from it; the default would be the global one
         **options,
     )
+
+
+_with_workers: WeakSet[Any] = WeakSet()
+
+
+@atexit.register  # before multiprocessing's own, which would wait for workers that it told to end once
+def _end_workers() -> None:
+    """End the workers of batches that are still in use when Python exits."""
+    for batches in list(_with_workers):
+        batches._shutdown_workers()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -69,6 +70,12 @@ def save_image_grid(path: str | os.PathLike[str], *stacks: Tensor, columns: int 
     parts = [part for images in stacks for part in (seam, _enlarge(_as_uint8(images), width // images.shape[3]))]
     tiles = torch.cat(parts[1:], dim=2)
     _save_image(path, _tile(tiles, min(columns, len(tiles)), gutter=8))
+
+
+def save_images(folder: Path, images: Tensor, first: int = 0) -> None:
+    """Save each of the images (B, 3, H, W), as in :func:`save_image_grid`, as NUMBER.png from ``first`` on."""
+    for number, image in enumerate(_as_uint8(images), first):
+        _save_image(folder / f"{number:05d}.png", image)
 
 
 def caption_tiles(captions: Sequence[str], size: int) -> Tensor:

@@ -1,11 +1,16 @@
-"""Blocks of the convolutional autoencoder: normalisation, residual block, attention, resampling.
+"""Parts of the convolutional autoencoder: normalisation, residual block, attention, resampling, levels of them.
 
 Module and parameter names are those of taming-transformers (`taming/modules/diffusionmodules/model.py`), so that its
-checkpoints load by name. All blocks map (B, C, H, W) to (B, C', H', W') and keep the memory format of their input.
+checkpoints load by name. All of them map (B, C, H, W) to (B, C', H', W') and keep the memory format of their input.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from regvq_fast.models.model import Checkpointed
 
 MAX_GROUPS = 32
 MIN_GROUP_CHANNELS = 4
@@ -89,3 +94,41 @@ class Upsample(nn.Module):
         batch, channels, height, width = x.shape
         blocks = x.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(batch, height, 2, width, 2, channels)
         return self.conv(blocks.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2))
+
+
+class Level(Checkpointed):
+    """The blocks of one resolution; each residual block is followed by attention where the level has attention."""
+
+    def __init__(self, widths: Sequence[int], *, attention: bool, dropout: float) -> None:
+        super().__init__()
+        pairs = list(itertools.pairwise(widths))
+        self.block = nn.ModuleList(ResnetBlock(c_in, c_out, dropout) for c_in, c_out in pairs)
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _, c_out in pairs if attention)
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def layers(self, h: Tensor) -> Tensor:
+        """(B, widths[0], H, W) to (B, widths[-1], H', W'), H' being H halved, doubled or kept."""
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if self.attn:
+                h = self.attn[i](h)
+        if self.downsample is not None:
+            h = self.downsample(h)
+        if self.upsample is not None:
+            h = self.upsample(h)
+        return h
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C, h, w)."""
+        return self.block_2(self.attn_1(self.block_1(h)))

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors.torch
 from torch import Tensor
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 CHECKPOINTS = "checkpoints"  # folder in a run's folder
+TOKENIZER = "tokenizer"
+"""Folder in a prior's run that holds its tokenizer, so that the run is all that sampling needs."""
+TOKENIZER = "tokenizer"
+"""Folder in a prior's run that holds its tokenizer, so that the run is all that sampling needs."""
+
+Part = TypeVar("Part")
 
 _STEP_FOLDER = re.compile(r"step-(\d{7,})")
 
@@ -154,6 +160,27 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, default=str, allow_nan=False) + "\n").encode()
 
 
+def restore(what: str, kinds: Mapping[str, type[Part]], description: Mapping[str, Any]) -> Part:
+    """A part of a model, with fresh weights, from its class's name, as "type", and the arguments of its constructor.
+
+    Args:
+        what: the part, for errors.
+        kinds: the classes that it may be of, by name.
+        description: plain values.
+
+    Raises:
+        ValueError: none of these classes, or arguments that this version doesn't know. Otherwise as the class itself.
+    """
+    arguments = dict(description)
+    kind = arguments.pop("type", None)
+    if kind not in kinds:
+        raise ValueError(f"{what} {kind!r} is none of {', '.join(kinds)}")
+    try:
+        return kinds[kind](**arguments)
+    except TypeError as error:
+        raise ValueError(f"the description of {kind} doesn't fit this version: {error}") from None
+
+
 def describe_quantizer(quantizer: "Quantizer") -> dict[str, Any]:
     """What :func:`restore_quantizer` needs to build an equal one, without its weights, as plain values.
 
@@ -177,13 +204,8 @@ def restore_quantizer(description: Mapping[str, Any]) -> "Quantizer":
         ValueError: not such a description.
     """
     arguments = dict(description)
-    kind, scale = arguments.pop("type", None), arguments.pop("scale", None)
-    if kind not in _quantizers():
-        raise ValueError(f"quantizer {kind!r} is none of {', '.join(_quantizers())}")
-    try:
-        quantizer = _quantizers()[kind](**arguments)
-    except TypeError as error:
-        raise ValueError(f"the description of {kind} doesn't fit this version: {error}") from None
+    scale = arguments.pop("scale", None)
+    quantizer = restore("quantizer", _quantizers(), arguments)
     if scale is not None:
         quantizer.scale = scale
     return quantizer

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.models.attention import attention
-from regvq_fast.models.token_transformer import Block, _initialize
+from regvq_fast.models.pretrained import restore
+from regvq_fast.models.transformer import Block, check_sizes, initialize
 
 CLIP = "openai/clip-vit-base-patch32"
 
@@ -97,11 +98,7 @@ class WordEncoder(TextEncoder):
     ) -> None:
         super().__init__()
         sizes = {"width": width, "heads": heads, "max_words": max_words, "buckets": buckets, "hashes": hashes}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
+        check_sizes(sizes)
         self.width, self.depth, self.heads, self.max_words = width, depth, heads, max_words
         self.buckets, self.hashes, self.truncate = buckets, hashes, truncate
         self.shape = max_words, width
@@ -109,7 +106,7 @@ class WordEncoder(TextEncoder):
         self.positions = nn.Parameter(torch.empty(max_words, width))
         self.blocks = nn.ModuleList(Block(width, heads, dropout=0.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.apply(_initialize)
+        self.apply(initialize)
         nn.init.normal_(self.positions, std=self.embedding.weight.std().item())
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
@@ -194,15 +191,8 @@ def restore_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
     Raises:
         ValueError: not such a description. Otherwise as the encoder itself.
     """
-    arguments = dict(description)
-    kind = arguments.pop("type", None)
-    kinds: dict[Any, type[TextEncoder]] = {cls.__name__: cls for cls in (WordEncoder, PretrainedTextEncoder)}
-    if kind not in kinds:
-        raise ValueError(f"text encoder {kind!r} is none of {', '.join(kinds)}")
-    try:
-        return kinds[kind](**arguments)
-    except TypeError as error:
-        raise ValueError(f"the description of {kind} doesn't fit this version: {error}") from None
+    kinds: dict[str, type[TextEncoder]] = {cls.__name__: cls for cls in (WordEncoder, PretrainedTextEncoder)}
+    return restore("text encoder", kinds, description)
 
 
 def check_captions(captions: Sequence[str]) -> None:

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,59 +23,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.models.attention import KeyValueCache, attention
-from regvq_fast.models.pretrained import pretrained_files, read_pretrained, write_folder
+from regvq_fast.models.model import Model
+from regvq_fast.models.transformer import Block, check_sizes, flat_ids, grid_shape, initialize
 from regvq_fast.models.weights import check_state_dict
 from regvq_fast.ops.noise import row_words
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value (B, L, heads, head_dim) to the same shape
-
-_INIT_STD = 0.02
 _KEPT, _REPLACEMENT, _DROPPED = 3, 4, 5  # streams of `corrupt`'s draws
 _LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention; query, key and value are one product, in this order."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(B, L, C) to (B, L, C)."""
-        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
-        return self.dropout(self.proj(attend(query, key, value).flatten(2)))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.ln1 = nn.LayerNorm(width)
-        self.ln2 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, heads, dropout)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
-        self.checkpointing = False
-        """Keep the block's input alone for backward, and run the block once more there."""
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(B, L, C) to (B, L, C)."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._layers, x, attend, use_reentrant=False)
-        return self._layers(x, attend)
-
-    def _layers(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attn(self.ln1(x), attend)
-        return x + self.mlp(self.ln2(x))
-
-
-class TokenTransformer(nn.Module):
+class TokenTransformer(Model):
     """p(image tokens | condition), one token after the other; the defaults are taming's for semantic synthesis.
 
     The sequence is the K ids of the condition, then the L tokens. A place sees what is before it, and itself.
@@ -110,9 +65,9 @@ class TokenTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.token_shape = _grid("token_shape", token_shape)
+        self.token_shape = grid_shape("token_shape", token_shape)
         self.condition_shape = (
-            self.token_shape if condition_shape is None else _grid("condition_shape", condition_shape)
+            self.token_shape if condition_shape is None else grid_shape("condition_shape", condition_shape)
         )
         self._arguments: dict[str, Any] = {
             "num_codes": num_codes,
@@ -124,13 +79,8 @@ class TokenTransformer(nn.Module):
             "heads": heads,
             "dropout": dropout,
         }
-        for name in ("num_codes", "num_classes", "width", "depth", "heads"):
-            if self._arguments[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {self._arguments[name]}")
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        sizes = ("num_codes", "num_classes", "width", "depth", "heads")
+        check_sizes({name: self._arguments[name] for name in sizes}, dropout)
         self.num_codes, self.num_classes = num_codes, num_classes
         self.num_tokens, self.condition_length = math.prod(self.token_shape), math.prod(self.condition_shape)
 
@@ -142,7 +92,7 @@ class TokenTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_codes, bias=False)
-        self.apply(_initialize)
+        self.apply(initialize)
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -234,12 +184,6 @@ class TokenTransformer(nn.Module):
             condition = condition.masked_fill(dropped[:, None], self.num_classes)
         return tokens, condition
 
-    def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Trade time for memory: each block runs a second time in backward, keeping its input. Gradients stay."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.checkpointing = enabled
-
     # ----------------------------------------------------------------------------------------------------- sampling
 
     def prefill(self, condition: Tensor) -> tuple[Tensor, KeyValueCache]:
@@ -275,37 +219,6 @@ class TokenTransformer(nn.Module):
         return self.head(self.ln_f(x[:, -1]))
 
     # ------------------------------------------------------------------------------------------------------ weights
-
-    def architecture(self) -> dict[str, Any]:
-        """What the model was built with, as plain values."""
-        return {"type": type(self).__name__, **self._arguments}
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save weights and architecture to a folder that `from_pretrained` reads; see `VQGAN.save_pretrained`."""
-        write_folder(Path(folder), pretrained_files(self.architecture(), self.state_dict()))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> TokenTransformer:
-        """The model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run.
-
-        Returns:
-            The model on the CPU, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: no such folder, or no weights in it.
-            ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it.
-        """
-        arguments, weights = read_pretrained(Path(folder))
-        kind = arguments.pop("type", "VQGAN")
-        if kind != cls.__name__:
-            raise ValueError(f"{folder} holds a {kind}, not a {cls.__name__}")
-        try:
-            model = cls(**arguments)
-        except TypeError as error:
-            raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
-        check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {kind}")
-        model.load_state_dict(weights)
-        return model.eval()
 
     @torch.no_grad()
     def load_taming_state_dict(self, state_dict: Mapping) -> None:
@@ -368,34 +281,7 @@ class TokenTransformer(nn.Module):
         return F.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
 
     def _flat_tokens(self, tokens: Tensor) -> Tensor:
-        return _flat("tokens", tokens, self.token_shape, self.num_codes)
+        return flat_ids("tokens", tokens, self.token_shape, self.num_codes)
 
     def _flat_condition(self, condition: Tensor) -> Tensor:
-        return _flat("condition", condition, self.condition_shape, self.num_classes + 1)
-
-
-def _grid(name: str, shape: Sequence[int]) -> tuple[int, int]:
-    if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"{name} must be (height, width), each at least 1, got {tuple(shape)}")
-    return shape[0], shape[1]
-
-
-def _flat(name: str, ids: Tensor, shape: tuple[int, int], limit: int) -> Tensor:
-    """(B, h, w) or (B, h * w) to (B, h * w); ids at `limit` or above are refused where looking stops no device."""
-    length = math.prod(shape)
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {ids.dtype}")
-    if ids.shape[1:] not in (shape, (length,)):
-        raise ValueError(f"{name} must be (B, {shape[0]}, {shape[1]}) or (B, {length}), got {tuple(ids.shape)}")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        smallest, largest = (int(bound) for bound in ids.aminmax())
-        if smallest < 0 or largest >= limit:
-            raise ValueError(f"{name} must lie in [0, {limit}), got ids from {smallest} to {largest}")
-    return ids.flatten(1)
-
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=_INIT_STD)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+        return flat_ids("condition", condition, self.condition_shape, self.num_classes + 1)

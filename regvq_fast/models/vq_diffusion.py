@@ -17,22 +17,18 @@ Shapes: tokens (B, h, w), in row-major order (B, L) with L = h * w; text (B, K, 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.losses.discrete_diffusion import MaskAndReplace
 from regvq_fast.models.attention import attention
-from regvq_fast.models.pretrained import pretrained_files, read_pretrained, write_folder
+from regvq_fast.models.model import Checkpointed, Model
 from regvq_fast.models.text import TextEncoder, restore_text_encoder
-from regvq_fast.models.token_transformer import SelfAttention, _flat, _grid, _initialize
-from regvq_fast.models.weights import check_state_dict
+from regvq_fast.models.transformer import SelfAttention, check_sizes, flat_ids, grid_shape, initialize
 from regvq_fast.ops.noise import row_words
 
 _TEXT_STREAM = 37  # of the draw which captions stay
@@ -78,7 +74,7 @@ class CrossAttention(nn.Module):
         return self.dropout(self.proj(attention(query, key, value).flatten(2)))
 
 
-class DiffusionBlock(nn.Module):
+class DiffusionBlock(Checkpointed):
     """x + attention(AdaLN(x)), then x + attention(AdaLN(x), text), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, text_width: int, heads: int, num_steps: int, dropout: float) -> None:
@@ -89,22 +85,15 @@ class DiffusionBlock(nn.Module):
         self.text_attn = CrossAttention(width, text_width, heads, dropout)
         self.ln2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU2(), nn.Linear(4 * width, width), nn.Dropout(dropout))
-        self.checkpointing = False
-        """Keep the block's inputs alone for backward, and run the block once more there."""
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def layers(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x (B, L, C), t (B,) and text (B, K, C_text) to (B, L, C)."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._layers, x, t, text, use_reentrant=False)
-        return self._layers(x, t, text)
-
-    def _layers(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         x = x + self.attn(self.ln1(x, t), attention)
         x = x + self.text_attn(self.ln_text(x, t), text)
         return x + self.mlp(self.ln2(x))
 
 
-class VQDiffusion(nn.Module):
+class VQDiffusion(Model):
     """p(x_0 | x_t, text) of every token at once; the defaults are VQ-Diffusion-B's.
 
     Where there is no text (padding, dropped captions) the network sees the null condition, a learned row for each
@@ -143,7 +132,7 @@ class VQDiffusion(nn.Module):
         null_condition: bool = True,
     ) -> None:
         super().__init__()
-        self.token_shape = _grid("token_shape", token_shape)
+        self.token_shape = grid_shape("token_shape", token_shape)
         self.text_shape = text_shape if text_encoder is None else text_encoder.shape
         if len(self.text_shape) != 2 or min(self.text_shape) < 1:
             raise ValueError(f"text_shape must be (places, features), each at least 1, got {tuple(text_shape)}")
@@ -158,13 +147,7 @@ class VQDiffusion(nn.Module):
             "dropout": dropout,
             "null_condition": null_condition,
         }
-        for name in ("width", "depth", "heads"):
-            if self._arguments[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {self._arguments[name]}")
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_sizes({"width": width, "depth": depth, "heads": heads}, dropout)
         self.transition = MaskAndReplace(num_codes, num_steps)
         self.num_codes, self.num_steps, self.num_tokens = num_codes, num_steps, math.prod(self.token_shape)
 
@@ -175,7 +158,7 @@ class VQDiffusion(nn.Module):
         self.blocks = nn.ModuleList(DiffusionBlock(width, text_width, heads, num_steps, dropout) for _ in range(depth))
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_codes)
-        self.apply(_initialize)
+        self.apply(initialize)
         # Rows of about unit length, as the features of CLIP.
         null = torch.randn(places, text_width) / math.sqrt(text_width)
         self.null_text = nn.Parameter(null) if null_condition else None
@@ -198,7 +181,7 @@ class VQDiffusion(nn.Module):
             ValueError: other shapes, no null condition where one is needed, ids without an encoder.
             TypeError: tokens that are not int64.
         """
-        tokens = _flat("tokens", tokens, self.token_shape, self.num_codes + 1)
+        tokens = flat_ids("tokens", tokens, self.token_shape, self.num_codes + 1)
         if t.shape != (len(tokens),):
             raise ValueError(f"t must be ({len(tokens)},), one step an image, got {tuple(t.shape)}")
         condition = self.condition(len(tokens), text, text_mask)
@@ -264,44 +247,11 @@ class VQDiffusion(nn.Module):
             raise ValueError("captions need a text_encoder, which this model has none of: give features")
         return self.text_encoder.tokenize(captions)
 
-    def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Trade time for memory: each block runs a second time in backward, keeping its input. Gradients stay."""
-        for block in self.blocks:
-            block.checkpointing = enabled  # type: ignore[assignment]
-
     def architecture(self) -> dict[str, Any]:
         """What the model was built with, as plain values; under "text_encoder" what its encoder was."""
         encoder = None if self.text_encoder is None else self.text_encoder.architecture()
-        return {"type": type(self).__name__, **self._arguments, "text_encoder": encoder}
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save weights and architecture to a folder that `from_pretrained` reads; see `VQGAN.save_pretrained`.
-
-        A learned text encoder is saved with the rest, of a pre-trained one its name.
-        """
-        write_folder(Path(folder), pretrained_files(self.architecture(), self.state_dict()))
+        return {**super().architecture(), "text_encoder": encoder}
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> VQDiffusion:
-        """The model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run.
-
-        Returns:
-            The model on the CPU, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: no such folder, or no weights in it, or not those of its pre-trained text encoder.
-            ImportError: the text encoder needs transformers, which is not installed.
-            ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it.
-        """
-        arguments, weights = read_pretrained(Path(folder))
-        kind = arguments.pop("type", "VQGAN")
-        if kind != cls.__name__:
-            raise ValueError(f"{folder} holds a {kind}, not a {cls.__name__}")
-        encoder = arguments.pop("text_encoder", None)
-        try:
-            model = cls(text_encoder=None if encoder is None else restore_text_encoder(encoder), **arguments)
-        except TypeError as error:
-            raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
-        check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {kind}")
-        model.load_state_dict(weights)
-        return model.eval()
+    def _build(cls, text_encoder: Mapping[str, Any] | None = None, **arguments: Any) -> Self:
+        return cls(text_encoder=None if text_encoder is None else restore_text_encoder(text_encoder), **arguments)

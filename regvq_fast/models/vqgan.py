@@ -10,84 +10,21 @@ down-sampling factor f = 2 ** (len(ch_mult) - 1). Values of images lie in [-1, 1
 
 from __future__ import annotations
 
-import itertools
-import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from regvq_fast.models.layers import (
-    MAX_GROUPS,
-    MIN_GROUP_CHANNELS,
-    AttnBlock,
-    Downsample,
-    ResnetBlock,
-    Upsample,
-    group_norm,
-)
-from regvq_fast.models.pretrained import (
-    describe_quantizer,
-    pretrained_files,
-    read_pretrained,
-    restore_quantizer,
-    write_folder,
-)
+from regvq_fast.models.layers import MAX_GROUPS, MIN_GROUP_CHANNELS, Downsample, Level, Middle, Upsample, group_norm
+from regvq_fast.models.model import Model, evaluating
+from regvq_fast.models.pretrained import describe_quantizer, restore_quantizer
 from regvq_fast.models.weights import check_state_dict
 
 if TYPE_CHECKING:
     from regvq_fast.quantizers import Quantizer, QuantizerOutput
-
-
-class Level(nn.Module):
-    """The blocks of one resolution; each residual block is followed by attention where the level has attention."""
-
-    def __init__(self, widths: Sequence[int], *, attention: bool, dropout: float) -> None:
-        super().__init__()
-        pairs = list(itertools.pairwise(widths))
-        self.block = nn.ModuleList(ResnetBlock(c_in, c_out, dropout) for c_in, c_out in pairs)
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _, c_out in pairs if attention)
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
-        self.checkpointing = False
-        """Keep the level's input alone for backward, and run the level once more there."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(B, widths[0], H, W) to (B, widths[-1], H', W'), H' being H halved, doubled or kept."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._blocks, h, use_reentrant=False)
-        return self._blocks(h)
-
-    def _blocks(self, h: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            h = block(h)
-            if self.attn:
-                h = self.attn[i](h)
-        if self.downsample is not None:
-            h = self.downsample(h)
-        if self.upsample is not None:
-            h = self.upsample(h)
-        return h
-
-
-class Middle(nn.Module):
-    """Residual block, attention, residual block, at the lowest resolution."""
-
-    def __init__(self, channels: int, dropout: float) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, C, h, w)."""
-        return self.block_2(self.attn_1(self.block_1(h)))
 
 
 class Encoder(nn.Module):
@@ -179,7 +116,7 @@ class VQGANOutput(NamedTuple):
     quantizer: QuantizerOutput
 
 
-class VQGAN(nn.Module):
+class VQGAN(Model):
     """Convolutional autoencoder around a vector quantizer; the defaults are taming's `custom_vqgan`.
 
     Args:
@@ -290,15 +227,6 @@ class VQGAN(nn.Module):
         # Detached: a compiled backward would carry a gradient of zeros for it otherwise, as large as the map.
         return VQGANOutput(self.decoder.conv_out(features), features.detach(), quantizer)
 
-    def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Trade time for memory: each level of encoder and decoder runs a second time in backward, keeping its input.
-
-        Gradients stay what they are.
-        """
-        for module in self.modules():
-            if isinstance(module, Level):
-                module.checkpointing = enabled
-
     @torch.no_grad()
     def standardize_latents(self, images: Tensor) -> None:
         """Rescale `quant_conv` so that the latents of these images have mean 0 and variance 1 in every channel.
@@ -323,7 +251,7 @@ class VQGAN(nn.Module):
 
         No noise, mask or dropout, whatever mode the model is in. Raises as `encode`.
         """
-        with _evaluating(self):
+        with evaluating(self):
             return self.quantize(self.encode(images)).indices
 
     @torch.no_grad()
@@ -338,7 +266,7 @@ class VQGAN(nn.Module):
             raise ValueError(f"indices must be (B, h, w), got {tuple(indices.shape)}")
         if indices.dtype != torch.int64:
             raise TypeError(f"indices must be int64, got {indices.dtype}")
-        with _evaluating(self):
+        with evaluating(self):
             return self.decode(self.quantize.lookup(indices))
 
     def architecture(self) -> dict[str, Any]:
@@ -347,41 +275,11 @@ class VQGAN(nn.Module):
         Raises:
             ValueError: the quantizer is not one of this library's.
         """
-        return {**self._arguments, "quantizer": describe_quantizer(self.quantize)}
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save the weights, and the architecture they need, to a folder that `from_pretrained` reads.
-
-        It appears complete or not at all; one of the same name that this wrote earlier is replaced.
-
-        Raises:
-            ValueError: `folder` is something else, or the quantizer is not one of this library's.
-            OSError: the folder can't be written.
-        """
-        write_folder(Path(folder), pretrained_files(self.architecture(), self.state_dict()))
+        return {**super().architecture(), "quantizer": describe_quantizer(self.quantize)}
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> VQGAN:
-        """The model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run.
-
-        Of a run it is the final model, or that of the newest checkpoint where the run has not come to its end. Files
-        that have checksums are compared with them, and nothing is unpickled.
-
-        Returns:
-            The model on the CPU, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: no such folder, or no weights in it.
-            ValueError: a file is truncated, damaged or foreign; the message names it.
-        """
-        arguments, weights = read_pretrained(Path(folder))
-        try:
-            model = cls(restore_quantizer(arguments.pop("quantizer", {})), **arguments)
-        except TypeError as error:
-            raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
-        check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, "this VQGAN")
-        model.load_state_dict(weights)
-        return model.eval()
+    def _build(cls, quantizer: Mapping[str, Any] | None = None, **arguments: Any) -> Self:
+        return cls(restore_quantizer(quantizer or {}), **arguments)
 
     def load_taming_state_dict(self, state_dict: Mapping, strict: bool = True) -> None:
         """Load a taming-transformers `VQModel` checkpoint: its state dict, or a dict that has it as "state_dict".
@@ -415,16 +313,3 @@ class VQGAN(nn.Module):
     def _check_multiple(self, name: str, size: int) -> None:
         if size < 1 or size % self.downsampling_factor:
             raise ValueError(f"{name} {size} is not a multiple of the down-sampling factor {self.downsampling_factor}")
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is back in its own mode."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    for submodule in training:
-        submodule.training = False
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True

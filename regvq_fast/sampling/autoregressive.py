@@ -1,25 +1,15 @@
 """Drawing images' tokens from the autoregressive prior, one position after the other."""
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from regvq_fast.models.attention import KeyValueCache
+from regvq_fast.models.model import evaluating
 from regvq_fast.models.token_transformer import TokenTransformer
-from regvq_fast.models.vqgan import _evaluating
-from regvq_fast.sampling.choosing import check_choice, choose_tokens
-
-Progress = Callable[[int, int], object]  # positions done, positions in all
-
-
-class _TokenPrior(Protocol):
-    token_shape: tuple[int, int]
-    num_tokens: int
-    num_codes: int
+from regvq_fast.sampling.choosing import check_choice, check_guidance, choose_tokens, guide
+from regvq_fast.sampling.common import Progress, capture, check_keep, compiled
 
 
 @torch.no_grad()
@@ -66,27 +56,24 @@ def sample_autoregressive(
         TypeError: a tensor of another type.
     """
     check_choice(temperature, top_k, top_p)
-    if not math.isfinite(guidance) or guidance < 0.0:
-        raise ValueError(f"guidance must be a finite number of at least 0 (1: none), got {guidance}")
+    check_guidance(guidance)
     device, (batch, length) = prior.pos_emb.device, (len(condition), prior.num_tokens)
     if condition.device != device:
         raise ValueError(f"the condition is on {condition.device} but the prior on {device}; move them to one device")
     if batch == 0:
         raise ValueError(f"there must be at least one condition, got {tuple(condition.shape)}")
-    given, kept = _check_keep(keep, batch, prior, device)
+    given, kept = check_keep(keep, batch, prior, device)
     guided = guidance != 1.0
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
     first_rows = (torch.arange(batch, device=device) + first_image) * length
     tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
     index = torch.zeros((), dtype=torch.int64, device=device)  # of the last token that is there
-    decode = _compiled_decode() if compile else TokenTransformer.decode
+    decode = compiled(TokenTransformer.decode) if compile else TokenTransformer.decode
 
     def choose(logits: Tensor) -> None:
         """Put the token at `index`."""
-        logits = logits.float()
         if guided:
-            conditional, null = logits.chunk(2)
-            logits = null + guidance * (conditional - null)
+            logits = guide(logits, guidance)
         rows = first_rows + index
         chosen = choose_tokens(logits, rows, seed, temperature=temperature, top_k=top_k, top_p=top_p).unsqueeze(1)
         place = index.view(1)
@@ -100,12 +87,12 @@ def sample_autoregressive(
         index.add_(1)
         choose(logits)
 
-    with _evaluating(prior):
+    with evaluating(prior):
         logits, cache = prior.prefill(_with_null(prior, condition) if guided else condition)
         choose(logits)
         replay = None
         if device.type == "cuda" and length > 1:
-            replay = _captured(functools.partial(step, cache, None), index)
+            replay = capture(functools.partial(step, cache, None), index)
         for done in range(1, length):
             if progress is not None:
                 progress(done, length)
@@ -118,59 +105,6 @@ def sample_autoregressive(
     return tokens.view(batch, *prior.token_shape)
 
 
-@functools.cache
-def _compiled_decode() -> Callable[..., Tensor]:
-    # The network alone: what follows is small, and would be compiled anew for each of the settings that users sweep.
-    return torch.compile(TokenTransformer.decode, fullgraph=True)
-
-
-def _captured(step: Callable[[], None], index: Tensor) -> Callable[[], None]:
-    """The step as a CUDA graph. A first run warms up, and is taken back by `index`: the next writes the same places."""
-    with torch.cuda.device(index.device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            start = index.clone()
-            step()
-            index.copy_(start)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
-            step()
-
-    def replay() -> None:
-        with torch.cuda.device(index.device):
-            graph.replay()
-
-    return replay
-
-
 def _with_null(prior: TokenTransformer, condition: Tensor) -> Tensor:
     """The condition, and after it the null condition for each image."""
     return torch.cat([condition, torch.full_like(condition, prior.num_classes)])
-
-
-def _check_keep(
-    keep: tuple[Tensor, Tensor] | None, batch: int, prior: _TokenPrior, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens and mask as (B, L), or twice None."""
-    if keep is None:
-        return None, None
-    (height, width), length = prior.token_shape, prior.num_tokens
-    flat = []
-    for name, tensor, dtype in zip(("tokens", "mask"), keep, (torch.int64, torch.bool), strict=True):
-        if tensor.dtype != dtype:
-            raise TypeError(f"the {name} to keep must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
-        if tensor.shape not in ((batch, height, width), (batch, length)):
-            wanted = f"({batch}, {height}, {width}) or ({batch}, {length})"
-            raise ValueError(f"the {name} to keep must be {wanted}, got {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"the {name} to keep is on {tensor.device} but the prior on {device}")
-        flat.append(tensor.reshape(batch, length))
-    given, kept = flat
-    if device.type == "cpu" and bool(kept.any()):  # on a GPU, looking would stop it
-        smallest, largest = (int(bound) for bound in given[kept].aminmax())
-        if smallest < 0 or largest >= prior.num_codes:
-            wanted = f"[0, {prior.num_codes})"
-            raise ValueError(f"the tokens to keep must lie in {wanted}, got ids from {smallest} to {largest}")
-    return given, kept

@@ -1,10 +1,12 @@
-"""Choosing a token from logits: temperature, top-k, top-p, then Gumbel-argmax with counter-based noise.
+"""Choosing a token from logits: guidance, temperature, top-k, top-p, then Gumbel-argmax with counter-based noise.
 
 The noise of a token is a function of (seed, row, code), as that of the quantizers is (`regvq_fast.ops.noise`). With a
 row that numbers the position in the image among all images ever asked for, a sample depends neither on the size of its
 batch nor on the split of the images over devices. What nothing here can remove is the rounding of the network's own
 products, which differs with the shape of a batch: two codes within it of each other may change places.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -74,6 +76,21 @@ def restrict(logits: Tensor, *, top_k: int | None = None, top_p: float | None = 
     return logits.masked_fill(~torch.zeros_like(kept).scatter_(-1, order, kept), -torch.inf)
 
 
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Logits of classifier-free guidance, null + guidance * (conditional - null), of which the softmax is in proportion
+    to p(conditional)^guidance p(null)^(1 - guidance).
+
+    Args:
+        logits: (2B, ..., N), the conditional ones of B images, then their null ones.
+        guidance: 1 is conditional, 0 is null.
+
+    Returns:
+        (B, ..., N) float32.
+    """
+    conditional, null = logits.float().chunk(2)
+    return null + guidance * (conditional - null)
+
+
 def check_choice(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError on a setting of `choose_tokens` that is out of range."""
     if not 0.0 <= temperature < float("inf"):
@@ -84,3 +101,9 @@ def check_choice(temperature: float, top_k: int | None, top_p: float | None) -> 
         raise ValueError(f"top_k must be at least 1, or None for all codes, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must lie in (0, 1], or be None for all codes, got {top_p}")
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise ValueError on a weight of guidance that is none."""
+    if not math.isfinite(guidance) or guidance < 0.0:
+        raise ValueError(f"guidance must be a finite number of at least 0 (1: none), got {guidance}")

@@ -1,21 +1,17 @@
 """Drawing images' tokens from the diffusion prior, all positions at once, from all masked to none."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from regvq_fast.models.model import evaluating
 from regvq_fast.models.vq_diffusion import VQDiffusion
-from regvq_fast.models.vqgan import _evaluating
 from regvq_fast.ops.noise import row_words
-from regvq_fast.sampling.autoregressive import Progress, _check_keep
-from regvq_fast.sampling.choosing import check_choice, choose_tokens
+from regvq_fast.sampling.choosing import check_choice, check_guidance, choose_tokens, guide
+from regvq_fast.sampling.common import Progress, capture, check_keep, compiled
 
 _STEP_STREAM = 38  # of the steps' seeds
-
-# The network alone: what follows has no shape of its own to compile for, but settings that users sweep.
-_compiled_network = torch.compile(VQDiffusion.forward, fullgraph=True)
 
 
 @torch.no_grad()
@@ -80,13 +76,13 @@ def sample_diffusion(
     elif text is not None:
         text = prior.tokenize_text(text).to(device)
     batch = _batch(text, num_images)
-    given, kept = _check_keep(keep, batch, prior, device)
+    given, kept = check_keep(keep, batch, prior, device)
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
     rows = ((torch.arange(batch, device=device) + first_image)[:, None] * length) + torch.arange(length, device=device)
     schedule = timesteps(prior.num_steps, steps or prior.num_steps)
     seeds = _step_seeds(seed, len(schedule) - 1)
     grid = torch.tensor(schedule, device=device)
-    network = _compiled_network if compile else VQDiffusion.forward
+    network = compiled(VQDiffusion.forward) if compile else VQDiffusion.forward
 
     tokens = torch.full((batch, length), prior.num_codes, dtype=torch.int64, device=device)
     if given is not None and kept is not None:
@@ -98,10 +94,7 @@ def sample_diffusion(
         if guidance == 1.0:
             logits = network(prior, tokens, t.expand(batch), condition)
         else:
-            logits = network(prior, tokens.repeat(2, 1), t.expand(2 * batch), condition).float()
-            conditional, null = logits.chunk(2)
-            # The softmax of these is the renormalised product: what differs is a constant in each row.
-            logits = null + guidance * (conditional - null)
+            logits = guide(network(prior, tokens.repeat(2, 1), t.expand(2 * batch), condition), guidance)
         choice_seed, step_seed = seeds.index_select(0, index)[0].unbind()
         start = choose_tokens(logits, rows, choice_seed, temperature=temperature, top_p=truncation)
         drawn = prior.transition.sample_posterior(start, tokens, s, t, step_seed, first_image)
@@ -110,11 +103,11 @@ def sample_diffusion(
         tokens.copy_(drawn)
         index.add_(1)
 
-    with _evaluating(prior):
+    with evaluating(prior):
         condition = prior.condition(batch, text, text_mask)
         if guidance != 1.0:
             condition = torch.cat([condition, prior.condition(batch)])
-        advance = _captured(step, tokens, index) if device.type == "cuda" and len(schedule) > 2 else step
+        advance = capture(step, tokens, index) if device.type == "cuda" and len(schedule) > 2 else step
         for done in range(1, len(schedule)):
             advance()
             if states is not None:
@@ -135,28 +128,6 @@ def _step_seeds(seed: Tensor, steps: int) -> Tensor:
     return words[..., 0] | words[..., 1] << 32
 
 
-def _captured(step: Callable[[], None], *state: Tensor) -> Callable[[], None]:
-    """The step as a CUDA graph; `state`, which it changes in place, is as before."""
-    before = [tensor.clone() for tensor in state]
-    with torch.cuda.device(state[0].device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()  # warms up
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # captures, and runs nothing
-            step()
-
-    def replay() -> None:
-        with torch.cuda.device(state[0].device):
-            graph.replay()
-
-    return replay
-
-
 def _check_settings(prior: VQDiffusion, steps: int | None, truncation: float, guidance: float, text: object) -> None:
     if steps is not None and not 1 <= steps <= prior.num_steps:
         raise ValueError(f"steps must lie between 1 and the prior's {prior.num_steps}, got {steps}")
@@ -164,8 +135,7 @@ def _check_settings(prior: VQDiffusion, steps: int | None, truncation: float, gu
         raise ValueError(
             f"truncation is the share of probability that is kept and must lie in (0, 1], got {truncation}"
         )
-    if not math.isfinite(guidance) or guidance < 0.0:
-        raise ValueError(f"guidance must be a finite number of at least 0 (1: none), got {guidance}")
+    check_guidance(guidance)
     if guidance != 1.0 and prior.null_text is None:
         raise ValueError(f"guidance {guidance} needs a null condition, which this prior lacks: set guidance=1")
     if guidance != 1.0 and text is None:

@@ -17,17 +17,26 @@ from torch import Tensor
 from regvq_fast.config import read_config
 from regvq_fast.config.prior import ARConfig, DiffusionConfig
 from regvq_fast.data.loading import build_dataset, collate
-from regvq_fast.data.token_cache import read_info
+from regvq_fast.data.pictures import Field
 from regvq_fast.data.tokens import TokenDataset, majority_vote
-from regvq_fast.data.transforms import center_box, crop_rgb, image_to_tensor, to_float, to_uint8
+from regvq_fast.data.transforms import (
+    Box,
+    center_box,
+    crop_labels,
+    crop_rgb,
+    image_to_tensor,
+    to_float,
+    to_uint8,
+    upright_size,
+)
 from regvq_fast.evaluation.pictures import caption_tiles, color_map, save_image_grid, save_images
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.precision import choose_device, choose_precision
 from regvq_fast.sampling.autoregressive import sample_autoregressive
 from regvq_fast.sampling.diffusion import sample_diffusion
-from regvq_fast.training.precision import choose_device, choose_precision
 
 _GRID = 64  # images of the grid at most
 _TEXT_SIZE = 192  # pixels of a caption's picture at least
@@ -94,7 +103,7 @@ def generate(config: SampleConfig) -> None:
     """Draw images, save each of them and a grid with their conditions, and say where they are.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, files or prior, in one sentence; nothing has been written then.
+        ValueError, OSError: what is wrong with settings, files or prior, in one sentence; nothing has been written.
     """
     _check(config)
     generator = _Generator(config)
@@ -117,7 +126,9 @@ def generate(config: SampleConfig) -> None:
             count = min(config.batch_size, config.num_images - start)
             begin = time.perf_counter()
             drawn = generator.draw(
-                start, count, lambda done, total, at=start, n=count: progress.update(task, completed=at + n * done / total)
+                start,
+                count,
+                lambda done, total, at=start, n=count: progress.update(task, completed=at + n * done / total),
             )
             drawn = drawn.cpu()
             seconds += time.perf_counter() - begin
@@ -143,7 +154,7 @@ def _check(config: SampleConfig) -> None:
         raise ValueError(f"--out {config.out} exists and is not an empty folder; name a new one")
     if (config.edit is None) != (config.mask is None):
         raise ValueError("--edit and --mask go together: the image, and where it is to be drawn anew")
-    others = {
+    others: dict[str, dict[str, object]] = {
         "ar": {"--text": config.text, "--steps": config.steps, "--strip": config.strip},
         "diffusion": {"--map": config.map, "--top-k": config.top_k, "--top-p": config.top_p},
     }
@@ -226,7 +237,9 @@ class _Generator:
         masked = tokens == self.prior.num_codes
         images = self._decode(tokens.masked_fill(masked, 0)).cpu()
         size = self.tokenizer.image_size
-        return torch.where(F.interpolate(masked[:, None].float().cpu(), (size, size)).bool(), 127, images).to(torch.uint8)
+        return torch.where(F.interpolate(masked[:, None].float().cpu(), (size, size)).bool(), 127, images).to(
+            torch.uint8
+        )
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor) -> Tensor:
@@ -241,9 +254,8 @@ class _Generator:
         if config.text:
             return None, config.text
         if config.map is not None:
-            ids = _read_ids(config.map)
-            return self._checked(_to_grid(ids, self.prior.condition_shape, config.map), str(config.map)), ()
-        field = "segmentation" if config.prior == "ar" else "caption"
+            return self._checked(_read_ids(config.map, self.prior.condition_shape), f"--map {config.map}"), ()
+        field: Field = "segmentation" if config.prior == "ar" else "caption"
         batch, source = self._validation(field, min(config.num_images, _GRID))
         if field == "caption":
             return None, batch["caption"]
@@ -252,16 +264,17 @@ class _Generator:
             maps = majority_vote(maps, self.prior.condition_shape)
         return self._checked(maps, source), ()
 
-    def _validation(self, field: Literal["segmentation", "caption"], count: int) -> tuple[Any, str]:
+    def _validation(self, field: Field, count: int) -> tuple[Any, str]:
         """The first validation samples of --data, or of what the prior was trained on; and what that is."""
         data, seed, size = self.config.data, 0, self.tokenizer.image_size
         if data is None:
-            trained = read_config(self.config.run, ARConfig if self.config.prior == "ar" else DiffusionConfig)
+            kind: type[ARConfig | DiffusionConfig] = ARConfig if self.config.prior == "ar" else DiffusionConfig
+            trained = read_config(self.config.run, kind)
             tokens, seed = trained.tokens, trained.run.seed
             if tokens.cache is not None and tokens.cache.exists():
-                dataset = TokenDataset(tokens.cache, "val")
-                return dataset.__getitems__(list(range(min(count, len(dataset))))), f"the cache {tokens.cache}"
-            if tokens.cache is not None and read_info_of_run(tokens.cache) is None:
+                cached = TokenDataset(tokens.cache, "val")
+                return cached.__getitems__(list(range(min(count, len(cached))))), f"the cache {tokens.cache}"
+            if tokens.cache is not None:
                 raise ValueError(
                     f"the token cache {tokens.cache} that {self.config.run} was trained on is not there: give --data, "
                     f"or {'--map' if self.config.prior == 'ar' else '--text'}"
@@ -279,14 +292,36 @@ class _Generator:
 
     def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
         """Tokens (1, h, w) of the image, and which of them to keep."""
-        image, size = _open(path).convert("RGB"), self.tokenizer.image_size
-        box = center_box(image.width, image.height)
-        pixels = image_to_tensor(crop_rgb(image, box, size))[None].to(self.device)
-        where = _open(mask).convert("L")
-        if where.size != image.size:
-            raise ValueError(f"--mask {mask} is of {where.size} pixels, --edit {path} of {image.size}: make them alike")
-        redrawn = torch.from_numpy(np.array(crop_rgb(where.convert("RGB"), box, size)))[..., 0] > 127
+        size = self.tokenizer.image_size
+        pixels, image_size = _read_square(path, size)
+        white, mask_size = _read_square(mask, size)
+        if image_size != mask_size:
+            raise ValueError(f"--mask {mask} has {mask_size} pixels, --edit {path} {image_size}: make them alike")
+        pixels, redrawn = pixels[None].to(self.device), white[0] > 127
         with torch.no_grad(), self.precision.autocast():
             tokens = self.tokenizer.tokenize(to_float(pixels))
         anew = F.adaptive_max_pool2d(redrawn[None, None].float(), self.prior.token_shape)[:, 0] > 0
         return tokens, ~anew.to(self.device)
+
+
+def _read_square(path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
+    """The largest square in the middle of an image file, (3, size, size) uint8; and the file's width and height."""
+    try:
+        with Image.open(path) as image:
+            width, height = upright_size(image)
+            return image_to_tensor(crop_rgb(image, center_box(width, height), size, size, 3.0)), (width, height)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image") from None
+
+
+def _read_ids(path: Path, shape: tuple[int, int]) -> Tensor:
+    """A semantic map reduced to a grid by majority vote, (1, h, w) uint8."""
+    try:
+        with Image.open(path) as image:
+            box = Box(0, 0, *image.size)
+            labels = crop_labels(image, box, image.size, *image.size)
+    except UnidentifiedImageError:
+        raise ValueError(f"--map {path} is not an image") from None
+    except ValueError as error:
+        raise ValueError(f"--map {path}: {error}") from None
+    return majority_vote(torch.from_numpy(np.array(labels, dtype=np.uint8))[None], shape)

@@ -59,7 +59,7 @@ class ARTask(PriorTask[ARConfig]):
     def condition(self, batch: TokenBatch) -> tuple[Tensor]:
         return (batch["segmentation"].to(self.device, non_blocking=True).long(),)
 
-    def validation_loss(self, model: TokenTransformer, *inputs: Tensor) -> Tensor:
+    def validation_loss(self, model: TokenTransformer, first_image: int, *inputs: Tensor) -> Tensor:
         return model.loss(*inputs)
 
     def sample(self, model: TokenTransformer, batch: TokenBatch) -> Tensor:

@@ -35,8 +35,8 @@ from regvq_fast.data.token_cache import (
 from regvq_fast.data.tokens import TokenBatch, tokenize_batch, tokenizer_hash
 from regvq_fast.evaluation.codebook import CodebookUsage
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.precision import choose_device, choose_precision
 from regvq_fast.ranks import any_rank, local_ranks, num_ranks, process_group, rank, together
-from regvq_fast.training.precision import choose_device, choose_precision
 
 _SPLITS: tuple[Split, ...] = ("train", "val")
 

@@ -61,13 +61,13 @@ class DiffusionTask(PriorTask[DiffusionConfig]):
     def observe(self, *tensors: Tensor) -> None:
         self.timesteps.update(*tensors)
 
-    def validation_loss(self, model: VQDiffusion, *inputs: Tensor) -> Tensor:
+    def validation_loss(self, model: VQDiffusion, first_image: int, *inputs: Tensor) -> Tensor:
         """Of one uniformly drawn step an image, the same ones in every evaluation, times their number: the bound."""
         tokens, text = inputs
         tokens = tokens.flatten(1)
         seed = torch.zeros((), dtype=torch.int64, device=self.device)
-        t, probability = self._uniform.draw(seed, len(tokens))
-        noisy = model.transition.corrupt(tokens, t, seed)
+        t, probability = self._uniform.draw(seed, len(tokens), first_image)
+        noisy = model.transition.corrupt(tokens, t, seed, first_image)
         terms = diffusion_terms(model.transition, model(noisy, t, text), tokens, noisy, t)
         return (terms.bound / probability).mean()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from regvq_fast.config import Config, TrainConfig, override, parse_config
+from regvq_fast.precision import choose_device
 from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, process_group, rank, texts_of_ranks, together
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
 from regvq_fast.training.memory import find_batch_size, is_out_of_memory, out_of_memory_advice
-from regvq_fast.training.precision import choose_device
 from regvq_fast.training.recorder import Recorder, new_run_folder, reason
 from regvq_fast.training.signals import Interrupted, StopSignals
 from regvq_fast.training.task import Metrics, Task

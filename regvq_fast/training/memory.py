@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from regvq_fast.config import Config, TrainConfig, override
+from regvq_fast.precision import choose_device
 from regvq_fast.ranks import num_ranks
-from regvq_fast.training.precision import choose_device
 
 if TYPE_CHECKING:
     from regvq_fast.training.task import Task

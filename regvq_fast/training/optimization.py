@@ -10,16 +10,20 @@ from regvq_fast.config import OptimizerConfig
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
+_DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and kernels; biases, normalisation and codes are not decayed.
+    """AdamW with weight decay on the weights of linear layers and convolutions, and on nothing else.
 
-    Decayed codes would all drift to the origin, against the codebook's own losses.
+    Decayed codes, and embeddings of any kind, would all drift to the origin, against the losses that place them; so
+    would positions and null conditions, which are embeddings, too, though of no module of their own. (minGPT, and with
+    it taming-transformers, decays as this does.)
     """
-    codes = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    weights = {id(m.weight) for m in module.modules() if isinstance(m, _DECAYED)}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in codes]
-    others = [p for p in parameters if p.ndim < 2 or id(p) in codes]
+    decayed = [p for p in parameters if id(p) in weights]
+    others = [p for p in parameters if id(p) not in weights]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 

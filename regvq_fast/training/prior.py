@@ -20,6 +20,7 @@ from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch, tok
 from regvq_fast.data.transforms import to_uint8
 from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
 from regvq_fast.evaluation.pictures import save_image_grid
+from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.ranks import sum_over_ranks
 from regvq_fast.training.compilation import maybe_compile
@@ -27,10 +28,9 @@ from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.step import distributed, synchronized
 from regvq_fast.training.task import Task
 
-TOKENIZER = "tokenizer"
-"""Folder in a run's folder that holds its tokenizer, so that the run is all that sampling needs."""
 _SAMPLES = 8  # of a picture
-_CLASSIFIED = 128  # scenes whose regions are classified
+_CLASSIFIED = 128  # scenes whose regions are classified ...
+_FITTED_TO = 2048  # ... by what these many taught
 
 PriorConfig = TypeVar("PriorConfig", bound=TrainConfig)
 
@@ -127,6 +127,10 @@ class PriorTask(Task[PriorConfig]):
         self._loss = distributed(maybe_compile(self._plain, self.config.run.compile))
         return {"grad_norm": self.model}
 
+    def default_workers(self) -> int:
+        """None for a cache: a batch of it is gathered in less time than a process hands one over."""
+        return 0 if self.tokens_config(self.config).cache is not None else super().default_workers()
+
     def read(self, dataset: Any, indices: Iterable[int]) -> TokenBatch:
         """Some samples, with tokens, on the device where they were made."""
         if isinstance(dataset, TokenDataset):
@@ -180,11 +184,11 @@ class PriorTask(Task[PriorConfig]):
     def evaluate(self, progress: Callable[[int], None] | None = None) -> LikelihoodMetrics:
         model = self.eval_model
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        done = 0
+        done, first = 0, self.validation_share().start
         for batch in self.validation():
             inputs = self.inputs(batch)
             with self.precision.autocast():
-                loss = self.validation_loss(model, *inputs).double()
+                loss = self.validation_loss(model, first + done, *inputs).double()
             total += torch.stack([loss, torch.ones_like(loss)]) * len(inputs[0])
             done += len(inputs[0])
             if progress is not None:
@@ -193,8 +197,8 @@ class PriorTask(Task[PriorConfig]):
         return LikelihoodMetrics(loss / images, int(images))
 
     @abstractmethod
-    def validation_loss(self, model: Any, *inputs: Tensor) -> Tensor:
-        """Mean loss of some images, in nats a token, without what only training adds."""
+    def validation_loss(self, model: Any, first_image: int, *inputs: Tensor) -> Tensor:
+        """Mean loss of some images, numbered from ``first_image`` on, in nats a token; without what training adds."""
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -223,7 +227,7 @@ class PriorTask(Task[PriorConfig]):
         """Share of the regions whose photograph is recognised: in scenes, in their reconstructions, in samples."""
         size, cache = self.tokenizer.image_size, getattr(self.val_set, "info", None)
         seed = cache.seed if cache else self.config.run.seed
-        classifier = RegionClassifier.fit(ScenesDataset("train", size, seed=seed), num_classes=len(CLASSES))
+        classifier = RegionClassifier.fit(ScenesDataset("train", size, seed=seed), _FITTED_TO, len(CLASSES))
         scenes = ScenesDataset("val", size, len(self.val_set), seed)
         real = collate([scenes[k] for k in range(min(_CLASSIFIED, len(scenes)))])
         with self.precision.autocast():

@@ -24,9 +24,9 @@ from regvq_fast.losses.adversarial import adaptive_weight, hinge_discriminator_l
 from regvq_fast.losses.reconstruction import ReconstructionLoss
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.precision import Precision
 from regvq_fast.ranks import num_ranks
 from regvq_fast.training.compilation import maybe_compile
-from regvq_fast.training.precision import Precision
 
 
 class VQGANStep:
@@ -36,7 +36,7 @@ class VQGANStep:
         model: the autoencoder.
         discriminator: the discriminator.
         reconstruction_loss: the losses that need no discriminator.
-        precision: see :func:`regvq_fast.training.precision.choose_precision`.
+        precision: see :func:`regvq_fast.precision.choose_precision`.
         disc_weight: of the adversarial loss, on top of its adaptive factor.
         compile: compile the networks; a discriminator with batch norm over several ranks stays as it is, since its
             statistics are exchanged in the middle of it.

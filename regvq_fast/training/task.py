@@ -19,11 +19,11 @@ from regvq_fast.config import Config, override
 from regvq_fast.data.loading import TimedBatches, collate, default_workers, training_batches, validation_batches
 from regvq_fast.files import atomic_path
 from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
+from regvq_fast.precision import choose_device, choose_precision, configure_backends
 from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, rank, rank_0_first, sum_over_ranks, together
 from regvq_fast.training.checkpoint import Checkpoint, random_state, set_random_state
 from regvq_fast.training.memory import peak_memory
 from regvq_fast.training.optimization import average_weights, build_optimizer, learning_rate
-from regvq_fast.training.precision import choose_device, choose_precision, configure_backends
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.throughput import DeviceMonitor, count_flops, peak_flops
 from regvq_fast.training.watch import OVERFLOWING, Reading, Rollback, Watch
@@ -73,12 +73,12 @@ class Task(ABC, Generic[Config]):
         with rank_0_first():  # which may index the data
             self.train_set, self.val_set = self.build_data(config)
         self.steps = optimizer.steps or math.ceil(optimizer.epochs * len(self.train_set) / self.batch_size)
-        self.workers = default_workers(local_ranks()) if run.workers is None else run.workers
         # The GPU of a process is not one of its run.
         device = self.device.type if is_torchrun() else str(self.device)
-        self.config = override(config, device=device, steps=self.steps, workers=self.workers)
+        self.config = override(config, device=device, steps=self.steps)
+        self.workers = self.default_workers() if run.workers is None else run.workers
 
-        configure_backends(run.deterministic)
+        configure_backends(self.device, run.deterministic)
         self.precision = choose_precision(run.amp, self.device)
         self.facts: dict[str, str] = {}
         """What is told at the start."""
@@ -163,6 +163,10 @@ class Task(ABC, Generic[Config]):
     def compiles_at(self) -> dict[int, str]:
         """Steps that compile, with what to tell; they are recorded by themselves."""
         return {0: "compiling, one to three minutes"}
+
+    def default_workers(self) -> int:
+        """Processes that load data, where ``--workers`` doesn't say."""
+        return default_workers(local_ranks())
 
     def begin(self, folder: Path) -> None:
         """Save into the run's folder what the run needs besides its checkpoints; rank 0, before the first step."""
@@ -393,10 +397,13 @@ class Task(ABC, Generic[Config]):
         """The model that is judged and saved: the averaged weights where there are any."""
         return (self.model if self.average is None else self.average.module).eval()
 
+    def validation_share(self) -> range:
+        """The validation samples that are this rank's."""
+        return range(*(len(self.val_set) * k // num_ranks() for k in (rank(), rank() + 1)))
+
     def validation(self) -> Any:
         """This rank's share of the validation split, in batches."""
-        share = Subset(self.val_set, range(rank(), len(self.val_set), num_ranks()))
-        return validation_batches(share, self.rank_batch, workers=self.workers)
+        return validation_batches(Subset(self.val_set, self.validation_share()), self.rank_batch, workers=self.workers)
 
     def conclude(self, recorder: Recorder, metrics: Metrics, images_per_second: float) -> None:
         """Save the model and what else the run leaves, and print the summary."""

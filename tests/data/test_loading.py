@@ -1,6 +1,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -169,3 +171,13 @@ def test_bad_arguments_name_the_value():
         training_batches(dataset, 1, start=-1)
     with pytest.raises(ValueError, match="workers must be at least 0, got -2"):
         validation_batches(dataset, 1, workers=-2)
+
+
+def test_batches_in_use_do_not_keep_python_from_ending() -> None:
+    code = (
+        "from regvq_fast.data import ScenesDataset, training_batches\n"
+        "batches = training_batches(ScenesDataset('train', 16), 4, workers=1)\n"
+        "next(batches)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,11 +1,11 @@
-"""Choosing tokens: frequencies, restriction to the likeliest, ties, counters, and what is refused."""
+"""Choosing tokens: frequencies, restriction to the likeliest, ties, counters, guidance, and what is refused."""
 
 import math
 
 import pytest
 import torch
 
-from regvq_fast.sampling.choosing import choose_tokens, restrict
+from regvq_fast.sampling.choosing import check_guidance, choose_tokens, guide, restrict
 
 SEED = torch.tensor(11)
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.1])
@@ -111,3 +111,18 @@ def test_half_precision_is_computed_with_in_fp32():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         frequencies(LOGITS, **settings)
+
+
+def test_guidance_weighs_two_distributions():
+    logits = torch.tensor([[1.0, 0.0, 3.0], [0.0, 2.0, 1.0], [2.0, 0.0, 1.0], [0.0, 0.0, 1.0]])  # 2 conditional, 2 null
+    assert guide(logits, 2.0).tolist() == [[0.0, 0.0, 5.0], [0.0, 4.0, 1.0]]  # by hand
+    conditional, null = logits.softmax(-1).chunk(2)
+    product = conditional**1.5 * null**-0.5
+    torch.testing.assert_close(guide(logits, 1.5).softmax(-1), product / product.sum(-1, keepdim=True))
+    assert guide(logits.bfloat16(), 0.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("guidance", [-0.5, math.inf, math.nan])
+def test_guidance_that_is_no_weight_is_refused(guidance):
+    with pytest.raises(ValueError, match=rf"guidance must be a finite number of at least 0.*got {guidance}"):
+        check_guidance(guidance)

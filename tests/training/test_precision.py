@@ -1,10 +1,7 @@
 import pytest
 import torch
 
-from regvq_fast.config import OptimizerConfig
-from regvq_fast.quantizers import RegularizedQuantizer
-from regvq_fast.training.optimization import average_weights, build_optimizer, learning_rate
-from regvq_fast.training.precision import choose_precision
+from regvq_fast.precision import choose_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -38,33 +35,3 @@ def test_a_gpu_without_bf16_takes_fp16(
     precision = choose_precision(True, GPU)
     assert precision.dtype == dtype
     assert "the GPU" in precision.reason
-
-
-def test_learning_rate_warms_up_and_then_follows_a_cosine() -> None:
-    config = OptimizerConfig(lr=1.0, warmup_steps=4, final_lr_fraction=0.1)
-    rates = [learning_rate(config, step, 104) for step in range(105)]
-    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rates[54] == pytest.approx(0.55)
-    assert rates[104] == pytest.approx(0.1)
-    assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=0), 0, 10) == 1.0
-
-
-def test_weight_decay_spares_biases_normalisation_and_codes() -> None:
-    module = torch.nn.ModuleDict(
-        {"q": RegularizedQuantizer(8, 4, logits="linear"), "c": torch.nn.Conv2d(4, 4, 3), "n": torch.nn.GroupNorm(2, 4)}
-    )
-    optimizer = build_optimizer(module, OptimizerConfig(weight_decay=0.5))
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
-    assert decayed == {id(module["c"].weight), id(module["q"].proj.weight)}
-
-
-def test_averaged_weights_follow_their_decay() -> None:
-    module = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(module.weight, 1.0)
-    average = average_weights(module, 0.75)
-    assert average is not None
-    average.update_parameters(module)
-    torch.nn.init.constant_(module.weight, 5.0)
-    average.update_parameters(module)
-    assert average.module.weight.item() == pytest.approx(0.75 * 1 + 0.25 * 5)
-    assert average_weights(module, 0.0) is None

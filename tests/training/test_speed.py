@@ -8,7 +8,7 @@ import torch
 from tiny_runs import FAST, records, train
 
 from regvq_fast.config import VQGANConfig, override
-from regvq_fast.training.precision import configure_backends
+from regvq_fast.precision import configure_backends
 from regvq_fast.training.vqgan import VQGANTask
 
 
@@ -57,11 +57,11 @@ def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.M
 
 def test_deterministic_is_one_switch() -> None:
     try:
-        configure_backends(True)
+        configure_backends(torch.device("cpu"), True)
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.backends.cudnn.deterministic
         assert not torch.backends.cudnn.benchmark
     finally:
-        configure_backends(False)
+        configure_backends(torch.device("cpu"), False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark

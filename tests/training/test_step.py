@@ -10,8 +10,8 @@ from regvq_fast.losses import ReconstructionLoss, hinge_discriminator_loss, hing
 from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
+from regvq_fast.precision import Precision
 from regvq_fast.quantizers import GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
-from regvq_fast.training.precision import Precision
 from regvq_fast.training.step import VQGANStep
 
 FP32 = Precision(torch.device("cpu"), None, "test")

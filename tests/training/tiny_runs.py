@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-SCRIPT = Path(__file__).parents[2] / "train" / "vq.py"
+TRAIN = Path(__file__).parents[2] / "train"
+SCRIPT = TRAIN / "vq.py"
 TINY = (
     "--steps 4 --batch-size 4 --image-size 32 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 8 --num-codes 16 "
     "--val-images 6 --log-every 2 --image-every 2 --device cpu --disc-filters 4 --warmup-steps 2"
@@ -23,13 +24,13 @@ def train(*flags: object) -> None:
     run_script(*TINY, *flags)
 
 
-def resume(folder: Path, *flags: object) -> None:
-    run_script("--resume", "--out", folder, *flags)
+def resume(folder: Path, *flags: object, script: str = "vq.py") -> None:
+    run_script("--resume", "--out", folder, *flags, script=script)
 
 
-def run_script(*flags: object) -> None:
-    with patch.object(sys, "argv", ["vq.py", *map(str, flags)]):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+def run_script(*flags: object, script: str = "vq.py") -> None:
+    with patch.object(sys, "argv", [script, *map(str, flags)]):
+        runpy.run_path(str(TRAIN / script), run_name="__main__")
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

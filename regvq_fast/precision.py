@@ -47,7 +47,7 @@ class Precision(NamedTuple):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
-def configure_backends(deterministic: bool) -> None:
+def configure_backends(device: torch.device, deterministic: bool) -> None:
     """How cuBLAS and cuDNN compute for the networks, process-wide; the ops of this project keep their own precision.
 
     fp32 convolutions and products use TF32, with its 10 bits of mantissa but fp32's range: mixed precision has 7 to 10.
@@ -59,8 +59,9 @@ def configure_backends(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.allow_tf32 = True
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":  # elsewhere it could mean less than TF32
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
 
 
 def choose_precision(amp: bool, device: torch.device) -> Precision:

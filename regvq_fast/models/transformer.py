@@ -1,0 +1,106 @@
+"""What the transformers share: attention, block, first weights, and the checks of sizes and ids.
+
+The block is minGPT's, as taming-transformers has it: pre-LayerNorm, exact GELU. The priors build on it
+(`regvq_fast.models.token_transformer`, `regvq_fast.models.vq_diffusion`), and so does the learned text encoder
+(`regvq_fast.models.text`).
+
+Shapes: (B, L, C) with L places and C = width; ids (B, h, w), in row-major order (B, L) with L = h * w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.models.model import Checkpointed
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value (B, L, heads, head_dim) to the same shape
+
+_INIT_STD = 0.02
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; query, key and value are one product, in this order."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(B, L, C) to (B, L, C)."""
+        query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        return self.dropout(self.proj(attend(query, key, value).flatten(2)))
+
+
+class Block(Checkpointed):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(width)
+        self.ln2 = nn.LayerNorm(width)
+        self.attn = SelfAttention(width, heads, dropout)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
+
+    def layers(self, x: Tensor, attend: Attend) -> Tensor:
+        """(B, L, C) to (B, L, C)."""
+        x = x + self.attn(self.ln1(x), attend)
+        return x + self.mlp(self.ln2(x))
+
+
+def initialize(module: nn.Module) -> None:
+    """minGPT's first weights, for `nn.Module.apply`: N(0, 0.02) in linear layers and embeddings, biases 0."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=_INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def check_sizes(sizes: Mapping[str, int], dropout: float = 0.0) -> None:
+    """Check the sizes of a transformer, among them "width" and "heads".
+
+    Raises:
+        ValueError: a size below 1, a width that is not a multiple of the heads, a dropout outside [0, 1).
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    width, heads = sizes["width"], sizes["heads"]
+    if width % heads:
+        raise ValueError(f"width must be a multiple of heads, got width {width} and {heads} heads")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+
+
+def grid_shape(name: str, shape: Sequence[int]) -> tuple[int, int]:
+    """The shape (h, w) of a grid of ids as a tuple; `name` is what a ValueError calls it that is no such shape."""
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"{name} must be (height, width), each at least 1, got {tuple(shape)}")
+    return shape[0], shape[1]
+
+
+def flat_ids(name: str, ids: Tensor, shape: tuple[int, int], limit: int) -> Tensor:
+    """Ids (B, h, w) or (B, h * w) of the grid `shape` (h, w) as (B, h * w).
+
+    Raises:
+        ValueError: another shape; on a CPU, where looking stops no device, ids outside [0, limit). `name` is in it.
+        TypeError: not int64.
+    """
+    length = math.prod(shape)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    if ids.shape[1:] not in (shape, (length,)):
+        raise ValueError(f"{name} must be (B, {shape[0]}, {shape[1]}) or (B, {length}), got {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        smallest, largest = (int(bound) for bound in ids.aminmax())
+        if smallest < 0 or largest >= limit:
+            raise ValueError(f"{name} must lie in [0, {limit}), got ids from {smallest} to {largest}")
+    return ids.flatten(1)

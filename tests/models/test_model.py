@@ -1,0 +1,105 @@
+"""What the models share: folders that say whose they are, activation checkpointing, evaluation mode for a while."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from regvq_fast import NearestQuantizer
+from regvq_fast.models import VQGAN, TokenTransformer, VQDiffusion
+from regvq_fast.models.model import Checkpointed, Model, evaluating
+from regvq_fast.models.text import WordEncoder
+
+KINDS: tuple[type[Model], ...] = (VQGAN, TokenTransformer, VQDiffusion)
+
+
+def tiny(kind: type[Model]) -> Model:
+    torch.manual_seed(0)
+    sizes = {"token_shape": (2, 2), "width": 8, "depth": 2, "heads": 2}
+    if kind is TokenTransformer:
+        return TokenTransformer(4, 3, **sizes)
+    if kind is VQDiffusion:
+        encoder = WordEncoder(width=8, depth=2, heads=2, max_words=3, buckets=8)
+        return VQDiffusion(4, text_encoder=encoder, num_steps=5, **sizes)
+    convolutions = {"ch": 4, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (), "z_channels": 4}
+    return VQGAN(NearestQuantizer(4, 4), image_size=8, **convolutions)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_says_whose_it_is(tmp_path: Path, kind: type[Model]) -> None:
+    model = tiny(kind)
+    model.save_pretrained(tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "config.json").read_text())["architecture"]
+    assert description["type"] == kind.__name__
+    assert description == json.loads(json.dumps(model.architecture()))
+    again = kind.from_pretrained(str(tmp_path / "model"))
+    assert type(again) is kind
+    assert not any(module.training for module in again.modules())
+    assert json.dumps(again.architecture()) == json.dumps(model.architecture())
+    for (name, value), (same, expected) in zip(again.state_dict().items(), model.state_dict().items(), strict=True):
+        assert name == same
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize(("kind", "asked"), list(itertools.permutations(KINDS, 2)))
+def test_the_folder_of_another_model_is_refused_in_a_sentence(
+    tmp_path: Path, kind: type[Model], asked: type[Model]
+) -> None:
+    tiny(kind).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model holds a \w+, not a \w+$") as error:
+        asked.from_pretrained(tmp_path / "model")
+    assert str(error.value) == f"{tmp_path / 'model'} holds a {kind.__name__}, not a {asked.__name__}"
+
+
+def test_folders_without_a_type_are_of_a_vqgan(tmp_path: Path) -> None:
+    model = tiny(VQGAN)
+    model.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    content = json.loads(config.read_text())
+    del content["architecture"]["type"]
+    config.write_text(json.dumps(content))
+    (tmp_path / "model" / "manifest.json").unlink()
+    assert VQGAN.from_pretrained(tmp_path / "model").architecture() == json.loads(json.dumps(model.architecture()))
+    with pytest.raises(ValueError, match="holds a VQGAN, not a VQDiffusion"):
+        VQDiffusion.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("kind", "parts"), [(VQGAN, 4), (TokenTransformer, 2), (VQDiffusion, 2 + 2)])
+def test_activations_are_checkpointed_in_every_level_and_block(kind: type[Model], parts: int) -> None:
+    model = tiny(kind)
+    for enabled in (True, False):
+        model.checkpoint_activations(enabled)
+        assert [m.checkpointing for m in model.modules() if isinstance(m, Checkpointed)] == [enabled] * parts
+
+
+def test_a_checkpointed_text_encoder_has_the_same_gradients() -> None:
+    model = tiny(VQDiffusion)
+    ids = model.tokenize_text(["a cat", "two dogs"])
+    tokens, t = torch.tensor([[0, 4, 1, 4], [4, 4, 2, 3]]), torch.tensor([2, 5])
+    parameters = [p for name, p in model.named_parameters() if "blocks" in name]
+    gradients = []
+    for enabled in (False, True):
+        model.checkpoint_activations(enabled)
+        gradients.append(torch.autograd.grad(model(tokens, t, ids).square().sum(), parameters))
+    assert any(float(gradient.abs().max()) > 0 for gradient in gradients[0])
+    for kept, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=0)
+
+
+def test_every_module_gets_its_own_mode_back() -> None:
+    model = tiny(TokenTransformer).train()
+    model.head.eval()
+    modes = [module.training for module in model.modules()]
+    seen = []
+
+    def fail() -> None:
+        with evaluating(model):
+            seen.extend(module.training for module in model.modules())
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fail()
+    assert seen == [False] * len(modes)
+    assert [module.training for module in model.modules()] == modes

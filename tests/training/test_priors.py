@@ -1,0 +1,260 @@
+"""train/ar.py and train/diffusion.py as their users run them, and train/sample.py on what they leave."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
+
+from regvq_fast.training.task import Task
+
+PRIORS = {"ar": "ar.py", "diffusion": "diffusion.py"}
+PRIOR = (
+    "--steps 4 --batch-size 8 --log-every 2 --image-every 3 --device cpu --warmup-steps 2 --width 16 --depth 1 "
+    "--heads 2"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_regions() -> Iterator[None]:
+    """The classifier of regions takes half a minute to fit to 2048 scenes: here it gets enough for every class."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regvq_fast.training.prior._FITTED_TO", 128)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer") / "run"
+    train(*FAST, "--out", out, "--ch-mult", 1, 1, 2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cache(tokenizer: Path) -> Path:
+    out = tokenizer.parent / "cache"
+    flags = ["--scenes", 32, "--val-images", 10, "--views", 2, "--device", "cpu"]
+    run_script("--tokenizer", tokenizer, "--out", out, *flags, script="cache_tokens.py")
+    return out
+
+
+def fit(prior: str, *flags: object) -> None:
+    run_script(*PRIOR, *flags, script=PRIORS[prior])
+
+
+@pytest.fixture(scope="module")
+def runs(cache: Path) -> dict[str, Path]:
+    out = {prior: cache.parent / prior for prior in PRIORS}
+    for prior, folder in out.items():
+        fit(prior, "--cache", cache, "--out", folder)
+    return out
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_run_leaves_all_that_its_users_need(runs: dict[str, Path], prior: str) -> None:
+    out = runs[prior]
+    assert {path.name for path in out.iterdir()} == {
+        *"config.json metrics.jsonl summary.json model.safetensors tokenizer checkpoints pictures tensorboard".split()
+    }
+    assert {path.name for path in (out / "pictures").iterdir()} == {"samples.png", "samples-0000003.png"}
+    rows = records(out)
+    assert [row["step"] for row in rows] == [1, 2, 4, 4]
+    assert rows[-1]["split"] == "val"
+    assert rows[-1]["loss"] > 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["images"] == 10
+    assert summary["agreement of scenes"] > 0.3 > 1 / 16
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_tokens_made_on_the_fly_train_the_same_prior(
+    runs: dict[str, Path], tokenizer: Path, tmp_path: Path, prior: str
+) -> None:
+    out = tmp_path / "run"
+    # As many training samples as an epoch of the cache has; the stream itself does not end.
+    flags = ["--on-the-fly", "--tokenizer", tokenizer, "--val-images", 10]
+    fit(prior, *flags, "--out", out)
+    assert without_clock(records(out)) == without_clock(records(runs[prior]))
+    assert (out / "model.safetensors").read_bytes() == (runs[prior] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_resumed_run_equals_one_without_a_break(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, prior: str
+) -> None:
+    flags = ["--cache", cache, "--ema", 0.5, "--dropout", 0.3]
+    fit(prior, *flags, "--out", tmp_path / "whole")
+    step: Callable[[Task, int], None] = Task.step
+
+    def interrupted(task: Task, number: int) -> None:
+        step(task, number)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Task, "step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        fit(prior, *flags, "--out", tmp_path / "broken")
+    monkeypatch.setattr(Task, "step", step)
+    assert stop.value.code == 128 + signal.SIGTERM
+    resume(tmp_path / "broken", script=PRIORS[prior])
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+    """Of the diffusion, whose choice of steps learns from all of them."""
+    out = tmp_path / "run"
+    code = "import runpy, regvq_fast.training.prior as prior; prior._FITTED_TO = 128\n"
+    code += f"runpy.run_path({str(TRAIN / 'diffusion.py')!r}, run_name='__main__')"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, *launcher, *PRIOR, "--cache", str(cache), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row, alone in zip(records(out), records(runs["diffusion"]), strict=True):
+        assert row["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    one, two = (load_file(folder / "model.safetensors") for folder in (runs["diffusion"], out))
+    difference = sum(float((two[name] - value).square().sum()) for name, value in one.items())
+    assert difference <= 1e-5 * sum(float(value.square().sum()) for value in one.values())
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_step_is_one_graph(
+    monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], cache: Path, tmp_path: Path, prior: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    fit(prior, "--cache", cache, "--out", tmp_path / "run", "--compile")
+    for row, eager in zip(records(tmp_path / "run"), records(runs[prior]), strict=True):
+        assert row["loss"] == pytest.approx(eager["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prior", "flags", "message"),
+    [
+        ("ar", [], "give a token cache with --cache"),
+        ("ar", ["--on-the-fly"], "--on-the-fly needs a tokenizer"),
+        ("diffusion", ["--cache", "nothing"], "no such folder: nothing"),
+        ("diffusion", ["--cache", "{cache}", "--on-the-fly"], "exclude each other"),
+        ("diffusion", ["--cache", "{cache}", "--data", "photos"], "--data photos is for --on-the-fly"),
+        ("ar", ["--cache", "{cache}", "--tokenizer", "{other}"], "not by this tokenizer"),
+        (
+            "ar",
+            ["--cache", "{cache}", "--num-classes", "9"],
+            "--num-classes must be at least 16 and at most 256",
+        ),
+        ("ar", ["--cache", "{cache}", "--keep", "2"], r"--keep is a probability and must lie in \[0, 1\], got 2"),
+        ("diffusion", ["--cache", "{cache}", "--diffusion-steps", "1"], "--diffusion-steps must be at least 2, got 1"),
+        ("ar", ["--cache", "{cache}", "--heads", "3"], "width must be a multiple of heads"),
+        ("ar", ["--on-the-fly", "--tokenizer", "{cache}"], "{cache}"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(
+    cache: Path, tokenizer: Path, tmp_path: Path, prior: str, flags: list[str], message: str
+) -> None:
+    other = tmp_path / "other"
+    if "{other}" in flags:
+        train(*FAST, "--out", other, "--ch-mult", 1, 1, 2, "--seed", 1, "--steps", 1)
+    places = {"cache": str(cache), "other": str(other)}
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match=message.format(**places)):
+        fit(prior, *(flag.format(**places) for flag in flags), "--out", out)
+    assert not out.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def sample(*flags: object) -> None:
+    run_script(*flags, "--device", "cpu", script="sample.py")
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def test_images_under_their_semantic_maps(runs: dict[str, Path], tmp_path: Path) -> None:
+    sample("--prior", "ar", "--run", runs["ar"], "--out", tmp_path / "a", "--num-images", 5, "--batch-size", 2)
+    sample("--prior", "ar", "--run", runs["ar"], "--out", tmp_path / "b", "--num-images", 5, "--guidance", 1.0)
+    names = ["00000.png", "00001.png", "00002.png", "00003.png", "00004.png", "grid.png"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
+    for name in names:  # in batches of two as in one of five
+        assert np.array_equal(pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name))
+    assert pixels(tmp_path / "a" / "00000.png").shape == (32, 32, 3)
+    assert not np.array_equal(pixels(tmp_path / "a" / "00000.png"), pixels(tmp_path / "a" / "00001.png"))
+
+
+def test_a_map_of_a_file_and_an_edited_image(runs: dict[str, Path], tmp_path: Path) -> None:
+    ids = np.zeros((48, 48), dtype=np.uint8)
+    ids[:, 24:] = 7
+    Image.fromarray(ids).save(tmp_path / "map.png")
+    photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    mask = np.zeros((40, 40), dtype=np.uint8)
+    Image.fromarray(mask).save(tmp_path / "nothing.png")
+    flags = ["--prior", "ar", "--run", runs["ar"], "--map", tmp_path / "map.png", "--num-images", 2]
+    edit = ["--edit", tmp_path / "photo.png", "--mask", tmp_path / "nothing.png"]
+    sample(*flags, *edit, "--out", tmp_path / "kept", "--top-k", 4, "--top-p", 0.9, "--temperature", 0.7)
+    first, second = (pixels(tmp_path / "kept" / f"0000{k}.png") for k in range(2))
+    assert np.array_equal(first, second)  # the whole image is kept
+    mask[:20] = 255
+    Image.fromarray(mask).save(tmp_path / "half.png")
+    sample(*flags, *edit[:2], "--mask", tmp_path / "half.png", "--out", tmp_path / "half")
+    first, second = (pixels(tmp_path / "half" / f"0000{k}.png") for k in range(2))
+    assert not np.array_equal(first, second)
+
+
+def test_images_of_captions_with_their_states(runs: dict[str, Path], tmp_path: Path) -> None:
+    flags = ["--prior", "diffusion", "--run", runs["diffusion"], "--num-images", 3, "--steps", 4]
+    sample(*flags, "--text", "a cat", "bricks", "--strip", "--guidance", 2, "--out", tmp_path / "said")
+    assert (tmp_path / "said" / "strip.png").exists()
+    assert len(list((tmp_path / "said").glob("0*.png"))) == 3
+    sample(*flags, "--out", tmp_path / "validation")
+    assert len(list((tmp_path / "validation").glob("0*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prior", "ar", "--run", "{ar}", "--text", "a cat"], "--text is not for --prior ar"),
+        (["--prior", "diffusion", "--run", "{diffusion}", "--map", "map.png"], "--map is not for --prior diffusion"),
+        (["--prior", "diffusion", "--run", "{ar}"], "holds a TokenTransformer, not a VQDiffusion"),
+        (["--prior", "ar", "--run", "nothing"], "no such folder: nothing"),
+        (["--prior", "ar", "--run", "{ar}", "--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["--prior", "ar", "--run", "{ar}", "--edit", "photo.png"], "--edit and --mask go together"),
+        (["--prior", "ar", "--run", "{ar}", "--map", "ids.png"], "ids.png holds the class id 16; the prior knows ids"),
+        (["--prior", "ar", "--run", "{ar}", "--map", "small.png"], "2 x 2"),
+        (["--prior", "ar", "--run", "{ar}", "--map", "colours.png"], "one class id a pixel"),
+        (["--prior", "ar", "--run", "{ar}", "--map", "text.png"], "text.png is not an image"),
+        (["--prior", "ar", "--run", "{ar}", "--top-p", "0"], r"top_p must lie in \(0, 1\]"),
+        (["--prior", "diffusion", "--run", "{diffusion}", "--steps", "1000"], "steps"),
+        (["--prior", "diffusion", "--run", "{diffusion}", "--text", " "], "empty"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((32, 32), 16, dtype=np.uint8)).save("ids.png")
+    Image.fromarray(np.zeros((2, 2), dtype=np.uint8)).save("small.png")
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save("colours.png")
+    Path("text.png").write_text("no image")
+    with pytest.raises(SystemExit, match=message):
+        sample(*(flag.format(**runs) for flag in flags), "--out", "samples")
+    assert not Path("samples").exists() or not list(Path("samples").iterdir())
+
+
+def test_samples_are_not_mixed_with_others(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(SystemExit, match="exists and is not an empty folder"):
+        sample("--prior", "ar", "--run", runs["ar"], "--out", tmp_path)
