@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, check_vqgan_config, override, parse_config
+from regvq_fast.config import AR_PRESETS, VQGAN_PRESETS, VQGANConfig, check_vqgan_config, override, parse_config
 
 REQUIRED_FLAGS = (
     "--preset --data --out --steps --batch-size --image-size --quantizer --num-codes --code-dim --logits --mask-ratio "
@@ -42,6 +42,11 @@ def test_an_unknown_preset_is_refused_with_the_choices(capsys: pytest.CaptureFix
         parse_config(VQGAN_PRESETS, ["--preset", "imagenet"], "")
     message = capsys.readouterr()
     assert "celebahq" in message.out + message.err
+
+
+def test_a_preset_of_another_script_is_refused() -> None:
+    with pytest.raises(ValueError, match="--preset coco is of another script; this one has scenes, ade20k, celebahq"):
+        parse_config(AR_PRESETS, ["--preset", "coco"], "")
 
 
 def test_paper_presets_have_the_papers_settings() -> None:

@@ -1,4 +1,4 @@
-"""README.md can't drift from the project: its two commands, and every path and flag that it mentions."""
+"""README.md can't drift from the project: its two commands, and every path and flag that it and the docs mention."""
 
 import os
 import re
@@ -47,10 +47,25 @@ def mentioned_paths(text: str) -> set[str]:
     return paths | set(links)
 
 
-def mentioned_flags(text: str) -> set[str]:
-    """Flags of train/vq.py: those in its commands, and those that stand alone in a code span."""
-    commands = [code for code in [*shell_commands(text), *code_spans(text)] if re.match(r"--|.*train/vq\.py", code)]
-    return {flag for command in commands for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", command)}
+def mentioned_flags(text: str) -> dict[str, set[str]]:
+    """Flags by the script of train/ in whose command they stand; "" has those that stand alone in a code span."""
+    flags: dict[str, set[str]] = {}
+    for code in [*shell_commands(text), *code_spans(text)]:
+        script = re.match(r"--|.*?(train/\w+\.py)", code)
+        own = code[script.end() :] if script and script[1] else code  # what stands before is the launcher's
+        if script and (found := re.findall(r"(?<!\S)--[a-z][\w-]*", own)):
+            flags.setdefault(script[1] or "", set()).update(found)
+    return flags
+
+
+def help_of(script: str) -> set[str]:
+    """The flags that a script explains."""
+    # Wide enough that the help wraps no flag, and without the terminal codes that could split one.
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, script, "--help"]
+    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    return set(re.findall(r"--[a-z][\w-]*", completed.stdout))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,16 +80,12 @@ def test_paths_exist() -> None:
     assert sorted(path for path in paths if not any(ROOT.glob(path.rstrip("/")))) == []
 
 
-def test_flags_exist() -> None:
-    flags = mentioned_flags(TEXT)
-    assert {"--compile", "--amp"} <= flags
-    # Wide enough that the help wraps no flag, and without the terminal codes that could split one.
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    script = [sys.executable, "train/vq.py", "--help"]
-    completed = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert completed.returncode == 0, completed.stderr
-    known = set(re.findall(r"--[a-z][\w-]*", completed.stdout))
-    assert sorted(flags - known) == []
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/priors.md"])
+def test_flags_exist(document: str) -> None:
+    flags = mentioned_flags((ROOT / document).read_text(encoding="utf-8"))
+    known = {f"train/{script.name}": help_of(f"train/{script.name}") for script in (ROOT / "train").glob("*.py")}
+    for script, mentioned in flags.items():
+        assert sorted(mentioned - (known[script] if script else set().union(*known.values()))) == [], script
 
 
 def test_readers_find_what_drifts() -> None:
@@ -96,4 +107,4 @@ pytest tests/test_readme.py::test_paths_exist --benchmark-only && tensorboard --
         "train/vq.py",
         "tests/test_readme.py",
     }
-    assert mentioned_flags(text) == {"--tau", "--gone", "--steps", "--out"}
+    assert mentioned_flags(text) == {"": {"--tau", "--gone"}, "train/vq.py": {"--steps", "--out"}}

@@ -48,7 +48,7 @@ class RunConfig:
     preset: PresetName = "scenes"
     """Named set of defaults."""
     out: Path | None = None
-    """Run folder. Not given: runs/PRESET-QUANTIZER-DATE."""
+    """Run folder. Not given: runs/PRESET-KIND-DATE."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint; its configuration is the default of all flags then."""
     seed: int = 0
@@ -64,7 +64,7 @@ class RunConfig:
     log_every: int = 10
     """Steps between records."""
     image_every: int = 250
-    """Steps between pictures of reconstructions."""
+    """Steps between pictures."""
     eval_every: int = 0
     """Steps between evaluations; 0: at the end only."""
     checkpoint_every: int = 500
@@ -108,7 +108,7 @@ def parse_config(presets: Mapping[str, Config], args: list[str], description: st
         description: heads the help.
 
     Raises:
-        ValueError: ``--resume`` of a folder that holds no run.
+        ValueError: ``--resume`` of a folder that holds no run, or a preset of another script.
     """
     import tyro
 
@@ -129,8 +129,10 @@ def _default_of(presets: Mapping[str, Config], args: list[str]) -> Config:
         saved = read_config(Path(out), type(first))
         # A run saves its number of steps; new epochs are to decide it anew.
         return override(saved, out=Path(out), steps=None if _value_of("--epochs", args) else saved.optimizer.steps)
-    # An unknown name is reported by the parser, with the choices.
-    return presets.get(_value_of("--preset", args) or "", first)
+    name = _value_of("--preset", args)
+    if name in get_args(PresetName) and name not in presets:
+        raise ValueError(f"--preset {name} is of another script; this one has {', '.join(presets)}")
+    return presets.get(name or "", first)  # what is no preset at all is reported by the parser, with the choices
 
 
 def _value_of(name: str, args: list[str]) -> str | None:

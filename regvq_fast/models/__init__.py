@@ -1,4 +1,4 @@
-"""Networks: the VQGAN autoencoder, its discriminator, and the VGG feature network."""
+"""Networks: the VQGAN autoencoder and its discriminator, the priors over its tokens, and the VGG feature network."""
 
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import VGGFeatures, load_vgg_features

@@ -17,7 +17,7 @@ from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch, tokenizer_hash
-from regvq_fast.data.transforms import to_uint8
+from regvq_fast.data.transforms import to_float, to_uint8
 from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
 from regvq_fast.evaluation.pictures import save_image_grid
 from regvq_fast.models.pretrained import TOKENIZER
@@ -224,17 +224,24 @@ class PriorTask(Task[PriorConfig]):
 
     @torch.no_grad()
     def agreement(self) -> Mapping[str, float]:
-        """Share of the regions whose photograph is recognised: in scenes, in their reconstructions, in samples."""
+        """Share of the regions whose photograph is recognised: in scenes, in their reconstructions, in samples.
+
+        What classes look like is learned from scenes and from their reconstructions.
+        """
         size, cache = self.tokenizer.image_size, getattr(self.val_set, "info", None)
         seed = cache.seed if cache else self.config.run.seed
-        classifier = RegionClassifier.fit(ScenesDataset("train", size, seed=seed), _FITTED_TO, len(CLASSES))
+        training = ScenesDataset("train", size, seed=seed)
+        classifier = RegionClassifier.fit(training, _FITTED_TO, len(CLASSES), reconstruct=self._reconstruct)
         scenes = ScenesDataset("val", size, len(self.val_set), seed)
         real = collate([scenes[k] for k in range(min(_CLASSIFIED, len(scenes)))])
+        batch = tokenize_batch(self.tokenizer, real, self.device)
         with self.precision.autocast():
-            batch = tokenize_batch(self.tokenizer, real, self.device)
             samples = self.decode(self.sample(self.eval_model, batch))
         images = {"scenes": real["image"], "reconstructions": self.decode(batch["tokens"]), "samples": samples}
         return {
             f"agreement of {name}": region_accuracy(classifier, pictures.cpu(), real["segmentation"]).accuracy
             for name, pictures in images.items()
         }
+
+    def _reconstruct(self, images: Tensor) -> Tensor:
+        return self.decode(self.tokenizer.tokenize(to_float(images.to(self.device))))

@@ -104,7 +104,7 @@ class Recorder:
         config: saved as config.json with ``facts``, ``architecture`` and versions; its ``out``, the run folder, is
             created here.
         facts: what was found out at start: device, precision, weights of the feature network ...
-        architecture: what the model is built with; see ``VQGAN.architecture``.
+        architecture: what the model is built with; see ``Model.architecture``.
         start: where a resumed run continues: records that were made after it are removed.
     """
 
