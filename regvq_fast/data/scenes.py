@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -146,6 +147,50 @@ LAYOUTS: dict[str, Layout] = {
 _COMPOSED = tuple(name for name in LAYOUTS if name != "whole")
 
 
+def region_map(regions: list[Region], size: int) -> NDArray[np.uint8]:
+    """Which of the regions each pixel of a scene shows, by number: the last one that takes half of it or more."""
+    numbers = np.empty((size, size), dtype=np.uint8)
+    for number, region in enumerate(regions):
+        place = numbers[region.top : region.bottom, region.left : region.right]
+        place[... if region.coverage is None else region.coverage >= 0.5] = number
+    return numbers
+
+
+class ParsedCaption(NamedTuple):
+    """What a caption says."""
+
+    layout: str
+    """A key of LAYOUTS."""
+    classes: tuple[int, ...]
+    """Indices into CLASSES, in the order of the layout's regions."""
+
+
+def parse_caption(caption: str) -> ParsedCaption:
+    """Layout and classes of a scene's caption.
+
+    Raises:
+        ValueError: not such a caption: no sentence of LAYOUTS with phrases of PHOTOGRAPHS, each at most once.
+    """
+    for name, pattern in _caption_patterns().items():
+        if found := pattern.fullmatch(caption):
+            phrases = [found[f"region{k}"] for k in range(pattern.groups)]
+            if len(set(phrases)) < len(phrases):
+                raise ValueError(f"{caption!r} names a photograph twice, which no scene does: name different ones")
+            ids = {photograph.phrase: label for label, photograph in enumerate(PHOTOGRAPHS)}
+            return ParsedCaption(name, tuple(ids[phrase] for phrase in phrases))
+    raise ValueError(
+        f"{caption!r} is no caption of the scenes: write one like 'a cat on the left and bricks on the right', "
+        "with a sentence of LAYOUTS and phrases of PHOTOGRAPHS (regvq_fast.data.scenes)"
+    )
+
+
+@cache
+def _caption_patterns() -> dict[str, re.Pattern[str]]:
+    phrases = "|".join(re.escape(photograph.phrase) for photograph in PHOTOGRAPHS)
+    slots = [f"(?P<region{k}>{phrases})" for k in range(4)]  # no layout has more; format ignores those it lacks
+    return {name: re.compile(layout.caption.format(*slots)) for name, layout in LAYOUTS.items()}
+
+
 class ScenesDataset(Dataset[Sample]):
     """Composed scenes with semantic maps and captions (see the module's text).
 
@@ -189,17 +234,16 @@ class ScenesDataset(Dataset[Sample]):
 
         photographs = _load_photographs(self.split)
         image = np.empty((self.image_size, self.image_size, 3), dtype=np.uint8)
-        segmentation = np.empty((self.image_size, self.image_size), dtype=np.uint8)
+        segmentation = np.array(classes, dtype=np.uint8)[region_map(regions, self.image_size)]
         for region, label in zip(regions, classes, strict=True):
             place = np.s_[region.top : region.bottom, region.left : region.right]
             height, width = region.bottom - region.top, region.right - region.left
             crop = photographs[label].random_crop(height, width, self.image_size, rng)
             if region.coverage is None:
-                image[place], segmentation[place] = crop, label
+                image[place] = crop
             else:
                 share = region.coverage[..., None]
                 image[place] = np.rint(image[place] * (1 - share) + crop * share)
-                segmentation[place][region.coverage >= 0.5] = label
 
         return Sample(
             image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),

@@ -152,12 +152,18 @@ class RegionClassifier(nn.Module):
         for start in range(0, max(len(images), len(maps)), _CHUNK):
             chunk = slice(start, start + _CHUNK)
             regions = region_statistics(images[chunk], maps[chunk], self.num_classes)
-            values = (regions.values.double() - self.mean) / self.std
-            deviations = (values - self.centers[:, None]) @ self.whitening.mT
-            distribution = (deviations.square().sum(2) + self.log_volumes[:, None]).argmin(0)
+            distribution = (self.distances(regions.values.double()) + self.log_volumes).argmin(1)
             pairs = regions.labels * self.num_classes + distribution % self.num_classes
             counts.scatter_add_(0, pairs, torch.ones_like(pairs))
         return counts.view(self.num_classes, self.num_classes)
+
+    def distances(self, values: Tensor) -> Tensor:
+        """Squared Mahalanobis distances of regions from each distribution, in the values' type: (R, K) -> (R, Q)."""
+        values = (values - self.mean.to(values.dtype)) / self.std.to(values.dtype)
+        centers, whitening = self.centers.to(values.dtype), self.whitening.to(values.dtype)
+        # One distribution at a time: all at once would take Q times the memory of the values.
+        squares = [((values - c) @ w.T).square().sum(1) for c, w in zip(centers, whitening, strict=True)]
+        return torch.stack(squares, dim=1)
 
 
 class _Moments:
@@ -248,11 +254,38 @@ def region_statistics(images: Tensor, maps: Tensor, num_classes: int) -> Regions
         )
     if maps.numel() and maps.max() >= num_classes:
         raise ValueError(f"maps hold the class {int(maps.max())}, the classifier knows {num_classes}")
+    member = region_members(maps, num_classes)
+    large = member.any.mean(dim=(2, 3)) >= _MIN_SHARE
+    return Regions(large.nonzero()[:, 1], describe(images, member.sure)[large])
+
+
+class Members(NamedTuple):
+    """Which pixels belong to the region of each class, 0 or 1."""
+
+    any: Tensor
+    """(B, C, H, W) float32, all of them."""
+    sure: Tensor
+    """(B, C, H, W) float32, without the outermost ones, unless nothing else is left."""
+
+
+def region_members(maps: Tensor, num_classes: int) -> Members:
+    """The pixels of each class in maps (B, H, W) uint8."""
     member = (maps[:, None] == torch.arange(num_classes, device=maps.device).view(-1, 1, 1)).float()
-    large = member.mean(dim=(2, 3)) >= _MIN_SHARE
     ids = maps[:, None].float()
     inside = member * (F.max_pool2d(ids, 3, stride=1, padding=1) == -F.max_pool2d(-ids, 3, stride=1, padding=1))
-    member = torch.where(inside.sum(dim=(2, 3), keepdim=True) >= _MIN_INSIDE, inside, member)
+    return Members(member, torch.where(inside.sum(dim=(2, 3), keepdim=True) >= _MIN_INSIDE, inside, member))
+
+
+def describe(images: Tensor, member: Tensor) -> Tensor:
+    """The statistics of :func:`region_statistics` for any sets of pixels.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        member: (B, R, H, W) float32, 0..1; or (1, R, H, W), the same sets of pixels in all images.
+
+    Returns:
+        (B, R, K) float32.
+    """
     red, green, blue = images.float().div(255).unbind(1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
     colors = torch.stack([luminance, blue - luminance, red - luminance], dim=1)
@@ -261,11 +294,11 @@ def region_statistics(images: Tensor, maps: Tensor, num_classes: int) -> Regions
     for _ in range(_LEVELS):
         statistics.append(_texture_statistics(colors, member))
         colors, member = F.avg_pool2d(colors, 2), F.avg_pool2d(member, 2)
-    return Regions(large.nonzero()[:, 1], torch.cat(statistics, dim=2)[large])
+    return torch.cat(statistics, dim=2)
 
 
 def _mean(values: Tensor, member: Tensor) -> Tensor:
-    """Means over regions: values (B, K, H, W), weights of pixels in each class's region (B, C, H, W) -> (B, C, K)."""
+    """Means over regions: values (B, K, H, W), weights of pixels in each (B or 1, R, H, W) -> (B, R, K)."""
     weights = member.flatten(2)
     return weights @ values.flatten(2).transpose(1, 2) / weights.sum(2, keepdim=True).clamp(min=1e-6)
 

@@ -159,6 +159,8 @@ class VQDiffusion(Model):
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_codes)
         self.apply(initialize)
+        # Tokens that are not masked are to be copied: with the embedding for a head the network begins with that.
+        self.head.weight.data.copy_(self.tok_emb.weight.data[:num_codes])
         # Rows of about unit length, as the features of CLIP.
         null = torch.randn(places, text_width) / math.sqrt(text_width)
         self.null_text = nn.Parameter(null) if null_condition else None

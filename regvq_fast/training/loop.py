@@ -18,11 +18,17 @@ from regvq_fast.training.trace import StepTrace
 
 
 class RunStopped(Exception):
-    """The run ended before its last step, or could not save its results; the message says why and what to do."""
+    """The run ended before its last step, or could not save its results; the message says why and what to do.
 
-    def __init__(self, message: str, exit_code: int = 1) -> None:
+    Args:
+        message: see above.
+        exit_code: of the process.
+        shared: whether all ranks stop with this message; otherwise it is that of one, which ends the others.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1, *, shared: bool = True) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.shared = exit_code, shared
 
 
 def run(task: type[Task[Config]], presets: Mapping[str, Config], description: str) -> None:
@@ -47,7 +53,7 @@ def run(task: type[Task[Config]], presets: Mapping[str, Config], description: st
             with recorder:
                 fit(*prepared)
         except RunStopped as stop:
-            if rank() == 0:
+            if rank() == 0 or not stop.shared:
                 print(stop, file=sys.stderr)
             sys.exit(stop.exit_code)
 
@@ -73,8 +79,8 @@ def prepare(kind: type[Task[Config]], config: Config) -> tuple[Task[Config], Rec
         task = kind(config if start else override(config, out=Path(out)))
         if start is not None:
             task.load(start)
-    recorder = Recorder(task.config, task.facts, task.model.architecture(), start)
     with together():
+        recorder = Recorder(task.config, task.facts, task.model.architecture(), start)
         if rank() == 0:
             task.begin(recorder.folder)
     return task, recorder, Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
@@ -108,7 +114,8 @@ def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
                 raise
             advice = out_of_memory_advice(task.config, task.device, task.rank_batch)
             raise RunStopped(
-                f"stopped after step {loop.done}: {advice}; to continue from {loop.newest}: {loop.command}"
+                f"stopped after step {loop.done}: {advice}; to continue from {loop.newest}: {loop.command}",
+                shared=False,
             ) from None
 
 

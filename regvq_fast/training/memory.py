@@ -105,8 +105,8 @@ def find_batch_size(kind: type["Task[Config]"], config: Config) -> None:
             torch.cuda.reset_peak_memory_stats(device)
 
         def take_steps() -> None:
-            probe = override(config, batch_size=batch_size, compile=False, steps=config.optimizer.steps or 10**6)
-            task = kind(probe)
+            # Many steps: whatever joins in the run does so before its last one.
+            task = kind(override(config, batch_size=batch_size, compile=False, steps=config.optimizer.steps or 10**6))
             step = max(task.compiles_at())  # where everything takes part
             for number in (step, step + 1):
                 task.step(number)

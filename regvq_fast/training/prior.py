@@ -135,7 +135,7 @@ class PriorTask(Task[PriorConfig]):
         """Some samples, with tokens, on the device where they were made."""
         if isinstance(dataset, TokenDataset):
             return dataset.__getitems__(list(indices))
-        return self.tokens_of(collate([dataset[i] for i in indices]))
+        return self.tokens_of(super().read(dataset, indices))
 
     def tokens_of(self, batch: Any) -> TokenBatch:
         """The batch as it is, or with tokens in place of its images."""

@@ -7,7 +7,7 @@ so that it depends neither on how many processes share it nor on where it was in
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol
 
@@ -164,6 +164,10 @@ class Task(ABC, Generic[Config]):
         """Steps that compile, with what to tell; they are recorded by themselves."""
         return {0: "compiling, one to three minutes"}
 
+    def read(self, dataset: Any, indices: Iterable[int]) -> Any:
+        """Some samples of a split as a batch."""
+        return collate([dataset[index] for index in indices])
+
     def default_workers(self) -> int:
         """Processes that load data, where ``--workers`` doesn't say."""
         return default_workers(local_ranks())
@@ -309,7 +313,7 @@ class Task(ABC, Generic[Config]):
 
     def flops_per_sample(self) -> float:
         """Counted operations of a step like the last one, for each sample; changes nothing that is trained."""
-        inputs = self.inputs(collate([self.train_set[0], self.train_set[1]]))  # two: batch statistics need company
+        inputs = self.inputs(self.read(self.train_set, range(2)))  # two: batch statistics need company
         first = torch.zeros((), dtype=torch.int64, device=self.device)
         one = torch.ones((), device=self.device)
         self._rollback.save()

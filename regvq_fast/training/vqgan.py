@@ -67,7 +67,7 @@ class VQGANTask(Task[VQGANConfig]):
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         self.discriminator = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Read here, so that a folder without a readable image is found out before anything is written.
-        first = torch.stack([self.train_set[i]["image"] for i in range(min(self.batch_size, _STANDARDIZE_IMAGES))])
+        first = self.read(self.train_set, range(min(self.batch_size, _STANDARDIZE_IMAGES)))["image"]
         self.fingerprint = hashlib.sha256(first.numpy().tobytes()).hexdigest()
         if self.model.quantize.expects_unit_variance:
             self.model.standardize_latents(to_float(first.to(device)))
@@ -110,7 +110,8 @@ class VQGANTask(Task[VQGANConfig]):
         return tuple(self.trained)[: 2 if self.disc_start <= step else 1]
 
     def compiles_at(self) -> dict[int, str]:
-        return {self.disc_start: "compiling the discriminator", **super().compiles_at()}
+        joins = {self.disc_start: "compiling the discriminator"} if self.disc_start < self.steps else {}
+        return joins | super().compiles_at()
 
     def before_step(self, step: int) -> None:
         self.model.quantize.set_progress(step / self.steps)
@@ -172,7 +173,7 @@ class VQGANTask(Task[VQGANConfig]):
     def save_pictures(self, path: Path) -> None:
         """Grid of validation images and their reconstructions."""
         count = min(_GRID_IMAGES, len(self.val_set))
-        originals = torch.stack([self.val_set[i]["image"] for i in range(count)])
+        originals = self.read(self.val_set, range(count))["image"]
         with torch.no_grad(), self.precision.autocast():
             output = self.eval_model(to_float(originals.to(self.device)))
         save_reconstruction_grid(path, originals, output.reconstruction.float())

@@ -106,6 +106,9 @@ def test_the_largest_batch_is_looked_for_with_whole_steps(
     assert tries[3].split("images")[1].strip() == "out of memory"
     assert "GiB" in tries[4]
     assert taken[:4] == [(2, 1), (2, 2), (4, 1), (4, 2)]  # with the discriminator
+    train(*FAST, "--find-batch-size", "--out", out)
+    assert taken[-1] == (13, 1)
+    assert (2, 0) in taken  # a run without one
     assert not out.exists()
 
 
