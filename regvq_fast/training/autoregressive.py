@@ -1,12 +1,15 @@
 """Training of the autoregressive prior: the task of ``train/ar.py``."""
 
+from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
 
 from regvq_fast.config import ARConfig, TokensConfig, check_ar_config
+from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
+from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
 from regvq_fast.evaluation.pictures import color_map
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.sampling import sample_autoregressive
@@ -68,6 +71,9 @@ class ARTask(PriorTask[ARConfig]):
     def show(self, batch: TokenBatch) -> Tensor:
         size = self.tokenizer.image_size
         return color_map(batch["segmentation"], (size, size))
+
+    def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
+        return {"agreement": region_accuracy(classifier, images, scenes["segmentation"]).accuracy}
 
 
 class _Loss(nn.Module):

@@ -18,7 +18,7 @@ from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch, tokenizer_hash
 from regvq_fast.data.transforms import to_float, to_uint8
-from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
+from regvq_fast.evaluation.agreement import RegionClassifier
 from regvq_fast.evaluation.pictures import save_image_grid
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
@@ -81,6 +81,10 @@ class PriorTask(Task[PriorConfig]):
     @abstractmethod
     def show(self, batch: TokenBatch) -> Tensor:
         """The conditions of a batch as pictures (B, 3, H, W) uint8."""
+
+    @abstractmethod
+    def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
+        """How well images (B, 3, H, W) uint8 show what the conditions of these scenes say."""
 
     # --------------------------------------------------------------------------------------------------- what is shared
 
@@ -224,7 +228,7 @@ class PriorTask(Task[PriorConfig]):
 
     @torch.no_grad()
     def agreement(self) -> Mapping[str, float]:
-        """Share of the regions whose photograph is recognised: in scenes, in their reconstructions, in samples.
+        """How well scenes, their reconstructions and samples show what their conditions say.
 
         What classes look like is learned from scenes and from their reconstructions.
         """
@@ -239,8 +243,9 @@ class PriorTask(Task[PriorConfig]):
             samples = self.decode(self.sample(self.eval_model, batch))
         images = {"scenes": real["image"], "reconstructions": self.decode(batch["tokens"]), "samples": samples}
         return {
-            f"agreement of {name}": region_accuracy(classifier, pictures.cpu(), real["segmentation"]).accuracy
+            f"{measure} of {name}": value
             for name, pictures in images.items()
+            for measure, value in self.judge(classifier, pictures.cpu(), real).items()
         }
 
     def _reconstruct(self, images: Tensor) -> Tensor:
