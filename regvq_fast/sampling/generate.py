@@ -252,6 +252,8 @@ class _Generator:
         """Semantic maps (K, h', w') on the CPU, or captions."""
         config = self.config
         if config.text:
+            self.prior.text_encoder.truncate = False  # of a data set's captions; people are told what doesn't fit
+            self.prior.tokenize_text(config.text)
             return None, config.text
         if config.map is not None:
             return self._checked(_read_ids(config.map, self.prior.condition_shape), f"--map {config.map}"), ()

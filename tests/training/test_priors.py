@@ -252,6 +252,7 @@ def test_images_of_captions_with_their_states(runs: dict[str, Path], tmp_path: P
         (["--prior", "ar", "--run", "{ar}", "--top-p", "0"], r"top_p must lie in \(0, 1\]"),
         (["--prior", "diffusion", "--run", "{diffusion}", "--steps", "1000"], "steps"),
         (["--prior", "diffusion", "--run", "{diffusion}", "--text", " "], "empty"),
+        (["--prior", "diffusion", "--run", "{diffusion}", "--text", "a cat " * 40], "80 words"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(
