@@ -40,7 +40,7 @@ def learned() -> tuple[VQDiffusion, Tensor]:
     for seed in torch.arange(300):
         t, probability = steps.draw(seed, 32)
         noisy = prior.transition.corrupt(clean, t, seed)
-        logits = prior(noisy, t, ids, prior.keep_text(32, 0.1, seed=seed))
+        logits = prior(noisy, t, ids, prior.keep_text(32, 0.3, seed=seed))
         terms = diffusion_terms(prior.transition, logits, clean, noisy, t)
         optimizer.zero_grad()
         terms.loss(t, probability, prior.num_steps, auxiliary_weight=0.5).backward()
