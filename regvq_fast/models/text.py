@@ -107,7 +107,10 @@ class WordEncoder(TextEncoder):
         self.blocks = nn.ModuleList(Block(width, heads, dropout=0.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.apply(initialize)
-        nn.init.normal_(self.positions, std=self.embedding.weight.std().item())
+        # Words of unit variance, half of it again for positions: smaller ones drown in what the blocks add to all places
+        # alike, and the prior learns to do without the text.
+        nn.init.normal_(self.embedding.weight, std=hashes**-0.5)
+        nn.init.normal_(self.positions, std=0.5)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Captions to (B, K, hashes) int64, 1 to `buckets`, and 0 behind the last word."""
