@@ -107,8 +107,8 @@ class WordEncoder(TextEncoder):
         self.blocks = nn.ModuleList(Block(width, heads, dropout=0.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.apply(initialize)
-        # Words of unit variance, half of it again for positions: smaller ones drown in what the blocks add to all places
-        # alike, and the prior learns to do without the text.
+        # Words of unit variance, positions of a quarter: smaller ones drown in what the blocks add to all places alike,
+        # and the prior learns to do without the text.
         nn.init.normal_(self.embedding.weight, std=hashes**-0.5)
         nn.init.normal_(self.positions, std=0.5)
 
