@@ -1,5 +1,6 @@
 """Data sets that map a global sample index to a sample, deterministically, and their batches."""
 
+from regvq_fast.data.archives import ARCHIVES, Archive, ArchiveDataset, find_archive
 from regvq_fast.data.folder import ImageFolder
 from regvq_fast.data.loading import (
     TimedBatches,
@@ -16,7 +17,10 @@ from regvq_fast.data.tokens import TokenBatch, TokenDataset, TokenSample, majori
 from regvq_fast.data.transforms import to_float, to_uint8
 
 __all__ = [
+    "ARCHIVES",
     "CLASSES",
+    "Archive",
+    "ArchiveDataset",
     "Batch",
     "Crop",
     "Field",
@@ -31,6 +35,7 @@ __all__ = [
     "TokenSample",
     "build_dataset",
     "default_workers",
+    "find_archive",
     "majority_vote",
     "to_float",
     "to_uint8",

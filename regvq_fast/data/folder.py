@@ -44,7 +44,8 @@ class ImageFolder(PictureDataset):
         flip: mirror training images with probability 1/2.
         seed: order, crops and flips are functions of (seed, index) and of nothing else.
         limit: use at most so many validation images, spread evenly over the sorted list. None: all.
-        fields: what samples hold besides their image, from files beside it. "caption": the text of PHOTO.txt.
+        fields: what samples hold besides their image, from files beside it. "caption": a line of PHOTO.txt, in
+            training any of them, drawn from (seed, index), in validation the first; repeated ones count once.
             "segmentation": the class ids of PHOTO.seg.png, a picture of the same shape with one channel, cut like the
             image with the nearest neighbour. Images that lack one are left out, with a warning.
 

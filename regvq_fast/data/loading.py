@@ -5,19 +5,25 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from regvq_fast.data.archives import ArchiveDataset, find_archive
 from regvq_fast.data.finding import holds_shards
 from regvq_fast.data.folder import ImageFolder
 from regvq_fast.data.pictures import Crop, Field
 from regvq_fast.data.samples import Batch, Sample, Split
 from regvq_fast.data.scenes import ScenesDataset
 from regvq_fast.data.shards import ImageShards
+
+ImageData = ScenesDataset | ImageFolder | ImageShards | ArchiveDataset
+"""What ``--data`` may name."""
+
+Item = TypeVar("Item")
 
 _PREFETCH = 4
 """Batches that each worker keeps ready: a slow read or a few large photographs in a row don't stall the step."""
@@ -33,16 +39,21 @@ def build_dataset(
     crop: Crop = "random-resized",
     flip: bool = True,
     fields: Collection[Field] = (),
-) -> ScenesDataset | ImageFolder | ImageShards:
-    """The data set that ``--data`` names: a folder of images, tar shards, or the embedded scenes where it is None.
+) -> ImageData:
+    """The data set that ``--data`` names: one of the paper's in the layout of its official archive, tar shards, a
+    folder of images, or the embedded scenes where it is None.
 
-    Shards are a tar file, a pattern of tar files in braces, or a folder with tar files and no image above them.
-    ``length`` is the number of scenes or, for images, the most validation images to use. ``crop`` and ``flip`` concern
-    training on images, and ``fields`` are what their samples hold besides (scenes always have caption and
-    segmentation). Raises what the data set's constructor raises.
+    An archive is known by the names in its top folder (:func:`~regvq_fast.data.archives.find_archive`). Shards are a
+    tar file, a pattern of tar files in braces, or a folder with tar files and no image above them. ``length`` is the
+    number of scenes or, for images, the most validation images to use. ``crop`` and ``flip`` concern training on
+    images, and ``fields`` are what their samples hold besides (scenes always have caption and segmentation). Raises
+    what the data set's constructor raises.
     """
     if data is None:
         return ScenesDataset(split, image_size, length, seed)
+    archive = find_archive(data)
+    if archive is not None:
+        return ArchiveDataset(archive, split, image_size, crop, flip, seed, length, fields)
     dataset = ImageShards if holds_shards(data) else ImageFolder
     return dataset(data, split, image_size, crop, flip, seed, length, fields)
 
@@ -114,6 +125,23 @@ def validation_batches(
     """
     _check(batch_size, workers)
     return _loader(dataset, workers, batch_size=batch_size, pin_memory=pin_memory)
+
+
+def in_order(dataset: Dataset[Item], workers: int = 0) -> Iterable[Item]:
+    """The items of a data set as they are, in order, made by worker processes where there are any."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def collate(samples: Sequence[Sample] | Batch) -> Batch:

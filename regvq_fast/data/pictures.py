@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from regvq_fast.data.manifest import mirrored_ids, read_manifest
 from regvq_fast.data.samples import Sample, Split, check_index, check_split, sample_random, shuffled_position
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, random_box, upright_size
 
@@ -46,6 +48,10 @@ class PictureDataset(Dataset[Sample], ABC):
 
     Files that cannot be decoded are skipped: one warning each in the logger "regvq_fast", and the next readable
     picture of the list takes the place. They are found on first use, so that opening a large data set stays cheap.
+
+    A picture's captions are the lines of its caption file, empty and repeated ones left out: training draws one of
+    them, as a function of (seed, index), validation takes the first. Where the source says that two class ids change
+    places in a mirror (a face's left eye becomes its right one), they do in the maps of mirrored pictures.
 
     Raises:
         ValueError: an unknown split, crop or field; an image size or a limit below 1.
@@ -80,6 +86,9 @@ class PictureDataset(Dataset[Sample], ABC):
         self.seed = seed
         self.limit = limit
         self.fields = frozenset(fields)
+        self._maps_fit = False  # must maps have the size of their images, rather than their shape alone?
+        self._manifest = read_manifest(self.source)
+        self._mirrored_ids = mirrored_ids(self._manifest.mirror_pairs if self._manifest else ())
 
     # ------------------------------------------------------------------------------------------- what a subclass adds
 
@@ -136,6 +145,16 @@ class PictureDataset(Dataset[Sample], ABC):
         return len(self._unreadable)
 
     @property
+    def label(self) -> str:
+        """What the pictures are, for people."""
+        return self.source
+
+    @property
+    def num_classes(self) -> int | None:
+        """Ids of the semantic maps; None where nothing says so."""
+        return len(self._manifest.classes) or None if self._manifest else None
+
+    @property
     def unreadable(self) -> int:
         """How many pictures turned out unreadable so far, whichever process met them."""
         return int(self._unreadable.sum())
@@ -164,10 +183,15 @@ class PictureDataset(Dataset[Sample], ABC):
         sample = Sample(image=image_to_tensor(_mirror(image) if mirrored else image))
         if "segmentation" in self.fields:
             with Image.open(BytesIO(self._read(position, "segmentation"))) as file:
-                labels = crop_labels(file, box, size, side, side)
-            sample["segmentation"] = torch.from_numpy(np.array(_mirror(labels) if mirrored else labels))
+                if self._maps_fit:
+                    check_same_size(file, size)
+                labels = np.array(crop_labels(file, box, size, side, side))
+            if mirrored:
+                labels = labels[:, ::-1] if self._mirrored_ids is None else self._mirrored_ids[labels[:, ::-1]]
+            sample["segmentation"] = torch.from_numpy(labels.copy())
         if "caption" in self.fields:
-            sample["caption"] = self._read(position, "caption").decode().strip()
+            captions = caption_lines(self._read(position, "caption"))
+            sample["caption"] = _choose_caption(captions, rng if training else None)
         return sample
 
     def _none_readable(self) -> ValueError:
@@ -190,6 +214,23 @@ class PictureDataset(Dataset[Sample], ABC):
                     if isinstance(error, UnidentifiedImageError):  # whose message is about the buffer it was given
                         reason = "it is no image"
                     logger.warning("skipped unreadable image %s (%s)", self._name(position), reason)
+
+
+def caption_lines(data: bytes) -> list[str]:
+    """The captions in a file: its lines, without empty and repeated ones, in order. UnicodeDecodeError: not UTF-8."""
+    return list(dict.fromkeys(filter(None, map(str.strip, data.decode().splitlines()))))
+
+
+def check_same_size(labels: Image.Image, size: tuple[int, int]) -> None:
+    """Raise ValueError unless a map has the (width, height) of its image."""
+    if labels.size != size:
+        raise ValueError(f"its map has {labels.width} x {labels.height} pixels, the image {size[0]} x {size[1]}")
+
+
+def _choose_caption(captions: Sequence[str], rng: random.Random | None) -> str:
+    if not captions:
+        return ""
+    return captions[0] if rng is None else rng.choice(captions)
 
 
 def _mirror(image: Image.Image) -> Image.Image:

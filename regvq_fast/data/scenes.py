@@ -209,6 +209,11 @@ class ScenesDataset(Dataset[Sample]):
         FileNotFoundError: the installed scikit-image lacks a photograph.
     """
 
+    label = "embedded scenes"
+    """What the pictures are, for people."""
+    num_classes = len(CLASSES)
+    """Ids of the semantic maps."""
+
     def __init__(self, split: Split = "train", image_size: int = 64, length: int | None = None, seed: int = 0) -> None:
         check_split(split)
         if image_size < MIN_IMAGE_SIZE:

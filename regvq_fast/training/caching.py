@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 from regvq_fast.data.loading import build_dataset, default_workers, validation_batches
 from regvq_fast.data.pictures import Crop, Field
 from regvq_fast.data.samples import Sample, Split
-from regvq_fast.data.scenes import CLASSES
 from regvq_fast.data.token_cache import (
     INFO,
     MAX_CODES,
@@ -75,13 +74,6 @@ class CacheConfig:
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     amp: bool = False
     """Encode in mixed precision: a few tokens differ from those of fp32."""
-
-
-def parse_cache_config(args: list[str], description: str) -> CacheConfig:
-    """The configuration of a command line."""
-    import tyro
-
-    return tyro.cli(CacheConfig, args=args, description=description)
 
 
 def cache_tokens(config: CacheConfig) -> None:
@@ -178,7 +170,7 @@ class _Caching:
             if missing and rank() == 0:
                 self._begin()
         total = sum(map(self.info.num_shards, _SPLITS))
-        data = self.info.data or "embedded scenes"
+        data = self.datasets["train"].label
         self._say("data", f"{data}, {self.info.train_images} training images x {self.info.views} views")
         self._say("precision", self.precision.reason)
         if len(missing) < total:
@@ -251,7 +243,7 @@ class _Caching:
                 size += shard_path(self.folder, split, number).stat().st_size
         num_classes = None
         if "segmentation" in self.info.fields:
-            num_classes = len(CLASSES) if self.config.data is None else largest + 1
+            num_classes = self.datasets["train"].num_classes or largest + 1
         write_info(self.folder, dataclasses.replace(self.info, num_classes=num_classes, complete=True))
 
         samples = sum(map(self.info.samples, _SPLITS))

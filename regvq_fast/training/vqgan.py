@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.config import VQGANConfig, check_vqgan_config
-from regvq_fast.data.folder import ImageFolder
-from regvq_fast.data.loading import build_dataset
+from regvq_fast.data.loading import ImageData, build_dataset
 from regvq_fast.data.samples import Batch
-from regvq_fast.data.scenes import ScenesDataset
-from regvq_fast.data.shards import ImageShards
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
 from regvq_fast.evaluation.pictures import (
@@ -32,8 +29,6 @@ from regvq_fast.training.watch import CollapseAlarm
 
 _GRID_IMAGES = 16
 _STANDARDIZE_IMAGES = 16
-
-ImageData = ScenesDataset | ImageFolder | ImageShards
 
 
 class VQGANTask(Task[VQGANConfig]):
@@ -93,9 +88,8 @@ class VQGANTask(Task[VQGANConfig]):
         parameters = sum(p.numel() for p in self.model.parameters())
         height, width = self.model.token_shape
         quantizer = self.model.quantize
-        source = "embedded scenes" if config.data.data is None else str(config.data.data)
         return {
-            "data": f"{source}, {len(self.val_set)} validation images of {config.data.image_size} px",
+            "data": f"{self.train_set.label}, {len(self.val_set)} validation images of {config.data.image_size} px",
             "model": f"{parameters / 1e6:.1f} M parameters, {height} x {width} tokens",
             "quantizer": f"{type(quantizer).__name__}({quantizer.extra_repr()})",
         }

@@ -1,0 +1,113 @@
+"""CelebAMask-HQ (Lee et al. 2020): the faces of CelebA-HQ, with masks of their parts."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.pictures import Part
+
+PARTS = tuple(
+    "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth".split()
+)
+"""In the order of the official g_mask.py: class ids from 1 on, and a later one covers the earlier ones."""
+_VALIDATION, _TEST = 162_771, 182_638
+"""Rows of CelebA where its official partition changes, as the official g_partition.py has them."""
+_FOLDER_IMAGES = 2000
+
+
+class CelebAHQ(Archive):
+    """``CelebA-HQ-img/N.jpg``, ``CelebAMask-HQ-mask-anno/0..14/0000N_PART.png``, ``CelebA-HQ-to-CelebA-mapping.txt``.
+
+    The masks of a face's parts (white on black, 512 px where the images have 1024; those of parts that can't be seen
+    are not there) are merged into one map on first use.
+    """
+
+    name = "celebahq"
+    tops = ("CelebAMask-HQ",)
+    layout = "CelebA-HQ-img/, CelebAMask-HQ-mask-anno/ and CelebA-HQ-to-CelebA-mapping.txt"
+    fields = ("segmentation",)
+    needed = ("segmentation",)
+    mirror_pairs = tuple(
+        (PARTS.index(f"l_{part}") + 1, PARTS.index(f"r_{part}") + 1) for part in ("eye", "brow", "ear")
+    )
+    maps_fit = False
+    title = "CelebA-HQ with CelebAMask-HQ"
+    classes = ("background", *PARTS)
+
+    def __init__(self, top: Path) -> None:
+        super().__init__(top)
+        self.partitions = {"train": 24183, "val": 2993, "test": 2824}
+        self.served = {"train": "train", "val": "test"}
+
+    @classmethod
+    def is_top(cls, folder: Path) -> bool:
+        others = ("CelebAMask-HQ-mask-anno", "CelebA-HQ-to-CelebA-mapping.txt")
+        return (folder / "CelebA-HQ-img").is_dir() and any((folder / name).exists() for name in others)
+
+    @classmethod
+    def source(cls, part: Part) -> str:
+        return "https://github.com/switchablenorms/CelebAMask-HQ (CelebAMask-HQ.zip), and unpack it there"
+
+    def lists(self) -> list[Path]:
+        return [self.top / "CelebA-HQ-to-CelebA-mapping.txt"]
+
+    def listed(self, partition: str) -> list[str]:
+        (mapping,) = self.lists()
+        names = []
+        for words in self._lines(mapping)[1:]:
+            if len(words) < 2 or not (words[0].isdecimal() and words[1].isdecimal()):
+                raise ValueError(f"{mapping} has a line {' '.join(words)!r} instead of two numbers: unpack it anew")
+            row = int(words[1])
+            if partition == ("train" if row < _VALIDATION else "val" if row < _TEST else "test"):
+                names.append(f"{int(words[0])}.jpg")
+        return names
+
+    def path(self, name: str, part: Part) -> str:
+        if part == "image":
+            return str(self.top / "CelebA-HQ-img" / name)
+        return f"{self._masks(name)}_{PARTS[0]}.png"
+
+    def _masks(self, name: str) -> str:
+        """The paths of a face's masks, up to the part's name."""
+        number = int(os.path.splitext(name)[0])
+        return os.path.join(self.top, "CelebAMask-HQ-mask-anno", str(number // _FOLDER_IMAGES), f"{number:05d}")
+
+    def has(self, part: Part, names: Sequence[str]) -> NDArray[np.bool_]:
+        """A face has a map if it has the mask of any part."""
+        if part == "image":
+            return super().has(part, names)
+        masks = [os.path.split(self._masks(name)) for name in names]
+        found = {
+            folder: {entry.split("_")[0] for entry in os.listdir(folder)} if os.path.isdir(folder) else set()
+            for folder in {folder for folder, _ in masks}
+        }
+        return np.array([number in found[folder] for folder, number in masks], dtype=bool)
+
+    def read(self, name: str, part: Part) -> bytes:
+        return super().read(name, part) if part == "image" else self._kept(name, lambda: self._merged(name))
+
+    def _merged(self, name: str) -> NDArray[np.uint8]:
+        """(H, W) class ids: 0 where there is no part."""
+        labels: NDArray[np.uint8] | None = None
+        for label, part in enumerate(PARTS, start=1):
+            path = f"{self._masks(name)}_{part}.png"
+            if not os.path.exists(path):
+                continue
+            try:
+                with Image.open(path) as file:
+                    mask = np.asarray(file.convert("L")) > 0
+            except OSError as error:
+                raise ValueError(f"the mask {path} can't be read: {error}") from None
+            if labels is None:
+                labels = np.zeros(mask.shape, dtype=np.uint8)
+            if mask.shape != labels.shape:
+                raise ValueError(f"the mask {path} has {mask.shape} pixels, the others of this face {labels.shape}")
+            labels[mask] = label
+        if labels is None:
+            raise FileNotFoundError(f"no masks {self._masks(name)}_*.png")
+        return labels

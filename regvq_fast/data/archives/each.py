@@ -1,0 +1,75 @@
+"""Doing something to every picture of an official split, in worker processes."""
+
+import warnings
+from collections.abc import Callable, Collection, Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import Dataset
+
+from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.loading import in_order
+from regvq_fast.data.pictures import Field
+
+Result = TypeVar("Result")
+
+
+class Problem(NamedTuple):
+    """A picture that something is wrong with."""
+
+    path: str
+    reason: str
+
+
+class EachPicture(Dataset[Result | Problem], Generic[Result]):
+    """What ``work`` makes of each picture of a split that is there, or the problem with it; each when it is asked for.
+
+    Args:
+        archive: whose pictures.
+        partition: an official split.
+        fields: which ones ``work`` is to look at.
+        work: gets archive, a picture's name and those of the fields that the picture has; may raise anything.
+
+    Raises:
+        FileNotFoundError: a list is missing. ValueError: one is damaged.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        partition: str,
+        fields: Collection[Field],
+        work: Callable[[Archive, str, Collection[Field]], Result],
+    ) -> None:
+        self.archive, self.work = archive, work
+        names = archive.listed(partition)
+        self.names = np.array(names, dtype=np.str_)[archive.has("image", names)]
+        self.has = {field: archive.has(field, self.names.tolist()) for field in sorted(fields)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Result | Problem:
+        name = str(self.names[index])
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="PIL")  # of oddities in files that it reads, or rejects
+                return self.work(self.archive, name, [field for field, there in self.has.items() if there[index]])
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return Problem(self.archive.path(name, "image"), reason)
+
+    def results(self, workers: int, description: str, console: Console) -> Iterable[Result | Problem]:
+        """All of them in order, behind a progress bar on a terminal."""
+        return track(
+            in_order(self, workers),
+            description,
+            total=len(self),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )

@@ -1,0 +1,76 @@
+"""What a folder of prepared shards says of itself."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regvq_fast.files import atomic_path
+
+MANIFEST = "regvq-data.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``regvq-data.json`` records, beside the shards that ``train/data.py prepare`` made."""
+
+    dataset: str
+    title: str
+    source: str
+    """The archive's folder."""
+    size: int
+    """Pixels of the shorter side."""
+    quality: int
+    """Of the JPEGs."""
+    splits: Mapping[str, Mapping[str, Any]]
+    """By "train" and "val": which official split it is, and how many images, captions, maps, shards."""
+    classes: Sequence[str] = ()
+    """Names of the class ids, from 0 on."""
+    mirror_pairs: Sequence[tuple[int, int]] = ()
+    """Class ids that change places in a mirrored picture."""
+    format: int = FORMAT
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``regvq-data.json``, whole or not at all."""
+    with atomic_path(folder / MANIFEST) as temporary:
+        text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(source: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a folder of shards, or of the folder that a shard or a pattern of shards lies in; None without.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        version = values["format"]
+        if version == FORMAT:
+            pairs = tuple((int(left), int(right)) for left, right in values["mirror_pairs"])
+            return Manifest(**(values | {"mirror_pairs": pairs}))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): prepare the shards anew") from None
+    raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: prepare the shards anew")
+
+
+def mirrored_ids(pairs: Sequence[tuple[int, int]]) -> NDArray[np.uint8] | None:
+    """(256,) class id in the mirrored picture for each class id, None where none changes."""
+    if not pairs:
+        return None
+    ids = np.arange(256, dtype=np.uint8)
+    for left, right in pairs:
+        ids[left], ids[right] = right, left
+    return ids

@@ -1,0 +1,162 @@
+"""Looking through an official archive: what is there, what is missing, and what can't be read."""
+
+import os
+from collections.abc import Collection, Iterator
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.archives.each import EachPicture, Problem
+from regvq_fast.data.pictures import Field, Part, caption_lines, check_same_size
+from regvq_fast.data.transforms import center_box, crop_labels, upright_size
+
+SHOWN_PROBLEMS = 10
+"""So many damaged pictures are named; the others are counted."""
+
+
+class Need(NamedTuple):
+    """Something that an archive should have, and how much of it there is."""
+
+    what: str
+    found: int
+    expected: int
+    required: bool
+    """Whether its absence is an error."""
+    source: str
+    """Where to get it."""
+    example: str = ""
+    """A file that is missing, or a picture that has nothing."""
+
+    @property
+    def state(self) -> str:
+        if self.found >= self.expected:
+            return "ok"
+        return "missing" if self.required else "optional"
+
+
+class Finding(NamedTuple):
+    """What came out of opening a picture in which nothing is wrong."""
+
+    captions: int
+    repeated: int
+    """Lines of the captions that stood there before, or are empty."""
+
+
+def verify(
+    archive: Archive, fields: Collection[Field], *, decode: bool = False, workers: int = 0, console: Console
+) -> None:
+    """Print what of an archive is there, against the official counts, and where to get the rest.
+
+    Args:
+        archive: as ``find_archive`` found it.
+        fields: what images have to come with; what else the archive may have is shown as optional.
+        decode: open every image, map and caption, too.
+        workers: processes that do.
+        console: to print to.
+
+    Raises:
+        ValueError: something is missing, or can't be read (after everything has been looked at); a damaged list.
+    """
+    found = list(needs(archive, fields))
+    table = Table(title=Text(archive.label), title_justify="left")
+    table.add_column("what", overflow="fold")
+    table.add_column("found", justify="right")
+    table.add_column("expected", justify="right")
+    table.add_column("")
+    for need in found:
+        style = {"missing": "bold red", "optional": "dim"}.get(need.state, "")
+        table.add_row(Text(need.what), f"{need.found:,}", f"{need.expected:,}", Text(need.state, style))
+    console.print(table)
+    told = f"training takes {archive.served['train']}, validation {archive.served['val']}"
+    maps = f"; maps have {len(archive.classes)} class ids" if archive.classes else ""
+    console.print(Text(told + maps), soft_wrap=True)
+    missing = [need for need in found if need.state == "missing"]
+    for source in dict.fromkeys(need.source for need in missing):
+        same = [need for need in missing if need.source == source]
+        example = next((f" ({need.example})" for need in same if need.example), "")
+        what = ", ".join(need.what for need in same)
+        console.print(Text(f"incomplete: {what}{example}; get it from {source}"), soft_wrap=True)
+    damaged = _open_all(archive, fields, workers, console) if decode else 0
+    if missing or damaged:
+        states = ["incomplete"] * bool(missing) + [f"damaged in {damaged} pictures"] * bool(damaged)
+        raise ValueError(f"{archive.label} is {' and '.join(states)}: see above")
+
+
+def needs(archive: Archive, fields: Collection[Field]) -> Iterator[Need]:
+    """Everything that an archive should have, against the official counts; ``fields`` are required, others optional.
+
+    Raises:
+        ValueError: a list is damaged.
+    """
+    for path in archive.lists():
+        there = path.is_file()
+        yield Need(path.name, int(there), 1, True, archive.source("image"), "" if there else f"{path} is missing")
+    for partition, expected in archive.partitions.items():
+        names = archive.listed(partition) if all(path.is_file() for path in archive.lists()) else []
+        parts: tuple[Part, ...] = ("image", *archive.fields)
+        for part in parts:
+            has = archive.has(part, names)
+            what = f"{partition} images" if part == "image" else f"{partition} images with {part}"
+            count = int(np.count_nonzero(has))
+            example = _example(archive, part, names[int(np.argmin(has))]) if count < len(names) else ""
+            yield Need(what, count, expected, part == "image" or part in fields, archive.source(part), example)
+            if part == "image":
+                names = [name for name, there in zip(names, has, strict=True) if there]
+
+
+def _example(archive: Archive, part: Part, name: str) -> str:
+    path = archive.path(name, part)
+    # Captions of many pictures may lie in one file.
+    return f"{archive.path(name, 'image')} has none" if os.path.exists(path) else f"{path} is missing"
+
+
+def _open_all(archive: Archive, fields: Collection[Field], workers: int, console: Console) -> int:
+    """Open every picture; prints what is wrong with the first ones, and returns how many there are."""
+    pictures = problems = captions = repeated = 0
+    if not all(path.is_file() for path in archive.lists()):
+        return 0
+    for partition in archive.partitions:
+        for result in EachPicture(archive, partition, fields, examine).results(
+            workers, f"opening {partition}", console
+        ):
+            pictures += 1
+            if isinstance(result, Problem):
+                problems += 1
+                if problems <= SHOWN_PROBLEMS:
+                    console.print(Text(f"{result.path}: {result.reason}"), soft_wrap=True)
+            else:
+                captions += result.captions
+                repeated += result.repeated
+    if problems > SHOWN_PROBLEMS:
+        console.print(f"and {problems - SHOWN_PROBLEMS} more")
+    told = f" and {captions:,} captions ({repeated:,} repeated or empty lines don't count)" if captions else ""
+    console.print(Text(f"opened {pictures:,} pictures{told}"), soft_wrap=True)
+    return problems
+
+
+def examine(archive: Archive, name: str, fields: Collection[Field]) -> Finding:
+    """Decode a picture and what belongs to it; raises whatever is wrong with it."""
+    with Image.open(BytesIO(archive.read(name, "image"))) as file:
+        size = upright_size(file)
+        file.load()
+    if "segmentation" in fields:
+        with Image.open(BytesIO(archive.read(name, "segmentation"))) as file:
+            if archive.maps_fit:
+                check_same_size(file, size)
+            crop_labels(file, center_box(*size), size, 1, 1)  # which looks at all of its ids, and at its shape
+            largest = int(np.asarray(file).max())
+        if largest >= len(archive.classes):
+            raise ValueError(f"its map has the class id {largest}, of {len(archive.classes)} classes")
+    if "caption" not in fields:
+        return Finding(0, 0)
+    data = archive.read(name, "caption")
+    captions = caption_lines(data)
+    if not captions:
+        raise ValueError(f"{archive.path(name, 'caption')} is empty")
+    return Finding(len(captions), len(data.decode().splitlines()) - len(captions))

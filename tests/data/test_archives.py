@@ -1,0 +1,274 @@
+"""The official layouts must be known as such, and serve what their own lists, captions and masks say."""
+
+import logging
+import pickle
+import shutil
+
+import archive_trees as trees
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regvq_fast.data import ArchiveDataset, ImageFolder, build_dataset, find_archive, training_batches
+from regvq_fast.data.archives.base import MAP_FOLDER
+
+
+def level(sample) -> int:
+    return int(sample["image"].float().mean())
+
+
+def levels(dataset) -> list[int]:
+    """Of each picture once, in steps of 20: JPEG moves them a little."""
+    return [20 * round(level(dataset[k]) / 20) for k in range(len(dataset))]
+
+
+def build(root, split="val", size=8, **options):
+    return build_dataset(root, split=split, image_size=size, **options)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Nothing of a test goes into the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tree", "options", "name", "counts"),
+    [
+        (trees.cub200, {}, "cub200", (4, 4)),
+        (trees.celebahq, {}, "celebahq", (3, 1)),
+        (trees.ade20k, {}, "ade20k", (4, 2)),
+        (trees.ade20k_full, {"year": 2016}, "ade20k", (2, 2)),
+        (trees.ade20k_full, {"year": 2021}, "ade20k", (2, 2)),
+        (trees.coco, {}, "coco", (4, 2)),
+        (trees.coco, {"year": 2014, "images": "images"}, "coco", (4, 2)),
+    ],
+)
+def test_a_layout_is_known_from_its_top_folder_and_from_the_one_around_it(tmp_path, tree, options, name, counts):
+    top = tree(tmp_path, **options)
+    for root in {top, tmp_path}:
+        assert find_archive(root).name == name
+        datasets = [build(root, split) for split in ("train", "val")]
+        assert all(isinstance(dataset, ArchiveDataset) for dataset in datasets)
+        assert tuple(map(len, datasets)) == counts
+        assert str(top) in datasets[0].label
+    drawn = [levels(dataset) for dataset in datasets]
+    assert tuple(len(set(split)) for split in drawn) == counts  # all can be read, and none comes twice
+
+
+def test_plain_folders_are_none(tmp_path):
+    for k in range(2):
+        trees.picture(tmp_path / "images" / "training" / f"{k}.jpg", 20 * k)
+    dataset = build(tmp_path)
+    assert isinstance(dataset, ImageFolder)
+    assert dataset.label == str(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- captions
+
+
+def test_cub_has_its_official_split_and_ten_captions(tmp_path):
+    trees.cub200(tmp_path)
+    train = build(tmp_path, "train", fields=["caption"])
+    val = build(tmp_path, "val", fields=["caption"])
+    assert sorted(levels(train)) == [20, 60, 100, 140]
+    assert sorted(levels(val)) == [0, 40, 80, 120]
+    for k in range(4):
+        bird = round(level(val[k]) / 20)
+        assert val[k]["caption"] == f"bird {bird} caption 0"
+    drawn = [train[k] for k in range(80)]
+    assert all(sample["caption"].split()[1].rstrip("\ufffd") == str(round(level(sample) / 20)) for sample in drawn)
+    assert {sample["caption"].split(" ", 2)[2] for sample in drawn} == {f"caption {j}" for j in range(5)} | {
+        "s caption 1"
+    }
+    again = build(tmp_path, "train", fields=["caption"])
+    assert [again[k]["caption"] for k in range(80)] == [sample["caption"] for sample in drawn]
+    other = build(tmp_path, "train", fields=["caption"], seed=1)
+    assert [other[k]["caption"] for k in range(80)] != [sample["caption"] for sample in drawn]
+
+
+def test_one_caption_a_line_is_the_rule_of_plain_folders_too(tmp_path):
+    for k in range(2):
+        trees.picture(tmp_path / f"{k}.jpg", 20 * k)
+        (tmp_path / f"{k}.txt").write_text("\n one\ntwo \none\n\n\nthree\n")
+    assert build(tmp_path, "val", fields=["caption"])[0]["caption"] == "one"
+    train = build(tmp_path, "train", fields=["caption"])
+    drawn = [train[k]["caption"] for k in range(300)]
+    assert {caption: drawn.count(caption) > 75 for caption in drawn} == dict.fromkeys(["one", "two", "three"], True)
+
+
+def test_coco_has_its_captions_by_file_name(tmp_path, caplog):
+    for year in (2014, 2017):
+        top = trees.coco(tmp_path / str(year), year)
+        with caplog.at_level(logging.WARNING, logger="regvq_fast"):
+            train, val = (build(top, split, fields=["caption"]) for split in ("train", "val"))
+        assert caplog.messages == [f"left out 1 of 4 images in {top}: no caption"]
+        caplog.clear()
+        assert [val[k]["caption"] for k in range(2)] == ["Photo 0.", "Photo 1."]
+        seen = {(round(level(train[k]) / 40), train[k]["caption"]) for k in range(90)}
+        assert seen == {(k, f"{photo} {k}{stop}") for k in range(3) for photo, stop in (("Photo", "."), ("photo", ""))}
+
+
+def test_coco_2017_comes_before_2014_and_captions_reach_spawned_workers(tmp_path):
+    trees.coco(tmp_path, 2014)
+    trees.coco(tmp_path, 2017)
+    archive = find_archive(tmp_path)
+    assert archive.title == "MS-COCO 2017"
+    names = archive.listed("val2017")
+    assert archive.has("caption", names).all()
+    assert pickle.loads(pickle.dumps(archive)).read(names[1], "caption") == b"Photo 1.\nphoto 1\nPhoto 1."
+
+
+# --------------------------------------------------------------------------------------------------------------- maps
+
+
+def test_celeba_parts_are_merged_in_order_once(tmp_path):
+    top = trees.celebahq(tmp_path)
+    (face,) = build(tmp_path, "val", 16, fields=["segmentation"])  # row 182638 of CelebA
+    expected = torch.ones(16, 16, dtype=torch.uint8)
+    expected[8:12, :8], expected[8:12, 8:], expected[:4] = 4, 5, 13
+    assert torch.equal(face["segmentation"], expected)
+    assert 70 < level(face) < 90
+    shutil.rmtree(top / "CelebAMask-HQ-mask-anno" / "0")  # it need not be looked at again
+    assert Image.open(top / MAP_FOLDER / "4.png").size == (16, 16)
+    assert np.array_equal(np.asarray(Image.open(top / MAP_FOLDER / "4.png")), expected.numpy())
+    assert find_archive(top).read("4.jpg", "segmentation") == (top / MAP_FOLDER / "4.png").read_bytes()
+
+
+def test_a_mirrored_face_has_its_left_eye_on_its_left(tmp_path):
+    trees.celebahq(tmp_path)
+    dataset = build(tmp_path, "train", 16, crop="center", fields=["segmentation"])
+    eyes = [dataset[k]["segmentation"][9].tolist() for k in range(60)]
+    whole, lacking = [4] * 8 + [5] * 8, [4] * 8 + [1] * 8  # the mirror image of one eye is the other
+    assert {tuple(eye) for eye in eyes} == {tuple(whole), tuple(lacking), tuple([1] * 8 + [5] * 8)}
+
+
+def test_maps_that_cannot_be_kept_beside_the_archive_go_elsewhere(tmp_path, cache, monkeypatch, caplog):
+    top = trees.celebahq(tmp_path)
+    (top / MAP_FOLDER).write_text("no folder can be made here")
+    first = find_archive(top).read("4.jpg", "segmentation")
+    (kept,) = cache.glob("regvq_fast/maps/*/4.png")
+    assert kept.read_bytes() == first
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert [find_archive(top).read("4.jpg", "segmentation") for _ in range(2)] == [first, first]
+    assert len(caplog.messages) == 1
+    assert "can't be kept, and are made anew each time" in caplog.messages[0]
+
+
+def test_ade20k_maps_are_the_files_or_the_benchmarks_classes_of_their_colours(tmp_path, caplog):
+    trees.ade20k(tmp_path / "benchmark")
+    val = build(tmp_path / "benchmark", fields=["segmentation"])
+    assert [set(val[k]["segmentation"].flatten().tolist()) for k in range(2)] == [{150}, {149}]
+    assert len(build(tmp_path / "benchmark", "train", fields=["segmentation"])) == 3
+    assert len(caplog.messages) == 1
+    for year in (2016, 2021):
+        trees.ade20k_full(tmp_path / str(year), year)
+        full = build(tmp_path / str(year), size=20, fields=["segmentation"])
+        assert full[0]["segmentation"][7].tolist() == [1] * 4 + [15] * 6 + [137] * 6 + [0] * 4  # 20 of 24 columns
+
+
+@pytest.mark.parametrize(
+    ("stuff", "year"),
+    [("stuffthingmaps/{}", 2017), ("annotations/{}", 2017), ("stuff_{}_pixelmaps", 2017), ("stuffthingmaps/{}", 2014)],
+)
+def test_coco_maps_have_cocos_ids(tmp_path, stuff, year):
+    trees.coco(tmp_path, year, stuff=stuff)
+    for split, count in (("train", 4), ("val", 2)):
+        dataset = build(tmp_path, split, 20, crop="center", flip=False, fields=["segmentation"])
+        assert len(dataset) == count
+        assert dataset[0]["segmentation"][3].tolist() == [1] * 6 + [182] * 8 + [0] * 6
+    assert find_archive(tmp_path).classes[182] == "wood"
+
+
+def test_a_map_of_another_size_is_an_error_but_of_faces(tmp_path, caplog):
+    top = trees.ade20k(tmp_path)
+    trees.labels(top / "annotations" / "validation" / "ADE_val_00000001.png", np.full((10, 12), 3))
+    dataset = build(top, fields=["segmentation"])
+    assert [level(dataset[k]) for k in range(2)] == [level(dataset[1])] * 2
+    (message,) = caplog.messages
+    assert message.endswith("ADE_val_00000001.jpg (its map has 12 x 10 pixels, the image 24 x 20)")
+
+
+# --------------------------------------------------------------------------------------------------- what can be wrong
+
+
+def test_missing_files_are_counted_and_named(tmp_path, caplog):
+    top = trees.cub200(tmp_path)
+    first, second = sorted((top / "images" / trees.BIRDS[1]).iterdir())[:2]
+    first.unlink()
+    second.write_bytes(b"no image")
+    for text in (tmp_path / "text" / trees.BIRDS[0]).iterdir():
+        text.unlink()
+    dataset = build(top, "train")
+    assert levels(dataset) in [[a, b, c] for a in (100, 140) for b in (100, 140) for c in (100, 140)]
+    assert caplog.messages[0].startswith(f"1 of the 4 train images of CUB-200-2011 in {top} are missing (002.Caf")
+    assert caplog.messages[1].startswith(f"skipped unreadable image {second}")
+    with pytest.raises(
+        FileNotFoundError, match=r"no image of .*\(test\) has its caption: get it from https://github.com"
+    ):
+        build(top, "val", fields=["caption"])
+    for image in (top / "images" / trees.BIRDS[0]).iterdir():
+        image.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"the 'test' split of CUB.* has no images: get it from https://data.cal"
+    ):
+        build(top, "val")
+    (top / "train_test_split.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_test_split.txt is missing: get it from https://data.caltech"):
+        build(top, "val")
+
+
+def test_an_empty_split_and_damaged_lists(tmp_path):
+    top = trees.cub200(tmp_path)
+    split = top / "train_test_split.txt"
+    split.write_text("".join(f"{k + 1} 0\n" for k in range(8)))
+    with pytest.raises(FileNotFoundError, match=r"the 'train' split of CUB-200-2011 in .* has no images"):
+        build(top, "train")
+    split.write_text("1 0\n")
+    with pytest.raises(ValueError, match=r"train_test_split.txt does not say where image 2 of images.txt belongs"):
+        build(top, "train")
+    top = trees.celebahq(tmp_path)
+    mapping = top / "CelebA-HQ-to-CelebA-mapping.txt"
+    mapping.write_text("idx orig_idx orig_file\n<html>\n")
+    with pytest.raises(ValueError, match=r"mapping.txt has a line '<html>' instead of two numbers: unpack it anew"):
+        build(top, "train")
+    mapping.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"mapping.txt is missing: get it from https://github.com/switchablenorms"
+    ):
+        build(top, "train")
+    top = trees.coco(tmp_path / "coco")
+    (top / "annotations" / "captions_val2017.json").write_text('{"images": []')
+    with pytest.raises(ValueError, match=r"captions_val2017.json is damaged, or holds no captions .*: unpack it anew"):
+        build(top, "val", fields=["caption"])
+
+
+def test_damaged_masks_and_fields_that_an_archive_has_not(tmp_path, caplog):
+    top = trees.celebahq(tmp_path)
+    masks = top / "CelebAMask-HQ-mask-anno" / "0"
+    (masks / "00000_hair.png").write_bytes(b"no image")
+    Image.new("L", (8, 8), 255).save(masks / "00001_hair.png")
+    for mask in masks.glob("00005_*"):
+        mask.unlink()
+    dataset = build(top, "train", fields=["segmentation"])
+    assert len(dataset) == 2  # face 5 has no mask
+    with pytest.raises(ValueError, match="none of the 2 images of the 'train' split"):
+        dataset[0]
+    assert any("00000_hair.png can't be read" in message for message in caplog.messages)
+    assert any("00001_hair.png has (8, 8) pixels, the others of this face (16, 16)" in m for m in caplog.messages)
+    with pytest.raises(ValueError, match="CelebA-HQ with CelebAMask-HQ has no caption; it has image, segmentation"):
+        build(top, "train", fields=["caption"])
+
+
+def test_workers_and_limits_are_as_of_folders(tmp_path):
+    top = trees.cub200(tmp_path)
+    dataset = build(top, "train", fields=["caption"])
+    alone, workers = (next(training_batches(dataset, 12, workers=count)) for count in (0, 1))
+    assert torch.equal(alone["image"], workers["image"])
+    assert alone["caption"] == workers["caption"]
+    whole = levels(build(top, "val"))
+    assert levels(build(top, "val", length=2)) == whole[::2]
