@@ -8,21 +8,9 @@ The cache holds the first --views epochs of the training stream and the validati
 cache whose run was stopped.
 """
 
-import sys
-
-from regvq_fast.training.caching import cache_tokens, parse_cache_config
-
-
-def main() -> None:
-    config = parse_cache_config(sys.argv[1:], description=str(__doc__))
-    try:
-        cache_tokens(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the shards that are done", file=sys.stderr)
-        sys.exit(130)
-
+from regvq_fast.config import run_script
+from regvq_fast.training.caching import CacheConfig, cache_tokens
 
 if __name__ == "__main__":
-    main()
+    stopped = "stopped; the same command goes on from the shards that are done"
+    run_script(CacheConfig, cache_tokens, str(__doc__), stopped=stopped)

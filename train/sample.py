@@ -8,21 +8,8 @@
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
 """
 
-import sys
-
-from regvq_fast.sampling.generate import generate, parse_sample_config
-
-
-def main() -> None:
-    config = parse_sample_config(sys.argv[1:], description=str(__doc__))
-    try:
-        generate(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(f"stopped; what was drawn is in {config.out}", file=sys.stderr)
-        sys.exit(130)
-
+from regvq_fast.config import run_script
+from regvq_fast.sampling.generate import SampleConfig, generate
 
 if __name__ == "__main__":
-    main()
+    run_script(SampleConfig, generate, str(__doc__), stopped="stopped; what was drawn is in {out}")

@@ -19,6 +19,7 @@ from regvq_fast.config.prior import (
     check_ar_config,
     check_diffusion_config,
 )
+from regvq_fast.config.script import run_script
 from regvq_fast.config.vqgan import VQGAN_PRESETS, LossConfig, QuantizerConfig, VQGANConfig, check_vqgan_config
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "override",
     "parse_config",
     "read_config",
+    "run_script",
 ]

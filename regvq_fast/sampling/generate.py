@@ -92,13 +92,6 @@ class SampleConfig:
     """diffusion: save the states of the first image as a strip, too."""
 
 
-def parse_sample_config(args: list[str], description: str) -> SampleConfig:
-    """The configuration of a command line."""
-    import tyro
-
-    return tyro.cli(SampleConfig, args=args, description=description)
-
-
 def generate(config: SampleConfig) -> None:
     """Draw images, save each of them and a grid with their conditions, and say where they are.
 

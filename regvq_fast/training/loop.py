@@ -14,6 +14,7 @@ from regvq_fast.training.memory import find_batch_size, is_out_of_memory, out_of
 from regvq_fast.training.recorder import Recorder, new_run_folder, reason
 from regvq_fast.training.signals import Interrupted, StopSignals
 from regvq_fast.training.task import Metrics, Task
+from regvq_fast.training.throughput import Utilization
 from regvq_fast.training.trace import StepTrace
 
 
@@ -124,6 +125,7 @@ class _Loop:
         self.task, self.recorder, self.checkpoints = task, recorder, checkpoints
         self.config = task.config.run
         self.done = task.start
+        self._utilization = Utilization(task)
         launcher = f"torchrun --nproc-per-node {local_ranks()}" if is_torchrun() else "python"
         self.command = f"{launcher} {task.script} --resume --out {recorder.folder}"
         self._not_saved: int | None = None  # the last step of which a checkpoint could not be written
@@ -160,7 +162,7 @@ class _Loop:
                 values["images_per_second"] = images / seconds
                 waited = task.waited()
                 if not compiled:
-                    values |= {"data_wait": waited / seconds, **task.utilized(images / seconds)}
+                    values |= {"data_wait": waited / seconds, **self._utilization.read(step, images / seconds)}
                 recorder.record(done, values)
                 for warning in task.review():
                     recorder.warn(warning)
@@ -182,7 +184,7 @@ class _Loop:
             self._position = recorder.metrics_bytes
             owes_checkpoint |= run.checkpoint_every > 0 and done % run.checkpoint_every == 0
             # Not while steps are skipped: the checkpoints kept must not all be of a run that is being lost.
-            if owes_checkpoint and not task.watch.last_step_was_skipped():
+            if owes_checkpoint and not task.update.watch.last_step_was_skipped():
                 self.save()
                 owes_checkpoint = False
                 clock.restart()

@@ -151,7 +151,7 @@ class PriorTask(Task[PriorConfig]):
     def describe(self) -> dict[str, str]:
         tokens = self.tokens_config(self.config)
         height, width = self.tokenizer.token_shape
-        source = f"token cache {tokens.cache}" if tokens.cache else f"{tokens.data or 'embedded scenes'}, on the fly"
+        source = f"token cache {tokens.cache}" if tokens.cache else f"{self.train_set.label}, on the fly"
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
             "tokens": f"{source}: {len(self.train_set)} training samples, {len(self.val_set)} for validation",

@@ -23,10 +23,11 @@ from regvq_fast.precision import choose_device, choose_precision, configure_back
 from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, rank, rank_0_first, sum_over_ranks, together
 from regvq_fast.training.checkpoint import Checkpoint, random_state, set_random_state
 from regvq_fast.training.memory import peak_memory
-from regvq_fast.training.optimization import average_weights, build_optimizer, learning_rate
+from regvq_fast.training.optimization import learning_rate
 from regvq_fast.training.recorder import Recorder
-from regvq_fast.training.throughput import DeviceMonitor, count_flops, peak_flops
-from regvq_fast.training.watch import OVERFLOWING, Reading, Rollback, Watch
+from regvq_fast.training.throughput import DeviceMonitor
+from regvq_fast.training.update import Update
+from regvq_fast.training.watch import OVERFLOWING, Reading
 
 
 class Metrics(Protocol):
@@ -89,20 +90,14 @@ class Task(ABC, Generic[Config]):
         torch.manual_seed(run.seed)
         self.trained = self.build()
         torch.manual_seed(run.seed + rank())  # dropout of each rank's own
-        self.optimizers = [build_optimizer(module, optimizer) for module in self.trained.values()]
-        self.scaler = self.precision.scaler()
-        self.watch = Watch(self.device)
-        self.average = average_weights(self.model, optimizer.ema, self.watch.skip)
-        for adamw in self.optimizers:
-            adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # its fused kernel does nothing where it is 1
-        self._rollback = Rollback(*self.trained.values(), *self.companions.values())
+        companions = self.companions.values()
+        self.update = Update(self.trained, companions, self.model, optimizer, self.precision, self.device)
         self._reading = Reading({}, 0, [], 0)
         self._monitor = DeviceMonitor(self.device)
 
         # One seed a step, counted on the device: all that is random in a step is a function of it.
         self.seed = torch.tensor((run.seed & 0x7FFFFFFF) << 32, device=self.device)
         self._batches: TimedBatches | None = None
-        self._flops: dict[tuple[str, ...], float] = {}  # of a step, by what is trained in it
         self.start = 0
         """Steps done before this process."""
         self._step = 0
@@ -222,9 +217,9 @@ class Task(ABC, Generic[Config]):
         self.before_step(step)
         self.lr = learning_rate(self.config.optimizer, step, self.steps)
         self.seed += 1
-        self._rollback.save()
 
-        loss_scale = self.scaler.scale(torch.ones((), device=self.device)) / parts
+        self.update.begin()
+        loss_scale = self.update.loss_scale(parts)
         pieces = zip(*(tensor.chunk(parts) for tensor in self.inputs(batch)), strict=True)
         for k, piece in enumerate(pieces):
             first_sample = torch.full((), rank() * self.rank_batch + k * len(piece[0]), device=self.device)
@@ -235,35 +230,14 @@ class Task(ABC, Generic[Config]):
             except FloatingPointError as error:
                 if num_ranks() > 1:  # the others are waiting for gradients that will not come
                     raise
-                self.watch.break_off(error)
+                self.update.watch.break_off(error)
                 break
-            self.watch.add(metrics)
-        self._update(step)
-
-    def _update(self, step: int) -> None:
-        """Let the optimizers take the gradients, if all numbers of the step are finite."""
-        optimizers = dict(zip(self.trained, self.optimizers, strict=True))
-        active = {name: (self.trained[name], optimizers[name]) for name in self.trained_at(step)}
-        norms = {}
-        for name, (module, optimizer) in active.items():
-            self.scaler.unscale_(optimizer)
-            norms[name] = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        self.watch.judge(norms)
-        for name, (module, optimizer) in active.items():
-            if self.config.optimizer.clip_grad > 0:
-                nn.utils.clip_grads_with_norm_(module.parameters(), self.config.optimizer.clip_grad, norms[name])
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
-        self._rollback.restore(self.watch.skip)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.update.watch.add(metrics)
+        self.update.take(self.trained_at(step), self.lr)
 
     def record(self) -> dict[str, float | str]:
         """Means of the numbers since the last call; training waits for the device here."""
-        self._reading = reading = self.watch.read()
+        self._reading = reading = self.update.watch.read()
         values: dict[str, float | str] = {
             **reading.means,
             **self.measure(),
@@ -272,8 +246,8 @@ class Task(ABC, Generic[Config]):
         }
         if reading.causes:
             values["not_finite"] = ", ".join(reading.causes)
-        if self.scaler.is_enabled():
-            values["loss_scale"] = self.scaler.get_scale()
+        if (scaler := self.update.scaler).is_enabled():
+            values["loss_scale"] = scaler.get_scale()
         return values | self._monitor.read()
 
     def review(self) -> list[str]:
@@ -289,7 +263,7 @@ class Task(ABC, Generic[Config]):
             )
         warnings = self.warnings()
         # Loss scaling skips steps whose scaled gradients overflow, as part of its search for a scale.
-        if skipped and not (self.scaler.is_enabled() and OVERFLOWING.issuperset(causes)):
+        if skipped and not (self.update.scaler.is_enabled() and OVERFLOWING.issuperset(causes)):
             steps = "a step was" if skipped == 1 else f"{skipped} steps were"
             warnings.append(f"{steps} skipped since the last record, not finite: {', '.join(causes)}")
         return warnings
@@ -298,36 +272,6 @@ class Task(ABC, Generic[Config]):
         """Seconds that this process waited for data since the last call."""
         return self._batches.waited() if self._batches else 0.0
 
-    def utilized(self, images_per_second: float) -> dict[str, float]:
-        """Model FLOPs utilization (MFU) at this speed: counted operations over the peak of all GPUs; none if unknown.
-
-        Operations are counted in an extra pass for each kind of step, whose gradients are thrown away.
-        """
-        peak = peak_flops(self.device, self.precision.dtype)
-        if peak is None:
-            return {}
-        active = self.trained_at(self._step)
-        if active not in self._flops:
-            self._flops[active] = self.flops_per_sample()
-        return {"mfu": images_per_second * self._flops[active] / (peak * num_ranks())}
-
-    def flops_per_sample(self) -> float:
-        """Counted operations of a step like the last one, for each sample; changes nothing that is trained."""
-        inputs = self.inputs(self.read(self.train_set, range(2)))  # two: batch statistics need company
-        first = torch.zeros((), dtype=torch.int64, device=self.device)
-        one = torch.ones((), device=self.device)
-        self._rollback.save()
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            flops = count_flops(
-                lambda: self.forward_backward(
-                    *inputs, first_sample=first, loss_scale=one, synchronize=False, plain=True
-                )
-            )
-        self._rollback.restore(one)
-        for module in self.trained.values():
-            module.zero_grad(set_to_none=True)
-        return flops / len(inputs[0])
-
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def state(self) -> dict[str, Any]:
@@ -335,19 +279,14 @@ class Task(ABC, Generic[Config]):
 
         All ranks must call it; they get the same.
         """
-        average = self.average
         return {
             "identity": self.identity(),
             "fingerprint": self.fingerprint,
-            "model": None if average is None else self.model.state_dict(),
-            "updates_of_average": 0 if average is None else int(average.n_averaged),
             "others": [module.state_dict() for module in self.trained.values() if module is not self.model],
             "companions": {name: module.state_dict() for name, module in self.companions.items()},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
             "seed": self.seed,
-            "watch": self.watch.state_dict(),
             "random": random_state(self.device),
+            **self.update.state_dict(),
             **self.more_state(),
         }
 
@@ -372,23 +311,13 @@ class Task(ABC, Generic[Config]):
                 "folder, or another version of Pillow?"
             )
         self.start = checkpoint.step
-        if self.average is None:
-            self.model.load_state_dict(weights)
-        else:
-            self.model.load_state_dict(state["model"])
-            self.eval_model.load_state_dict(weights)
-            self.average.n_averaged.fill_(state["updates_of_average"])
+        self.update.load_state_dict(state, weights)
         others = [module for module in self.trained.values() if module is not self.model]
         for module, saved in zip(others, state["others"], strict=True):
             module.load_state_dict(saved)
         for name, module in self.companions.items():
             module.load_state_dict(state["companions"][name])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if self.scaler.is_enabled() and state["scaler"]:  # empty where it was not enabled: it starts afresh then
-            self.scaler.load_state_dict(state["scaler"])
         self.seed.copy_(state["seed"])
-        self.watch.load_state_dict(state["watch"])
         set_random_state(state["random"], self.device)
         self.load_more(state)
         weights.clear()
@@ -399,7 +328,8 @@ class Task(ABC, Generic[Config]):
     @property
     def eval_model(self) -> Any:
         """The model that is judged and saved: the averaged weights where there are any."""
-        return (self.model if self.average is None else self.average.module).eval()
+        average = self.update.average
+        return (self.model if average is None else average.module).eval()
 
     def validation_share(self) -> range:
         """The validation samples that are this rank's."""

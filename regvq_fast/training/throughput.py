@@ -1,13 +1,17 @@
 """How well the device is used: operations of a step, the device's peak, power and memory."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from regvq_fast.nvml import State, gpu_state
+from regvq_fast.ranks import num_ranks
+
+if TYPE_CHECKING:
+    from regvq_fast.training.task import Task
 
 # Dense matrix products, TFLOP/s, by a part of the GPU's name and the type: NVIDIA's data sheets, SXM where there is a
 # choice. The first match counts.
@@ -46,6 +50,44 @@ class DeviceMonitor:
         if self._device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         return values
+
+
+class Utilization:
+    """Model FLOPs utilization (MFU) of a task: counted operations over the peak of all GPUs.
+
+    Operations are counted in an extra pass for each kind of step, whose gradients are thrown away; it changes nothing
+    that is trained.
+    """
+
+    def __init__(self, task: "Task[Any]") -> None:
+        self._task = task
+        self._flops: dict[tuple[str, ...], float] = {}  # for each sample of a step, by what is trained in it
+
+    def read(self, step: int, images_per_second: float) -> dict[str, float]:
+        """The ratio at this speed of the step that was taken last; nothing where the device's peak isn't known."""
+        task = self._task
+        peak = peak_flops(task.device, task.precision.dtype)
+        if peak is None:
+            return {}
+        active = task.trained_at(step)
+        if active not in self._flops:
+            self._flops[active] = self._flops_per_sample()
+        return {"mfu": images_per_second * self._flops[active] / (peak * num_ranks())}
+
+    def _flops_per_sample(self) -> float:
+        task, device = self._task, self._task.device
+        inputs = task.inputs(task.read(task.train_set, range(2)))  # two: batch statistics need company
+        first = torch.zeros((), dtype=torch.int64, device=device)
+        one = torch.ones((), device=device)
+        task.update.begin()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            flops = count_flops(
+                lambda: task.forward_backward(
+                    *inputs, first_sample=first, loss_scale=one, synchronize=False, plain=True
+                )
+            )
+        task.update.undo()
+        return flops / len(inputs[0])
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:

@@ -31,9 +31,13 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
 def in_a_new_process(*command: str, **environment: str) -> str:
-    """Run Python, out of the interpreter unless ``environment`` says otherwise; what it prints."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
+    """Run Python, out of the interpreter unless ``environment`` says otherwise; what it prints.
+
+    How the tests are run at large, say on several processes, is not for this one.
+    """
+    ours = {"TRITON_INTERPRET", "PYTEST_ADDOPTS"}
+    env = {name: value for name, value in os.environ.items() if name not in ours} | environment
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

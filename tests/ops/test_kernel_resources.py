@@ -101,15 +101,19 @@ def test_codes_are_split_only_where_rows_leave_processors_idle():
 
 # --------------------------------------------------------------------------------------------------------- resources
 
+# Types whose kernels are compiled: both of two bytes share their tiles, so each GPU gets one of them.
+COMPILED = {70: ("float16", "float32"), 80: ("float16", "float32")} | dict.fromkeys((90, 100), ("bfloat16", "float32"))
 # bench/kernel_resources.py with fewer calls: of each kernel, type and tile the one with the most flags.
-RESOURCES = """
+RESOURCES = f"""
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import kernel_resources
 
 def thinned(architecture, widths, record_calls=kernel_resources.record_calls):
-    chosen = {}
+    chosen = {{}}
     for call in record_calls(architecture, widths):
+        if call["type"] not in {COMPILED}[architecture]:
+            continue
         names = ("ASSIGN", "LINEAR", "BM", "BN", "BK")
         key = (call["kernel"], call["type"], str(call["options"]), *(call["constants"].get(name) for name in names))
         flags = sum(value is True for value in call["constants"].values())
@@ -137,7 +141,7 @@ NAMES = {
 def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores(tmp_path):
     table = str(tmp_path / "table.json")
     widths = ("64", "128", "256", "512")  # the limits of the tiles, and beyond
-    command = ("-c", RESOURCES, BENCH, "70", "80", "90", "100", "--json", table, "--width", *widths)
+    command = ("-c", RESOURCES, BENCH, *map(str, COMPILED), "--json", table, "--width", *widths)
     in_a_new_process(*command, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     compiled, multiply = set(), set()
     for row in json.loads(Path(table).read_text()):
@@ -147,18 +151,17 @@ def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores
         if name in NAMES.values() and "GIVEN" not in flags:
             multiply.add((row["sm"], name))
     assert multiply == {(architecture, name) for architecture in (80, 90, 100) for name in NAMES.values()}
-    for architecture in (70, 80, 90, 100):
+    for architecture in COMPILED:
         assert pinned(architecture) <= compiled
 
 
 def pinned(architecture: int) -> set[tuple[int, str, str, str]]:
     """The table's tiles for an architecture, as rows of the report."""
-    types = ("float16" if architecture == 70 else "bfloat16", "float32")
     chunked = {kernel: ({None: tile}, {None: tile}) for kernel, tile in schedules._CHUNKED.items()}
     table = chunked if architecture == 70 else schedules._FUSED[architecture]
     return {
         (architecture, dtype, NAMES[kernel], f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.num_warps} s{tile.num_stages}")
         for kernel, tiles_by_type in table.items()
-        for dtype, tiles in zip(types, tiles_by_type, strict=True)
+        for dtype, tiles in zip(COMPILED[architecture], tiles_by_type, strict=True)
         for tile in tiles.values()
     }

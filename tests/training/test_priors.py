@@ -145,7 +145,7 @@ def test_a_step_is_one_graph(
 def test_counting_operations_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], cache: Path, tmp_path: Path, prior: str
 ) -> None:
-    monkeypatch.setattr("regvq_fast.training.task.peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr("regvq_fast.training.throughput.peak_flops", lambda device, dtype: 1e12)
     fit(prior, "--cache", cache, "--out", tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (runs[prior] / "model.safetensors").read_bytes()
     assert records(tmp_path / "run")[1]["mfu"] > 0

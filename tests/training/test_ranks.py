@@ -2,20 +2,22 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+import train_on_ranks
+from train_on_ranks import CASES, Case
 
-SCRIPT = Path(__file__).with_name("train_on_ranks.py")
 
-
-def train(out: Path, ranks: int, *arguments: str) -> list:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(SCRIPT), str(out), *arguments]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    """What two ranks made of every case, in one run: to start one takes longer than its steps."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, train_on_ranks.__file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in CASES}
 
 
 def assert_same(one: list, two: list) -> None:
@@ -27,9 +29,8 @@ def assert_same(one: list, two: list) -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["reg-vq", "vq-vae"])
-def test_two_ranks_take_the_steps_of_one(tmp_path: Path, quantizer: str) -> None:
-    one = train(tmp_path / "one.pt", 1, "--quantizer", quantizer)
-    two = train(tmp_path / "two.pt", 2, "--quantizer", quantizer)
+def test_two_ranks_take_the_steps_of_one(two_ranks: dict[str, list], quantizer: str) -> None:
+    one, two = train_on_ranks.train(Case(quantizer)), two_ranks[quantizer]
     assert_same(one, two)
     for alone, together in zip(one[2], two[2], strict=True):
         assert alone.keys() == together.keys()
@@ -38,11 +39,11 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path, quantizer: str) -> None
     assert one[2][-1]["lambda"] > 0
 
 
-def test_parts_of_a_ranks_batch_add_up_before_the_ranks_do(tmp_path: Path) -> None:
-    one = train(tmp_path / "one.pt", 1, "--by-image")
-    two = train(tmp_path / "two.pt", 2, "--by-image", "--parts", "2")
-    assert_same(one, two)
+def test_parts_of_a_ranks_batch_add_up_before_the_ranks_do(two_ranks: dict[str, list]) -> None:
+    assert CASES["parts"].parts == 2
+    assert_same(train_on_ranks.train(Case(by_image=True)), two_ranks["parts"])
 
 
-def test_two_compiled_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
-    assert_same(train(tmp_path / "one.pt", 1), train(tmp_path / "two.pt", 2, "--compile"))
+def test_two_compiled_ranks_take_the_steps_of_one(two_ranks: dict[str, list]) -> None:
+    assert CASES["compiled"].compile
+    assert_same(train_on_ranks.train(Case()), two_ranks["compiled"])

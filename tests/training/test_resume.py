@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
+from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.training.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ RUN = (
 KILLED = """
 import os, runpy, signal, sys
 from regvq_fast.models import pretrained
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.update import Update
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -52,15 +53,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
     """Do something in the middle of a step, once."""
-    original = VQGANTask._update
+    original = VQGANTask.forward_backward
 
-    def update(task: VQGANTask, *arguments: Any) -> None:
+    def forward_backward(task: VQGANTask, *inputs: Tensor, **others: Any) -> dict[str, Tensor]:
+        metrics = original(task, *inputs, **others)
         if task._step == number:
-            monkeypatch.setattr(VQGANTask, "_update", original)
+            monkeypatch.setattr(VQGANTask, "forward_backward", original)
             action()
-        original(task, *arguments)
+        return metrics
 
-    monkeypatch.setattr(VQGANTask, "_update", update)
+    monkeypatch.setattr(VQGANTask, "forward_backward", forward_backward)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, done: int, *flags: object) -> None:
@@ -76,8 +78,8 @@ def test_a_run_survives_kill_9(whole: Path, tmp_path: Path, where: str) -> None:
     step = random.randrange(1, STEPS)  # any step must do
     print(f"killed {where}, {step}")
     if where == "in a step":
-        patch = "update = VQGANTask._update\n"
-        patch += f"VQGANTask._update = lambda task, flag: die() if task._step == {step} else update(task, flag)"
+        patch = "update, steps = Update.take, []\n"
+        patch += f"Update.take = lambda *a: die() if len(steps) == {step} else steps.append(update(*a))"
     else:  # its files are written, its name is not; each checkpoint waits twice for the disk
         patch = f"calls = []\npretrained._sync = lambda _: die() if len(calls) == {step // 2 * 2} else calls.append(1)"
     code = KILLED.format(patch, [str(SCRIPT), *TINY, *FAST, *RUN, "--out", str(out)])
@@ -277,18 +279,18 @@ def test_the_scale_of_the_losses_is_resumed(tmp_path: Path) -> None:
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu",
     )  # fmt: skip
     task = VQGANTask(config)
-    task.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=3)
+    task.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=3)
     for step in range(4):
         task.step(step)
     saved = copy.deepcopy(task.state())
     again = VQGANTask(config)
-    again.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3, growth_interval=3)
+    again.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3, growth_interval=3)
     again.load(Checkpoint(4, tmp_path, copy.deepcopy(task.eval_model.state_dict()), saved))
-    assert again.scaler.state_dict() == task.scaler.state_dict()
-    assert task.scaler.get_scale() == 2.0**7
+    assert again.update.scaler.state_dict() == task.update.scaler.state_dict()
+    assert task.update.scaler.get_scale() == 2.0**7
     for step in range(4, 6):
         task.step(step)
         again.step(step)
-    assert again.scaler.get_scale() == task.scaler.get_scale() == 2.0**8
+    assert again.update.scaler.get_scale() == task.update.scaler.get_scale() == 2.0**8
     for name, value in task.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name

@@ -153,14 +153,14 @@ def test_overflow_of_scaled_gradients_skips_the_step_and_lowers_the_scale() -> N
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu", disc_start=0, disc_filters=4,
     )  # fmt: skip
     task = VQGANTask(config)
-    task.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    task.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     before = task.model.last_layer.detach().clone()
     task.step(0)
     values = task.record()  # no error: an overflow is part of the search for a scale
     assert "grad_norm" not in values
     assert values["loss_scale"] == 2.0**125
     assert torch.equal(task.model.last_layer, before)
-    task.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    task.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     task.step(1)
     assert task.record()["grad_norm"] > 0
     assert not torch.equal(task.model.last_layer, before)

@@ -9,6 +9,7 @@ from tiny_runs import FAST, records, train
 
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.precision import configure_backends
+from regvq_fast.training.throughput import Utilization
 from regvq_fast.training.vqgan import VQGANTask
 
 
@@ -35,8 +36,9 @@ def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.M
         device="cpu", dropout=0.5,
     )  # fmt: skip
     counted, plain = VQGANTask(config), VQGANTask(config)
-    assert counted.utilized(100.0) == {}  # nobody knows a CPU's peak
-    monkeypatch.setattr("regvq_fast.training.task.peak_flops", lambda device, dtype: 1e9)
+    utilization = Utilization(counted)
+    assert utilization.read(0, 100.0) == {}  # nobody knows a CPU's peak
+    monkeypatch.setattr("regvq_fast.training.throughput.peak_flops", lambda device, dtype: 1e9)
     ratios = []
     for step in range(3):
         # Dropout draws from the global generator: both tasks get the same stretch of it.
@@ -44,7 +46,7 @@ def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.M
         plain.step(step)
         torch.manual_seed(step)
         counted.step(step)
-        ratios.append(counted.utilized(100.0)["mfu"])
+        ratios.append(utilization.read(step, 100.0)["mfu"])
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, counted.model.state_dict()[name]), name
     for name, value in plain.discriminator.state_dict().items():

@@ -18,12 +18,14 @@ FP32 = Precision(torch.device("cpu"), None, "test")
 LAYERS = ("relu1_2", "relu2_2")
 
 
-def build_parts(quantizer: str = "reg-vq") -> tuple[VQGAN, PatchDiscriminator, ReconstructionLoss]:
+def build_parts(
+    quantizer: str = "reg-vq", ch_mult: tuple[int, ...] = (1, 2), layers: tuple[str, ...] = LAYERS
+) -> tuple[VQGAN, PatchDiscriminator, ReconstructionLoss]:
     torch.manual_seed(0)
     codebook = RegularizedQuantizer(16, 4) if quantizer == "reg-vq" else NearestQuantizer(16, 4)
-    model = VQGAN(codebook, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=4)
+    model = VQGAN(codebook, image_size=16, ch=8, ch_mult=ch_mult, num_res_blocks=1, attn_resolutions=(), z_channels=4)
     discriminator = PatchDiscriminator(filters=4, num_layers=1)
-    features = VGGFeatures("vgg16", LAYERS)
+    features = VGGFeatures("vgg16", layers)
     contrastive = ProbabilisticContrastiveLoss(num_patches=16)
     loss = ReconstructionLoss(features, LPIPS(features), contrastive, contrastive_weight=0.1)
     return model, discriminator, loss
@@ -138,11 +140,13 @@ def test_a_quantizer_without_a_loss_of_its_own_trains() -> None:
     assert gradients(model)
 
 
+@pytest.mark.slow
 def test_compiled_step_equals_the_eager_one_on_both_sides_of_disc_start() -> None:
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        parts = build_parts()
+        # No resampling, whose compiled gradients test_vqgan.py looks at: each kernel takes a second or two to compile.
+        parts = build_parts(ch_mult=(1,), layers=LAYERS[:1])
         step = VQGANStep(*parts, FP32, compile=compiled)
         # Twice on each side: several backward passes over compiled graphs must not share buffers.
         metrics = [step(images(), torch.tensor(s), adversarial=s >= 2)[0] for s in range(4)]

@@ -46,6 +46,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one_and_either_resumes_the_other(alone: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
     done = run_on_ranks(*RUN, "--out", two)

@@ -96,7 +96,7 @@ def test_a_bad_pixel_leaves_everything_as_it_was(
     before = trained(task)
     for step in (2, 3):
         task.step(step)
-        assert task.watch.last_step_was_skipped()
+        assert task.update.watch.last_step_was_skipped()
     assert_equal(before, trained(task), quantizer)
     values = task.record()
     assert (values["skipped"], values["not_finite"]) == (2, cause)
@@ -159,7 +159,7 @@ def test_a_step_never_waits_for_the_device() -> None:
     with NoLook():
         task.step(1)
     with pytest.raises(AssertionError, match="a value was read"), NoLook():
-        task.watch.last_step_was_skipped()
+        task.update.watch.last_step_was_skipped()
 
 
 def test_the_watch_of_a_window() -> None:
