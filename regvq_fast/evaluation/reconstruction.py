@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float, to_uint8
@@ -52,6 +51,7 @@ def evaluate_reconstruction(
     device: torch.device | str,
     autocast: AbstractContextManager[object] | None = None,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    observe: Callable[[Tensor], object] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ReconstructionMetrics:
     """Reconstruct every image of ``batches`` and measure the result against the original.
@@ -70,6 +70,7 @@ def evaluate_reconstruction(
         autocast: entered around every call of the model, so it must allow that more than once, as torch.autocast does.
         perceptual: (reconstruction, original), both float32 (B, 3, H, W) in -1..1 and the former rounded to 8 bits,
             to distances (B, ...), averaged over the rest. Called outside ``autocast``.
+        observe: called with the reconstructions of each batch, (B, 3, H, W) uint8: for other metrics of the same pass.
         progress: called after each batch with the number of images done.
 
     Raises:
@@ -96,6 +97,8 @@ def evaluate_reconstruction(
         if perceptual is not None:
             distance = perceptual(to_float(reconstruction_uint8), original)
             distances.append(distance.reshape(len(original), -1).float().mean(dim=1))
+        if observe is not None:
+            observe(reconstruction_uint8)
         images += len(original)
         if progress is not None:
             progress(images)
@@ -119,12 +122,16 @@ def evaluate_reconstruction(
 
 def _psnr(images: Tensor, originals: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 twice -> (B,) dB."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # here: its import takes seconds
+
     images, originals = images.float() / 255, originals.float() / 255
     return peak_signal_noise_ratio(images, originals, data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 
 def _ssim(images: Tensor, originals: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 twice -> (B,)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     images, originals = images.float() / 255, originals.float() / 255
     _, similarity = structural_similarity_index_measure(images, originals, data_range=1.0, return_full_image=True)
     border = _SSIM_WINDOW // 2  # torchmetrics' own mean includes windows that hang over the border, reflected

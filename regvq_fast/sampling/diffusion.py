@@ -68,7 +68,7 @@ def sample_diffusion(
         TypeError: a tensor of another type.
     """
     check_choice(temperature, None, None)
-    _check_settings(prior, steps, truncation, guidance, text)
+    check_settings(prior, steps, truncation, guidance, text)
     device, length = prior.head.weight.device, prior.num_tokens
     if isinstance(text, Tensor):
         if text.device != device:
@@ -128,7 +128,8 @@ def _step_seeds(seed: Tensor, steps: int) -> Tensor:
     return words[..., 0] | words[..., 1] << 32
 
 
-def _check_settings(prior: VQDiffusion, steps: int | None, truncation: float, guidance: float, text: object) -> None:
+def check_settings(prior: VQDiffusion, steps: int | None, truncation: float, guidance: float, text: object) -> None:
+    """Raise ValueError for settings that :func:`sample_diffusion` can't take with this prior."""
     if steps is not None and not 1 <= steps <= prior.num_steps:
         raise ValueError(f"steps must lie between 1 and the prior's {prior.num_steps}, got {steps}")
     if not 0.0 < truncation <= 1.0:

@@ -1,0 +1,329 @@
+"""Metrics of trained models over a whole validation split, each with its protocol: what ``train/evaluate.py`` runs."""
+
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from regvq_fast.config import ARConfig, DiffusionConfig, VQGANConfig, read_config
+from regvq_fast.config.common import check_at_least
+from regvq_fast.data.loading import build_dataset, default_workers
+from regvq_fast.data.token_cache import read_info
+from regvq_fast.data.tokens import tokenizer_hash
+from regvq_fast.evaluation.feature_nets import PerceptualDistance, load_feature_net
+from regvq_fast.evaluation.fid import (
+    Reference,
+    TooFewImagesWarning,
+    default_cache,
+    describe_data,
+    make_reference,
+    rank_batches,
+    rank_share,
+    statistics_of,
+    too_few_images,
+)
+from regvq_fast.evaluation.measurement import Measurement, print_measurements, write_measurements
+from regvq_fast.evaluation.metrics import DrawnImages, evaluate_tokenizer, fid_of_samples
+from regvq_fast.evaluation.reconstruction import ReconstructionMetrics
+from regvq_fast.models.pretrained import TOKENIZER
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.precision import choose_device, choose_precision, configure_backends
+from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, sum_over_ranks, together
+from regvq_fast.sampling.images import DrawConfig, ImageSampler
+from regvq_fast.version import __version__
+
+RESULTS = "evaluation.json"
+SCENES = "scenes"
+"""What ``--data`` calls the embedded scenes."""
+_SMALLEST = 11
+"""Pixels a side that SSIM needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DrawConfig):
+    """A run of ``train/evaluate.py``."""
+
+    run: Path | None = None
+    """Tokenizer: run of train/vq.py, one of its checkpoints, or a folder of VQGAN.save_pretrained. Not given: the one
+    in the folder of `prior_run`."""
+    prior_run: Path | None = None
+    """Run of train/ar.py or train/diffusion.py, to draw an image under the condition of each validation image."""
+    images: Path | None = None
+    """Folder of images that were drawn already, in place of `prior_run`."""
+    image_size: int | None = None
+    """Pixels a side, where only `images` are evaluated; otherwise the tokenizer's."""
+    data: Path | None = None
+    """Folder of images or of tar shards, as for train/vq.py; "scenes": the embedded scenes. Not given: what the run was
+    trained on."""
+    val_images: int | None = None
+    """Use at most so many validation images. Not given: the whole split (of the scenes: 256)."""
+    data_seed: int = 0
+    """Of the embedded scenes: which ones."""
+    fid_features: str = "inception"
+    """"inception" or "inception:PATH" (FID, with torch-fidelity's network), "vgg16" or "vgg16:PATH", "random-vgg16";
+    "none": no Fréchet distance."""
+    perceptual_weights: Path | None = None
+    """Weights of VGG-16 for LPIPS. Not given: ImageNet's, from the torch hub cache or a download."""
+    cache_dir: Path | None = None
+    """Folder that keeps the statistics of data sets. Not given: ~/.cache/regvq_fast/fid."""
+    batch_size: int = 32
+    """Images that are computed at once."""
+    workers: int | None = None
+    """Processes that load images, of each rank. Not given: half of the cores, none on two."""
+    device: str = "auto"
+    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
+    amp: bool = False
+    """Mixed precision of tokenizer and prior; the networks of the metrics stay in fp32."""
+    out: Path | None = None
+    """Folder of evaluation.json. Not given: that of `prior_run`, of `run`, or of `images`, the first there is."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
+    """Measure what the configuration names, print it and write evaluation.json; under ``torchrun`` by all ranks.
+
+    Returns:
+        By key: psnr, ssim, perceptual, utilization, perplexity and fid_r of a tokenizer, fid_g of drawn images.
+
+    Raises:
+        ValueError, OSError: what is wrong with settings, models, data or weights, in one sentence, before work starts.
+    """
+    _check(config)
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        configure_backends(device, deterministic=True)
+    with process_group(device):
+        with together(), rank_0_first():  # it may download weights, and index shards
+            evaluation = _Evaluation(config, device)
+        return evaluation.run()
+
+
+def _check(config: EvaluateConfig) -> None:
+    """Raise ValueError where the flags don't say one thing."""
+    counts = {"--val-images": config.val_images, "--image-size": config.image_size, "--batch-size": config.batch_size}
+    check_at_least(1, {flag: value for flag, value in counts.items() if value is not None})
+    check_at_least(0, {"--workers": config.workers or 0})
+    tokenizer = config.run or config.prior_run
+    if config.prior_run is not None and config.images is not None:
+        raise ValueError("--prior-run draws images and --images brings them: give one of the two")
+    if tokenizer is None and config.images is None:
+        raise ValueError("there is nothing to evaluate: give --run, --prior-run or --images")
+    if tokenizer is None and config.image_size is None:
+        raise ValueError(f"--images {config.images} needs --image-size, or --run for that of a tokenizer")
+    if tokenizer is not None and config.image_size is not None:
+        raise ValueError(f"--image-size {config.image_size} is for --images alone: {tokenizer} has a size of its own")
+    if config.fid_features == "none" and (config.images or config.prior_run) is not None:
+        raise ValueError("--fid-features none measures nothing of drawn images: leave out --images and --prior-run")
+
+
+class _Evaluation:
+    """Everything that an evaluation needs, opened and checked."""
+
+    def __init__(self, config: EvaluateConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.console = Console(quiet=rank() > 0)
+        self.precision = choose_precision(config.amp, device)
+        self.workers = default_workers(local_ranks()) if config.workers is None else config.workers
+        self.net = None if config.fid_features == "none" else load_feature_net(config.fid_features).to(device)
+        self.sampler: ImageSampler | None = None
+        if config.prior_run is not None:
+            self.sampler = ImageSampler.from_run(config.prior_run, config, self.precision)
+        self.tokenizer = self._load_tokenizer()
+        self.perceptual: PerceptualDistance | None = None
+        if self.tokenizer is not None:
+            self.tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.perceptual = self._load_perceptual().to(device)
+        size = config.image_size if self.tokenizer is None else self.tokenizer.image_size
+        assert size is not None  # checked
+        for name, least in self._least_sizes():
+            if size < least:
+                raise ValueError(f"{name} needs images of at least {least} pixels a side, these have {size}")
+        data = _data_of(config)
+        self.dataset = build_dataset(
+            None if data is None or str(data) == SCENES else data,
+            split="val",
+            image_size=size,
+            length=config.val_images,
+            seed=config.data_seed,
+            fields=() if self.sampler is None else (self.sampler.field,),
+        )
+        self.drawn = None if config.images is None else DrawnImages(config.images, size)
+        out = config.out or config.prior_run or config.run or config.images
+        assert out is not None  # checked
+        self.out = out
+        self.protocol: dict[str, Any] = {}
+        self.results: dict[str, Measurement] = {}
+
+    def _load_tokenizer(self) -> VQGAN | None:
+        config = self.config
+        tokenizer = None if config.run is None else VQGAN.from_pretrained(config.run)
+        if self.sampler is None:
+            return tokenizer
+        own = self.sampler.tokenizer
+        if tokenizer is not None and (given := tokenizer_hash(tokenizer)) != (wanted := tokenizer_hash(own)):
+            raise ValueError(
+                f"--run {config.run} (SHA-256 {given[:12]}) is not the tokenizer of --prior-run {config.prior_run} "
+                f"({wanted[:12]}): evaluate them apart, or leave out --run"
+            )
+        return own
+
+    def _load_perceptual(self) -> PerceptualDistance:
+        with warnings.catch_warnings():  # its name says that weights are random
+            warnings.simplefilter("ignore")
+            return PerceptualDistance(self.config.perceptual_weights)
+
+    def _least_sizes(self) -> Iterator[tuple[str, int]]:
+        if self.tokenizer is not None:
+            yield "SSIM", _SMALLEST
+        for net in (self.perceptual, self.net):
+            if net is not None:
+                yield net.name, net.min_size
+
+    # ------------------------------------------------------------------------------------------------------- measuring
+
+    def run(self) -> dict[str, Measurement]:
+        """Measure, print and write."""
+        config, reference = self.config, None
+        loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": self.workers}
+        self.protocol = {**describe_data(self.dataset), **self._facts()}
+        with self._progress() as progress, warnings.catch_warnings():
+            warnings.simplefilter("ignore", TooFewImagesWarning)  # a note in the protocol says so
+
+            def bar(name: str, images: int = len(self.dataset)) -> Callable[[int], None]:
+                task = progress.add_task(name, total=len(rank_share(images)))
+                return lambda done: progress.update(task, completed=done)
+
+            if self.net is not None:
+                cache = config.cache_dir or default_cache()
+                reference = make_reference(
+                    self.dataset,
+                    self.net,
+                    device=self.device,
+                    cache=cache,
+                    progress=bar("validation images"),
+                    **loading,
+                )
+            if self.tokenizer is not None:
+                metrics = evaluate_tokenizer(
+                    self.tokenizer,
+                    self.dataset,
+                    reference=reference,
+                    perceptual=self.perceptual,
+                    device=self.device,
+                    autocast=self.precision.autocast(),
+                    progress=bar("reconstructions"),
+                    **loading,
+                )
+                self._keep_reconstruction(metrics.reconstruction)
+                if reference is not None and metrics.frechet is not None:
+                    self._keep_frechet("fid_r", metrics.frechet, reference, len(self.dataset), {})
+            if reference is not None and self.sampler is not None:
+                value = fid_of_samples(self.sampler, self.dataset, reference, progress=bar("drawn images"), **loading)
+                facts = {"prior_run": str(config.prior_run), **self.sampler.describe()}
+                self._keep_frechet("fid_g", value, reference, len(self.dataset), facts)
+            if reference is not None and self.drawn is not None:
+                images = (batch["image"] for batch in rank_batches(self.drawn, device=self.device, **loading))
+                say = bar("drawn images", len(self.drawn))
+                drawn = statistics_of(images, reference.net, self.device, say)
+                facts = {"drawn": str(config.images)}
+                self._keep_frechet("fid_g", reference.distance(drawn), reference, drawn.count, facts)
+        unreadable = int(sum_over_ranks(torch.tensor(getattr(self.dataset, "unreadable", 0), device=self.device)))
+        if unreadable:  # the next images of the list took their places
+            for found in self.results.values():
+                found.protocol["unreadable"] = unreadable
+        if rank() == 0:
+            path = self.out / RESULTS
+            write_measurements(path, self.results)
+            print_measurements(self.console, self.results)
+            self.console.print(Text.assemble(("results  ", "bold"), str(path)), soft_wrap=True)
+        return self.results
+
+    def _facts(self) -> dict[str, Any]:
+        """What the numbers depend on beside the images."""
+        device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        precision = self.precision.reason.partition(" (")[0]
+        facts: dict[str, Any] = {}
+        if self.tokenizer is not None:
+            source = self.config.run or Path(str(self.config.prior_run)) / TOKENIZER
+            facts |= {"tokenizer": str(source), "tokenizer_sha256": tokenizer_hash(self.tokenizer)[:12]}
+        return facts | {
+            "precision": precision if self.device.type == "cpu" else f"{precision}, TF32 where fp32",
+            "device": device if num_ranks() == 1 else f"{device}, {num_ranks()} processes",
+            "batch_size": self.config.batch_size,
+            "versions": {
+                "regvq_fast": __version__,
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("torch", "torchmetrics", "Pillow")},
+            },
+        }
+
+    def _keep_reconstruction(self, metrics: ReconstructionMetrics) -> None:
+        assert self.perceptual is not None
+        codes = {"codes": len(metrics.code_counts)}
+        network = {"network": self.perceptual.trunk.label, "network_sha256": self.perceptual.hash}
+        rows: dict[str, tuple[str, float | None, dict[str, Any]]] = {
+            "psnr": ("PSNR (dB)", metrics.psnr, {"of": "8-bit images, mean over images"}),
+            "ssim": ("SSIM", metrics.ssim, {"of": "8-bit images, Gaussian windows of 11 pixels wholly inside"}),
+            "perceptual": (self.perceptual.name, metrics.perceptual, network),
+            "utilization": ("codebook utilization", metrics.utilization, codes),
+            "perplexity": ("codebook perplexity", metrics.perplexity, codes),
+        }
+        for key, (name, value, facts) in rows.items():
+            if value is not None:
+                self.results[key] = Measurement(name, value, self.protocol | facts)
+
+    def _keep_frechet(self, key: str, value: float, reference: Reference, samples: int, facts: dict[str, Any]) -> None:
+        net, count = reference.net, reference.statistics.count
+        network = {"samples": samples, "features": net.name, "features_sha256": net.hash}
+        note = too_few_images(min(samples, count), net.num_features)
+        protocol = self.protocol | network | facts | ({} if note is None else {"note": note})
+        self.results[key] = Measurement(reference.title(key[-1].upper()), value, protocol)
+
+    def _progress(self) -> Progress:
+        ranks = f" (rank 0 of {num_ranks()})" if num_ranks() > 1 else ""
+        return Progress(
+            TextColumn(f"[bold]{{task.description}}{ranks}"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+
+def _data_of(config: EvaluateConfig) -> Path | None:
+    """What ``--data`` names, or what the run was trained on; None: the embedded scenes."""
+    if config.data is not None:
+        return config.data
+    remedy = f"give the images with --data PATH, or --data {SCENES} for the embedded scenes"
+    if config.run is not None:
+        try:
+            return read_config(config.run, VQGANConfig).data.data
+        except ValueError:
+            raise ValueError(f"{config.run} doesn't say what it was trained on: {remedy}") from None
+    if config.prior_run is None:
+        raise ValueError(f"--images {config.images} don't say what they are to be compared with: {remedy}")
+    kinds: tuple[type[ARConfig | DiffusionConfig], ...] = (ARConfig, DiffusionConfig)
+    for kind in kinds:
+        try:
+            tokens = read_config(config.prior_run, kind).tokens
+        except ValueError:
+            continue
+        if tokens.cache is None:
+            return tokens.data
+        if tokens.cache.exists():
+            data = read_info(tokens.cache).data
+            return None if data is None else Path(data)
+        raise ValueError(
+            f"the token cache {tokens.cache} that {config.prior_run} was trained on is not there: {remedy}"
+        )
+    raise ValueError(f"{config.prior_run} doesn't say what it was trained on: {remedy}")

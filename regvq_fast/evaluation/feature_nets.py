@@ -1,0 +1,204 @@
+"""The networks that metrics look through: features for Fréchet distances, and a perceptual distance.
+
+What is measured with a network must say which: each has a name and the hash of its weights.
+"""
+
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.data.tokens import tokenizer_hash
+from regvq_fast.data.transforms import to_float
+from regvq_fast.losses.perceptual import LPIPS
+from regvq_fast.models.features import VGGFeatures, load_vgg_features
+from regvq_fast.models.weights import RemoteWeights, find_weights, read_state_dict, sha256_of
+
+INCEPTION_WEIGHTS = RemoteWeights(
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "6726825d",
+)
+"""Those of the original FID (TensorFlow, 2015-12-05), as torch-fidelity has them."""
+
+_CHOICES = "inception, inception:PATH, vgg16, vgg16:PATH, random-vgg16"
+_INSTALL = (
+    'the Inception features of FID need torch-fidelity: pip install "regvq-fast[fid]"; or give other features with '
+    "--fid-features vgg16:PATH"
+)
+
+
+class FeatureNet(nn.Module, ABC):
+    """A frozen network from images to one vector each; what Fréchet distances are distances of.
+
+    It computes in float32, without TF32 and outside autocast, so that a metric doesn't depend on how a model ran. An
+    image's features don't depend on the others of its batch, except by rounding where a convolution picks its algorithm
+    by the batch's size.
+
+    Attributes:
+        name: of network, layer and weights, for reports.
+        standard: whether these are the features by which FID is defined.
+        num_features: K.
+        min_size: least side of the images.
+        hash: of the weights, 12 hexadecimal digits.
+    """
+
+    name: str
+    standard = False
+    num_features: int
+    min_size = 1
+    hash: str
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, K) float32; what a subclass adds."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, K) float32 of images (B, 3, H, W) uint8, on the network's device.
+
+        Raises:
+            TypeError: not uint8. ValueError: another shape, or images that are too small.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"feature networks take uint8 images, got {images.dtype}")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if min(images.shape[2:]) < self.min_size:
+            height, width = images.shape[2:]
+            raise ValueError(f"{self.name} needs images of at least {self.min_size} pixels, got {height} x {width}")
+        with (
+            torch.autocast(images.device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            return self.features(images)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever the mode of the model around it."""
+        return super().train(False)
+
+    def _finish(self) -> None:
+        self.hash = tokenizer_hash(self)[:12]
+        self.requires_grad_(False)
+        self.eval()
+
+
+class VGGFeatureNet(FeatureNet):
+    """The last convolution of VGG-16, relu5_3, averaged over places: K = 512, at the images' own size."""
+
+    num_features = 512
+    min_size = 16  # pooled four times
+
+    def __init__(self, trunk: VGGFeatures) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.name = f"{trunk.label}, {trunk.layers[-1]} averaged"
+        self._finish()
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.trunk(to_float(images))[-1].mean(dim=(2, 3))
+
+
+class InceptionFeatureNet(FeatureNet):
+    """torch-fidelity's Inception-v3 before its classifier, K = 2048; it resizes images to 299 as TensorFlow 1 did.
+
+    Args:
+        weights: a file of them, .pth or .safetensors. None: the published ones, from the torch hub cache or a download.
+
+    Raises:
+        ValueError: torch-fidelity is not installed, or the file can't be read or doesn't fit.
+        OSError: no such file; or none given, none in the cache, and no download.
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:  # of torch-fidelity, or of torchvision, which it needs
+            raise ValueError(f"{_INSTALL} ({error})") from None
+        try:
+            path, _ = find_weights(INCEPTION_WEIGHTS, weights)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise OSError(
+                f"no Inception weights ({error}): download {INCEPTION_WEIGHTS.url} elsewhere and give it with "
+                "--fid-features inception:PATH, or other features with vgg16:PATH"
+            ) from None
+        state = read_state_dict(path)
+        # The extractor reads a file by itself and unpickles all of it: it is given tensors alone.
+        with tempfile.TemporaryDirectory() as folder:
+            tensors = Path(folder) / "inception.pth"
+            torch.save(state, tensors)
+            try:
+                self.trunk = FeatureExtractorInceptionV3("inception", ["2048"], str(tensors))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"{path} doesn't fit Inception-v3: {reason}") from None
+        self.standard = sha256_of(path).startswith(INCEPTION_WEIGHTS.sha256_prefix)
+        self.name = "Inception-v3 (torch-fidelity)" if self.standard else f"Inception-v3 of {path.name}"
+        self._finish()
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.trunk(images)[0]
+
+
+def load_feature_net(spec: str) -> FeatureNet:
+    """The feature network that ``--fid-features`` names, on the CPU.
+
+    Args:
+        spec: "inception" (FID proper) or "vgg16", with published weights from the torch hub cache or a download, or
+            with ":PATH" and those of a file; "random-vgg16", with random weights of a fixed seed.
+
+    Raises:
+        ValueError: none of these, weights that can't be read or don't fit, or torch-fidelity is not installed.
+        OSError: no such file, or nothing to be downloaded.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind not in ("inception", "vgg16", "random-vgg16") or bool(colon) != bool(rest) or (kind[0] == "r" and rest):
+        raise ValueError(f"--fid-features {spec} is none of {_CHOICES}")
+    path = Path(rest) if rest else None
+    if kind == "inception":
+        return InceptionFeatureNet(path)
+    if kind == "random-vgg16":
+        return VGGFeatureNet(VGGFeatures("vgg16", ("relu5_3",)))
+    with warnings.catch_warnings():  # random weights, which it would warn of, are refused
+        warnings.simplefilter("ignore")
+        trunk = load_vgg_features("vgg16", path, layers=("relu5_3",))
+    if not trunk.pretrained:
+        raise OSError(
+            "no ImageNet weights of VGG-16 in the torch hub cache, and none to download: give a file with "
+            "--fid-features vgg16:PATH, or random-vgg16 for random features, named so"
+        )
+    return VGGFeatureNet(trunk)
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS; or, with other weights than ImageNet's of VGG-16, a distance that is named after them.
+
+    Args:
+        weights: of VGG-16, a file. None: ImageNet's, from the torch hub cache or a download, else random ones with a
+            warning.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it can't be read or doesn't fit.
+    """
+
+    min_size = 16
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        self.trunk = load_vgg_features("vgg16", weights)
+        self.distance = LPIPS(self.trunk)
+        self.name = self.distance.name
+        self.hash = tokenizer_hash(self)[:12]
+        self.eval()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distances (B,) of images (B, 3, H, W) in -1..1."""
+        return self.distance(self.trunk(x), self.trunk(y))

@@ -1,0 +1,310 @@
+"""The Fréchet distance between two sets of images: FID, where its features are Inception's.
+
+FID: Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs Trained by a Two Time-Scale Update Rule Converge to a
+Local Nash Equilibrium", NeurIPS 2017. With means m and covariances C of the features of both sets,
+
+    d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))
+
+Features are float32, sums over images float64: neither the size of batches nor the number of ranks that share the
+images moves the sums beyond 1e-12 of themselves. What the convolutions of a network make of another batch size is not
+in anyone's hand: their last bits. Features are not kept, only K and K x K sums.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from regvq_fast.data.archives import ArchiveDataset
+from regvq_fast.data.folder import ImageFolder
+from regvq_fast.data.loading import validation_batches
+from regvq_fast.data.pictures import PictureDataset
+from regvq_fast.data.samples import Sample
+from regvq_fast.data.scenes import ScenesDataset
+from regvq_fast.data.shards import ImageShards
+from regvq_fast.evaluation.feature_nets import FeatureNet
+from regvq_fast.files import atomic_path
+from regvq_fast.ranks import any_rank, num_ranks, rank, sum_over_ranks
+
+logger = logging.getLogger("regvq_fast")
+
+CROP = "largest central square"
+RESIZE = "Lanczos with antialiasing (Pillow)"
+_FORMAT = 1  # of cached statistics, and of the meaning of what identifies them
+
+
+@dataclass
+class FeatureStatistics:
+    """Sums over the features of images, from which mean and covariance follow."""
+
+    count: int
+    """Images."""
+    total: Tensor
+    """(K,) float64."""
+    products: Tensor
+    """(K, K) float64, sum of the outer products."""
+
+    @classmethod
+    def zeros(cls, num_features: int, device: torch.device | str = "cpu") -> Self:
+        """Of no image."""
+        zeros = torch.zeros(num_features + 1, num_features, dtype=torch.float64, device=device)
+        return cls(0, zeros[0], zeros[1:])
+
+    def add(self, features: Tensor) -> None:
+        """Add those of some images, (B, K)."""
+        rows = features.double()
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.products.addmm_(rows.T, rows)
+
+    def over_ranks(self) -> "FeatureStatistics":
+        """Those of the images of all ranks."""
+        count = sum_over_ranks(torch.tensor(self.count, device=self.total.device))
+        return FeatureStatistics(int(count), sum_over_ranks(self.total), sum_over_ranks(self.products))
+
+    @property
+    def mean(self) -> Tensor:
+        """(K,) float64."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(K, K) float64, over ``count - 1``."""
+        return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+
+
+class TooFewImagesWarning(UserWarning):
+    """A Fréchet distance was taken of fewer images than features."""
+
+
+def too_few_images(images: int, features: int) -> str | None:
+    """What is to be said of a Fréchet distance between sets of which the smaller has so many images, if anything."""
+    if images > features:
+        return None
+    return (
+        f"{images} images are too few for {features} features: at least {features + 1} are needed for covariances of "
+        "full rank, and the distance falls as their number grows; compare it with others of the same number only"
+    )
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Squared Fréchet distance of the normal distributions with these means and covariances.
+
+    Computed on the CPU in float64: the same for statistics from any device. tr((C_1 C_2)^(1/2)) is taken as the trace
+    of (R C_2 R)^(1/2) with R = C_1^(1/2), which is symmetric: its eigenvalues are real and not negative, where those
+    of C_1 C_2 come out complex once a covariance is singular.
+
+    Warns (``TooFewImagesWarning``) of no more images than features.
+
+    Raises:
+        ValueError: statistics of different numbers of features, or of a single image.
+    """
+    if a.total.shape != b.total.shape:
+        raise ValueError(f"the statistics are of {len(a.total)} and {len(b.total)} features: take one network for both")
+    if (fewest := min(a.count, b.count)) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {fewest}")
+    if note := too_few_images(fewest, len(a.total)):
+        warnings.warn(note, TooFewImagesWarning, stacklevel=2)
+    values, vectors = torch.linalg.eigh(a.covariance.cpu())
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    other = b.covariance.cpu()
+    inner = root @ other @ root
+    overlap = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).cpu().square().sum() + values.sum() + other.trace() - 2 * overlap
+    return max(float(distance), 0.0)  # of equal sets, rounding can leave less than nothing
+
+
+def statistics_of(
+    images: Iterable[Tensor],
+    net: FeatureNet,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> FeatureStatistics:
+    """Statistics of batches of images (B, 3, H, W) uint8, over those of all ranks.
+
+    Args:
+        images: on any device.
+        net: on ``device``.
+        progress: called after each batch with the number of this rank's images done.
+    """
+    statistics = FeatureStatistics.zeros(net.num_features, device)
+    for batch in images:
+        statistics.add(net(batch.to(device, non_blocking=True)))
+        if progress is not None:
+            progress(statistics.count)
+    return statistics.over_ranks()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What Fréchet distances are distances from: a data set's images, seen by a network."""
+
+    net: FeatureNet
+    statistics: FeatureStatistics
+    data: dict[str, Any]
+    """What the images are: :func:`describe_data`."""
+    device: torch.device | str = "cpu"
+    """Where the network is."""
+
+    def distance(self, other: FeatureStatistics) -> float:
+        """Of a set of images whose statistics :func:`statistics_of` made with the same network."""
+        return frechet_distance(self.statistics, other)
+
+    def title(self, letter: str) -> str:
+        """What that distance is to be called: FID[R] of reconstructions, FID[G] of drawn images."""
+        return f"FID[{letter}]" if self.net.standard else f"Fréchet distance[{letter}] ({self.net.name})"
+
+
+def make_reference(
+    dataset: Dataset[Sample],
+    net: FeatureNet,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    cache: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Reference:
+    """The statistics of a validation split: from the cache, or computed by all ranks and put there.
+
+    Args:
+        dataset: with ``len``; all its images are used.
+        net: on ``device``.
+        batch_size, workers: of the loader.
+        cache: folder of statistics (:func:`default_cache`), each known by the files or scenes that it is of, by size,
+            crop and number of the images, and by the hash of the network. None: none is read or written.
+        progress: called after each batch with the number of this rank's images done.
+
+    Raises:
+        ValueError: there is no image; or what the data set raises.
+    """
+    data = describe_data(dataset)
+    identity = {"format": _FORMAT, **data, "features": net.name, "weights": net.hash}
+    file = None if cache is None else _cache_file(cache, identity)
+    found = None if file is None else _load(file, identity, net.num_features, device)
+    if any_rank(int(found is None)):  # of one mind: a rank on another machine may not see the file
+        images = (batch["image"] for batch in rank_batches(dataset, batch_size, workers, device))
+        found = statistics_of(images, net, device, progress)
+        if file is not None and rank() == 0:
+            _save(file, identity, found)
+    elif progress is not None:
+        progress(len(rank_share(len(dataset))))  # type: ignore[arg-type]
+    assert found is not None
+    return Reference(net, found, data, device)
+
+
+def rank_batches(dataset: Any, batch_size: int, workers: int, device: torch.device | str) -> Any:
+    """This rank's share of a data set, in batches."""
+    pin_memory = torch.device(device).type == "cuda"
+    return validation_batches(Subset(dataset, rank_share(len(dataset))), batch_size, workers, pin_memory)
+
+
+def rank_share(count: int) -> range:
+    """The numbers of this rank's samples, of ``count``."""
+    return range(*(count * k // num_ranks() for k in (rank(), rank() + 1)))
+
+
+def describe_data(dataset: Any) -> dict[str, Any]:
+    """Which images a validation split has, as plain values: for protocols, and to tell one split from another.
+
+    The fingerprint is of names, sizes and times of change of all files, and of the pixels of the first and the last
+    image.
+
+    Raises:
+        ValueError: there is no image in it.
+    """
+    if not len(dataset):
+        raise ValueError("the split is empty: there is no image to evaluate on")
+    digest = hashlib.sha256()
+    for file in _files_of(dataset):
+        status = os.stat(file)
+        name = os.path.relpath(file, dataset.source)
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    first, last = dataset[0]["image"], dataset[len(dataset) - 1]["image"]
+    for image in (first, last):
+        digest.update(image.numpy().tobytes())
+    if isinstance(dataset, ScenesDataset):
+        digest.update(f"seed {dataset.seed}".encode())
+        made = {
+            "data": f"embedded scenes, seed {dataset.seed}",
+            "crop": "none",
+            "resize": "none: composed at this size",
+        }
+    elif isinstance(dataset, PictureDataset):
+        if isinstance(dataset, ImageShards):  # which of their samples count
+            digest.update(" ".join(sorted(dataset.fields)).encode())
+        label = os.path.abspath(dataset.source) if dataset.label == dataset.source else dataset.label
+        made = {"data": label, "crop": CROP, "resize": RESIZE}
+    else:
+        made = {"data": type(dataset).__name__, "crop": "unknown", "resize": "unknown"}
+    return {
+        **made,
+        "split": getattr(dataset, "split", "unknown"),
+        "images": len(dataset),
+        "image_size": first.shape[-1],
+        "fingerprint": digest.hexdigest()[:12],
+    }
+
+
+def _files_of(dataset: Any) -> Iterable[str | Path]:
+    """The files that hold a data set's images."""
+    if isinstance(dataset, ArchiveDataset):
+        return (dataset.archive.path(str(name), "image") for name in dataset.names)
+    if isinstance(dataset, ImageShards):
+        return dataset.shards
+    return dataset.files if isinstance(dataset, ImageFolder) else ()
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def default_cache() -> Path:
+    """Where the statistics of data sets are kept unless another folder is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "regvq_fast" / "fid"
+
+
+def _cache_file(folder: Path, identity: dict[str, Any]) -> Path:
+    return folder / f"{hashlib.sha256(_text(identity).encode()).hexdigest()[:32]}.safetensors"
+
+
+def _text(identity: dict[str, Any]) -> str:
+    return json.dumps(identity, sort_keys=True)
+
+
+def _load(
+    file: Path, identity: dict[str, Any], num_features: int, device: torch.device | str
+) -> FeatureStatistics | None:
+    """The statistics in a file of the cache; None where there are none of just that."""
+    try:
+        with safe_open(file, "pt") as content:
+            if (content.metadata() or {}).get("identity") != _text(identity):
+                return None
+            total, products = content.get_tensor("total").to(device), content.get_tensor("products").to(device)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, SafetensorError) as error:
+        logger.warning("the statistics in %s are damaged (%s) and computed anew", file, error)
+        return None
+    if total.shape != (num_features,) or products.shape != (num_features, num_features):
+        return None
+    return FeatureStatistics(identity["images"], total, products)
+
+
+def _save(file: Path, identity: dict[str, Any], statistics: FeatureStatistics) -> None:
+    tensors = {"total": statistics.total.cpu().contiguous(), "products": statistics.products.cpu().contiguous()}
+    try:
+        with atomic_path(file) as temporary:
+            safetensors.torch.save_file(tensors, temporary, metadata={"identity": _text(identity)})
+    except OSError as error:
+        logger.warning("the statistics of %s can't be kept, and are computed each time (%s)", identity["data"], error)

@@ -1,0 +1,67 @@
+"""Numbers that say how they were measured: kept as JSON, printed as tables."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from regvq_fast.files import atomic_path
+
+NOTE = "note"
+"""Of a protocol: what has to be said of the number wherever it is shown."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number, and all that it depends on."""
+
+    name: str
+    """What it is to be called: FID is said of Inception's features alone, LPIPS of ImageNet's VGG-16."""
+    value: float
+    protocol: dict[str, Any]
+    """Plain values."""
+
+
+def write_measurements(path: Path, measurements: Mapping[str, Measurement]) -> None:
+    """Write them by key, each as one object of name, value and protocol; nan and infinities, which JSON lacks, as null.
+
+    The file appears whole or not at all.
+    """
+    content = {
+        key: {"name": found.name, "value": found.value if math.isfinite(found.value) else None, **found.protocol}
+        for key, found in measurements.items()
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def print_measurements(console: Console, measurements: Mapping[str, Measurement]) -> None:
+    """The numbers with what is particular to each, under them what they have in common, then their notes."""
+    protocols = [found.protocol for found in measurements.values()]
+    common = {name: value for name, value in protocols[0].items() if all(p.get(name) == value for p in protocols)}
+    numbers = Table(title=Text("metrics"), title_justify="left")
+    for column in ("metric", "value", "measured with"):
+        numbers.add_column(column, overflow="fold")
+    for found in measurements.values():
+        own = {k: v for k, v in found.protocol.items() if k not in common and k != NOTE and v is not None}
+        numbers.add_row(Text(found.name), f"{found.value:.5g}", Text(_text(own)))
+    shared = Table(title=Text("protocol"), title_justify="left", show_header=False)
+    shared.add_column(style="bold", no_wrap=True)
+    shared.add_column(overflow="fold")
+    for name, value in common.items():
+        if name != NOTE:
+            shared.add_row(name, Text(_text(value) if isinstance(value, dict) else str(value)))
+    console.print(numbers)
+    console.print(shared)
+    for note in dict.fromkeys(str(protocol[NOTE]) for protocol in protocols if NOTE in protocol):
+        console.print(Text.assemble(("warning: ", "bold yellow"), note), soft_wrap=True)
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -1,0 +1,149 @@
+"""What a trained tokenizer and images drawn by a prior are measured by, over a whole split."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from regvq_fast.data.finding import EXTENSIONS, find_files, is_image
+from regvq_fast.data.samples import Sample
+from regvq_fast.data.transforms import image_to_tensor
+from regvq_fast.evaluation.fid import FeatureStatistics, Reference, rank_batches, rank_share, statistics_of
+from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.sampling.images import ImageSampler
+
+_NOT_DRAWN = ("grid.png", "strip.png")
+"""What train/sample.py leaves beside the images it draws."""
+
+
+@dataclass(frozen=True)
+class TokenizerMetrics:
+    """How well a tokenizer reconstructs a split."""
+
+    reconstruction: ReconstructionMetrics
+    """PSNR, SSIM, perceptual distance, codes."""
+    frechet: float | None
+    """Fréchet distance between the images and their reconstructions; FID[R] where the features are Inception's. None
+    without a reference."""
+
+
+def evaluate_tokenizer(
+    model: VQGAN,
+    dataset: Dataset[Sample],
+    *,
+    reference: Reference | None = None,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    autocast: AbstractContextManager[object] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TokenizerMetrics:
+    """Reconstruct every image of a split, in one pass for all metrics; on several ranks each has its share.
+
+    Args:
+        model: in evaluation mode, on ``device``.
+        dataset: the split, with ``len``.
+        reference: of the same images (:func:`~regvq_fast.evaluation.fid.make_reference`), for the Fréchet distance.
+        perceptual: as in :func:`evaluate_reconstruction`; ``PerceptualDistance`` is one.
+        batch_size, workers: of the loader.
+        autocast: around the model.
+        progress: called after each batch with the number of this rank's images done.
+
+    Raises:
+        ValueError: the model is in training mode, the split is empty, or its images are too small.
+    """
+    seen = None if reference is None else FeatureStatistics.zeros(reference.net.num_features, device)
+
+    def observe(images: Tensor) -> None:
+        if reference is not None and seen is not None:
+            seen.add(reference.net(images))
+
+    metrics = evaluate_reconstruction(
+        model,
+        rank_batches(dataset, batch_size, workers, device),
+        num_codes=model.quantize.num_codes,
+        device=device,
+        autocast=autocast,
+        perceptual=perceptual,
+        observe=observe,
+        progress=progress,
+    )
+    distance = None if reference is None or seen is None else reference.distance(seen.over_ranks())
+    return TokenizerMetrics(metrics, distance)
+
+
+def fid_of_samples(
+    sampler: ImageSampler,
+    dataset: Dataset[Sample],
+    reference: Reference,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> float:
+    """Fréchet distance from the reference to one drawn image for each sample; FID[G] with Inception's features.
+
+    Sample k of the data set is the condition of image number k, whichever rank draws it in whichever batch.
+
+    Args:
+        sampler: on the reference's device.
+        dataset: a split with the field that the sampler wants (``sampler.field``).
+        reference: of the images of this split.
+        batch_size: images that are drawn at once. workers: of the loader.
+        progress: called after each batch with the number of this rank's images done.
+
+    Raises:
+        ValueError: conditions that the prior can't take.
+    """
+
+    def drawn() -> Iterator[Tensor]:
+        first, done = rank_share(len(dataset)).start, 0  # type: ignore[arg-type]
+        for batch in rank_batches(dataset, batch_size, workers, reference.device):
+            yield sampler.draw(batch, first + done)
+            done += len(batch["image"])
+
+    return reference.distance(statistics_of(drawn(), reference.net, reference.device, progress))
+
+
+class DrawnImages(Dataset[Sample]):
+    """The images of a folder that were drawn at one size, as they are; sorted by name, train/sample.py's grid left out.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+        ValueError: an image that can't be read, or of another size.
+    """
+
+    split = "drawn"
+
+    def __init__(self, folder: Path, image_size: int) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no such folder of images: {folder}")
+        found = [Path(file) for file in find_files(folder, EXTENSIONS)]
+        self.files = [file for file in found if is_image(file.name) and file.name not in _NOT_DRAWN]
+        if not self.files:
+            raise FileNotFoundError(f"no images in {folder}")
+        for file in self.files:
+            try:
+                with Image.open(file) as image:
+                    size = image.size
+            except UnidentifiedImageError:
+                raise ValueError(f"{file} is not an image") from None
+            if size != (image_size, image_size):
+                raise ValueError(
+                    f"{file} has {size[0]} x {size[1]} pixels, the validation images {image_size} x {image_size}: the "
+                    "distance is between images of one size"
+                )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        with Image.open(self.files[index]) as image:
+            return Sample(image=image_to_tensor(image.convert("RGB")))

@@ -1,0 +1,375 @@
+"""Whole evaluations of tiny models: their numbers, their protocols, and what is refused before work starts."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from tiny_net import TinyNet
+from torch import Tensor, nn
+
+from regvq_fast.config import AR_PRESETS, VQGAN_PRESETS, VQGANConfig, override
+from regvq_fast.data import ImageFolder, ScenesDataset, to_float, to_uint8
+from regvq_fast.data.loading import collate
+from regvq_fast.data.samples import Batch
+from regvq_fast.evaluation import evaluate as evaluation
+from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
+from regvq_fast.evaluation.fid import frechet_distance, statistics_of
+from regvq_fast.evaluation.measurement import Measurement, write_measurements
+from regvq_fast.evaluation.metrics import DrawnImages
+from regvq_fast.evaluation.pictures import save_images
+from regvq_fast.models import VQGAN, TokenTransformer, VQDiffusion
+from regvq_fast.models.features import VGGFeatures
+from regvq_fast.models.text import WordEncoder
+from regvq_fast.precision import choose_precision
+from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.sampling import sample_autoregressive
+from regvq_fast.sampling.images import DrawConfig, ImageSampler
+
+SCRIPT = Path(__file__).parents[2] / "train" / "evaluate.py"
+CODES, IMAGES = 32, 12
+CPU = torch.device("cpu")
+
+
+def make_tokenizer(seed: int = 0, num_codes: int = CODES) -> VQGAN:
+    torch.manual_seed(seed)
+    quantizer = NearestQuantizer(num_codes, 4)
+    model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
+    model.standardize_latents(to_float(val_batch(8)["image"]))
+    nn.init.normal_(quantizer.embedding.weight)
+    return model.eval()
+
+
+def make_prior() -> TokenTransformer:
+    torch.manual_seed(1)
+    return TokenTransformer(CODES, 16, token_shape=(8, 8), condition_shape=(4, 4), width=16, depth=1, heads=2).eval()
+
+
+def make_diffusion() -> VQDiffusion:
+    torch.manual_seed(2)
+    encoder = WordEncoder(width=16, depth=1, heads=2, max_words=8, buckets=64, truncate=True)
+    return VQDiffusion(CODES, token_shape=(8, 8), text_encoder=encoder, num_steps=4, width=16, depth=1, heads=2).eval()
+
+
+def val_batch(count: int = IMAGES) -> Batch:
+    scenes = ScenesDataset("val", 16, length=count)
+    return collate([scenes[k] for k in range(count)])
+
+
+def save_run(folder: Path, model: Any, config: Any) -> Path:
+    """What training leaves: weights without a manifest, and the configuration beside the architecture."""
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    content = dataclasses.asdict(config) | {"architecture": model.architecture()}
+    (folder / "config.json").write_text(json.dumps(content, default=str))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tokenizer, two priors over its tokens, another tokenizer, and weights of VGG-16."""
+    top = tmp_path_factory.mktemp("runs")
+    save_run(top / "vq", make_tokenizer(), VQGANConfig())
+    make_tokenizer(seed=3).save_pretrained(top / "other")
+    for name, prior in (("ar", make_prior()), ("diffusion", make_diffusion())):
+        prior.save_pretrained(top / name)
+        make_tokenizer().save_pretrained(top / name / "tokenizer")
+    trunk = VGGFeatures("vgg16", seed=7)
+    safetensors.torch.save_file({k: v.half() for k, v in trunk.state_dict().items()}, top / "vgg.safetensors")
+    return {path.stem: path for path in top.iterdir()}
+
+
+class TinyDistance(nn.Module):
+    """Stands for LPIPS."""
+
+    name, hash, min_size = "tiny distance", "0" * 12, 4
+
+    def __init__(self, weights: Path | None) -> None:
+        super().__init__()
+        self.trunk = type("Trunk", (), {"label": "tiny"})()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).abs().mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def tiny_nets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Small networks behind the metrics, and a cache of this test's own."""
+    monkeypatch.setattr(evaluation, "load_feature_net", lambda spec: TinyNet())
+    monkeypatch.setattr(evaluation, "PerceptualDistance", TinyDistance)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def measure(out: Path, **settings: Any) -> dict[str, Measurement]:
+    config = {"data": Path("scenes"), "val_images": IMAGES, "batch_size": 5, "device": "cpu", "workers": 0, **settings}
+    return evaluate(EvaluateConfig(out=out, **config))
+
+
+def values(found: dict[str, Measurement]) -> dict[str, float]:
+    return {key: measurement.value for key, measurement in found.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_a_tokenizer_by_hand(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measure(tmp_path / "out", run=runs["vq"])
+    model, images, net = make_tokenizer(), val_batch()["image"], TinyNet()
+    with torch.no_grad():
+        output = model(to_float(images))
+    reconstructions = to_uint8(output.reconstruction)
+    counts = torch.bincount(output.quantizer.indices.flatten(), minlength=CODES)
+    assert counts.sum() == IMAGES * 64
+    expected = {
+        "psnr": (10 * (255**2 / (reconstructions.float() - images).square().flatten(1).mean(1)).log10()).mean(),
+        "perceptual": (reconstructions.float() - images).abs().mean() / 127.5,
+        "utilization": (counts > 0).float().mean(),
+        "perplexity": torch.distributions.Categorical(counts.double()).entropy().exp(),
+        "fid_r": frechet_distance(statistics_of([images], net), statistics_of([reconstructions], net)),
+    }
+    for key, value in expected.items():
+        assert found[key].value == pytest.approx(float(value), rel=1e-4), key
+    assert found.keys() == expected.keys() | {"ssim"}
+
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for key, measurement in found.items():
+        assert saved[key] == {"name": measurement.name, "value": measurement.value, **measurement.protocol}
+        assert (saved[key]["data"], saved[key]["split"], saved[key]["images"]) == (
+            "embedded scenes, seed 0",
+            "val",
+            IMAGES,
+        )
+        assert (saved[key]["image_size"], saved[key]["precision"], saved[key]["device"]) == (16, "fp32", "CPU")
+        assert {"crop", "resize", "fingerprint", "tokenizer_sha256", "versions"} < saved[key].keys()
+    assert saved["fid_r"]["name"] == "Fréchet distance[R] (tiny)"
+    assert (saved["fid_r"]["samples"], saved["fid_r"]["features_sha256"]) == (IMAGES, net.hash)
+    assert saved["perceptual"]["network_sha256"] == "0" * 12
+    printed = capsys.readouterr().out
+    assert f"{found['fid_r'].value:.5g}" in printed
+    assert found["psnr"].protocol["fingerprint"] in printed
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_neither_a_second_run_nor_the_batch_size_moves_a_number(runs: dict[str, Path], tmp_path: Path) -> None:
+    found = [
+        values(measure(tmp_path, prior_run=runs["ar"], top_p=0.9, batch_size=batch, cache_dir=tmp_path / cache))
+        for batch, cache in ((5, "a"), (5, "a"), (5, "b"), (12, "c"))
+    ]
+    assert found[0] == found[1] == found[2]  # to the last bit, whether statistics were cached or not
+    assert found[0]["fid_g"] > 0
+    for key, value in found[3].items():  # up to what convolutions make of another batch size
+        assert value == pytest.approx(found[0][key], rel=1e-5), key
+
+
+@pytest.mark.usefixtures("tiny_nets")
+@pytest.mark.parametrize("name", ["ar", "diffusion"])
+def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    found = measure(tmp_path, prior_run=runs[name], temperature=0.8, seed=4)
+    sampler = ImageSampler.from_run(runs[name], DrawConfig(temperature=0.8, seed=4), choose_precision(False, CPU))
+    whole, net = val_batch(), TinyNet()
+    drawn = sampler.draw(whole, 0)
+    expected = frechet_distance(statistics_of([whole["image"]], net), statistics_of([drawn], net))
+    assert found["fid_g"].value == pytest.approx(expected, rel=1e-6)
+    assert found["fid_g"].value != found["fid_r"].value
+    protocol = found["fid_g"].protocol
+    assert (protocol["temperature"], protocol["seed"], protocol["samples"]) == (0.8, 4, IMAGES)
+    assert ("steps" in protocol, "top_p" in protocol) == (name == "diffusion", name == "ar")
+    assert found["fid_r"].protocol["tokenizer"] == str(runs[name] / "tokenizer")
+
+    part = Batch(image=whole["image"][7:], segmentation=whole["segmentation"][7:], caption=whole["caption"][7:])
+    assert torch.equal(sampler.draw(part, 7), drawn[7:])
+    assert not torch.equal(sampler.draw(part, 0), drawn[7:])
+
+
+def test_maps_become_conditions_by_majority(runs: dict[str, Path]) -> None:
+    prior, tokenizer = make_prior(), make_tokenizer()
+    sampler = ImageSampler(prior, tokenizer, DrawConfig(top_k=5), choose_precision(False, CPU))
+    maps = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    maps[1, :, 5:] = 3
+    coarse = torch.tensor([[0, 3, 3, 3]]).expand(4, 4)
+    tokens = sample_autoregressive(prior, torch.stack([torch.zeros_like(coarse), coarse]), seed=0, top_k=5)
+    batch = Batch(image=torch.zeros(2, 3, 16, 16, dtype=torch.uint8), segmentation=maps)
+    with torch.no_grad():
+        assert torch.equal(sampler.draw(batch, 0), to_uint8(tokenizer.decode_indices(tokens)))
+    batch["segmentation"] = maps + 20
+    with pytest.raises(ValueError, match="class id 23; the prior knows ids below 16"):
+        sampler.draw(batch, 0)
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_images_that_are_there(runs: dict[str, Path], tmp_path: Path) -> None:
+    sampler = ImageSampler.from_run(runs["ar"], DrawConfig(), choose_precision(False, CPU))
+    save_images(tmp_path / "drawn", sampler.draw(val_batch(), 0))
+    Image.new("RGB", (70, 70)).save(tmp_path / "drawn" / "grid.png")
+    alone = measure(tmp_path / "alone", images=tmp_path / "drawn", image_size=16)
+    assert alone.keys() == {"fid_g"}
+    beside = measure(tmp_path / "beside", images=tmp_path / "drawn", run=runs["vq"])
+    drawn = measure(tmp_path / "prior", prior_run=runs["ar"])
+    assert alone["fid_g"].value == beside["fid_g"].value == pytest.approx(drawn["fid_g"].value, rel=1e-9)
+    assert values(beside)["fid_r"] == values(drawn)["fid_r"]
+    assert alone["fid_g"].protocol["samples"] == IMAGES
+
+
+def test_folders_of_drawn_images_that_will_not_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder of images"):
+        DrawnImages(tmp_path / "nowhere", 16)
+    with pytest.raises(FileNotFoundError, match="no images in"):
+        DrawnImages(tmp_path, 16)
+    Image.new("L", (16, 16)).save(tmp_path / "0.png")
+    assert DrawnImages(tmp_path, 16)[0]["image"].shape == (3, 16, 16)
+    Image.new("RGB", (16, 24)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"1.png has 16 x 24 pixels, the validation images 16 x 16"):
+        DrawnImages(tmp_path, 16)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1.png is not an image"):
+        DrawnImages(tmp_path, 16)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    write_measurements(tmp_path / "x.json", {"psnr": Measurement("PSNR (dB)", float("inf"), {"images": 1})})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"psnr": {"name": "PSNR (dB)", "value": None, "images": 1}}
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_two_ranks_measure_what_one_does(runs: dict[str, Path], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def work(rank: int) -> None:
+        torch.set_num_threads(1)  # what a forked process may count on, as the loader's workers do
+        os.environ.update(rendezvous, RANK=str(rank), LOCAL_RANK=str(rank))
+        measure(tmp_path / "two", prior_run=runs["ar"], val_images=11, cache_dir=tmp_path / "shared")
+
+    # Forked, they have the small networks, and needn't import anything.
+    ranks = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    one = measure(tmp_path / "one", prior_run=runs["ar"], val_images=11)
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    for key, number in one.items():
+        assert two[key]["value"] == pytest.approx(number.value, rel=1e-5), key
+    assert two["fid_g"]["samples"] == 11
+    assert two["fid_g"]["device"] == "CPU, 2 processes"
+    assert len(list((tmp_path / "shared").iterdir())) == 1
+
+
+def test_the_script_with_real_networks(runs: dict[str, Path], tmp_path: Path) -> None:
+    flags = f"--data scenes --val-images 3 --device cpu --workers 0 --cache-dir {tmp_path} --out {tmp_path}".split()
+    nets = ["--fid-features", f"vgg16:{runs['vgg']}", "--perceptual-weights", runs["vgg"]]
+    script("--prior-run", runs["ar"], "--top-k", "3", *flags, *nets)
+    saved = json.loads((tmp_path / "evaluation.json").read_text())
+    assert saved["fid_g"]["name"] == "Fréchet distance[G] (VGG-16 of vgg.safetensors, relu5_3 averaged)"
+    assert saved["perceptual"]["name"] == "perceptual distance (VGG-16 of vgg.safetensors)"
+    assert "3 images are too few for 512 features" in saved["fid_g"]["note"]
+    assert saved["fid_g"]["top_k"] == 3
+
+
+# ----------------------------------------------------------------------------------------------- what is to be compared
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 1), ("val", 6)):
+        images = torch.randint(0, 256, (count, 3, 20, 24), dtype=torch.uint8, generator=generator)
+        save_images(tmp_path / "photos" / split, images)
+    return tmp_path / "photos"
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_data_is_what_the_run_was_trained_on_and_all_of_its_split(
+    runs: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    config = override(VQGAN_PRESETS["scenes"], data=photos, val_images=2)
+    run = save_run(tmp_path / "run", make_tokenizer(), config)
+    found = evaluate(EvaluateConfig(run=run, device="cpu", workers=0))
+    assert found["psnr"].protocol["images"] == len(ImageFolder(photos, "val")) == 6
+    assert found["psnr"].protocol["data"] == str(photos)
+    assert (run / "evaluation.json").is_file()
+    assert "unreadable" not in found["psnr"].protocol
+    few = evaluate(EvaluateConfig(run=run, device="cpu", workers=0, val_images=3))
+    assert few["psnr"].protocol["images"] == 3
+
+    for name, tokens in (("trained", {"data": photos, "on_the_fly": True}), ("cached", {"cache": Path("gone")})):
+        prior = save_run(tmp_path / name, make_prior(), override(AR_PRESETS["scenes"], **tokens))
+        make_tokenizer().save_pretrained(prior / "tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"none of the 6 images in .*photos has its segmentation"):
+        evaluate(EvaluateConfig(prior_run=tmp_path / "trained", device="cpu"))
+    with pytest.raises(ValueError, match=r"token cache gone that .* is not there: give the images with --data PATH"):
+        evaluate(EvaluateConfig(prior_run=tmp_path / "cached", device="cpu"))
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    (photos / "val" / "9.png").write_bytes(b"no image")
+    found = measure(tmp_path / "out", run=runs["vq"], data=photos)
+    assert all((number.protocol["images"], number.protocol["unreadable"]) == (7, 1) for number in found.values())
+
+
+@pytest.mark.usefixtures("tiny_nets")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "nothing to evaluate: give --run, --prior-run or --images"),
+        ({"run": "nowhere"}, "no such folder: nowhere"),
+        ({"run": "ar"}, "holds a TokenTransformer, not a VQGAN"),
+        ({"prior_run": "vq"}, "holds a VQGAN, not a prior: give a run of train/ar.py or train/diffusion.py"),
+        ({"prior_run": "ar", "run": "other"}, "is not the tokenizer of --prior-run"),
+        ({"prior_run": "ar", "images": "vq"}, "give one of the two"),
+        ({"images": "vq"}, "needs --image-size"),
+        ({"images": "vq", "image_size": 0}, "--image-size must be at least 1, got 0"),
+        ({"run": "vq", "image_size": 32}, "--image-size 32 is for --images alone"),
+        ({"images": "vq", "image_size": 16}, "no images in"),
+        ({"run": "other", "data": None}, "doesn't say what it was trained on: give the images with --data PATH"),
+        ({"run": "vq", "data": Path("nowhere")}, "no such folder: nowhere"),
+        ({"run": "vq", "val_images": 0}, "--val-images must be at least 1, got 0"),
+        ({"run": "vq", "batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"run": "vq", "device": "tpu"}, "--device tpu"),
+        ({"prior_run": "ar", "steps": 3}, "--steps is for diffusion priors; this one is autoregressive"),
+        ({"prior_run": "diffusion", "top_k": 3}, "--top-k is for autoregressive priors; this one is diffusion"),
+        ({"prior_run": "diffusion", "steps": 5}, "steps must lie between 1 and the prior's 4, got 5"),
+        ({"prior_run": "ar", "top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
+        ({"prior_run": "ar", "fid_features": "none"}, "--fid-features none measures nothing of drawn images"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(
+    settings: dict[str, Any], message: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {k: runs.get(v, Path(v)) if k in ("run", "prior_run", "images") else v for k, v in settings.items()}
+    with pytest.raises((ValueError, OSError), match=message):
+        measure(tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def script(*flags: object) -> None:
+    with patch.object(sys, "argv", ["evaluate.py", *map(str, flags)]):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_the_script_ends_with_the_sentence(runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: --fid-features resnet is none of inception"):
+        script("--run", runs["vq"], "--fid-features", "resnet")
+    small = VQGAN(NearestQuantizer(4, 4), image_size=8, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(SystemExit, match="error: SSIM needs images of at least 11 pixels a side, these have 8"):
+        script("--run", tmp_path / "small", "--fid-features", "none", "--perceptual-weights", runs["vgg"])
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_without_features_there_is_no_distance(runs: dict[str, Path], tmp_path: Path) -> None:
+    assert "fid_r" not in measure(tmp_path, run=runs["vq"], fid_features="none")

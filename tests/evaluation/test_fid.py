@@ -1,0 +1,352 @@
+"""Fréchet distances: against torchmetrics and the definition, over any batches, cached, and by which networks."""
+
+import pickle
+import sys
+import types
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import scipy.linalg
+import torch
+from PIL import Image
+from tiny_net import TinyNet
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from regvq_fast.data import ImageFolder, ScenesDataset, write_shards
+from regvq_fast.data.loading import build_dataset
+from regvq_fast.evaluation import feature_nets, fid
+from regvq_fast.evaluation.feature_nets import PerceptualDistance, VGGFeatureNet, load_feature_net
+from regvq_fast.evaluation.fid import (
+    FeatureStatistics,
+    TooFewImagesWarning,
+    describe_data,
+    frechet_distance,
+    make_reference,
+    statistics_of,
+)
+from regvq_fast.models import features as vgg
+from regvq_fast.models.features import VGGFeatures
+from regvq_fast.models.weights import RemoteWeights
+
+
+def noise(count: int, seed: int, low: int = 0, size: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def statistics(features: Tensor, batch: int = 7) -> FeatureStatistics:
+    sums = FeatureStatistics.zeros(features.shape[1])
+    for part in features.split(batch):
+        sums.add(part)
+    return sums
+
+
+def mixed(count: int, features: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(features, features, generator=generator) / features**0.5
+    return torch.randn(count, features, generator=generator) @ mix + 0.3 * seed
+
+
+# ------------------------------------------------------------------------------------------------------- the distance
+
+
+def test_by_hand() -> None:
+    a, b = statistics(torch.tensor([[0.0], [2.0]])), statistics(torch.tensor([[0.0], [4.0]]))
+    assert frechet_distance(a, b) == pytest.approx((1 - 2) ** 2 + (2**0.5 - 8**0.5) ** 2, rel=1e-12)
+
+
+def test_equals_torchmetrics_on_images() -> None:
+    net = TinyNet()
+    real, fake = noise(40, seed=0), noise(33, seed=1, low=60)
+    theirs = FrechetInceptionDistance(feature=net)
+    theirs.update(real, real=True)
+    theirs.update(fake, real=False)
+    ours = frechet_distance(statistics_of(real.split(9), net), statistics_of(fake.split(4), net))
+    assert ours == pytest.approx(float(theirs.compute()), rel=1e-6)
+    assert ours > 1
+
+
+@pytest.mark.parametrize(("count", "features", "tolerance"), [(300, 48, 1e-10), (20, 32, 1e-5)])
+def test_equals_the_definition(count: int, features: int, tolerance: float) -> None:
+    x, y = (mixed(count + seed, features, seed).double().numpy() for seed in (0, 1))
+    c, d = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = scipy.linalg.sqrtm(c @ d).real  # of singular matrices, its own rounding is the larger one
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c + d - 2 * root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TooFewImagesWarning)
+        ours = frechet_distance(statistics(torch.from_numpy(x)), statistics(torch.from_numpy(y)))
+    assert ours == pytest.approx(expected, rel=tolerance)
+
+
+def test_equal_sets_are_at_no_distance() -> None:
+    a, b = statistics(mixed(100, 16, 1)), statistics(mixed(100, 16, 1).flip(0), batch=11)
+    assert 0 <= frechet_distance(a, b) < 1e-10
+
+
+def test_batches_do_not_move_the_sums() -> None:
+    features = mixed(101, 32, 2)
+    one, other = statistics(features, batch=101), statistics(features, batch=3)
+    assert one.count == other.count == 101
+    for name in ("mean", "covariance"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(one.covariance, features.double().T.cov(), rtol=1e-10, atol=1e-12)
+    assert frechet_distance(one, statistics(mixed(90, 32, 3))) == pytest.approx(
+        frechet_distance(other, statistics(mixed(90, 32, 3), batch=90)), rel=1e-9
+    )
+
+
+def test_few_images_are_told_of_and_too_few_refused() -> None:
+    few, enough, single = (statistics(mixed(count, 8, 1)) for count in (8, 9, 1))
+    with pytest.warns(TooFewImagesWarning, match="8 images are too few for 8 features: at least 9 are needed"):
+        frechet_distance(few, enough)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frechet_distance(enough, enough)
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        frechet_distance(enough, single)
+    with pytest.raises(ValueError, match="statistics are of 8 and 4 features"):
+        frechet_distance(enough, statistics(mixed(9, 4, 1)))
+
+
+# -------------------------------------------------------------------------------------------------- data sets, cached
+
+
+def reference_of(net: TinyNet, dataset: object, cache: Path | None, batch_size: int = 4) -> fid.Reference:
+    net.seen = 0
+    return make_reference(dataset, net, batch_size=batch_size, cache=cache)  # type: ignore[arg-type]
+
+
+def test_statistics_of_a_data_set_are_computed_once(tmp_path: Path) -> None:
+    net, dataset, done = TinyNet(), ScenesDataset("val", 16, length=10), []
+    first = make_reference(dataset, net, batch_size=4, cache=tmp_path / "new", progress=done.append)
+    assert (net.seen, done, first.statistics.count) == (10, [4, 8, 10], 10)
+    again = reference_of(net, dataset, tmp_path / "new", batch_size=3)
+    assert net.seen == 0
+    assert again.statistics.count == 10
+    assert torch.equal(again.statistics.total, first.statistics.total)
+    assert torch.equal(again.statistics.products, first.statistics.products)
+    images = torch.stack([dataset[k]["image"] for k in range(10)])
+    torch.testing.assert_close(again.statistics.covariance, net(images).double().T.cov())
+    assert again.distance(statistics_of([images], net)) < 1e-10
+    assert not list((tmp_path / "new").glob(".*"))
+
+
+def test_statistics_of_another_protocol_are_not_used(tmp_path: Path) -> None:
+    reference_of(TinyNet(), ScenesDataset("val", 16, length=10), tmp_path)
+    others = [
+        (TinyNet(seed=1), ScenesDataset("val", 16, length=10)),
+        (TinyNet(), ScenesDataset("val", 16, length=11)),
+        (TinyNet(), ScenesDataset("val", 24, length=10)),
+        (TinyNet(), ScenesDataset("val", 16, length=10, seed=1)),
+    ]
+    for net, dataset in others:
+        assert reference_of(net, dataset, tmp_path).statistics.count == len(dataset) == net.seen
+    assert len(list(tmp_path.iterdir())) == 5
+    # A file under the name of another's would be found by its hash: what it says of itself decides.
+    net, dataset = TinyNet(), ScenesDataset("val", 16, length=10)
+    files = sorted(tmp_path.iterdir())
+    contents = [file.read_bytes() for file in files]
+    for file, content in zip(files, contents[1:] + contents[:1], strict=True):
+        file.write_bytes(content)
+    reference_of(net, dataset, tmp_path)
+    assert net.seen == 10
+
+
+def test_damaged_and_unwritable_caches_cost_time_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net, dataset = TinyNet(), ScenesDataset("val", 16, length=10)
+    expected = reference_of(net, dataset, tmp_path / "cache").statistics
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+    assert torch.equal(reference_of(net, dataset, tmp_path / "cache").statistics.total, expected.total)
+    assert "damaged" in caplog.text
+    assert net.seen == 10
+    reference_of(net, dataset, tmp_path / "cache")
+    assert net.seen == 0
+    (tmp_path / "file").write_text("")
+    reference_of(net, dataset, tmp_path / "file")
+    assert "can't be kept" in caplog.text
+    assert net.seen == 10
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        for k, image in enumerate(noise(4, seed=5, size=20)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / split / f"{k}.png")
+    return folder
+
+
+def test_a_changed_file_is_another_data_set(photos: Path, tmp_path: Path) -> None:
+    before = describe_data(ImageFolder(photos, "val", 16))
+    assert before["data"] == str(photos)
+    assert (before["split"], before["images"], before["image_size"]) == ("val", 4, 16)
+    assert before["crop"] == "largest central square"
+    assert "Lanczos" in before["resize"]
+    assert describe_data(ImageFolder(photos, "val", 16)) == before
+    with (photos / "val" / "2.png").open("ab") as file:  # neither the first nor the last
+        file.write(b"\0")
+    assert describe_data(ImageFolder(photos, "val", 16))["fingerprint"] != before["fingerprint"]
+
+
+def test_shards_are_known_by_their_files_and_fields(tmp_path: Path) -> None:
+    png = BytesIO()
+    Image.new("RGB", (20, 20)).save(png, "PNG")
+    samples = ({"__key__": f"{k:03d}", "png": png.getvalue(), "txt": "black"} for k in range(40))
+    write_shards(samples, str(tmp_path / "val-%03d.tar"))
+    plain, captioned = (build_dataset(tmp_path, split="val", image_size=16, fields=f) for f in ((), ("caption",)))
+    assert describe_data(plain)["fingerprint"] == describe_data(plain)["fingerprint"]
+    assert describe_data(plain)["fingerprint"] != describe_data(captioned)["fingerprint"]
+
+
+def test_an_empty_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="the split is empty"):
+        make_reference([], TinyNet())  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    trunk = VGGFeatures("vgg16", seed=7)
+    safetensors.torch.save_file({name: value.half() for name, value in trunk.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture
+def nothing_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    nowhere = RemoteWeights("http://127.0.0.1:9/weights.pth", "0000")
+    monkeypatch.setitem(vgg.IMAGENET_WEIGHTS, "vgg16", nowhere)
+    monkeypatch.setattr(feature_nets, "INCEPTION_WEIGHTS", nowhere)
+
+
+def test_vgg_features_are_named_after_their_weights(weights: Path) -> None:
+    net, random = load_feature_net(f"vgg16:{weights}"), load_feature_net("random-vgg16")
+    assert net.name == "VGG-16 of mine.safetensors, relu5_3 averaged"
+    assert random.name == "random VGG-16, relu5_3 averaged"
+    assert not net.standard
+    assert len(net.hash) == 12
+    assert net.hash != random.hash
+    assert random.hash == VGGFeatureNet(VGGFeatures("vgg16", ("relu5_3",))).hash
+
+    images = noise(3, seed=0, size=16)
+    found = net(images)
+    assert (found.shape, found.dtype, found.requires_grad) == ((3, 512), torch.float32, False)
+    scaled = (images / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    state = safetensors.torch.load_file(weights)
+    for block in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)):
+        scaled = scaled if block[0] == 0 else torch.max_pool2d(scaled, 2)
+        for k in block:
+            kernel, bias = (state[f"features.{k}.{kind}"].float() for kind in ("weight", "bias"))
+            scaled = torch.conv2d(scaled, kernel, bias, padding=1).relu()
+    torch.testing.assert_close(found, scaled.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.train()(images), found)
+    torch.testing.assert_close(net(images[1:2]), found[1:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("nothing_to_download")
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("resnet", ValueError, "--fid-features resnet is none of inception, inception:PATH, vgg16"),
+        ("vgg16:", ValueError, "--fid-features vgg16: is none of"),
+        ("random-vgg16:x.pth", ValueError, "is none of"),
+        ("vgg16:nowhere.pth", FileNotFoundError, "no such weights file: nowhere.pth"),
+        ("vgg16", OSError, r"no ImageNet weights of VGG-16 .* give a file with --fid-features vgg16:PATH"),
+    ],
+)
+def test_features_that_are_not_to_be_had(spec: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_feature_net(spec)
+
+
+def test_images_that_a_network_cannot_take() -> None:
+    net = TinyNet()
+    with pytest.raises(TypeError, match=r"uint8 images, got torch.float32"):
+        net(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"must be \(B, 3, H, W\), got \(3, 8, 8\)"):
+        net(noise(1, 0)[0])
+    with pytest.raises(ValueError, match="tiny needs images of at least 4 pixels, got 8 x 3"):
+        net(noise(1, 0)[..., :3])
+
+
+class Extractor(nn.Module):
+    """torch-fidelity's: takes a path, and reads it for itself."""
+
+    def __init__(self, name: str, features_list: list[str], path: str) -> None:
+        super().__init__()
+        assert features_list == ["2048"]
+        self.scale = nn.Parameter(torch.zeros(2048))
+        self.load_state_dict(torch.load(path, weights_only=False))
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        assert images.dtype == torch.uint8
+        return (images.float().mean(dim=(1, 2, 3))[:, None] * self.scale,)
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, module = types.ModuleType("torch_fidelity"), types.ModuleType("feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = Extractor  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+
+
+@pytest.mark.usefixtures("torch_fidelity", "nothing_to_download")
+def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"scale": torch.arange(2048.0)}
+    torch.save(state, tmp_path / "mine.pth")
+    safetensors.torch.save_file(state, tmp_path / "mine.safetensors")
+    nets = [load_feature_net(f"inception:{tmp_path / name}") for name in ("mine.pth", "mine.safetensors")]
+    assert [net.name for net in nets] == ["Inception-v3 of mine.pth", "Inception-v3 of mine.safetensors"]
+    assert nets[0].hash == nets[1].hash
+    assert torch.equal(nets[0](torch.full((2, 3, 8, 8), 2, dtype=torch.uint8)), 2 * state["scale"].expand(2, -1))
+    assert not nets[0].standard
+
+    published = RemoteWeights("http://127.0.0.1:9/mine.pth", feature_nets.sha256_of(tmp_path / "mine.pth")[:8])
+    monkeypatch.setattr(feature_nets, "INCEPTION_WEIGHTS", published)
+    known = load_feature_net(f"inception:{tmp_path / 'mine.pth'}")
+    assert known.standard
+    assert known.name == "Inception-v3 (torch-fidelity)"
+    titles = [fid.Reference(net, FeatureStatistics.zeros(2048), {}).title("R") for net in (known, nets[0])]
+    assert titles == ["FID[R]", "Fréchet distance[R] (Inception-v3 of mine.pth)"]
+
+
+@pytest.mark.usefixtures("torch_fidelity", "nothing_to_download")
+def test_inception_weights_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other.pth doesn't fit Inception-v3: .*Missing key"):
+        load_feature_net(f"inception:{tmp_path / 'other.pth'}")
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"scale": print}, protocol=2))
+    with pytest.raises(ValueError, match=r"can't read weights file .*code.pth"):
+        load_feature_net(f"inception:{tmp_path / 'code.pth'}")
+    with pytest.raises(OSError, match=r"no Inception weights .* give it with --fid-features inception:PATH"):
+        load_feature_net("inception")
+
+
+def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match=r'need torch-fidelity: pip install "regvq-fast\[fid\]"'):
+        load_feature_net("inception")
+
+
+def test_the_perceptual_distance_is_named_after_its_weights(weights: Path) -> None:
+    distance = PerceptualDistance(weights)
+    assert distance.name == "perceptual distance (VGG-16 of mine.safetensors)"
+    images = noise(2, seed=0, size=16) / 127.5 - 1
+    found = distance(images, images.flip(0))
+    assert found.shape == (2,)
+    assert found.min() > 0
+    assert torch.equal(distance(images, images), torch.zeros(2))
