@@ -1,0 +1,11 @@
+"""diffusers: the ``VectorQuantizer`` of ``VQModel``, of its MoVQ and of Paella's."""
+
+from torch import Tensor
+
+from regvq_fast.integrations.nearest import NearestCode
+
+
+class VectorQuantizer(NearestCode):
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        """z (B, D, H, W) -> codes, loss and (None, None, indices), as in ``diffusers.models.autoencoders.vae``."""
+        return self._nearest(z)

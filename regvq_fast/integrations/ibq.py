@@ -1,0 +1,48 @@
+"""SEED-Voken's IBQ: index backpropagation quantization (Shi et al., "Scalable Image Tokenization with Index
+Backpropagation Quantization", 2024), the softmax over all codes as straight-through gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.integrations.common import Adapter, softmax_statistics, to_rows
+from regvq_fast.ops import vector_quantize
+
+
+class IndexPropagationQuantize(Adapter):
+    """Logits are the products with the codes: linear logits whose weight is the codebook."""
+
+    embedding: nn.Embedding
+    beta: float
+    use_entropy_loss: bool
+    entropy_temperature: float
+    sample_minimization_weight: float
+    batch_maximization_weight: float
+    remap: str | None
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        if reason := super().why_not(module):
+            return reason
+        return None if module.remap is None else "remap, a softmax of a part of the codes, isn't covered"
+
+    def forward(self, z: Tensor, temp: float | None = None, return_logits: bool = False) -> Any:
+        """z (B, D, H, W) -> codes, loss, (None, None, indices (B * H * W,)); the library ignores the other arguments.
+
+        With ``use_entropy_loss`` the loss is (codebook loss, mean entropy, entropy of the mean, their weighted sum).
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            codebook = self.embedding.weight  # [N, D]
+            rows = to_rows(z).to(codebook.dtype)
+            out = vector_quantize(rows, codebook, weight=codebook, codebook_grad="hard")
+            codes = self.embedding(out.indices)
+            loss = ((out.quantized - rows) ** 2).mean() + ((codes.detach() - rows) ** 2).mean()
+            loss = loss + self.beta * ((codes - rows.detach()) ** 2).mean()
+            quantized, info = out.quantized.permute(0, 3, 1, 2), (None, None, out.indices.flatten())
+            if not self.use_entropy_loss:
+                return quantized, loss, info
+            entropy, mean_p = softmax_statistics(rows.flatten(0, 2), codebook, temperature=self.entropy_temperature)
+            mean_entropy = -(mean_p * (mean_p + 1e-5).log()).sum()
+            balance = self.sample_minimization_weight * entropy - self.batch_maximization_weight * mean_entropy
+            return quantized, (loss, entropy, mean_entropy, balance), info

@@ -1,0 +1,102 @@
+"""taming-transformers: the quantizers of ``taming.modules.vqvae.quantize``."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.integrations.common import Adapter, softmax_statistics, to_rows
+from regvq_fast.integrations.nearest import NearestCode, straight_through
+from regvq_fast.ops import assign_codes, vector_quantize
+from regvq_fast.quantizers.base import draw_seed
+
+
+class VectorQuantizer2(NearestCode):
+    """The quantizer of ``VQModel``, with all of its options."""
+
+    def forward(
+        self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        """z (B, D, H, W) -> codes, loss, (None, None, indices); the other arguments are GumbelQuantize's."""
+        if temp not in (None, 1.0) or rescale_logits or return_logits:
+            raise ValueError(
+                f"temp={temp}, rescale_logits={rescale_logits}, return_logits={return_logits} are GumbelQuantize's: "
+                "VectorQuantizer2 takes the nearest code, leave them out"
+            )
+        return self._nearest(z)
+
+
+class VectorQuantizer(Adapter):
+    """The older one. Its one-hot matrix (M, N) is an output and stays; distances and product with it go."""
+
+    embedding: nn.Embedding
+    n_e: int
+    beta: float
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """z (B, D, H, W) -> codes, loss, (perplexity, one-hot rows (M, N), indices (M, 1))."""
+        rows = to_rows(z)
+        indices = assign_codes(rows.flatten(0, 2), self.embedding.weight)
+        quantized, loss = straight_through(rows, self.embedding(indices).view(rows.shape), self.beta, legacy=True)
+        one_hot = rows.new_zeros(len(indices), self.n_e).scatter_(1, indices.unsqueeze(1), 1)
+        share = one_hot.mean(0)
+        perplexity = (-(share * (share + 1e-10).log()).sum()).exp()
+        return quantized, loss, (perplexity, one_hot, indices.unsqueeze(1))
+
+
+class GumbelQuantize(Adapter):
+    """Gumbel-softmax of logits from a 1x1 convolution, hard; in evaluation it samples as well, as the library's does.
+
+    The noise is of our generator, seeded from PyTorch's: other numbers, the same distribution.
+    """
+
+    proj: nn.Conv2d
+    embed: nn.Embedding
+    n_embed: int
+    straight_through: bool
+    temperature: float
+    kl_weight: float
+    use_vqinterface: bool
+    remap: str | None
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        if reason := super().why_not(module):
+            return reason
+        assert isinstance(module.proj, nn.Conv2d)
+        assert isinstance(module.embed, nn.Embedding)
+        if module.remap is not None:
+            return "remap, noise for a part of the codes, isn't covered"
+        if not module.straight_through:
+            return "straight_through=False, mixtures of all codes, isn't covered"
+        if module.proj.in_channels != module.embed.embedding_dim:
+            return (
+                f"num_hiddens={module.proj.in_channels} other than embedding_dim={module.embed.embedding_dim} "
+                "isn't covered"
+            )
+        return None
+
+    def forward(self, z: Tensor, temp: float | Tensor | None = None, return_logits: bool = False) -> Any:
+        """z (B, D, H, W) -> codes, KL loss, (None, None, indices (B, H, W)); with ``return_logits`` the library's."""
+        if return_logits:
+            return super().forward(z, temp, return_logits)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = to_rows(z).to(self.embed.weight.dtype)
+            weight = self.proj.weight.flatten(1)  # [N, D]
+            out = vector_quantize(
+                rows,
+                self.embed.weight,
+                weight=weight,
+                bias=self.proj.bias,
+                mask=torch.ones(rows.shape[:3], dtype=torch.bool, device=z.device),
+                seed=draw_seed(z.device),
+                tau=self.temperature if temp is None else temp,
+                codebook_grad="hard",
+            )
+            loss = rows.new_zeros(())
+            if self.kl_weight != 0:  # sum of p log(N p)
+                entropy, _ = softmax_statistics(rows.flatten(0, 2), weight, self.proj.bias)
+                loss = self.kl_weight * (math.log(self.n_embed) - entropy)
+        quantized = out.quantized.permute(0, 3, 1, 2)
+        return (quantized, loss, (None, None, out.indices) if self.use_vqinterface else out.indices)

@@ -1,0 +1,181 @@
+"""What `accelerate` finds, swaps, leaves alone and says; on stand-ins for a library's classes."""
+
+import copy
+import io
+import pickle
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from regvq_fast.integrations import accelerate
+from regvq_fast.integrations.common import softmax_statistics
+from regvq_fast.ops import _common, assign_codes
+
+PATH = "taming.modules.vqvae.quantize"
+
+
+class VectorQuantizer2(nn.Module):
+    """Stand-in: taming's interface, outputs that no quantizer has."""
+
+    def __init__(self, num_codes=16, width=4):
+        super().__init__()
+        self.embedding = nn.Embedding(num_codes, width)
+        self.beta, self.legacy, self.remap, self.sane_index_shape = 0.25, False, None, False
+
+    def forward(self, z, temp=None, rescale_logits=False, return_logits=False):
+        return "the library's"
+
+    def get_codebook_entry(self, indices):
+        return self.embedding(indices)
+
+
+@pytest.fixture(autouse=True)
+def _library(monkeypatch):
+    """The stand-in as a module's class, so that pickles find it."""
+    names = PATH.split(".")
+    for parts in range(1, len(names) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(names[:parts]), ModuleType(names[parts - 1]))
+    monkeypatch.setattr(sys.modules[PATH], "VectorQuantizer2", VectorQuantizer2, raising=False)
+    monkeypatch.setattr(VectorQuantizer2, "__module__", PATH)
+    torch.manual_seed(0)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.quantize = nn.Conv2d(3, 4, 1), VectorQuantizer2()
+
+    def forward(self, images):
+        return self.quantize(self.encoder(images))
+
+
+def images():
+    return torch.randn(2, 3, 4, 4)
+
+
+def check_swapped(model):
+    quantized, loss, (_, _, indices) = model(images())
+    assert quantized.shape == (2, 4, 4, 4)
+    assert loss.ndim == 0
+    assert indices.shape == (32,)
+
+
+def test_only_the_class_of_the_quantizer_changes():
+    model = Autoencoder()
+    before, attributes = copy.deepcopy(model.state_dict()), dict(vars(model.quantize))
+    parameters = list(model.parameters())
+    assert accelerate(model) == ({"quantize": "VectorQuantizer2"}, {})
+    check_swapped(model)
+    assert isinstance(model.quantize, VectorQuantizer2)
+    assert repr(type(model.quantize)) == repr(VectorQuantizer2)
+    assert vars(model.quantize) == attributes
+    assert all(ours is theirs for ours, theirs in zip(model.parameters(), parameters, strict=True))
+    assert model.state_dict().keys() == before.keys()
+    model.load_state_dict(before)
+    assert torch.equal(model.quantize.get_codebook_entry(torch.tensor([3])), before["quantize.embedding.weight"][3:4])
+    assert VectorQuantizer2()(images()) == "the library's"
+
+
+def test_twice_is_once():
+    model = Autoencoder()
+    report = accelerate(model)
+    swapped_class = type(model.quantize)
+    assert accelerate(model) == report
+    assert type(model.quantize) is swapped_class
+
+
+def test_a_quantizer_by_itself():
+    quantizer = VectorQuantizer2()
+    assert accelerate(quantizer).swapped == {"": "VectorQuantizer2"}
+    assert quantizer(torch.randn(2, 4, 4, 4))[0].shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_swapped_too(copier):
+    model = Autoencoder()
+    accelerate(model)
+    copied = copier(model)
+    check_swapped(copied)
+    assert type(copied.quantize) is type(model.quantize)
+    torch.testing.assert_close(copied.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert copied.quantize.embedding.weight is not model.quantize.embedding.weight
+
+
+def test_saved_whole():
+    model, file = Autoencoder(), io.BytesIO()
+    accelerate(model)
+    torch.save(model, file)
+    file.seek(0)
+    check_swapped(torch.load(file, weights_only=False))
+
+
+def test_compiled_in_one_graph():
+    model, batch = Autoencoder(), images()
+    accelerate(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(batch), model(batch))
+
+
+def test_under_autocast_the_look_up_stays_in_fp32():
+    model, batch = Autoencoder(), images()
+    accelerate(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        latents = model.encoder(batch)
+        quantized, _, (_, _, indices) = model(batch)
+    assert latents.dtype == torch.bfloat16
+    assert quantized.dtype == torch.float32
+    rows = latents.permute(0, 2, 3, 1).reshape(-1, 4).float()
+    assert torch.equal(indices, assign_codes(rows, model.quantize.embedding.weight))
+
+
+def test_subclasses_are_left_alone():
+    class Own(VectorQuantizer2):
+        pass
+
+    model = nn.ModuleList([Own(), VectorQuantizer2()])
+    report = accelerate(model)
+    assert report.swapped == {"1": "VectorQuantizer2"}
+    assert report.left_alone == {"0": "Own: a subclass of VectorQuantizer2, which may compute something else"}
+    assert type(model[0]) is Own
+
+
+def test_releases_with_other_arguments_are_left_alone(monkeypatch):
+    monkeypatch.setattr(VectorQuantizer2, "forward", lambda self, z, noise: None)
+    with pytest.raises(ValueError, match=r"quantize is a VectorQuantizer2: its forward takes \(z, noise\), not"):
+        accelerate(Autoencoder())
+
+
+def test_a_model_without_a_known_quantizer():
+    with pytest.raises(ValueError, match=r"no look-up to swap in this Linear: no module .*\(known: taming"):
+        accelerate(nn.Linear(2, 2))
+
+
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+        accelerate({"quantize": 1})
+
+
+def test_copies_of_the_file_in_other_packages_are_not_known(monkeypatch):
+    """They may have options of their own: SEED-Voken's copy of taming's file has."""
+    monkeypatch.setattr(VectorQuantizer2, "__module__", f"own.{PATH}")
+    with pytest.raises(ValueError, match=r"no look-up to swap in this Autoencoder: no module of it is a known"):
+        accelerate(Autoencoder())
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_softmax_statistics_are_those_of_the_whole_matrix(has_bias, monkeypatch):
+    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
+    x, keys, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(50, 3), (7, 3), (7,)])
+    bias = bias if has_bias else None
+    p = nn.functional.linear(x, keys, bias).div(0.6).softmax(1)
+    expected = -(p * p.log()).sum(1).mean(), p.mean(0)
+    found = softmax_statistics(x, keys, bias, temperature=0.6)
+    torch.testing.assert_close(found, expected)
+    leaves = [leaf for leaf in (x, keys, bias) if leaf is not None]
+    upstream = [torch.tensor(0.7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
+    )
