@@ -1,51 +1,30 @@
-"""``assign_codes`` beside ``torch.cdist(x, codebook).argmin(1)``.
+"""``assign_codes`` beside plain PyTorch, eager and compiled, vector-quantize-pytorch and flash-kmeans.
 
-pytest bench/bench_assign_codes.py
-python bench/bench_assign_codes.py plain large      MiB of resident memory that one call takes
+pytest bench/bench_assign_codes.py --benchmark-only
 """
 
-import functools
-import sys
-
-import measuring
-import pytest
-import torch
-
-from regvq_fast.ops import assign_codes
-
-SIZES = {"small": (1024, 1024, 256), "large": (4096, 8192, 64)}  # M rows, N codes, D channels
-OPS = ("plain", "regvq_fast")
+import gpu_cases
+from gpu_cases import Case
 
 
-def make_inputs(size: str) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, codes, width = SIZES[size]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, width, generator=generator), torch.randn(codes, width, generator=generator)
+def cases(device: str) -> list[Case]:
+    """N from 512 to 65536, D from 32 to 512, three types. On a CPU in fewer rows and combinations."""
+    if device == "cuda":
+        codes = [Case("assign", n, "bfloat16") for n in (512, 1024, 4096, 8192, 16384, 65536)]
+        widths = [Case("assign", 8192, "bfloat16", width=d) for d in (32, 64, 128, 512)]
+        return codes + widths + [Case("assign", 8192, dtype) for dtype in ("float16", "float32")]
+    large = Case("assign", 8192, "float32", rows=4096, width=64)
+    codes = [Case("assign", n, "float32", rows=1024, width=64) for n in (512, 4096, 65536)]
+    widths = [Case("assign", 4096, "float32", rows=1024, width=d) for d in (32, 512)]
+    return [large, *codes, *widths, Case("assign", 4096, "bfloat16", rows=1024, width=64)]
 
 
-def make_run(op: str, size: str) -> measuring.Run:
-    x, codebook = make_inputs(size)
-    if op == "plain":
-        return lambda: torch.cdist(x, codebook).argmin(1)
-    return lambda: assign_codes(x, codebook)
+def pairs(device: str) -> list[tuple[Case, str]]:
+    """On a CPU "compiled" competes in the first case alone: compiling takes longer than all the rest."""
+    every = [(case, name) for case in cases(device) for name in gpu_cases.names(case, ours=("ours",))]
+    first = cases(device)[0]
+    return [(case, name) for case, name in every if name != "compiled" or device == "cuda" or case == first]
 
 
-@functools.cache
-def check(size: str) -> None:
-    """Ties within rounding aside, the two agree: a wrong op reports no time."""
-    x, codebook = make_inputs(size)
-    assert (assign_codes(x, codebook) == torch.cdist(x, codebook).argmin(1)).float().mean() > 0.999
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("size", SIZES)
-def test_assign_codes(compare, size: str, op: str) -> None:  # type: ignore[no-untyped-def]
-    check(size)
-    rows, codes, width = SIZES[size]
-    compare(__file__, make_run(op, size), f"assign_codes, M={rows} N={codes} D={width}", op, size, rounds=9)
-
-
-if __name__ == "__main__":
-    SIZES["warm-up"] = (64, 64, 8)  # the first call of an op loads modules; that is not its memory
-    make_run(sys.argv[1], "warm-up")()
-    print(measuring.resident_growth(make_run(*sys.argv[1:])))
+def test_assign_codes(measure_case, case: Case, competitor: str) -> None:  # type: ignore[no-untyped-def]
+    measure_case(gpu_cases, case, competitor)

@@ -1,6 +1,6 @@
 """The autoregressive prior, training and sampling, beside taming-transformers' minGPT at the same size.
 
-pytest bench/bench_autoregressive.py -k small           on the CPU: width 256, 4 blocks, 16 images of 256 tokens
+pytest bench/bench_autoregressive.py -k small           on the CPU: width 256, 4 blocks, 8 images of 256 tokens
 pytest bench/bench_autoregressive.py -k paper           on a GPU: width 1024, 24 blocks, 32 images
 pytest bench/bench_autoregressive.py -s -k target       only the claims, whose runs take turns; prints their numbers
 
@@ -13,13 +13,12 @@ all codes. Mixed precision trains; to sample in half precision, the network's we
 
 import copy
 import functools
-import statistics
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import machine
 import measuring
 import peers
+import prior_runs
 import pytest
 import taming_gpt
 import torch
@@ -41,10 +40,16 @@ class Size(NamedTuple):
     images: int
 
 
-SIZES = {"small": Size("cpu", 256, 4, 8, 16), "paper": Size("cuda", 1024, 24, 16, 32)}
-TRAINING = ("taming", "taming-amp", "fp32", "amp", "amp-compile")
-SAMPLING = ("taming", "taming-half", "fp32", "fp32-compile", "half", "half-compile")
-REPEATS = 5
+SIZES = {"small": Size("cpu", 256, 4, 8, 8), "paper": Size("cuda", 1024, 24, 16, 32)}
+# By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
+TRAINING = {
+    "small": ("taming", "fp32", "amp"),
+    "paper": ("amp-compile", "taming-amp", "taming", "fp32", "amp"),
+}
+SAMPLING = {
+    "small": ("taming", "fp32", "fp32-compile"),
+    "paper": ("half-compile", "taming-half", "taming", "half", "fp32", "fp32-compile"),
+}
 
 
 @functools.cache
@@ -87,17 +92,6 @@ def pick(size: str, mode: str) -> nn.Module:
     return copy.deepcopy(theirs if mode.startswith("taming") else ours)
 
 
-def finishing(run: Callable[[], object], size: str) -> measuring.Run:
-    """The run, until the device has done it."""
-
-    def finished() -> None:
-        run()
-        if SIZES[size].device == "cuda":
-            torch.cuda.synchronize()
-
-    return finished
-
-
 def training_run(size: str, mode: str) -> measuring.Run:
     """A step of training, always on the same batch."""
     network, precision = pick(size, mode).train(), choose_precision("amp" in mode, torch.device(SIZES[size].device))
@@ -115,7 +109,7 @@ def training_run(size: str, mode: str) -> measuring.Run:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    return finishing(step, size)
+    return step
 
 
 def sampling_run(size: str, mode: str) -> measuring.Run:
@@ -124,10 +118,10 @@ def sampling_run(size: str, mode: str) -> measuring.Run:
     half = choose_precision("half" in mode, condition.device).dtype
     network = network if half is None else network.to(half)
     if mode.startswith("taming"):
-        return finishing(lambda: taming_gpt.module().sample_with_past(condition, network, NUM_TOKENS), size)
+        return lambda: taming_gpt.module().sample_with_past(condition, network, NUM_TOKENS)
     assert isinstance(network, TokenTransformer)
     ours, compiled = network, mode.endswith("compile")
-    return finishing(lambda: sample_autoregressive(ours, condition, seed=0, compile=compiled), size)
+    return lambda: sample_autoregressive(ours, condition, seed=0, compile=compiled)
 
 
 @functools.cache
@@ -148,57 +142,44 @@ def check(size: str) -> None:
             assert float((judge.amax(2) - chosen).max()) < 1e-3  # equals within rounding may change places
 
 
-def ready(size: str, make: Callable[[str, str], measuring.Run], *modes: str) -> dict[str, measuring.Run]:
-    """Checked runs; skips the test where their device or taming is missing."""
-    if SIZES[size].device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("the paper's size needs a CUDA GPU")
+def need(size: str) -> None:
+    """Skips the test where the size's device or taming is missing; fails where a result is wrong."""
+    prior_runs.need_device(SIZES[size].device)
     try:
         check(size)
     except peers.SkippedError as error:
         pytest.skip(str(error))
-    return {mode: make(size, mode) for mode in modes}
 
 
-def measure(benchmark, size: str, what: str, run: measuring.Run) -> None:  # type: ignore[no-untyped-def]
-    device, width, depth, _, images = SIZES[size]
-    benchmark.group = f"{what}, {images} images of {NUM_TOKENS} tokens, width {width}, {depth} blocks, {device}"
-    benchmark.extra_info |= {"images": images, "tokens": images * NUM_TOKENS, "threads": torch.get_num_threads()}
-    benchmark.extra_info |= machine.describe_software()
-    if device == "cuda":
-        benchmark.extra_info |= machine.describe_gpu()
-    benchmark.pedantic(run, rounds=REPEATS, warmup_rounds=1)
+def describe(size: str, part: str, mode: str) -> dict[str, Any]:
+    _, width, depth, _, images = SIZES[size]
+    detail = f"{NUM_TOKENS} tokens, width {width}, {depth} blocks"
+    return {"op": "autoregressive", "part": part, "images": images, "detail": detail, "competitor": mode}
 
 
-@pytest.mark.parametrize("mode", TRAINING)
-@pytest.mark.parametrize("size", SIZES)
-def test_training(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
-    measure(benchmark, size, "training step", ready(size, training_run, mode)[mode])
+@pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(TRAINING))
+def test_training(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    need(size)
+    info = describe(size, "training step", mode)
+    prior_runs.measure(measure_step, functools.partial(training_run, size, mode), info, SIZES[size].device)
 
 
-@pytest.mark.parametrize("mode", SAMPLING)
-@pytest.mark.parametrize("size", SIZES)
-def test_sampling(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
-    measure(benchmark, size, "sampling", ready(size, sampling_run, mode)[mode])
-
-
-def compare(size: str, make: Callable[[str, str], measuring.Run], *modes: str) -> dict[str, float]:
-    """Median seconds of runs that take turns."""
-    runs = ready(size, make, *modes)
-    for run in runs.values():
-        run()
-    turns = measuring.take_turns(runs, measuring.wall_clock, REPEATS)
-    seconds = {mode: statistics.median(turns[mode]) for mode in modes}
-    print(f"\n{size}: " + ", ".join(f"{mode} {time:.4g} s" for mode, time in seconds.items()))
-    return seconds
+@pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(SAMPLING))
+def test_sampling(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    need(size)
+    info = describe(size, "sampling", mode)
+    prior_runs.measure(measure_step, functools.partial(sampling_run, size, mode), info, SIZES[size].device)
 
 
 def test_target_sampling_on_a_cpu() -> None:
     """3 times as fast. It measures time: run it on an idle machine."""
-    seconds = compare("small", sampling_run, "taming", "fp32")
+    need("small")
+    seconds = prior_runs.compare(sampling_run, "small", "taming", "fp32")
     assert seconds["taming"] >= 3 * seconds["fp32"]
 
 
 def test_target_training_on_a_cpu() -> None:
     """No slower, uncompiled and in fp32 as taming's."""
-    seconds = compare("small", training_run, "taming", "fp32")
+    need("small")
+    seconds = prior_runs.compare(training_run, "small", "taming", "fp32")
     assert seconds["taming"] >= seconds["fp32"]

@@ -3,7 +3,6 @@
 pytest bench/bench_diffusion.py -k small           on the CPU: width 128, 4 blocks, 8 images of 256 tokens, 10 steps
 pytest bench/bench_diffusion.py -k paper           on a GPU: VQ-Diffusion-B, 16 images, 100 steps
 pytest bench/bench_diffusion.py -s -k target       only the claims, whose runs take turns; prints their numbers
-python bench/bench_diffusion.py small plain        MiB of resident memory that one loss and its gradient take
 
 ``--benchmark-json FILE`` keeps what was measured. The loss is that of a batch of logits, with its gradient. A
 training step is the network's too, and the update of AdamW, the fused one for both. Sampling draws as many images, with
@@ -11,16 +10,13 @@ guidance. The network is ours in all of them; in the plain ones its attention is
 """
 
 import contextlib
-import ctypes
 import functools
-import statistics
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-import machine
 import measuring
+import prior_runs
 import pytest
 import torch
 from plain_diffusion import PlainDiffusion, plain_attention
@@ -44,10 +40,10 @@ class Size(NamedTuple):
 
 
 SIZES = {"small": Size("cpu", 128, 4, 4, 8, 10), "paper": Size("cuda", 1024, 19, 16, 16, 100)}
-LOSS = ("plain", "eager", "compile")
-TRAINING = ("plain", "plain-amp", "eager", "compile", "amp-compile")
-SAMPLING = ("plain", "eager", "compile")
-REPEATS = 5
+# By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
+TRAINING = {"small": ("plain", "eager", "compile"), "paper": ("amp-compile", "plain-amp", "plain", "eager", "compile")}
+SAMPLING = {"small": ("plain", "eager"), "paper": ("compile", "plain", "eager")}
+LOSS = {"small": ("plain", "eager"), "paper": ("plain", "eager", "compile")}
 GUIDANCE, TRUNCATION, AUXILIARY_WEIGHT = 2.0, 0.86, 5e-4
 
 
@@ -106,9 +102,7 @@ def maybe_compiled(function: Any, mode: str) -> Any:
 def loss_run(size: str, mode: str) -> measuring.Run:
     loss, batch = maybe_compiled(make_loss(size, mode), mode), make_batch(size)
     logits = batch["logits"].requires_grad_()
-    return finishing(
-        lambda: torch.autograd.grad(loss(logits, batch["tokens"], batch["noisy"], batch["t"]), logits), size
-    )
+    return lambda: torch.autograd.grad(loss(logits, batch["tokens"], batch["noisy"], batch["t"]), logits)
 
 
 def training_run(size: str, mode: str) -> measuring.Run:
@@ -131,7 +125,7 @@ def training_run(size: str, mode: str) -> measuring.Run:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    return finishing(step, size)
+    return step
 
 
 def sampling_run(size: str, mode: str) -> measuring.Run:
@@ -139,25 +133,14 @@ def sampling_run(size: str, mode: str) -> measuring.Run:
     prior, text = make_prior(size, SIZES[size].steps).eval(), make_batch(size)["text"]
     if mode != "plain":
         draw = functools.partial(sample_diffusion, guidance=GUIDANCE, truncation=TRUNCATION, compile=mode == "compile")
-        return finishing(lambda: draw(prior, text, seed=0), size)
+        return lambda: draw(prior, text, seed=0)
     plain = PlainDiffusion(prior.transition, text.device)
 
     def run() -> None:
         with written_out(mode):
             plain.sample(prior, text, prior.condition(len(text)), NUM_TOKENS, GUIDANCE, TRUNCATION)
 
-    return finishing(run, size)
-
-
-def finishing(run: Callable[[], object], size: str) -> measuring.Run:
-    """The run, until the device has done it."""
-
-    def finished() -> None:
-        run()
-        if SIZES[size].device == "cuda":
-            torch.cuda.synchronize()
-
-    return finished
+    return run
 
 
 @functools.cache
@@ -185,72 +168,49 @@ def check(size: str) -> None:
             torch.testing.assert_close(prior(noisy, t, batch["text"][:2]), predicted, rtol=1e-3, atol=1e-3)
 
 
-def ready(size: str, make: Callable[[str, str], measuring.Run], *modes: str) -> dict[str, measuring.Run]:
-    """Checked runs; skips the test where their device is missing."""
-    if SIZES[size].device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("the paper's size needs a CUDA GPU")
+def need(size: str) -> None:
+    """Skips the test where the size's device is missing; fails where a result is wrong."""
+    prior_runs.need_device(SIZES[size].device)
     check(size)
-    return {mode: make(size, mode) for mode in modes}
 
 
-def measure(benchmark, size: str, what: str, run: measuring.Run) -> None:  # type: ignore[no-untyped-def]
-    device, width, depth, _, images, steps = SIZES[size]
-    benchmark.group = f"{what}, {images} images of {NUM_TOKENS} tokens, width {width}, {depth} blocks, {device}"
-    benchmark.extra_info |= {"images": images, "steps": steps, "threads": torch.get_num_threads()}
-    benchmark.extra_info |= machine.describe_software()
-    if device == "cuda":
-        benchmark.extra_info |= machine.describe_gpu()
-    benchmark.pedantic(run, rounds=REPEATS, warmup_rounds=2)
+def describe(size: str, part: str, mode: str) -> dict[str, Any]:
+    _, width, depth, _, images, steps = SIZES[size]
+    detail = f"{NUM_TOKENS} tokens, width {width}, {depth} blocks"
+    detail += f", {steps} steps, guidance" if part == "sampling" else ""
+    return {"op": "diffusion", "part": part, "images": images, "detail": detail, "competitor": mode}
 
 
-@pytest.mark.parametrize("mode", LOSS)
-@pytest.mark.parametrize("size", SIZES)
-def test_loss(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
-    run = ready(size, loss_run, mode)[mode]
-    if SIZES[size].device == "cpu":
-        benchmark.extra_info["peak_mib"] = round(measuring.peak_memory(__file__, size, mode), 1)
-    measure(benchmark, size, "loss and gradient", run)
+@pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(TRAINING))
+def test_training(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    need(size)
+    info = describe(size, "training step", mode)
+    prior_runs.measure(measure_step, functools.partial(training_run, size, mode), info, SIZES[size].device)
 
 
-@pytest.mark.parametrize("mode", TRAINING)
-@pytest.mark.parametrize("size", SIZES)
-def test_training(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
-    measure(benchmark, size, "training step", ready(size, training_run, mode)[mode])
+@pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(SAMPLING))
+def test_sampling(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    need(size)
+    info = describe(size, "sampling", mode)
+    prior_runs.measure(measure_step, functools.partial(sampling_run, size, mode), info, SIZES[size].device)
 
 
-@pytest.mark.parametrize("mode", SAMPLING)
-@pytest.mark.parametrize("size", SIZES)
-def test_sampling(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
-    measure(benchmark, size, "sampling", ready(size, sampling_run, mode)[mode])
-
-
-def compare(size: str, make: Callable[[str, str], measuring.Run], *modes: str) -> dict[str, float]:
-    """Median seconds of runs that take turns."""
-    runs = ready(size, make, *modes)
-    for run in runs.values():
-        for _ in range(2):  # compiles, and makes the optimizers' states
-            run()
-    turns = measuring.take_turns(runs, measuring.wall_clock, REPEATS)
-    seconds = {mode: statistics.median(turns[mode]) for mode in modes}
-    print(f"\n{size}: " + ", ".join(f"{mode} {time:.4g} s" for mode, time in seconds.items()))
-    return seconds
+@pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(LOSS))
+def test_loss(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    need(size)
+    info = describe(size, "loss and gradient", mode)
+    prior_runs.measure(measure_step, functools.partial(loss_run, size, mode), info, SIZES[size].device)
 
 
 def test_target_training_on_a_cpu() -> None:
     """1.5 times as fast, compiled. It measures time: run it on an idle machine."""
-    seconds = compare("small", training_run, "plain", "eager", "compile")
+    need("small")
+    seconds = prior_runs.compare(training_run, "small", "plain", "eager", "compile")
     assert seconds["plain"] >= 1.5 * seconds["compile"]
 
 
 def test_target_sampling_on_a_cpu() -> None:
     """No slower, and drawn by counter-based noise."""
-    seconds = compare("small", sampling_run, "plain", "eager", "compile")
+    need("small")
+    seconds = prior_runs.compare(sampling_run, "small", "plain", "eager", "compile")
     assert seconds["plain"] >= seconds["eager"]
-
-
-if __name__ == "__main__":
-    measured = loss_run(*sys.argv[1:])
-    measured()  # loads modules and compiles: that is not its memory
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, and the run would find it there
-    print(measuring.resident_growth(measured))

@@ -3,7 +3,6 @@
 pytest bench/bench_step.py -k small                     on the CPU: the scenes' model, 4 images of 64 pixels
 pytest bench/bench_step.py -k paper                     on a GPU: the paper's model and batch, 40 images of 256 pixels
 pytest bench/bench_step.py -s -k target                 only the claims, whose steps take turns; prints their numbers
-python bench/bench_step.py small amp                    MiB of resident memory that one step takes
 
 ``--benchmark-json FILE`` keeps what was measured. Like for like are the steps of one VQ-GAN: L1, LPIPS, adversarial
 loss with its adaptive weight, codebook loss, both optimizers, on images that are there; ours is the whole step of
@@ -13,27 +12,21 @@ taming-transformers-rom1504``. Memory on a GPU is the peak of what a step alloca
 on the CPU it is what a step adds to them.
 """
 
-import contextlib
-import ctypes
 import functools
-import gc
 import itertools
-import statistics
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import machine
 import measuring
 import peers
 import pytest
 import torch
+from step_parts import parts_of_step
 from taming_step import TamingStep
 from torch import Tensor, nn
 
-from regvq_fast import nvml
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.data.transforms import to_float
 from regvq_fast.models.features import VGGFeatures
@@ -47,13 +40,20 @@ SIZES = {
     "paper": override(VQGAN_PRESETS["ade20k"], device="cuda", preset="scenes", steps=1000, disc_start=0),
 }
 LIKE_FOR_LIKE: dict[str, Any] = {"quantizer": "vq-gan", "contrastive": "none", "amp": False, "compile": False}
+REG_VQ = {"quantizer": "reg-vq", "contrastive": "pcl"}
 MODES: dict[str, dict[str, Any]] = {
     "taming": {},
     "taming-amp": {"amp": True},
     "fp32": {},
     "amp": {"amp": True},
     "amp-compile": {"amp": True, "compile": True},
-    "reg-vq-amp-compile": {"amp": True, "compile": True, "quantizer": "reg-vq", "contrastive": "pcl"},
+    "reg-vq": REG_VQ,
+    "reg-vq-amp-compile": {"amp": True, "compile": True, **REG_VQ},
+}
+# By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
+MEASURED = {
+    "small": ("taming", "fp32", "amp-compile", "reg-vq"),
+    "paper": ("amp-compile", "taming-amp", "taming", "reg-vq-amp-compile", "fp32", "reg-vq"),
 }
 REPEATS = 10
 
@@ -86,27 +86,7 @@ def make_run(size: str, mode: str) -> measuring.Run:
     else:
         step = functools.partial(make_task(config, images).step, 1)
 
-    def run() -> None:
-        step()
-        if images.is_cuda:
-            torch.cuda.synchronize()
-
-    return run
-
-
-@functools.cache
-def prepare(size: str, mode: str) -> tuple[measuring.Run, float]:
-    """The run, and the peak of its memory in MiB."""
-    if SIZES[size].run.device == "cpu":
-        return make_run(size, mode), measuring.peak_memory(__file__, size, mode)
-    gc.collect()
-    before = torch.cuda.memory_allocated()  # what other steps keep
-    run = make_run(size, mode)
-    for _ in range(2):  # compiles, and makes the optimizers' states
-        run()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return run, (torch.cuda.max_memory_allocated() - before) / 2**20
+    return measuring.finishing(step, config.run.device)
 
 
 @functools.cache
@@ -142,8 +122,8 @@ def check(size: str) -> None:
     torch.testing.assert_close(metrics["lambda"], theirs["d_weight"] / config.loss.disc_weight, rtol=0.03, atol=0)
 
 
-def ready(size: str, *modes: str) -> dict[str, tuple[measuring.Run, float]]:
-    """Checked runs with their peak memory; skips the test where their device is missing, or taming for its own."""
+def need(size: str, *modes: str) -> None:
+    """Skips the test where the device is missing, or taming for its own modes; fails where a step is wrong."""
     if SIZES[size].run.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("the paper's size needs a CUDA GPU")
     try:
@@ -151,56 +131,45 @@ def ready(size: str, *modes: str) -> dict[str, tuple[measuring.Run, float]]:
     except peers.SkippedError as error:
         if any(mode.startswith("taming") for mode in modes):
             pytest.skip(str(error))
-    return {mode: prepare(size, mode) for mode in modes}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", SIZES)
-def test_step(benchmark, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
-    run, peak = ready(size, mode)[mode]
+def describe(size: str, mode: str) -> dict[str, Any]:
     config = SIZES[size]
-    side, batch = config.data.image_size, config.optimizer.batch_size
-    benchmark.group = f"training step, {batch} images of {side} px, ch {config.model.ch}, {config.run.device}"
-    benchmark.extra_info |= {"peak_mib": round(peak, 1), "threads": torch.get_num_threads()}
-    benchmark.extra_info |= machine.describe_software()
-    if config.run.device == "cuda":
-        benchmark.extra_info |= machine.describe_gpu() | {"state": nvml.gpu_state()[1]()}
-    benchmark.pedantic(run, rounds=REPEATS, warmup_rounds=2)
+    detail = f"{config.data.image_size} px, ch {config.model.ch}"
+    images = config.optimizer.batch_size
+    return {"op": "vqgan", "part": "training step", "images": images, "detail": detail, "competitor": mode}
 
 
-def compare(size: str, *modes: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds and peak MiB of steps that take turns."""
-    prepared = ready(size, *modes)
+@pytest.mark.parametrize(("size", "mode"), [(size, mode) for size, modes in MEASURED.items() for mode in modes])
+def test_step(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
+    need(size, mode)
+    info, device = describe(size, mode), SIZES[size].run.device
+    if mode == "reg-vq":
+        config = override(SIZES[size], **(LIKE_FOR_LIKE | MODES[mode]))
+        task = make_task(config, make_images(config))
+        info["parts_ms"] = parts_of_step(task, functools.partial(task.step, 1), device)
+    group = f"training step, {info['images']} images of {info['detail']}, {device}"
+    measure_step(group, functools.partial(make_run, size, mode), info, device)
 
-    def warm_clock(run: measuring.Run) -> float:
-        run()  # takes over the memory that the one before it has freed
-        return measuring.wall_clock(run)
 
-    turns = measuring.take_turns({mode: run for mode, (run, _) in prepared.items()}, warm_clock, REPEATS)
-    seconds, memory = ({m: statistics.median(turns[m]) for m in modes}, {m: prepared[m][1] for m in modes})
-    print(f"\n{size}: seconds {seconds}\n{size}: MiB {memory}")
-    return seconds, memory
+def compare(size: str, *modes: str) -> dict[str, float]:
+    """Median seconds of steps that take turns."""
+    need(size, *modes)
+    seconds = measuring.medians({mode: make_run(size, mode) for mode in modes}, REPEATS, warm_ups=2)
+    print(f"\n{size}: seconds {seconds}")
+    return seconds
 
 
 def test_target_small_on_a_cpu() -> None:
     """As a run does it unless told otherwise, 1.5 times as fast. It measures time: run it on an idle machine."""
     default = {flag: True for flag in ("amp", "compile") if getattr(SIZES["small"].run, flag)}
     ours = next(mode for mode in ("fp32", "amp", "amp-compile") if MODES[mode] == default)
-    seconds, _ = compare("small", "taming", ours)
+    seconds = compare("small", "taming", ours)
     assert seconds["taming"] >= 1.5 * seconds[ours]
 
 
 def test_target_paper_on_a_gpu() -> None:
     """With ``--amp --compile``. The targets were set for an H200."""
-    seconds, memory = compare("paper", "taming", "taming-amp", "amp-compile")
+    seconds = compare("paper", "taming", "taming-amp", "amp-compile")
     assert seconds["taming-amp"] >= 3 * seconds["amp-compile"]
     assert seconds["taming"] >= 5 * seconds["amp-compile"]
-    assert memory["amp-compile"] <= 0.6 * memory["taming"]
-
-
-if __name__ == "__main__":
-    step = make_run(*sys.argv[1:])
-    step()  # loads modules, compiles, makes the optimizers' states: that is not the step's memory
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, and the step would find it there
-    print(measuring.resident_growth(step))

@@ -4,10 +4,12 @@
     python bench/gpu.py --out other.json
     python bench/gpu.py --quick              no tests, the cases of the targets in one type: a few minutes
 
-It first runs tests/ops, whose kernels run natively on CUDA, then measures each case: the result is compared with the
-eager twin's in fp64, and a wrong one gets no time; then all competitors take turns. The tables come last. Competitors
-that are missing, don't compile or run out of memory are named as such and stop nobody. Optional: ``pip install
-nvidia-ml-py vector-quantize-pytorch flash-kmeans inf-cl``.
+In this order, each within its part of the time: tests/ops, whose kernels run natively on CUDA; the cases that targets
+are about; the whole training step; the steps and the sampling of the priors; all other cases. A result is compared with
+the eager twin's in fp64, and a wrong one gets no time; then all competitors take turns. The JSON is written after every
+case, the tables come last. Competitors that are missing, don't compile or run out of memory are named as such and stop
+nobody. Optional: ``pip install nvidia-ml-py vector-quantize-pytorch flash-kmeans inf-cl`` and ``pip install --no-deps
+taming-transformers-rom1504``. ``python bench/report.py`` then puts the numbers into README.md and docs.
 
 Exits with 0; 1 if a test failed or a result of ours was wrong or failed; 2 without CUDA.
 """
@@ -20,10 +22,8 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -33,6 +33,7 @@ from typing import Any, Protocol
 
 import gpu_cases
 import gpu_info_nce
+import gpu_parts
 import gpu_report
 import machine
 import measuring
@@ -46,8 +47,10 @@ from peers import TensorRun
 
 from regvq_fast import nvml
 
-LIMIT = 450.0  # seconds in all, up to the tables: no case begins that would not be ready by then
-TEST_LIMIT = 200.0  # of these for the tests
+LIMIT = 460.0  # seconds in all, up to the tables: no case begins that would not be ready by then
+TEST_LIMIT = 130.0  # of these at most for the tests
+# Of these for the training step and the priors, in their order; what they leave goes to the cases after them.
+STEP_LIMITS = {"bench/bench_step.py": 90.0, "bench/bench_autoregressive.py": 70.0, "bench/bench_diffusion.py": 60.0}
 CASE_LIMIT = 3.0  # of these for the turns of a case
 REPEATS = 30
 # Who knows the cases of an op: make_inputs, competitors, truth_of and examine.
@@ -65,24 +68,29 @@ class Meter(Protocol):
 # ------------------------------------------------------------------------------------------------------------- cases
 
 
-def make_cases(half: str, quick: bool) -> list[Case | InfoNceCase]:
-    """What is measured, what the targets are about first: time may run out. ``half``: the GPU's main 16-bit type."""
+def target_cases(half: str) -> list[Case | InfoNceCase]:
+    """What the targets are about, which is measured first: time may run out. ``half``: the GPU's main 16-bit type."""
     first = [Case(part, 8192, half) for part in gpu_cases.PARTS]
     first += [Case("forward+backward", 1024, half, graph=True), Case("forward+backward", 262144, half, masked=False)]
     step, lengths = "forward+backward", (4096, 16384, 65536)
     long = [(65536, 64), *((length, width) for length in lengths for width in (512, 128))]
-    contrastive = [InfoNceCase(step, *size, half) for size in long]
-    if quick:
-        return [*first, *contrastive]
+    return [*first, *(InfoNceCase(step, *size, half) for size in long)]
+
+
+def other_cases(half: str) -> list[Case | InfoNceCase]:
+    """What is measured in the time that is left: other sizes and types, forward passes."""
+    targets = target_cases(half)
     other = "float16" if half == "bfloat16" else None
     sizes = [Case(part, codes, half) for codes in (16384, 1024, 65536) for part in gpu_cases.PARTS]
     types = [Case(part, 8192, dtype) for dtype in (other, "float32") if dtype for part in gpu_cases.PARTS]
     small = [Case(part, codes, half) for codes in (4096, 512) for part in gpu_cases.PARTS]
-    rest = [replace(case, dtype=other) for case in first[3:4] + sizes + small if other]
-    forward = [InfoNceCase("forward", *size, half) for size in long[1:]]
+    graphs = [case for case in targets if isinstance(case, Case) and case.graph]
+    rest = [replace(case, dtype=other) for case in graphs + sizes + small if other]
+    forward = [replace(case, part="forward") for case in targets if isinstance(case, InfoNceCase)][1:]
     short = [(length, width) for length in (1024, 256) for width in (512, 128)]
     contrastive_rest = forward + [InfoNceCase(part, *size, half) for size in short for part in gpu_info_nce.PARTS]
-    return [*first, *contrastive, *sizes, *contrastive_rest, *types, *small, *rest]
+    widths = [Case(part, 8192, half, width=width) for width in (64, 512) for part in gpu_cases.PARTS]
+    return [*sizes, *contrastive_rest, *widths, *types, *small, *rest]
 
 
 def measure_case(
@@ -131,6 +139,7 @@ def measure_case(
         **case.describe(),
         "products": case.products,
         "flops": case.flops,
+        "bytes": case.bytes,
         "results": results,
     }
 
@@ -172,41 +181,6 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------------------------------------------------------- tests
-
-
-def run_tests(limit: float) -> dict[str, Any]:
-    """The tests of the ops in a process of their own, as much of them as ``limit`` seconds allow."""
-    command = [sys.executable, "-m", "pytest", "tests/ops", "--tb=line", "-rfE"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    begin = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, cwd=machine.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit
-        )
-        output, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, code = error.stdout or b"", None
-    result = read_tests(output.decode(errors="replace"), code)
-    return result | {"seconds": round(time.perf_counter() - begin, 1)}
-
-
-def read_tests(output: str, code: int | None) -> dict[str, Any]:
-    """Counts from pytest's own summary, or from its progress where it was stopped (``code`` None)."""
-    lines = output.splitlines()
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", lines[-1] if lines else "")}
-    counts = {word: counts[word] for word in ("passed", "failed", "error", "errors", "skipped") if word in counts}
-    status = "passed" if code == 0 else "failed"
-    if code is None:
-        letters = Counter("".join(re.findall(r"^([.FEsxX]+)(?: +\[ *\d+%\])?$", output, re.MULTILINE)))
-        counts = {"passed": letters["."], "failed": letters["F"] + letters["E"], "skipped": letters["s"]}
-        status = "failed" if counts["failed"] else "stopped at the time limit"
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:20]
-    if code and not failures:
-        failures = lines[-5:]  # it didn't get as far as a test
-    return {"status": status, "counts": counts, "failures": failures}
-
-
 # -------------------------------------------------------------------------------------------------------------- main
 
 
@@ -215,6 +189,44 @@ def square_product_tflops(meter: Meter, dtype: str) -> float:
     a = torch.randn(8192, 8192, dtype=getattr(torch, dtype), device="cuda")
     samples = measuring.take_turns({"": partial(torch.mm, a, a)}, meter.time, REPEATS, CASE_LIMIT)[""]
     return 2 * 8192**3 / statistics.median(sample.device for sample in samples) / 1e12
+
+
+def copy_tb_per_s(meter: Meter) -> float:
+    """TB/s of a copy of 1 GiB, read and written."""
+    a, b = (torch.empty(2**28, device="cuda") for _ in range(2))
+    samples = measuring.take_turns({"": partial(b.copy_, a)}, meter.time, REPEATS, CASE_LIMIT)[""]
+    return 2 * a.nbytes / statistics.median(sample.device for sample in samples) / 1e12
+
+
+def measure_cases(
+    cases: list[Case | InfoNceCase],
+    report: dict[str, Any],
+    meter: Meter,
+    until: float,
+    read_state: Callable[[], nvml.State],
+    measured: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure each case, as long as it would be ready in time, into the report."""
+    durations = [0.0]
+    for case in cases:
+        _release()
+        now = time.perf_counter()
+        if now + max(durations[-3:]) > until:
+            report["not_measured"][case.name] = OUT_OF_TIME
+            continue
+        try:
+            op = OPS[type(case)]
+            inputs = op.make_inputs(case, "cuda")
+            entry = measure_case(case, inputs, op.competitors(case, inputs), meter)
+        except Exception as error:  # not a competitor's fault: the GPU is too small, or beyond use
+            report["not_measured"][case.name] = _describe(error)
+            continue
+        report["cases"].append(entry | {"state": read_state()})
+        report["targets"] = gpu_report.evaluate_targets(report["cases"], report["method"]["default_schedule"])
+        del inputs
+        durations.append(time.perf_counter() - now)
+        measured(report)
+        print(f"{report['seconds']:.0f} s: {case.name}", flush=True)
 
 
 def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
@@ -242,6 +254,8 @@ def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
         "tests": None,
         "matmul_8192_tflops": {},
         "cases": [],
+        "benchmarks": [],
+        "parts": {},
         "targets": [],
         "not_measured": {},
     }
@@ -268,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     gpu = re.sub(r"[^a-z0-9]+", "-", report["machine"]["gpu"].lower())
     path = options.out or machine.ROOT / "bench" / "results" / f"gpu-{gpu}.json"
     if not options.quick:
-        report["tests"] = run_tests(TEST_LIMIT)
+        report["tests"] = gpu_parts.run_tests(TEST_LIMIT)
         print(f"tests/ops: {report['tests']}", flush=True)
 
     meter = measuring.DeviceMeter()
@@ -277,27 +291,27 @@ def main(arguments: list[str] | None = None) -> int:
     half = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     for dtype in (half, "float32"):
         report["matmul_8192_tflops"][dtype] = square_product_tflops(meter, dtype)
-    durations = [0.0]
-    for case in make_cases(half, options.quick):
-        _release()
-        now = time.perf_counter()
-        if now - begin + max(durations[-3:]) > LIMIT:
-            report["not_measured"][case.name] = OUT_OF_TIME
-            continue
-        try:
-            op = OPS[type(case)]
-            inputs = op.make_inputs(case, "cuda")
-            entry = measure_case(case, inputs, op.competitors(case, inputs), meter)
-        except Exception as error:  # not a competitor's fault: the GPU is too small, or beyond use
-            report["not_measured"][case.name] = _describe(error)
-            continue
-        report["cases"].append(entry | {"state": read_state()})
-        report["targets"] = gpu_report.evaluate_targets(report["cases"], report["method"]["default_schedule"])
-        del inputs
-        durations.append(time.perf_counter() - now)
+    report["copy_tb_per_s"] = copy_tb_per_s(meter)
+
+    def measured(report: dict[str, Any]) -> None:
         report["seconds"] = round(time.perf_counter() - begin, 1)
-        save(report, path)  # after every case: what is measured stays, whatever comes
-        print(f"{report['seconds']:.0f} s: {case.name}", flush=True)
+        save(report, path)  # after everything: what is measured stays, whatever comes
+
+    if options.quick:
+        measure_cases(target_cases(half), report, meter, begin + LIMIT, read_state, measured)
+    else:
+        until = begin + LIMIT - sum(STEP_LIMITS.values())
+        measure_cases(target_cases(half), report, meter, until, read_state, measured)
+        for script, limit in STEP_LIMITS.items():
+            _release()
+            entries, report["parts"][script] = gpu_parts.run_benchmarks(
+                script, min(limit, begin + LIMIT - time.perf_counter())
+            )
+            report["benchmarks"] += entries
+            measured(report)
+            print(f"{report['seconds']:.0f} s: {script} {report['parts'][script]}", flush=True)
+        measure_cases(other_cases(half), report, meter, begin + LIMIT, read_state, measured)
+    report["targets"] += gpu_report.step_targets(report["benchmarks"])
     save(report, path)
     with contextlib.suppress(ValueError):  # another drive has no relative path
         path = path.resolve().relative_to(Path.cwd())

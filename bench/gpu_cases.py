@@ -1,9 +1,9 @@
-"""The vector quantization cases of ``bench/gpu.py``: their inputs, who competes, and the gate of the results."""
+"""The vector quantization cases of the benchmarks: their inputs, who competes, and the gate of the results."""
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from regvq_fast.ops import assign_codes, vector_quantize
 from regvq_fast.ops.noise import gumbel_noise
+from regvq_fast.ops.vector_quantize import VectorQuantizeOutput
 
 PARTS = ("forward+backward", "forward", "assign")
 SCHEDULES = ("fused", "chunked")
+OURS = (*SCHEDULES, "ours")  # the last one is what users get
+LEAVES = ("dx", "dcodebook")
 MASK_RATIO = 0.4
 TAU = 0.9
 FRESH_SEED = 987654321
@@ -36,7 +39,7 @@ class WrongResultError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    part: str  # of PARTS
+    part: str  # of PARTS, or "backward" alone
     codes: int
     dtype: str
     masked: bool = True  # 40 % of the rows are stochastic
@@ -48,7 +51,7 @@ class Case:
     @property
     def products(self) -> int:
         """Products of M x N x D that the part can't do without: the forward's, and backward's five."""
-        return 6 if self.part == "forward+backward" else 1
+        return {"forward+backward": 6, "backward": 5}.get(self.part, 1)
 
     @property
     def flops(self) -> int:
@@ -57,11 +60,22 @@ class Case:
     @property
     def name(self) -> str:
         extras = "" if self.masked or self.part == "assign" else ", no noise"
-        return f"{self.part}{', graph' if self.graph else ''}{extras}, N={self.codes}, {self.dtype}"
+        rows = "" if self.rows == Case.rows else f"M={self.rows}, "
+        width = "" if self.width == Case.width else f", D={self.width}"
+        return f"{self.part}{', graph' if self.graph else ''}{extras}, {rows}N={self.codes}{width}, {self.dtype}"
 
     def describe(self) -> dict[str, Any]:
         """What the report knows the case by, besides what all cases have."""
-        return {"codes": self.codes, "masked": self.masked and self.part != "assign", "graph": self.graph}
+        masked = self.masked and self.part != "assign"
+        return {"rows": self.rows, "codes": self.codes, "width": self.width, "masked": masked, "graph": self.graph}
+
+    @property
+    def bytes(self) -> int:
+        """Of the inputs and outputs that are as large as rows or codes: read or written once, at least."""
+        # x; quantized; dQ and dx.
+        matrices = {"assign": 1, "forward": 2, "backward": 3, "forward+backward": 4}[self.part]
+        codebooks = 2 if self.part.endswith("backward") else 1
+        return getattr(torch, self.dtype).itemsize * self.width * (matrices * self.rows + codebooks * self.codes)
 
 
 class Inputs(NamedTuple):
@@ -109,17 +123,16 @@ def make_inputs(case: Case, device: str) -> Inputs:
 
 
 def gradients_of(case: Case, inputs: Inputs, quantized: Tensor, posterior: Tensor) -> tuple[Tensor, ...]:
-    if case.part != "forward+backward":
+    if not case.part.endswith("backward"):
         return ()
     upstream = [inputs.grad_quantized.to(quantized.dtype), inputs.grad_posterior.to(posterior.dtype)]
-    return torch.autograd.grad([quantized, posterior], [inputs.x, inputs.codebook], upstream)
+    leaves, again = [inputs.x, inputs.codebook], case.part == "backward"
+    return torch.autograd.grad([quantized, posterior], leaves, upstream, retain_graph=again)
 
 
-def run_ours(case: Case, inputs: Inputs, impl: Any = "auto") -> tuple[Tensor, ...]:
-    """Outputs of the public op and gradients, no graph behind them. The seed is drawn outside, as in training."""
-    if case.part == "assign":
-        return (assign_codes(inputs.x, inputs.codebook, impl=impl),)
-    output = vector_quantize(
+def call_ours(inputs: Inputs, impl: Any = "auto") -> VectorQuantizeOutput:
+    """The public op. The seed is drawn outside, as in training."""
+    return vector_quantize(
         inputs.x,
         inputs.codebook,
         scale=inputs.scale,
@@ -128,6 +141,13 @@ def run_ours(case: Case, inputs: Inputs, impl: Any = "auto") -> tuple[Tensor, ..
         tau=inputs.tau,
         impl=impl,
     )
+
+
+def run_ours(case: Case, inputs: Inputs, impl: Any = "auto") -> tuple[Tensor, ...]:
+    """Outputs of the public op and gradients, no graph behind them."""
+    if case.part == "assign":
+        return (assign_codes(inputs.x, inputs.codebook, impl=impl),)
+    output = call_ours(inputs, impl)
     gradients = gradients_of(case, inputs, output.quantized, output.posterior)
     return *(value.detach() for value in output), *gradients
 
@@ -138,6 +158,11 @@ def run_plain(case: Case, inputs: Inputs, function: Callable[..., Any]) -> tuple
     output = function(inputs.x, inputs.codebook, inputs.mask, inputs.tau, inputs.scale)
     gradients = gradients_of(case, inputs, output.quantized, output.posterior)
     return output.indices, output.quantized.detach(), output.posterior.detach(), *gradients
+
+
+def run_backward(case: Case, inputs: Inputs, output: VectorQuantizeOutput) -> TensorRun:
+    """The gradients alone, again and again, of a forward pass that is done."""
+    return partial(gradients_of, case, inputs, output.quantized, output.posterior)
 
 
 def on_schedule(how: str, device: torch.device, run: TensorRun) -> TensorRun:
@@ -156,19 +181,29 @@ def on_schedule(how: str, device: torch.device, run: TensorRun) -> TensorRun:
 
 
 def make_ours(case: Case, inputs: Inputs, how: str) -> TensorRun:
-    return on_schedule(how, inputs.x.device, partial(run_ours, case, inputs))
+    alone = case.part == "backward"
+    run = run_backward(case, inputs, call_ours(inputs)) if alone else partial(run_ours, case, inputs)
+    return run if how == "ours" else on_schedule(how, inputs.x.device, run)
 
 
-_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+_compiled: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
 
 
 def make_plain(case: Case, inputs: Inputs, compiles: bool) -> TensorRun:
     function: Callable[..., Any] = peers.plain_assign if case.part == "assign" else peers.plain_quantize
+    again = case.part == "backward"
     if compiles:
-        if function not in _compiled:  # forward and backward of a size come out of one compilation
-            _compiled[function] = peers.compiled(function)
-        function = _compiled[function]
-    return partial(run_plain, case, inputs, function)
+        if (function, again) not in _compiled:  # forward and backward of a size come out of one compilation
+            _compiled[function, again] = peers.compiled(function)
+        function = _compiled[function, again]
+    if not again:
+        return partial(run_plain, case, inputs, function)
+    # A compiled backward gives its buffers away, and could not run again.
+    with torch._functorch.config.patch(donated_buffer=False):
+        output = function(inputs.x, inputs.codebook, inputs.mask, inputs.tau, inputs.scale)
+        run = run_backward(case, inputs, output)
+        run()
+    return run
 
 
 def make_matmul(inputs: Inputs) -> TensorRun:
@@ -177,23 +212,36 @@ def make_matmul(inputs: Inputs) -> TensorRun:
     return lambda: (x @ codes,)
 
 
-def competitors(case: Case, inputs: Inputs) -> dict[str, Callable[[], TensorRun]]:
-    """Who takes part in a case: functions that make their runs, and may raise instead."""
+def names(case: Case, ours: tuple[str, ...] = SCHEDULES) -> tuple[str, ...]:
+    """Who takes part in a case."""
+    if case.graph:
+        others: tuple[str, ...] = ()
+    elif case.part == "assign":
+        others = ("vqp nearest", "flash-kmeans")
+    else:  # "nearest" is our own quantizer without noise, for the packages'
+        others = ("nearest", "vqp nearest", "taming nearest", "vqp gumbel")
+    return "matmul", *ours, "eager", "compiled", *others
+
+
+def competitors(case: Case, inputs: Inputs, ours: tuple[str, ...] = SCHEDULES) -> dict[str, Callable[[], TensorRun]]:
+    """By name, functions that make the runs, and may raise instead."""
+    grad = inputs.grad_quantized if case.part.endswith("backward") else None
+    arguments, again = (inputs.x, inputs.codebook, grad), case.part == "backward"
+    package = partial(peers.lucidrains, *arguments, again=again)
     makers: dict[str, Callable[[], TensorRun]] = {
-        **{how: partial(make_ours, case, inputs, how) for how in SCHEDULES},
+        **{how: partial(make_ours, case, inputs, how) for how in ours},
         "eager": partial(make_plain, case, inputs, False),
         "compiled": partial(make_plain, case, inputs, True),
+        "nearest": partial(peers.nearest_quantizer, *arguments, again=again),
+        "taming nearest": partial(peers.taming_nearest, *arguments, again=again),
+        "vqp nearest": partial(package, gumbel=False, training=case.part != "assign"),
+        "vqp gumbel": partial(package, gumbel=True),
+        "flash-kmeans": partial(peers.flash_kmeans, inputs.x, inputs.codebook),
+        "matmul": partial(make_matmul, inputs),
     }
     if case.graph:
-        makers = {name: partial(_make_graphed, make) for name, make in makers.items()}
-    elif case.part == "assign":
-        makers["vqp nearest"] = partial(peers.lucidrains, inputs.x, inputs.codebook, None, gumbel=False, training=False)
-        makers["flash-kmeans"] = partial(peers.flash_kmeans, inputs.x, inputs.codebook)
-    else:
-        grad = inputs.grad_quantized if case.part == "forward+backward" else None
-        for name, gumbel in (("vqp nearest", False), ("vqp gumbel", True)):
-            makers[name] = partial(peers.lucidrains, inputs.x, inputs.codebook, grad, gumbel=gumbel)
-    return makers | {"matmul": partial(make_matmul, inputs)}
+        makers |= {name: partial(_make_graphed, makers[name]) for name in (*ours, "eager", "compiled")}
+    return {name: makers[name] for name in names(case, ours)}
 
 
 def _make_graphed(make: Callable[[], TensorRun]) -> TensorRun:
@@ -208,7 +256,7 @@ def _make_graphed(make: Callable[[], TensorRun]) -> TensorRun:
 def examine(case: Case, inputs: Inputs, truth: Truth, name: str, run: TensorRun) -> dict[str, float]:
     """Raises where ours is wrong. Others answer by their own rules: how many of their nearest codes are fp64's."""
     results = run()
-    if name in SCHEDULES:
+    if name in OURS:
         check(case, inputs, truth, results)
         if case.graph:
             check_replay(case, inputs, run, make_ours(case, inputs, name))
@@ -224,7 +272,8 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
         codebook=inputs.codebook.detach().double().requires_grad_(inputs.codebook.requires_grad),
         tau=inputs.tau.double(),
     )
-    results = run_ours(case, double, "eager")
+    full = replace(case, part="forward+backward") if case.part == "backward" else case
+    results = run_ours(full, double, "eager")
     if case.part == "assign":
         return Truth(results[0], results[0], ())
     return Truth(results[2], results[3], results[5:])
@@ -234,6 +283,9 @@ def check(case: Case, inputs: Inputs, truth: Truth, results: tuple[Tensor, ...])
     """Raise :class:`WrongResultError` unless what :func:`run_ours` gave is right in every row and code."""
     if case.part == "assign":
         check_indices("indices", results[0], truth.indices, inputs, None)
+        return
+    if case.part == "backward":
+        check_gradients(inputs, truth, results)
         return
     quantized, posterior, indices, best_indices, perturbation, *gradients = results
     check_indices("best_indices", best_indices, truth.best_indices, inputs, None)
@@ -245,7 +297,11 @@ def check(case: Case, inputs: Inputs, truth: Truth, results: tuple[Tensor, ...])
     distance = (codebook[indices].double() - codebook[best_indices].double()).square().sum(1)
     near = torch.allclose(perturbation.double(), distance, rtol=1e-4, atol=1e-6)
     require("perturbation", near, "isn't the squared distance of the two codes")
-    for name, gradient, expected in zip(("dx", "dcodebook"), gradients, truth.gradients, strict=False):
+    check_gradients(inputs, truth, gradients)
+
+
+def check_gradients(inputs: Inputs, truth: Truth, gradients: Sequence[Tensor]) -> None:
+    for name, gradient, expected in zip(LEAVES[: len(gradients)], gradients, truth.gradients, strict=True):
         error = float((gradient.double() - expected).abs().max() / expected.abs().max())
         tolerance = GRADIENT_TOLERANCE[inputs.x.dtype]
         require(name, error <= tolerance, f"is off by {error:.2g} of its largest element, {tolerance} is allowed")

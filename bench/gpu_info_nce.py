@@ -1,7 +1,7 @@
-"""The ``weighted_info_nce`` cases of ``bench/gpu.py``: their inputs, who competes, and the gate of the results."""
+"""The ``weighted_info_nce`` cases of the benchmarks: their inputs, who competes, and the gate of the results."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,7 +9,7 @@ import gpu_cases
 import peers
 import torch
 import torch.nn.functional as F
-from gpu_cases import GRADIENT_TOLERANCE, MASK_RATIO, SCHEDULES, require
+from gpu_cases import GRADIENT_TOLERANCE, MASK_RATIO, OURS, SCHEDULES, require
 from peers import TensorRun
 from torch import Tensor
 
@@ -26,7 +26,7 @@ LOSS_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class InfoNceCase:
-    part: str  # of PARTS; the gradient is that of the key, as in training
+    part: str  # of PARTS, or "backward" alone; the gradient is that of the key, as in training
     length: int
     width: int
     dtype: str
@@ -41,7 +41,7 @@ class InfoNceCase:
     @property
     def products(self) -> int:
         """Products of B x L x L x C that the part can't do without: similarities; again, and the key's gradient."""
-        return 3 if self.part == "forward+backward" else 1
+        return {"forward+backward": 3, "backward": 2}.get(self.part, 1)
 
     @property
     def flops(self) -> int:
@@ -54,6 +54,12 @@ class InfoNceCase:
     def describe(self) -> dict[str, Any]:
         """What the report knows the case by, besides what all cases have."""
         return {"images": self.images, "length": self.length, "width": self.width}
+
+    @property
+    def bytes(self) -> int:
+        """Of the features, and of the key's gradient: read or written once, at least."""
+        matrices = 3 if self.part.endswith("backward") else 2
+        return getattr(torch, self.dtype).itemsize * matrices * self.images * self.length * self.width
 
 
 class InfoNceInputs(NamedTuple):
@@ -98,33 +104,47 @@ def make_inputs(case: InfoNceCase, device: str) -> InfoNceInputs:
 # ------------------------------------------------------------------------------------------------------- competitors
 
 
-def results_of(case: InfoNceCase, inputs: InfoNceInputs, loss: Tensor) -> tuple[Tensor, ...]:
-    if case.part != "forward+backward":
-        return (loss.detach(),)
-    return loss.detach(), *torch.autograd.grad(loss, inputs.key, inputs.grad_loss.to(loss.dtype))
+def make_run(case: InfoNceCase, inputs: InfoNceInputs, call: Callable[[], Tensor]) -> TensorRun:
+    """The losses and the key's gradient by what ``call`` gives, as far as the part goes."""
+
+    def gradient(loss: Tensor, again: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, inputs.key, inputs.grad_loss.to(loss.dtype), retain_graph=again)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = call()
+        return loss.detach(), *(gradient(loss, False) if case.part == "forward+backward" else ())
+
+    return partial(gradient, call(), True) if case.part == "backward" else run
 
 
-def run_ours(case: InfoNceCase, inputs: InfoNceInputs, weight: Tensor | None, impl: Any = "auto") -> tuple[Tensor, ...]:
-    return results_of(case, inputs, weighted_info_nce(inputs.query, inputs.key, weight, tau=TAU, impl=impl))
+def make_ours(case: InfoNceCase, inputs: InfoNceInputs, weight: Tensor | None, impl: Any = "auto") -> TensorRun:
+    call = partial(weighted_info_nce, inputs.query, inputs.key, weight, tau=TAU, impl=impl)
+    return make_run(case, inputs, call)
 
 
-_compiled: list[Callable[..., Tensor]] = []
+_compiled: dict[bool, Callable[..., Tensor]] = {}
 
 
 def make_plain(case: InfoNceCase, inputs: InfoNceInputs, compiles: bool) -> TensorRun:
     """The plain expression. Weights in the type of the features keep its L x L matrices in that type: its cheapest."""
     function: Callable[..., Tensor] = weighted_info_nce_reference
+    again = case.part == "backward"
     if compiles:
-        if not _compiled:  # forward and backward of a size come out of one compilation
-            _compiled.append(peers.compiled(function))
-        function = _compiled[0]
-    weight = inputs.weight.to(inputs.query.dtype)
-    return lambda: results_of(case, inputs, function(inputs.query, inputs.key, weight, tau=TAU))
+        if again not in _compiled:  # forward and backward of a size come out of one compilation
+            _compiled[again] = peers.compiled(function)
+        function = _compiled[again]
+    call = partial(function, inputs.query, inputs.key, inputs.weight.to(inputs.query.dtype), tau=TAU)
+    if not again:
+        return make_run(case, inputs, call)
+    # A compiled backward gives its buffers away, and could not run again.
+    with torch._functorch.config.patch(donated_buffer=False):
+        run = make_run(case, inputs, call)
+        run()
+    return run
 
 
 def make_inf_cl(case: InfoNceCase, inputs: InfoNceInputs) -> TensorRun:
-    losses = peers.inf_cl(inputs.query, inputs.key, TAU)
-    return lambda: results_of(case, inputs, losses())
+    return make_run(case, inputs, peers.inf_cl(inputs.query, inputs.key, TAU))
 
 
 def make_matmul(inputs: InfoNceInputs) -> TensorRun:
@@ -133,17 +153,29 @@ def make_matmul(inputs: InfoNceInputs) -> TensorRun:
     return lambda: (torch.bmm(query, key),)
 
 
-def competitors(case: InfoNceCase, inputs: InfoNceInputs) -> dict[str, Callable[[], TensorRun]]:
+def names(case: InfoNceCase, ours: tuple[str, ...] = SCHEDULES) -> tuple[str, ...]:
     """Who takes part in a case; "vanilla" is ours without weights, on the schedule that users get, for inf-cl."""
-    ours = partial(run_ours, case, inputs, inputs.weight)
-    return {
-        **{how: partial(gpu_cases.on_schedule, how, inputs.query.device, ours) for how in SCHEDULES},
-        "vanilla": lambda: partial(run_ours, case, inputs, None),
+    return "matmul", *ours, "vanilla", "eager", "compiled", "inf-cl"
+
+
+def competitors(
+    case: InfoNceCase, inputs: InfoNceInputs, ours: tuple[str, ...] = SCHEDULES
+) -> dict[str, Callable[[], TensorRun]]:
+    """By name, functions that make the runs, and may raise instead."""
+
+    def scheduled(how: str) -> TensorRun:
+        run = make_ours(case, inputs, inputs.weight)
+        return run if how == "ours" else gpu_cases.on_schedule(how, inputs.query.device, run)
+
+    makers: dict[str, Callable[[], TensorRun]] = {
+        **{how: partial(scheduled, how) for how in ours},
+        "vanilla": partial(make_ours, case, inputs, None),
         "eager": partial(make_plain, case, inputs, False),
         "compiled": partial(make_plain, case, inputs, True),
         "inf-cl": partial(make_inf_cl, case, inputs),
         "matmul": partial(make_matmul, inputs),
     }
+    return {name: makers[name] for name in names(case, ours)}
 
 
 # -------------------------------------------------------------------------------------------------------------- gate
@@ -152,7 +184,8 @@ def competitors(case: InfoNceCase, inputs: InfoNceInputs) -> dict[str, Callable[
 def truth_of(case: InfoNceCase, inputs: InfoNceInputs) -> InfoNceTruth:
     """The eager twin on fp64 copies of the inputs. It goes through tiles of rows: L = 65536 fits."""
     double = inputs._replace(query=inputs.query.double(), key=inputs.key.detach().double().requires_grad_())
-    weighted, vanilla = (run_ours(case, double, weight, "eager") for weight in (inputs.weight, None))
+    full = replace(case, part="forward+backward") if case.part == "backward" else case
+    weighted, vanilla = (make_ours(full, double, weight, "eager")() for weight in (inputs.weight, None))
     return InfoNceTruth(weighted, vanilla)
 
 
@@ -160,7 +193,11 @@ def check(dtype: torch.dtype, truth: tuple[Tensor, ...], results: tuple[Tensor, 
     """Raise :class:`gpu_cases.WrongResultError` unless every loss, and the gradient of every key, is right."""
     error = loss_error(truth, results)
     require("loss", error <= LOSS_TOLERANCE, f"is off by {error:.2g}, {LOSS_TOLERANCE} is allowed")
-    for gradient, expected in zip(results[1:], truth[1:], strict=True):
+    check_gradients(dtype, truth[1:], results[1:])
+
+
+def check_gradients(dtype: torch.dtype, truth: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    for gradient, expected in zip(gradients, truth, strict=True):
         error = float(((gradient.double() - expected).norm(dim=2) / expected.norm(dim=2)).max())
         tolerance = GRADIENT_TOLERANCE[dtype]
         require("dkey", error <= tolerance, f"is off by {error:.2g} of a row's norm, {tolerance} is allowed")
@@ -174,10 +211,14 @@ def examine(
     case: InfoNceCase, inputs: InfoNceInputs, truth: InfoNceTruth, name: str, run: TensorRun
 ) -> dict[str, float]:
     """How far a run's losses are off; raises where ours is wrong. Others round as they like."""
-    results = run()
+    results, dtype = run(), inputs.query.dtype
     if name == "matmul":
         return {}
-    expected = truth.vanilla if name in ("vanilla", "inf-cl") else truth.weighted
-    if name in (*SCHEDULES, "vanilla"):
-        check(inputs.query.dtype, expected, results)
+    expected, is_ours = truth.vanilla if name in ("vanilla", "inf-cl") else truth.weighted, name in (*OURS, "vanilla")
+    if case.part == "backward":
+        if is_ours:
+            check_gradients(dtype, expected[1:], results)
+        return {}
+    if is_ours:
+        check(dtype, expected, results)
     return {"loss_error": loss_error(expected, results)}

@@ -1,5 +1,6 @@
 """From measurements to words: which targets are met, and the tables that ``bench/gpu.py`` prints last."""
 
+from collections.abc import Callable
 from typing import Any
 
 Results = dict[str, dict[str, Any]]  # by competitor
@@ -10,14 +11,15 @@ PEERS = {
     "eager": "eager",
     "compiled": "compiled",
     "vqp nearest": "vqp nearest",
+    "taming nearest": "taming nearest",
     "vqp gumbel": "vqp gumbel",
     "flash-kmeans": "flash-kmeans",
     "inf-cl": "inf-cl",
 }
-# Ours, by schedule, and without weights on the schedule that users get: what inf-cl computes.
-OURS = ("fused", "chunked", "vanilla")
-_OUR_TWIN = {"inf-cl": "vanilla"}
-_LARGE = 8192
+# Ours, by schedule, and on the schedule that users get what others compute: without weights, without noise.
+OURS = ("fused", "chunked", "vanilla", "nearest")
+_OUR_TWIN = {"inf-cl": "vanilla", "vqp nearest": "nearest", "taming nearest": "nearest"}
+_LARGE, _WIDTH = 8192, 256  # sizes that targets of vector quantization are about: N at least, D
 OUT_OF_TIME = "out of time"
 
 
@@ -31,7 +33,9 @@ def milliseconds(entry: Entry, name: str) -> float | None:
 
 def speed_up(entry: Entry, ours: str, peer: str) -> float | None:
     """How many times as fast as ``peer`` at what it computes; None unless both were measured."""
-    mine, other = milliseconds(entry, _OUR_TWIN.get(peer, ours)), milliseconds(entry, peer)
+    twin = _OUR_TWIN.get(peer, ours)
+    mine = milliseconds(entry, twin if twin in entry["results"] else ours)  # an assignment is what it is
+    other = milliseconds(entry, peer)
     return other / mine if mine and other else None
 
 
@@ -81,6 +85,8 @@ def evaluate_targets(entries: list[Entry], ours: str) -> list[dict[str, Any]]:
             add_contrastive(entry)
             continue
         part, codes = entry["part"], entry["codes"]
+        if entry["width"] != _WIDTH:
+            continue
         if part == "forward+backward" and codes == 1024 and entry["graph"]:
             add(entry, "ms under a CUDA graph", 0.1, milliseconds(entry, ours), at_most=True)
         if part == "forward+backward" and not entry["masked"] and codes == 262144:
@@ -98,6 +104,31 @@ def evaluate_targets(entries: list[Entry], ours: str) -> list[dict[str, Any]]:
             add(entry, "of the matmul rate", 0.65, share(entry, ours))
             add(entry, "times as fast as flash-kmeans", 1.0, speed_up(entry, ours, "flash-kmeans"))
     return targets
+
+
+def step_targets(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the paper's training step with ``--amp --compile``, beside taming-transformers' own."""
+    steps = {b["extra_info"]["competitor"]: b for b in benchmarks if b["extra_info"]["op"] == "vqgan"}
+
+    def get(name: str, what: Callable[[dict[str, Any]], float]) -> float | None:
+        return what(steps[name]) if name in steps else None
+
+    def target(what: str, wanted: float, at_most: bool, a: float | None, b: float | None) -> dict[str, Any]:
+        got = a / b if a and b else None
+        met = None if got is None else (got <= wanted if at_most else got >= wanted)
+        case = {"case": "training step, amp and compile", "what": what, "at_most": at_most}
+        return case | {"target": wanted, "measured": got, "met": met}
+
+    names = ("amp-compile", "taming-amp", "taming")
+    ours, theirs_amp, theirs = (get(name, lambda entry: entry["stats"]["median"]) for name in names)
+    our_mib, _, their_mib = (get(name, lambda entry: entry["extra_info"]["peak_mib"]) for name in names)
+    if not steps:
+        return []
+    return [
+        target("times as fast as taming's in mixed precision", 3.0, False, theirs_amp, ours),
+        target("times as fast as taming's", 5.0, False, theirs, ours),
+        target("of taming's memory", 0.6, True, our_mib, their_mib),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -122,6 +153,15 @@ def _cell(entry: Entry, name: str, value: float | None, form: str) -> str:
 
 
 _SHORT = {"skipped": "-", "out of memory": "OOM", "wrong": "WRONG", "failed": "FAILED"}
+
+
+def step_table(benchmarks: list[dict[str, Any]]) -> str:
+    """Whole steps and priors, which the fused ops are a part of."""
+    rows = [["whole steps", "", "ms", "MiB"]]
+    for entry in benchmarks:
+        info, ms = entry["extra_info"], 1e3 * entry["stats"]["median"]
+        rows.append([entry["group"], info["competitor"], f"{ms:.4g}", f"{info.get('peak_mib', 0):.0f}"])
+    return format_table(rows)
 
 
 def ratios(entries: list[Entry], ours: str) -> str:
@@ -174,6 +214,9 @@ def problems(report: dict[str, Any]) -> list[str]:
             result = entry["results"].get(name, {})
             if result.get("status") not in (None, "ok", "skipped"):
                 found.append(f"{entry['case']}, {name} {result['status']}: {result.get('reason')}")
+    for script, part in report.get("parts", {}).items():
+        if part["status"] == "failed":
+            found.append(f"{script} failed: {'; '.join(part['told'])}")
     found += [f"{case}: {reason}" for case, reason in report["not_measured"].items() if reason != OUT_OF_TIME]
     return found
 
@@ -192,12 +235,15 @@ def summary(report: dict[str, Any]) -> str:
         "% of matmul: of the rate of the plain product of the same size; 8192 x 8192 x 8192 reaches "
         + ", ".join(f"{rate:.0f} TFLOP/s in {dtype}" for dtype, rate in report["matmul_8192_tflops"].items()),
         "vqp: vector-quantize-pytorch, other functions: nearest code without noise, Gumbel noise on every row; in fp32",
+        "nearest: our NearestQuantizer, compared with vqp's and taming's",
         "InfoNCE: gradient to the key only; vanilla: ours without weights, compared with inf-cl, which has none",
         "",
     ]
     for op in dict.fromkeys(entry["op"] for entry in entries):
         cases = [entry for entry in entries if entry["op"] == op]
         lines += [ratios(cases, ours), "", times(cases, ours, machine["gpu"]), ""]
+    if report.get("benchmarks"):
+        lines += [step_table(report["benchmarks"]), ""]
     if report["targets"]:
         lines += [target_table(report["targets"]), ""]
     late = [case for case, reason in report["not_measured"].items() if reason == OUT_OF_TIME]

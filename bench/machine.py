@@ -1,6 +1,9 @@
 """Where and with what a benchmark ran: GPU, clocks, versions, commit."""
 
+import contextlib
+import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -23,7 +26,17 @@ def describe_gpu() -> dict[str, Any]:
     }
 
 
+def describe_cpu() -> dict[str, Any]:
+    """The processor, by Linux's name of it where there is one."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+@functools.cache
 def describe_software() -> dict[str, Any]:
+    """Versions, and the commit: asked once, at the start of what is measured."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,8 +1,10 @@
 """What the benchmarks measure with: time of runs side by side, on the host and on a GPU, and the memory they take."""
 
+import contextlib
+import ctypes
+import gc
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +17,8 @@ T = TypeVar("T")
 
 # Turns that even a slow case gets.
 LEAST_REPEATS = 5
+# Rounds of pytest-benchmark that even a slow run gets, and seconds within which others get more.
+LEAST_ROUNDS, ROUNDS_LIMIT = 3, 1.5
 
 
 def take_turns(
@@ -43,15 +47,41 @@ def wall_clock(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def medians(runs: dict[str, Run], repeats: int = 3) -> dict[str, float]:
-    """Median seconds of each run on a CPU, after one that warms it up."""
-    for run in runs.values():
+def finishing(run: Run, device: str) -> Run:
+    """The run, until the device has done it."""
+
+    def finished() -> None:
         run()
-    return {name: statistics.median(seconds) for name, seconds in take_turns(runs, wall_clock, repeats).items()}
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return finished if device == "cuda" else run
+
+
+def rounds(seconds: float, most: int) -> int:
+    """How often a run of so many seconds is measured."""
+    return max(LEAST_ROUNDS, min(most, int(ROUNDS_LIMIT / max(seconds, 1e-9))))
+
+
+def medians(runs: dict[str, Run], repeats: int = 3, warm_ups: int = 1) -> dict[str, float]:
+    """Median seconds of runs that take turns, after some that warm each of them up."""
+    for run in runs.values():
+        for _ in range(warm_ups):
+            run()
+
+    def warm_clock(run: Run) -> float:
+        if warm_ups > 1:
+            run()  # takes over the memory that the one before it has freed
+        return wall_clock(run)
+
+    return {name: statistics.median(seconds) for name, seconds in take_turns(runs, warm_clock, repeats).items()}
 
 
 def resident_growth(run: Run) -> float:
-    """MiB by which the process's resident memory grows at most during ``run``; nan where the system doesn't tell."""
+    """MiB by which the process's resident memory grows at most during a warm ``run``; nan where nothing tells.
+
+    What was freed before goes back to the system first (glibc keeps it): else the run would find it there.
+    """
     if sys.platform != "linux":
         return math.nan
 
@@ -59,6 +89,9 @@ def resident_growth(run: Run) -> float:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as command:
         command.write("5")  # the recorded peak starts again from here
     before = status("VmRSS:")
@@ -66,12 +99,11 @@ def resident_growth(run: Run) -> float:
     return (status("VmHWM:") - before) / 1024
 
 
-def peak_memory(script: str, *case: str) -> float:
-    """What ``python script CASE`` prints: :func:`resident_growth` of one case, where no other case has run before."""
-    done = subprocess.run([sys.executable, script, *case], capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"{script} {' '.join(case)} failed:\n{done.stderr}")
-    return float(done.stdout)
+def growth_and_seconds(run: Run) -> tuple[float, float]:
+    """:func:`resident_growth` of a run, and how long that one run took."""
+    seconds: list[float] = []
+    growth = resident_growth(lambda: seconds.append(wall_clock(run)))
+    return growth, sum(seconds) or wall_clock(run)
 
 
 # ------------------------------------------------------------------------------------------------------------- a GPU
@@ -79,6 +111,22 @@ def peak_memory(script: str, *case: str) -> float:
 # A kernel that sleeps holds the GPU while the host launches what is timed. At 2 GHz or less it sleeps long enough.
 _SLEEP_CYCLES_PER_SECOND = 2e9
 _LONGEST_SLEEP = 0.02
+
+
+class DeviceClock:
+    """A timer for pytest-benchmark, whose seconds go by only in runs of a meter, and on the device."""
+
+    def __init__(self, meter: "DeviceMeter") -> None:
+        self.meter, self.elapsed = meter, 0.0
+
+    def __call__(self) -> float:
+        return self.elapsed
+
+    def timed(self, run: Run) -> Run:
+        def once() -> None:
+            self.elapsed += self.meter.time(run).device
+
+        return once
 
 
 class Sample(NamedTuple):

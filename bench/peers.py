@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regvq_fast import NearestQuantizer
 from regvq_fast.ops.reference import vector_quantize_reference
 from regvq_fast.ops.vector_quantize import VectorQuantizeOutput
 
 TensorRun = Callable[[], tuple[Tensor, ...]]
-PACKAGES = ("vector-quantize-pytorch", "flash-kmeans", "inf-cl")
+PACKAGES = ("vector-quantize-pytorch", "flash-kmeans", "inf-cl", "taming-transformers-rom1504")
+
+GPU_ONLY = ("flash-kmeans", "inf-cl")  # Triton kernels
 
 
 class SkippedError(Exception):
@@ -86,13 +89,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lucidrains(
-    x: Tensor, codebook: Tensor, grad_quantized: Tensor | None, *, gumbel: bool, training: bool = True
+    x: Tensor,
+    codebook: Tensor,
+    grad_quantized: Tensor | None,
+    *,
+    gumbel: bool,
+    training: bool = True,
+    again: bool = False,
 ) -> TensorRun:
     """``vector_quantize_pytorch.VectorQuantize``, which computes in fp32 whatever the type of ``x``.
 
     Nearest: no noise, straight-through identity, a learnable codebook with its commitment loss. Gumbel: noise on every
     row, gradient of the softmax to x; the codebook learns by moving averages, inside the forward pass. Backward where
-    there is a ``grad_quantized``.
+    there is a ``grad_quantized``; with ``again`` the backward alone, of one forward pass.
     """
     num_codes, width = codebook.shape
     if gumbel:
@@ -112,15 +121,67 @@ def lucidrains(
     leaves = [x] if gumbel else [x, *module.parameters()]
     batch = x if training else x.detach()
 
-    def run() -> tuple[Tensor, ...]:
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
         with torch.set_grad_enabled(training):
             quantized, indices, loss = module(batch.unsqueeze(0))
-        gradients: tuple[Tensor, ...] = ()
-        if grad_quantized is not None:
-            upstream = [grad_quantized.unsqueeze(0), torch.ones_like(loss)]
-            gradients = torch.autograd.grad([quantized, loss], leaves, upstream)
-        return indices.flatten(), quantized.detach(), loss.detach(), *gradients
+        return quantized.squeeze(0), indices, loss
 
+    return _quantizer_run(forward, leaves, grad_quantized, again)
+
+
+def taming_nearest(x: Tensor, codebook: Tensor, grad_quantized: Tensor | None, *, again: bool = False) -> TensorRun:
+    """taming-transformers' ``VectorQuantizer2``: nearest code, straight-through identity, in the type of ``x``."""
+    from taming_step import taming_module
+
+    module = taming_module("vqvae.quantize").VectorQuantizer2(*codebook.shape, beta=0.25, legacy=False)
+    module.to(x.device, x.dtype).embedding.weight.data.copy_(codebook.detach())
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        quantized, loss, (_, _, indices) = module(_as_map(x))
+        return _as_rows(quantized), indices, loss
+
+    return _quantizer_run(forward, [x, *module.parameters()], grad_quantized, again)
+
+
+def nearest_quantizer(x: Tensor, codebook: Tensor, grad_quantized: Tensor | None, *, again: bool = False) -> TensorRun:
+    """Our ``NearestQuantizer``, for those who compute the same: the two packages without noise."""
+    module = NearestQuantizer(*codebook.shape).to(x.device)
+    module.embedding.weight.data.copy_(codebook.detach())
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        output = module(_as_map(x))
+        return _as_rows(output.quantized), output.indices, output.loss
+
+    return _quantizer_run(forward, [x, *module.parameters()], grad_quantized, again)
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """Rows (M, D) as a map (1, D, 1, M), as they lie in memory."""
+    return x.t().unsqueeze(1).unsqueeze(0)
+
+
+def _as_rows(quantized: Tensor) -> Tensor:
+    return quantized.squeeze(0).squeeze(1).t()
+
+
+def _quantizer_run(
+    forward: Callable[[], tuple[Tensor, Tensor, Tensor]], leaves: list[Tensor], grad: Tensor | None, again: bool
+) -> TensorRun:
+    """Quantized rows, indices and loss of ``forward``, with gradients where there is a ``grad``; or these alone."""
+
+    def backward(quantized: Tensor, loss: Tensor) -> tuple[Tensor, ...]:
+        if grad is None:
+            return ()
+        upstream = [grad.to(quantized.dtype), torch.ones_like(loss)]
+        return torch.autograd.grad([quantized, loss], leaves, upstream, retain_graph=again)
+
+    def run() -> tuple[Tensor, ...]:
+        quantized, indices, loss = forward()
+        return indices.flatten(), quantized.detach(), loss.detach(), *backward(quantized, loss)
+
+    if again:
+        quantized, _, loss = forward()
+        return lambda: backward(quantized, loss)
     return run
 
 

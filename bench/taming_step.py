@@ -73,9 +73,9 @@ class _Autoencoder(nn.Module):
         size = {"resolution": config.data.image_size, "in_channels": 3, "out_ch": 3, "double_z": False}
         shared = asdict(config.model) | size  # they ignore what they don't know
         codes, width, z_channels = config.quantizer.num_codes, config.quantizer.code_dim, config.model.z_channels
-        networks = _taming("diffusionmodules.model")
+        networks = taming_module("diffusionmodules.model")
         self.encoder, self.decoder = networks.Encoder(**shared), networks.Decoder(**shared)
-        self.quantize = _taming("vqvae.quantize").VectorQuantizer2(codes, width, beta=0.25)
+        self.quantize = taming_module("vqvae.quantize").VectorQuantizer2(codes, width, beta=0.25)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(z_channels, width, 1), nn.Conv2d(width, z_channels, 1)
         for norm in self.modules():
             if isinstance(norm, nn.GroupNorm):
@@ -94,9 +94,9 @@ def _build_loss(config: VQGANConfig) -> Any:
         if isinstance(layer, nn.ReLU):
             layer.inplace = True  # as in torchvision's network
     torchvision_models = SimpleNamespace(vgg16=lambda pretrained: features)
-    lpips, model = _taming("losses.lpips"), config.model
+    lpips, model = taming_module("losses.lpips"), config.model
     with mock.patch.object(lpips, "models", torchvision_models), mock.patch.object(lpips.LPIPS, "load_from_pretrained"):
-        loss = _taming("losses.vqperceptual").VQLPIPSWithDiscriminator(
+        loss = taming_module("losses.vqperceptual").VQLPIPSWithDiscriminator(
             0, disc_num_layers=model.disc_layers, disc_ndf=model.disc_filters, disc_weight=config.loss.disc_weight
         )
     loss.perceptual_loss.load_state_dict(LPIPS(features).state_dict(), strict=False)
@@ -117,7 +117,7 @@ _STAND_INS: dict[str, Any] = {
 }
 
 
-def _taming(module: str) -> Any:
+def taming_module(module: str) -> Any:
     """A module of the package, imported only where it is measured; stand-ins are there for so long."""
     missing = [name for name in _STAND_INS if name not in sys.modules and find_spec(name) is None]
     sys.modules.update({name: _STAND_INS[name] for name in missing})

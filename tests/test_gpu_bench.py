@@ -327,36 +327,22 @@ def test_missing_packages_are_named(monkeypatch):
         peers.lucidrains(x, codebook, None, gumbel=True)
 
 
-# ------------------------------------------------------------------------------------------- tests, cases, machine
-
-
-@pytest.mark.parametrize(
-    ("output", "code", "status", "counts"),
-    [
-        (".. [100%]\n2 passed, 1 skipped in 3.20s", 0, "passed", {"passed": 2, "skipped": 1}),
-        ("F.\nFAILED a::b - no\n1 failed, 1 passed in 72.1s (0:01:12)", 1, "failed", {"failed": 1, "passed": 1}),
-        ("..s. [ 50%]\n..", None, "stopped at the time limit", {"passed": 5, "failed": 0, "skipped": 1}),
-        ("..F. [ 50%]\nE", None, "failed", {"passed": 3, "failed": 2, "skipped": 0}),
-        ("No module named pytest", 1, "failed", {}),
-    ],
-)
-def test_counts_of_the_tests(output, code, status, counts):
-    result = gpu.read_tests(output, code)
-    assert (result["status"], result["counts"]) == (status, counts)
-    assert bool(result["failures"]) == (code == 1)
+# -------------------------------------------------------------------------------------------------- cases, machine
 
 
 def test_the_order_of_the_cases():
     """Targets of vector quantization, of InfoNCE, then the rest."""
-    cases = gpu.make_cases("bfloat16", quick=False)
-    assert len(set(cases)) == len(cases)
-    assert cases[:12] == gpu.make_cases("bfloat16", quick=True)
-    assert [type(case) for case in cases[:13]] == [*5 * [Case], *7 * [InfoNceCase], Case]
+    targets, others = gpu.target_cases("bfloat16"), gpu.other_cases("bfloat16")
+    assert [type(case) for case in targets] == [*5 * [Case], *7 * [InfoNceCase]]
+    cases = targets + others
+    assert len(set(cases)) == len(cases) == len({case.name for case in cases})
     cases = [case for case in cases if isinstance(case, Case)]
-    parts = {(case.part, case.codes) for case in cases if case.dtype == "bfloat16" and not case.graph and case.masked}
+    plain = [case for case in cases if not case.graph and case.masked and case.width == 256]
+    parts = {(case.part, case.codes) for case in plain if case.dtype == "bfloat16"}
     assert parts == {(part, codes) for part in gpu_cases.PARTS for codes in (512, 1024, 4096, 8192, 16384, 65536)}
     assert {case.codes for case in cases if case.dtype == "float32"} == {8192}
-    assert {case.dtype for case in gpu.make_cases("float16", quick=False)} == {"float16", "float32"}
+    assert {case.width for case in cases} == {64, 256, 512}
+    assert {case.dtype for case in gpu.target_cases("float16") + gpu.other_cases("float16")} == {"float16", "float32"}
     assert Case("forward+backward", 8192, "bfloat16").flops == 6 * 2 * 10240 * 8192 * 256
 
 
@@ -412,7 +398,8 @@ def pretend_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(nvml, "gpu_state", lambda: ("1.2", lambda: {"sm_mhz": 1980}, None))
     monkeypatch.setattr(measuring, "DeviceMeter", lambda: SimpleNamespace(**_members(FakeMeter()), flushed_mib=256))
     monkeypatch.setattr(gpu, "square_product_tflops", lambda meter, dtype: 700.0)
-    monkeypatch.setattr(gpu, "make_cases", lambda half, quick: small)
+    monkeypatch.setattr(gpu, "copy_tb_per_s", lambda meter: 4.0)
+    monkeypatch.setattr(gpu, "target_cases", lambda half: small)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # main takes both out of the environment
     monkeypatch.setenv("REGVQ_SCHEDULE", "chunked")
     path = tmp_path / "new" / "results.json"
@@ -431,9 +418,9 @@ def test_the_report_of_a_whole_run(pretend_gpu, capsys):
     code, report = pretend_gpu()
     assert code == 0
     assert [entry["case"] for entry in report["cases"]] == [
-        "forward+backward, N=24, float32",
-        "assign, N=24, float32",
-        "forward, N=24, float32",
+        "forward+backward, M=96, N=24, D=8, float32",
+        "assign, M=96, N=24, D=8, float32",
+        "forward, M=96, N=24, D=8, float32",
         "InfoNCE forward+backward, B=2, L=48, C=8, float32",
     ]
     assert [entry["op"] for entry in report["cases"]] == [*3 * ["vector_quantize"], "weighted_info_nce"]
@@ -458,7 +445,7 @@ def test_a_wrong_op_makes_the_run_fail(pretend_gpu, monkeypatch, capsys):
     code, report = pretend_gpu()
     assert code == 1
     assert [entry["results"]["fused"]["status"] for entry in report["cases"]] == ["wrong", "ok", "wrong", "ok"]
-    assert "PROBLEM: forward, N=24, float32, fused wrong: " in capsys.readouterr().out
+    assert "PROBLEM: forward, M=96, N=24, D=8, float32, fused wrong: " in capsys.readouterr().out
 
 
 def test_no_case_begins_after_the_time_limit(pretend_gpu, monkeypatch):
@@ -481,4 +468,4 @@ def test_a_case_that_cannot_be_set_up_is_named_and_the_others_go_on(pretend_gpu,
     code, report = pretend_gpu()
     assert code == 1
     assert len(report["cases"]) == 3
-    assert report["not_measured"] == {"assign, N=24, float32": "OutOfMemoryError: 8 GiB"}
+    assert report["not_measured"] == {"assign, M=96, N=24, D=8, float32": "OutOfMemoryError: 8 GiB"}

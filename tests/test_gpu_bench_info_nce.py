@@ -51,7 +51,7 @@ def _one_row(loss, gradient):
 def test_the_gate_refuses_a_wrong_result(change, message):
     inputs = gpu_info_nce.make_inputs(STEP, "cpu")
     truth = gpu_info_nce.truth_of(STEP, inputs)
-    wrong = change(*(value.clone() for value in gpu_info_nce.run_ours(STEP, inputs, inputs.weight)))
+    wrong = change(*(value.clone() for value in gpu_info_nce.make_ours(STEP, inputs, inputs.weight)()))
     with pytest.raises(WrongResultError, match=message):
         gpu_info_nce.examine(STEP, inputs, truth, "fused", lambda: wrong)
 
@@ -120,7 +120,9 @@ def test_the_work_of_a_case():
     case = InfoNceCase("forward+backward", 4096, 512, "bfloat16")
     assert (case.images, case.products, case.flops) == (16, 3, 3 * 2 * 16 * 4096**2 * 512)
     assert InfoNceCase("forward", 65536, 64, "bfloat16").flops == 2 * 65536**2 * 64
-    cases = [case for case in gpu.make_cases("bfloat16", quick=False) if isinstance(case, InfoNceCase)]
+    cases = [
+        case for case in gpu.target_cases("bfloat16") + gpu.other_cases("bfloat16") if isinstance(case, InfoNceCase)
+    ]
     sizes = {(length, width) for length in (256, 1024, 4096, 16384, 65536) for width in (128, 512)}
     assert {(case.length, case.width) for case in cases if case.part == "forward"} == sizes
     assert {(case.length, case.width) for case in cases if case.part == "forward+backward"} == sizes | {(65536, 64)}

@@ -117,3 +117,15 @@ def test_problems_are_those_of_ours_and_of_the_tests():
     assert text.startswith("TESTS OF THE OPS FAILED")
     assert "out of time, not measured: a\n" in text
     assert gpu_report.problems(make_report([make_entry(fused=1.0, chunked={"status": "skipped"})])) == []
+
+
+def test_a_package_without_noise_is_compared_with_our_quantizer_without_noise():
+    entry = make_entry(fused=4.0, nearest=1.0, **{"vqp nearest": 2.0, "vqp gumbel": 2.0})
+    assert gpu_report.speed_up(entry, "fused", "vqp nearest") == 2.0
+    assert gpu_report.speed_up(entry, "fused", "vqp gumbel") == 0.5
+    assert gpu_report.speed_up(make_entry("assign", fused=4.0, **{"vqp nearest": 2.0}), "fused", "vqp nearest") == 0.5
+
+
+def test_other_widths_than_the_targets_are_no_targets():
+    entry = make_entry(fused=1.0, eager=1.0) | {"width": 64}
+    assert gpu_report.evaluate_targets([entry], "fused") == []

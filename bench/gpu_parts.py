@@ -1,0 +1,71 @@
+"""The parts of ``bench/gpu.py`` that run in processes of their own, each within its time: tests, steps, priors."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import machine
+
+
+def run_pytest(arguments: list[str], limit: float) -> tuple[str, int | None, float]:
+    """What pytest says, its exit code, None where it was stopped after ``limit`` seconds, and the seconds it took."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *arguments],
+            cwd=machine.ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=max(limit, 0.0),
+        )
+        output, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, code = error.stdout or b"", None
+    return output.decode(errors="replace"), code, round(time.perf_counter() - begin, 1)
+
+
+def run_tests(limit: float) -> dict[str, Any]:
+    """The tests of the ops in a process of their own, as much of them as ``limit`` seconds allow."""
+    output, code, seconds = run_pytest(["tests/ops", "--tb=line", "-rfE"], limit)
+    return read_tests(output, code) | {"seconds": seconds}
+
+
+def read_tests(output: str, code: int | None) -> dict[str, Any]:
+    """Counts from pytest's own summary, or from its progress where it was stopped (``code`` None)."""
+    lines = output.splitlines()
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", lines[-1] if lines else "")}
+    counts = {word: counts[word] for word in ("passed", "failed", "error", "errors", "skipped") if word in counts}
+    status = "passed" if code == 0 else "failed"
+    if code is None:
+        letters = Counter("".join(re.findall(r"^([.FEsxX]+)(?: +\[ *\d+%\])?$", output, re.MULTILINE)))
+        counts = {"passed": letters["."], "failed": letters["F"] + letters["E"], "skipped": letters["s"]}
+        status = "failed" if counts["failed"] else "stopped at the time limit"
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:20]
+    if code and not failures:
+        failures = lines[-5:]  # it didn't get as far as a test
+    return {"status": status, "counts": counts, "failures": failures}
+
+
+def run_benchmarks(script: str, limit: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The paper's sizes of a benchmark of whole steps, as many as ``limit`` seconds allow, and how it went."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "lines"
+        arguments = [script, "-k", "paper and not target", "--benchmark-only", "--tb=line", "-rfEs"]
+        output, code, seconds = run_pytest([*arguments, "--lines", str(lines)], limit)
+        text = lines.read_text(encoding="utf-8") if lines.exists() else ""
+    # A process that is stopped may leave half a line.
+    entries = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    status = {0: "done", 5: "done", None: "stopped at the time limit"}.get(code, "failed")
+    told = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED"))][:20]
+    if status == "failed" and not told:
+        told = output.splitlines()[-5:]  # it didn't get as far as a benchmark
+    return entries, {"status": status, "seconds": seconds, "measured": len(entries), "told": told}

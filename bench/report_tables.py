@@ -1,0 +1,300 @@
+"""The generated parts of README.md and docs: each function makes one of them, in Markdown, from the results."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from records import Document, Record, by_case, ratio
+
+# Ours and what it is like for like with, by op, in the summary.
+LIKE_FOR_LIKE = {
+    "vector_quantize": ("ours", "eager"),
+    "assign_codes": ("ours", "eager"),
+    "weighted_info_nce": ("ours", "eager"),
+    "vqgan": ("fp32", "taming"),
+    "autoregressive": ("fp32", "taming"),
+    "diffusion": ("eager", "plain"),
+}
+OPS = ("vector_quantize", "assign_codes", "weighted_info_nce")
+STEPS = {
+    "vqgan": "VQ-GAN with discriminator",
+    "autoregressive": "autoregressive prior",
+    "diffusion": "diffusion prior",
+}
+# Competitors in the order of the columns; others of a case come after them.
+PEERS = ("eager", "compiled", "vqp nearest", "taming nearest", "vqp gumbel", "flash-kmeans", "inf-cl")
+NOT_PEERS = ("matmul", "fused", "chunked", "ours", "vanilla", "nearest")
+# What they compute: ours without weights, our quantizer without noise.
+OWN_TWIN = {"inf-cl": "vanilla", "vqp nearest": "nearest", "taming nearest": "nearest"}
+SHORT = {"skipped": "not installed", "out of memory": "out of memory", "wrong": "WRONG", "failed": "failed"}
+NOTHING = "-"
+TIMES = ("ours, ms", "ms")
+"""Headings of absolute times."""
+
+Rows = list[list[str]]
+
+
+def table(head: list[str], rows: Rows) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def timed(document: Document, head: list[str], rows: Rows) -> str:
+    """The table; absolute times only of a GPU, whose name says how fast it is: those of a CPU are its owner's alone."""
+    kept = [k for k, name in enumerate(head) if name not in TIMES or document.on_gpu]
+    return table([head[k] for k in kept], [[row[k] for k in kept] for row in rows])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """So many significant digits and every digit before the point; a dash for nothing."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    if value == 0:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(places, 0)}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{100 * value:.{digits}f}".removesuffix(".0") + " %"
+
+
+def times(value: float) -> str:
+    return NOTHING if math.isnan(value) else f"{value:.{1 if value < 100 else 0}f} x"
+
+
+def source(document: Document, page_depth: int) -> str:
+    """Hardware, date, commits, and the file, linked from a page so many folders below the root."""
+    commits = ("commits " if len(document.commits) > 1 else "commit ") + ", ".join(document.commits)
+    link = "../" * page_depth + "bench/results/" + document.path.name
+    told = [document.hardware, document.date, commits if document.commits else ""]
+    return f"{'; '.join(part for part in told if part)} ([JSON]({link}))."
+
+
+def own(document: Document, op: str) -> str:
+    """The competitor that is ours, as users get it."""
+    mine = LIKE_FOR_LIKE[op][0]
+    return document.ours if mine == "ours" else mine
+
+
+def against(case: dict[str, Record], mine: str, peer: str) -> float:
+    """How many times as fast as a peer ours is at what the peer computes; nan unless both have a time."""
+    return ratio(case.get(OWN_TWIN.get(peer, mine), case.get(mine)), case.get(peer))
+
+
+def columns(cases: Iterable[dict[str, Record]]) -> list[str]:
+    """The peers that take part in any of the cases."""
+    names = dict.fromkeys(name for case in cases for name in case)
+    return sorted(
+        (name for name in names if name not in NOT_PEERS),
+        key=lambda name: PEERS.index(name) if name in PEERS else len(PEERS),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- ops
+
+
+def op_table(document: Document, op: str) -> str:
+    """Every measured case of an op: times of ours, how many times as fast it is as each peer, memory, rates."""
+    cases = by_case(document.of(op))
+    peers, mine = columns(cases.values()), own(document, op)
+    rates = any(record.share is not None for case in cases.values() for record in case.values())
+    head = [f"`{op}`", "ours, ms", *(f"against {name}" for name in peers), "MiB, eager", "MiB, ours"]
+    head += ["TFLOP/s", "of the matmul rate"] if rates else []
+
+    def row(case: dict[str, Record]) -> list[str]:
+        ours, any_record = case.get(mine), next(iter(case.values()))
+        cells = [f"{any_record.part}, {any_record.size}", number(ours.ms if ours else None)]
+        for name in peers:
+            status = case[name].status if name in case else "ok"
+            cells.append(times(against(case, mine, name)) if status == "ok" else SHORT.get(status, status))
+        cells += [number(record.mib if record else None) for record in (case.get("eager"), ours)]
+        if rates:
+            cells += [number(ours.tflops if ours else None), percent(ours.share if ours else None, 0)]
+        return cells
+
+    return timed(document, head, [row(case) for case in cases.values()])
+
+
+def largest(cases: dict[tuple[Any, ...], dict[str, Record]], mine: str) -> list[dict[str, Record]]:
+    """The case of each part with the most operations, among those where ours has a time."""
+    found: dict[str, dict[str, Record]] = {}
+    for case in cases.values():
+        ours = case.get(mine)
+        if ours is None or ours.ms is None or ours.part == "backward":  # forward and both say it
+            continue
+        best = found.get(ours.part)
+        if best is None or (ours.flops or 0) > (best[mine].flops or 0):
+            found[ours.part] = case
+    return list(found.values())
+
+
+def summary(document: Document, ops: Iterable[str] = LIKE_FOR_LIKE) -> str:
+    """One row a part of each op, at its largest size, and one of each step."""
+    rows: Rows = []
+    for op in ops:
+        mine, other = own(document, op), LIKE_FOR_LIKE[op][1]
+        for case in largest(by_case(document.of(op)), mine):
+            ours, baseline = case[mine], case.get(other)
+            peers = {name: against(case, mine, name) for name in columns([case]) if case[name].ms}
+            # Other modes of a step are ours, or of another precision.
+            closest = min(peers, key=lambda name: peers[name], default=other) if op in OPS else other
+            what = f"`{op}`, {ours.part}" if op in OPS else f"{STEPS[op]}, {ours.part}"
+            rows.append(
+                [
+                    f"{what}, {ours.size}",
+                    number(ours.ms),
+                    f"{times(ratio(ours, baseline))} ({other})",
+                    f"{times(against(case, mine, closest))} ({closest})",
+                    number(baseline.mib if baseline else None),
+                    number(ours.mib),
+                ]
+            )
+    head = ["", "ours, ms", "as fast as the baseline", "as the closest peer", "MiB, baseline", "MiB, ours"]
+    return timed(document, head, rows)
+
+
+# ------------------------------------------------------------------------------------------------- steps and priors
+
+
+def step_tables(document: Document, op: str) -> str:
+    """The modes of each part: time, how many times as fast as the first of the others, memory."""
+    tables = []
+    for case in by_case(document.of(op)).values():
+        baseline = case.get(LIKE_FOR_LIKE[op][1])
+        first = next(iter(case.values()))
+        head = [f"{first.part}, {first.size}", "ms", f"against {LIKE_FOR_LIKE[op][1]}", "MiB"]
+        rows = [
+            [
+                name,
+                number(record.ms) if record.status == "ok" else SHORT.get(record.status, record.status),
+                times(ratio(record, baseline)),
+                number(record.mib),
+            ]
+            for name, record in case.items()
+        ]
+        tables.append(timed(document, head, rows))
+    return "\n\n".join(tables)
+
+
+def full(document: Document, depth: int) -> str:
+    """Everything that a file holds."""
+    parts = [source(document, depth)]
+    parts += [op_table(document, op) for op in OPS if document.of(op)]
+    parts += [where_worse(document)] if document.of(*OPS) else []
+    parts += [
+        f"**{STEPS[op][:1].upper()}{STEPS[op][1:]}**\n\n{step_tables(document, op)}" for op in STEPS if document.of(op)
+    ]
+    return "\n\n".join(parts)
+
+
+def where_worse(document: Document) -> str:
+    """The cases of the ops in which a peer is faster than ours, or takes less memory: said, not to be looked for."""
+    found = []
+    for op in OPS:
+        mine = own(document, op)
+        for case in by_case(document.of(op)).values():
+            for name in columns([case]):
+                twin, peer, faster = case.get(OWN_TWIN.get(name, mine), case.get(mine)), case[name], []
+                if (speed := against(case, mine, name)) < 1:
+                    faster.append(f"is {1 / speed:.2f} x as fast")
+                if twin and twin.mib and peer.mib is not None and peer.mib < twin.mib:
+                    faster.append(f"takes {number(peer.mib / twin.mib, 2)} of the memory")
+                if faster:
+                    found.append(f"- `{op}`, {peer.part}, {peer.size}: {name} {', '.join(faster)}")
+    where = " nowhere." if not found else "\n\n" + "\n".join(found)
+    return f"Where ours is slower, or takes more memory, than a peer:{where}"
+
+
+def targets(document: Document) -> str:
+    """The targets of bench/gpu.py and whether they are met."""
+    words = {True: "met", False: "**not met**", None: "open"}
+    rows = [
+        [
+            target["case"],
+            target["what"],
+            f"{'at most' if target['at_most'] else 'at least'} {target['target']:g}",
+            number(target["measured"]),
+            words[target["met"]],
+        ]
+        for target in document.raw.get("targets", [])
+    ]
+    return table(["case", "target", "wanted", "measured", ""], rows) if rows else ""
+
+
+# ------------------------------------------------------------------------------------------- results of another kind
+
+
+STEP_COSTS = {
+    "fp32": "",
+    "--amp": "fp32 master weights stay; fp16 on GPUs without bf16",
+    "--activation-checkpointing": "one more forward pass of encoder and decoder; not a bit of the result",
+    "--accumulate 2": "posterior, lambda and batch norm are of a part of the batch",
+    "--activation-checkpointing --accumulate 2": "both",
+}
+
+
+def step_memory(raw: dict[str, Any]) -> str:
+    names = {"fp32": "(the scenes' model, fp32, with discriminator)", "--amp": "`--amp` (bf16)"}
+    rows = [
+        [names.get(flags, f"`{flags}`"), f"{mib}", STEP_COSTS[flags]] for flags, mib in raw["memory"]["mib"].items()
+    ]
+    return table(["what takes it away", "16 images of 128 px, MiB a step adds", "what it costs"], rows)
+
+
+def main_job(raw: dict[str, Any]) -> str:
+    rows = []
+    metric = next(name for run in raw["runs"].values() for name in run if "distance" in name or "lpips" in name.lower())
+    codes = next(iter(raw["runs"].values())).get("codes", 256)
+    for name, run in raw["runs"].items():
+        psnr, ssim = f"{run['psnr']:.1f} dB", f"{run['ssim']:.3f}"
+        used = [percent(run["utilization"]), number(run["perplexity"], 3 if run["perplexity"] >= 10 else 2)]
+        rows.append([f"`{name}`", *used, psnr, ssim, f"{run[metric]:.3f}"])
+    head = ["quantizer", "codebook utilization", f"perplexity of {codes} codes", "PSNR", "SSIM", metric]
+    return table(head, rows)
+
+
+def agreement(raw: dict[str, Any]) -> str:
+    ar = raw["ar"]
+    cells = [percent(ar[f"agreement of {what}"]) for what in ("scenes", "reconstructions", "samples")]
+    head = ["scenes", "their reconstructions by the tokenizer", "samples of `train/ar.py`", "chance"]
+    return table(head, [[*cells, percent(1 / 16, 2)]])
+
+
+def captions_heard(raw: dict[str, Any]) -> str:
+    found = raw["diffusion"]["cross-entropy of masked tokens (nats)"]
+    names = ("true captions", "no caption", "shuffled captions")
+    shares = [share for share in found["share masked"] if share >= 0.5]
+    rows = [
+        ["all" if share == 1 else percent(share, 0), *(f"{found[name][i]:.2f}" for name in names)]
+        for i, share in enumerate(shares)
+    ]
+    return table(["masked", "true caption", "none", "shuffled captions"], rows)
+
+
+def captions_obeyed(raw: dict[str, Any]) -> str:
+    found = raw["diffusion"]
+    # A layout guessed from how often each is drawn, and a class from sixteen: measured with captions of other scenes.
+    chance = {"layout": "13.4 %", "classes": "6.5 %"}
+    rows = [
+        [
+            what,
+            *(percent(found[f"{what} of {images}"]) for images in ("scenes", "reconstructions", "samples")),
+            chance[what],
+        ]
+        for what in ("layout", "classes")
+    ]
+    return table(
+        ["found", "scenes", "their reconstructions", "samples of `train/diffusion.py`", "other captions"], rows
+    )
+
+
+# What other files hold: section, file, function.
+OTHERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "main-job": ("cpu-main-job.json", main_job),
+    "agreement": ("cpu-priors.json", agreement),
+    "step-memory": ("cpu-step.json", step_memory),
+    "captions-heard": ("cpu-priors.json", captions_heard),
+    "captions-obeyed": ("cpu-priors.json", captions_obeyed),
+}

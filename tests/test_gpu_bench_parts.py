@@ -1,0 +1,217 @@
+"""What the benchmarks of ops and of whole steps share: processes in their time, parts of a step, clocks, cases."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import bench_assign_codes
+import bench_vector_quantize
+import bench_weighted_info_nce
+import gpu_cases
+import gpu_info_nce
+import gpu_parts
+import gpu_report
+import measuring
+import pytest
+import step_parts
+import torch
+from gpu_cases import Case, WrongResultError
+from gpu_info_nce import InfoNceCase
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "status", "counts"),
+    [
+        (".. [100%]\n2 passed, 1 skipped in 3.20s", 0, "passed", {"passed": 2, "skipped": 1}),
+        ("F.\nFAILED a::b - no\n1 failed, 1 passed in 72.1s (0:01:12)", 1, "failed", {"failed": 1, "passed": 1}),
+        ("..s. [ 50%]\n..", None, "stopped at the time limit", {"passed": 5, "failed": 0, "skipped": 1}),
+        ("..F. [ 50%]\nE", None, "failed", {"passed": 3, "failed": 2, "skipped": 0}),
+        ("No module named pytest", 1, "failed", {}),
+    ],
+)
+def test_counts_of_the_tests(output, code, status, counts):
+    result = gpu_parts.read_tests(output, code)
+    assert (result["status"], result["counts"]) == (status, counts)
+    assert bool(result["failures"]) == (code == 1)
+
+
+def test_a_process_is_stopped_at_its_limit():
+    output, code, seconds = gpu_parts.run_pytest(["--version"], 60.0)
+    assert (code, "pytest" in output) == (0, True)
+    assert gpu_parts.run_pytest(["--version"], 0.01)[1] is None
+    assert seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "status", "told"),
+    [
+        (0, "SKIPPED [1] a.py:1: taming is not installed", "done", ["SKIPPED [1] a.py:1: taming is not installed"]),
+        (None, "..", "stopped at the time limit", []),
+        (1, "FAILED a.py::b - dx is off", "failed", ["FAILED a.py::b - dx is off"]),
+        (4, "usage\nno such file", "failed", ["usage", "no such file"]),
+    ],
+)
+def test_benchmarks_that_were_done_are_kept_whatever_comes(monkeypatch, code, output, status, told):
+    """The last line is half written."""
+    entry = {"group": "step", "stats": {"median": 1.5}}
+
+    def run_pytest(arguments, limit):
+        with open(arguments[arguments.index("--lines") + 1], "w") as lines:
+            lines.write(json.dumps(entry) + "\n" + '{"group": "st')
+        return output, code, 7.0
+
+    monkeypatch.setattr(gpu_parts, "run_pytest", run_pytest)
+    entries, part = gpu_parts.run_benchmarks("bench/bench_step.py", 60.0)
+    assert entries == [entry]
+    assert part == {"status": status, "seconds": 7.0, "measured": 1, "told": told}
+    report = {"tests": None, "cases": [], "parts": {"bench/bench_step.py": part}, "not_measured": {}}
+    assert bool(gpu_report.problems(report)) == (status == "failed")
+
+
+@pytest.mark.parametrize(("seconds", "mib", "met"), [(0.2, 6.0, True), (0.21, 6.1, False)])
+def test_targets_of_the_training_step(seconds, mib, met):
+    def entry(name, median, peak):
+        info = {"op": "vqgan", "competitor": name, "peak_mib": peak}
+        return {"extra_info": info, "stats": {"median": median}}
+
+    steps = [entry("amp-compile", seconds, mib), entry("taming", 1.0, 10.0)]
+    targets = {target["what"]: target["met"] for target in gpu_report.step_targets(steps)}
+    assert targets == {
+        "times as fast as taming's in mixed precision": None,  # it was not measured
+        "times as fast as taming's": met,
+        "of taming's memory": met,
+    }
+    assert gpu_report.step_targets([]) == []
+
+
+# ------------------------------------------------------------------------------------------------------- clocks
+
+
+def test_a_part_within_another_one_counts_for_itself(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 9.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    watch = step_parts.Stopwatch("cpu")
+    with watch.part("rest"):
+        watch.watched("encoder", lambda: None)()
+    assert watch.seconds == {"rest": 1.0 + 5.0, "encoder": 3.0}
+
+
+def test_the_parts_of_a_step_are_its_own():
+    """Each part is called once and takes a millisecond; what is patched comes back."""
+
+    def sleep(*arguments):
+        time.sleep(1e-3)
+
+    def module():
+        return SimpleNamespace(forward=sleep)
+
+    decoder = SimpleNamespace(conv_out=module())
+    model = SimpleNamespace(encoder=module(), quantize=module(), decoder_features=sleep, decoder=decoder)
+    task = SimpleNamespace(
+        model=model, reconstruction_loss=module(), discriminator=module(), update=SimpleNamespace(take=sleep)
+    )
+    value = torch.ones((), requires_grad=True)
+
+    def step():
+        model.encoder.forward()
+        model.quantize.forward()
+        model.decoder_features()
+        decoder.conv_out.forward()
+        task.reconstruction_loss.forward()
+        (2 * value).backward()
+        task.update.take()
+
+    before = torch.autograd.backward
+    parts = step_parts.parts_of_step(task, step, "cpu", repeats=3)
+    names = ["encoder", "quantizer", "decoder", "perceptual and contrastive", "backward", "optimizers", "rest"]
+    assert list(parts) == names
+    assert min(parts[name] for name in names[:4]) >= 1
+    assert parts["decoder"] >= 2
+    assert torch.autograd.backward is before
+
+
+def test_seconds_go_by_only_on_the_device():
+    class Meter:
+        def time(self, run):
+            run()
+            return measuring.Sample(0.25, 1.0)
+
+    clock, calls = measuring.DeviceClock(Meter()), []
+    timed = clock.timed(lambda: calls.append(1))
+    start = clock()
+    timed()
+    timed()
+    assert (clock() - start, len(calls)) == (0.5, 2)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1e-4, 30), (0.1, 15), (10.0, 3), (0.0, 30)])
+def test_rounds(seconds, rounds):
+    assert measuring.rounds(seconds, 30) == rounds
+
+
+# -------------------------------------------------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("backward", 24, "float32", rows=96, width=8),
+        Case("assign", 24, "float32", rows=96, width=8),
+        Case("forward+backward", 24, "float32", rows=96, width=8, graph=True),
+        InfoNceCase("backward", 48, 8, "float32", rows=96),
+    ],
+    ids=lambda case: case.name,
+)
+def test_everyone_who_is_named_competes(case):
+    op = gpu_cases if isinstance(case, Case) else gpu_info_nce
+    makers = op.competitors(case, op.make_inputs(case, "cpu"), ours=("ours",))
+    assert tuple(makers) == op.names(case, ours=("ours",))
+
+
+@pytest.mark.parametrize("name", ["ours", "eager", "nearest"])
+def test_a_backward_alone_runs_again_and_again(name):
+    case = Case("backward", 24, "float32", rows=96, width=8)
+    inputs = gpu_cases.make_inputs(case, "cpu")
+    run = gpu_cases.competitors(case, inputs, ours=("ours",))[name]()
+    first, second = run(), run()
+    assert [gradient.shape for gradient in first] == [(96, 8), (24, 8)]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        (gpu_cases, Case("backward", 24, "float32", rows=96, width=8)),
+        (gpu_info_nce, InfoNceCase("backward", 48, 8, "float32", rows=96)),
+    ],
+)
+def test_the_gate_of_a_backward_alone(op, case):
+    inputs = op.make_inputs(case, "cpu")
+    truth = op.truth_of(case, inputs)
+    gradients = op.competitors(case, inputs, ours=("ours",))["ours"]()()
+    op.examine(case, inputs, truth, "ours", lambda: gradients)
+    wrong = tuple(1.001 * gradient for gradient in gradients)
+    with pytest.raises(WrongResultError, match=r"is off by 0\.001"):
+        op.examine(case, inputs, truth, "ours", lambda: wrong)
+
+
+@pytest.mark.parametrize("bench", [bench_assign_codes, bench_vector_quantize, bench_weighted_info_nce])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cases_of_pytest_benchmark(bench, device):
+    """Names tell cases apart, and on a CPU only one case is compiled."""
+    pairs = bench.pairs(device)
+    assert len({(case.name, name) for case, name in pairs}) == len(pairs) == len(set(pairs))
+    assert {case.dtype for case, _ in pairs} >= {"float32", "bfloat16"}
+    compiled = [case for case, name in pairs if name == "compiled"]
+    assert len(compiled) == (1 if device == "cpu" else len({case for case, _ in pairs}))
+
+
+def test_the_sweeps_of_vector_quantize():
+    for device in ("cpu", "cuda"):
+        found = bench_vector_quantize.cases(device)
+        assert {case.part for case in found} == {"forward", "backward", "forward+backward"}
+        assert {512, 65536} <= {case.codes for case in found}
+        assert {32, 512} <= {case.width for case in found}
+        assert {case.dtype for case in found} == {"float32", "float16", "bfloat16"}
