@@ -1,0 +1,6 @@
+"""The paper's tables and sweeps, each row of them from training to metrics: what ``train/paper.py`` runs."""
+
+from regvq_fast.paper.driver import PaperConfig, reproduce
+from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, Row
+
+__all__ = ["EXPERIMENTS", "Experiment", "PaperConfig", "Row", "reproduce"]

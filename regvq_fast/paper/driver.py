@@ -1,0 +1,172 @@
+"""From the name of a table to its rows, trained, measured and compared: what ``train/paper.py`` runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.text import Text
+from tyro.conf import Positional
+
+from regvq_fast.config.common import PresetName, check_at_least
+from regvq_fast.evaluation.evaluate import RESULTS
+from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName, Prior, Row, Scale, prior_of, recipe
+from regvq_fast.paper.report import Report
+from regvq_fast.paper.stages import Pipeline, Stage
+
+_RUNS = "runs"
+_SCRIPTS = {"ar": "ar.py", "diffusion": "diffusion.py"}
+_CONDITIONS = {"ar": "segmentation", "diffusion": "caption"}
+_SAMPLING_STEPS = "25"  # of the diffusion at scale tiny
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """A run of ``train/paper.py``."""
+
+    experiment: Positional[ExperimentName]
+    """Which rows."""
+    preset: PresetName = "scenes"
+    """Data set, and settings at scale full."""
+    scale: Scale = "tiny"
+    """tiny: minutes a row, on a CPU, too; full: the paper's sizes (scenes: 128 px, for a GPU)."""
+    data: Path | None = None
+    """Images of the preset, as for train/vq.py. Not given: the embedded scenes."""
+    out: Path | None = None
+    """Folder of tables and figures, with the runs in its runs/. Not given: results/PRESET-SCALE."""
+    seeds: tuple[int, ...] = (0,)
+    """Each row is trained once with each of them; its numbers are means, with their standard deviations."""
+    rows: tuple[str, ...] = ()
+    """Only these rows, by name or the name of their folder. Not given: all."""
+    prior: Literal["preset", "ar", "diffusion", "none"] = "preset"
+    """Prior that draws the images of FID[G]; "preset": the paper's on this data, and none in the sweeps."""
+    fid_features: str = "inception"
+    """As in train/evaluate.py; random-vgg16 needs no file."""
+    perceptual_weights: Path | None = None
+    """VGG-16 weights of training and of the perceptual distance, as in train/vq.py."""
+    processes: int = 1
+    """GPUs: more than one trains under torchrun."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    amp: bool = False
+    """Mixed precision in training, and when tokens are made and drawn."""
+    device: str = "auto"
+    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
+    report_only: bool = False
+    """Run nothing; write tables and figures of the rows that are done."""
+
+
+def reproduce(config: PaperConfig, scripts: Path) -> None:
+    """Run or resume every row of an experiment, and write its table and figures.
+
+    Args:
+        config: what to run.
+        scripts: folder of train/vq.py and its neighbours.
+
+    Raises:
+        ValueError, OSError: what is wrong with the settings, before anything runs; or which command failed.
+    """
+    experiment = EXPERIMENTS[config.experiment]
+    chosen = _check(config, experiment)
+    out = config.out or Path("results") / f"{config.preset}-{config.scale}"
+    plan = {row: {seed: _plan(config, experiment, row, seed, out / _RUNS) for seed in config.seeds} for row in chosen}
+    for by_seed in plan.values():
+        for run in by_seed.values():
+            run.check()
+
+    console = Console()
+    report = Report(experiment, config.experiment, config.preset, out, plan)
+    if not config.report_only:
+        for seed in config.seeds:  # all rows with one seed first: a table that is stopped early compares all of them
+            for k, row in enumerate(chosen, 1):
+                run = plan[row][seed]
+                for stage in run.stages:
+                    if stage.result.exists():
+                        continue
+                    title = f"{row.name}, seed {seed} (row {k} of {len(chosen)}): {stage.name}"
+                    console.print(Text.assemble("\n", (title, "bold")), soft_wrap=True)
+                    run.run(stage, scripts, _how(config, stage), config.processes)
+                report.write_table()
+    report.write_table()
+    report.write_figures()
+    report.show(console)
+
+
+def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
+    """The rows that are asked for; raises ValueError for what is wrong."""
+    check_at_least(1, {"--processes": config.processes, "--seeds": len(config.seeds)})
+    if config.preset == "scenes" and config.data is not None:
+        raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
+    if config.preset != "scenes" and config.data is None:
+        raise ValueError(f"--preset {config.preset} needs its images: give their folder with --data PATH")
+    for path in (config.data, config.perceptual_weights):
+        if path is not None and not path.exists():
+            raise ValueError(f"there is no {path}")
+    rows = experiment.rows[config.scale]
+    known = [name for row in rows for name in (row.name, row.key)]
+    if unknown := [name for name in config.rows if name not in known]:
+        raise ValueError(
+            f"{config.experiment} has no row {unknown[0]!r}; its rows are {', '.join(repr(row.name) for row in rows)}"
+        )
+    return [row for row in rows if not config.rows or row.name in config.rows or row.key in config.rows]
+
+
+def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs: Path) -> Pipeline:
+    """The stages of a row with a seed."""
+    of_scale = recipe(config.preset, config.scale)
+    prior: Prior = config.prior if config.prior != "preset" else "none"
+    if config.prior == "preset" and experiment.with_prior:
+        prior = prior_of(config.preset)
+    folder = runs / row.key / f"seed-{seed}"
+    data = () if config.data is None else ("--data", str(config.data))
+    weights = () if config.perceptual_weights is None else ("--perceptual-weights", str(config.perceptual_weights))
+    preset, seeded = ("--preset", of_scale.preset), ("--seed", str(seed))
+    tokenizer = Stage(
+        "tokenizer",
+        "vq.py",
+        (*preset, *data, *of_scale.tokenizer, *weights, *row.flags, *seeded),
+        folder / "vq",
+        folder / "vq" / "summary.json",
+        trains=True,
+    )
+    planned = [tokenizer]
+    judged = tokenizer.folder
+    evaluated: tuple[str, ...] = ("--run", str(judged))
+    if prior != "none":
+        fields = () if config.data is None else ("--fields", _CONDITIONS[prior])
+        cache = Stage(
+            "token cache",
+            "cache_tokens.py",
+            ("--tokenizer", str(tokenizer.folder), *data, *fields, *of_scale.cache),
+            folder / "tokens",
+            folder / "prior" / "config.json",  # a cache that is whole is left as it is
+            trains=False,
+        )
+        trained = Stage(
+            "prior",
+            _SCRIPTS[prior],
+            (*preset, "--cache", str(cache.folder), *of_scale.prior.get(prior, ()), *seeded),
+            folder / "prior",
+            folder / "prior" / "summary.json",
+            trains=True,
+        )
+        planned += [cache, trained]
+        judged = trained.folder
+        evaluated += ("--prior-run", str(judged))
+        if prior == "diffusion" and config.scale == "tiny":
+            evaluated += ("--steps", _SAMPLING_STEPS)
+    count = () if of_scale.val_images is None else ("--val-images", str(of_scale.val_images))
+    settings = (*evaluated, *data, *count, "--fid-features", config.fid_features, *weights)
+    name = "metrics" if prior == "none" else "metrics with prior"
+    planned.append(Stage(name, "evaluate.py", settings, judged, judged / RESULTS, trains=False))
+    return Pipeline(folder, tuple(planned))
+
+
+def _how(config: PaperConfig, stage: Stage) -> list[str]:
+    """Flags of speed."""
+    flags = ["--device", config.device]
+    if config.amp:
+        flags.append("--amp")
+    if config.compile and (stage.trains or stage.script == "evaluate.py"):
+        flags.append("--compile")
+    return flags

@@ -1,0 +1,223 @@
+"""What the paper compares: the rows of Table 1 and Table 2, the masking ratios and the codebook sizes.
+
+A row is a tokenizer, said by flags of ``train/vq.py`` on top of a preset; rows that are one and the same tokenizer have
+one key, so that experiments share its run. The paper's numbers are those of its Tables 1 and 2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from regvq_fast.config.common import PresetName
+
+ExperimentName = Literal["table1", "table2", "masking", "codebook-size"]
+Scale = Literal["tiny", "full"]
+Prior = Literal["ar", "diffusion", "none"]
+
+
+class Published(NamedTuple):
+    """A row of the paper on one data set."""
+
+    fid_r: float
+    """FID[R]: of reconstructions."""
+    psnr: float
+    """PSNR[R], dB."""
+    fid_g: float
+    """FID[G]: of generated images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One tokenizer of an experiment."""
+
+    name: str
+    """As in the paper."""
+    key: str
+    """Names its folder."""
+    flags: tuple[str, ...]
+    """Of train/vq.py."""
+    published: Mapping[str, Published] = field(default_factory=dict)
+    """By data set."""
+    x: float | None = None
+    """Where it lies on the axis of a sweep."""
+    series: str = ""
+    """Which curve of a sweep it belongs to."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Rows that are compared."""
+
+    title: str
+    rows: Mapping[Scale, tuple[Row, ...]]
+    with_prior: bool
+    """Whether the paper judges generated images, too."""
+    axis: str = ""
+    """Of a sweep: what is on its x-axis."""
+
+
+PUBLISHED_DATASETS: dict[str, str] = {
+    "ade20k": "ADE20K",
+    "celebahq": "CelebA-HQ",
+    "cub200": "CUB-200",
+    "coco": "MS-COCO",
+}
+
+
+def published_dataset(preset: PresetName) -> str:
+    """Whose published numbers stand beside those of a preset: its own, for the embedded scenes ADE20K's."""
+    return preset if preset in PUBLISHED_DATASETS else "ade20k"
+
+
+_BASELINE = ("--contrastive", "none")
+_VQ_GAN = ("--quantizer", "vq-gan", *_BASELINE)
+# Reconstruction and commitment alone, as in van den Oord et al.: neither perceptual distance nor discriminator.
+_VQ_VAE = ("--quantizer", "vq-vae", *_BASELINE, "--perceptual-weight", "0", "--disc-start", "None")
+
+
+def _on_all(*rows: tuple[float, float, float]) -> dict[str, Published]:
+    return {name: Published(*numbers) for name, numbers in zip(PUBLISHED_DATASETS, rows, strict=True)}
+
+
+_TABLE_1 = (
+    Row(
+        "VQ-VAE",
+        "vq-vae",
+        _VQ_VAE,
+        _on_all((49.21, 19.95, 60.29), (28.38, 23.39, 39.57), (20.89, 21.07, 26.32), (32.48, 19.12, 38.84)),
+    ),
+    Row(
+        "VQ-GAN",
+        "vq-gan",
+        _VQ_GAN,
+        _on_all((28.17, 18.89, 38.53), (12.74, 22.44, 17.42), (13.49, 20.88, 17.43), (18.58, 18.86, 23.75)),
+    ),
+    Row(
+        "Gumbel-VQ",
+        "gumbel-vq",
+        ("--quantizer", "gumbel-vq", *_BASELINE),
+        _on_all((26.42, 18.08, 37.51), (12.03, 20.92, 16.78), (13.25, 20.06, 16.93), (16.97, 18.43, 22.21)),
+    ),
+    Row(
+        "Reg-VQ",
+        "reg-vq",
+        (),
+        _on_all((23.69, 18.44, 34.47), (10.09, 22.05, 15.34), (10.84, 20.39, 14.14), (13.76, 18.64, 19.91)),
+    ),
+)
+
+_TABLE_2 = (
+    Row("baseline (VQ-GAN)", "vq-gan", _VQ_GAN, {"ade20k": Published(28.17, 18.89, 38.53)}),
+    Row(
+        "+ PriorReg",
+        "reg-vq-mask-0-no-contrast",
+        ("--mask-ratio", "0", "--contrastive", "none"),
+        {"ade20k": Published(25.92, 18.98, 36.57)},
+    ),
+    Row("+ MaskReg", "reg-vq-no-contrast", ("--contrastive", "none"), {"ade20k": Published(25.11, 18.56, 35.03)}),
+    Row("+ CL", "reg-vq-cl", ("--contrastive", "cl"), {"ade20k": Published(24.21, 18.49, 34.91)}),
+    Row("+ PCL instead of CL", "reg-vq", (), {"ade20k": Published(23.69, 18.44, 34.47)}),
+)
+
+_MASKING_RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def _masking() -> tuple[Row, ...]:
+    return tuple(
+        Row(
+            f"{ratio:.0%} masked",
+            "reg-vq" if ratio == 0.4 else f"reg-vq-mask-{ratio:g}",
+            () if ratio == 0.4 else ("--mask-ratio", f"{ratio:g}"),
+            x=ratio,
+            series="Reg-VQ",
+        )
+        for ratio in _MASKING_RATIOS
+    )
+
+
+def _codebook_sizes(*sizes: int, prefix: str = "", more: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    return tuple(
+        Row(
+            f"{name}, {size} codes",
+            f"{prefix}{key}-{size}",
+            (*flags, *more, "--num-codes", str(size)),
+            x=size,
+            series=name,
+        )
+        for name, key, flags in (("VQ-GAN", "vq-gan", _VQ_GAN), ("Reg-VQ", "reg-vq", ()))
+        for size in sizes
+    )
+
+
+def _at_any_scale(rows: tuple[Row, ...]) -> dict[Scale, tuple[Row, ...]]:
+    return {"tiny": rows, "full": rows}
+
+
+EXPERIMENTS: dict[ExperimentName, Experiment] = {
+    "table1": Experiment("Table 1: quantizers", _at_any_scale(_TABLE_1), with_prior=True),
+    "table2": Experiment("Table 2: ablation", _at_any_scale(_TABLE_2), with_prior=True),
+    "masking": Experiment(
+        "Masking ratio", _at_any_scale(_masking()), with_prior=False, axis="share of stochastic positions"
+    ),
+    "codebook-size": Experiment(
+        "Codebook size",
+        {
+            # Tokens of 4 x 4 pixels: with 8 x 8 the 300 steps have four times fewer, 75 for each of 4096 codes.
+            "tiny": _codebook_sizes(256, 1024, 4096, prefix="f4-", more=("--ch-mult", "1", "1", "2")),
+            "full": _codebook_sizes(1024, 4096, 8192),
+        },
+        with_prior=False,
+        axis="codes N",
+    ),
+}
+
+_TASKS: dict[str, Prior] = {"ade20k": "ar", "celebahq": "ar", "cub200": "diffusion", "coco": "diffusion"}
+
+
+def prior_of(preset: PresetName) -> Prior:
+    """The prior that the paper trains on this data: semantic image synthesis, or text-to-image."""
+    return _TASKS.get(preset, "ar")
+
+
+class Recipe(NamedTuple):
+    """Flags that make a scale out of the presets."""
+
+    preset: PresetName
+    """Of the scripts."""
+    tokenizer: tuple[str, ...]
+    """train/vq.py"""
+    cache: tuple[str, ...]
+    """train/cache_tokens.py"""
+    prior: Mapping[Prior, tuple[str, ...]]
+    """train/ar.py or train/diffusion.py"""
+    val_images: int | None
+    """Validation images of all metrics; None: the whole split."""
+
+
+def recipe(preset: PresetName, scale: Scale) -> Recipe:
+    """How a preset is run at a scale: tiny, with the sizes of the scenes' preset on any data; or as the paper does."""
+    if scale == "tiny":
+        # Table 2 has to end within 40 minutes on two CPU cores.
+        prior: tuple[str, ...] = ("--steps", "300")
+        return Recipe(
+            "scenes",
+            ("--steps", "300", "--val-images", "1024"),
+            ("--views", "1", "--val-images", "1024"),
+            {"ar": prior, "diffusion": prior},
+            1024,
+        )
+    if preset != "scenes":
+        return Recipe(preset, (), (), {}, None)
+    # The scenes at a size where textures can be made out, with the discriminator: for a GPU.
+    prior = ("--steps", "20000", "--width", "512", "--depth", "12", "--heads", "8", "--lr", "3e-4")
+    return Recipe(
+        "scenes",
+        (
+            *("--image-size", "128", "--num-codes", "1024", "--code-dim", "64", "--ch", "64", "--num-res-blocks", "2"),
+            *("--steps", "20000", "--lr", "3e-4", "--warmup-steps", "500", "--disc-start", "8000"),
+            *("--val-images", "5000"),
+        ),
+        ("--views", "4", "--val-images", "5000"),
+        {"ar": prior, "diffusion": prior},
+        5000,
+    )

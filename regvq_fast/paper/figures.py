@@ -1,0 +1,192 @@
+"""Figures of an experiment: what its rows make of the same images, how they use their codes, curves of a sweep."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from regvq_fast.config import VQGANConfig, read_config
+from regvq_fast.data.loading import build_dataset, collate
+from regvq_fast.data.transforms import to_float, to_uint8
+from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
+from regvq_fast.evaluation.pictures import color_map
+from regvq_fast.files import atomic_path
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.paper.stages import Pipeline, Stage
+from regvq_fast.precision import choose_device, choose_precision
+from regvq_fast.sampling.images import DrawConfig, ImageSampler
+
+_SHOWN = 8  # images a row
+_BATCH = 64
+_DIFFUSION_STEPS = 25
+_COLORS = ("#3b6ea8", "#c0504d", "#5b8c3e", "#8064a2", "#d98b2b", "#4bacc6", "#7f7f7f")
+
+
+def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int) -> None:
+    """STEM-reconstructions.png, STEM-codebooks.png, STEM-usage.png, and STEM-samples.png of rows with a prior.
+
+    Args:
+        stem: beginning of the names.
+        pipelines: rows that are done, by name.
+        images: validation images whose codes are counted.
+    """
+    device = choose_device("auto")
+    stages = {name: pipeline.by_name() for name, pipeline in pipelines.items()}
+    config = read_config(next(iter(stages.values()))["tokenizer"].folder, VQGANConfig)
+    size = config.data.image_size
+    samplers = {name: _sampler(of_row["prior"], device) for name, of_row in stages.items() if "prior" in of_row}
+    fields = sorted({sampler.field for sampler in samplers.values()})
+    dataset: Any = build_dataset(
+        config.data.data, split="val", image_size=size, length=images, seed=0, fields=tuple(fields)
+    )
+    shown = collate([dataset[k] for k in range(min(_SHOWN, len(dataset)))])
+
+    rebuilt: dict[str, Tensor] = {"original": shown["image"]}
+    counts: dict[str, Tensor] = {}
+    codebooks: dict[str, Path] = {}
+    for name, of_row in stages.items():
+        folder = of_row["tokenizer"].folder
+        model = VQGAN.from_pretrained(folder).to(device)
+        rebuilt[name] = _reconstruct(model, shown["image"], device)
+        counts[name] = _count(model, dataset, device)
+        codebooks[name] = folder / "pictures" / "codebook.png"
+    save_rows(_named(stem, "reconstructions"), rebuilt)
+    save_codebooks(_named(stem, "codebooks"), codebooks, counts)
+    save_usage(_named(stem, "usage"), counts)
+    if samplers:
+        drawn = {"image": shown["image"]}
+        if "segmentation" in shown:
+            drawn = {"map": color_map(shown["segmentation"], (size, size))} | drawn
+        drawn |= {name: sampler.draw(shown, 0).cpu() for name, sampler in samplers.items()}
+        save_rows(_named(stem, "samples"), drawn)
+
+
+def save_rows(path: Path, rows: Mapping[str, Tensor]) -> None:
+    """Rows of images (B, 3, H, W) uint8, each under its name: what is compared stands one above the other."""
+    width = max(10.0, 1.25 * max(map(len, rows.values())))
+    figure = Figure(figsize=(width, (width / _SHOWN + 0.22) * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for k, (name, images) in enumerate(rows.items(), 1):
+        axes = figure.add_subplot(len(rows), 1, k)
+        strip = torch.nn.functional.pad(images.cpu(), (1, 1), value=255).permute(2, 0, 3, 1).flatten(1, 2)
+        axes.imshow(strip.numpy(), interpolation="nearest")
+        axes.set_title(name, fontsize=9, loc="left", pad=2)
+        axes.axis("off")
+    _save(figure, path)
+
+
+def save_codebooks(path: Path, mosaics: Mapping[str, Path], counts: Mapping[str, Tensor]) -> None:
+    """The codebooks, each embedding decoded, side by side."""
+    columns = min(4, len(mosaics))
+    lines = math.ceil(len(mosaics) / columns)
+    figure = Figure(figsize=(3.6 * columns, 3.9 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for k, (name, picture) in enumerate(mosaics.items(), 1):
+        axes = figure.add_subplot(lines, columns, k)
+        with Image.open(picture) as image:
+            axes.imshow(np.asarray(image.convert("RGB")))
+        axes.set_title(f"{name}\n{_used(counts[name])}", fontsize=9)
+        axes.axis("off")
+    _save(figure, path)
+
+
+def save_usage(path: Path, counts: Mapping[str, Tensor]) -> None:
+    """How often each code is selected, from the most to the least frequent, relative to uniform use.
+
+    Args:
+        path: of the picture.
+        counts: (N,) each; N may differ.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for k, (name, count) in enumerate(counts.items()):
+        share = count.double().sort(descending=True).values / count.sum() * len(count)
+        place = (np.arange(len(share)) + 1) / len(share)
+        used = share.numpy() > 0
+        style = "-" if k < len(_COLORS) else "--"
+        axes.plot(
+            place[used], share.numpy()[used], style, color=_COLORS[k % len(_COLORS)], label=f"{name}: {_used(count)}"
+        )
+    axes.axhline(1, color="black", linestyle=":", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the codes, from the most to the least frequent")
+    axes.set_ylabel("frequency over that of uniform use")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def save_curves(
+    path: Path, metrics: Mapping[str, Mapping[str, Sequence[tuple[float, tuple[float, ...]]]]], axis: str
+) -> None:
+    """One panel a metric, one curve a series: means over seeds, with the seeds as points.
+
+    Args:
+        path: of the picture.
+        metrics: by name of the metric and the series: places on the x-axis, with a value for each seed.
+        axis: what is on the x-axis; logarithmic where the places span a factor of 8 or more.
+    """
+    columns = min(3, len(metrics))
+    lines = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (name, by_series) in enumerate(metrics.items(), 1):
+        axes = figure.add_subplot(lines, columns, panel)
+        for k, (series, points) in enumerate(by_series.items()):
+            places = [place for place, _ in points]
+            axes.plot(places, [float(np.mean(values)) for _, values in points], color=_COLORS[k], label=series)
+            for place, values in points:
+                axes.plot([place] * len(values), values, ".", color=_COLORS[k], markersize=7)
+        places = sorted({place for points in by_series.values() for place, _ in points})
+        if places and places[0] > 0 and places[-1] >= 8 * places[0]:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(axis)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(by_series) > 1 and panel == 1:
+            axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _sampler(prior: Stage, device: torch.device) -> ImageSampler:
+    # Fewer steps than a diffusion was trained with are enough to look at.
+    drawing = DrawConfig(steps=_DIFFUSION_STEPS) if prior.script == "diffusion.py" else DrawConfig()
+    return ImageSampler.from_run(prior.folder, drawing, choose_precision(False, device))
+
+
+@torch.no_grad()
+def _reconstruct(model: VQGAN, images: Tensor, device: torch.device) -> Tensor:
+    return to_uint8(model(to_float(images.to(device))).reconstruction).cpu()
+
+
+@torch.no_grad()
+def _count(model: VQGAN, dataset: Any, device: torch.device) -> Tensor:
+    usage = CodebookUsage(model.quantize.num_codes, device)
+    for start in range(0, len(dataset), _BATCH):
+        batch = collate([dataset[k] for k in range(start, min(start + _BATCH, len(dataset)))])
+        usage.update(model.tokenize(to_float(batch["image"].to(device))))
+    return usage.counts.cpu()
+
+
+def _used(counts: Tensor) -> str:
+    return f"{float(utilization(counts)):.1%} of {len(counts):,} codes, perplexity {float(perplexity(counts)):,.1f}"
+
+
+def _named(stem: Path, what: str) -> Path:
+    return stem.with_name(f"{stem.name}-{what}.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)

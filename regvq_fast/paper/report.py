@@ -1,0 +1,253 @@
+"""Tables and figures of an experiment, from what its rows left."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from regvq_fast.config.common import PresetName
+from regvq_fast.evaluation.evaluate import RESULTS
+from regvq_fast.files import atomic_path
+from regvq_fast.paper import figures
+from regvq_fast.paper.experiments import (
+    PUBLISHED_DATASETS,
+    Experiment,
+    ExperimentName,
+    Published,
+    Row,
+    published_dataset,
+)
+from regvq_fast.paper.stages import Pipeline
+
+Plan = Mapping[Row, Mapping[int, Pipeline]]
+"""Of each row the pipeline of each seed."""
+
+_AGREEMENT = ("agreement of samples", "layout of samples", "classes of samples")
+"""How well samples show what their conditions say; of runs on the scenes."""
+_NAMES = {
+    "fid_r": "FID[R]",
+    "psnr": "PSNR[R]",
+    "fid_g": "FID[G]",
+    "ssim": "SSIM[R]",
+    "perceptual": "perceptual[R]",
+    "utilization": "codes used",
+    "perplexity": "perplexity",
+    **dict.fromkeys(_AGREEMENT),
+}
+"""Columns in their order; None: the metric's own name."""
+_SHARES = frozenset({"utilization", *_AGREEMENT})
+_SAME = ("images", "image_size", "features_sha256", "network_sha256")
+"""What numbers that are compared must have in common."""
+
+
+class Cell(NamedTuple):
+    """A metric of a row over its seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    def text(self, share: bool) -> str:
+        """Mean, and the standard deviation of several seeds."""
+        form = (lambda value: f"{100 * value:.1f} %") if share else _number
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return form(self.mean)
+        return f"{form(self.mean)} ± {form(statistics.stdev(self.values)).removesuffix(' %')}"
+
+
+class Report:
+    """The table and the figures of an experiment; rows that aren't done yet are left out.
+
+    Args:
+        experiment, name: what was compared.
+        preset: whose data.
+        out: folder.
+        plan: the rows.
+    """
+
+    def __init__(self, experiment: Experiment, name: ExperimentName, preset: PresetName, out: Path, plan: Plan) -> None:
+        self.experiment, self.name, self.preset, self.out, self.plan = experiment, name, preset, out, plan
+
+    def measured(self) -> dict[Row, dict[int, dict[str, dict[str, Any]]]]:
+        """Of each row that is done, by seed and metric: name, value and protocol.
+
+        Raises:
+            ValueError: numbers of different protocols.
+        """
+        found: dict[Row, dict[int, dict[str, dict[str, Any]]]] = {}
+        for row, by_seed in self.plan.items():
+            for seed, pipeline in by_seed.items():
+                result = pipeline.stages[-1].result
+                if result.exists():
+                    found.setdefault(row, {})[seed] = json.loads(result.read_bytes()) | _agreement(result.parent)
+        first: dict[tuple[str, str], Any] = {}
+        for row, seeds in found.items():
+            for seed, metrics in seeds.items():
+                for key, metric in metrics.items():
+                    for fact in _SAME:
+                        if first.setdefault((key, fact), metric.get(fact)) != metric.get(fact):
+                            raise ValueError(
+                                f"{metric['name']} of {row.name}, seed {seed}, was measured with another {fact} "
+                                f"({metric.get(fact)}) than the rows before ({first[key, fact]}): delete its {RESULTS} "
+                                "to measure it again"
+                            )
+        return found
+
+    # ----------------------------------------------------------------------------------------------------------- tables
+
+    def write_table(self) -> None:
+        """NAME.md, NAME.csv (a line for each row and seed) and NAME.json (with protocols, commands and seconds)."""
+        measured = self.measured()
+        header, lines = self._table(measured)
+        rows = [header, ["---"] * len(header), *lines]
+        markdown = "\n".join(f"| {' | '.join(line)} |" for line in rows)
+        self._write(".md", f"# {self.experiment.title}\n\n{markdown}\n\n{self._protocol(measured)}\n")
+
+        keys = _keys(measured)
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["row", "seed", *keys])
+        for row, seeds in measured.items():
+            for seed, metrics in seeds.items():
+                table.writerow([row.name, seed, *(metrics[key]["value"] if key in metrics else "" for key in keys)])
+        self._write(".csv", text.getvalue())
+
+        details = {
+            row.name: {
+                str(seed): {"metrics": metrics, "stages": self.plan[row][seed].record()}
+                for seed, metrics in seeds.items()
+            }
+            for row, seeds in measured.items()
+        }
+        self._write(".json", json.dumps(details, indent=1, ensure_ascii=False) + "\n")
+
+    def _table(self, measured: Mapping[Row, Mapping[int, Any]]) -> tuple[list[str], list[list[str]]]:
+        """Header and lines; beside the numbers those of the paper, where it has the row."""
+        keys = _keys(measured)
+        dataset = published_dataset(self.preset)
+        published = any(dataset in row.published for row in measured)
+        header = ["", *(_name(key, measured) for key in keys)]
+        if published:
+            header += [f"paper: {name}" for name in ("FID[R]", "PSNR[R]", "FID[G]")]
+        lines = []
+        for row, seeds in measured.items():
+            line = [row.name]
+            for key in keys:
+                cell = _cell(seeds, key)
+                line.append("" if cell is None else cell.text(key in _SHARES))
+            if published:
+                numbers: Published | None = row.published.get(dataset)
+                line += ["", "", ""] if numbers is None else [f"{number:.2f}" for number in numbers]
+            lines.append(line)
+        return header, lines
+
+    def _protocol(self, measured: Mapping[Row, Mapping[int, Any]]) -> str:
+        """What the numbers are of, in a sentence or two."""
+        runs = [metrics for seeds in measured.values() for metrics in seeds.values()]
+        if not runs:
+            return "No row is done yet."
+        counts = sorted({len(seeds) for seeds in measured.values()})
+        seeds = " to ".join(map(str, counts)) + (" seed" if counts == [1] else " seeds")
+        psnr, fid = runs[0]["psnr"], runs[0].get("fid_r", {})
+        text = f"{psnr['images']} validation images of {psnr['image_size']} px, {seeds} a row"
+        text += ", means ± standard deviations of the seeds." if counts != [1] else "."
+        if fid:
+            kind = "FID" if fid["name"].startswith("FID") else "FD, Fréchet distance"
+            text += f" {kind}: features of {fid['features']} ({fid['features_sha256']})."
+        if "network" in (perceptual := runs[0].get("perceptual", {})):
+            text += f" Perceptual: {perceptual['name']} ({perceptual['network_sha256']})."
+        text += f" Device: {psnr['device']}; torch {psnr['versions']['torch']}."
+        if any((dataset := published_dataset(self.preset)) in row.published for row in measured):
+            text += f" Paper: on {PUBLISHED_DATASETS[dataset]}."
+            if self.preset != dataset:
+                text += " That is another data set: compare the order of the rows, not the values."
+        return text
+
+    def show(self, console: Console) -> None:
+        """Print the table, and where everything is."""
+        header, lines = self._table(self.measured())
+        table = Table(title=Text(self.experiment.title), title_justify="left")
+        columns = [header, *lines]  # upright, terminals are too narrow for it
+        for name in (column[0] for column in columns):
+            table.add_column(Text(name), overflow="fold")
+        for line in list(zip(*columns, strict=True))[1:]:
+            table.add_row(*map(Text, line))
+        console.print(table)
+        for path in sorted(self.out.glob(f"{self.name}*")):
+            console.print(f"  {path}", highlight=False, soft_wrap=True)
+
+    # ---------------------------------------------------------------------------------------------------------- figures
+
+    def write_figures(self) -> None:
+        """NAME-reconstructions.png, -samples.png (with a prior), -codebooks.png, -usage.png; NAME-curves.png of sweeps.
+
+        Pictures are of the first seed of each row that is done.
+        """
+        measured = self.measured()
+        if not measured:
+            return
+        pipelines = {row.name: self.plan[row][min(seeds)] for row, seeds in measured.items()}
+        images = next(iter(next(iter(measured.values())).values()))["psnr"]["images"]
+        figures.save_pictures(self.out / self.name, pipelines, images)
+        if self.experiment.axis:
+            curves = {
+                _name(key, measured): {
+                    series: [
+                        (row.x, cell.values)
+                        for row, seeds in measured.items()
+                        if row.series == series and row.x is not None and (cell := _cell(seeds, key)) is not None
+                    ]
+                    for series in dict.fromkeys(row.series for row in measured)
+                }
+                for key in _keys(measured)
+            }
+            figures.save_curves(self._path("-curves.png"), curves, self.experiment.axis)
+
+    def _path(self, suffix: str) -> Path:
+        return self.out / f"{self.name}{suffix}"
+
+    def _write(self, suffix: str, text: str) -> None:
+        with atomic_path(self._path(suffix)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _agreement(prior: Path) -> dict[str, dict[str, Any]]:
+    """How well a prior's samples show what their conditions say, where its run has measured it."""
+    try:
+        summary = json.loads((prior / "summary.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    return {key: {"name": key, "value": summary[key]} for key in _AGREEMENT if key in summary}
+
+
+def _keys(measured: Mapping[Row, Mapping[int, Any]]) -> list[str]:
+    """Metrics that some row has."""
+    present = {key for seeds in measured.values() for metrics in seeds.values() for key in metrics}
+    return [key for key in _NAMES if key in present]
+
+
+def _name(key: str, measured: Mapping[Row, Mapping[int, Any]]) -> str:
+    """Short; what is no FID isn't called so."""
+    full = next(metrics[key]["name"] for seeds in measured.values() for metrics in seeds.values() if key in metrics)
+    name = _NAMES[key] or key
+    return name if full.startswith("FID") else name.replace("FID", "FD")
+
+
+def _cell(seeds: Mapping[int, Any], key: str) -> Cell | None:
+    values = [metrics[key]["value"] for metrics in seeds.values() if key in metrics]
+    return Cell(tuple(math.nan if value is None else float(value) for value in values)) if values else None
+
+
+def _number(value: float) -> str:
+    """Three digits or more, two decimals at most."""
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"

@@ -1,0 +1,143 @@
+"""The stages of a row, each a command of one of the scripts: tokenizer, tokens, prior, metrics.
+
+A stage that is done is not run again, one that was interrupted continues: its folder tells. What decides its numbers is
+written down beside them, so that a row is never mixed from different settings.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from regvq_fast.files import atomic_path
+
+_RECORD = "stages.json"
+
+
+class Stage(NamedTuple):
+    """A command, and what it leaves."""
+
+    name: str
+    """What it makes."""
+    script: str
+    """Of train/."""
+    settings: tuple[str, ...]
+    """Flags that decide its numbers."""
+    folder: Path
+    """--out"""
+    result: Path
+    """Written last: where it is, the stage is done."""
+    trains: bool
+    """Whether it has checkpoints to resume from."""
+
+
+class StageFailed(ValueError):
+    """A command ended with an error, which it has told by itself."""
+
+
+class Pipeline(NamedTuple):
+    """The stages of a row, in a folder."""
+
+    folder: Path
+    stages: tuple[Stage, ...]
+
+    def by_name(self) -> dict[str, Stage]:
+        return {stage.name: stage for stage in self.stages}
+
+    def record(self) -> dict[str, Any]:
+        """What is written down of each stage, by its name: settings, command and seconds."""
+        try:
+            return json.loads((self.folder / _RECORD).read_bytes())
+        except FileNotFoundError:
+            return {}
+
+    def check(self) -> None:
+        """Raise ValueError where the folder holds stages of other settings."""
+        record = self.record()
+        for stage in self.stages:
+            made = record.get(stage.name, {}).get("settings")
+            if made is not None and made != list(stage.settings):
+                raise ValueError(
+                    f"the {stage.name} in {stage.folder} was made with {' '.join(made) or 'no flags'}, not "
+                    f"{' '.join(stage.settings) or 'none'}: take another --out, or delete {self.folder}"
+                )
+
+    def run(self, stage: Stage, scripts: Path, how: Sequence[str], processes: int = 1) -> None:
+        """Run a stage, or the rest of it.
+
+        Args:
+            scripts: their folder.
+            how: flags that don't decide its numbers (beyond rounding).
+            processes: more than one run under torchrun.
+
+        Raises:
+            StageFailed: its command failed.
+        """
+        under = ["--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        start = [sys.executable, *(["-m", "torch.distributed.run", *under] if under else [])]
+        flags = self._flags(stage, how)
+        # As one would type it, wherever Python and the scripts are.
+        typed = " ".join([*(["torchrun", *under] if under else ["python"]), f"train/{stage.script}", *flags])
+        record = self.record()
+        entry = record.setdefault(stage.name, {"settings": stage.settings, "command": typed, "seconds": 0.0})
+        before = entry["seconds"]
+        self._write(record)
+        begin = time.monotonic()
+        try:
+            status = _run([*start, str(scripts / stage.script), *flags])
+        finally:
+            entry["seconds"] = round(before + time.monotonic() - begin, 1)
+            self._write(record)
+        if status:
+            raise StageFailed(
+                f"the {stage.name} of {self.folder} ended with status {status}; what is done is kept, the same "
+                f"command goes on from there. It was: {typed}"
+            )
+
+    def _flags(self, stage: Stage, how: Sequence[str]) -> list[str]:
+        """Those that begin a stage, or resume it."""
+        out = ["--out", str(stage.folder)]
+        if stage.trains and any((stage.folder / "checkpoints").glob("step-*")):
+            return ["--resume", *out]
+        if stage.trains:  # what was stopped before its first checkpoint has nothing to continue from
+            shutil.rmtree(stage.folder, ignore_errors=True)
+        return [*stage.settings, *how, *out]
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with atomic_path(self.folder / _RECORD) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _run(command: Sequence[str]) -> int:
+    """Status of a command, which gets the signals that would stop this process, and is waited for."""
+    with subprocess.Popen(command) as process, _passing_on(process):
+        return process.wait()
+
+
+@contextmanager
+def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Let the command save its work on SIGINT (of a terminal, which it gets by itself) and SIGTERM, then stop, too."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        process.wait()
+        if received[-1] == signal.SIGTERM:
+            sys.exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt

@@ -1,0 +1,238 @@
+"""The driver and its report: rows run once, resumed, never mixed; tables say what was measured."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from regvq_fast.evaluation.evaluate import RESULTS
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.paper import driver, stages
+from regvq_fast.paper.driver import PaperConfig, reproduce
+from regvq_fast.paper.experiments import EXPERIMENTS, Recipe
+from regvq_fast.paper.report import Report
+
+SCRIPTS = Path(__file__).parents[2] / "train"
+
+
+def measurement(name, value, **facts):
+    return {"name": name, "value": value, "images": 64, "image_size": 32, **facts}
+
+
+def evaluation(k):
+    """What train/evaluate.py leaves, with numbers that tell row k."""
+    versions = {"torch": "2.13.0"}
+    return {
+        "psnr": measurement("PSNR (dB)", 18 + k, device="CPU", versions=versions),
+        "utilization": measurement("codebook utilization", 0.5 + k / 100),
+        "fid_r": measurement("Fréchet distance[R] (a net)", 20.0 - k, features="a net", features_sha256="abc"),
+    }
+
+
+class Scripts:
+    """Stands for the scripts: notes each command, and leaves what it is expected to leave."""
+
+    def __init__(self):
+        self.commands = []
+        self.fails_at = None
+
+    def __call__(self, command):
+        self.commands.append(command)
+        script, out = Path(command[1]).name, Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        if script in ("vq.py", "ar.py", "diffusion.py"):
+            (out / "config.json").touch()
+            (out / "checkpoints" / "step-0000001").mkdir(parents=True, exist_ok=True)
+        if len(self.commands) == self.fails_at:
+            return 3
+        if script == "evaluate.py":
+            (out / RESULTS).write_text(json.dumps(evaluation(len(self.commands))))
+        elif script != "cache_tokens.py":
+            (out / "summary.json").write_text(json.dumps({"agreement of samples": 0.25}))
+        return 0
+
+    @property
+    def scripts(self):
+        return [Path(command[1]).name for command in self.commands]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    scripts = Scripts()
+    monkeypatch.setattr(stages, "_run", scripts)
+    monkeypatch.setattr(Report, "write_figures", lambda self: None)
+    return scripts
+
+
+def table2(tmp_path, **changes):
+    return PaperConfig("table2", out=tmp_path / "out", **{"rows": ("vq-gan", "reg-vq"), **changes})
+
+
+def test_a_row_is_tokenizer_tokens_prior_and_metrics(scripts, tmp_path):
+    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(4,), amp=True), SCRIPTS)
+    assert scripts.scripts == ["vq.py", "cache_tokens.py", "ar.py", "evaluate.py"]
+    folder = tmp_path / "out" / "runs" / "reg-vq" / "seed-4"
+    tokenizer, cache, prior, metrics = (" ".join(command[2:]) for command in scripts.commands)
+    assert "--seed 4" in tokenizer
+    assert "--amp" in tokenizer
+    assert f"--tokenizer {folder / 'vq'}" in cache
+    assert f"--cache {folder / 'tokens'}" in prior
+    assert "--seed 4" in prior
+    assert f"--run {folder / 'vq'} --prior-run {folder / 'prior'}" in metrics
+    # What is run is what can be run by hand.
+    record = json.loads((folder / "stages.json").read_text())
+    assert record["prior"]["command"] == " ".join(["python", "train/ar.py", *scripts.commands[2][2:]])
+
+
+def test_what_is_done_is_not_run_again_and_experiments_share_it(scripts, tmp_path):
+    reproduce(table2(tmp_path), SCRIPTS)
+    assert len(scripts.commands) == 8
+    reproduce(table2(tmp_path), SCRIPTS)
+    assert len(scripts.commands) == 8
+    reproduce(table2(tmp_path, seeds=(0, 1)), SCRIPTS)
+    assert len(scripts.commands) == 16
+    # The sweep of masking ratios has Reg-VQ at 40 %, without a prior: its tokenizer is there.
+    reproduce(PaperConfig("masking", out=tmp_path / "out", rows=("reg-vq", "reg-vq-mask-0")), SCRIPTS)
+    assert scripts.scripts[16:] == ["vq.py", "evaluate.py", "evaluate.py"]
+
+
+def test_a_row_that_failed_goes_on_where_it_stopped(scripts, tmp_path):
+    scripts.fails_at = 3
+    with pytest.raises(ValueError, match=r"the prior of .*seed-0 ended with status 3; what is done is kept"):
+        reproduce(table2(tmp_path, rows=("reg-vq",)), SCRIPTS)
+    reproduce(table2(tmp_path, rows=("reg-vq",)), SCRIPTS)
+    assert scripts.scripts == ["vq.py", "cache_tokens.py", "ar.py", "ar.py", "evaluate.py"]
+    prior = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior"
+    assert scripts.commands[3][2:] == ["--resume", "--out", str(prior)]
+
+
+def test_what_was_stopped_before_its_first_checkpoint_begins_anew(scripts, tmp_path):
+    folder = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "vq"
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "config.json").touch()
+    reproduce(table2(tmp_path, rows=("reg-vq",)), SCRIPTS)
+    assert "--resume" not in scripts.commands[0]
+    assert not (folder / "pictures").exists()  # train/vq.py refuses a folder that isn't empty
+
+
+def test_rows_of_other_settings_are_refused_before_anything_runs(scripts, tmp_path):
+    weights = tmp_path / "vgg.pth"
+    weights.touch()
+    reproduce(table2(tmp_path), SCRIPTS)
+    with pytest.raises(ValueError, match=r"the tokenizer in .* was made with --preset scenes .*take another --out"):
+        reproduce(table2(tmp_path, perceptual_weights=weights), SCRIPTS)
+    reproduce(table2(tmp_path, compile=True, amp=True), SCRIPTS)  # speed is no setting
+    assert len(scripts.commands) == 8
+
+
+def test_tables_hold_what_was_measured_beside_the_paper(scripts, tmp_path):
+    reproduce(table2(tmp_path, seeds=(0, 1)), SCRIPTS)
+    out = tmp_path / "out"
+    lines = list(csv.DictReader((out / "table2.csv").open()))
+    # Four commands a row and seed; the number of the last one is in its numbers.
+    assert [(line["row"], line["seed"], float(line["fid_r"])) for line in lines] == [
+        ("baseline (VQ-GAN)", "0", 16.0),
+        ("baseline (VQ-GAN)", "1", 8.0),
+        ("+ PCL instead of CL", "0", 12.0),
+        ("+ PCL instead of CL", "1", 4.0),
+    ]
+    header, _, baseline, ours = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in (out / "table2.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    row = dict(zip(header, ours, strict=True))
+    assert row["FD[R]"] == "8.00 ± 5.66"  # not called FID: the features aren't Inception's
+    assert row["agreement of samples"] == "25.0 % ± 0.0"
+    assert (row["paper: FID[R]"], row["paper: PSNR[R]"], row["paper: FID[G]"]) == ("23.69", "18.44", "34.47")
+    assert dict(zip(header, baseline, strict=True))["paper: FID[R]"] == "28.17"
+    text = (out / "table2.md").read_text()
+    assert "64 validation images of 32 px, 2 seeds a row" in text
+    assert "compare the order of the rows, not the values" in text
+    details = json.loads((out / "table2.json").read_text())
+    assert details["+ PCL instead of CL"]["1"]["metrics"]["fid_r"]["features_sha256"] == "abc"
+
+
+def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
+    reproduce(table2(tmp_path), SCRIPTS)
+    path = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior" / RESULTS
+    found = json.loads(path.read_text())
+    found["fid_r"]["features_sha256"] = "def"
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"of \+ PCL instead of CL, seed 0, was measured with another features_sha256"):
+        reproduce(table2(tmp_path), SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ("Reg-VAE",)}, "table2 has no row 'Reg-VAE'; its rows are 'baseline"),
+        ({"preset": "ade20k"}, "--preset ade20k needs its images"),
+        ({"data": Path("images")}, "--data images needs the preset of its data set"),
+        ({"preset": "ade20k", "data": Path("nowhere")}, "there is no nowhere"),
+        ({"seeds": ()}, "--seeds must be at least 1"),
+        ({"processes": 0}, "--processes must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused(scripts, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        reproduce(table2(tmp_path, **changes), SCRIPTS)
+    assert not scripts.commands
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_gpus_train_under_torchrun(scripts, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(stages, "_run", lambda command: commands.append(command) or 1)
+    with pytest.raises(ValueError, match="ended with status 1"):
+        reproduce(table2(tmp_path, processes=4), SCRIPTS)
+    assert commands[0][1:7] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        str(SCRIPTS / "vq.py"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_row_for_real(tmp_path, monkeypatch, capfd):
+    """All four scripts at the smallest sizes; a second call leaves everything as it is."""
+    tokenizer = "--steps 2 --image-size 32 --ch 8 --z-channels 8 --code-dim 8 --batch-size 2 --val-images 8".split()
+    tokenizer += "--perceptual-weight 0.1 --warmup-steps 1 --ch-mult 1 1 1 --num-codes 16".split()
+    prior = "--steps 2 --width 16 --depth 1 --heads 2 --batch-size 2".split()
+    cache = "--views 1 --scenes 32 --val-images 8".split()
+    micro = Recipe("scenes", tuple(tokenizer), tuple(cache), {"diffusion": tuple(prior)}, 8)
+    monkeypatch.setattr(driver, "recipe", lambda preset, scale: micro)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    config = PaperConfig("table2", out=out, rows=("reg-vq",), prior="diffusion", fid_features="random-vgg16")
+    reproduce(config, SCRIPTS)
+    folder = out / "runs" / "reg-vq" / "seed-0"
+    measured = json.loads((folder / "prior" / RESULTS).read_text())
+    assert {"psnr", "fid_r", "fid_g", "utilization"} <= measured.keys()
+    line = next(csv.DictReader((out / "table2.csv").open()))
+    assert float(line["fid_g"]) == measured["fid_g"]["value"]
+    for name in ("reconstructions", "samples", "codebooks", "usage"):
+        with Image.open(out / f"table2-{name}.png") as picture:
+            assert picture.width > 300
+    assert "layout of samples" in line
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    reproduce(config, SCRIPTS)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+    assert VQGAN.from_pretrained(folder / "vq").quantize.num_codes == 16
+
+
+def test_curves_of_a_sweep(tmp_path):
+    from regvq_fast.paper.figures import save_curves, save_rows
+
+    curves = {"codes used": {"VQ-GAN": [(256, (0.1, 0.2)), (4096, (0.01, 0.02))], "Reg-VQ": [(256, (1.0,))]}}
+    save_curves(tmp_path / "curves.png", curves, EXPERIMENTS["codebook-size"].axis)
+    save_rows(tmp_path / "rows.png", {"a": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)})
+    for name in ("curves", "rows"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert len(picture.convert("L").getcolors()) > 2

@@ -1,0 +1,105 @@
+"""What rows are: flags that the scripts take, keys that never stand for two tokenizers, the paper's numbers."""
+
+import itertools
+from functools import cache
+
+import pytest
+
+from regvq_fast.config import AR_PRESETS, DIFFUSION_PRESETS, VQGAN_PRESETS, check_vqgan_config, override, parse_config
+from regvq_fast.paper.experiments import EXPERIMENTS, prior_of, published_dataset, recipe
+
+SCALES = ("tiny", "full")
+
+
+def tokenizer_config(preset, scale, row):
+    chosen = recipe(preset, scale)
+    data = [] if preset == "scenes" else ["--data", "images"]
+    return parsed(("--preset", chosen.preset, *data, *chosen.tokenizer, *row.flags))
+
+
+@cache
+def parsed(flags):
+    """Building the parser takes a third of a second."""
+    return parse_config(VQGAN_PRESETS, list(flags), "")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_is_a_configuration_that_train_vq_accepts(name, scale):
+    for row in EXPERIMENTS[name].rows[scale]:
+        check_vqgan_config(tokenizer_config("ade20k", scale, row))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_rows_have_one_key_only_if_they_are_one_tokenizer(scale):
+    of_key = {}
+    for row in (row for experiment in EXPERIMENTS.values() for row in experiment.rows[scale]):
+        config = tokenizer_config("scenes", scale, row)
+        assert of_key.setdefault(row.key, config) == config, f"{row.name} is another {row.key}"
+    for experiment in EXPERIMENTS.values():
+        keys = [row.key for row in experiment.rows[scale]]
+        assert len(set(keys)) == len(keys)
+
+
+def test_the_ablation_adds_one_thing_a_row():
+    # What changes from row to row of Table 2, and nothing else does.
+    configs = [tokenizer_config("ade20k", "full", row) for row in EXPERIMENTS["table2"].rows["full"]]
+    baseline, prior, mask, contrast, probabilistic = configs
+    assert (baseline.quantizer.quantizer, baseline.loss.contrastive) == ("vq-gan", "none")
+    assert prior == override(baseline, quantizer="reg-vq", mask_ratio=0.0)
+    assert mask == override(prior, mask_ratio=0.4)
+    assert contrast == override(mask, contrastive="cl")
+    assert (
+        probabilistic
+        == override(contrast, contrastive="pcl")
+        == parse_config(VQGAN_PRESETS, ["--preset", "ade20k", "--data", "images"], "")
+    )
+
+
+def test_vq_vae_has_neither_perceptual_distance_nor_discriminator():
+    row = next(row for row in EXPERIMENTS["table1"].rows["full"] if row.name == "VQ-VAE")
+    loss = tokenizer_config("celebahq", "full", row).loss
+    assert (loss.perceptual_weight, loss.disc_start, loss.contrastive) == (0.0, None, "none")
+
+
+def test_masking_sweep_and_codebook_sizes_are_what_the_paper_varies():
+    ratios = [
+        tokenizer_config("ade20k", "full", row).quantizer.mask_ratio for row in EXPERIMENTS["masking"].rows["full"]
+    ]
+    assert ratios == [row.x for row in EXPERIMENTS["masking"].rows["full"]] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    for scale, sizes in {"tiny": [256, 1024, 4096], "full": [1024, 4096, 8192]}.items():
+        rows = EXPERIMENTS["codebook-size"].rows[scale]
+        found = [(tokenizer_config("scenes", scale, row).quantizer, row) for row in rows]
+        assert [(q.quantizer, q.num_codes) for q, _ in found] == [
+            (name, size) for name in ("vq-gan", "reg-vq") for size in sizes
+        ]
+        assert all(q.num_codes == row.x for q, row in found)
+
+
+def test_published_numbers_are_those_of_the_paper():
+    # Table 1, Reg-VQ's row and VQ-VAE's, and Table 2's last row, which is Table 1's Reg-VQ on ADE20K.
+    table1 = {row.name: row.published for row in EXPERIMENTS["table1"].rows["full"]}
+    assert {name: tuple(numbers) for name, numbers in table1["Reg-VQ"].items()} == {
+        "ade20k": (23.69, 18.44, 34.47),
+        "celebahq": (10.09, 22.05, 15.34),
+        "cub200": (10.84, 20.39, 14.14),
+        "coco": (13.76, 18.64, 19.91),
+    }
+    assert table1["VQ-VAE"]["coco"].fid_r == 32.48
+    ablation = EXPERIMENTS["table2"].rows["full"]
+    assert ablation[-1].published["ade20k"] == table1["Reg-VQ"]["ade20k"]
+    assert ablation[0].published["ade20k"] == table1["VQ-GAN"]["ade20k"]
+    # Each step of the ablation lowers FID[R] and FID[G].
+    for before, after in itertools.pairwise(row.published["ade20k"] for row in ablation):
+        assert after.fid_r < before.fid_r
+        assert after.fid_g < before.fid_g
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("preset", ["scenes", "ade20k", "celebahq", "cub200", "coco"])
+def test_priors_of_every_preset_are_configurations_that_their_scripts_accept(preset, scale):
+    kind, chosen = prior_of(preset), recipe(preset, scale)
+    presets = {"ar": AR_PRESETS, "diffusion": DIFFUSION_PRESETS}[kind]
+    config = parse_config(presets, ["--preset", chosen.preset, "--cache", "tokens", *chosen.prior.get(kind, ())], "")
+    assert type(config) is type(presets["scenes"])
+    assert published_dataset(preset) == ("ade20k" if preset == "scenes" else preset)
