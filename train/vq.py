@@ -3,8 +3,8 @@
     python train/vq.py --compile --amp                          # embedded scenes; minutes on a CPU
     python train/vq.py --compile --amp --quantizer vq-gan       # the same with a baseline
     python train/vq.py --data photos/ --image-size 128 --steps 20000 --compile --amp
-    python train/vq.py --preset ade20k --data ADE20K/images --compile --amp
-    torchrun --nproc-per-node 4 train/vq.py --preset ade20k --data ADE20K/images --compile --amp
+    python train/vq.py --preset ade20k --data ADEChallengeData2016 --compile --amp
+    torchrun --nproc-per-node 4 train/vq.py --preset ade20k --data ADEChallengeData2016 --compile --amp
     python train/vq.py --resume --out runs/NAME                 # continue a run that stopped
 
 A run leaves its resolved configuration, metrics, pictures, checkpoints and weights in --out (default: runs/...).

@@ -31,8 +31,6 @@ CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 CHECKPOINTS = "checkpoints"  # folder in a run's folder
 TOKENIZER = "tokenizer"
 """Folder in a prior's run that holds its tokenizer, so that the run is all that sampling needs."""
-TOKENIZER = "tokenizer"
-"""Folder in a prior's run that holds its tokenizer, so that the run is all that sampling needs."""
 
 Part = TypeVar("Part")
 
