@@ -201,8 +201,8 @@ def recipe(preset: PresetName, scale: Scale) -> Recipe:
         prior: tuple[str, ...] = ("--steps", "300")
         return Recipe(
             "scenes",
-            ("--steps", "300", "--val-images", "1024"),
-            ("--views", "1", "--val-images", "1024"),
+            ("--steps", "300", "--val-images", "128"),  # train/evaluate.py has them all
+            ("--views", "1", "--val-images", "256"),
             {"ar": prior, "diffusion": prior},
             1024,
         )
