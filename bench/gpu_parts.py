@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,18 +19,21 @@ def run_pytest(arguments: list[str], limit: float) -> tuple[str, int | None, flo
     """What pytest says, its exit code, None where it was stopped after ``limit`` seconds, and the seconds it took."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     begin = time.perf_counter()
+    # A group of their own: what tests have started must not go on beside what is timed next.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=machine.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *arguments],
-            cwd=machine.ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=max(limit, 0.0),
-        )
-        output, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output, code = error.stdout or b"", None
+        output, _ = process.communicate(timeout=max(limit, 0.0))
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, code = process.communicate()[0], None
     return output.decode(errors="replace"), code, round(time.perf_counter() - begin, 1)
 
 

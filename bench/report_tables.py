@@ -259,7 +259,7 @@ def agreement(raw: dict[str, Any]) -> str:
     ar = raw["ar"]
     cells = [percent(ar[f"agreement of {what}"]) for what in ("scenes", "reconstructions", "samples")]
     head = ["scenes", "their reconstructions by the tokenizer", "samples of `train/ar.py`", "chance"]
-    return table(head, [[*cells, percent(1 / 16, 2)]])
+    return table(head, [[*cells, percent(ar["agreement by chance"])]])
 
 
 def captions_heard(raw: dict[str, Any]) -> str:
@@ -275,19 +275,10 @@ def captions_heard(raw: dict[str, Any]) -> str:
 
 def captions_obeyed(raw: dict[str, Any]) -> str:
     found = raw["diffusion"]
-    # A layout guessed from how often each is drawn, and a class from sixteen: measured with captions of other scenes.
-    chance = {"layout": "13.4 %", "classes": "6.5 %"}
-    rows = [
-        [
-            what,
-            *(percent(found[f"{what} of {images}"]) for images in ("scenes", "reconstructions", "samples")),
-            chance[what],
-        ]
-        for what in ("layout", "classes")
-    ]
-    return table(
-        ["found", "scenes", "their reconstructions", "samples of `train/diffusion.py`", "other captions"], rows
-    )
+    images = ("scenes", "reconstructions", "samples", "the scenes of other captions")
+    rows = [[what, *(percent(found[f"{what} of {shown}"]) for shown in images)] for what in ("layout", "classes")]
+    names = ["scenes", "their reconstructions", "samples of `train/diffusion.py`", "scenes of other captions"]
+    return table([f"found, of {found['images of the agreement']}", *names], rows)
 
 
 # What other files hold: section, file, function.

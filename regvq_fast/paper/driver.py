@@ -10,14 +10,16 @@ from tyro.conf import Positional
 
 from regvq_fast.config.common import PresetName, check_at_least
 from regvq_fast.evaluation.evaluate import RESULTS
+from regvq_fast.evaluation.feature_nets import load_feature_net
 from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName, Prior, Row, Scale, prior_of, recipe
+from regvq_fast.paper.figures import FEW_STEPS
 from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
+from regvq_fast.precision import choose_device
 
 _RUNS = "runs"
 _SCRIPTS = {"ar": "ar.py", "diffusion": "diffusion.py"}
 _CONDITIONS = {"ar": "segmentation", "diffusion": "caption"}
-_SAMPLING_STEPS = "25"  # of the diffusion at scale tiny
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class PaperConfig:
     """As in train/evaluate.py; random-vgg16 needs no file."""
     perceptual_weights: Path | None = None
     """VGG-16 weights of training and of the perceptual distance, as in train/vq.py."""
+    contrastive_weights: Path | None = None
+    """VGG-19 weights of the contrastive loss at scale full, as in train/vq.py."""
     processes: int = 1
     """GPUs: more than one trains under torchrun."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     amp: bool = False
-    """Mixed precision in training, and when tokens are made and drawn."""
+    """Mixed precision of tokenizers and priors, in training and when they are measured."""
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     report_only: bool = False
@@ -69,37 +73,41 @@ def reproduce(config: PaperConfig, scripts: Path) -> None:
     experiment = EXPERIMENTS[config.experiment]
     chosen = _check(config, experiment)
     out = config.out or Path("results") / f"{config.preset}-{config.scale}"
-    plan = {row: {seed: _plan(config, experiment, row, seed, out / _RUNS) for seed in config.seeds} for row in chosen}
+    # The report is of everything that is there, whatever this call is to run.
+    plan = {
+        row: {seed: _plan(config, experiment, row, seed, out / _RUNS) for seed in _seeds(config, out / _RUNS / row.key)}
+        for row in experiment.rows[config.scale]
+    }
     for by_seed in plan.values():
-        for run in by_seed.values():
-            run.check()
+        for pipeline in by_seed.values():
+            pipeline.check()
 
     console = Console()
     report = Report(experiment, config.experiment, config.preset, out, plan)
     if not config.report_only:
         for seed in config.seeds:  # all rows with one seed first: a table that is stopped early compares all of them
             for k, row in enumerate(chosen, 1):
-                run = plan[row][seed]
-                for stage in run.stages:
+                pipeline = plan[row][seed]
+                for stage in pipeline.stages:
                     if stage.result.exists():
                         continue
                     title = f"{row.name}, seed {seed} (row {k} of {len(chosen)}): {stage.name}"
                     console.print(Text.assemble("\n", (title, "bold")), soft_wrap=True)
-                    run.run(stage, scripts, _how(config, stage), config.processes)
+                    pipeline.run(stage, scripts, _how(config, stage), config.processes)
                 report.write_table()
     report.write_table()
-    report.write_figures()
+    report.write_figures(choose_device(config.device))
     report.show(console)
 
 
 def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
-    """The rows that are asked for; raises ValueError for what is wrong."""
+    """The rows that are asked for; raises ValueError or OSError for what is wrong."""
     check_at_least(1, {"--processes": config.processes, "--seeds": len(config.seeds)})
     if config.preset == "scenes" and config.data is not None:
         raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
     if config.preset != "scenes" and config.data is None:
         raise ValueError(f"--preset {config.preset} needs its images: give their folder with --data PATH")
-    for path in (config.data, config.perceptual_weights):
+    for path in (config.data, config.perceptual_weights, config.contrastive_weights):
         if path is not None and not path.exists():
             raise ValueError(f"there is no {path}")
     rows = experiment.rows[config.scale]
@@ -108,23 +116,40 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
         raise ValueError(
             f"{config.experiment} has no row {unknown[0]!r}; its rows are {', '.join(repr(row.name) for row in rows)}"
         )
+    if config.fid_features == "none" and _prior(config, experiment) != "none":
+        raise ValueError("--fid-features none leaves nothing to judge a prior by: give --prior none as well")
+    if config.fid_features != "none" and not config.report_only:
+        load_feature_net(config.fid_features)  # so that what it lacks is said now, not after the first row's training
     return [row for row in rows if not config.rows or row.name in config.rows or row.key in config.rows]
+
+
+def _prior(config: PaperConfig, experiment: Experiment) -> Prior:
+    if config.prior != "preset":
+        return config.prior
+    return prior_of(config.preset) if experiment.with_prior else "none"
+
+
+def _seeds(config: PaperConfig, runs: Path) -> list[int]:
+    """Those asked for, and those that a row has been run with."""
+    there = {int(name) for path in runs.glob("seed-*") if (name := path.name.removeprefix("seed-")).isdigit()}
+    return sorted(there | set(config.seeds))
 
 
 def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs: Path) -> Pipeline:
     """The stages of a row with a seed."""
     of_scale = recipe(config.preset, config.scale)
-    prior: Prior = config.prior if config.prior != "preset" else "none"
-    if config.prior == "preset" and experiment.with_prior:
-        prior = prior_of(config.preset)
+    prior = _prior(config, experiment)
     folder = runs / row.key / f"seed-{seed}"
     data = () if config.data is None else ("--data", str(config.data))
     weights = () if config.perceptual_weights is None else ("--perceptual-weights", str(config.perceptual_weights))
+    contrastive: tuple[str, ...] = ()
+    if config.contrastive_weights is not None and "none" not in row.flags:
+        contrastive = ("--contrastive-weights", str(config.contrastive_weights))
     preset, seeded = ("--preset", of_scale.preset), ("--seed", str(seed))
     tokenizer = Stage(
         "tokenizer",
         "vq.py",
-        (*preset, *data, *of_scale.tokenizer, *weights, *row.flags, *seeded),
+        (*preset, *data, *of_scale.tokenizer, *weights, *contrastive, *row.flags, *seeded),
         folder / "vq",
         folder / "vq" / "summary.json",
         trains=True,
@@ -154,7 +179,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
         judged = trained.folder
         evaluated += ("--prior-run", str(judged))
         if prior == "diffusion" and config.scale == "tiny":
-            evaluated += ("--steps", _SAMPLING_STEPS)
+            evaluated += ("--steps", str(FEW_STEPS))
     count = () if of_scale.val_images is None else ("--val-images", str(of_scale.val_images))
     settings = (*evaluated, *data, *count, "--fid-features", config.fid_features, *weights)
     name = "metrics" if prior == "none" else "metrics with prior"

@@ -136,11 +136,18 @@ def _masking() -> tuple[Row, ...]:
 
 
 def _codebook_sizes(
-    *sizes: int, vq_gan: str = "vq-gan", reg_vq: str = "reg-vq", more: tuple[str, ...] = (), ours: tuple[str, ...] = ()
+    *sizes: int, vq_gan: str, reg_vq: str, more: tuple[str, ...], ours: tuple[str, ...], base: int | None = None
 ) -> tuple[Row, ...]:
+    """Rows of both quantizers; those with ``base`` codes, the preset's own number, are those of the tables."""
     series = (("VQ-GAN", vq_gan, _VQ_GAN), ("Reg-VQ", reg_vq, ours))
     return tuple(
-        Row(f"{name}, {n} codes", f"{key}-{n}", (*flags, *more, "--num-codes", str(n)), x=n, series=name)
+        Row(
+            f"{name}, {n} codes",
+            key if n == base else f"{key}-{n}",
+            (*flags, *more) if n == base else (*flags, *more, "--num-codes", str(n)),
+            x=n,
+            series=name,
+        )
         for name, key, flags in series
         for n in sizes
     )
@@ -168,7 +175,7 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
                 more=("--ch-mult", "1", "1", "2"),
                 ours=("--prior-weight", "0.3"),
             ),
-            "full": _codebook_sizes(1024, 4096, 8192),
+            "full": _codebook_sizes(1024, 4096, 8192, vq_gan="vq-gan", reg_vq="reg-vq", more=(), ours=(), base=1024),
         },
         with_prior=False,
         axis="codes N",

@@ -20,24 +20,25 @@ from regvq_fast.evaluation.pictures import color_map
 from regvq_fast.files import atomic_path
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper.stages import Pipeline, Stage
-from regvq_fast.precision import choose_device, choose_precision
+from regvq_fast.precision import choose_precision
 from regvq_fast.sampling.images import DrawConfig, ImageSampler
 
 _SHOWN = 8  # images a row
 _BATCH = 64
-_DIFFUSION_STEPS = 25
+FEW_STEPS = 25
+"""Of a diffusion: fewer than it was trained with are enough to look at."""
 _COLORS = ("#3b6ea8", "#c0504d", "#5b8c3e", "#8064a2", "#d98b2b", "#4bacc6", "#7f7f7f")
 
 
-def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int) -> None:
+def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, device: torch.device) -> None:
     """STEM-reconstructions.png, STEM-codebooks.png, STEM-usage.png, and STEM-samples.png of rows with a prior.
 
     Args:
         stem: beginning of the names.
         pipelines: rows that are done, by name.
         images: validation images whose codes are counted.
+        device: that computes.
     """
-    device = choose_device("auto")
     stages = {name: pipeline.by_name() for name, pipeline in pipelines.items()}
     config = read_config(next(iter(stages.values()))["tokenizer"].folder, VQGANConfig)
     size = config.data.image_size
@@ -160,8 +161,7 @@ def save_curves(
 
 
 def _sampler(prior: Stage, device: torch.device) -> ImageSampler:
-    # Fewer steps than a diffusion was trained with are enough to look at.
-    drawing = DrawConfig(steps=_DIFFUSION_STEPS) if prior.script == "diffusion.py" else DrawConfig()
+    drawing = DrawConfig(steps=FEW_STEPS) if prior.script == "diffusion.py" else DrawConfig()
     return ImageSampler.from_run(prior.folder, drawing, choose_precision(False, device))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -44,7 +45,7 @@ _NAMES = {
 }
 """Columns in their order; None: the metric's own name."""
 _SHARES = frozenset({"utilization", *_AGREEMENT})
-_SAME = ("images", "image_size", "features_sha256", "network_sha256")
+_SAME = ("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256")
 """What numbers that are compared must have in common."""
 
 
@@ -188,7 +189,7 @@ class Report:
 
     # ---------------------------------------------------------------------------------------------------------- figures
 
-    def write_figures(self) -> None:
+    def write_figures(self, device: torch.device) -> None:
         """NAME-reconstructions.png, -samples.png (with a prior), -codebooks.png, -usage.png; NAME-curves.png of sweeps.
 
         Pictures are of the first seed of each row that is done.
@@ -198,7 +199,7 @@ class Report:
             return
         pipelines = {row.name: self.plan[row][min(seeds)] for row, seeds in measured.items()}
         images = next(iter(next(iter(measured.values())).values()))["psnr"]["images"]
-        figures.save_pictures(self.out / self.name, pipelines, images)
+        figures.save_pictures(self.out / self.name, pipelines, images, device)
         if self.experiment.axis:
             curves = {
                 _name(key, measured): {

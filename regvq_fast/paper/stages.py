@@ -5,6 +5,7 @@ written down beside them, so that a row is never mixed from different settings.
 """
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -51,7 +52,8 @@ class Pipeline(NamedTuple):
         return {stage.name: stage for stage in self.stages}
 
     def record(self) -> dict[str, Any]:
-        """What is written down of each stage, by its name: settings, command and seconds."""
+        """What is written down of each stage, by its name: settings, commands (of one that was
+        interrupted, several) and seconds."""
         try:
             return json.loads((self.folder / _RECORD).read_bytes())
         except FileNotFoundError:
@@ -83,9 +85,10 @@ class Pipeline(NamedTuple):
         start = [sys.executable, *(["-m", "torch.distributed.run", *under] if under else [])]
         flags = self._flags(stage, how)
         # As one would type it, wherever Python and the scripts are.
-        typed = " ".join([*(["torchrun", *under] if under else ["python"]), f"train/{stage.script}", *flags])
+        typed = shlex.join([*(["torchrun", *under] if under else ["python"]), f"train/{stage.script}", *flags])
         record = self.record()
-        entry = record.setdefault(stage.name, {"settings": stage.settings, "command": typed, "seconds": 0.0})
+        entry = record.setdefault(stage.name, {"settings": stage.settings, "commands": [], "seconds": 0.0})
+        entry["commands"].append(typed)
         before = entry["seconds"]
         self._write(record)
         begin = time.monotonic()
@@ -116,19 +119,19 @@ class Pipeline(NamedTuple):
 
 def _run(command: Sequence[str]) -> int:
     """Status of a command, which gets the signals that would stop this process, and is waited for."""
-    with subprocess.Popen(command) as process, _passing_on(process):
+    # In a session of its own: Ctrl-C in a terminal then reaches it through this process alone, like any other signal.
+    with subprocess.Popen(command, start_new_session=True) as process, _passing_on(process):
         return process.wait()
 
 
 @contextmanager
 def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Let the command save its work on SIGINT (of a terminal, which it gets by itself) and SIGTERM, then stop, too."""
+    """Let the command save its work on SIGINT and SIGTERM, then stop, too."""
     received: list[int] = []
 
     def handle(number: int, _frame: object) -> None:
         received.append(number)
-        if number == signal.SIGTERM:
-            process.send_signal(number)
+        process.send_signal(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

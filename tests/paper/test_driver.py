@@ -2,6 +2,12 @@
 
 import csv
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +22,7 @@ from regvq_fast.paper.experiments import EXPERIMENTS, Recipe
 from regvq_fast.paper.report import Report
 
 SCRIPTS = Path(__file__).parents[2] / "train"
+NET = "random-vgg16"
 
 
 def measurement(name, value, **facts):
@@ -63,12 +70,12 @@ class Scripts:
 def scripts(monkeypatch):
     scripts = Scripts()
     monkeypatch.setattr(stages, "_run", scripts)
-    monkeypatch.setattr(Report, "write_figures", lambda self: None)
+    monkeypatch.setattr(Report, "write_figures", lambda self, device: None)
     return scripts
 
 
 def table2(tmp_path, **changes):
-    return PaperConfig("table2", out=tmp_path / "out", **{"rows": ("vq-gan", "reg-vq"), **changes})
+    return PaperConfig("table2", out=tmp_path / "out", **{"rows": ("vq-gan", "reg-vq"), "fid_features": NET, **changes})
 
 
 def test_a_row_is_tokenizer_tokens_prior_and_metrics(scripts, tmp_path):
@@ -84,7 +91,7 @@ def test_a_row_is_tokenizer_tokens_prior_and_metrics(scripts, tmp_path):
     assert f"--run {folder / 'vq'} --prior-run {folder / 'prior'}" in metrics
     # What is run is what can be run by hand.
     record = json.loads((folder / "stages.json").read_text())
-    assert record["prior"]["command"] == " ".join(["python", "train/ar.py", *scripts.commands[2][2:]])
+    assert record["prior"]["commands"] == [shlex.join(["python", "train/ar.py", *scripts.commands[2][2:]])]
 
 
 def test_what_is_done_is_not_run_again_and_experiments_share_it(scripts, tmp_path):
@@ -95,7 +102,7 @@ def test_what_is_done_is_not_run_again_and_experiments_share_it(scripts, tmp_pat
     reproduce(table2(tmp_path, seeds=(0, 1)), SCRIPTS)
     assert len(scripts.commands) == 16
     # The sweep of masking ratios has Reg-VQ at 40 %, without a prior: its tokenizer is there.
-    reproduce(PaperConfig("masking", out=tmp_path / "out", rows=("reg-vq", "reg-vq-mask-0")), SCRIPTS)
+    reproduce(PaperConfig("masking", out=tmp_path / "out", rows=("reg-vq", "reg-vq-mask-0"), fid_features=NET), SCRIPTS)
     assert scripts.scripts[16:] == ["vq.py", "evaluate.py", "evaluate.py"]
 
 
@@ -156,6 +163,43 @@ def test_tables_hold_what_was_measured_beside_the_paper(scripts, tmp_path):
     assert details["+ PCL instead of CL"]["1"]["metrics"]["fid_r"]["features_sha256"] == "abc"
 
 
+def test_a_table_has_all_that_is_there_whatever_is_run(scripts, tmp_path):
+    reproduce(table2(tmp_path), SCRIPTS)
+    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(1,)), SCRIPTS)
+    lines = list(csv.DictReader((tmp_path / "out" / "table2.csv").open()))
+    assert [(line["row"], line["seed"]) for line in lines] == [
+        ("baseline (VQ-GAN)", "0"),
+        ("+ PCL instead of CL", "0"),
+        ("+ PCL instead of CL", "1"),
+    ]
+
+
+CHILD = """
+import signal, sys, time
+def stop(number, frame):
+    open(sys.argv[1], "w").write(str(number))  # saves its work
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_the_command_that_saves_its_work_and_end_the_driver(tmp_path, number):
+    saved = tmp_path / "saved"
+    driver = f"from regvq_fast.paper.stages import _run; _run([{sys.executable!r}, '-c', {CHILD!r}, {str(saved)!r}])"
+    process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    start = time.monotonic()
+    os.kill(process.pid, number)  # to this process alone, as kill and a batch system do
+    _, error = process.communicate(timeout=30)
+    assert time.monotonic() - start < 20
+    assert int(saved.read_text()) == number
+    assert process.returncode == 128 + number or (number == signal.SIGINT and b"KeyboardInterrupt" in error)
+
+
 def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
     reproduce(table2(tmp_path), SCRIPTS)
     path = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior" / RESULTS
@@ -174,11 +218,13 @@ def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
         ({"data": Path("images")}, "--data images needs the preset of its data set"),
         ({"preset": "ade20k", "data": Path("nowhere")}, "there is no nowhere"),
         ({"seeds": ()}, "--seeds must be at least 1"),
+        ({"fid_features": "vgg16:nowhere.pth"}, "nowhere.pth"),
+        ({"fid_features": "none"}, "--fid-features none leaves nothing to judge a prior by"),
         ({"processes": 0}, "--processes must be at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(scripts, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         reproduce(table2(tmp_path, **changes), SCRIPTS)
     assert not scripts.commands
     assert not (tmp_path / "out").exists()

@@ -32,10 +32,11 @@ def test_every_row_is_a_configuration_that_train_vq_accepts(name, scale):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows_have_one_key_only_if_they_are_one_tokenizer(scale):
-    of_key = {}
+    of_key, of_config = {}, {}
     for row in (row for experiment in EXPERIMENTS.values() for row in experiment.rows[scale]):
         config = tokenizer_config("scenes", scale, row)
         assert of_key.setdefault(row.key, config) == config, f"{row.name} is another {row.key}"
+        assert of_config.setdefault(config, row.key) == row.key, f"{row.name} has two keys"
     for experiment in EXPERIMENTS.values():
         keys = [row.key for row in experiment.rows[scale]]
         assert len(set(keys)) == len(keys)
