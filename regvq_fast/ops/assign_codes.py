@@ -10,6 +10,7 @@ from regvq_fast.ops._common import (
     check_matrix,
     compute_dtype,
     resolve_impl,
+    row_argmax,
     rows_per_tile,
 )
 
@@ -27,7 +28,7 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
 
     Memory beyond inputs and output: Triton 4 N bytes, and 24 M for each part where codes are split (below sm_80 also
     a buffer of max(2^25, 512 N) fp32 scores); eager O((M + N) * D) plus one tile of about 2^19 scores (2^24 on CUDA; at
-    least 16 rows).
+    least 64 rows).
 
     Raises:
         ValueError: shapes or devices that don't fit; on a CPU nan or inf in an input.
@@ -51,7 +52,7 @@ def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
     step = rows_per_tile(len(codes), x.device)
     for start in range(0, len(x), step):
         scores = torch.addmm(column, x[start : start + step].to(dtype), codes.t())
-        indices[start : start + step] = scores.argmax(1)
+        indices[start : start + step] = row_argmax(scores)
     return indices
 
 

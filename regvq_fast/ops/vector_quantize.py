@@ -39,11 +39,16 @@ _CODEBOOK_GRADS = ("soft", "hard", "none")
 class VectorQuantizeOutput(NamedTuple):
     """What :func:`vector_quantize` returns; leading dimensions as those of ``x``."""
 
-    quantized: Tensor  # (M, D) x.dtype, straight-through gradient
-    posterior: Tensor  # (G, N) float32, straight-through gradient; rows sum to 1 (to 0 where M = 0)
-    indices: Tensor  # (M,) int64, the selected codes
-    best_indices: Tensor  # (M,) int64, the codes that a selection without noise takes
-    perturbation: Tensor  # (M,) float32, squared distance between the two; 0 on deterministic rows; no gradient
+    quantized: Tensor
+    """(M, D) x.dtype, straight-through gradient."""
+    posterior: Tensor
+    """(G, N) float32, straight-through gradient; rows sum to 1 (to 0 where M = 0)."""
+    indices: Tensor
+    """(M,) int64, the selected codes."""
+    best_indices: Tensor
+    """(M,) int64, the codes that a selection without noise takes."""
+    perturbation: Tensor
+    """(M,) float32, squared distance between the two; 0 on deterministic rows; no gradient."""
 
 
 def vector_quantize(
@@ -63,7 +68,7 @@ def vector_quantize(
 ) -> VectorQuantizeOutput:
     """Quantize rows to codes, with Gumbel noise where masked and the softmax's gradient everywhere.
 
-    Equivalent to this, which keeps several M x N matrices::
+    Equivalent to this, which keeps several M x N matrices:
 
         s = -scale * torch.cdist(x, codebook) ** 2                # weight given: scale * x @ weight.T + bias
         a = (s + mask[:, None] * gumbel) / torch.where(mask, tau, 1.0)[:, None]
@@ -107,7 +112,7 @@ def vector_quantize(
     Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each part where the codes are
     split; backward 12 N D and two buffers of max(2^25, 512 N) scores at most (those of M N if that is less), in the
     type of ``x``. Below sm_80 also an fp32 buffer of as many scores forward, two backward. Eager: O((M + N) * D) plus a
-    fixed number of tiles of about 2^19 scores (2^24 on CUDA; at least 16 rows).
+    fixed number of tiles of about 2^19 scores (2^24 on CUDA; at least 64 rows).
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in

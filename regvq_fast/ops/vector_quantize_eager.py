@@ -6,7 +6,7 @@ It runs on CPUs, in float64, and wherever Triton is missing, and is the oracle o
 import torch
 from torch import Tensor
 
-from regvq_fast.ops._common import compute_dtype, rows_per_tile
+from regvq_fast.ops._common import compute_dtype, row_argmax, rows_per_tile
 from regvq_fast.ops.noise import gumbel_noise
 from regvq_fast.ops.segment_sum import segment_counts, segment_sum_eager
 
@@ -83,11 +83,11 @@ def vector_quantize_eager(
     best_indices = torch.empty_like(indices)
     for rows, noisy in _tiles(mask, num_rows, num_codes, x.device):
         scores = logits(x[rows].to(dtype))
-        best = scores.argmax(1)
+        best = row_argmax(scores)
         best_indices[rows] = best
         if noisy:
             _add_noise(scores, mask, seed, rows, row_offset)
-            best = scores.argmax(1)
+            best = row_argmax(scores)
         indices[rows] = best
     quantized = codebook[indices]
     perturbation = (logits.codebook[indices] - logits.codebook[best_indices]).square_().sum(1)
