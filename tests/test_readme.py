@@ -1,16 +1,36 @@
-"""README.md can't drift from the project: its two commands, and every path and flag that it and the docs mention."""
+"""README.md, CONTRIBUTING.md and docs/ can't drift from the project: every path, flag, command and import in them.
 
+The sequence "from nothing to samples" is run as it stands there, at tiny sizes. What needs a GPU, data, the network or
+minutes is parsed only: by the parser of the script that it starts.
+"""
+
+import ast
 import functools
-import os
+import io
 import re
-import subprocess
+import runpy
+import shlex
 import sys
+import tomllib
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+import tyro
+from PIL import Image
+from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser
+
+from regvq_fast.config import parse_config
+from regvq_fast.models import VQGAN, VGGFeatures
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+README = TEXTS["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 COMMANDS = [
@@ -19,12 +39,17 @@ COMMANDS = [
 ]
 # Files by which a path counts as one of the repository even where its first folder doesn't exist (a renamed folder).
 SOURCE_SUFFIXES = (".py", ".md", ".toml", ".sh", ".yaml")
+# Paths that aren't of a clone: of runs, with a name to fill in, and modules of Python's and of other projects.
+ELSEWHERE = re.compile(r"runs/|.*NAME|.*X\.py$|(__init__|tokenize|profile|g_partition)\.py$")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for found, body in FENCE.findall(text) if found == language]
 
 
 def shell_commands(text: str) -> list[str]:
     """The simple commands of all bash blocks: comments dropped, continued lines joined, lists and pipes split."""
-    blocks = "".join(body for language, body in FENCE.findall(text) if language == "bash")
-    lines = re.sub(r"(^|\s)#.*", "", blocks.replace("\\\n", " ")).splitlines()
+    lines = re.sub(r"(^|\s)#.*", "", "".join(blocks(text, "bash")).replace("\\\n", " ")).splitlines()
     return [command.strip() for line in lines for command in re.split(r"&&|\|\||[|;]", line) if command.strip()]
 
 
@@ -42,7 +67,7 @@ def mentioned_paths(text: str) -> set[str]:
         word
         for word in words
         if re.fullmatch(r"[\w.*-][\w./*-]*", word)
-        and not word.startswith("runs/")
+        and not ELSEWHERE.match(word)
         and (("/" in word and word.split("/")[0] in folders) or word.endswith(SOURCE_SUFFIXES))
     }
     return paths | set(links)
@@ -59,37 +84,181 @@ def mentioned_flags(text: str) -> dict[str, set[str]]:
     return flags
 
 
+def parse(script: str, *flags: str) -> object:
+    """What a script of train/, started as its users start it, makes of its command line."""
+    parsed: list[object] = []
+
+    def run(task: type, presets: dict, description: str) -> None:
+        parsed.append(parse_config(presets, sys.argv[1:], description))
+
+    def run_script(kind: type, work: object, description: str, **_: str) -> None:
+        parsed.append(tyro.cli(kind, args=sys.argv[1:], description=description))
+
+    with (
+        patch("regvq_fast.training.loop.run", run),
+        patch("regvq_fast.config.run_script", run_script),
+        patch.object(sys, "argv", [script, *flags]),
+    ):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return parsed[0]
+
+
 @functools.cache
 def help_of(script: str) -> set[str]:
-    """The flags that a script explains, started as users start it."""
-    # Wide enough that the help wraps no flag, and without the terminal codes that could split one.
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, script, "--help"]
-    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert completed.returncode == 0, completed.stderr
-    return set(re.findall(r"--[a-z][\w-]*", completed.stdout))
+    """The flags that a script explains."""
+    with pytest.MonkeyPatch.context() as environment, redirect_stdout(io.StringIO()) as text:
+        # Wide enough that the help wraps no flag, and without the terminal codes that could split one.
+        for name, value in {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}.items():
+            environment.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            parse(script, "--help")
+    assert end.value.code == 0
+    return set(re.findall(r"--[a-z][\w-]*", text.getvalue()))
+
+
+def usage_of(script: Path) -> list[str]:
+    """The commands in the docstring of a script."""
+    docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    return shell_commands("```bash\n" + "\n".join(re.findall(r"^    (\w.*)$", docstring, re.MULTILINE)) + "\n```")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_stands_in_a_bash_block(command: str) -> None:
-    lines = [line for language, body in FENCE.findall(TEXT) if language == "bash" for line in body.splitlines()]
-    assert command in lines
+    assert command in "".join(blocks(README, "bash")).splitlines()
 
 
-def test_paths_exist() -> None:
-    paths = mentioned_paths(TEXT)
-    assert "train/vq.py" in paths
-    assert sorted(path for path in paths if not any(ROOT.glob(path.rstrip("/")))) == []
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_exist(document: str) -> None:
+    paths, home = mentioned_paths(TEXTS[document]), (ROOT / document).parent
+    gone = [path for path in paths if not any(ROOT.glob(path.rstrip("/"))) and not (home / path).exists()]
+    assert sorted(gone) == []
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "docs/training.md", "docs/data.md", "docs/priors.md", "docs/evaluation.md"]
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_exist(document: str) -> None:
-    flags = mentioned_flags((ROOT / document).read_text(encoding="utf-8"))
     known = {f"train/{script.name}": help_of(f"train/{script.name}") for script in (ROOT / "train").glob("*.py")}
-    for script, mentioned in flags.items():
+    sources = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
+    known["bench"] = set(re.findall(r'"(--[a-z][\w-]*)"', sources))
+    known["torchrun"] = set(get_args_parser()._option_string_actions)
+    for script, mentioned in mentioned_flags(TEXTS[document]).items():
         assert sorted(mentioned - (known[script] if script else set().union(*known.values()))) == [], script
+
+
+def test_commands_are_understood(pytestconfig: pytest.Config) -> None:
+    """By the parser of what they start; nothing is run."""
+    commands = [command for text in TEXTS.values() for command in shell_commands(text)]
+    commands += [command for script in sorted((ROOT / "train").glob("*.py")) for command in usage_of(script)]
+    assert len(commands) > 60
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in commands:
+        words = shlex.split(command)
+        # A run to resume is not there: its own parser refuses that. An ellipsis stands for more flags.
+        flags = [word for word in words if word not in ("--resume", "...")]
+        script = next((word for word in words if re.fullmatch(r"train/\w+\.py", word)), None)
+        if script is not None:
+            assert words[0] in ("python", "torchrun"), command
+            if words[0] == "torchrun":
+                assert get_args_parser().parse_args(words[1:]).training_script == script, command
+            parse(script, *flags[flags.index(script) + 1 :])
+        elif words[0] == "python":
+            known = (ROOT / words[1]).read_text()
+            assert [flag for flag in words[2:] if flag.startswith("--") and f'"{flag}"' not in known] == [], command
+        elif words[0] == "pytest":
+            for flag in (word for word in words if word.startswith("-")):
+                pytestconfig.getoption(flag)
+        elif words[:2] == ["pip", "install"]:
+            named = [name for group in re.findall(r"\[([\w,]+)\]", command) for name in group.split(",")]
+            assert set(named) <= extras.keys(), command
+            assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).exists()
+        else:
+            assert words[0] == "pdoc" or command == "pre-commit install", f"no test knows this kind: {command}"
+
+
+@pytest.mark.parametrize("block", blocks(README, "python"), ids=["op", "module"])
+def test_python_of_the_readme_runs(block: str) -> None:
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert torch.isfinite(names["out"].quantized).all()
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if blocks(TEXTS[name], "python")])
+def test_imports_of_python_blocks_work(document: str) -> None:
+    imports = [
+        node
+        for block in blocks(TEXTS[document], "python")
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("regvq_fast")
+    ]
+    assert imports
+    exec(compile(ast.Module(imports, type_ignores=[]), document, "exec"), {})
+
+
+# ------------------------------------------------------------------------------------------- from nothing to samples
+
+PRIOR = "--steps 2 --batch-size 8 --warmup-steps 1 --width 16 --depth 1 --heads 2 --device cpu"
+TINY = {
+    "vq.py": "--no-compile --steps 2 --warmup-steps 1 --batch-size 4 --image-size 32 --ch 8 --ch-mult 1 1 2 "
+    "--z-channels 8 --code-dim 8 --num-codes 16 --val-images 6 --perceptual-weight 0 --contrastive none --device cpu",
+    "cache_tokens.py": "--scenes 24 --val-images 8 --views 1 --device cpu",
+    "ar.py": PRIOR,
+    "diffusion.py": f"{PRIOR} --diffusion-steps 5",
+    "sample.py": "--num-images 2 --device cpu",
+    "evaluate.py": "--val-images 3 --fid-features vgg16:vgg.safetensors --perceptual-weights vgg.safetensors "
+    "--cache-dir statistics --workers 0 --device cpu",
+}
+"""What makes a command small, appended to it."""
+
+
+def run_tiny(command: str, more: str = "") -> str:
+    """Run a command of a document in this process, and return the name of its script."""
+    _, path, *flags = shlex.split(command)
+    script = path.removeprefix("train/")
+    with patch.object(sys, "argv", [path, *flags, *(more or TINY[script]).split()]):
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    return script
+
+
+@pytest.mark.slow
+def test_from_nothing_to_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's commands one after the other, then commands and code of the docs that take what those leave."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("regvq_fast.training.prior._FITTED_TO", 128)  # of 2048 scenes, which take half a minute
+    save_file({name: value.half() for name, value in VGGFeatures("vgg16").state_dict().items()}, "vgg.safetensors")
+    sequence = README.split("From nothing to samples")[1]
+    commands = [command for command in shell_commands(sequence) if re.search("runs/(vq|ar|diffusion)", command)]
+    scripts = [run_tiny(command) for command in commands]
+    assert scripts == "vq.py cache_tokens.py ar.py sample.py diffusion.py sample.py evaluate.py".split()
+    table = README.split("A run leaves in `--out`")[1].split("\n\n")[1]
+    names = {
+        name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`([\w.]+)", cell)
+    }
+    assert len(names) == 7
+    assert sorted(name for name in names if not (tmp_path / "runs" / "vq" / name).exists()) == []
+    drawn = {"00000.png", "00001.png", "grid.png"}
+    for prior in ("ar", "diffusion"):
+        assert {path.name for path in (tmp_path / "samples" / prior).iterdir()} == drawn
+    assert (tmp_path / "runs" / "ar" / "evaluation.json").exists()
+
+    (tmp_path / "cache").symlink_to("runs/tokens")
+    (tmp_path / "runs" / "NAME").symlink_to("vq")
+    state: dict[str, Any] = {"model": VQGAN.from_pretrained("runs/vq"), "images": torch.zeros(2, 3, 32, 32)}
+    for document, says in {"training": 'from_pretrained("runs/NAME")', "priors": 'TokenDataset("cache"'}.items():
+        (block,) = [block for block in blocks(TEXTS[f"docs/{document}.md"], "python") if says in block]
+        exec(compile(block, document, "exec"), state)
+    assert (tmp_path / "tokenizer" / "model.safetensors").exists()
+    assert state["batch"]["tokens"].shape == (64, 8, 8)
+
+    (resume,) = [command for command in shell_commands(TEXTS["docs/training.md"]) if "--resume" in command]
+    run_tiny(resume, "--steps 3")
+    assert (tmp_path / "runs" / "vq" / "checkpoints" / "step-0000003").exists()
+    for name, pixel in {"map": 3, "photo": 99, "mask": 255}.items():
+        Image.new("L", (32, 32), pixel).save(f"{name}.png")
+    drawing = [command for command in shell_commands(TEXTS["docs/priors.md"]) if "train/sample.py" in command]
+    assert len(drawing) == 3
+    for number, command in enumerate(drawing):
+        run_tiny(command.replace("--out samples", f"--out drawn/{number}").replace("--steps 25", "--steps 3"))
+        assert (tmp_path / "drawn" / str(number) / "grid.png").exists()
+    assert (tmp_path / "drawn" / "1" / "strip.png").exists()
 
 
 def test_readers_find_what_drifts() -> None:
@@ -112,3 +281,5 @@ pytest tests/test_readme.py::test_paths_exist --benchmark-only && tensorboard --
         "tests/test_readme.py",
     }
     assert mentioned_flags(text) == {"": {"--tau", "--gone"}, "train/vq.py": {"--steps", "--out"}}
+    with pytest.raises(SystemExit), redirect_stdout(io.StringIO()):
+        parse("train/vq.py", "--gone")

@@ -70,7 +70,7 @@ def softmax_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean entropy (nats), and mean (N,), of the rows' ``softmax((x keys^T + bias) / temperature)``.
 
-    Equivalent to this, which keeps several M x N matrices::
+    Equivalent to this, which keeps several M x N matrices:
 
         p = F.softmax(F.linear(x, keys, bias) / temperature, dim=1)
         return -(p * p.log()).sum(1).mean(), p.mean(0)

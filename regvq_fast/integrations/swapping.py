@@ -21,8 +21,10 @@ ADAPTERS: dict[str, type[Adapter]] = {
 class Acceleration(NamedTuple):
     """What :func:`accelerate` did, by the names that ``model.named_modules()`` gives ("" is the model itself)."""
 
-    swapped: dict[str, str]  # class, by module
-    left_alone: dict[str, str]  # class and the reason, by module
+    swapped: dict[str, str]
+    """Class, by module."""
+    left_alone: dict[str, str]
+    """Class and the reason, by module."""
 
 
 def accelerate(model: nn.Module) -> Acceleration:

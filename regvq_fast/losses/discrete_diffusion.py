@@ -208,8 +208,10 @@ def token_rows(tokens: Tensor, first_image: int | Tensor = 0) -> Tensor:
 class DiffusionTerms(NamedTuple):
     """What an image costs at its step t, in nats a token."""
 
-    bound: Tensor  # (B,) KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 1 -log p(x_0 | x_1)
-    cross_entropy: Tensor  # (B,) -log p(x_0 | x_t)
+    bound: Tensor
+    """(B,) KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 1 -log p(x_0 | x_1)."""
+    cross_entropy: Tensor
+    """(B,) -log p(x_0 | x_t)."""
 
     def loss(self, t: Tensor, probability: Tensor, num_steps: int, auxiliary_weight: float = 5e-4) -> Tensor:
         """The bound, estimated from one step an image, and the auxiliary term; 0-dim float32, with the gradient.

@@ -111,9 +111,12 @@ class Decoder(nn.Module):
 class VQGANOutput(NamedTuple):
     """What one pass through the autoencoder yields."""
 
-    reconstruction: Tensor  # (B, 3, H, W), not clamped
-    features: Tensor  # (B, ch * ch_mult[0], H, W), the input of decoder.conv_out, detached
+    reconstruction: Tensor
+    """(B, 3, H, W), not clamped."""
+    features: Tensor
+    """(B, ch * ch_mult[0], H, W), the input of decoder.conv_out, detached."""
     quantizer: QuantizerOutput
+    """What the quantizer returned."""
 
 
 class VQGAN(Model):

@@ -9,21 +9,22 @@ from torch import Tensor, nn
 class QuantizerOutput(NamedTuple):
     """What a quantizer returns for feature maps (B, D, H, W)."""
 
-    quantized: Tensor  # (B, D, H, W) float32, with the quantizer's gradient to its input
-    indices: Tensor  # (B, H, W) int64, the selected codes
-    loss: Tensor  # 0-dim float32, weighted sum of the quantizer's own losses
-    metrics: dict[str, Tensor]  # 0-dim, detached, for logging
-    perturbation: Tensor  # (B, H, W) float32, |z[index] - z[best_index]|^2; 0 where the selection is deterministic
-    mask: Tensor  # (B, H, W) bool, the stochastic positions
+    quantized: Tensor
+    """(B, D, H, W) float32, with the quantizer's gradient to its input."""
+    indices: Tensor
+    """(B, H, W) int64, the selected codes."""
+    loss: Tensor
+    """0-dim float32, weighted sum of the quantizer's own losses."""
+    metrics: dict[str, Tensor]
+    """0-dim, detached, for logging."""
+    perturbation: Tensor
+    """(B, H, W) float32, |z[index] - z[best_index]|^2; 0 where the selection is deterministic."""
+    mask: Tensor
+    """(B, H, W) bool, the stochastic positions."""
 
 
 class Quantizer(nn.Module):
-    """A codebook of ``num_codes`` codes of ``code_dim`` channels; subclasses define ``forward``.
-
-    ``forward(z, seed=None, row_offset=0)`` takes z (B, D, H, W) and returns :class:`QuantizerOutput`. It computes in
-    fp32 whatever autocast says, draws ``seed`` from PyTorch's global generator where none is given, and in evaluation
-    selects the best code everywhere.
-    """
+    """A codebook of ``num_codes`` codes of ``code_dim`` channels; subclasses define ``forward``."""
 
     expects_unit_variance = False
     """Whether a fresh quantizer counts on encoder outputs of mean 0 and variance 1 in every channel."""
@@ -35,6 +36,15 @@ class Quantizer(nn.Module):
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.embedding = nn.Embedding(num_codes, code_dim)
+
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+        """Select a code for each position of z (B, D, H, W); in fp32, whatever autocast says.
+
+        In evaluation that is the best code everywhere. In training, quantizers that draw take the ``seed`` (0-dim
+        int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
+        position among those of all ranks and parts of a batch.
+        """
+        raise NotImplementedError
 
     def codes(self) -> Tensor:
         """(N, D) the codes that indices stand for."""

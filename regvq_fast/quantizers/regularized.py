@@ -27,7 +27,8 @@ class RegularizedQuantizer(Quantizer):
 
     - "distance" (default): ``-scale |x - z|^2``, codes of norm sqrt(D), ``scale = logit_std / (2 sqrt(D))``;
     - "linear": ``x . w + b``, w ~ N(0, logit_std^2 / D), a predicted token distribution beside the codebook;
-    - "cosine": ``scale * cos(x, z)``, ``scale = logit_std * sqrt(D)``; the codes are the normalised embeddings.
+    - "cosine": the same for x and z of length 1, so ``2 scale cos(x, z)`` and a constant, ``scale = logit_std sqrt(D) / 2``;
+      the codes are the normalised embeddings.
 
     Args:
         num_codes: N.
@@ -75,7 +76,7 @@ class RegularizedQuantizer(Quantizer):
         if logits == "distance":
             self.scale = logit_std / (2 * math.sqrt(code_dim))
         elif logits == "cosine":
-            self.scale = logit_std * math.sqrt(code_dim)
+            self.scale = logit_std * math.sqrt(code_dim) / 2
         elif logits == "linear":
             self.scale = 1.0
             self.proj = nn.Linear(code_dim, num_codes)

@@ -158,5 +158,5 @@ class CollapseAlarm:
         self._silent = True
         return (
             f"the codebook is collapsing: {used:.1%} of {len(counts)} codes were used since the last record "
-            f"(--collapse-threshold {self.threshold:g}); docs/training.md says what helps"
+            f"(--collapse-threshold {self.threshold:g}); docs/troubleshooting.md says what helps"
         )

@@ -186,6 +186,19 @@ def test_fresh_reg_vq_neither_samples_at_random_nor_ignores_its_noise(
     assert float(rank.mean()) < 0.1 * num_codes
 
 
+@pytest.mark.parametrize("logits", ["distance", "linear", "cosine"])
+def test_fresh_logits_spread_as_logit_std_says(logits: str) -> None:
+    torch.manual_seed(0)
+    quantizer = RegularizedQuantizer(1024, 64, logits=logits, logit_std=3.0)
+    rows = torch.randn(256, 64)
+    if logits == "linear":
+        scores = quantizer.scale * quantizer.proj(rows)
+    else:
+        rows = torch.nn.functional.normalize(rows, dim=1) if logits == "cosine" else rows
+        scores = -quantizer.scale * torch.cdist(rows, quantizer.codes()).square()
+    assert float(scores.std(1).mean()) == pytest.approx(3.0, rel=0.05)
+
+
 def test_no_fresh_code_is_nearest_to_every_small_input() -> None:
     quantizer = RegularizedQuantizer(256, 32).eval()
     out = quantizer(0.01 * torch.randn(8, 32, 8, 8))
