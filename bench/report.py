@@ -1,4 +1,4 @@
-"""Write the measured tables and plots of README.md and docs from bench/results: no number there is typed by hand.
+"""Write the measured tables and plots of README.md and docs from bench/results and results: none is typed by hand.
 
     python bench/report.py             fills what stands between <!-- bench:NAME --> and <!-- /bench -->, draws plots
     python bench/report.py --check     writes nothing; exits with 1 and names what differs from the results
@@ -22,6 +22,8 @@ NO_GPU = "No GPU has been measured yet: `python bench/gpu.py` measures one and l
 NO_CPU = (
     "Nothing has been measured yet: `pytest bench/ --benchmark-only --benchmark-json bench/results/cpu.json` does it."
 )
+PAPER = "results/scenes-tiny"
+"""What train/paper.py has left of the embedded scenes."""
 SECTION = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench -->", re.DOTALL)
 
 
@@ -58,6 +60,10 @@ class Report:
             raw = json.loads((self.results / file).read_text(encoding="utf-8"))
             return f"{make(raw)}\n\n([JSON]({'../' * depth}bench/results/{file}))"
         kind, _, what = name.partition("-")
+        if kind == "paper":  # a table of train/paper.py, without its title
+            file = f"{PAPER}/{what}.md"
+            text = (self.root / file).read_text(encoding="utf-8").partition("\n\n")[2].strip()
+            return f"{text} ([the numbers of each run]({'../' * depth}{PAPER}/{what}.csv))"
         documents = {"cpu": self.cpus, "gpu": self.gpus}.get(kind)
         if documents is None or what not in ("summary", "tables", "plots", "targets"):
             raise ValueError(f"<!-- bench:{name} -->: no such section; see bench/report.py")

@@ -47,7 +47,7 @@ def build_dataset(
     tar file, a pattern of tar files in braces, or a folder with tar files and no image above them. ``length`` is the
     number of scenes or, for images, the most validation images to use. ``crop`` and ``flip`` concern training on
     images, and ``fields`` are what their samples hold besides (scenes always have caption and segmentation). Raises
-    what the data set's constructor raises.
+    what the data set's constructor raises, and ValueError for a folder that holds several archives.
     """
     if data is None:
         return ScenesDataset(split, image_size, length, seed)

@@ -18,6 +18,7 @@ from rich.text import Text
 from regvq_fast.data.archives import ARCHIVES, Archive, ArchiveName, find_archive
 from regvq_fast.data.archives.base import encoded_map
 from regvq_fast.data.archives.each import EachPicture, Problem
+from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.loading import default_workers
 from regvq_fast.data.manifest import Manifest, write_manifest
 from regvq_fast.data.pictures import Field, caption_lines, check_same_size
@@ -38,7 +39,7 @@ class DataCommand:
     root: Path
     """Folder that the official archives are unpacked in, or the top folder of one."""
     dataset: ArchiveName | None = None
-    """Which data set it is. Not given: the one whose layout is found."""
+    """Which data set it is. Not given: the one whose layout is found; needed where there are several."""
     fields: tuple[Field, ...] | None = None
     """What its images have to come with. Not given: what the paper's prior needs."""
     decode: bool = False
@@ -121,11 +122,13 @@ def prepare(
 
     The folder appears when it is whole. Images get ``size`` pixels at the shorter side (Lanczos), maps with the nearest
     neighbour; those that are smaller keep their size, and their bytes where they are RGB JPEGs. Pictures without a
-    field are packed without it; what can't be read is left out, and counted.
+    field are packed without it, unless that is all of a split; what is missing or can't be read is left out, and
+    counted.
 
     Raises:
         ValueError: a setting out of range, a damaged list, or a split without a readable picture.
-        FileExistsError: ``out`` is there, and not empty. FileNotFoundError: a list or a split is missing.
+        FileExistsError: ``out`` is there, and not empty. FileNotFoundError: a list is missing, or all images of a split
+            are, or a field of all of them.
     """
     if size < 1:
         raise ValueError(f"--size must be at least 1, got {size}")
@@ -135,20 +138,21 @@ def prepare(
         raise ValueError(f"--shard-mib must be at least 1, got {shard_mib}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} is there already: name a new folder, or remove it")
+    found = {split: SplitFiles(archive, partition, fields) for split, partition in archive.served.items()}
+    for files in found.values():
+        files.require()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}")
     partial.mkdir()
     try:
         splits: dict[str, dict[str, Any]] = {}
-        for split, partition in archive.served.items():
-            pack = functools.partial(_sample, size=size, quality=quality)
-            packed = EachPicture(archive, partition, fields, pack)
-            if not len(packed):
-                raise FileNotFoundError(
-                    f"the {partition!r} split of {archive.label} has no images: get it from {archive.source('image')}"
-                )
+        for split, files in found.items():
+            partition = files.partition
+            packed = EachPicture(files, functools.partial(_sample, size=size, quality=quality))
             counts = splits[split] = {"official": partition, "images": 0, **dict.fromkeys(sorted(fields), 0)}
-            counts["unreadable"] = 0
+            counts |= {"missing": len(files.missing), "unreadable": 0}
+            if files.missing:
+                console.print(Text(files.missing_told()), soft_wrap=True)
             samples = _counted(packed.results(workers, f"packing {partition}", console), counts, console)
             pattern = f"{partial}/".replace("%", "%%") + f"{split}-%06d.tar"
             counts["shards"] = len(write_shards(samples, pattern, shard_mib * 2**20))
@@ -170,8 +174,9 @@ def prepare(
         shutil.rmtree(partial, ignore_errors=True)
     for name, told in manifest.splits.items():
         with_fields = "".join(f", {told[field]:,} with {field}" for field in sorted(fields))
-        words = f"{told['images']:,} images{with_fields}, {told['unreadable']:,} unreadable left out"
-        console.print(Text(f"{out}: {name}: {words}, in {told['shards']} shards"), soft_wrap=True)
+        without = f"{told['missing']:,} missing, {told['unreadable']:,} unreadable left out"
+        words = f"{told['images']:,} images{with_fields}, {without}, in {told['shards']} shards"
+        console.print(Text(f"{out}: {name}: {words}"), soft_wrap=True)
     return manifest
 
 

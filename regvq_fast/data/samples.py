@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Split = Literal["train", "val"]
+"""Part of a data set: endless and shuffled, or each sample once, in order."""
 
 
 class Sample(TypedDict):

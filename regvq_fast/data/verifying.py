@@ -13,6 +13,7 @@ from rich.text import Text
 
 from regvq_fast.data.archives.base import Archive
 from regvq_fast.data.archives.each import EachPicture, Problem
+from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.pictures import Field, Part, caption_lines, check_same_size
 from regvq_fast.data.transforms import center_box, crop_labels, upright_size
 
@@ -122,9 +123,8 @@ def _open_all(archive: Archive, fields: Collection[Field], workers: int, console
     if not all(path.is_file() for path in archive.lists()):
         return 0
     for partition in archive.partitions:
-        for result in EachPicture(archive, partition, fields, examine).results(
-            workers, f"opening {partition}", console
-        ):
+        opened = EachPicture(SplitFiles(archive, partition, fields), examine)
+        for result in opened.results(workers, f"opening {partition}", console):
             pictures += 1
             if isinstance(result, Problem):
                 problems += 1

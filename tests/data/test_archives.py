@@ -1,8 +1,10 @@
 """The official layouts must be known as such, and serve what their own lists, captions and masks say."""
 
 import logging
+import os
 import pickle
 import shutil
+from pathlib import Path
 
 import archive_trees as trees
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.data import ArchiveDataset, ImageFolder, build_dataset, find_archive, training_batches
+from regvq_fast.data import ArchiveDataset, build_dataset, find_archive, training_batches
 from regvq_fast.data.archives.base import MAP_FOLDER
 
 
@@ -57,14 +59,6 @@ def test_a_layout_is_known_from_its_top_folder_and_from_the_one_around_it(tmp_pa
         assert str(top) in datasets[0].label
     drawn = [levels(dataset) for dataset in datasets]
     assert tuple(len(set(split)) for split in drawn) == counts  # all can be read, and none comes twice
-
-
-def test_plain_folders_are_none(tmp_path):
-    for k in range(2):
-        trees.picture(tmp_path / "images" / "training" / f"{k}.jpg", 20 * k)
-    dataset = build(tmp_path)
-    assert isinstance(dataset, ImageFolder)
-    assert dataset.label == str(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------- captions
@@ -138,6 +132,59 @@ def test_celeba_parts_are_merged_in_order_once(tmp_path):
     assert find_archive(top).read("4.jpg", "segmentation") == (top / MAP_FOLDER / "4.png").read_bytes()
 
 
+@pytest.mark.parametrize("time", [None, 0])
+def test_a_map_made_of_half_the_masks_is_made_anew(tmp_path, time):
+    """Unpacking goes on after the first look, and may give the folder of masks the time that it was packed at."""
+    top = trees.celebahq(tmp_path)
+    masks = top / "CelebAMask-HQ-mask-anno" / "0"
+    hair = masks / "00004_hair.png"
+    whole = find_archive(top).read("4.jpg", "segmentation")
+    content = hair.read_bytes()
+    hair.unlink()
+    os.utime(masks, (10**9, 10**9))
+    half = find_archive(top).read("4.jpg", "segmentation")
+    assert half != whole
+    hair.write_bytes(content)
+    if time is not None:
+        os.utime(masks, (time, time))
+    archive = find_archive(top)
+    assert archive.read("4.jpg", "segmentation") == whole
+    made = (top / MAP_FOLDER / "4.png").stat().st_ino
+    assert archive.read("4.jpg", "segmentation") == whole
+    assert (top / MAP_FOLDER / "4.png").stat().st_ino == made  # kept again
+
+
+def test_a_map_is_not_taken_for_one_of_masks_that_came_while_it_was_made(tmp_path, monkeypatch):
+    top = trees.celebahq(tmp_path)
+    hair = top / "CelebAMask-HQ-mask-anno" / "0" / "00004_hair.png"
+    whole = find_archive(top).read("4.jpg", "segmentation")
+    content = hair.read_bytes()
+    hair.unlink()
+    os.utime(hair.parent, (10**9, 10**9))
+    archive = find_archive(top)
+    merged = archive._merged
+
+    def late(name):
+        found = merged(name)
+        hair.write_bytes(content)
+        return found
+
+    monkeypatch.setattr(archive, "_merged", late)
+    assert archive.read("4.jpg", "segmentation") != whole
+    assert find_archive(top).read("4.jpg", "segmentation") == whole
+
+
+def test_a_map_of_colours_is_made_anew_when_they_are_replaced(tmp_path):
+    top = trees.ade20k_full(tmp_path, 2016)
+    archive = find_archive(top)
+    name = archive.listed("validation")[0]
+    first = archive.read(name, "segmentation")
+    colours = Path(archive.path(name, "segmentation"))
+    trees.labels(colours, np.zeros((20, 24, 3)))
+    os.utime(colours, (10**9, 10**9))
+    assert archive.read(name, "segmentation") != first
+
+
 def test_a_mirrored_face_has_its_left_eye_on_its_left(tmp_path):
     trees.celebahq(tmp_path)
     dataset = build(tmp_path, "train", 16, crop="center", fields=["segmentation"])
@@ -157,6 +204,15 @@ def test_maps_that_cannot_be_kept_beside_the_archive_go_elsewhere(tmp_path, cach
     assert [find_archive(top).read("4.jpg", "segmentation") for _ in range(2)] == [first, first]
     assert len(caplog.messages) == 1
     assert "can't be kept, and are made anew each time" in caplog.messages[0]
+    caplog.clear()
+    scenes = trees.ade20k_full(tmp_path, 2016)
+    (scenes / MAP_FOLDER).write_text("")
+    archive = find_archive(scenes)
+    for name in archive.listed("validation"):  # each in a folder of its own
+        archive.read(name, "segmentation")
+    assert caplog.messages == [
+        f"semantic maps made of {scenes} can't be kept, and are made anew each time (Not a directory)"
+    ]
 
 
 def test_ade20k_maps_are_the_files_or_the_benchmarks_classes_of_their_colours(tmp_path, caplog):

@@ -163,7 +163,7 @@ def test_faces_are_made_small_with_their_maps_and_still_mirror(tmp_path):
     out = tmp_path / "shards"
     told = Told("prepare", tmp_path / "faces", out=out, size=16, workers=1)
     assert told.error == ""
-    assert f"{out}: train: 3 images, 3 with segmentation, 0 unreadable left out, in 1 shards" in told.text
+    assert f"{out}: train: 3 images, 3 with segmentation, 0 missing, 0 unreadable left out, in 1 shards" in told.text
     manifest = json.loads((out / "regvq-data.json").read_bytes())
     assert manifest["dataset"] == "celebahq"
     assert manifest["classes"][4] == "l_eye"
@@ -171,6 +171,7 @@ def test_faces_are_made_small_with_their_maps_and_still_mirror(tmp_path):
         "official": "test",
         "images": 1,
         "segmentation": 1,
+        "missing": 0,
         "unreadable": 0,
         "shards": 1,
     }
@@ -187,13 +188,40 @@ def test_what_cannot_be_read_or_has_no_map_is_counted(tmp_path):
     (top / "images" / "training" / "ADE_train_00000001.jpg").write_bytes(b"no image")
     told = Told("prepare", top, out=tmp_path / "out", size=10)
     assert told.error == ""
-    assert "train: 3 images, 2 with segmentation, 1 unreadable left out" in told.text
+    assert "train: 3 images, 2 with segmentation, 0 missing, 1 unreadable left out" in told.text
     assert re.search(r"left out .*ADE_train_00000001.jpg: ", told.text)
     for image in (top / "images" / "validation").iterdir():
         image.write_bytes(b"no image")
     error = Told("prepare", top, out=tmp_path / "other", size=10).error
     assert re.match(r"none of the 2 validation images of ADE20K scene parsing benchmark in .* can be read", error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ade", "out"]  # nothing half-made is left
+
+
+def test_missing_images_are_counted_and_a_field_that_nobody_has_is_an_error(tmp_path):
+    top, out = trees.cub200(tmp_path / "cub"), tmp_path / "out"
+    first = min((top / "images" / trees.BIRDS[1]).iterdir())  # birds with an odd number are for training
+    first.unlink()
+    for text in (tmp_path / "cub" / "text" / trees.BIRDS[0]).iterdir():
+        text.unlink()
+    error = Told("prepare", top, out=out).error
+    assert error.startswith(f"no image of CUB-200-2011 in {top} (test) has its caption: get it from https://github.com")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cub"]  # nor is the other split packed before
+    told = Told("prepare", top, out=out, fields=())
+    assert told.error == ""
+    assert f"1 of the 4 train images of CUB-200-2011 in {top} are missing (002." in told.text
+    assert f"{out}: train: 3 images, 1 missing, 0 unreadable left out, in 1 shards" in told.text
+    assert "of the 4 test images" not in told.text
+    splits = json.loads((out / "regvq-data.json").read_bytes())["splits"]
+    assert [splits[split]["missing"] for split in ("train", "val")] == [1, 0]
+    assert ImageShards(out, "train", 16).label == str(out)  # which reads the manifest
+
+
+def test_one_of_several_archives_is_named_by_dataset(tmp_path, monkeypatch):
+    trees.cub200(tmp_path)
+    trees.celebahq(tmp_path)
+    assert Told("verify", tmp_path).error.endswith("of one (train/data.py: or give --dataset)")
+    expect(monkeypatch, tmp_path / "CUB_200_2011", {"train": 4, "test": 4})
+    assert Told("verify", tmp_path, dataset="cub200").error == ""
 
 
 def test_settings_are_checked_before_anything_is_written(tmp_path):

@@ -37,7 +37,6 @@ class ADE20K(Archive):
     def __init__(self, top: Path) -> None:
         super().__init__(top)
         self.full = not _is_benchmark(top)
-        self.images = top / "images"
         training, release = 20210, ""
         if self.full and (top / "images" / "ADE").is_dir():
             self.images, training, release = top / "images" / "ADE", 25574, ", full release of 2021"
@@ -75,7 +74,7 @@ class ADE20K(Archive):
     def read(self, name: str, part: Part) -> bytes:
         if part == "image" or not self.full:
             return super().read(name, part)
-        return self._kept(name, lambda: self._converted(name))
+        return self._kept(name, self.path(name, part), lambda: self._converted(name))
 
     def _converted(self, name: str) -> NDArray[np.uint8]:
         """(H, W) ids of the 150 classes, out of the colours of the full release."""

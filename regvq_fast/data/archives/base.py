@@ -34,7 +34,7 @@ class Archive(ABC):
     a folder of images would have them in files: an image, a map with one class id a pixel, captions one a line.
 
     Args:
-        top: the folder that the archive unpacks to, as :meth:`find` found it.
+        top: the folder that the archive unpacks to: :meth:`is_top` says so.
     """
 
     name: ClassVar[ArchiveName]
@@ -61,12 +61,30 @@ class Archive(ABC):
 
     def __init__(self, top: Path) -> None:
         self.top = top
+        self.images = top / "images"
+        """The folder that names of pictures start from."""
 
     @classmethod
-    def find(cls, root: str | os.PathLike[str]) -> Self | None:
-        """The archive in ``root``, which is its top folder or the folder that holds that; None where it isn't there."""
+    def at(cls, root: str | os.PathLike[str]) -> Self | None:
+        """The archive whose top folder ``root`` is, or whose folder of images; None where it is neither.
+
+        Images alone would be a folder like any other: without captions, maps and the official splits.
+        """
         folder = Path(root)
-        return next((cls(top) for top in (folder, *(folder / name for name in cls.tops)) if cls.is_top(top)), None)
+        if cls.is_top(folder):
+            return cls(folder)
+        folder = Path(os.path.abspath(folder))
+        for above in folder.parents[:2]:
+            if folder.is_dir() and cls.is_top(above) and (archive := cls(above)).images.is_relative_to(folder):
+                return archive
+        return None
+
+    @classmethod
+    def within(cls, root: str | os.PathLike[str]) -> list[Self]:
+        """The archives whose top folders lie in ``root``: several where it holds several releases."""
+        tops = [top for top in (Path(root) / name for name in cls.tops) if cls.is_top(top)]
+        # Links, and names that a file system takes for the same, lead to one archive.
+        return [cls(top) for k, top in enumerate(tops) if not any(top.samefile(other) for other in tops[:k])]
 
     @classmethod
     @abstractmethod
@@ -113,27 +131,31 @@ class Archive(ABC):
             raise FileNotFoundError(f"{path} is missing: get it from {self.source('image')}")
         return [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
-    def _kept(self, name: str, make: Callable[[], NDArray[np.uint8]]) -> bytes:
+    def _kept(self, name: str, source: str, make: Callable[[], NDArray[np.uint8]]) -> bytes:
         """A semantic map that is made once, and kept as PNG in MAP_FOLDER or, where that can't be written, in the
         user's cache.
+
+        A kept map bears the time of ``source``, the file or folder that it was made of, and is made anew once that has
+        another one. A later time would not do: unpacking gives folders the times that they had when they were packed.
         """
+        made_of = _modified(source)
         folders = _map_folders(self.top)
         files = [folder / f"{os.path.splitext(name)[0]}.png" for folder in folders]
         for file in files:
-            try:
+            if (kept := _modified(file)) is not None and made_of in (kept, None):
                 return file.read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                continue
         data = encoded_map(make())
         for file in files:
             try:
                 with atomic_path(file) as temporary:
                     temporary.write_bytes(data)
+                    if made_of is not None:
+                        os.utime(temporary, ns=(made_of, made_of))
                 break
             except OSError as failure:
-                error = failure
+                reason = failure.strerror or type(failure).__name__  # without the file's name: it says so once
         else:
-            _warn_once(f"semantic maps made of {self.top} can't be kept, and are made anew each time ({error})")
+            warn_once(f"semantic maps made of {self.top} can't be kept, and are made anew each time ({reason})")
         return data
 
 
@@ -158,6 +180,14 @@ def encoded_map(labels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
+def _modified(path: str | os.PathLike[str]) -> int | None:
+    """When a file or folder was last changed, in nanoseconds; None where it isn't there."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _map_folders(top: Path) -> list[Path]:
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return [
@@ -167,5 +197,6 @@ def _map_folders(top: Path) -> list[Path]:
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Training and validation come out of the same archive, and maps by the thousand."""
     logger.warning(message)

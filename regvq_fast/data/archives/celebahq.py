@@ -41,6 +41,7 @@ class CelebAHQ(Archive):
 
     def __init__(self, top: Path) -> None:
         super().__init__(top)
+        self.images = top / "CelebA-HQ-img"
         self.partitions = {"train": 24183, "val": 2993, "test": 2824}
         self.served = {"train": "train", "val": "test"}
 
@@ -69,7 +70,7 @@ class CelebAHQ(Archive):
 
     def path(self, name: str, part: Part) -> str:
         if part == "image":
-            return str(self.top / "CelebA-HQ-img" / name)
+            return str(self.images / name)
         return f"{self._masks(name)}_{PARTS[0]}.png"
 
     def _masks(self, name: str) -> str:
@@ -78,7 +79,7 @@ class CelebAHQ(Archive):
         return os.path.join(self.top, "CelebAMask-HQ-mask-anno", str(number // _FOLDER_IMAGES), f"{number:05d}")
 
     def has(self, part: Part, names: Sequence[str]) -> NDArray[np.bool_]:
-        """A face has a map if it has the mask of any part."""
+        """A face has a map if it has the mask of any part: which parts can be seen in it is said nowhere else."""
         if part == "image":
             return super().has(part, names)
         masks = [os.path.split(self._masks(name)) for name in names]
@@ -89,7 +90,10 @@ class CelebAHQ(Archive):
         return np.array([number in found[folder] for folder, number in masks], dtype=bool)
 
     def read(self, name: str, part: Part) -> bytes:
-        return super().read(name, part) if part == "image" else self._kept(name, lambda: self._merged(name))
+        if part == "image":
+            return super().read(name, part)
+        # The time of the folder tells of masks that came, went or were replaced, in one question for all of them.
+        return self._kept(name, os.path.dirname(self._masks(name)), lambda: self._merged(name))
 
     def _merged(self, name: str) -> NDArray[np.uint8]:
         """(H, W) class ids: 0 where there is no part."""

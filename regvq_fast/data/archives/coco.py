@@ -48,6 +48,10 @@ class COCO(Archive):
 
     @classmethod
     def is_top(cls, folder: Path) -> bool:
+        folder = Path(os.path.abspath(folder))
+        own, above = ((place / "annotations").is_dir() for place in (folder, folder.parent))
+        if folder.name == "images" and above and not own:  # the folder above is, and has the captions
+            return False
         return _images_and_year(folder) is not None
 
     @classmethod

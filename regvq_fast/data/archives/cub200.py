@@ -60,7 +60,7 @@ class CUB200(Archive):
 
     @cached_property
     def _captions(self) -> Path:
-        classes = [folder.name for folder in (self.top / "images").iterdir() if folder.is_dir()]
+        classes = [folder.name for folder in self.images.iterdir() if folder.is_dir()]
         places = [base / folder for base in (self.top, self.top.parent) for folder in _CAPTION_FOLDERS]
         return next(
             (place for place in places if place.is_dir() and any((place / name).is_dir() for name in classes)),
@@ -70,7 +70,7 @@ class CUB200(Archive):
     def path(self, name: str, part: Part) -> str:
         if part == "caption":
             return f"{self._captions / os.path.splitext(name)[0]}.txt"
-        return str(self.top / "images" / name)
+        return str(self.images / name)
 
     def read(self, name: str, part: Part) -> bytes:
         data = super().read(name, part)

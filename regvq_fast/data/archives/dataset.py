@@ -1,11 +1,12 @@
 """The pictures of an official archive as a data set."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
 from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.manifest import mirrored_ids
 from regvq_fast.data.pictures import Crop, Field, Part, PictureDataset
 from regvq_fast.data.samples import Split
@@ -46,16 +47,13 @@ class ArchiveDataset(PictureDataset):
         self._mirrored_ids = mirrored_ids(archive.mirror_pairs)
         for field in sorted(self.fields.difference(archive.fields)):
             raise ValueError(f"{archive.title} has no {field}; it has image{''.join(f', {f}' for f in archive.fields)}")
-        names = self._present(archive.served[split])
-        has = {field: archive.has(field, names) for field in sorted(self.fields)}
-        for field, there in has.items():
-            if not there.any():
-                raise FileNotFoundError(
-                    f"no image of {self.label} has its {field}: get it from {archive.source(field)}"
-                )
-        complete = self._complete(list(has.values()), len(names))
+        files = SplitFiles(archive, archive.served[split], self.fields)
+        files.require()
+        if files.missing:
+            logger.warning("%s", files.missing_told())
+        complete = self._complete(list(files.has.values()), len(files.names))
         # An array: worker processes share its memory, where each would come to have a copy of a list.
-        self.names = np.array(names)[complete][self._choose(None, len(complete))]
+        self.names = np.array(files.names)[complete][self._choose(None, len(complete))]
         self._start(len(self.names))
 
     @property
@@ -65,23 +63,6 @@ class ArchiveDataset(PictureDataset):
     @property
     def num_classes(self) -> int | None:
         return len(self.archive.classes) or None
-
-    def _present(self, partition: str) -> Sequence[str]:
-        """Names of the split's pictures whose images are there; at least one."""
-        archive = self.archive
-        names = archive.listed(partition)
-        present = archive.has("image", names)
-        if not present.any():
-            raise FileNotFoundError(
-                f"the {partition!r} split of {archive.label} has no images: get it from {archive.source('image')}"
-            )
-        if not present.all():
-            missing = len(names) - np.count_nonzero(present)
-            first = names[int(np.argmin(present))]
-            logger.warning(
-                "%d of the %d %s images of %s are missing (%s)", missing, len(names), partition, archive.label, first
-            )
-        return [name for name, there in zip(names, present, strict=True) if there]
 
     def _read(self, position: int, part: Part) -> bytes:
         return self.archive.read(str(self.names[position]), part)

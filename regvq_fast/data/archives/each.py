@@ -10,6 +10,7 @@ from rich.progress import track
 from torch.utils.data import Dataset
 
 from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.loading import in_order
 from regvq_fast.data.pictures import Field
 
@@ -27,26 +28,14 @@ class EachPicture(Dataset[Result | Problem], Generic[Result]):
     """What ``work`` makes of each picture of a split that is there, or the problem with it; each when it is asked for.
 
     Args:
-        archive: whose pictures.
-        partition: an official split.
-        fields: which ones ``work`` is to look at.
+        files: the split's pictures, and the fields that ``work`` is to look at.
         work: gets archive, a picture's name and those of the fields that the picture has; may raise anything.
-
-    Raises:
-        FileNotFoundError: a list is missing. ValueError: one is damaged.
     """
 
-    def __init__(
-        self,
-        archive: Archive,
-        partition: str,
-        fields: Collection[Field],
-        work: Callable[[Archive, str, Collection[Field]], Result],
-    ) -> None:
-        self.archive, self.work = archive, work
-        names = archive.listed(partition)
-        self.names = np.array(names, dtype=np.str_)[archive.has("image", names)]
-        self.has = {field: archive.has(field, self.names.tolist()) for field in sorted(fields)}
+    def __init__(self, files: SplitFiles, work: Callable[[Archive, str, Collection[Field]], Result]) -> None:
+        self.archive, self.work = files.archive, work
+        # An array: worker processes share its memory, where each would come to have a copy of a list.
+        self.names, self.has = np.array(files.names, dtype=np.str_), files.has
 
     def __len__(self) -> int:
         return len(self.names)

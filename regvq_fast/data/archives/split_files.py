@@ -1,0 +1,53 @@
+"""What is there of an official split."""
+
+from collections.abc import Collection
+
+from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.pictures import Field
+
+
+class SplitFiles:
+    """The pictures of a split, and what they come with.
+
+    Args:
+        archive: whose pictures.
+        partition: an official split.
+        fields: which ones to look for.
+
+    Attributes:
+        names: pictures whose images are there, in the list's order.
+        missing: pictures of the list whose images aren't there.
+        has: for each field, (len(names),) bool: which pictures have it.
+
+    Raises:
+        FileNotFoundError: a list is missing. ValueError: one is damaged.
+    """
+
+    def __init__(self, archive: Archive, partition: str, fields: Collection[Field]) -> None:
+        self.archive, self.partition = archive, partition
+        listed = archive.listed(partition)
+        present = archive.has("image", listed)
+        self.names = [name for name, there in zip(listed, present, strict=True) if there]
+        self.missing = [name for name, there in zip(listed, present, strict=True) if not there]
+        self.has = {field: archive.has(field, self.names) for field in sorted(fields)}
+
+    def require(self) -> None:
+        """Raise FileNotFoundError where there is no image, or where no image has one of the fields."""
+        archive, partition = self.archive, self.partition
+        if not self.names:
+            raise FileNotFoundError(
+                f"the {partition!r} split of {archive.label} has no images: get it from {archive.source('image')}"
+            )
+        for field, there in self.has.items():
+            if not there.any():
+                raise FileNotFoundError(
+                    f"no image of {archive.label} ({partition}) has its {field}: get it from {archive.source(field)}"
+                )
+
+    def missing_told(self) -> str:
+        """How many images are missing, with an example; nothing where none is."""
+        if not self.missing:
+            return ""
+        count = len(self.missing) + len(self.names)
+        label = self.archive.label
+        return f"{len(self.missing)} of the {count} {self.partition} images of {label} are missing ({self.missing[0]})"
