@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where those are kept that can be made again."""
 
 import os
 from collections.abc import Iterator
@@ -20,3 +20,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def user_cache(name: str) -> Path:
+    """The folder of this user's cache for files of one kind: ``$XDG_CACHE_HOME/regvq_fast/NAME``; it may not exist.
+
+    Raises:
+        OSError: neither ``XDG_CACHE_HOME`` nor a home folder is known.
+    """
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        raise OSError("this user has no home folder to keep a cache in: set XDG_CACHE_HOME to a folder") from None
+    return home / "regvq_fast" / name

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_OF_ALL = "all ranks stop with this error"
+"""A note of errors."""
+
 
 def num_ranks() -> int:
     """Processes of the run."""
@@ -124,8 +127,18 @@ def together() -> Iterator[None]:
         if error is None and first is not None:
             kind, _, message = first.partition(" ")
             error = ValueError(message) if kind == "value" else OSError(message)
+        if error is not None:
+            error.add_note(_OF_ALL)
     if error is not None:
         raise error
+
+
+def is_for_others_to_say(error: BaseException) -> bool:
+    """Whether :func:`together` raised an error on all ranks, of which this is not rank 0; after they parted, too.
+
+    Any other error may be one that this rank alone knows of.
+    """
+    return is_torchrun() and os.environ["RANK"] != "0" and _OF_ALL in getattr(error, "__notes__", ())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from regvq_fast.data.pictures import Crop, Field
 from regvq_fast.data.samples import Batch, Sample, Split
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.shards import ImageShards, write_shards
-from regvq_fast.data.tokens import TokenBatch, TokenDataset, TokenSample, majority_vote, tokenize_batch, tokenizer_hash
+from regvq_fast.data.tokens import TokenBatch, TokenDataset, TokenSample, majority_vote, tokenize_batch
 from regvq_fast.data.transforms import to_float, to_uint8
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "to_float",
     "to_uint8",
     "tokenize_batch",
-    "tokenizer_hash",
     "training_batches",
     "validation_batches",
     "write_shards",

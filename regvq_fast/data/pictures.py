@@ -24,6 +24,7 @@ from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_
 logger = logging.getLogger("regvq_fast")
 
 Crop = Literal["random-resized", "center"]
+"""How training images are cut: anywhere and at a random scale, or the largest central square."""
 Field = Literal["caption", "segmentation"]
 """What a sample may hold besides its image."""
 Part = Literal["image", "caption", "segmentation"]

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from regvq_fast.data.finding import CAPTION_SUFFIX, EXTENSIONS, SEGMENTATION_SUFFIX, name_hash
-from regvq_fast.files import atomic_path
+from regvq_fast.files import atomic_path, user_cache
 
 logger = logging.getLogger("regvq_fast")
 
@@ -197,12 +197,11 @@ def member_name(path: Path, offset: int) -> str:
 def _cache_files(folder: Path) -> list[Path]:
     """Where the index of a folder's shards may lie, best first."""
     files = [folder / INDEX_NAME]
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    except RuntimeError:  # nobody's home
-        return files
     digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    return [*files, home / "regvq_fast" / "shards" / f"{digest}.npz"]
+    try:
+        return [*files, user_cache("shards") / f"{digest}.npz"]
+    except OSError:  # nobody's home
+        return files
 
 
 def _load_cache(file: Path) -> dict[str, _Record]:

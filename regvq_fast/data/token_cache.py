@@ -44,7 +44,7 @@ class CacheInfo:
     tokenizer: str
     """Path of the tokenizer, as it was given."""
     tokenizer_sha256: str
-    """Of its weights (:func:`regvq_fast.data.tokens.tokenizer_hash`)."""
+    """Of its weights (:func:`regvq_fast.models.weights.weights_hash`)."""
     num_codes: int
     token_shape: tuple[int, int]
     """(h, w) of a sample's tokens."""

@@ -4,7 +4,6 @@ Both give the same samples. The cache holds the first ``views`` epochs of a trai
 g of a cached data set and the tokens of sample g of the images are equal for every g below their number.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from regvq_fast.data.samples import Batch, Split, check_index, check_split, shuffled_position
@@ -99,15 +98,6 @@ def majority_vote(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
     return winners.to(torch.uint8)
 
 
-def tokenizer_hash(tokenizer: nn.Module) -> str:
-    """SHA-256 of a module's weights, whatever file or device they are in: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tokenizer.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class TokenDataset(Dataset[TokenSample]):
     """The samples of a token cache, memory-mapped.
 
@@ -122,7 +112,8 @@ class TokenDataset(Dataset[TokenSample]):
         folder: of the cache.
         split: "train" or "val".
         seed: decides the order of training samples.
-        tokenizer_hash: of the tokenizer that the tokens have to be of (:func:`tokenizer_hash`); None: any.
+        tokenizer_hash: of the tokenizer that the tokens have to be of (:func:`regvq_fast.models.weights.weights_hash`);
+            None: any.
 
     Raises:
         FileNotFoundError: no cache there, or a shard is missing.

@@ -17,7 +17,6 @@ from regvq_fast.config import ARConfig, DiffusionConfig, VQGANConfig, read_confi
 from regvq_fast.config.common import check_at_least
 from regvq_fast.data.loading import build_dataset, default_workers
 from regvq_fast.data.token_cache import read_info
-from regvq_fast.data.tokens import tokenizer_hash
 from regvq_fast.evaluation.feature_nets import PerceptualDistance, load_feature_net
 from regvq_fast.evaluation.fid import (
     Reference,
@@ -25,18 +24,18 @@ from regvq_fast.evaluation.fid import (
     default_cache,
     describe_data,
     make_reference,
-    rank_batches,
-    rank_share,
     statistics_of,
     too_few_images,
 )
 from regvq_fast.evaluation.measurement import Measurement, print_measurements, write_measurements
 from regvq_fast.evaluation.metrics import DrawnImages, evaluate_tokenizer, fid_of_samples
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics
+from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_device, choose_precision, configure_backends
-from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, sum_over_ranks, together
+from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, together
 from regvq_fast.sampling.images import DrawConfig, ImageSampler
 from regvq_fast.version import __version__
 
@@ -66,7 +65,8 @@ class EvaluateConfig(DrawConfig):
     val_images: int | None = None
     """Use at most so many validation images. Not given: the whole split (of the scenes: 256)."""
     data_seed: int = 0
-    """Of the embedded scenes: which ones."""
+    """Of the embedded scenes: which ones. 0 whatever the seed of the run, since all runs are to be judged on the same
+    scenes. The validation scenes of its training are those of the seed it was trained with."""
     fid_features: str = "inception"
     """"inception" or "inception:PATH" (FID, with torch-fidelity's network), "vgg16" or "vgg16:PATH", "random-vgg16";
     "none": no Fréchet distance."""
@@ -95,12 +95,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
     Raises:
         ValueError, OSError: what is wrong with settings, models, data or weights, in one sentence, before work starts.
     """
-    _check(config)
     device = choose_device(config.device)
     if device.type == "cuda":
         configure_backends(device, deterministic=True)
     with process_group(device):
         with together(), rank_0_first():  # it may download weights, and index shards
+            _check(config)
             evaluation = _Evaluation(config, device)
         return evaluation.run()
 
@@ -131,6 +131,7 @@ class _Evaluation:
         self.console = Console(quiet=rank() > 0)
         self.precision = choose_precision(config.amp, device)
         self.workers = default_workers(local_ranks()) if config.workers is None else config.workers
+        self.cache = config.cache_dir or default_cache()
         self.net = None if config.fid_features == "none" else load_feature_net(config.fid_features).to(device)
         self.sampler: ImageSampler | None = None
         if config.prior_run is not None:
@@ -167,7 +168,7 @@ class _Evaluation:
         if self.sampler is None:
             return tokenizer
         own = self.sampler.tokenizer
-        if tokenizer is not None and (given := tokenizer_hash(tokenizer)) != (wanted := tokenizer_hash(own)):
+        if tokenizer is not None and (given := weights_hash(tokenizer)) != (wanted := weights_hash(own)):
             raise ValueError(
                 f"--run {config.run} (SHA-256 {given[:12]}) is not the tokenizer of --prior-run {config.prior_run} "
                 f"({wanted[:12]}): evaluate them apart, or leave out --run"
@@ -192,7 +193,8 @@ class _Evaluation:
         """Measure, print and write."""
         config, reference = self.config, None
         loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": self.workers}
-        self.protocol = {**describe_data(self.dataset), **self._facts()}
+        described = describe_data(self.dataset)
+        self.protocol = {**described, **self._facts()}
         with self._progress() as progress, warnings.catch_warnings():
             warnings.simplefilter("ignore", TooFewImagesWarning)  # a note in the protocol says so
 
@@ -201,12 +203,12 @@ class _Evaluation:
                 return lambda done: progress.update(task, completed=done)
 
             if self.net is not None:
-                cache = config.cache_dir or default_cache()
                 reference = make_reference(
                     self.dataset,
                     self.net,
                     device=self.device,
-                    cache=cache,
+                    cache=self.cache,
+                    data=described,
                     progress=bar("validation images"),
                     **loading,
                 )
@@ -234,8 +236,7 @@ class _Evaluation:
                 drawn = statistics_of(images, reference.net, self.device, say)
                 facts = {"drawn": str(config.images)}
                 self._keep_frechet("fid_g", reference.distance(drawn), reference, drawn.count, facts)
-        unreadable = int(sum_over_ranks(torch.tensor(getattr(self.dataset, "unreadable", 0), device=self.device)))
-        if unreadable:  # the next images of the list took their places
+        if unreadable := unreadable_images(self.dataset):  # the next images of the list took their places
             for found in self.results.values():
                 found.protocol["unreadable"] = unreadable
         if rank() == 0:
@@ -252,7 +253,7 @@ class _Evaluation:
         facts: dict[str, Any] = {}
         if self.tokenizer is not None:
             source = self.config.run or Path(str(self.config.prior_run)) / TOKENIZER
-            facts |= {"tokenizer": str(source), "tokenizer_sha256": tokenizer_hash(self.tokenizer)[:12]}
+            facts |= {"tokenizer": str(source), "tokenizer_sha256": weights_hash(self.tokenizer)[:12]}
         return facts | {
             "precision": precision if self.device.type == "cpu" else f"{precision}, TF32 where fp32",
             "device": device if num_ranks() == 1 else f"{device}, {num_ranks()} processes",

@@ -12,11 +12,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.data.tokens import tokenizer_hash
 from regvq_fast.data.transforms import to_float
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.models.features import VGGFeatures, load_vgg_features
-from regvq_fast.models.weights import RemoteWeights, find_weights, read_state_dict, sha256_of
+from regvq_fast.models.weights import RemoteWeights, find_weights, read_state_dict, sha256_of, weights_hash
 
 INCEPTION_WEIGHTS = RemoteWeights(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -26,8 +25,8 @@ INCEPTION_WEIGHTS = RemoteWeights(
 
 _CHOICES = "inception, inception:PATH, vgg16, vgg16:PATH, random-vgg16"
 _INSTALL = (
-    'the Inception features of FID need torch-fidelity: pip install "regvq-fast[fid]"; or give other features with '
-    "--fid-features vgg16:PATH"
+    'the Inception features of FID need torch-fidelity: run pip install -e ".[fid]" in the checkout, or give other '
+    "features with --fid-features vgg16:PATH"
 )
 
 
@@ -81,7 +80,7 @@ class FeatureNet(nn.Module, ABC):
         return super().train(False)
 
     def _finish(self) -> None:
-        self.hash = tokenizer_hash(self)[:12]
+        self.hash = weights_hash(self)[:12]
         self.requires_grad_(False)
         self.eval()
 
@@ -196,7 +195,7 @@ class PerceptualDistance(nn.Module):
         self.trunk = load_vgg_features("vgg16", weights)
         self.distance = LPIPS(self.trunk)
         self.name = self.distance.name
-        self.hash = tokenizer_hash(self)[:12]
+        self.hash = weights_hash(self)[:12]
         self.eval()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -24,18 +24,18 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from regvq_fast.data.archives import ArchiveDataset
 from regvq_fast.data.folder import ImageFolder
-from regvq_fast.data.loading import validation_batches
 from regvq_fast.data.pictures import PictureDataset
 from regvq_fast.data.samples import Sample
 from regvq_fast.data.scenes import ScenesDataset
 from regvq_fast.data.shards import ImageShards
 from regvq_fast.evaluation.feature_nets import FeatureNet
-from regvq_fast.files import atomic_path
-from regvq_fast.ranks import any_rank, num_ranks, rank, sum_over_ranks
+from regvq_fast.evaluation.shares import rank_batches, rank_share
+from regvq_fast.files import atomic_path, user_cache
+from regvq_fast.ranks import any_rank, rank, sum_over_ranks
 
 logger = logging.getLogger("regvq_fast")
 
@@ -174,6 +174,7 @@ def make_reference(
     workers: int = 0,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
+    data: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Reference:
     """The statistics of a validation split: from the cache, or computed by all ranks and put there.
@@ -184,12 +185,13 @@ def make_reference(
         batch_size, workers: of the loader.
         cache: folder of statistics (:func:`default_cache`), each known by the files or scenes that it is of, by size,
             crop and number of the images, and by the hash of the network. None: none is read or written.
+        data: what :func:`describe_data` said of the data set; None: it is asked, which looks at all files.
         progress: called after each batch with the number of this rank's images done.
 
     Raises:
         ValueError: there is no image; or what the data set raises.
     """
-    data = describe_data(dataset)
+    data = describe_data(dataset) if data is None else data
     identity = {"format": _FORMAT, **data, "features": net.name, "weights": net.hash}
     file = None if cache is None else _cache_file(cache, identity)
     found = None if file is None else _load(file, identity, net.num_features, device)
@@ -202,17 +204,6 @@ def make_reference(
         progress(len(rank_share(len(dataset))))  # type: ignore[arg-type]
     assert found is not None
     return Reference(net, found, data, device)
-
-
-def rank_batches(dataset: Any, batch_size: int, workers: int, device: torch.device | str) -> Any:
-    """This rank's share of a data set, in batches."""
-    pin_memory = torch.device(device).type == "cuda"
-    return validation_batches(Subset(dataset, rank_share(len(dataset))), batch_size, workers, pin_memory)
-
-
-def rank_share(count: int) -> range:
-    """The numbers of this rank's samples, of ``count``."""
-    return range(*(count * k // num_ranks() for k in (rank(), rank() + 1)))
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
@@ -270,8 +261,8 @@ def _files_of(dataset: Any) -> Iterable[str | Path]:
 
 
 def default_cache() -> Path:
-    """Where the statistics of data sets are kept unless another folder is named."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "regvq_fast" / "fid"
+    """Where the statistics of data sets are kept unless another folder is named. Raises OSError: as `user_cache`."""
+    return user_cache("fid")
 
 
 def _cache_file(folder: Path, identity: dict[str, Any]) -> Path:

@@ -1,7 +1,7 @@
 """What a trained tokenizer and images drawn by a prior are measured by, over a whole split."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from regvq_fast.data.finding import EXTENSIONS, find_files, is_image
 from regvq_fast.data.samples import Sample
 from regvq_fast.data.transforms import image_to_tensor
-from regvq_fast.evaluation.fid import FeatureStatistics, Reference, rank_batches, rank_share, statistics_of
+from regvq_fast.evaluation.fid import FeatureStatistics, Reference, statistics_of
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.evaluation.shares import rank_batches, rank_share
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.sampling.images import ImageSampler
 
@@ -115,6 +116,8 @@ def fid_of_samples(
 class DrawnImages(Dataset[Sample]):
     """The images of a folder that were drawn at one size, as they are; sorted by name, train/sample.py's grid left out.
 
+    Every file is checked at once: the checksums of a PNG, whose pixels are decoded later; others are decoded.
+
     Raises:
         FileNotFoundError: no such folder, or no image in it.
         ValueError: an image that can't be read, or of another size.
@@ -130,14 +133,15 @@ class DrawnImages(Dataset[Sample]):
         if not self.files:
             raise FileNotFoundError(f"no images in {folder}")
         for file in self.files:
-            try:
-                with Image.open(file) as image:
-                    size = image.size
-            except UnidentifiedImageError:
-                raise ValueError(f"{file} is not an image") from None
-            if size != (image_size, image_size):
+            with _reading(file) as image:
+                width, height = image.size
+                if image.format == "PNG":
+                    image.verify()
+                else:
+                    image.load()
+            if (width, height) != (image_size, image_size):
                 raise ValueError(
-                    f"{file} has {size[0]} x {size[1]} pixels, the validation images {image_size} x {image_size}: the "
+                    f"{file} has {width} x {height} pixels, the validation images {image_size} x {image_size}: the "
                     "distance is between images of one size"
                 )
 
@@ -145,5 +149,20 @@ class DrawnImages(Dataset[Sample]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        with Image.open(self.files[index]) as image:
+        with _reading(self.files[index]) as image:
             return Sample(image=image_to_tensor(image.convert("RGB")))
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Image.Image]:
+    """An image file while it is open; ValueError where the block can't read it."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise ValueError(f"{file} is not an image") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file} can't be read ({reason}): draw it again, or take it away") from None

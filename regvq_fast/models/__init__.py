@@ -5,6 +5,7 @@ from regvq_fast.models.features import VGGFeatures, load_vgg_features
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.vqgan import VQGAN, VQGANOutput
+from regvq_fast.models.weights import weights_hash
 
 __all__ = [
     "VQGAN",
@@ -14,4 +15,5 @@ __all__ = [
     "VQDiffusion",
     "VQGANOutput",
     "load_vgg_features",
+    "weights_hash",
 ]

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 CONNECT_SECONDS = 5.0  # name resolution, connection and first answer together
 STALL_SECONDS = 15.0  # longest silence within a download
@@ -122,6 +122,15 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of a module's weights, whatever file or device they are in: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def download_file(remote: RemoteWeights, target: Path) -> None:

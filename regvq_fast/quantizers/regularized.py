@@ -27,8 +27,8 @@ class RegularizedQuantizer(Quantizer):
 
     - "distance" (default): ``-scale |x - z|^2``, codes of norm sqrt(D), ``scale = logit_std / (2 sqrt(D))``;
     - "linear": ``x . w + b``, w ~ N(0, logit_std^2 / D), a predicted token distribution beside the codebook;
-    - "cosine": the same for x and z of length 1, so ``2 scale cos(x, z)`` and a constant, ``scale = logit_std sqrt(D) / 2``;
-      the codes are the normalised embeddings.
+    - "cosine": the same for x and z of length 1, so ``2 scale cos(x, z)`` and a constant,
+      ``scale = logit_std sqrt(D) / 2``; the codes are the normalised embeddings.
 
     Args:
         num_codes: N.

@@ -17,35 +17,23 @@ from torch import Tensor
 from regvq_fast.config import read_config
 from regvq_fast.config.prior import ARConfig, DiffusionConfig
 from regvq_fast.data.loading import build_dataset, collate
-from regvq_fast.data.pictures import Field
-from regvq_fast.data.tokens import TokenDataset, majority_vote
-from regvq_fast.data.transforms import (
-    Box,
-    center_box,
-    crop_labels,
-    crop_rgb,
-    image_to_tensor,
-    to_float,
-    to_uint8,
-    upright_size,
-)
-from regvq_fast.evaluation.pictures import caption_tiles, color_map, save_image_grid, save_images
-from regvq_fast.models.pretrained import TOKENIZER
+from regvq_fast.data.tokens import TokenDataset
+from regvq_fast.data.transforms import Box, center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
-from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.pictures import caption_tiles, color_map, save_image_grid, save_images
 from regvq_fast.precision import choose_device, choose_precision
-from regvq_fast.sampling.autoregressive import sample_autoregressive
-from regvq_fast.sampling.diffusion import sample_diffusion
+from regvq_fast.sampling import common
+from regvq_fast.sampling.images import DrawConfig, ImageSampler
 
 _GRID = 64  # images of the grid at most
 _TEXT_SIZE = 192  # pixels of a caption's picture at least
 _STRIP = 12  # states of a denoising strip
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """A run of ``train/sample.py``."""
+@dataclass(frozen=True, kw_only=True)
+class SubjectConfig:
+    """What is to be drawn, and by which prior."""
 
     prior: Literal["ar", "diffusion"]
     """Autoregressive (semantic maps to images), or diffusion (captions to images)."""
@@ -66,26 +54,16 @@ class SampleConfig:
     """An image to edit: it is kept where `mask` is black."""
     mask: Path | None = None
     """Image file that is white where `edit` is to be drawn anew."""
-    temperature: float = 1.0
-    """Of the choice of a token; 0 takes the most likely one."""
-    top_k: int | None = None
-    """ar: choose among so many most likely codes."""
-    top_p: float | None = None
-    """ar: choose among the fewest codes whose probabilities sum to this."""
-    truncation: float = 0.86
-    """diffusion: share of p(x_0 | x_t) to choose from, the most likely codes first."""
-    steps: int | None = None
-    """diffusion: steps to take. Not given: all that the prior was trained with."""
-    guidance: float = 1.0
-    """Weight of classifier-free guidance; 1: none."""
-    seed: int = 0
-    """Decides the images: number k of a seed is the same in any batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(DrawConfig, SubjectConfig):  # of several bases, the fields of the last come first in the help
+    """A run of ``train/sample.py``."""
+
     batch_size: int = 16
     """Images that are drawn at once."""
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
-    compile: bool = False
-    """Compile the prior's step with torch.compile: for many images."""
     amp: bool = False
     """Mixed precision."""
     strip: bool = False
@@ -115,15 +93,14 @@ def generate(config: SampleConfig) -> None:
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=float(config.num_images))
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=start + count * done / total)
+
         while start < config.num_images:
             count = min(config.batch_size, config.num_images - start)
             begin = time.perf_counter()
-            drawn = generator.draw(
-                start,
-                count,
-                lambda done, total, at=start, n=count: progress.update(task, completed=at + n * done / total),
-            )
-            drawn = drawn.cpu()
+            drawn = generator.draw(start, count, advance).cpu()
             seconds += time.perf_counter() - begin
             save_images(config.out, drawn, first=start)
             images.append(drawn[: max(0, _GRID - start)])
@@ -148,8 +125,8 @@ def _check(config: SampleConfig) -> None:
     if (config.edit is None) != (config.mask is None):
         raise ValueError("--edit and --mask go together: the image, and where it is to be drawn anew")
     others: dict[str, dict[str, object]] = {
-        "ar": {"--text": config.text, "--steps": config.steps, "--strip": config.strip},
-        "diffusion": {"--map": config.map, "--top-k": config.top_k, "--top-p": config.top_p},
+        "ar": {"--text": config.text, "--strip": config.strip},
+        "diffusion": {"--map": config.map},
     }
     for flag, value in others[config.prior].items():
         if value:
@@ -159,67 +136,49 @@ def _check(config: SampleConfig) -> None:
 
 
 class _Generator:
-    """A prior, its tokenizer, and what the images are to be."""
+    """A sampler, and what the images are to be."""
 
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
-        self.device = choose_device(config.device)
-        self.precision = choose_precision(config.amp, self.device)
+        precision = choose_precision(config.amp, choose_device(config.device))
         kind = TokenTransformer if config.prior == "ar" else VQDiffusion
-        self.prior: Any = kind.from_pretrained(config.run).to(self.device)
-        if self.precision.dtype is not None:
-            self.prior.to(self.precision.dtype)
-        tokenizer = VQGAN.from_pretrained(config.run / TOKENIZER)
-        if tokenizer.token_shape != self.prior.token_shape or tokenizer.quantize.num_codes != self.prior.num_codes:
-            raise ValueError(
-                f"{config.run / TOKENIZER} has {tokenizer.token_shape} tokens of {tokenizer.quantize.num_codes} codes, "
-                f"the prior {self.prior.token_shape} of {self.prior.num_codes}: they don't belong together"
-            )
-        self.tokenizer = tokenizer.to(self.device)
-        self.maps, self.captions = self._conditions()
+        self.sampler = ImageSampler.from_run(config.run, config, precision, kind)
+        self.size = self.sampler.tokenizer.image_size
+        self.conditions = self._conditions()
         self.kept = None if config.edit is None or config.mask is None else self._edited(config.edit, config.mask)
         self.states: list[Tensor] | None = [] if config.strip else None
 
-    def draw(self, start: int, count: int, progress: Any) -> Tensor:
+    def draw(self, start: int, count: int, progress: common.Progress) -> Tensor:
         """Images (count, 3, H, W) uint8 from number ``start`` on."""
-        config = self.config
-        keep = None if self.kept is None else tuple(part.expand(count, -1, -1) for part in self.kept)
-        shared: dict[str, Any] = {
-            "seed": config.seed,
-            "temperature": config.temperature,
-            "guidance": config.guidance,
-            "keep": keep,
-            "first_image": start,
-            "compile": config.compile,
-            "progress": progress,
-        }
-        numbers = range(start, start + count)
-        if self.maps is not None:
-            condition = self.maps[[k % len(self.maps) for k in numbers]].to(self.device).long()
-            tokens = sample_autoregressive(self.prior, condition, top_k=config.top_k, top_p=config.top_p, **shared)
-        else:
-            captions = [self.captions[k % len(self.captions)] for k in numbers]
-            states: list[Tensor] | None = [] if self.states is not None and start == 0 else None
-            tokens = sample_diffusion(
-                self.prior, captions, steps=config.steps, truncation=config.truncation, states=states, **shared
-            )
-            if states is not None and self.states is not None:
-                self.states += [state[:1] for state in states]
-        return self._decode(tokens)
+        keep = None
+        if self.kept is not None:
+            tokens, kept = self.kept
+            keep = tokens.expand(count, -1, -1), kept.expand(count, -1, -1)
+        states: list[Tensor] | None = [] if self.states is not None and start == 0 else None
+        conditions = self._chosen(range(start, start + count))
+        images = self.sampler.draw_under(conditions, start, keep=keep, states=states, progress=progress)
+        if states is not None:
+            self.states = [state[:1] for state in states]
+        return images
+
+    def _chosen(self, numbers: range) -> Tensor | list[str]:
+        """The conditions of some images."""
+        chosen = [k % len(self.conditions) for k in numbers]
+        if isinstance(self.conditions, Tensor):
+            return self.conditions[chosen]
+        return [self.conditions[k] for k in chosen]
 
     def show(self, count: int) -> list[Tensor]:
         """What belongs above the first ``count`` images: conditions, and what is edited."""
-        size = self.tokenizer.image_size
-        if self.maps is not None:
-            rows = [color_map(self.maps[[k % len(self.maps) for k in range(count)]], (size, size))]
+        conditions = self._chosen(range(count))
+        if isinstance(conditions, Tensor):
+            rows = [color_map(conditions, (self.size, self.size))]
         else:
-            captions = [self.captions[k % len(self.captions)] for k in range(count)]
-            rows = [caption_tiles(captions, size * -(-_TEXT_SIZE // size))]
+            rows = [caption_tiles(conditions, self.size * -(-_TEXT_SIZE // self.size))]
         if self.kept is not None:
             tokens, kept = self.kept
-            whole = self._decode(tokens).cpu()
-            shown = F.interpolate(kept[:, None].float().cpu(), (size, size)).bool()
-            rows.append(torch.where(shown, whole, whole // 2 + 127).expand(count, -1, -1, -1))
+            whole = self.sampler.decode(tokens).cpu()
+            rows.append(torch.where(self._enlarged(kept), whole, whole // 2 + 127).expand(count, -1, -1, -1))
         return rows
 
     def strip(self) -> Tensor:
@@ -227,41 +186,32 @@ class _Generator:
         assert self.states
         chosen = [self.states[round(k)] for k in np.linspace(0, len(self.states) - 1, min(_STRIP, len(self.states)))]
         tokens = torch.cat(chosen)
-        masked = tokens == self.prior.num_codes
-        images = self._decode(tokens.masked_fill(masked, 0)).cpu()
-        size = self.tokenizer.image_size
-        return torch.where(F.interpolate(masked[:, None].float().cpu(), (size, size)).bool(), 127, images).to(
-            torch.uint8
-        )
+        masked = tokens == self.sampler.prior.num_codes
+        images = self.sampler.decode(tokens.masked_fill(masked, 0)).cpu()
+        return torch.where(self._enlarged(masked), 127, images).to(torch.uint8)
 
-    @torch.no_grad()
-    def _decode(self, tokens: Tensor) -> Tensor:
-        with self.precision.autocast():
-            return to_uint8(self.tokenizer.decode_indices(tokens).float())
+    def _enlarged(self, mask: Tensor) -> Tensor:
+        """A mask of tokens (B, h, w) as one of pixels (B, 1, H, W), on the CPU."""
+        return F.interpolate(mask[:, None].float().cpu(), (self.size, self.size)).bool()
 
     # --------------------------------------------------------------------------------------------------- conditions
 
-    def _conditions(self) -> tuple[Tensor | None, Sequence[str]]:
+    def _conditions(self) -> Tensor | Sequence[str]:
         """Semantic maps (K, h', w') on the CPU, or captions."""
-        config = self.config
+        config, prior = self.config, self.sampler.prior
         if config.text:
-            self.prior.text_encoder.truncate = False  # of a data set's captions; people are told what doesn't fit
-            self.prior.tokenize_text(config.text)
-            return None, config.text
+            prior.text_encoder.truncate = False  # of a data set's captions; people are told what doesn't fit
+            prior.tokenize_text(config.text)
+            return config.text
         if config.map is not None:
-            return self._checked(_read_ids(config.map, self.prior.condition_shape), f"--map {config.map}"), ()
-        field: Field = "segmentation" if config.prior == "ar" else "caption"
-        batch, source = self._validation(field, min(config.num_images, _GRID))
-        if field == "caption":
-            return None, batch["caption"]
-        maps = batch["segmentation"]
-        if maps.shape[1:] != self.prior.condition_shape:
-            maps = majority_vote(maps, self.prior.condition_shape)
-        return self._checked(maps, source), ()
+            return self.sampler.reduce(_read_ids(config.map), f"--map {config.map}")
+        batch, source = self._validation(min(config.num_images, _GRID))
+        found = batch[self.sampler.field]
+        return self.sampler.reduce(found, source) if isinstance(found, Tensor) else found
 
-    def _validation(self, field: Field, count: int) -> tuple[Any, str]:
+    def _validation(self, count: int) -> tuple[Any, str]:
         """The first validation samples of --data, or of what the prior was trained on; and what that is."""
-        data, seed, size = self.config.data, 0, self.tokenizer.image_size
+        data, seed, fields = self.config.data, 0, (self.sampler.field,)
         if data is None:
             kind: type[ARConfig | DiffusionConfig] = ARConfig if self.config.prior == "ar" else DiffusionConfig
             trained = read_config(self.config.run, kind)
@@ -275,28 +225,21 @@ class _Generator:
                     f"or {'--map' if self.config.prior == 'ar' else '--text'}"
                 )
             data = tokens.data
-        dataset = build_dataset(data, split="val", image_size=size, length=count, seed=seed, fields=(field,))
+        dataset = build_dataset(data, split="val", image_size=self.size, length=count, seed=seed, fields=fields)
         return collate([dataset[k] for k in range(min(count, len(dataset)))]), str(data or "the embedded scenes")
-
-    def _checked(self, maps: Tensor, source: str) -> Tensor:
-        if int(maps.max()) >= self.prior.num_classes:
-            raise ValueError(
-                f"{source} holds the class id {int(maps.max())}; the prior knows ids below {self.prior.num_classes}"
-            )
-        return maps
 
     def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
         """Tokens (1, h, w) of the image, and which of them to keep."""
-        size = self.tokenizer.image_size
-        pixels, image_size = _read_square(path, size)
-        white, mask_size = _read_square(mask, size)
+        pixels, image_size = _read_square(path, self.size)
+        white, mask_size = _read_square(mask, self.size)
         if image_size != mask_size:
             raise ValueError(f"--mask {mask} has {mask_size} pixels, --edit {path} {image_size}: make them alike")
-        pixels, redrawn = pixels[None].to(self.device), white[0] > 127
-        with torch.no_grad(), self.precision.autocast():
-            tokens = self.tokenizer.tokenize(to_float(pixels))
-        anew = F.adaptive_max_pool2d(redrawn[None, None].float(), self.prior.token_shape)[:, 0] > 0
-        return tokens, ~anew.to(self.device)
+        sampler, device = self.sampler, self.sampler.precision.device
+        pixels, redrawn = pixels[None].to(device), white[0] > 127
+        with torch.no_grad(), sampler.precision.autocast():
+            tokens = sampler.tokenizer.tokenize(to_float(pixels))
+        anew = F.adaptive_max_pool2d(redrawn[None, None].float(), sampler.prior.token_shape)[:, 0] > 0
+        return tokens, ~anew.to(device)
 
 
 def _read_square(path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -309,8 +252,8 @@ def _read_square(path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
         raise ValueError(f"{path} is not an image") from None
 
 
-def _read_ids(path: Path, shape: tuple[int, int]) -> Tensor:
-    """A semantic map reduced to a grid by majority vote, (1, h, w) uint8."""
+def _read_ids(path: Path) -> Tensor:
+    """The class ids of a semantic map's pixels, (1, H, W) uint8."""
     try:
         with Image.open(path) as image:
             box = Box(0, 0, *image.size)
@@ -319,4 +262,4 @@ def _read_ids(path: Path, shape: tuple[int, int]) -> Tensor:
         raise ValueError(f"--map {path} is not an image") from None
     except ValueError as error:
         raise ValueError(f"--map {path}: {error}") from None
-    return majority_vote(torch.from_numpy(np.array(labels, dtype=np.uint8))[None], shape)
+    return torch.from_numpy(np.array(labels, dtype=np.uint8))[None]

@@ -1,5 +1,6 @@
-"""Images that a trained prior draws for the samples of a data set: for metrics over a whole split."""
+"""Images that a trained prior draws under its conditions, semantic maps or captions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -7,18 +8,24 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from regvq_fast.config import ARConfig, read_config
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
-from regvq_fast.data.tokens import majority_vote, tokenizer_hash
+from regvq_fast.data.tokens import majority_vote
 from regvq_fast.data.transforms import to_uint8
 from regvq_fast.models.pretrained import TOKENIZER, read_pretrained
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import Precision
 from regvq_fast.sampling.autoregressive import sample_autoregressive
 from regvq_fast.sampling.choosing import check_choice, check_guidance
+from regvq_fast.sampling.common import Progress
 from regvq_fast.sampling.diffusion import check_settings, sample_diffusion
+
+Prior = TokenTransformer | VQDiffusion
+"""What draws tokens."""
 
 _OF_ONE_KIND = {"top_k": "autoregressive", "top_p": "autoregressive", "steps": "diffusion", "truncation": "diffusion"}
 
@@ -46,7 +53,7 @@ class DrawConfig:
 
 
 class ImageSampler:
-    """A prior and its tokenizer, which draw one image for each sample of a data set.
+    """A prior and its tokenizer, which draw images.
 
     Args:
         prior: in evaluation mode, on the device it is to compute on; cast to the precision's type.
@@ -55,15 +62,13 @@ class ImageSampler:
         precision: of both.
 
     Attributes:
-        field: what of a sample the images are conditioned on.
+        field: what of a data set's sample an image is conditioned on.
 
     Raises:
         ValueError: a setting out of range, or of another kind of prior; a tokenizer of another shape.
     """
 
-    def __init__(
-        self, prior: TokenTransformer | VQDiffusion, tokenizer: VQGAN, config: DrawConfig, precision: Precision
-    ) -> None:
+    def __init__(self, prior: Prior, tokenizer: VQGAN, config: DrawConfig, precision: Precision) -> None:
         self.kind = "autoregressive" if isinstance(prior, TokenTransformer) else "diffusion"
         for name, kind in _OF_ONE_KIND.items():
             if getattr(config, name) != getattr(DrawConfig, name) and kind != self.kind:
@@ -78,27 +83,36 @@ class ImageSampler:
                 f"{prior.token_shape} of {prior.num_codes}: they don't belong together"
             )
         self.prior: Any = prior
-        self.hash = tokenizer_hash(prior)[:12]
+        self.hash = weights_hash(prior)[:12]
         if precision.dtype is not None:
             self.prior.to(precision.dtype)
         self.tokenizer, self.config, self.precision = tokenizer, config, precision
         self.field: Field = "segmentation" if isinstance(prior, TokenTransformer) else "caption"
 
     @classmethod
-    def from_run(cls, run: Path, config: DrawConfig, precision: Precision) -> Self:
+    def from_run(cls, run: Path, config: DrawConfig, precision: Precision, kind: type[Prior] | None = None) -> Self:
         """The prior in the folder of a run of train/ar.py or train/diffusion.py, with the tokenizer that lies in it.
 
+        Args:
+            run: the folder.
+            config, precision: as of the class itself.
+            kind: what the prior has to be; None: what it says it is.
+
         Raises:
-            FileNotFoundError, ValueError: it isn't there, is no prior, or is damaged; or as the class itself.
+            FileNotFoundError, ValueError: it isn't there, is no such prior, or is damaged; or as the class itself.
         """
-        kinds: dict[str, type[TokenTransformer | VQDiffusion]] = {
-            "TokenTransformer": TokenTransformer,
-            "VQDiffusion": VQDiffusion,
-        }
-        kind = read_pretrained(run)[0].get("type", "VQGAN")
-        if kind not in kinds:
-            raise ValueError(f"{run} holds a {kind}, not a prior: give a run of train/ar.py or train/diffusion.py")
-        prior = kinds[kind].from_pretrained(run).to(precision.device)
+        if kind is None:
+            kinds: dict[str, type[Prior]] = {"TokenTransformer": TokenTransformer, "VQDiffusion": VQDiffusion}
+            found = read_pretrained(run)[0].get("type", "VQGAN")
+            if found not in kinds:
+                raise ValueError(f"{run} holds a {found}, not a prior: give a run of train/ar.py or train/diffusion.py")
+            kind = kinds[found]
+        prior = kind.from_pretrained(run).to(precision.device)
+        if kind is TokenTransformer and config.guidance != 1.0 and _null_is_fresh(run):
+            raise ValueError(
+                f"--guidance {config.guidance:g} needs the null condition, which {run} was trained without "
+                "(--condition-dropout 0): leave it out, or train one with --condition-dropout 0.1"
+            )
         tokenizer = VQGAN.from_pretrained(run / TOKENIZER).to(precision.device)
         return cls(prior, tokenizer, config, precision)
 
@@ -110,32 +124,70 @@ class ImageSampler:
             first_image: number of its first sample among all that are drawn, by all ranks.
 
         Raises:
-            ValueError: a map holds a class id that the prior doesn't know; or as the samplers.
+            ValueError: as :meth:`draw_under`.
         """
+        return self.draw_under(batch[self.field], first_image)
+
+    def draw_under(
+        self,
+        conditions: Tensor | Sequence[str],
+        first_image: int,
+        *,
+        keep: tuple[Tensor, Tensor] | None = None,
+        states: list[Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """One image under each condition, (B, 3, H, W) uint8 on the prior's device.
+
+        Args:
+            conditions: maps (B, H, W) uint8, as in :meth:`reduce`, or B captions, as :attr:`field` says.
+            first_image: number of the first among all that are drawn.
+            keep: tokens, and where to keep them, as in the samplers; on the prior's device.
+            states: for a diffusion prior: a list that gets the tokens after each step.
+            progress: as in the samplers.
+
+        Raises:
+            ValueError: as :meth:`reduce` or the samplers; states of a prior that has none.
+            TypeError: conditions of the other kind of prior.
+        """
+        if isinstance(conditions, Tensor) == (self.kind == "diffusion"):
+            wanted = "captions" if self.kind == "diffusion" else "a tensor of maps"
+            raise TypeError(f"conditions of this {self.kind} prior must be {wanted}, got {type(conditions).__name__}")
         config = self.config
         shared: dict[str, Any] = {
             "seed": config.seed,
             "temperature": config.temperature,
             "guidance": config.guidance,
+            "keep": keep,
             "first_image": first_image,
             "compile": config.compile,
+            "progress": progress,
         }
-        if self.field == "caption":
-            tokens = sample_diffusion(
-                self.prior, batch["caption"], steps=config.steps, truncation=config.truncation, **shared
+        if not isinstance(conditions, Tensor):
+            settings: dict[str, Any] = {"steps": config.steps, "truncation": config.truncation, "states": states}
+            return self.decode(sample_diffusion(self.prior, conditions, **settings, **shared))
+        if states is not None:
+            raise ValueError(f"states are of diffusion priors; this one is {self.kind}: leave them out")
+        maps = self.reduce(conditions).to(self.precision.device).long()
+        return self.decode(sample_autoregressive(self.prior, maps, top_k=config.top_k, top_p=config.top_p, **shared))
+
+    def reduce(self, maps: Tensor, source: str = "a map") -> Tensor:
+        """Semantic maps (B, H, W) uint8 by majority vote at the prior's grid, (B, h, w) uint8.
+
+        Raises:
+            ValueError: a class id that the prior doesn't know, which ``source`` holds; maps that are too small.
+        """
+        if maps.shape[1:] != self.prior.condition_shape:
+            maps = majority_vote(maps, self.prior.condition_shape)
+        if int(maps.max()) >= self.prior.num_classes:
+            raise ValueError(
+                f"{source} holds the class id {int(maps.max())}; the prior knows ids below {self.prior.num_classes}"
             )
-        else:
-            maps = batch["segmentation"]
-            if maps.shape[1:] != self.prior.condition_shape:
-                maps = majority_vote(maps, self.prior.condition_shape)
-            if int(maps.max()) >= self.prior.num_classes:
-                raise ValueError(
-                    f"a map holds the class id {int(maps.max())}; the prior knows ids below {self.prior.num_classes}"
-                )
-            condition = maps.to(self.precision.device).long()
-            tokens = sample_autoregressive(self.prior, condition, top_k=config.top_k, top_p=config.top_p, **shared)
-        with torch.no_grad(), self.precision.autocast():
-            return to_uint8(self.tokenizer.decode_indices(tokens).float())
+        return maps
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """The images (B, 3, H, W) uint8 of tokens (B, h, w) on the prior's device."""
+        return decode_tokens(self.tokenizer, tokens, self.precision)
 
     def describe(self) -> dict[str, Any]:
         """How images are drawn, as plain values."""
@@ -144,3 +196,18 @@ class ImageSampler:
         if self.kind == "diffusion":
             chosen["steps"] = chosen["steps"] or self.prior.num_steps
         return {"prior": f"{self.kind}, {self.hash}", **chosen}
+
+
+@torch.no_grad()
+def decode_tokens(tokenizer: VQGAN, tokens: Tensor, precision: Precision) -> Tensor:
+    """The images (B, 3, H, W) uint8 of tokens (B, h, w) int64 on the tokenizer's device."""
+    with precision.autocast():
+        return to_uint8(tokenizer.decode_indices(tokens).float())
+
+
+def _null_is_fresh(run: Path) -> bool:
+    """Whether an autoregressive prior never saw its null condition; False where its folder doesn't say."""
+    try:
+        return read_config(run, ARConfig).model.condition_dropout == 0
+    except ValueError:
+        return False

@@ -10,8 +10,8 @@ from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
 from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
-from regvq_fast.evaluation.pictures import color_map
 from regvq_fast.models.token_transformer import TokenTransformer
+from regvq_fast.pictures import color_map
 from regvq_fast.sampling import sample_autoregressive
 from regvq_fast.training.prior import PriorTask
 

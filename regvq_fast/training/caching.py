@@ -31,9 +31,10 @@ from regvq_fast.data.token_cache import (
     write_info,
     write_shard,
 )
-from regvq_fast.data.tokens import TokenBatch, tokenize_batch, tokenizer_hash
+from regvq_fast.data.tokens import TokenBatch, tokenize_batch
 from regvq_fast.evaluation.codebook import CodebookUsage
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_device, choose_precision
 from regvq_fast.ranks import any_rank, local_ranks, num_ranks, process_group, rank, together
 
@@ -129,7 +130,7 @@ class _Caching:
         }
         self.info = CacheInfo(
             tokenizer=str(config.tokenizer),
-            tokenizer_sha256=tokenizer_hash(self.model),
+            tokenizer_sha256=weights_hash(self.model),
             num_codes=num_codes,
             token_shape=self.model.token_shape,
             image_size=self.model.image_size,

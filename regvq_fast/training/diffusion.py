@@ -11,11 +11,11 @@ from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.evaluation.agreement import RegionClassifier
 from regvq_fast.evaluation.captions import caption_accuracy
-from regvq_fast.evaluation.pictures import caption_tiles
 from regvq_fast.losses.discrete_diffusion import diffusion_terms
 from regvq_fast.losses.timesteps import TimestepSampler
 from regvq_fast.models.text import PretrainedTextEncoder, TextEncoder, WordEncoder
 from regvq_fast.models.vq_diffusion import VQDiffusion
+from regvq_fast.pictures import caption_tiles
 from regvq_fast.sampling import sample_diffusion
 from regvq_fast.training.prior import PriorTask
 

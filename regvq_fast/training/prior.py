@@ -16,13 +16,16 @@ from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.token_cache import read_info
-from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch, tokenizer_hash
-from regvq_fast.data.transforms import to_float, to_uint8
+from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch
+from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.agreement import RegionClassifier
-from regvq_fast.evaluation.pictures import save_image_grid
+from regvq_fast.evaluation.shares import rank_share
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.models.weights import weights_hash
+from regvq_fast.pictures import save_image_grid
 from regvq_fast.ranks import sum_over_ranks
+from regvq_fast.sampling.images import decode_tokens
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.step import distributed, synchronized
@@ -97,7 +100,7 @@ class PriorTask(Task[PriorConfig]):
                 raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
         assert source is not None  # checked
         self.tokenizer = VQGAN.from_pretrained(source)
-        self.tokenizer_hash = tokenizer_hash(self.tokenizer)
+        self.tokenizer_hash = weights_hash(self.tokenizer)
         if tokens.cache is not None:
             splits = [
                 TokenDataset(tokens.cache, split, seed=seed, tokenizer_hash=self.tokenizer_hash)
@@ -188,7 +191,7 @@ class PriorTask(Task[PriorConfig]):
     def evaluate(self, progress: Callable[[int], None] | None = None) -> LikelihoodMetrics:
         model = self.eval_model
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        done, first = 0, self.validation_share().start
+        done, first = 0, rank_share(len(self.val_set)).start
         for batch in self.validation():
             inputs = self.inputs(batch)
             with self.precision.autocast():
@@ -204,11 +207,9 @@ class PriorTask(Task[PriorConfig]):
     def validation_loss(self, model: Any, first_image: int, *inputs: Tensor) -> Tensor:
         """Mean loss of some images, numbered from ``first_image`` on, in nats a token; without what training adds."""
 
-    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 of tokens (B, h, w)."""
-        with self.precision.autocast():
-            return to_uint8(self.tokenizer.decode_indices(tokens.to(self.device)).float())
+        return decode_tokens(self.tokenizer, tokens.to(self.device), self.precision)
 
     def save_pictures(self, path: Path) -> None:
         """Conditions, samples under them, and what the tokenizer makes of the images they are of."""

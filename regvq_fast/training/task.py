@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Generic, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from regvq_fast.config import Config, override
-from regvq_fast.data.loading import TimedBatches, collate, default_workers, training_batches, validation_batches
+from regvq_fast.data.loading import TimedBatches, collate, default_workers, training_batches
+from regvq_fast.evaluation.shares import rank_batches, unreadable_images
 from regvq_fast.files import atomic_path
 from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
 from regvq_fast.precision import choose_device, choose_precision, configure_backends
-from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, rank, rank_0_first, sum_over_ranks, together
+from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, rank, rank_0_first, together
 from regvq_fast.training.checkpoint import Checkpoint, random_state, set_random_state
 from regvq_fast.training.memory import peak_memory
 from regvq_fast.training.optimization import learning_rate
@@ -331,24 +331,19 @@ class Task(ABC, Generic[Config]):
         average = self.update.average
         return (self.model if average is None else average.module).eval()
 
-    def validation_share(self) -> range:
-        """The validation samples that are this rank's."""
-        return range(*(len(self.val_set) * k // num_ranks() for k in (rank(), rank() + 1)))
-
     def validation(self) -> Any:
         """This rank's share of the validation split, in batches."""
-        return validation_batches(Subset(self.val_set, self.validation_share()), self.rank_batch, workers=self.workers)
+        return rank_batches(self.val_set, self.rank_batch, self.workers, self.device)
 
     def conclude(self, recorder: Recorder, metrics: Metrics, images_per_second: float) -> None:
         """Save the model and what else the run leaves, and print the summary."""
-        unreadable = torch.tensor(sum(getattr(s, "unreadable", 0) for s in (self.train_set, self.val_set)))
-        unreadable = sum_over_ranks(unreadable)
+        unreadable = sum(map(unreadable_images, (self.train_set, self.val_set)))
         with together():
             if rank() > 0:
                 return
             with atomic_path(recorder.folder / WEIGHTS) as temporary:
                 temporary.write_bytes(weights_to_bytes(self.eval_model.state_dict()))
-            rows: dict[str, object] = {"unreadable images": int(unreadable)} if unreadable else {}
+            rows: dict[str, object] = {"unreadable images": unreadable} if unreadable else {}
             rows |= {"images/s": images_per_second, "peak memory (GiB)": peak_memory(self.device) / 2**30}
             rows["model"] = recorder.folder / WEIGHTS
             self.finish(recorder, metrics, rows)

@@ -5,8 +5,9 @@ import json
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from tiny_net import TinyNet
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 
 from regvq_fast.config import AR_PRESETS, VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.data import ImageFolder, ScenesDataset, to_float, to_uint8
@@ -27,10 +29,10 @@ from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
 from regvq_fast.evaluation.fid import frechet_distance, statistics_of
 from regvq_fast.evaluation.measurement import Measurement, write_measurements
 from regvq_fast.evaluation.metrics import DrawnImages
-from regvq_fast.evaluation.pictures import save_images
 from regvq_fast.models import VQGAN, TokenTransformer, VQDiffusion
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.text import WordEncoder
+from regvq_fast.pictures import save_images
 from regvq_fast.precision import choose_precision
 from regvq_fast.quantizers import NearestQuantizer
 from regvq_fast.sampling import sample_autoregressive
@@ -87,6 +89,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     trunk = VGGFeatures("vgg16", seed=7)
     safetensors.torch.save_file({k: v.half() for k, v in trunk.state_dict().items()}, top / "vgg.safetensors")
     return {path.stem: path for path in top.iterdir()}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 1), ("val", 6)):
+        images = torch.randint(0, 256, (count, 3, 20, 24), dtype=torch.uint8, generator=generator)
+        save_images(tmp_path / "photos" / split, images)
+    return tmp_path / "photos"
 
 
 class TinyDistance(nn.Module):
@@ -205,6 +216,10 @@ def test_maps_become_conditions_by_majority(runs: dict[str, Path]) -> None:
     batch["segmentation"] = maps + 20
     with pytest.raises(ValueError, match="class id 23; the prior knows ids below 16"):
         sampler.draw(batch, 0)
+    with pytest.raises(TypeError, match="conditions of this autoregressive prior must be a tensor of maps, got list"):
+        sampler.draw_under(["bricks"], 0)
+    with pytest.raises(ValueError, match="states are of diffusion priors; this one is autoregressive"):
+        sampler.draw_under(maps, 0, states=[])
 
 
 @pytest.mark.usefixtures("tiny_nets")
@@ -236,29 +251,70 @@ def test_folders_of_drawn_images_that_will_not_do(tmp_path: Path) -> None:
         DrawnImages(tmp_path, 16)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_drawn_images_that_were_cut_off(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"0.{suffix}"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(file)
+    whole = file.read_bytes()
+    drawn = DrawnImages(tmp_path, 64)
+    for content in (whole[:-20], whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"0.{suffix} (can't be read|is not an image)"):
+            DrawnImages(tmp_path, 64)
+    with pytest.raises(ValueError, match=rf"0.{suffix} (can't be read|is not an image)"):
+        drawn[0]
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     write_measurements(tmp_path / "x.json", {"psnr": Measurement("PSNR (dB)", float("inf"), {"images": 1})})
     assert json.loads((tmp_path / "x.json").read_text()) == {"psnr": {"name": "PSNR (dB)", "value": None, "images": 1}}
 
 
-@pytest.mark.usefixtures("tiny_nets")
-def test_two_ranks_measure_what_one_does(runs: dict[str, Path], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+def on_two_ranks(*works: Callable[[], object]) -> None:
+    """Do the works one after the other on two ranks, each in a process group of its own, as torchrun would.
 
-    def work(rank: int) -> None:
+    Forked, the ranks have the small networks, and needn't import anything.
+    """
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in works]
+    ports = [store.port for store in stores]
+
+    def be(rank: int) -> None:
         torch.set_num_threads(1)  # what a forked process may count on, as the loader's workers do
-        os.environ.update(rendezvous, RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the stores are here already
+        for port, work in zip(ports, works, strict=True):
+            os.environ["MASTER_PORT"] = str(port)
+            work()
+
+    ranks = [multiprocessing.get_context("fork").Process(target=be, args=(rank,), daemon=True) for rank in (0, 1)]
+    try:
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + 120
+        for process in ranks:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+        assert [process.exitcode for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_two_ranks_measure_what_one_does(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
+    (photos / "val" / "00000.png").write_bytes(b"no image")  # which every rank opens
+
+    def measure_scenes() -> None:
         measure(tmp_path / "two", prior_run=runs["ar"], val_images=11, cache_dir=tmp_path / "shared")
 
-    # Forked, they have the small networks, and needn't import anything.
-    ranks = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    def measure_photos() -> None:
+        measure(tmp_path / "photos-two", run=runs["vq"], data=photos)
+
+    def fail() -> None:
+        with pytest.raises(SystemExit) as stop:
+            script("--run", "nowhere", "--device", "cpu")
+        (tmp_path / f"said-{os.environ['RANK']}").write_text(str(stop.value.code))
+
+    on_two_ranks(measure_scenes, measure_photos, fail)
     one = measure(tmp_path / "one", prior_run=runs["ar"], val_images=11)
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     for key, number in one.items():
@@ -266,6 +322,11 @@ def test_two_ranks_measure_what_one_does(runs: dict[str, Path], tmp_path: Path) 
     assert two["fid_g"]["samples"] == 11
     assert two["fid_g"]["device"] == "CPU, 2 processes"
     assert len(list((tmp_path / "shared").iterdir())) == 1
+    of_photos = json.loads((tmp_path / "photos-two" / "evaluation.json").read_text())
+    assert (of_photos["psnr"]["images"], of_photos["psnr"]["unreadable"]) == (6, 1)
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)]
+    assert said[0].startswith("error: no such folder: nowhere")
+    assert said[1] == "1"  # the status alone
 
 
 def test_the_script_with_real_networks(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -280,15 +341,6 @@ def test_the_script_with_real_networks(runs: dict[str, Path], tmp_path: Path) ->
 
 
 # ----------------------------------------------------------------------------------------------- what is to be compared
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 1), ("val", 6)):
-        images = torch.randint(0, 256, (count, 3, 20, 24), dtype=torch.uint8, generator=generator)
-        save_images(tmp_path / "photos" / split, images)
-    return tmp_path / "photos"
 
 
 @pytest.mark.usefixtures("tiny_nets")

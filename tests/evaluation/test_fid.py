@@ -338,7 +338,7 @@ def test_inception_weights_that_do_not_fit_or_are_not_there(tmp_path: Path) -> N
 
 def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r'need torch-fidelity: pip install "regvq-fast\[fid\]"'):
+    with pytest.raises(ValueError, match=r'need torch-fidelity: run pip install -e "\.\[fid\]"'):
         load_feature_net("inception")
 
 

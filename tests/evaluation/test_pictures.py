@@ -6,7 +6,6 @@ from matplotlib import pyplot
 from PIL import Image
 
 from regvq_fast.evaluation.pictures import (
-    atomic_path,
     save_codebook_mosaic,
     save_reconstruction_grid,
     save_usage_histogram,
@@ -116,25 +115,3 @@ def test_a_histogram_leaves_pyplot_alone(tmp_path):
     save_usage_histogram(tmp_path / "usage.png", torch.ones(4), "four")
     assert pyplot.get_fignums() == figures
     assert dict(matplotlib.rcParams) == settings
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "picture.png"
-    path.write_text("old")
-
-    def fail_half_way():
-        with atomic_path(path) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_half_way()
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
-    with path.open() as reader:
-        with atomic_path(path) as temporary:
-            assert temporary.parent == path.parent
-            temporary.write_text("new")
-        assert reader.read() == "old"  # replaced, not written into: whoever reads it has one version or the other
-    assert path.read_text() == "new"
-    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regvq_fast.models import weights
-from regvq_fast.models.weights import RemoteWeights, download_file, find_weights, read_state_dict
+from regvq_fast.models.weights import RemoteWeights, download_file, find_weights, read_state_dict, weights_hash
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -132,3 +132,16 @@ def test_a_file_of_another_kind(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth holds no state dict"):
         read_state_dict(tmp_path / "list.pth")
+
+
+def test_a_hash_is_of_the_weights():
+    layer, same = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    same.load_state_dict(layer.state_dict())
+    assert weights_hash(layer) == weights_hash(same)
+    assert len(weights_hash(layer)) == 64
+    assert weights_hash(same.bfloat16()) != weights_hash(layer.bfloat16().float())
+    assert weights_hash(torch.nn.Sequential(layer)) != weights_hash(layer)
+    before = weights_hash(layer)
+    with torch.no_grad():
+        layer.bias[0] += 1e-2
+    assert weights_hash(layer) != before

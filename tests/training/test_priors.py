@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,21 @@ def test_what_cannot_be_drawn_is_one_sentence(
     with pytest.raises(SystemExit, match=message):
         sample(*(flag.format(**runs) for flag in flags), "--out", "samples")
     assert not Path("samples").exists() or not list(Path("samples").iterdir())
+
+
+def test_guidance_needs_a_null_condition_that_was_trained(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["ar"], run)
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["condition_dropout"] > 0
+    config["model"]["condition_dropout"] = 0.0
+    (run / "config.json").write_text(json.dumps(config))
+    flags = ["--prior", "ar", "--run", run, "--num-images", 1]
+    with pytest.raises(SystemExit, match=r"--guidance 2 needs the null condition, which .*run was trained without"):
+        sample(*flags, "--guidance", 2, "--out", tmp_path / "guided")
+    sample(*flags, "--out", tmp_path / "plain")
 
 
 def test_samples_are_not_mixed_with_others(runs: dict[str, Path], tmp_path: Path) -> None:

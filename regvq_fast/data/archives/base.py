@@ -16,7 +16,7 @@ from PIL import Image
 
 from regvq_fast.data.pictures import Field, Part
 from regvq_fast.data.samples import Split
-from regvq_fast.files import atomic_path
+from regvq_fast.files import atomic_path, user_cache
 
 logger = logging.getLogger("regvq_fast")
 
@@ -189,11 +189,11 @@ def _modified(path: str | os.PathLike[str]) -> int | None:
 
 
 def _map_folders(top: Path) -> list[Path]:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return [
-        top / MAP_FOLDER,
-        home / "regvq_fast" / "maps" / hashlib.sha256(os.fsencode(top.resolve())).hexdigest()[:32],
-    ]
+    folders = [top / MAP_FOLDER]
+    try:
+        return [*folders, user_cache("maps") / hashlib.sha256(os.fsencode(top.resolve())).hexdigest()[:32]]
+    except OSError:  # nobody's home
+        return folders
 
 
 @cache

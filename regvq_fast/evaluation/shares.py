@@ -1,0 +1,31 @@
+"""A split among the ranks: the samples of each, and what all of them found out about it."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from regvq_fast.data.loading import validation_batches
+from regvq_fast.data.pictures import PictureDataset
+from regvq_fast.ranks import num_ranks, rank, sum_over_ranks
+
+
+def rank_share(count: int) -> range:
+    """The numbers of this rank's samples, of ``count``."""
+    return range(*(count * k // num_ranks() for k in (rank(), rank() + 1)))
+
+
+def rank_batches(dataset: Any, batch_size: int, workers: int, device: torch.device | str) -> Any:
+    """This rank's share of a data set, in batches."""
+    pin_memory = torch.device(device).type == "cuda"
+    return validation_batches(Subset(dataset, rank_share(len(dataset))), batch_size, workers, pin_memory)
+
+
+def unreadable_images(dataset: Any) -> int:
+    """How many images of a data set the ranks found unreadable, each counted once; all ranks must ask.
+
+    The shares alone would not do: every rank opens the first image, and the one after its own where that is unreadable.
+    """
+    if not isinstance(dataset, PictureDataset):
+        return 0
+    return int(sum_over_ranks(dataset._unreadable.int()).count_nonzero())

@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all, and the user's cache."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from regvq_fast.files import atomic_path, user_cache
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_text("old")
+
+    def fail_half_way() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+    with path.open() as reader:
+        with atomic_path(path) as temporary:
+            assert temporary.parent == path.parent
+            temporary.write_text("new")
+        assert reader.read() == "old"  # replaced, not written into: whoever reads it has one version or the other
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache("fid") == tmp_path / "regvq_fast" / "fid"
+    assert not user_cache("fid").exists()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert user_cache("fid") == tmp_path / "me" / ".cache" / "regvq_fast" / "fid"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody's home
+    with pytest.raises(OSError, match="no home folder to keep a cache in: set XDG_CACHE_HOME"):
+        user_cache("fid")
