@@ -85,7 +85,7 @@ def save_rows(path: Path, rows: Mapping[str, Tensor]) -> None:
 
 def save_codebooks(path: Path, mosaics: Mapping[str, Path], counts: Mapping[str, Tensor]) -> None:
     """The codebooks, each embedding decoded, side by side."""
-    columns = min(4, len(mosaics))
+    columns = 3 if len(mosaics) % 3 == 0 else min(4, len(mosaics))
     lines = math.ceil(len(mosaics) / columns)
     figure = Figure(figsize=(3.6 * columns, 3.9 * lines), layout="constrained")
     FigureCanvasAgg(figure)
@@ -180,7 +180,13 @@ def _count(model: VQGAN, dataset: Any, device: torch.device) -> Tensor:
 
 
 def _used(counts: Tensor) -> str:
-    return f"{float(utilization(counts)):.1%} of {len(counts):,} codes, perplexity {float(perplexity(counts)):,.1f}"
+    used = percent(float(utilization(counts)))
+    return f"{used} of {len(counts):,} codes, perplexity {float(perplexity(counts)):,.1f}"
+
+
+def percent(share: float) -> str:
+    """One decimal; what isn't all of it is never rounded to 100."""
+    return "99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
 
 
 def _named(stem: Path, what: str) -> Path:

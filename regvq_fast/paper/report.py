@@ -60,7 +60,7 @@ class Cell(NamedTuple):
 
     def text(self, share: bool) -> str:
         """Mean, and the standard deviation of several seeds."""
-        form = (lambda value: f"{100 * value:.1f} %") if share else _number
+        form = figures.percent if share else _number
         if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
             return form(self.mean)
         return f"{form(self.mean)} ± {form(statistics.stdev(self.values)).removesuffix(' %')}"

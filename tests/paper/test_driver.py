@@ -19,6 +19,7 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper import driver, stages
 from regvq_fast.paper.driver import PaperConfig, reproduce
 from regvq_fast.paper.experiments import EXPERIMENTS, Recipe
+from regvq_fast.paper.figures import percent, save_curves, save_rows
 from regvq_fast.paper.report import Report
 
 SCRIPTS = Path(__file__).parents[2] / "train"
@@ -273,9 +274,17 @@ def test_a_row_for_real(tmp_path, monkeypatch, capfd):
     assert VQGAN.from_pretrained(folder / "vq").quantize.num_codes == 16
 
 
-def test_curves_of_a_sweep(tmp_path):
-    from regvq_fast.paper.figures import save_curves, save_rows
+def test_a_share_is_100_percent_only_if_it_is_all():
+    assert [percent(share) for share in (1.0, 0.99951, 0.9996, 0.999, 0.0125)] == [
+        "100.0 %",
+        "99.9 %",
+        "99.9 %",
+        "99.9 %",
+        "1.2 %",
+    ]
 
+
+def test_curves_of_a_sweep(tmp_path):
     curves = {"codes used": {"VQ-GAN": [(256, (0.1, 0.2)), (4096, (0.01, 0.02))], "Reg-VQ": [(256, (1.0,))]}}
     save_curves(tmp_path / "curves.png", curves, EXPERIMENTS["codebook-size"].axis)
     save_rows(tmp_path / "rows.png", {"a": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)})
