@@ -58,6 +58,7 @@ IndexPropagationQuantize.__module__ = "src.IBQ.modules.vqvae.quantize"
 @pytest.fixture(autouse=True)
 def _several_tiles(monkeypatch):
     monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
     torch.manual_seed(0)
 
 

@@ -168,6 +168,7 @@ def test_copies_of_the_file_in_other_packages_are_not_known(monkeypatch):
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_softmax_statistics_are_those_of_the_whole_matrix(has_bias, monkeypatch):
     monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
     x, keys, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(50, 3), (7, 3), (7,)])
     bias = bias if has_bias else None
     p = nn.functional.linear(x, keys, bias).div(0.6).softmax(1)

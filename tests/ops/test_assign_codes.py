@@ -52,6 +52,7 @@ def test_leading_dimensions_strides_and_tiles_do_not_matter(monkeypatch):
     assert torch.equal(assign_codes(x.view(2, 60, 6), codebook), expected.view(2, 60))
     assert torch.equal(assign_codes(x.t().contiguous().t(), codebook.t().contiguous().t()), expected)
     monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
     assert torch.equal(assign_codes(x, codebook), expected)
 
 

@@ -82,6 +82,7 @@ def test_the_size_of_the_tiles_changes_nothing(monkeypatch, elements, codebook_g
     inputs = make_inputs(num_rows=150, mask="random")
     expected = outputs_and_gradients(vector_quantize, inputs, groups=3, codebook_grad=codebook_grad)
     monkeypatch.setattr(_common, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
     results = outputs_and_gradients(vector_quantize, inputs, groups=3, codebook_grad=codebook_grad)
     for name in ("quantized", "indices", "best_indices", "posterior", "perturbation"):
         assert torch.equal(results[name], expected[name])

@@ -196,6 +196,7 @@ def test_tiles_and_strides_do_not_matter(monkeypatch):
     strided = [value.detach().mT.contiguous().mT.requires_grad_() for value in (query, key)]
     assert_same(loss_and_gradients(weighted_info_nce, *strided, weight.t().contiguous().t()), expected)
     monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
     assert_same(loss_and_gradients(weighted_info_nce, query, key, weight), expected)
 
 
