@@ -4,6 +4,7 @@ pytest bench/bench_assign_codes.py --benchmark-only
 """
 
 import gpu_cases
+import op_runs
 from gpu_cases import Case
 
 
@@ -20,10 +21,8 @@ def cases(device: str) -> list[Case]:
 
 
 def pairs(device: str) -> list[tuple[Case, str]]:
-    """On a CPU "compiled" competes in the first case alone: compiling takes longer than all the rest."""
-    every = [(case, name) for case in cases(device) for name in gpu_cases.names(case, ours=("ours",))]
-    first = cases(device)[0]
-    return [(case, name) for case, name in every if name != "compiled" or device == "cuda" or case == first]
+    every = cases(device)
+    return op_runs.pairs(gpu_cases, every, device, every[0])
 
 
 def test_assign_codes(measure_case, case: Case, competitor: str) -> None:  # type: ignore[no-untyped-def]

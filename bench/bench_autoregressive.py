@@ -14,7 +14,6 @@ all codes. Mixed precision trains; to sample in half precision, the network's we
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import measuring
 import peers
@@ -23,23 +22,14 @@ import pytest
 import taming_gpt
 import torch
 import torch.nn.functional as F
+from prior_runs import NUM_CODES, NUM_TOKENS, Benchmark, Size
 from torch import Tensor, nn
 
 from regvq_fast.models import TokenTransformer
 from regvq_fast.precision import choose_precision
 from regvq_fast.sampling import sample_autoregressive
 
-NUM_CODES, NUM_CLASSES, NUM_TOKENS = 1024, 151, 256
-
-
-class Size(NamedTuple):
-    device: str
-    width: int
-    depth: int
-    heads: int
-    images: int
-
-
+NUM_CLASSES = 151
 SIZES = {"small": Size("cpu", 256, 4, 8, 8), "paper": Size("cuda", 1024, 24, 16, 32)}
 # By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
 TRAINING = {
@@ -55,7 +45,7 @@ SAMPLING = {
 @functools.cache
 def networks(size: str) -> tuple[nn.Module, TokenTransformer]:
     """taming's and ours with the same weights, in evaluation mode, which without dropout computes as training does."""
-    device, width, depth, heads, _ = SIZES[size]
+    device, width, depth, heads, *_ = SIZES[size]
     torch.manual_seed(0)
     ours = TokenTransformer(NUM_CODES, NUM_CLASSES, width=width, depth=depth, heads=heads)
     length = ours.condition_length + ours.num_tokens
@@ -95,21 +85,16 @@ def pick(size: str, mode: str) -> nn.Module:
 def training_run(size: str, mode: str) -> measuring.Run:
     """A step of training, always on the same batch."""
     network, precision = pick(size, mode).train(), choose_precision("amp" in mode, torch.device(SIZES[size].device))
-    optimizer, scaler = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True), precision.scaler()
     loss: Callable[..., Tensor] = taming_loss if mode.startswith("taming") else TokenTransformer.loss
     if mode.endswith("compile"):
         loss = torch.compile(loss, fullgraph=True, dynamic=False)
     tokens, condition = make_batch(size)
 
-    def step() -> None:
+    def value() -> Tensor:
         with precision.autocast():
-            value = loss(network, tokens, condition)
-        scaler.scale(value).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            return loss(network, tokens, condition)
 
-    return step
+    return prior_runs.training_step(network, precision, value)
 
 
 def sampling_run(size: str, mode: str) -> measuring.Run:
@@ -151,24 +136,16 @@ def need(size: str) -> None:
         pytest.skip(str(error))
 
 
-def describe(size: str, part: str, mode: str) -> dict[str, Any]:
-    _, width, depth, _, images = SIZES[size]
-    detail = f"{NUM_TOKENS} tokens, width {width}, {depth} blocks"
-    return {"op": "autoregressive", "part": part, "images": images, "detail": detail, "competitor": mode}
-
-
 @pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(TRAINING))
 def test_training(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
     need(size)
-    info = describe(size, "training step", mode)
-    prior_runs.measure(measure_step, functools.partial(training_run, size, mode), info, SIZES[size].device)
+    Benchmark("autoregressive", "training step", SIZES, training_run).measure(measure_step, size, mode)
 
 
 @pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(SAMPLING))
 def test_sampling(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
     need(size)
-    info = describe(size, "sampling", mode)
-    prior_runs.measure(measure_step, functools.partial(sampling_run, size, mode), info, SIZES[size].device)
+    Benchmark("autoregressive", "sampling", SIZES, sampling_run).measure(measure_step, size, mode)
 
 
 def test_target_sampling_on_a_cpu() -> None:

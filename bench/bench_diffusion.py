@@ -12,7 +12,7 @@ guidance. The network is ours in all of them; in the plain ones its attention is
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import measuring
@@ -20,6 +20,7 @@ import prior_runs
 import pytest
 import torch
 from plain_diffusion import PlainDiffusion, plain_attention
+from prior_runs import NUM_CODES, NUM_TOKENS, Benchmark, Size
 from torch import Tensor
 
 from regvq_fast.losses.discrete_diffusion import diffusion_terms
@@ -27,19 +28,7 @@ from regvq_fast.models import VQDiffusion, vq_diffusion
 from regvq_fast.precision import choose_precision
 from regvq_fast.sampling.diffusion import sample_diffusion
 
-NUM_CODES, NUM_TOKENS = 1024, 256
-
-
-class Size(NamedTuple):
-    device: str
-    width: int
-    depth: int
-    heads: int
-    images: int
-    steps: int  # T of the sampler's benchmark; training has 100
-
-
-SIZES = {"small": Size("cpu", 128, 4, 4, 8, 10), "paper": Size("cuda", 1024, 19, 16, 16, 100)}
+SIZES = {"small": Size("cpu", 128, 4, 4, 8, steps=10), "paper": Size("cuda", 1024, 19, 16, 16, steps=100)}
 # By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
 TRAINING = {"small": ("plain", "eager", "compile"), "paper": ("amp-compile", "plain-amp", "plain", "eager", "compile")}
 SAMPLING = {"small": ("plain", "eager"), "paper": ("compile", "plain", "eager")}
@@ -58,7 +47,7 @@ def written_out(mode: str) -> Iterator[None]:
 
 
 def make_prior(size: str, num_steps: int = 100) -> VQDiffusion:
-    device, width, depth, heads, _, _ = SIZES[size]
+    device, width, depth, heads, *_ = SIZES[size]
     torch.manual_seed(0)
     return VQDiffusion(NUM_CODES, width=width, depth=depth, heads=heads, num_steps=num_steps).to(device)
 
@@ -109,23 +98,19 @@ def training_run(size: str, mode: str) -> measuring.Run:
     """A step of training, always on the same batch."""
     prior, batch = make_prior(size), make_batch(size)
     precision, loss = choose_precision("amp" in mode, batch["text"].device), make_loss(size, mode)
-    optimizer, scaler = torch.optim.AdamW(prior.parameters(), lr=1e-4, fused=True), precision.scaler()
 
-    def value(tokens: Tensor, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def of_batch(tokens: Tensor, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with precision.autocast():
             logits = prior(noisy, t, text)
         return loss(logits, tokens, noisy, t)
 
-    value = maybe_compiled(value, mode)
+    compiled = maybe_compiled(of_batch, mode)
 
-    def step() -> None:
+    def value() -> Tensor:
         with written_out(mode):
-            scaler.scale(value(batch["tokens"], batch["noisy"], batch["t"], batch["text"])).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            return compiled(batch["tokens"], batch["noisy"], batch["t"], batch["text"])
 
-    return step
+    return prior_runs.training_step(prior, precision, value)
 
 
 def sampling_run(size: str, mode: str) -> measuring.Run:
@@ -174,32 +159,23 @@ def need(size: str) -> None:
     check(size)
 
 
-def describe(size: str, part: str, mode: str) -> dict[str, Any]:
-    _, width, depth, _, images, steps = SIZES[size]
-    detail = f"{NUM_TOKENS} tokens, width {width}, {depth} blocks"
-    detail += f", {steps} steps, guidance" if part == "sampling" else ""
-    return {"op": "diffusion", "part": part, "images": images, "detail": detail, "competitor": mode}
-
-
 @pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(TRAINING))
 def test_training(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
     need(size)
-    info = describe(size, "training step", mode)
-    prior_runs.measure(measure_step, functools.partial(training_run, size, mode), info, SIZES[size].device)
+    Benchmark("diffusion", "training step", SIZES, training_run).measure(measure_step, size, mode)
 
 
 @pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(SAMPLING))
 def test_sampling(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
     need(size)
-    info = describe(size, "sampling", mode)
-    prior_runs.measure(measure_step, functools.partial(sampling_run, size, mode), info, SIZES[size].device)
+    more = ", {steps} steps, guidance"
+    Benchmark("diffusion", "sampling", SIZES, sampling_run, more).measure(measure_step, size, mode)
 
 
 @pytest.mark.parametrize(("size", "mode"), prior_runs.pairs(LOSS))
 def test_loss(measure_step, size: str, mode: str) -> None:  # type: ignore[no-untyped-def]
     need(size)
-    info = describe(size, "loss and gradient", mode)
-    prior_runs.measure(measure_step, functools.partial(loss_run, size, mode), info, SIZES[size].device)
+    Benchmark("diffusion", "loss and gradient", SIZES, loss_run).measure(measure_step, size, mode)
 
 
 def test_target_training_on_a_cpu() -> None:

@@ -8,8 +8,7 @@ pytest bench/bench_vector_quantize.py -s -k claim                only the README
 from dataclasses import replace
 
 import gpu_cases
-import measuring
-import torch
+import op_runs
 from gpu_cases import Case
 
 STEP, FORWARD, BACKWARD = "forward+backward", "forward", "backward"
@@ -31,8 +30,7 @@ def cases(device: str) -> list[Case]:
 
 
 def pairs(device: str) -> list[tuple[Case, str]]:
-    every = [(case, name) for case in cases(device) for name in gpu_cases.names(case, ours=("ours",))]
-    return [(case, name) for case, name in every if name != "compiled" or device == "cuda" or case == LARGE]
+    return op_runs.pairs(gpu_cases, cases(device), device, LARGE)
 
 
 def test_vector_quantize(measure_case, case: Case, competitor: str) -> None:  # type: ignore[no-untyped-def]
@@ -40,13 +38,5 @@ def test_vector_quantize(measure_case, case: Case, competitor: str) -> None:  # 
 
 
 def test_claim_as_fast_as_eager_in_a_tenth_of_the_memory() -> None:
-    """Forward plus backward, on a CPU. It measures time: run it on an idle machine."""
-    inputs = gpu_cases.make_inputs(LARGE, "cpu")
-    truth, makers = gpu_cases.truth_of(LARGE, inputs), gpu_cases.competitors(LARGE, inputs, ours=("ours",))
-    runs = {name: makers[name]() for name in ("ours", "eager")}
-    gpu_cases.examine(LARGE, inputs, truth, "ours", runs["ours"])
-    seconds = measuring.medians(dict(runs))
-    memory = {name: measuring.resident_growth(run) for name, run in runs.items()}
-    print(f"\nseconds {seconds}\nMiB {memory}, {torch.get_num_threads()} threads")
-    assert seconds["ours"] <= seconds["eager"]
-    assert memory["ours"] <= memory["eager"] / 10
+    """Forward plus backward."""
+    op_runs.claim_as_fast_in_a_tenth_of_the_memory(gpu_cases, LARGE)

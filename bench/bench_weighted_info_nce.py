@@ -5,8 +5,7 @@ pytest bench/bench_weighted_info_nce.py -s -k claim               only the claim
 """
 
 import gpu_info_nce
-import measuring
-import torch
+import op_runs
 from gpu_info_nce import InfoNceCase
 
 STEP, FORWARD, BACKWARD = "forward+backward", "forward", "backward"
@@ -28,8 +27,7 @@ def cases(device: str) -> list[InfoNceCase]:
 
 
 def pairs(device: str) -> list[tuple[InfoNceCase, str]]:
-    every = [(case, name) for case in cases(device) for name in gpu_info_nce.names(case, ours=("ours",))]
-    return [(case, name) for case, name in every if name != "compiled" or device == "cuda" or case == LARGE]
+    return op_runs.pairs(gpu_info_nce, cases(device), device, LARGE)
 
 
 def test_weighted_info_nce(measure_case, case: InfoNceCase, competitor: str) -> None:  # type: ignore[no-untyped-def]
@@ -37,13 +35,5 @@ def test_weighted_info_nce(measure_case, case: InfoNceCase, competitor: str) -> 
 
 
 def test_claim_as_fast_as_eager_in_a_tenth_of_the_memory() -> None:
-    """Forward plus backward, on a CPU. It measures time: run it on an idle machine."""
-    inputs = gpu_info_nce.make_inputs(LARGE, "cpu")
-    truth, makers = gpu_info_nce.truth_of(LARGE, inputs), gpu_info_nce.competitors(LARGE, inputs, ours=("ours",))
-    runs = {name: makers[name]() for name in ("ours", "eager")}
-    gpu_info_nce.examine(LARGE, inputs, truth, "ours", runs["ours"])
-    seconds = measuring.medians(dict(runs))
-    memory = {name: measuring.resident_growth(run) for name, run in runs.items()}
-    print(f"\nseconds {seconds}\nMiB {memory}, {torch.get_num_threads()} threads")
-    assert seconds["ours"] <= seconds["eager"]
-    assert memory["ours"] <= memory["eager"] / 10
+    """Forward plus backward."""
+    op_runs.claim_as_fast_in_a_tenth_of_the_memory(gpu_info_nce, LARGE)

@@ -131,6 +131,11 @@ def measure_case(
             "repeats": len(taken),
             "tflops": case.flops / statistics.median(device) / 1e9,
         }
+    return entry(case, results)
+
+
+def entry(case: Case | InfoNceCase, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the JSON has of a case."""
     return {
         "case": case.name,
         "op": case.op,

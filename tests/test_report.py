@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import gpu
 import gpu_report
 import pytest
 import records
@@ -28,17 +29,7 @@ def result(ms, **more):
 
 
 def gpu_entry(case, **results):
-    return {
-        "case": case.name,
-        "op": case.op,
-        "part": case.part,
-        "dtype": case.dtype,
-        **case.describe(),
-        "products": case.products,
-        "flops": case.flops,
-        "bytes": case.bytes,
-        "results": results,
-    }
+    return gpu.entry(case, results)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from regvq_fast.console import warn_once
 from regvq_fast.data.finding import CAPTION_SUFFIX, EXTENSIONS, SEGMENTATION_SUFFIX, name_hash
 from regvq_fast.files import atomic_path, user_cache
 
@@ -65,14 +65,8 @@ def load_indexes(shards: Sequence[Path]) -> list[ShardIndex]:
         found |= _load_folder(folder, [shard for shard in shards if shard.parent == folder])
     for shard in shards:
         if found[shard].damage:
-            _warn_once(f"shard {shard} {found[shard].damage}: its {len(found[shard].entries)} whole samples are used")
+            warn_once(f"shard {shard} {found[shard].damage}: its {len(found[shard].entries)} whole samples are used")
     return [found[shard] for shard in shards]
-
-
-@cache
-def _warn_once(message: str) -> None:
-    """Training and validation may come out of the same shards."""
-    logger.warning(message)
 
 
 def _load_folder(folder: Path, shards: Sequence[Path]) -> dict[Path, ShardIndex]:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
 from regvq_fast.config import ARConfig, DiffusionConfig, VQGANConfig, read_config
 from regvq_fast.config.common import check_at_least
+from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, default_workers
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.evaluation.feature_nets import PerceptualDistance, load_feature_net
@@ -195,7 +194,7 @@ class _Evaluation:
         loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": self.workers}
         described = describe_data(self.dataset)
         self.protocol = {**described, **self._facts()}
-        with self._progress() as progress, warnings.catch_warnings():
+        with progress_bar(self.console) as progress, warnings.catch_warnings():
             warnings.simplefilter("ignore", TooFewImagesWarning)  # a note in the protocol says so
 
             def bar(name: str, images: int = len(self.dataset)) -> Callable[[int], None]:
@@ -232,8 +231,8 @@ class _Evaluation:
                 self._keep_frechet("fid_g", value, reference, len(self.dataset), facts)
             if reference is not None and self.drawn is not None:
                 images = (batch["image"] for batch in rank_batches(self.drawn, device=self.device, **loading))
-                say = bar("drawn images", len(self.drawn))
-                drawn = statistics_of(images, reference.net, self.device, say)
+                tick = bar("drawn images", len(self.drawn))
+                drawn = statistics_of(images, reference.net, self.device, tick)
                 facts = {"drawn": str(config.images)}
                 self._keep_frechet("fid_g", reference.distance(drawn), reference, drawn.count, facts)
         if unreadable := unreadable_images(self.dataset):  # the next images of the list took their places
@@ -243,7 +242,7 @@ class _Evaluation:
             path = self.out / RESULTS
             write_measurements(path, self.results)
             print_measurements(self.console, self.results)
-            self.console.print(Text.assemble(("results  ", "bold"), str(path)), soft_wrap=True)
+            say(self.console, "results", str(path))
         return self.results
 
     def _facts(self) -> dict[str, Any]:
@@ -286,19 +285,6 @@ class _Evaluation:
         note = too_few_images(min(samples, count), net.num_features)
         protocol = self.protocol | network | facts | ({} if note is None else {"note": note})
         self.results[key] = Measurement(reference.title(key[-1].upper()), value, protocol)
-
-    def _progress(self) -> Progress:
-        ranks = f" (rank 0 of {num_ranks()})" if num_ranks() > 1 else ""
-        return Progress(
-            TextColumn(f"[bold]{{task.description}}{ranks}"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
 
 
 def _data_of(config: EvaluateConfig) -> Path | None:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from regvq_fast.config import read_config
 from regvq_fast.config.prior import ARConfig, DiffusionConfig
+from regvq_fast.console import progress_bar
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import Box, center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
@@ -82,17 +82,8 @@ def generate(config: SampleConfig) -> None:
     console = Console()
     start, seconds = 0, 0.0
     images: list[Tensor] = []
-    with Progress(
-        TextColumn("[bold]sampling"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} images"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("", total=float(config.num_images))
+    with progress_bar(console) as progress:
+        task = progress.add_task("images", total=config.num_images)
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=start + count * done / total)

@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch.utils.data import Dataset
 
+from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, default_workers, validation_batches
 from regvq_fast.data.pictures import Crop, Field
 from regvq_fast.data.samples import Sample, Split
@@ -172,14 +172,14 @@ class _Caching:
                 self._begin()
         total = sum(map(self.info.num_shards, _SPLITS))
         data = self.datasets["train"].label
-        self._say("data", f"{data}, {self.info.train_images} training images x {self.info.views} views")
-        self._say("precision", self.precision.reason)
+        say(self.console, "data", f"{data}, {self.info.train_images} training images x {self.info.views} views")
+        say(self.console, "precision", self.precision.reason)
         if len(missing) < total:
-            self._say("resuming", f"{total - len(missing)} of {total} shards are there")
+            say(self.console, "resuming", f"{total - len(missing)} of {total} shards are there")
         mine = missing[rank() :: num_ranks()]
         start = time.perf_counter()
-        with together(), self._progress() as progress:
-            task = progress.add_task("encoding", total=sum(len(self.info.shard_range(*shard)) for shard in mine))
+        with together(), progress_bar(self.console) as progress:
+            task = progress.add_task("images", total=sum(len(self.info.shard_range(*shard)) for shard in mine))
             for split in _SPLITS:
                 for done in self._encode(split, [number for name, number in mine if name == split]):
                     progress.advance(task, done)
@@ -269,22 +269,6 @@ class _Caching:
         for row in rows.items():
             table.add_row(*row)
         self.console.print(table)
-
-    def _say(self, name: str, value: str) -> None:
-        self.console.print(Text.assemble((f"{name:>18}  ", "bold"), value))
-
-    def _progress(self) -> Progress:
-        ranks = f" (rank 0 of {num_ranks()})" if num_ranks() > 1 else ""
-        return Progress(
-            TextColumn(f"[bold]images{ranks}"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
 
 
 class _Shards(Dataset[Sample]):

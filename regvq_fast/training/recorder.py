@@ -15,11 +15,12 @@ from typing import Any, Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from regvq_fast.config import TrainConfig
+from regvq_fast.console import progress_bar, say
 from regvq_fast.files import atomic_path
 from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
@@ -136,30 +137,20 @@ class Recorder:
         """What config.json holds."""
         self.save_json("config.json", self.description)
         for name, value in facts.items():
-            self.console.print(Text.assemble((f"{name:>18}  ", "bold"), value))
+            say(self.console, name, value)
         self._start = start.step if start else 0
         if start is not None:
             for note in start.notes:
                 self.warn(note)
             if start.folder is not None:
-                line = Text.assemble((f"{'resuming':>18}  ", "bold"), f"from {start.folder}")
-                self.console.print(line, soft_wrap=True)
+                say(self.console, "resuming", f"from {start.folder}")
         keep = start.state.get("metrics_bytes", 0) if start else 0
         self._lines = _Lines(folder / "metrics.jsonl", keep) if self._writes else None
         self._resuming = start is not None
         self._failing: set[str] = set()
         self._tensorboard: Any = None
-        self._progress = Progress(
-            TextColumn("[bold]step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=self.console,
-        )
-        self._task = self._progress.add_task("starting", total=steps, completed=self._start)
+        self._progress = progress_bar(self.console, TextColumn("{task.fields[status]}", markup=False))
+        self._task = self._progress.add_task("step", total=steps, completed=self._start, status="starting")
 
     def __enter__(self) -> Self:
         if not self._writes:
@@ -170,8 +161,7 @@ class Recorder:
         # A resumed run hides what TensorBoard has of later steps.
         purge = self._start + 1 if self._start else 0
         self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=purge if self._resuming else None)
-        if self.console.is_terminal:
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(
@@ -192,9 +182,9 @@ class Recorder:
 
     def status(self, text: str) -> None:
         """What the bar says the run is doing; its own line where there is no terminal."""
-        self._progress.update(self._task, description=text)
+        self._progress.update(self._task, status=text)
         if not self.console.is_terminal:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that stands out and stays."""

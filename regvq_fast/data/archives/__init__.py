@@ -3,8 +3,9 @@
 import os
 from collections.abc import Sequence
 
+from regvq_fast.console import warn_once
 from regvq_fast.data.archives.ade20k import ADE20K
-from regvq_fast.data.archives.base import Archive, ArchiveName, warn_once
+from regvq_fast.data.archives.base import Archive, ArchiveName
 from regvq_fast.data.archives.celebahq import CelebAHQ
 from regvq_fast.data.archives.coco import COCO
 from regvq_fast.data.archives.cub200 import CUB200

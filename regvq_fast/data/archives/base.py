@@ -2,11 +2,9 @@
 
 import hashlib
 import io
-import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -14,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from regvq_fast.console import warn_once
 from regvq_fast.data.pictures import Field, Part
 from regvq_fast.data.samples import Split
 from regvq_fast.files import atomic_path, user_cache
-
-logger = logging.getLogger("regvq_fast")
 
 ArchiveName = Literal["ade20k", "celebahq", "cub200", "coco"]
 """As the presets of the training scripts are called."""
@@ -194,9 +191,3 @@ def _map_folders(top: Path) -> list[Path]:
         return [*folders, user_cache("maps") / hashlib.sha256(os.fsencode(top.resolve())).hexdigest()[:32]]
     except OSError:  # nobody's home
         return folders
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Training and validation come out of the same archive, and maps by the thousand."""
-    logger.warning(message)

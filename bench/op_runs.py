@@ -1,0 +1,34 @@
+"""What the benchmarks of the ops share: which competitors a case has, and the claim for a CPU."""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import measuring
+import torch
+
+C = TypeVar("C")
+
+
+def pairs(op: ModuleType, cases: Sequence[C], device: str, compiled: C) -> list[tuple[C, str]]:
+    """Cases with their competitors. On a CPU "compiled" competes in one case: compiling takes longer than the rest.
+
+    Args:
+        op: module of the cases, ``gpu_cases`` or ``gpu_info_nce``.
+        compiled: the one.
+    """
+    every = [(case, name) for case in cases for name in op.names(case, ours=("ours",))]
+    return [(case, name) for case, name in every if name != "compiled" or device == "cuda" or case == compiled]
+
+
+def claim_as_fast_in_a_tenth_of_the_memory(op: ModuleType, case: Any) -> None:
+    """Ours beside eager PyTorch on a CPU, taking turns. It measures time: run it on an idle machine."""
+    inputs = op.make_inputs(case, "cpu")
+    truth, makers = op.truth_of(case, inputs), op.competitors(case, inputs, ours=("ours",))
+    runs = {name: makers[name]() for name in ("ours", "eager")}
+    op.examine(case, inputs, truth, "ours", runs["ours"])
+    seconds = measuring.medians(dict(runs))
+    memory = {name: measuring.resident_growth(run) for name, run in runs.items()}
+    print(f"\nseconds {seconds}\nMiB {memory}, {torch.get_num_threads()} threads")
+    assert seconds["ours"] <= seconds["eager"]
+    assert memory["ours"] <= memory["eager"] / 10
