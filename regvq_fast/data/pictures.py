@@ -131,8 +131,8 @@ class PictureDataset(Dataset[Sample], ABC):
 
     def _start(self, count: int) -> None:
         """Get ready to serve ``count`` pictures, and make sure that one of them is an image."""
-        # In shared memory, so that what one worker process finds, all of them and the parent know.
-        self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()
+        # Of each picture; in shared memory, so that what one worker process finds, all of them and the parent know.
+        self.unreadable_flags = torch.zeros(count, dtype=torch.bool).share_memory_()
         self._reporting = multiprocessing.get_context("spawn").Lock()  # serves workers of every start method
         for candidate in range(count):  # by its header, without decoding: the first will do, in data in good order
             with self._skipping_unreadable(candidate), Image.open(BytesIO(self._read(candidate, "image"))):
@@ -143,7 +143,7 @@ class PictureDataset(Dataset[Sample], ABC):
 
     def __len__(self) -> int:
         """Pictures in the split, unreadable ones included: their places are filled."""
-        return len(self._unreadable)
+        return len(self.unreadable_flags)
 
     @property
     def label(self) -> str:
@@ -158,7 +158,7 @@ class PictureDataset(Dataset[Sample], ABC):
     @property
     def unreadable(self) -> int:
         """How many pictures turned out unreadable so far, whichever process met them."""
-        return int(self._unreadable.sum())
+        return int(self.unreadable_flags.sum())
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; IndexError for a negative one and, in validation, beyond the last."""
@@ -166,7 +166,7 @@ class PictureDataset(Dataset[Sample], ABC):
         position = shuffled_position(index, len(self), self.seed) if self.split == "train" else index
         for step in range(len(self)):
             candidate = (position + step) % len(self)
-            if not self._unreadable[candidate]:
+            if not self.unreadable_flags[candidate]:
                 with self._skipping_unreadable(candidate):
                     return self._load(candidate, index)
         raise self._none_readable()
@@ -209,8 +209,8 @@ class PictureDataset(Dataset[Sample], ABC):
             raise
         except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
             with self._reporting:  # two workers may meet the same file at once; it gets one line all the same
-                if not self._unreadable[position]:
-                    self._unreadable[position] = True
+                if not self.unreadable_flags[position]:
+                    self.unreadable_flags[position] = True
                     reason = " ".join(str(error).split()) or type(error).__name__
                     if isinstance(error, UnidentifiedImageError):  # whose message is about the buffer it was given
                         reason = "it is no image"

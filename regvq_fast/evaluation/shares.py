@@ -28,4 +28,4 @@ def unreadable_images(dataset: Any) -> int:
     """
     if not isinstance(dataset, PictureDataset):
         return 0
-    return int(sum_over_ranks(dataset._unreadable.int()).count_nonzero())
+    return int(sum_over_ranks(dataset.unreadable_flags.int()).count_nonzero())
