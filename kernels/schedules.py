@@ -119,12 +119,15 @@ def capability(device: torch.device) -> int:
 
 
 def schedule(device: torch.device) -> str:
-    """ "fused" or "chunked"."""
+    """The schedule of a device's kernels, "fused" or "chunked"."""
     wanted = os.environ.get("REGVQ_SCHEDULE", "")
     if wanted not in ("", "fused", "chunked"):
         raise ValueError(f"REGVQ_SCHEDULE must be fused or chunked, got {wanted!r}")
     if wanted == "fused" and capability(device) < 80:
-        raise ValueError("REGVQ_SCHEDULE=fused needs tensor cores that Triton can use, sm_80 or newer")
+        raise ValueError(
+            "REGVQ_SCHEDULE=fused needs tensor cores that Triton can use, sm_80 or newer, and this GPU is "
+            f"sm_{capability(device)}: leave it unset"
+        )
     return wanted or ("fused" if capability(device) >= 80 else "chunked")
 
 
@@ -160,7 +163,10 @@ def run(
     The search calls ``launch`` any number of times, and synchronises: warm up before a CUDA graph is captured.
     """
     chosen = tile(kernel, how, dtype, width, device)
-    if os.environ.get("REGVQ_AUTOTUNE") == "1":
+    wanted = os.environ.get("REGVQ_AUTOTUNE", "")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"REGVQ_AUTOTUNE must be 0 or 1, got {wanted!r}")
+    if wanted == "1":
         key = (kernel, how, dtype, width, num_codes, device)
         if key not in _tuned:
             times = {}
@@ -173,6 +179,7 @@ def run(
 
 
 def milliseconds(run: Callable[[], object]) -> float:
+    """Median time of a call on the GPU."""
     return triton.testing.do_bench(run, return_mode="median")
 
 

@@ -22,6 +22,7 @@ _THROTTLE_REASONS = {
 
 
 def throttle_reasons(bits: int) -> list[str]:
+    """Why a GPU's clocks are not higher, by NVML's bits; empty where nothing holds them back."""
     return [name for bit, name in _THROTTLE_REASONS.items() if bits & bit]
 
 

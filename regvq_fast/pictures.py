@@ -21,29 +21,29 @@ _SMALLEST_TILE = 128
 """Pixels; smaller pictures are enlarged by a whole factor so that theirs can be made out."""
 
 
-def save_image_grid(path: str | os.PathLike[str], *stacks: Tensor, columns: int = 8) -> None:
-    """Save a grid of stacks of images that belong together: the first of each above the second, and so on.
+def save_image_grid(path: str | os.PathLike[str], *kinds: Tensor, columns: int = 8) -> None:
+    """Save a grid of stacks of images that belong together: image k of the first kind above that of the second ...
 
     Args:
         path: of the picture; its suffix gives the format.
-        stacks: (B, 3, H, W) each, uint8 or floating in -1..1 (clamped), on any device; enlarged to one width, by whole
-            factors.
-        columns: stacks in a row.
+        kinds: one or more of (B, 3, H, W), uint8 or floating in -1..1 (clamped), on any device; enlarged to one width,
+            by whole factors.
+        columns: stacks side by side.
 
     Raises:
         ValueError: shapes that don't go together or are not (B, 3, H, W) with B >= 1.
     """
-    widest = max(images.shape[-1] for images in stacks)
+    widest = max(images.shape[-1] for images in kinds)
     width = widest * max(1, math.ceil(_SMALLEST_TILE / widest))
-    count = len(stacks[0])
+    count = len(kinds[0])
     alike = all(
-        images.ndim == 4 and images.shape[:2] == (count, 3) and width % images.shape[3] == 0 for images in stacks
+        images.ndim == 4 and images.shape[:2] == (count, 3) and width % images.shape[3] == 0 for images in kinds
     )
     if not alike or not count:
-        shapes = ", ".join(str(tuple(images.shape)) for images in stacks)
+        shapes = ", ".join(str(tuple(images.shape)) for images in kinds)
         raise ValueError(f"images that belong together must be (B, 3, H, W), B >= 1, alike in size, got {shapes}")
     seam = torch.full((count, 3, 2, width), _BACKGROUND, dtype=torch.uint8)
-    parts = [part for images in stacks for part in (seam, enlarge(as_uint8(images), width // images.shape[3]))]
+    parts = [part for images in kinds for part in (seam, enlarge(as_uint8(images), width // images.shape[3]))]
     tiles = torch.cat(parts[1:], dim=2)
     save_picture(path, arrange(tiles, min(columns, len(tiles)), gutter=8))
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _OF_ALL = "all ranks stop with this error"
-"""A note of errors."""
+"""What :func:`together` notes on an error, and :func:`is_for_others_to_say` looks for."""
 
 
 def num_ranks() -> int:

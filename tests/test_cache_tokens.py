@@ -1,5 +1,6 @@
 """Whole runs of train/cache_tokens.py at a tiny size, and what they leave."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -91,13 +92,23 @@ def test_neither_batch_size_nor_workers_change_a_byte(scenes: Path, tokenizer: P
     assert contents(other) == contents(scenes)
 
 
-def test_two_ranks_make_the_cache_of_one(scenes: Path, tokenizer: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    flags = ["--tokenizer", str(tokenizer), "--out", str(tmp_path / "cache"), *SCENES]
-    done = subprocess.run([*launcher, str(SCRIPT), *flags], capture_output=True, text=True, timeout=300)
+def test_two_ranks_make_the_cache_of_one(tokenizer: Path, tmp_path: Path) -> None:
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3)):
+        (photos / split).mkdir(parents=True)
+        for k in range(count):
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(photos / split / f"{k}.png")
+    (photos / "val" / "1.png").write_bytes(b"no image")  # of the last of four shards: rank 1 alone meets it
+    flags = ["--data", photos, *"--views 2 --shard-samples 8 --batch-size 3 --device cpu --workers 0".split()]
+    one, two = cache(tokenizer, tmp_path / "one", *flags), tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    command = [*launcher, "--tokenizer", str(tokenizer), "--out", str(two), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert contents(tmp_path / "cache") == contents(scenes)
+    assert contents(two) == contents(one)
+    assert sorted(contents(two)) == sorted(["cache.json", *(f"{shard}.safetensors" for shard in SHARDS)])
     assert done.stdout.count("codes used") == 1
+    assert re.search(r"unreadable images\W+1\b", done.stdout)
 
 
 def test_missing_and_damaged_shards_are_made_anew(
@@ -158,7 +169,7 @@ def test_a_run_that_stopped_goes_on_from_its_shards(
         (["--shard-samples", "9"], "shard_samples is 9 here but 8 in"),
         (["--views", "0"], "--views must be at least 1, got 0"),
         (["--scenes", "0"], "--scenes must be at least 1, got 0"),
-        (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--workers", "-1"], "--workers must not be negative, got -1"),
         (["--device", "tpu"], "--device tpu"),
         (["--data", "nowhere", "--scenes", "10"], "--scenes 10 is for the embedded scenes, not for --data nowhere"),
     ],

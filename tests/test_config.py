@@ -26,6 +26,7 @@ def test_help_names_every_flag_and_explains_it(help_text: str) -> None:
     for section in dataclasses.fields(VQGANConfig):
         for field in dataclasses.fields(section.type if isinstance(section.type, type) else section.default_factory):
             assert f"--{field.name.replace('_', '-')}" in help_text
+    assert "Size of the codebook, N." in help_text
     assert "python train/vq.py --compile --amp" in help_text
 
 
@@ -35,6 +36,12 @@ def test_flags_override_the_preset() -> None:
     assert config.optimizer.epochs == 300
     assert parse_config(VQGAN_PRESETS, ["--preset=coco"], "").optimizer.epochs == 50
     assert parse_config(VQGAN_PRESETS, [], "") == VQGAN_PRESETS["scenes"]
+
+
+def test_epochs_that_are_asked_for_take_the_place_of_a_presets_steps() -> None:
+    optimizer = parse_config(VQGAN_PRESETS, ["--epochs", "3"], "").optimizer
+    assert (optimizer.epochs, optimizer.steps) == (3, None)
+    assert parse_config(VQGAN_PRESETS, ["--epochs=3", "--steps", "7"], "").optimizer.steps == 7
 
 
 def test_an_unknown_preset_is_refused_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ preset, or the configuration of the run that is resumed.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ class OptimizerConfig:
     steps: int | None = None
     """Optimizer steps. Not given: as many as `epochs` makes."""
     epochs: int = 100
-    """Passes over the training images where `steps` is not given."""
+    """Passes over the training images; if given, they replace the preset's steps, unless `steps` is given, too."""
     batch_size: int = 16
     """Images a step."""
     accumulate: int = 1
@@ -56,7 +57,7 @@ class RunConfig:
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one. Under torchrun each process takes its own."""
     workers: int | None = None
-    """Processes that load data. Not given: half of the cores, shared between the processes that train; none on two."""
+    """Processes that load data. Not given: half of the cores, shared by all that train; none on two cores."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     amp: bool = False
@@ -124,15 +125,15 @@ def parse_config(presets: Mapping[str, Config], args: list[str], description: st
 def _default_of(presets: Mapping[str, Config], args: list[str]) -> Config:
     """What the flags override has to be known before they are parsed."""
     first = next(iter(presets.values()))
-    out = _value_of("--out", args)
+    out, name = _value_of("--out", args), _value_of("--preset", args)
     if "--resume" in args and out is not None:
-        saved = read_config(Path(out), type(first))
-        # A run saves its number of steps; new epochs are to decide it anew.
-        return override(saved, out=Path(out), steps=None if _value_of("--epochs", args) else saved.optimizer.steps)
-    name = _value_of("--preset", args)
-    if name in get_args(PresetName) and name not in presets:
+        default = override(read_config(Path(out), type(first)), out=Path(out))
+    elif name in get_args(PresetName) and name not in presets:
         raise ValueError(f"--preset {name} is of another script; this one has {', '.join(presets)}")
-    return presets.get(name or "", first)  # what is no preset at all is reported by the parser, with the choices
+    else:
+        default = presets.get(name or "", first)  # what is no preset at all is reported by the parser, with the choices
+    # Steps that a run saved or a preset has must not overrule epochs that are asked for.
+    return override(default, steps=None) if _value_of("--epochs", args) else default
 
 
 def _value_of(name: str, args: list[str]) -> str | None:
@@ -156,9 +157,9 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     try:
         return config_from_dict(json.loads(path.read_bytes()), kind)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"there is no run to resume in {folder}: it has no config.json") from None
+        raise ValueError(f"there is no run in {folder}: it has no config.json") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run: {error}") from None
+        raise ValueError(f"{path} is not the configuration of a run of this script: {error}") from None
 
 
 def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:
@@ -189,7 +190,7 @@ def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:
 
 
 def check_common(config: TrainConfig) -> None:
-    """Raise ValueError for what is wrong with ``run`` and ``optimizer``."""
+    """Raise ValueError for what is wrong with ``run`` and ``optimizer``, and for any number that is not finite."""
     run, optimizer = config.run, config.optimizer
     check_at_least(
         1,
@@ -220,12 +221,27 @@ def check_common(config: TrainConfig) -> None:
         raise ValueError(f"--steps must be at least 1, got {optimizer.steps}")
     if not optimizer.lr > 0:
         raise ValueError(f"--lr must be greater than 0, got {optimizer.lr}")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ValueError(f"--betas must be in [0, 1), got {optimizer.betas}")
     if not 0 <= optimizer.ema < 1:
         raise ValueError(f"--ema must be in [0, 1), got {optimizer.ema}")
     if optimizer.batch_size % optimizer.accumulate:
         raise ValueError(
             f"--accumulate must divide --batch-size, got {optimizer.accumulate} and {optimizer.batch_size}"
         )
+    if not -(2**63) <= run.seed < 2**63:
+        raise ValueError(f"--seed must be an integer of 64 bits, got {run.seed}")
+    for section in fields(config):
+        for name, value in vars(getattr(config, section.name)).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+                raise ValueError(f"--{name.replace('_', '-')} must be finite, got {value}")
+
+
+def check_images(config: TrainConfig, data: Path | None) -> None:
+    """Raise ValueError where the preset of a data set would train on the embedded scenes, which are ``data`` None."""
+    if config.run.preset != "scenes" and data is None:
+        raise ValueError(f"--preset {config.run.preset} needs its images: give their folder with --data PATH")
 
 
 def check_at_least(least: int, values: Mapping[str, float]) -> None:

@@ -3,7 +3,15 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from regvq_fast.config.common import OptimizerConfig, PresetName, RunConfig, TrainConfig, check_at_least, check_common
+from regvq_fast.config.common import (
+    OptimizerConfig,
+    PresetName,
+    RunConfig,
+    TrainConfig,
+    check_at_least,
+    check_common,
+    check_images,
+)
 from regvq_fast.data.pictures import Crop
 
 
@@ -33,7 +41,7 @@ class TransformerConfig:
     """Autoregressive transformer."""
 
     num_classes: int | None = None
-    """Ids of the semantic maps. Not given: as many as the cache found, or the scenes have."""
+    """Ids of the semantic maps. Not given: as many as the cache or the data set has."""
     width: int = 192
     """Channels."""
     depth: int = 4
@@ -136,32 +144,33 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
 }
 
 
-def check_tokens(config: TokensConfig) -> None:
-    """Raise ValueError where it doesn't say one thing about the source of the tokens."""
-    check_at_least(1, {"--val-images": config.val_images})
-    if config.on_the_fly and config.cache is not None:
-        raise ValueError(f"--on-the-fly and --cache {config.cache} exclude each other: take one")
-    if not config.on_the_fly and config.cache is None:
+def _check_shared(config: TrainConfig, tokens: TokensConfig) -> None:
+    """Raise ValueError for what is wrong with the common sections, or with the source of the tokens."""
+    check_common(config)
+    check_at_least(1, {"--val-images": tokens.val_images})
+    if tokens.on_the_fly and tokens.cache is not None:
+        raise ValueError(f"--on-the-fly and --cache {tokens.cache} exclude each other: take one")
+    if not tokens.on_the_fly and tokens.cache is None:
         raise ValueError(
             "give a token cache with --cache (train/cache_tokens.py makes one), or --on-the-fly with --tokenizer"
         )
-    if config.on_the_fly and config.tokenizer is None:
+    if tokens.on_the_fly and tokens.tokenizer is None:
         raise ValueError("--on-the-fly needs a tokenizer: give the run of train/vq.py with --tokenizer")
-    if config.data is not None and not config.on_the_fly:
-        raise ValueError(f"--data {config.data} is for --on-the-fly: the cache {config.cache} knows its own images")
+    if tokens.data is not None and not tokens.on_the_fly:
+        raise ValueError(f"--data {tokens.data} is for --on-the-fly: the cache {tokens.cache} knows its own images")
+    if tokens.on_the_fly:
+        check_images(config, tokens.data)
 
 
 def check_ar_config(config: ARConfig) -> None:
     """Raise ValueError for what no single module can see."""
-    check_common(config)
-    check_tokens(config.tokens)
+    _check_shared(config, config.tokens)
     _check_probabilities({"--keep": config.model.keep, "--condition-dropout": config.model.condition_dropout})
 
 
 def check_diffusion_config(config: DiffusionConfig) -> None:
     """Raise ValueError for what no single module can see."""
-    check_common(config)
-    check_tokens(config.tokens)
+    _check_shared(config, config.tokens)
     check_at_least(0, {"--auxiliary-weight": config.model.auxiliary_weight})
     _check_probabilities({"--caption-dropout": config.model.caption_dropout})
     if config.model.diffusion_steps < 2:

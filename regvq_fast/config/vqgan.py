@@ -11,6 +11,7 @@ from regvq_fast.config.common import (
     TrainConfig,
     check_at_least,
     check_common,
+    check_images,
 )
 
 _MIN_IMAGE_SIZE = 16
@@ -23,8 +24,8 @@ class DataConfig:
     """Images."""
 
     data: Path | None = None
-    """Folder of images or of tar shards (webdataset's layout), searched recursively; or shards, as in
-    'shards-{000000..000099}.tar'. Not given: the embedded scenes, composed of real photographs."""
+    """Folder of images or of tar shards (webdataset's layout), searched recursively; or a pattern of shards, in quotes:
+    "shards-{000000..000099}.tar". Not given: the embedded scenes, composed of real photographs."""
     image_size: int = 64
     """Side of the square images, in pixels; a multiple of the down-sampling factor."""
     crop: Literal["random-resized", "center"] = "random-resized"
@@ -37,7 +38,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Autoencoder, discriminator and feature network."""
+    """Autoencoder and discriminator."""
 
     ch: int = 32
     """Base width of encoder and decoder."""
@@ -72,7 +73,7 @@ class QuantizerConfig:
     logits: Literal["distance", "linear", "cosine"] = "distance"
     """reg-vq: what scores a code."""
     logit_std: float = 4.0
-    """reg-vq: spread of the fresh logits over the codes; the Gumbel noise's is 1.28."""
+    """reg-vq: standard deviation of the untrained logits over the codes; the Gumbel noise's is 1.28."""
     mask_ratio: float = 0.4
     """reg-vq: share of positions that are selected with noise."""
     mask_mode: Literal["exact", "bernoulli"] = "exact"
@@ -86,7 +87,7 @@ class QuantizerConfig:
     codebook_grad: Literal["soft", "hard", "none"] = "soft"
     """reg-vq: gradient of the look-up to the codes (Algorithm 1: soft)."""
     collapse_threshold: float = 0.1
-    """Warn when a record window uses less than this share of the codes that uniform use would reach; 0: never."""
+    """Warn where steps between two records use less than this share of the codes that uniform use would; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ class LossConfig:
     """Losses."""
 
     l1_weight: float = 1.0
-    """Absolute error of the pixels."""
+    """Weight of the absolute error of the pixels."""
     perceptual_weight: float = 1.0
-    """LPIPS distance."""
+    """Weight of the LPIPS distance."""
     contrastive: Literal["pcl", "cl", "none"] = "pcl"
     """Contrastive loss: probabilistic (Eq. 3), vanilla (Eq. 2) or none."""
     contrastive_weight: float = 0.02
-    """Its weight."""
+    """Weight of the contrastive loss."""
     contrastive_region: Literal["all", "masked"] = "all"
     """Places with a positive: all of them, or those of stochastic tokens."""
     contrastive_sampling: Literal["dense", "sampled"] = "sampled"
@@ -110,19 +111,29 @@ class LossConfig:
     contrastive_max_places: int = 4096
     """dense: most places of a map; a larger one gives a strided sub-grid."""
     contrastive_layer_weights: tuple[float, ...] = ()
-    """Weights of the network's layers. Not given: equal."""
+    """Weights of the contrastive loss of each layer of its feature network. Not given: equal."""
     contrastive_net: Literal["same", "vgg16", "vgg19"] = "same"
     """Feature network of the contrastive loss; "same" shares the perceptual one and its forward pass."""
     contrastive_weights: Path | None = None
-    """Weights file of that network, if it is one of its own."""
+    """Weights file of the contrastive loss's feature network, where that is one of its own."""
     perceptual_net: Literal["vgg16", "vgg19"] = "vgg16"
     """Feature network of the perceptual distance."""
     perceptual_weights: Path | None = None
-    """Its weights file (torchvision names). Not given: torch hub cache, download, else random weights."""
+    """Weights file of that network (torchvision names). Not given: torch hub cache, download, else random weights."""
     disc_weight: float = 0.8
-    """Adversarial loss, on top of its adaptive factor."""
+    """Weight of the adversarial loss, on top of its adaptive factor."""
     disc_start: int | None = None
     """Step at which the discriminator joins. Not given: never."""
+
+    @property
+    def has_contrastive(self) -> bool:
+        """Whether there is a contrastive loss: one of weight 0 is left out, and costs nothing."""
+        return self.contrastive != "none" and self.contrastive_weight > 0
+
+    @property
+    def has_own_contrastive_net(self) -> bool:
+        """Whether the contrastive loss has another feature network than the perceptual distance."""
+        return self.has_contrastive and self.contrastive_net not in ("same", self.perceptual_net)
 
 
 @dataclass(frozen=True)
@@ -173,7 +184,8 @@ def check_vqgan_config(config: VQGANConfig) -> None:
     """Raise ValueError for what no single module can see."""
     check_common(config)
     data, loss = config.data, config.loss
-    check_at_least(1, {"--val-images": data.val_images})
+    discriminator = {"--disc-filters": config.model.disc_filters, "--disc-layers": config.model.disc_layers}
+    check_at_least(1, {"--val-images": data.val_images, **discriminator})
     check_at_least(
         0,
         {
@@ -203,12 +215,11 @@ def check_vqgan_config(config: VQGANConfig) -> None:
             f"--contrastive-region masked needs stochastic tokens, which --quantizer {config.quantizer.quantizer} "
             "has not: use reg-vq, or the region all"
         )
-    own_net = loss.contrastive_net not in ("same", loss.perceptual_net) and loss.contrastive != "none"
-    if loss.contrastive_weights is not None and not own_net:
-        raise ValueError(
-            f"--contrastive-weights {loss.contrastive_weights} has no network to go to: with --contrastive-net "
-            f"{loss.contrastive_net} the perceptual one serves both; use --perceptual-weights"
-        )
+    if loss.contrastive_weights is not None and not loss.has_own_contrastive_net:
+        why = f"with --contrastive-net {loss.contrastive_net} the perceptual one serves both; use --perceptual-weights"
+        if not loss.has_contrastive:
+            why = "there is no contrastive loss; leave it out"
+        raise ValueError(f"--contrastive-weights {loss.contrastive_weights} has no network to go to: {why}")
     if data.image_size < _MIN_IMAGE_SIZE:
         raise ValueError(f"--image-size must be at least {_MIN_IMAGE_SIZE} (for SSIM and VGG), got {data.image_size}")
     factor = 2 ** (len(config.model.ch_mult) - 1)
@@ -217,5 +228,4 @@ def check_vqgan_config(config: VQGANConfig) -> None:
             f"--image-size {data.image_size} is not a multiple of the down-sampling factor {factor}; "
             f"try {max(factor, round(data.image_size / factor) * factor)}"
         )
-    if config.run.preset != "scenes" and data.data is None:
-        raise ValueError(f"--preset {config.run.preset} needs its images: give their folder with --data PATH")
+    check_images(config, data.data)

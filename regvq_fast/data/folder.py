@@ -6,19 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from regvq_fast.data.finding import (
-    CAPTION_SUFFIX,
-    EXTENSIONS,
-    SEGMENTATION_SUFFIX,
-    SPLIT_NAMES,
-    find_files,
-    is_image,
-    name_hash,
-)
-from regvq_fast.data.pictures import Crop, Field, Part, PictureDataset
+from regvq_fast.data.finding import EXTENSIONS, SPLIT_NAMES, find_files, is_image, name_hash
+from regvq_fast.data.pictures import FIELD_SUFFIXES, Crop, Field, Part, PictureDataset
 from regvq_fast.data.samples import Split
-
-_SUFFIXES: dict[Field, str] = {"caption": CAPTION_SUFFIX, "segmentation": SEGMENTATION_SUFFIX}
 
 
 class ImageFolder(PictureDataset):
@@ -80,7 +70,7 @@ class ImageFolder(PictureDataset):
 
     def _find(self, folder: Path) -> list[str]:
         """Paths of the images with all fields, sorted; at least one."""
-        suffixes = [_SUFFIXES[field] for field in self.fields]
+        suffixes = [FIELD_SUFFIXES[field] for field in self.fields]
         found = find_files(folder, [*EXTENSIONS, *suffixes])
         images = [file for file in found if is_image(file)]
         if not images:
@@ -92,7 +82,7 @@ class ImageFolder(PictureDataset):
 
     def _read(self, position: int, part: Part) -> bytes:
         file = self.files[position]
-        return Path(file if part == "image" else _beside(file, _SUFFIXES[part])).read_bytes()
+        return Path(file if part == "image" else _beside(file, FIELD_SUFFIXES[part])).read_bytes()
 
     def _name(self, position: int) -> str:
         return self.files[position]

@@ -43,11 +43,19 @@ def build_dataset(
     """The data set that ``--data`` names: one of the paper's in the layout of its official archive, tar shards, a
     folder of images, or the embedded scenes where it is None.
 
-    An archive is known by the names in its top folder (:func:`~regvq_fast.data.archives.find_archive`). Shards are a
-    tar file, a pattern of tar files in braces, or a folder with tar files and no image above them. ``length`` is the
-    number of scenes or, for images, the most validation images to use. ``crop`` and ``flip`` concern training on
-    images, and ``fields`` are what their samples hold besides (scenes always have caption and segmentation). Raises
-    what the data set's constructor raises, and ValueError for a folder that holds several archives.
+    Args:
+        data: its path. An archive is known by the names in its top folder
+            (:func:`~regvq_fast.data.archives.find_archive`). Shards are a tar file, a pattern of tar files in braces,
+            or a folder with tar files and no image above them.
+        split: "train" or "val".
+        image_size: height and width of the samples, in pixels.
+        length: the number of scenes or, for images, the most validation images to use. None: the data set's own.
+        seed: decides order, crops, flips and scenes.
+        crop, flip: of training images; scenes have neither.
+        fields: what samples of images hold besides; scenes always have caption and segmentation.
+
+    Raises:
+        ValueError: a folder that holds several archives. Otherwise as the data set's constructor.
     """
     if data is None:
         return ScenesDataset(split, image_size, length, seed)
@@ -59,7 +67,7 @@ def build_dataset(
 
 
 def default_workers(processes: int = 1) -> int:
-    """Worker processes for each of ``processes`` that train on this machine.
+    """Worker processes that load data, for each of ``processes`` that train on this machine.
 
     Half of the cores shared between them, at most 8 and at least 1 each; none on 2 cores, which training itself needs.
     """
@@ -98,13 +106,19 @@ def training_batches(
 ) -> TimedBatches:
     """An endless iterator over batches of samples ``start``, ``start + 1``, ... in this order.
 
-    Batch k holds samples ``start + k * stride`` and on, whatever the number of workers; ``stride`` is the batch size
-    unless the batch is a rank's part of a larger one. To resume, start at the number of samples seen. The data set must
-    take any index >= 0 (a training split). Workers start at once and end with the iterator; each keeps 4 batches ready.
-    ``pin_memory`` puts batches where a GPU copies them from without waiting. Draws nothing from torch's global
-    generator.
+    Batch k holds samples ``start + k * stride`` and on, whatever the number of workers. Workers start at once and end
+    with the iterator; each keeps 4 batches ready. Draws nothing from torch's global generator.
 
-    Raises ValueError for a batch size below 1, or a negative start or number of workers.
+    Args:
+        dataset: takes any index >= 0 (a training split).
+        batch_size: samples of a batch.
+        start: the first sample; to resume, the number of samples seen.
+        stride: samples from one batch to the next. None: the batch size; more where a batch is a rank's part of one.
+        workers: processes that load data; 0: this one does.
+        pin_memory: put batches where a GPU copies them from without waiting.
+
+    Raises:
+        ValueError: a batch size below 1, or a negative start or number of workers.
     """
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}")
@@ -121,7 +135,10 @@ def validation_batches(
 ) -> DataLoader[Batch]:
     """All samples of a validation split in order; the last batch may be smaller. Can be iterated any number of times.
 
-    Raises ValueError for a batch size below 1 or a negative number of workers.
+    Arguments are those of :func:`training_batches`.
+
+    Raises:
+        ValueError: a batch size below 1, or a negative number of workers.
     """
     _check(batch_size, workers)
     return _loader(dataset, workers, batch_size=batch_size, pin_memory=pin_memory)

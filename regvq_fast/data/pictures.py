@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from regvq_fast.data.finding import CAPTION_SUFFIX, SEGMENTATION_SUFFIX
 from regvq_fast.data.manifest import mirrored_ids, read_manifest
 from regvq_fast.data.samples import Sample, Split, check_index, check_split, sample_random, shuffled_position
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, random_box, upright_size
@@ -29,6 +30,8 @@ Field = Literal["caption", "segmentation"]
 """What a sample may hold besides its image."""
 Part = Literal["image", "caption", "segmentation"]
 """A file of a sample."""
+FIELD_SUFFIXES: dict[Field, str] = {"caption": CAPTION_SUFFIX, "segmentation": SEGMENTATION_SUFFIX}
+"""Of the file of a field, beside the image of the same name."""
 
 HOLD_OUT = 0.05
 """Share of the pictures that is kept for validation where they come without splits of their own."""
@@ -124,7 +127,11 @@ class PictureDataset(Dataset[Sample], ABC):
         complete = np.flatnonzero(np.logical_and.reduce(has)) if has else np.arange(count)
         missing = " and ".join(sorted(self.fields))
         if not len(complete):
-            raise FileNotFoundError(f"none of the {count} images in {self.source} has its {missing}")
+            files = " and ".join(f"NAME{FIELD_SUFFIXES[field]}" for field in sorted(self.fields))
+            raise FileNotFoundError(
+                f"none of the {count} images in {self.source} has its {missing}: in folders and tar shards, {files} "
+                "must lie beside NAME.jpg"
+            )
         if len(complete) < count:
             logger.warning("left out %d of %d images in %s: no %s", count - len(complete), count, self.source, missing)
         return complete
@@ -211,10 +218,14 @@ class PictureDataset(Dataset[Sample], ABC):
             with self._reporting:  # two workers may meet the same file at once; it gets one line all the same
                 if not self.unreadable_flags[position]:
                     self.unreadable_flags[position] = True
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    if isinstance(error, UnidentifiedImageError):  # whose message is about the buffer it was given
-                        reason = "it is no image"
-                    logger.warning("skipped unreadable image %s (%s)", self._name(position), reason)
+                    logger.warning("skipped unreadable image %s (%s)", self._name(position), why_unreadable(error))
+
+
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with an image file, in one line, by the error that came of reading it."""
+    if isinstance(error, UnidentifiedImageError):  # whose message is about the buffer it was given
+        return "it is no image"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def caption_lines(data: bytes) -> list[str]:

@@ -21,13 +21,10 @@ from regvq_fast.data.archives.each import EachPicture, Problem
 from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.loading import default_workers
 from regvq_fast.data.manifest import Manifest, write_manifest
-from regvq_fast.data.pictures import Field, caption_lines, check_same_size
+from regvq_fast.data.pictures import OVERSAMPLING, Field, caption_lines, check_same_size
 from regvq_fast.data.shards import write_shards
 from regvq_fast.data.transforms import Box, crop_labels, crop_rgb, upright_size
 from regvq_fast.data.verifying import SHOWN_PROBLEMS, verify
-
-_OVERSAMPLING = 3.0
-"""As of validation images: what decoding a JPEG at reduced size takes away is a third of a level."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class DataCommand:
     shard_mib: int = 1000
     """prepare: most mebibytes of a shard."""
     workers: int | None = None
-    """Processes that decode images. Not given: half of the cores, none on two."""
+    """Processes that decode images. Not given: half of the cores; on two cores the process itself."""
 
 
 def manage_data(command: DataCommand, console: Console | None = None) -> None:
@@ -66,6 +63,10 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
     console = console or Console()
     if command.workers is not None and command.workers < 0:
         raise ValueError(f"--workers must not be negative, got {command.workers}")
+    if command.command == "verify" and command.out is not None:
+        raise ValueError(f"--out {command.out} is for prepare; verify writes nothing: leave it out")
+    if command.command == "prepare" and command.decode:
+        raise ValueError("--decode is for verify; prepare opens every file in any case: leave it out")
     archive = _archive(command)
     fields: Collection[Field] = archive.needed if command.fields is None else command.fields
     for field in fields:
@@ -190,7 +191,8 @@ def _sample(
         scale = min(size / min(full), 1)
         width, height = (max(round(side * scale), 1) for side in full)
         as_it_is = scale == 1 and file.mode == "RGB" and file.format == "JPEG" and not file.getexif()
-        image = crop_rgb(file, Box(0, 0, *full), width, height, _OVERSAMPLING)  # a damaged one shows in any case
+        # Decoded whether it is kept or not: a damaged one shows. As finely as in validation, which is packed, too.
+        image = crop_rgb(file, Box(0, 0, *full), width, height, OVERSAMPLING["val"])
     if not as_it_is:
         buffer = BytesIO()
         image.save(buffer, "JPEG", quality=quality, subsampling=0)

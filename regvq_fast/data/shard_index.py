@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import tarfile
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,9 +52,9 @@ class _Record(NamedTuple):
 def load_indexes(shards: Sequence[Path]) -> list[ShardIndex]:
     """The index of each shard: from the cache where size and modification time are as they were, else from its headers.
 
-    New ones are kept in the shards' folder, or in ``$XDG_CACHE_HOME/regvq_fast`` where that can't be written. Processes
-    that index the same shards at once do the same work, and each leaves a whole file. One warning for each shard that
-    is damaged or cut short; the samples before the damage count.
+    New ones are kept in the shards' folder, or in the user's cache where that can't be written. Processes that index
+    the same shards at once do the same work, and each leaves a whole file. One warning for each shard that is damaged
+    or cut short; the samples before the damage count.
 
     Raises:
         ValueError: a shard is compressed. OSError: one can't be read.
@@ -205,12 +204,12 @@ def _load_cache(file: Path) -> dict[str, _Record]:
                 return {}
             parts = np.split(arrays["entries"], np.cumsum(arrays["counts"])[:-1])
             names, damages, stamps = (arrays[name].tolist() for name in ("names", "damages", "stamps"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing, or not what was written
+        return {
+            name: _Record((size, time), ShardIndex(entries, damage))
+            for name, (size, time), entries, damage in zip(names, stamps, parts, damages, strict=True)
+        }
+    except Exception:  # missing or damaged, which can make the readers raise anything: it is made anew
         return {}
-    return {
-        name: _Record((size, time), ShardIndex(entries, damage))
-        for name, (size, time), entries, damage in zip(names, stamps, parts, damages, strict=True)
-    }
 
 
 def _save_cache(folder: Path, records: Mapping[str, _Record]) -> None:

@@ -49,9 +49,17 @@ class Tokenizer(Protocol):
 
 
 def tokenize_batch(tokenizer: Tokenizer, batch: Batch, device: torch.device | str = "cpu") -> TokenBatch:
-    """Turn a batch of images into the batch that a cache of them has, on ``device``, where the tokenizer is.
+    """Turn a batch of images into the batch that a cache of them has.
 
     Nothing here waits for the device. Enter autocast around it for mixed precision.
+
+    Args:
+        tokenizer: a VQGAN, say.
+        batch: images (B, 3, H, W) uint8, semantic maps (B, H, W) uint8 and captions, as it has them.
+        device: where the tokenizer is.
+
+    Returns:
+        Tokens (B, h, w) int64 and maps (B, h, w) uint8 by :func:`majority_vote`, on ``device``; the captions.
     """
     tokens = tokenizer.tokenize(to_float(batch["image"].to(device, non_blocking=True)))
     converted = TokenBatch(tokens=tokens)
@@ -157,13 +165,13 @@ class TokenDataset(Dataset[TokenSample]):
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> TokenBatch:
-        """Samples of any indices, stacked; raises as ``__getitem__``."""
+        """Samples of one index or more, stacked; raises as ``__getitem__``."""
         if self._opened is None:
             self._opened = self._open()
         places = [divmod(self._position(index), self.info.shard_samples) for index in indices]
         shards = self._opened
         tokens = np.stack([shards[number].tokens[row] for number, row in places]).astype(np.int64)
-        if len(places) and tokens.max() >= self.info.num_codes:  # an embedding on a GPU would end the process
+        if tokens.max() >= self.info.num_codes:  # an embedding on a GPU would end the process
             raise ValueError(
                 f"{self.folder} holds the token {tokens.max()}, but its tokenizer has {self.info.num_codes} codes: "
                 "a shard is damaged; delete the cache, and make it anew"

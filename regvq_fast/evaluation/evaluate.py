@@ -28,7 +28,7 @@ from regvq_fast.evaluation.fid import (
 )
 from regvq_fast.evaluation.measurement import Measurement, print_measurements, write_measurements
 from regvq_fast.evaluation.metrics import DrawnImages, evaluate_tokenizer, fid_of_samples
-from regvq_fast.evaluation.reconstruction import ReconstructionMetrics
+from regvq_fast.evaluation.reconstruction import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
@@ -41,8 +41,6 @@ from regvq_fast.version import __version__
 RESULTS = "evaluation.json"
 SCENES = "scenes"
 """What ``--data`` calls the embedded scenes."""
-_SMALLEST = 11
-"""Pixels a side that SSIM needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,7 @@ class EvaluateConfig(DrawConfig):
     batch_size: int = 32
     """Images that are computed at once."""
     workers: int | None = None
-    """Processes that load images, of each rank. Not given: half of the cores, none on two."""
+    """Processes that load images, of each rank. Not given: half of the cores, none on two cores."""
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     amp: bool = False
@@ -181,7 +179,7 @@ class _Evaluation:
 
     def _least_sizes(self) -> Iterator[tuple[str, int]]:
         if self.tokenizer is not None:
-            yield "SSIM", _SMALLEST
+            yield "SSIM", SSIM_WINDOW
         for net in (self.perceptual, self.net):
             if net is not None:
                 yield net.name, net.min_size

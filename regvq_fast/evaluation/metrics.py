@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regvq_fast.data.finding import EXTENSIONS, find_files, is_image
+from regvq_fast.data.pictures import why_unreadable
 from regvq_fast.data.samples import Sample
 from regvq_fast.data.transforms import image_to_tensor
 from regvq_fast.evaluation.fid import FeatureStatistics, Reference, statistics_of
@@ -54,6 +55,7 @@ def evaluate_tokenizer(
         reference: of the same images (:func:`~regvq_fast.evaluation.fid.make_reference`), for the Fréchet distance.
         perceptual: as in :func:`evaluate_reconstruction`; ``PerceptualDistance`` is one.
         batch_size, workers: of the loader.
+        device: where the model, the reference's network and ``perceptual`` are.
         autocast: around the model.
         progress: called after each batch with the number of this rank's images done.
 
@@ -164,5 +166,4 @@ def _reading(file: Path) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{file} can't be read ({reason}): draw it again, or take it away") from None
+        raise ValueError(f"{file} can't be read ({why_unreadable(error)}): draw it again, or take it away") from None

@@ -12,7 +12,8 @@ from regvq_fast.data.transforms import to_float, to_uint8
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
 from regvq_fast.ranks import sum_over_ranks
 
-_SSIM_WINDOW = 11
+SSIM_WINDOW = 11
+"""Pixels a side that SSIM needs."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def evaluate_reconstruction(
     images = 0
     for batch in batches:
         height, width = batch["image"].shape[2:]
-        if min(height, width) < _SSIM_WINDOW:
-            raise ValueError(f"SSIM needs images of at least {_SSIM_WINDOW} pixels a side, got {height} x {width}")
+        if min(height, width) < SSIM_WINDOW:
+            raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {height} x {width}")
         original_uint8 = batch["image"].to(device, non_blocking=True)
         original = to_float(original_uint8)
         with autocast or nullcontext():
@@ -134,5 +135,5 @@ def _ssim(images: Tensor, originals: Tensor) -> Tensor:
 
     images, originals = images.float() / 255, originals.float() / 255
     _, similarity = structural_similarity_index_measure(images, originals, data_range=1.0, return_full_image=True)
-    border = _SSIM_WINDOW // 2  # torchmetrics' own mean includes windows that hang over the border, reflected
+    border = SSIM_WINDOW // 2  # torchmetrics' own mean includes windows that hang over the border, reflected
     return similarity[:, :, border:-border, border:-border].flatten(1).mean(dim=1)

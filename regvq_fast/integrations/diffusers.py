@@ -6,6 +6,8 @@ from regvq_fast.integrations.nearest import NearestCode
 
 
 class VectorQuantizer(NearestCode):
+    """taming's ``VectorQuantizer2`` as diffusers carries it, with all of its options."""
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
         """z (B, D, H, W) -> codes, loss and (None, None, indices), as in ``diffusers.models.autoencoders.vae``."""
         return self._nearest(z)

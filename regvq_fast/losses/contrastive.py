@@ -18,9 +18,9 @@ class ProbabilisticContrastiveLoss(nn.Module):
     """InfoNCE between features of the same places, other places of the image being the negatives.
 
     With ``weighted`` (PCL, Eq. 3) a place's positive is weighted by the perturbation of its token, normalised over the
-    image's places: the farther the sampled code lies from the best one, the weaker the pull; an image without any
-    perturbation has uniform weights. Without it, vanilla contrastive learning (CL, Eq. 2). Both are averaged over
-    places, so that one loss weight fits both: the value is Eq. 3 divided by the number of places.
+    image's places that take part: the farther the sampled code lies from the best one, the weaker the pull; where none
+    of them is perturbed the weights are uniform. Without it, vanilla contrastive learning (CL, Eq. 2). Both are means
+    over places, so that one loss weight fits both: the value is Eq. 3 divided by the number of places.
 
     Args:
         weighted: PCL or CL.
@@ -32,6 +32,9 @@ class ProbabilisticContrastiveLoss(nn.Module):
             same, and sampled places are masked ones as far as there are any.
         layer_weights: of the layers, their number ones if None; the loss is the weighted mean.
         tau: temperature.
+
+    Raises:
+        ValueError: a setting that is out of range.
     """
 
     def __init__(
@@ -80,6 +83,10 @@ class ProbabilisticContrastiveLoss(nn.Module):
         Returns:
             0-dim float32; 0 where no place counts.
 
+        Raises:
+            ValueError: no mask for the region "masked", or numbers and shapes of maps, layer weights, perturbation and
+                mask that don't fit.
+
         Similarities accumulate in fp32. On CUDA 16-bit maps are multiplied as such, after a normalisation in fp32.
         """
         if self.region == "masked" and mask is None:
@@ -87,6 +94,12 @@ class ProbabilisticContrastiveLoss(nn.Module):
         weights = self.layer_weights or (1.0,) * len(original)
         if len(weights) != len(original):
             raise ValueError(f"layer_weights has {len(weights)} weights for {len(original)} feature maps")
+        shapes, others = ([tuple(maps.shape) for maps in side] for side in (original, reconstruction))
+        if shapes != others:
+            raise ValueError(f"feature maps of the two images have different shapes: {shapes} and {others}")
+        for name, tokens in (("perturbation", perturbation), ("mask", mask)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[0] != shapes[0][0]):
+                raise ValueError(f"{name} must be (B, h, w) of {shapes[0][0]} images, got {tuple(tokens.shape)}")
         losses = [
             weight * self._layer(layer, x.detach(), z, perturbation.detach(), seed, first_image, mask)
             for layer, (weight, x, z) in enumerate(zip(weights, original, reconstruction, strict=True))
@@ -143,9 +156,11 @@ class ProbabilisticContrastiveLoss(nn.Module):
         if self.max_places is None or length <= self.max_places:
             return None
         stride = math.ceil(math.sqrt(length / self.max_places))
-        shift = row_words(seed, torch.arange(2, device=x.device), stream) % stride
-        ys = torch.arange(height // stride, device=x.device) * stride + shift[0]
-        xs = torch.arange(width // stride, device=x.device) * stride + shift[1]
+        # A map narrower than that stride gives one line of places, which may need a larger one along it.
+        down, across = (min(side, max(stride, math.ceil(side / self.max_places))) for side in (height, width))
+        shift = row_words(seed, torch.arange(2, device=x.device), stream)
+        ys = torch.arange(height // down, device=x.device) * down + shift[0] % down
+        xs = torch.arange(width // across, device=x.device) * across + shift[1] % across
         return (ys[:, None] * width + xs[None, :]).flatten().expand(batch, -1)
 
 

@@ -149,7 +149,8 @@ class MaskAndReplace:
         to_noisy = torch.where(masked, 0.0, alpha * beta_s)
         to_any = torch.where(masked, gamma, beta) * self.num_codes * beta_s
         choice, code = (row_words(seed, rows, _POSTERIOR_STREAM + i) for i in range(2))
-        level = (choice + 0.5) / _WORDS * (to_mask + to_token + to_noisy + to_any)
+        # In fp32 the last words would round to the whole mass, and draw a code where `to_any` is 0.
+        level = (choice.double() + 0.5) / _WORDS * (to_mask + to_token + to_noisy + to_any)
         drawn = torch.where(level < to_mask + to_token + to_noisy, noisy, self._code(code))
         drawn = torch.where(level < to_mask + to_token, tokens, drawn)
         return torch.where(level < to_mask, self.num_codes, drawn)

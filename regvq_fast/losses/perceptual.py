@@ -121,7 +121,9 @@ def _fitted_heads() -> dict[str, Tensor] | None:
     """The LPIPS heads for VGG-16, from the torchmetrics package, which carries them."""
     spec = find_spec("torchmetrics")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the LPIPS heads come with torchmetrics, which is not installed")
+        raise ModuleNotFoundError(
+            "the LPIPS heads come with torchmetrics, which is not installed: pip install torchmetrics"
+        )
     path = Path(spec.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
     if not path.is_file():
         warnings.warn(f"this torchmetrics has no LPIPS heads ({path}): uniform ones are used", stacklevel=3)

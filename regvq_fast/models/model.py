@@ -58,8 +58,8 @@ class Model(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or no weights in it, or not those of a pre-trained text encoder.
-            ImportError: the text encoder needs transformers, which is not installed.
-            ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it.
+            ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it. Or the
+                text encoder needs transformers, which is not installed.
         """
         description, weights = read_pretrained(Path(folder))
         kind = description.pop("type", "VQGAN")  # whose folders had none at first

@@ -36,8 +36,10 @@ _MOST_TOKENS = 512  # tokenizers name astronomic limits where they have none
 class TextFeatures(NamedTuple):
     """What the prior attends to."""
 
-    features: Tensor  # (B, K, C)
-    mask: Tensor  # (B, K) bool, true where there is text
+    features: Tensor
+    """(B, K, C)."""
+    mask: Tensor
+    """(B, K) bool, true where there is text."""
 
 
 class TextEncoder(nn.Module, ABC):
@@ -97,8 +99,8 @@ class WordEncoder(TextEncoder):
         truncate: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"width": width, "heads": heads, "max_words": max_words, "buckets": buckets, "hashes": hashes}
-        check_sizes(sizes)
+        sizes = {"width": width, "depth": depth, "heads": heads, "max_words": max_words}
+        check_sizes(sizes | {"buckets": buckets, "hashes": hashes})
         self.width, self.depth, self.heads, self.max_words = width, depth, heads, max_words
         self.buckets, self.hashes, self.truncate = buckets, hashes, truncate
         self.shape = max_words, width
@@ -145,9 +147,8 @@ class PretrainedTextEncoder(TextEncoder):
         truncate: cut long captions, which are an error otherwise.
 
     Raises:
-        ImportError: transformers is not installed.
         FileNotFoundError: no such model, or no network to fetch it.
-        ValueError: `max_tokens` is not positive.
+        ValueError: transformers is not installed, or `max_tokens` is not positive.
     """
 
     def __init__(self, name: str = CLIP, *, max_tokens: int | None = None, truncate: bool = False) -> None:
@@ -243,7 +244,8 @@ class _Shared:
 def _too_long(caption: str, length: int, unit: str, limit: int, argument: str) -> ValueError:
     start = caption if len(caption) <= 60 else f"{caption[:60]}..."
     return ValueError(
-        f"the caption {start!r} has {length} {unit}, over the encoder's {limit}: raise {argument} or set truncate=True"
+        f"the caption {start!r} has {length} {unit}, over the encoder's {limit}: shorten it, raise {argument} or set "
+        "truncate=True"
     )
 
 
@@ -252,9 +254,9 @@ def _load(name: str) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             f"the text encoder {name!r} needs transformers: pip install transformers, or take WordEncoder, which "
-            "learns with the prior"
+            "learns with the prior (train/diffusion.py: --text-encoder words)"
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(name)

@@ -243,7 +243,8 @@ class VQDiffusion(Model):
         """Captions to ids (B, K, W) on the CPU, by the text encoder.
 
         Raises:
-            ValueError: no text encoder, or an empty or over-long caption.
+            ValueError: no text encoder, no captions, or an empty or over-long one.
+            TypeError: something else than a sequence of str.
         """
         if self.text_encoder is None:
             raise ValueError("captions need a text_encoder, which this model has none of: give features")

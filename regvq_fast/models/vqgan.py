@@ -4,8 +4,8 @@ Architecture, module names and tensor layouts are those of taming-transformers' 
 "Taming Transformers for High-Resolution Image Synthesis", CVPR 2021), whose checkpoints load with
 `VQGAN.load_taming_state_dict`.
 
-Shapes: images (B, 3, H, W); latents, codes (B, D, h, w) and tokens (B, h, w) with h = H / f, w = W / f and the
-down-sampling factor f = 2 ** (len(ch_mult) - 1). Values of images lie in [-1, 1]; reconstructions are not clamped.
+Shapes: images (B, in_channels, H, W); latents, codes (B, D, h, w) and tokens (B, h, w) with h = H / f, w = W / f and
+the down-sampling factor f = 2 ** (len(ch_mult) - 1). Values of images lie in [-1, 1]; reconstructions aren't clamped.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class VQGANOutput(NamedTuple):
     """What one pass through the autoencoder yields."""
 
     reconstruction: Tensor
-    """(B, 3, H, W), not clamped."""
+    """(B, in_channels, H, W), not clamped."""
     features: Tensor
     """(B, ch * ch_mult[0], H, W), the input of decoder.conv_out, detached."""
     quantizer: QuantizerOutput

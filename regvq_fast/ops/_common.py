@@ -21,8 +21,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when 
 # the eager path is a hundred launches a tile.
 TILE_ELEMENTS = 1 << 19
 CUDA_TILE_ELEMENTS = 1 << 24
+# Each tile adds to all N x D sums of the backward pass: with fewer rows that traffic outweighs its products.
 _MIN_TILE_ROWS = 64
-"""Each tile adds to all N x D sums of the backward pass: with fewer rows that traffic outweighs its products."""
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> Literal["triton", "eager"]:
@@ -84,6 +84,7 @@ class NonFiniteError(ValueError, FloatingPointError):
 
 
 def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is greater than 0 and finite."""
     if not value > 0:
         raise ValueError(f"{name} must be greater than 0, got {value}")
     if math.isinf(value):

@@ -81,12 +81,15 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
 
 
 def row_words(seed: Tensor, rows: Tensor, stream: int) -> Tensor:
-    """One 32-bit word a row, for draws that are made once a row: the mask, the sampled patches.
+    """One 32-bit word a row, for draws that are made once a row, a token or an image: the mask, the sampled places.
 
     Args:
         seed: 0-dim int64 tensor.
         rows: int64 global row numbers, any shape.
-        stream: from 1 on; the counter's ``c3``, which is 0 in the Gumbel noise. Streams are independent.
+        stream: from 1 on; the counter's ``c3``, which is 0 in the Gumbel noise. Streams are independent, so each kind
+            of draw has one of its own: 1 the mask, 2 dead codes, 3 to 5 replaced tokens of the autoregressive prior, 16
+            to 31 the contrastive loss's places (one a layer), 32 time steps, 33 to 36 tokens of the diffusion, 37 its
+            captions, 38 seeds of its sampling steps.
 
     Returns:
         int64 tensor of the shape of ``rows`` holding unsigned 32-bit words.

@@ -116,7 +116,8 @@ def vector_quantize(
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
-            ``x``, ``codebook``, ``weight`` or ``bias`` (on CUDA that would stop the device: they propagate).
+            ``x``, ``codebook``, ``weight`` or ``bias``, or a ``tau`` tensor that isn't > 0 (on CUDA looking would stop
+            the device: they propagate).
         TypeError: types that don't fit.
     """
     _check_arguments(x, codebook, weight, bias, scale, mask, seed, row_offset, tau, groups, codebook_grad)

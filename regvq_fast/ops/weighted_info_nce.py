@@ -61,10 +61,11 @@ def weighted_info_nce(
     where the keys are split; backward one buffer of max(2^25, 512 L) similarities at most, in the type of ``query``,
     and gradients in fp32: a chunk of the keys', all of the queries' where these train. Below sm_80 also an fp32 buffer
     of as many similarities, forward and backward. Eager: O(B * L * C) plus a fixed number of tiles of about 2^19
-    similarities (2^24 on CUDA).
+    similarities (2^24 on CUDA; at least 64 rows).
 
     Raises:
-        ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input.
+        ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input, or a negative weight
+            (on CUDA looking would stop the device).
         TypeError: types that don't fit.
     """
     check_matrix("query", query, ndim=3)

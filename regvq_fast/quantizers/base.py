@@ -42,7 +42,10 @@ class Quantizer(nn.Module):
 
         In evaluation that is the best code everywhere. In training, quantizers that draw take the ``seed`` (0-dim
         int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
-        position among those of all ranks and parts of a batch.
+        position among those of all ranks and parts of a batch. In a distributed run give all ranks the same seed.
+
+        Raises:
+            ValueError: maps of another shape; on a CPU nan or inf in them.
         """
         raise NotImplementedError
 

@@ -1,5 +1,7 @@
 """VQ-VAE: nearest code from a codebook of running averages (van den Oord et al., 2017, appendix A.1)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,9 @@ class EMAQuantizer(Quantizer):
         decay: of the running averages.
         commitment: weight of ``mean |z - sg(q)|^2``.
         dead_threshold: see above; 0 leaves dead codes alone.
+
+    Raises:
+        ValueError: a setting that is out of range.
     """
 
     cluster_share: Tensor
@@ -49,7 +54,7 @@ class EMAQuantizer(Quantizer):
         # In shares of the rows, not in rows: they don't depend on the batch size.
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
-        self.register_load_state_dict_post_hook(_adopt_loaded_codes)
+        self.register_load_state_dict_pre_hook(_adopt_loaded_codes)
         if dead_threshold == 0:  # nothing will move codes that are never selected: they stay where they are
             self.start_from_embedding()
 
@@ -89,7 +94,10 @@ class EMAQuantizer(Quantizer):
         self.embedding.weight.copy_(averages)
 
 
-def _adopt_loaded_codes(quantizer: EMAQuantizer, keys) -> None:  # type: ignore[no-untyped-def]
-    """Codes loaded without averages, as from taming's checkpoints, are live."""
-    if any(name.endswith("cluster_share") for name in keys.missing_keys):
-        quantizer.start_from_embedding()
+def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Codes that are about to be loaded without averages, as from taming's checkpoints, are live."""
+    codes = state_dict.get(f"{prefix}embedding.weight")
+    if codes is not None and f"{prefix}cluster_share" not in state_dict:
+        num_codes = quantizer.num_codes
+        state_dict[f"{prefix}cluster_share"] = torch.full((num_codes,), 1 / num_codes)
+        state_dict[f"{prefix}cluster_sum"] = codes.detach() / num_codes

@@ -21,6 +21,9 @@ class GumbelQuantizer(Quantizer):
         code_dim: D.
         tau_start, tau_end: temperature at the start and the end of training, exponentially interpolated.
         kl_weight: see above.
+
+    Raises:
+        ValueError: a setting that is out of range.
     """
 
     tau: Tensor

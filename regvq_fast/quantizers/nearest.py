@@ -13,6 +13,14 @@ class NearestQuantizer(Quantizer):
 
     ``loss = mean |sg(z) - q|^2 + commitment * mean |z - sg(q)|^2``, the codebook's only gradient being the first term
     (taming-transformers' ``VectorQuantizer2`` with ``legacy=False``). Codes start uniform in [-1/N, 1/N], as there.
+
+    Args:
+        num_codes: N.
+        code_dim: D.
+        commitment: weight of the second term.
+
+    Raises:
+        ValueError: a setting that is out of range.
     """
 
     def __init__(self, num_codes: int, code_dim: int, *, commitment: float = 0.25) -> None:

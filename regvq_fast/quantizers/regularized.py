@@ -1,7 +1,7 @@
 """Reg-VQ: regularized vector quantization (Zhang et al., CVPR 2023, section 3)."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,9 @@ class RegularizedQuantizer(Quantizer):
         prior_weight: weight of the KL divergence between posterior and uniform prior, per nat.
         prior_scope: rows that share a posterior: "image", "batch" or "global" (the batches of all ranks).
         codebook_grad: see :func:`regvq_fast.ops.vector_quantize`.
+
+    Raises:
+        ValueError: a setting that is out of range, or none of the known ones.
     """
 
     expects_unit_variance = True
@@ -60,6 +63,15 @@ class RegularizedQuantizer(Quantizer):
         codebook_grad: CodebookGrad = "soft",
     ) -> None:
         super().__init__(num_codes, code_dim)
+        choices = {
+            "logits": (logits, LogitKind),
+            "mask_mode": (mask_mode, MaskMode),
+            "prior_scope": (prior_scope, PriorScope),
+            "codebook_grad": (codebook_grad, CodebookGrad),
+        }
+        for name, (choice, known) in choices.items():
+            if choice not in get_args(known):
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
         for name, value in (("tau", tau), ("logit_std", logit_std)):
@@ -77,13 +89,11 @@ class RegularizedQuantizer(Quantizer):
             self.scale = logit_std / (2 * math.sqrt(code_dim))
         elif logits == "cosine":
             self.scale = logit_std * math.sqrt(code_dim) / 2
-        elif logits == "linear":
+        else:
             self.scale = 1.0
             self.proj = nn.Linear(code_dim, num_codes)
             nn.init.normal_(self.proj.weight, std=logit_std / math.sqrt(code_dim))
             nn.init.zeros_(self.proj.bias)
-        else:
-            raise ValueError(f"logits must be 'distance', 'linear' or 'cosine', got {logits!r}")
 
     def codes(self) -> Tensor:
         return F.normalize(self.embedding.weight, dim=1) if self.logits == "cosine" else self.embedding.weight

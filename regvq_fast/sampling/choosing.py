@@ -59,7 +59,11 @@ def restrict(logits: Tensor, *, top_k: int | None = None, top_p: float | None = 
 
     Returns:
         (..., N) float32.
+
+    Raises:
+        ValueError: a setting that is out of range.
     """
+    check_choice(top_k=top_k, top_p=top_p)
     if top_p == 1.0:
         top_p = None
     if top_k is not None and top_k >= logits.shape[-1]:
@@ -91,7 +95,7 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
     return null + guidance * (conditional - null)
 
 
-def check_choice(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_choice(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
     """Raise ValueError on a setting of `choose_tokens` that is out of range."""
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(

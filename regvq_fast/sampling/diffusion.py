@@ -67,7 +67,7 @@ def sample_diffusion(
             or over-long caption, shapes that don't fit, or tensors on different devices.
         TypeError: a tensor of another type.
     """
-    check_choice(temperature, None, None)
+    check_choice(temperature)
     check_settings(prior, steps, truncation, guidance, text)
     device, length = prior.head.weight.device, prior.num_tokens
     if isinstance(text, Tensor):

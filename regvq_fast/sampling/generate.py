@@ -1,7 +1,8 @@
 """Drawing images from a trained prior: what ``train/sample.py`` runs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from regvq_fast.config import read_config
 from regvq_fast.config.prior import ARConfig, DiffusionConfig
-from regvq_fast.console import progress_bar
+from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
+from regvq_fast.data.pictures import OVERSAMPLING, why_unreadable
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import Box, center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.models.token_transformer import TokenTransformer
@@ -26,7 +28,7 @@ from regvq_fast.precision import choose_device, choose_precision
 from regvq_fast.sampling import common
 from regvq_fast.sampling.images import DrawConfig, ImageSampler
 
-_GRID = 64  # images of the grid at most
+_GRID = 64  # images of the grid at most, and conditions that are taken of a data set
 _TEXT_SIZE = 192  # pixels of a caption's picture at least
 _STRIP = 12  # states of a denoising strip
 
@@ -48,8 +50,8 @@ class SubjectConfig:
     text: tuple[str, ...] = ()
     """diffusion: one or more captions."""
     data: Path | None = None
-    """Take the conditions of a data set's validation split: a folder or shards with maps or captions. Not given (nor
-    map or text): of the one that the prior was trained on."""
+    """Take the conditions, 64 at most, of a data set's validation split: a folder or shards with maps or captions.
+    Not given (nor map or text): of the one that the prior was trained on."""
     edit: Path | None = None
     """An image to edit: it is kept where `mask` is black."""
     mask: Path | None = None
@@ -65,7 +67,7 @@ class SampleConfig(DrawConfig, SubjectConfig):  # of several bases, the fields o
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     amp: bool = False
-    """Mixed precision."""
+    """Draw in mixed precision: faster on a GPU, and other images than those of fp32."""
     strip: bool = False
     """diffusion: save the states of the first image as a strip, too."""
 
@@ -100,11 +102,9 @@ def generate(config: SampleConfig) -> None:
     save_image_grid(config.out / "grid.png", *generator.show(len(grid)), grid)
     if generator.states:
         save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
-        console.print(f"strip   {config.out / 'strip.png'}", highlight=False, soft_wrap=True)
-    console.print(f"grid    {config.out / 'grid.png'}", highlight=False, soft_wrap=True)
-    console.print(
-        f"images  {config.out}/00000.png ..., {config.num_images} in {seconds:.1f} s", highlight=False, soft_wrap=True
-    )
+        say(console, "strip", str(config.out / "strip.png"))
+    say(console, "grid", str(config.out / "grid.png"))
+    say(console, "images", f"{config.out / '00000.png'} ..., {config.num_images} in {seconds:.1f} s")
 
 
 def _check(config: SampleConfig) -> None:
@@ -201,7 +201,7 @@ class _Generator:
         return self.sampler.reduce(found, source) if isinstance(found, Tensor) else found
 
     def _validation(self, count: int) -> tuple[Any, str]:
-        """The first validation samples of --data, or of what the prior was trained on; and what that is."""
+        """At most ``count`` validation samples of --data, or of what the prior was trained on; and what that is."""
         data, seed, fields = self.config.data, 0, (self.sampler.field,)
         if data is None:
             kind: type[ARConfig | DiffusionConfig] = ARConfig if self.config.prior == "ar" else DiffusionConfig
@@ -221,8 +221,8 @@ class _Generator:
 
     def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
         """Tokens (1, h, w) of the image, and which of them to keep."""
-        pixels, image_size = _read_square(path, self.size)
-        white, mask_size = _read_square(mask, self.size)
+        pixels, image_size = _read_square("--edit", path, self.size)
+        white, mask_size = _read_square("--mask", mask, self.size)
         if image_size != mask_size:
             raise ValueError(f"--mask {mask} has {mask_size} pixels, --edit {path} {image_size}: make them alike")
         sampler, device = self.sampler, self.sampler.precision.device
@@ -233,24 +233,32 @@ class _Generator:
         return tokens, ~anew.to(device)
 
 
-def _read_square(path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
+def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
     """The largest square in the middle of an image file, (3, size, size) uint8; and the file's width and height."""
-    try:
-        with Image.open(path) as image:
-            width, height = upright_size(image)
-            return image_to_tensor(crop_rgb(image, center_box(width, height), size, size, 3.0)), (width, height)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image") from None
+    with _opened(flag, path) as image:
+        width, height = upright_size(image)
+        square = crop_rgb(image, center_box(width, height), size, size, OVERSAMPLING["val"])
+    return image_to_tensor(square), (width, height)
 
 
 def _read_ids(path: Path) -> Tensor:
     """The class ids of a semantic map's pixels, (1, H, W) uint8."""
+    with _opened("--map", path) as image:
+        labels = crop_labels(image, Box(0, 0, *image.size), image.size, *image.size)
+    return torch.from_numpy(np.array(labels, dtype=np.uint8))[None]
+
+
+@contextmanager
+def _opened(flag: str, path: Path) -> Iterator[Image.Image]:
+    """The image file that a flag names, while it is open; ValueError where the block can't take it."""
     try:
         with Image.open(path) as image:
-            box = Box(0, 0, *image.size)
-            labels = crop_labels(image, box, image.size, *image.size)
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{flag} {path}: no such file") from None
     except UnidentifiedImageError:
-        raise ValueError(f"--map {path} is not an image") from None
-    except ValueError as error:
-        raise ValueError(f"--map {path}: {error}") from None
-    return torch.from_numpy(np.array(labels, dtype=np.uint8))[None]
+        raise ValueError(f"{flag} {path} is not an image") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+        raise ValueError(f"{flag} {path}: {why_unreadable(error)}") from None

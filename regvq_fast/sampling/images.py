@@ -35,7 +35,7 @@ class DrawConfig:
     """How a prior draws."""
 
     temperature: float = 1.0
-    """Of the choice of a token; 0 takes the most likely one."""
+    """Temperature of the choice of a token; 0 takes the most likely one."""
     top_k: int | None = None
     """ar: choose among so many most likely codes."""
     top_p: float | None = None
@@ -62,7 +62,9 @@ class ImageSampler:
         precision: of both.
 
     Attributes:
+        kind: "autoregressive" or "diffusion".
         field: what of a data set's sample an image is conditioned on.
+        hash: the first 12 digits of the prior's `weights_hash`, before the cast.
 
     Raises:
         ValueError: a setting out of range, or of another kind of prior; a tokenizer of another shape.

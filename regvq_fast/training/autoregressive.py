@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from regvq_fast.config import ARConfig, TokensConfig, check_ar_config
 from regvq_fast.data.samples import Batch
-from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
 from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
 from regvq_fast.models.token_transformer import TokenTransformer
@@ -44,15 +43,17 @@ class ARTask(PriorTask[ARConfig]):
 
     def _num_classes(self) -> int:
         """Ids that a map may hold."""
-        found = self.train_set.info.num_classes if isinstance(self.train_set, TokenDataset) else None
-        if isinstance(self.train_set, ScenesDataset):
-            found = len(CLASSES)
+        cached = isinstance(self.train_set, TokenDataset)
+        found = (self.train_set.info if cached else self.train_set).num_classes
         given = self.config.model.num_classes
         if given is None and found is None:
             raise ValueError("--on-the-fly does not know the classes of these images: give --num-classes")
-        if given is not None and (given > _MAX_CLASSES or given < (found or 1)):
-            there = f" (the largest id in {self.config.tokens.cache} is {found - 1})" if found else ""
-            raise ValueError(f"--num-classes must be at least {found or 1} and at most 256, got {given}{there}")
+        if given is not None and not (found or 1) <= given <= _MAX_CLASSES:
+            source = self.config.tokens.cache if cached else self.train_set.label
+            there = f" ({source} has {found} classes)" if found else ""
+            raise ValueError(
+                f"--num-classes must be at least {found or 1} and at most {_MAX_CLASSES}, got {given}{there}"
+            )
         return given or found or 0
 
     def build_loss(self) -> nn.Module:

@@ -63,15 +63,13 @@ def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, d
     facts: dict[str, str] = {}
     features: nn.Module = nn.Identity()
     perceptual: nn.Module = nn.Identity()
-    has_contrastive = config.contrastive != "none" and config.contrastive_weight > 0  # of weight 0, it costs nothing
-    own_net = has_contrastive and config.contrastive_net not in ("same", config.perceptual_net)
-    if config.perceptual_weight > 0 or (has_contrastive and not own_net):
+    if config.perceptual_weight > 0 or (config.has_contrastive and not config.has_own_contrastive_net):
         features = _load(config.perceptual_net, config.perceptual_weights, "perceptual", facts)
         perceptual = LPIPS(features)
         facts["perceptual"] = f"{perceptual.name}, weights: {features.source}"
     contrastive = None
     contrastive_features = None
-    if has_contrastive:
+    if config.has_contrastive:
         contrastive = ProbabilisticContrastiveLoss(
             weighted=config.contrastive == "pcl",
             num_patches=config.contrastive_patches if config.contrastive_sampling == "sampled" else None,
@@ -79,7 +77,7 @@ def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, d
             region=config.contrastive_region,
             layer_weights=config.contrastive_layer_weights or None,
         )
-        if own_net:
+        if config.has_own_contrastive_net:
             net: VGGName = "vgg19" if config.contrastive_net == "vgg19" else "vgg16"
             contrastive_features = _load(net, config.contrastive_weights, "contrastive", facts)
     loss = ReconstructionLoss(

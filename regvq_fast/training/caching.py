@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.data import Dataset
 
+from regvq_fast.config.common import check_at_least
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, default_workers, validation_batches
 from regvq_fast.data.pictures import Crop, Field
@@ -33,6 +34,7 @@ from regvq_fast.data.token_cache import (
 )
 from regvq_fast.data.tokens import TokenBatch, tokenize_batch
 from regvq_fast.evaluation.codebook import CodebookUsage
+from regvq_fast.evaluation.shares import unreadable_images
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_device, choose_precision
@@ -70,7 +72,7 @@ class CacheConfig:
     batch_size: int = 64
     """Images that are encoded at once."""
     workers: int | None = None
-    """Processes that load images, of each rank. Not given: half of the cores, none on two."""
+    """Processes that load images, of each rank. Not given: half of the cores, none on two cores."""
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     amp: bool = False
@@ -85,18 +87,29 @@ def cache_tokens(config: CacheConfig) -> None:
     Raises:
         ValueError, OSError: what is wrong with settings, tokenizer, data or folder, in one sentence.
     """
-    counts = ("views", "scenes", "val_images", "shard_samples", "batch_size")
-    for name, least in {**dict.fromkeys(counts, 1), "workers": 0}.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if config.scenes is not None and config.data is not None:
-        raise ValueError(f"--scenes {config.scenes} is for the embedded scenes, not for --data {config.data}")
+    _check(config)
     device = choose_device(config.device)
     with process_group(device):
         with together():
             caching = _Caching(config, device)
         caching.run()
+
+
+def _check(config: CacheConfig) -> None:
+    """Raise ValueError for what is wrong with the flags themselves."""
+    counts = {
+        "--views": config.views,
+        "--scenes": config.scenes,
+        "--val-images": config.val_images,
+        "--shard-samples": config.shard_samples,
+        "--batch-size": config.batch_size,
+    }
+    check_at_least(1, {flag: value for flag, value in counts.items() if value is not None})
+    check_at_least(0, {"--workers": config.workers or 0})
+    if config.scenes is not None and config.data is not None:
+        raise ValueError(f"--scenes {config.scenes} is for the embedded scenes, not for --data {config.data}")
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"--out {config.out} is a file: name a folder")
 
 
 class _Caching:
@@ -150,8 +163,6 @@ class _Caching:
 
     def _check_folder(self) -> None:
         """The folder must be new, or hold a cache with these settings."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--out {self.folder} is a file: name a folder")
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
         if INFO in names:
             saved = read_info(self.folder).settings()
@@ -184,8 +195,9 @@ class _Caching:
                 for done in self._encode(split, [number for name, number in mine if name == split]):
                     progress.advance(task, done)
         seconds = time.perf_counter() - start
+        unreadable = sum(map(unreadable_images, self.datasets.values()))
         if rank() == 0:
-            self._finish(sum(len(self.info.shard_range(*shard)) for shard in missing), seconds)
+            self._finish(sum(len(self.info.shard_range(*shard)) for shard in missing), seconds, unreadable)
 
     def _missing(self, split: Split) -> list[int]:
         """Shards that aren't there, or are damaged."""
@@ -231,7 +243,7 @@ class _Caching:
         captions = batch["caption"] if "caption" in self.info.fields else None
         write_shard(shard_path(self.folder, split, number), tokens, segmentation, captions)
 
-    def _finish(self, encoded: int, seconds: float) -> None:
+    def _finish(self, encoded: int, seconds: float, unreadable: int) -> None:
         """Look at what all ranks left, mark it complete, and say what it is."""
         usage = CodebookUsage(self.info.num_codes)
         largest, size = -1, 0
@@ -258,7 +270,7 @@ class _Caching:
         }
         if num_classes is not None:
             rows["classes"] = str(num_classes)
-        if unreadable := sum(getattr(dataset, "unreadable", 0) for dataset in self.datasets.values()):
+        if unreadable:
             rows["unreadable images"] = str(unreadable)
         if encoded:
             rows["images/s"] = f"{encoded / seconds:.4g}"

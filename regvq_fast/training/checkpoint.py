@@ -41,20 +41,18 @@ from regvq_fast.ranks import gather_rows, rank, together
 
 TRAINING, BEST = "training.pt", "best.json"
 
-# Fields that a resumed run may change: none of them changes a training step ...
+# Fields that a resumed run may change: none of them changes a training step, and what files hold is compared by itself
+# (Task.identity) ...
 _FREE = (
-    "out resume device compile workers data val_images perceptual_weights contrastive_weights steps epochs log_every "
-    "image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold activation_checkpointing "
-    "deterministic trace_steps find_batch_size"
+    "out resume device compile workers data cache tokenizer val_images perceptual_weights contrastive_weights steps "
+    "epochs log_every image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold "
+    "activation_checkpointing deterministic trace_steps find_batch_size"
 ).split()
 # ... but these, which help against numbers that are not finite, or against too little memory: the run says so.
 _REMEDIES = ("amp", "lr", "clip_grad", "accumulate")
 
-_LOWER_IS_BETTER = {
-    "perceptual": True,
-    "psnr": False,
-    "loss": True,
-}  # what decides on the best checkpoint, the first one there is
+# What decides on the best checkpoint: the first of these that an evaluation has.
+_LOWER_IS_BETTER = {"perceptual": True, "psnr": False, "loss": True}
 
 
 @dataclass
@@ -206,7 +204,8 @@ class Checkpoints:
         self._remove_old()
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these numbers of an evaluation are better than any before: perceptual distance, else PSNR."""
+        """Whether these numbers of an evaluation are better than any before, by the first that they have of
+        perceptual distance, PSNR and (of a prior) loss."""
         name = next(name for name in _LOWER_IS_BETTER if name in metrics)
         if not math.isfinite(metrics[name]):
             return False

@@ -1,5 +1,6 @@
 """The training loop: steps, records, pictures, evaluations, checkpoints."""
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -127,7 +128,7 @@ class _Loop:
         self.done = task.start
         self._utilization = Utilization(task)
         launcher = f"torchrun --nproc-per-node {local_ranks()}" if is_torchrun() else "python"
-        self.command = f"{launcher} {task.script} --resume --out {recorder.folder}"
+        self.command = f"{launcher} {task.script} --resume --out {shlex.quote(str(recorder.folder))}"
         self._not_saved: int | None = None  # the last step of which a checkpoint could not be written
         self._position = recorder.metrics_bytes  # of the records of the steps done, but not of their evaluation
 
@@ -171,8 +172,8 @@ class _Loop:
                 task.waited()
                 clock.restart()
             with recorder.surviving_a_full_disk("trace.json"):
-                if trace.write():
-                    recorder.status(f"traced {run.trace_steps} steps: {trace.path}")
+                if trace.write(last=done == task.steps):
+                    recorder.status(f"traced {trace.steps} steps: {trace.path}")
                     clock.restart()
             if done % run.image_every == 0 and done < task.steps:
                 with recorder.surviving_a_full_disk("pictures/"):

@@ -294,10 +294,15 @@ class Task(ABC, Generic[Config]):
         """Continue from a checkpoint, as if there had been no break; what the checkpoint held is let go.
 
         Raises:
-            ValueError: the checkpoint is of other data or of other losses.
+            ValueError: the checkpoint is of other data or of other losses, or of a later step than the last one.
         """
         if checkpoint.folder is None:
             return
+        if checkpoint.step > self.steps:
+            raise ValueError(
+                f"{checkpoint.folder} has {checkpoint.step} steps done, and the run is to end after {self.steps}: give "
+                "more --steps or --epochs, or neither"
+            )
         state, weights = checkpoint.state, checkpoint.weights
         for name, value in self.identity().items():
             saved = state["identity"].get(name)

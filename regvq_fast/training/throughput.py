@@ -104,7 +104,7 @@ def count_flops(step: Callable[[], object]) -> int:
     """Operations of the matrix products and convolutions that ``step`` does, forward and backward; it is run once.
 
     The ops of this project count what their mathematics needs: one product forward, five backward, whatever a kernel
-    computes again.
+    computes again. Nor does what activation checkpointing computes again count.
     """
     with _FlopCounter() as counter:
         step()
@@ -120,6 +120,8 @@ class _FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+            return result  # a forward pass within backward: activation checkpointing
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         return result

@@ -17,9 +17,10 @@ class StepTrace:
     """Profiles some steps and writes them as a trace for chrome://tracing or Perfetto; a context manager for each step.
 
     Args:
-        path: of the trace, written after the last of its steps.
+        path: of the trace.
         first: the first step of this process.
         count: steps to profile; 0: none.
+        device: where they compute.
     """
 
     def __init__(self, path: Path, first: int, count: int, device: torch.device) -> None:
@@ -42,9 +43,18 @@ class StepTrace:
             self._profile = None
         self._step += 1
 
-    def write(self) -> bool:
-        """Write the trace if its last step is done; whether that was so. OSError where it can't be written."""
-        if self._profile is None or self._step < self._end:
+    @property
+    def steps(self) -> int:
+        """Steps profiled so far."""
+        return max(0, min(self._step, self._end) - self._begin)
+
+    def write(self, last: bool) -> bool:
+        """Write the trace if all of its steps are done, or the ``last`` one of the run; whether that was so.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        if self._profile is None or not self.steps or not (last or self._step >= self._end):
             return False
         finished, self._profile = self._profile, None
         finished.stop()

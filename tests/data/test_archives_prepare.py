@@ -189,7 +189,7 @@ def test_what_cannot_be_read_or_has_no_map_is_counted(tmp_path):
     told = Told("prepare", top, out=tmp_path / "out", size=10)
     assert told.error == ""
     assert "train: 3 images, 2 with segmentation, 0 missing, 1 unreadable left out" in told.text
-    assert re.search(r"left out .*ADE_train_00000001.jpg: ", told.text)
+    assert re.search(r"left out .*ADE_train_00000001.jpg: it is no image$", told.text, re.MULTILINE)
     for image in (top / "images" / "validation").iterdir():
         image.write_bytes(b"no image")
     error = Told("prepare", top, out=tmp_path / "other", size=10).error
@@ -236,9 +236,11 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
         ({"out": out, "quality": 101}, "--quality must be between 1 and 100, got 101"),
         ({"out": out, "shard_mib": 0}, "--shard-mib must be at least 1, got 0"),
         ({"out": out, "workers": -1}, "--workers must not be negative, got -1"),
+        ({"out": out, "decode": True}, "--decode is for verify"),
         ({"out": out, "fields": ("segmentation",)}, "--fields segmentation: CUB-200-2011 has caption only"),
     ):
         assert message in Told("prepare", top, **options).error
+    assert Told("verify", top, out=out).error == f"--out {out} is for prepare; verify writes nothing: leave it out"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cub", "full"]
 
 

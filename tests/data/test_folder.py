@@ -204,7 +204,7 @@ def test_two_workers_that_meet_one_file_at_once_give_it_one_line(folder, caplog)
     assert dataset.unreadable == 1
 
 
-def test_an_error_when_no_image_is_left(tmp_path, damaged):
+def test_an_error_when_no_image_is_left(damaged):
     for name in ("00.png", "01.png", "02.png", "05.png", "07.png"):
         (damaged / "train" / name).unlink()
     with pytest.raises(ValueError, match=r"none of the 3 images of the 'train' split in .* can be read"):

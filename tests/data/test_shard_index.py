@@ -1,4 +1,5 @@
 import os
+import random
 import tarfile
 import time
 from pathlib import Path
@@ -96,6 +97,22 @@ def test_an_unusable_cache_is_replaced(tmp_path, reads, content):
     assert len(reads) == 2
     load_indexes(shards)
     assert len(reads) == 2
+
+
+def test_random_damage_of_the_cache_never_passes_for_an_index(tmp_path, reads):
+    shards = pack(tmp_path)
+    expected = load_indexes(shards)
+    cache = tmp_path / INDEX_NAME
+    whole = cache.read_bytes()
+    rng = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        cache.write_bytes(damaged)
+        for found, wanted in zip(load_indexes(shards), expected, strict=True):
+            assert np.array_equal(found.entries, wanted.entries)
+            assert found.damage == ""
+    assert len(reads) > 100  # most of it was noticed, and the shards were read anew
 
 
 def test_a_folder_that_cannot_be_written_is_indexed_elsewhere(tmp_path, reads, monkeypatch, caplog):

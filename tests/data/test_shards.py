@@ -224,7 +224,8 @@ def test_samples_without_a_field_are_left_out_with_a_warning(tmp_path, caplog):
     dataset = ImageShards(tmp_path, "train", 8, fields=["caption"])
     assert {dataset[k]["caption"] for k in range(6)} == {f"number {k}" for k in (1, 2, 4, 5, 7, 8)}
     assert caplog.messages == [f"left out 3 of 9 images in {tmp_path}: no caption"]
-    with pytest.raises(FileNotFoundError, match=r"none of the 9 images in .* has its caption and segmentation"):
+    told = r"none of the 9 images in .* has its caption and segmentation: .*, NAME.txt and NAME.seg.png must lie beside"
+    with pytest.raises(FileNotFoundError, match=told):
         ImageShards(tmp_path, "train", 8, fields=FIELDS)
 
 

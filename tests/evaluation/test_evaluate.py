@@ -203,7 +203,7 @@ def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path],
     assert not torch.equal(sampler.draw(part, 0), drawn[7:])
 
 
-def test_maps_become_conditions_by_majority(runs: dict[str, Path]) -> None:
+def test_maps_become_conditions_by_majority() -> None:
     prior, tokenizer = make_prior(), make_tokenizer()
     sampler = ImageSampler(prior, tokenizer, DrawConfig(top_k=5), choose_precision(False, CPU))
     maps = torch.zeros(2, 16, 16, dtype=torch.uint8)
@@ -344,9 +344,7 @@ def test_the_script_with_real_networks(runs: dict[str, Path], tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("tiny_nets")
-def test_data_is_what_the_run_was_trained_on_and_all_of_its_split(
-    runs: dict[str, Path], photos: Path, tmp_path: Path
-) -> None:
+def test_data_is_what_the_run_was_trained_on_and_all_of_its_split(photos: Path, tmp_path: Path) -> None:
     config = override(VQGAN_PRESETS["scenes"], data=photos, val_images=2)
     run = save_run(tmp_path / "run", make_tokenizer(), config)
     found = evaluate(EvaluateConfig(run=run, device="cpu", workers=0))

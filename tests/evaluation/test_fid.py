@@ -183,7 +183,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_changed_file_is_another_data_set(photos: Path, tmp_path: Path) -> None:
+def test_a_changed_file_is_another_data_set(photos: Path) -> None:
     before = describe_data(ImageFolder(photos, "val", 16))
     assert before["data"] == str(photos)
     assert (before["split"], before["images"], before["image_size"]) == ("val", 4, 16)

@@ -46,7 +46,7 @@ def test_sampled_places_are_the_same_in_both_images_and_drawn_once() -> None:
     assert float(module([place], [place.flip(2)], torch.zeros(2, 2, 2), SEED)) > 1
 
 
-def test_sampling_estimates_the_dense_loss_and_depends_on_the_seed_alone() -> None:
+def test_sampled_places_depend_on_the_seed_alone() -> None:
     original, reconstruction = feature_maps(0, (16,)), feature_maps(1, (16,))
     perturbation = torch.rand(2, 4, 4)
     sampled = ProbabilisticContrastiveLoss(num_patches=64)
@@ -105,6 +105,16 @@ def test_dense_loss_of_a_large_map_takes_a_strided_sub_grid_that_every_seed_shif
     assert {shifts[loss] for loss in losses} == set(shifts.values())
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 100), (2, 50), (100, 1), (50, 3), (3, 3)])
+def test_the_sub_grid_of_a_narrow_map_has_places_within_it_and_no_more_than_allowed(height: int, width: int) -> None:
+    module = ProbabilisticContrastiveLoss(num_patches=None, max_places=8)
+    for value in range(20):
+        places = module._places(0, torch.zeros(2, 1, height, width), None, torch.tensor(value), 0)
+        assert places is not None
+        assert 1 <= places.shape[1] == len(places[0].unique()) <= 8
+        assert 0 <= int(places.min()) <= int(places.max()) < height * width
+
+
 def test_masked_region_is_equation_3_of_the_masked_places_among_all_negatives() -> None:
     original, reconstruction = feature_maps(0, (4,)), feature_maps(1, (4,))
     perturbation, mask = torch.rand(2, 4, 4), torch.rand(2, 4, 4) < 0.5
@@ -158,6 +168,14 @@ def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
         ProbabilisticContrastiveLoss(region="masked")(maps, maps, perturbation, SEED)
     with pytest.raises(ValueError, match="3 weights for 2 feature maps"):
         ProbabilisticContrastiveLoss(layer_weights=(1, 1, 1))(maps, maps, perturbation, SEED)
+    larger = feature_maps(0, (8, 5))
+    for other in (larger, maps[:1]):
+        with pytest.raises(ValueError, match=r"different shapes: .*\(2, 6, 4, 4\)\] and \[\(2, 6, 8, 8\)"):
+            ProbabilisticContrastiveLoss(num_patches=8)(maps, other, perturbation, SEED)
+    with pytest.raises(ValueError, match=r"perturbation must be \(B, h, w\) of 2 images, got \(3, 2, 2\)"):
+        ProbabilisticContrastiveLoss(num_patches=8)(maps, maps, torch.rand(3, 2, 2), SEED)
+    with pytest.raises(ValueError, match=r"mask must be \(B, h, w\) of 2 images, got \(2, 4\)"):
+        ProbabilisticContrastiveLoss(region="masked")(maps, maps, perturbation, SEED, mask=torch.ones(2, 4) > 0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from regvq_fast.losses import discrete_diffusion
 from regvq_fast.losses.discrete_diffusion import DiffusionTerms, MaskAndReplace, diffusion_terms
 
 N, T = 5, 10
@@ -234,6 +235,18 @@ def test_draws_of_the_posterior_have_its_probabilities(chain: MaskAndReplace) ->
         drawn = chain.sample_posterior(tokens, noisy, torch.tensor(s), torch.tensor(t), SEED)
         for i in range(N + 1):
             assert chi_square(drawn[i].bincount(minlength=N + 1).double(), posterior[i, start]) < 1
+
+
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_draws_at_the_start_are_the_tokens_whatever_the_words(
+    chain: MaskAndReplace, word: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q(x_0 | x_t, x_0) has no other; the outermost words must not round beyond it."""
+    monkeypatch.setattr(discrete_diffusion, "row_words", lambda seed, rows, stream: torch.full_like(rows, word))
+    tokens = torch.tensor([[2] * (N + 1)])
+    for t in range(1, T + 1):
+        drawn = chain.sample_posterior(tokens, noisy_tokens(), torch.tensor(0), torch.tensor(t), SEED)
+        assert torch.equal(drawn, tokens)
 
 
 def test_draws_depend_on_the_image_and_not_on_its_batch(chain: MaskAndReplace) -> None:

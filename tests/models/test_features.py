@@ -172,7 +172,7 @@ def test_a_path_to_torchvisions_own_file_is_recognised(tmp_path, checkpoint, mon
     assert network.label == "ImageNet VGG-16"
 
 
-def test_a_path_that_does_not_serve_is_an_error(tmp_path, checkpoint):
+def test_a_path_that_does_not_serve_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such weights file: .*missing\.pth"):
         load_vgg_features("vgg16", tmp_path / "missing.pth")
     path = tmp_path / "partial.pth"

@@ -69,7 +69,7 @@ def test_learned_encoders_are_restored_from_their_description() -> None:
 
 def test_long_captions_are_cut_only_on_request() -> None:
     with pytest.raises(
-        ValueError, match="'a b c d e f g' has 7 words, over the encoder's 6: raise max_words or set tru"
+        ValueError, match="'a b c d e f g' has 7 words, over the encoder's 6: shorten it, raise max_words or set tru"
     ):
         tiny_words().tokenize(["a b c d e f g"])
     cut = tiny_words(truncate=True)
@@ -91,8 +91,9 @@ def test_what_is_no_caption_is_refused() -> None:
     check_refusals(tiny_words())
     with pytest.raises(ValueError, match="width must be a multiple of heads, got width 9 and 2 heads"):
         tiny_words(width=9)
-    with pytest.raises(ValueError, match="max_words must be at least 1, got 0"):
-        tiny_words(max_words=0)
+    for size in ("depth", "max_words"):
+        with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+            tiny_words(**{size: 0})
 
 
 # --- pre-trained encoders --------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def test_what_is_no_caption_is_refused() -> None:
 
 def test_without_transformers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="pip install transformers, or take WordEncoder"):
+    with pytest.raises(ValueError, match=r"pip install transformers, or take WordEncoder.*--text-encoder words"):
         PretrainedTextEncoder()
 
 
@@ -145,7 +146,7 @@ def test_pretrained_features_are_unit_length_and_frozen(folders: dict[str, Path]
     assert not encoder.state_dict()
     torch.testing.assert_close(encoder(encoder.tokenize(["a cat"])).features[0], features[0])
     check_refusals(encoder)
-    with pytest.raises(ValueError, match="has 8 tokens, over the encoder's 7: raise max_tokens or set truncate=True"):
+    with pytest.raises(ValueError, match="has 8 tokens, over the encoder's 7: shorten it, raise max_tokens or set"):
         encoder.tokenize(["a cat on grass on a cat"])
     assert PretrainedTextEncoder(str(folders[name]), truncate=True).tokenize(["a " * 50]).shape == (1, 7, 2)
 

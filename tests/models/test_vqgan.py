@@ -99,12 +99,12 @@ def test_not_strict_loads_what_fits_by_name(model):
         model.load_taming_state_dict({"encoder.conv_in.bias": bias[1:]}, strict=False)
 
 
-# --- formulas of the blocks ------------------------------------------------------------------------------------------
-
-
 def test_weights_on_a_width_that_taming_normalises_otherwise_are_warned_of(model):
     with pytest.warns(UserWarning, match="fewer than taming's 32 groups"):
         model.load_taming_state_dict(model.state_dict())
+
+
+# --- formulas of the blocks ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,17 @@ def test_without_the_variable_the_pinned_tile_runs_and_nothing_is_timed(timed, m
     assert timed == []
 
 
+@pytest.mark.parametrize("value", ["", "0", "true"])
+def test_nothing_but_1_asks_for_the_search(value, timed, monkeypatch):
+    monkeypatch.setenv("REGVQ_AUTOTUNE", value)
+    if value == "true":
+        with pytest.raises(ValueError, match="REGVQ_AUTOTUNE must be 0 or 1, got 'true'"):
+            schedules.run(*KIND, lambda tile: tile)
+    else:
+        schedules.run(*KIND, lambda tile: tile)
+    assert timed == []
+
+
 def test_the_fastest_neighbour_runs_and_is_remembered(timed, monkeypatch):
     monkeypatch.setenv("REGVQ_AUTOTUNE", "1")
     pinned = schedules.tile(*KIND[:4], KIND[5])

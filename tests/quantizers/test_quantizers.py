@@ -117,8 +117,20 @@ def test_compiles_as_one_graph_to_the_same_result(quantizer: Quantizer) -> None:
     assert z.grad is not None
 
 
-def test_state_dict_round_trip_and_lookup(quantizer: Quantizer) -> None:
-    assert quantizer.state_dict()["embedding.weight"].shape == (N, D)
+def test_a_state_dict_carries_over_all_that_a_step_depends_on(quantizer: Quantizer) -> None:
+    other = copy.deepcopy(quantizer)
+    for value in other.state_dict().values():
+        value.zero_()
+    quantizer.set_progress(0.5)
+    quantizer(maps(), seed())
+    other.load_state_dict(quantizer.state_dict())
+    for _ in range(2):  # an EMA codebook moves after the look-up
+        result, expected = other(maps(), seed(3)), quantizer(maps(), seed(3))
+        assert equal(result, expected)
+        torch.testing.assert_close(result.metrics, expected.metrics, rtol=0, atol=0)
+
+
+def test_lookup_gives_the_codes_of_a_token_map(quantizer: Quantizer) -> None:
     indices = torch.arange(N).view(1, 4, 6)
     torch.testing.assert_close(quantizer.lookup(indices)[0, :, 2, 3], quantizer.codes()[2 * 6 + 3])
 
@@ -222,7 +234,10 @@ def test_reg_vq_loss_is_the_weighted_kl_of_its_scope(scope: str, groups: int) ->
         ({"tau": 0.0}, "tau must be greater than 0, got 0"),
         ({"logit_std": -1.0}, "logit_std must be greater than 0, got -1"),
         ({"prior_weight": -0.1}, "prior_weight must not be negative, got -0.1"),
-        ({"logits": "dot"}, "logits must be .*, got 'dot'"),
+        ({"logits": "dot"}, "logits must be one of 'distance', 'linear', 'cosine', got 'dot'"),
+        ({"mask_mode": "random"}, "mask_mode must be one of 'exact', 'bernoulli', got 'random'"),
+        ({"prior_scope": "images"}, "prior_scope must be one of 'image', 'batch', 'global', got 'images'"),
+        ({"codebook_grad": "firm"}, "codebook_grad must be one of 'soft', 'hard', 'none', got 'firm'"),
     ],
 )
 def test_reg_vq_refuses_bad_settings(arguments: dict, message: str) -> None:
@@ -264,9 +279,12 @@ def test_vq_vae_moves_dead_codes_to_encoder_outputs_and_leaves_live_ones() -> No
         quantizer.embedding.weight.copy_(torch.tensor([[0.0], [10.0], [1000.0]]))
         quantizer.start_from_embedding()
     z = torch.tensor([0.0, 1.0, 9.0, 10.0]).view(1, 1, 2, 2)
-    for step in range(6):
-        quantizer(z, seed(step))
     codes = quantizer.embedding.weight.detach().view(-1)
+    quantizer(z, seed())
+    # Sums over shares: (0/3 + 1/4) / (1/3 + 2/4) and (10/3 + 19/4) / (1/3 + 2/4); nothing selects the third.
+    torch.testing.assert_close(codes, torch.tensor([0.3, 9.7, 1000.0]))
+    for step in range(5):
+        quantizer(z, seed(step))
     assert codes.max() <= 10
     assert len(quantizer(z, seed()).indices.unique()) >= 2
 
@@ -307,6 +325,20 @@ def test_vq_vae_keeps_codes_that_were_loaded() -> None:
     assert float((quantizer.embedding.weight.detach() - codes).norm(dim=1).median()) < 0.1
 
 
+def test_vq_vae_takes_codes_for_loaded_only_where_they_were() -> None:
+    pair = torch.nn.ModuleList([EMAQuantizer(N, D), EMAQuantizer(N, D)])
+    trained = EMAQuantizer(N, D)
+    trained(maps(), seed())
+    state = {f"1.{name}": value for name, value in trained.state_dict().items()}
+    pair.load_state_dict(state, strict=False)  # nothing of the first
+    assert (pair[0].cluster_share == 0).all()
+    pair.load_state_dict(state | {"0.embedding.weight": trained.embedding.weight}, strict=False)
+    torch.testing.assert_close(pair[0].cluster_share, torch.full((N,), 1 / N))
+    torch.testing.assert_close(pair[0].cluster_sum, trained.embedding.weight.detach() / N)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(pair[1].state_dict()[name], value)
+
+
 def test_gumbel_vq_anneals_its_temperature_without_recompiling() -> None:
     torch._dynamo.reset()
     quantizer = GumbelQuantizer(N, D, tau_start=1.0, tau_end=0.25)
@@ -327,6 +359,21 @@ def test_gumbel_vq_samples_every_position_as_torch_does_and_has_the_kl_of_its_so
     p = quantizer.proj(quantizer._to_rows(z)).softmax(1)
     expected = (p * (p * N).log()).sum(1).mean()
     torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "message"),
+    [
+        (NearestQuantizer, {"commitment": -1.0}, "commitment must not be negative, got -1.0"),
+        (EMAQuantizer, {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
+        (EMAQuantizer, {"dead_threshold": -0.5}, "dead_threshold must not be negative, got 0.25, -0.5"),
+        (GumbelQuantizer, {"tau_end": 0.0}, "tau_start and tau_end must be greater than 0, got 1.0 and 0.0"),
+        (GumbelQuantizer, {"kl_weight": -1.0}, "kl_weight must not be negative, got -1.0"),
+    ],
+)
+def test_baselines_refuse_bad_settings(build: type[Quantizer], arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(N, D, **arguments)
 
 
 @pytest.mark.parametrize("build", [NearestQuantizer, EMAQuantizer, GumbelQuantizer, RegularizedQuantizer])

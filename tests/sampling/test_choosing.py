@@ -111,6 +111,9 @@ def test_half_precision_is_computed_with_in_fp32():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         frequencies(LOGITS, **settings)
+    if "temperature" not in settings:
+        with pytest.raises(ValueError, match=message):
+            restrict(LOGITS, **settings)
 
 
 def test_guidance_weighs_two_distributions():

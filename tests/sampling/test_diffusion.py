@@ -93,7 +93,7 @@ def test_images_depend_on_seed_and_number_alone() -> None:
 
 
 class Fixed(VQDiffusion):
-    """Gives the same p(x_0) everywhere, whatever it sees, and other ones without a condition."""
+    """Gives the same p(x_0) everywhere, whatever it sees."""
 
     def forward(self, tokens: Tensor, t: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
@@ -107,11 +107,12 @@ def shares(steps: int | None = None, **settings: Any) -> list[float]:
 
 
 @pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler calls the function of VQDiffusion itself, which it may have compiled, not that of a subclass."""
     monkeypatch.setattr(diffusion.VQDiffusion, "forward", Fixed.forward)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("fixed")
 @pytest.mark.parametrize("steps", [None, 3, 1])
 def test_draws_have_the_networks_probabilities_however_many_steps(steps: int | None) -> None:
     """4096 draws: a share's standard deviation is below 0.008."""

@@ -192,7 +192,7 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_checkpoint_or_a_run_is_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_checkpoint_or_a_run_is_a_model(tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(*FAST, "--out", out, "--ema", 0.5, "--checkpoint-every", 2)
     final = VQGAN.from_pretrained(out).state_dict()
@@ -280,6 +280,6 @@ def test_records_wait_for_room_on_the_disk(
     assert said.count("warning: metrics.jsonl could not be written (File too large); the run goes on") == 1
 
 
-def test_an_error_names_no_temporary_file(tmp_path: Path) -> None:
+def test_an_error_names_no_temporary_file() -> None:
     assert reason(OSError(errno.ENOSPC, "No space left on device", ".step-4.17.new")) == "No space left on device"
     assert reason(OSError("stalled")) == "stalled"

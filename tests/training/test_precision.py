@@ -23,7 +23,7 @@ def test_a_cpu_computes_in_bf16_only_where_it_has_the_instructions(
     assert precision.dtype == dtype
     assert not precision.scaler().is_enabled()
     with precision.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype or torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 0), torch.float16), ((8, 0), torch.bfloat16)])

@@ -110,7 +110,8 @@ def test_a_resumed_run_equals_one_without_a_break(
         fit(prior, *flags, "--out", tmp_path / "broken")
     monkeypatch.setattr(Task, "step", step)
     assert stop.value.code == 128 + signal.SIGTERM
-    resume(tmp_path / "broken", script=PRIORS[prior])
+    moved = shutil.copytree(cache, tmp_path / "moved")
+    resume(tmp_path / "broken", "--cache", moved, script=PRIORS[prior])
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
@@ -164,8 +165,14 @@ def test_counting_operations_changes_nothing(
         (
             "ar",
             ["--cache", "{cache}", "--num-classes", "9"],
-            "--num-classes must be at least 16 and at most 256",
+            r"--num-classes must be at least 16 and at most 256, got 9 \({cache} has 16 classes\)",
         ),
+        (
+            "ar",
+            ["--on-the-fly", "--tokenizer", "{tokenizer}", "--num-classes", "300"],
+            r"at most 256, got 300 \(embedded scenes has 16 classes\)",
+        ),
+        ("ar", ["--on-the-fly", "--tokenizer", "x", "--preset", "ade20k"], "--preset ade20k needs its images"),
         ("ar", ["--cache", "{cache}", "--keep", "2"], r"--keep is a probability and must lie in \[0, 1\], got 2"),
         ("diffusion", ["--cache", "{cache}", "--diffusion-steps", "1"], "--diffusion-steps must be at least 2, got 1"),
         ("ar", ["--cache", "{cache}", "--heads", "3"], "width must be a multiple of heads"),
@@ -178,7 +185,7 @@ def test_what_cannot_be_trained_is_one_sentence(
     other = tmp_path / "other"
     if "{other}" in flags:
         train(*FAST, "--out", other, "--ch-mult", 1, 1, 2, "--seed", 1, "--steps", 1)
-    places = {"cache": str(cache), "other": str(other)}
+    places = {"cache": str(cache), "tokenizer": str(tokenizer), "other": str(other)}
     out = tmp_path / "run"
     with pytest.raises(SystemExit, match=message.format(**places)):
         fit(prior, *(flag.format(**places) for flag in flags), "--out", out)
@@ -269,9 +276,7 @@ def test_what_cannot_be_drawn_is_one_sentence(
     assert not Path("samples").exists() or not list(Path("samples").iterdir())
 
 
-def test_guidance_needs_a_null_condition_that_was_trained(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guidance_needs_a_null_condition_that_was_trained(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["ar"], run)
     config = json.loads((run / "config.json").read_text())

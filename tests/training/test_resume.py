@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert_same_run(whole, out)
 
 
-def test_without_a_whole_checkpoint_nothing_is_touched(whole: Path, tmp_path: Path) -> None:
+def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(*FAST, "--out", out)
     weights = out / "checkpoints" / "step-0000004" / "model.safetensors"
@@ -188,13 +188,18 @@ def test_without_a_whole_checkpoint_nothing_is_touched(whole: Path, tmp_path: Pa
         (["--perceptual-weight", "1"], "--perceptual-weight is 1.0 here but 0.0 in"),
     ],
 )
-def test_another_configuration_is_refused_by_its_first_field(
-    whole: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
+def test_another_configuration_is_refused_by_its_first_field(whole: Path, flags: list[str], message: str) -> None:
     before = (whole / "config.json").read_bytes()
     with pytest.raises(SystemExit, match="step-0000012: resume with the same, or start a new run") as stop:
         resume(whole, *flags)
     assert message in str(stop.value)
+    assert before == (whole / "config.json").read_bytes()
+
+
+def test_a_run_cannot_end_before_the_steps_that_it_has_done(whole: Path) -> None:
+    before = (whole / "config.json").read_bytes()
+    with pytest.raises(SystemExit, match="has 12 steps done, and the run is to end after 11: give more --steps"):
+        resume(whole, "--steps", 11)
     assert before == (whole / "config.json").read_bytes()
 
 
@@ -237,9 +242,9 @@ def test_a_run_that_saved_nothing_starts_from_its_beginning(
     ("flags", "message"),
     [
         (["--resume"], "--resume needs --out, the folder of the run to continue"),
-        (["--resume", "--out", "nothing"], "there is no run to resume in nothing: it has no config.json"),
+        (["--resume", "--out", "nothing"], "there is no run in nothing: it has no config.json"),
         (["--resume", "--out", "foreign"], "foreign/config.json is not the configuration of a run"),
-        (["--resume", "--out", "file"], "there is no run to resume in file"),
+        (["--resume", "--out", "file"], "there is no run in file"),
     ],
 )
 def test_resuming_what_is_no_run_is_one_sentence(

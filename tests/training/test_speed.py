@@ -20,8 +20,10 @@ def test_records_tell_how_long_the_step_waited_for_data(tmp_path: Path) -> None:
     assert all(0 < row["data_wait"] < 1 for row in rows[1:])
 
 
-def test_a_trace_of_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(*FAST, "--out", tmp_path / "run", "--steps", 7, "--trace-steps", 2)
+@pytest.mark.parametrize("asked", [2, 9])
+def test_a_trace_of_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: int) -> None:
+    """From the fourth one on, or of those that are left of the run."""
+    train(*FAST, "--out", tmp_path / "run", "--steps", 7 if asked == 2 else 5, "--trace-steps", asked)
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert sum("Optimizer.step" in name for name in names) >= 2
@@ -55,6 +57,18 @@ def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.M
     assert 0 < ratios[0] < ratios[1] == ratios[2]  # the discriminator joins at step 1
     macs = 8 * 3 * 9 * 32 * 32  # the encoder's first convolution: forward, and the gradient of its weights
     assert ratios[0] * 1e9 / 100 > 2 * 2 * macs
+
+
+def test_what_is_computed_again_to_save_memory_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regvq_fast.training.throughput.peak_flops", lambda device, dtype: 1e9)
+    ratios = []
+    for again in (False, True):
+        config = override(
+            VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
+            batch_size=4, perceptual_weight=0.0, contrastive="none", device="cpu", activation_checkpointing=again,
+        )  # fmt: skip
+        ratios.append(Utilization(VQGANTask(config)).read(0, 100.0))
+    assert ratios[0] == ratios[1]
 
 
 def test_deterministic_is_one_switch() -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from regvq_fast.data.archives.base import Archive
 from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.loading import in_order
-from regvq_fast.data.pictures import Field
+from regvq_fast.data.pictures import Field, why_unreadable
 
 Result = TypeVar("Result")
 
@@ -49,8 +49,7 @@ class EachPicture(Dataset[Result | Problem], Generic[Result]):
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return Problem(self.archive.path(name, "image"), reason)
+            return Problem(self.archive.path(name, "image"), why_unreadable(error))
 
     def results(self, workers: int, description: str, console: Console) -> Iterable[Result | Problem]:
         """All of them in order, behind a progress bar on a terminal."""
