@@ -121,13 +121,14 @@ def draw(path: Path, document: Document) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     kind = _kind(path, document)
     title, make = KINDS[kind]
     series = make(document)
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
     if kind == "step":
-        _bars(axes, series)
+        _bars(axes, series, document.on_gpu)
     else:
         for (name, points), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
             style = "o" if kind == "roofline" else "o-"
@@ -136,8 +137,8 @@ def draw(path: Path, document: Document) -> None:
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(which="minor", labelsize=6)
         axes.set_xlabel("operations a byte" if kind == "roofline" else "N, codes")
         if kind == "roofline":
             _draw_roof(axes, document)
@@ -145,7 +146,7 @@ def draw(path: Path, document: Document) -> None:
             axes.axhline(1, color="#999999", linewidth=1)
         axes.legend(frameon=False, fontsize=8)
     axes.set_title(title, fontsize=10)
-    axes.text(1, -0.16, document.hardware, transform=axes.transAxes, ha="right", fontsize=7, color="#777777")
+    axes.text(1, -0.2, document.hardware, transform=axes.transAxes, ha="right", fontsize=7, color="#777777")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
@@ -154,19 +155,15 @@ def draw(path: Path, document: Document) -> None:
     pyplot.close(figure)
 
 
-def _bars(axes: Any, series: Series) -> None:
-    names = list(series)
-    values = [points[0][1] for points in series.values()]
-    axes.barh(names[::-1], values[::-1], color=COLOURS[0])
-    axes.set_xlabel("ms")
-    for place, value in enumerate(values[::-1]):
-        axes.text(
-            value,
-            place,
-            f" {report_tables.number(value)} ms, {report_tables.percent(value / sum(values))}",
-            va="center",
-            fontsize=8,
-        )
+def _bars(axes: Any, series: Series, on_gpu: bool) -> None:
+    """Shares of the step; milliseconds beside them of a GPU alone, as in the tables."""
+    times = {name: points[0][1] for name, points in reversed(series.items())}
+    shares = [time / sum(times.values()) for time in times.values()]
+    axes.barh(list(times), [100 * share for share in shares], color=COLOURS[0])
+    axes.set_xlabel("% of the step")
+    for place, (share, time) in enumerate(zip(shares, times.values(), strict=True)):
+        absolute = f", {report_tables.number(time)} ms" if on_gpu else ""
+        axes.text(100 * share, place, f" {report_tables.percent(share)}{absolute}", va="center", fontsize=8)
     axes.margins(x=0.2)
 
 
