@@ -6,9 +6,10 @@ import os
 import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -219,6 +220,32 @@ class PictureDataset(Dataset[Sample], ABC):
                 if not self.unreadable_flags[position]:
                     self.unreadable_flags[position] = True
                     logger.warning("skipped unreadable image %s (%s)", self._name(position), why_unreadable(error))
+
+
+@contextmanager
+def opened_image(path: Path, name: str, damaged: Callable[[str], str]) -> Iterator[Image.Image]:
+    """An image file that people chose, while it is open: what the block can't do with it is told by its name.
+
+    Args:
+        path: of the file.
+        name: what messages call it.
+        damaged: the message for a file that can't be read, by the reason.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no image, or the block can't read it.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not an image") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+        raise ValueError(damaged(why_unreadable(error))) from None
 
 
 def why_unreadable(error: Exception) -> str:

@@ -1,17 +1,17 @@
 """What a trained tokenizer and images drawn by a prior are measured by, over a whole split."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from regvq_fast.data.finding import EXTENSIONS, find_files, is_image
-from regvq_fast.data.pictures import why_unreadable
+from regvq_fast.data.pictures import opened_image
 from regvq_fast.data.samples import Sample
 from regvq_fast.data.transforms import image_to_tensor
 from regvq_fast.evaluation.fid import FeatureStatistics, Reference, statistics_of
@@ -135,7 +135,7 @@ class DrawnImages(Dataset[Sample]):
         if not self.files:
             raise FileNotFoundError(f"no images in {folder}")
         for file in self.files:
-            with _reading(file) as image:
+            with _opened(file) as image:
                 width, height = image.size
                 if image.format == "PNG":
                     image.verify()
@@ -151,19 +151,9 @@ class DrawnImages(Dataset[Sample]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        with _reading(self.files[index]) as image:
+        with _opened(self.files[index]) as image:
             return Sample(image=image_to_tensor(image.convert("RGB")))
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[Image.Image]:
-    """An image file while it is open; ValueError where the block can't read it."""
-    try:
-        with Image.open(file) as image:
-            yield image
-    except UnidentifiedImageError:
-        raise ValueError(f"{file} is not an image") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
-        raise ValueError(f"{file} can't be read ({why_unreadable(error)}): draw it again, or take it away") from None
+def _opened(file: Path) -> AbstractContextManager[Image.Image]:
+    return opened_image(file, str(file), lambda why: f"{file} can't be read ({why}): draw it again, or take it away")

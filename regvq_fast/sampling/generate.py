@@ -1,8 +1,8 @@
 """Drawing images from a trained prior: what ``train/sample.py`` runs."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from regvq_fast.config import read_config
 from regvq_fast.config.prior import ARConfig, DiffusionConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
-from regvq_fast.data.pictures import OVERSAMPLING, why_unreadable
+from regvq_fast.data.pictures import OVERSAMPLING, opened_image
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import Box, center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.models.token_transformer import TokenTransformer
@@ -248,17 +248,6 @@ def _read_ids(path: Path) -> Tensor:
     return torch.from_numpy(np.array(labels, dtype=np.uint8))[None]
 
 
-@contextmanager
-def _opened(flag: str, path: Path) -> Iterator[Image.Image]:
-    """The image file that a flag names, while it is open; ValueError where the block can't take it."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{flag} {path}: no such file") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{flag} {path} is not an image") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
-        raise ValueError(f"{flag} {path}: {why_unreadable(error)}") from None
+def _opened(flag: str, path: Path) -> AbstractContextManager[Image.Image]:
+    """The image file that a flag names, while it is open."""
+    return opened_image(path, f"{flag} {path}", lambda why: f"{flag} {path}: {why}")
