@@ -1,11 +1,18 @@
 """A training step of other libraries' quantizers on a CPU, forward and backward, before and after ``accelerate``.
 
-``python bench/integrations.py`` prints seconds, MiB of resident memory that a step takes, and ratios, for those of
-taming-transformers-rom1504, diffusers and vector-quantize-pytorch that are installed, and for IBQ in plain PyTorch.
+python bench/integrations.py               prints ratios and the MiB of resident memory that a step takes, for those
+                                           of taming-transformers-rom1504, diffusers and vector-quantize-pytorch
+                                           that are installed, and for IBQ in plain PyTorch
+python bench/integrations.py --json FILE   writes them too; docs have bench/results/cpu-integrations.json
 """
 
+import argparse
+import datetime
 import json
+from pathlib import Path
+from typing import Any
 
+import machine
 import measuring
 import torch
 from torch import Tensor, nn
@@ -94,27 +101,37 @@ def check(library: str) -> None:
         assert wrong < 1e-3, f"{library}: a share of {wrong:.4f} of the values differs"
 
 
-def measure(library: str) -> dict[str, object]:
+def measure(library: str) -> dict[str, Any]:
+    """Ratio of the medians of a step's seconds, and MiB, of a quantizer before ("library") and after ("regvq_fast")."""
     images, rows, codes, width = SIZES[library]
     check(library)
     steps: dict[str, measuring.Run] = {"library": Step(library, False), "regvq_fast": Step(library, True)}
     seconds = measuring.medians(steps, repeats=7)
     mib = {name: measuring.resident_growth(step) for name, step in steps.items()}
     return {
-        "quantizer": library,
-        "M, N, D": (images * rows, codes, width),
+        "M, N, D": [images * rows, codes, width],
         "times as fast": round(seconds["library"] / seconds["regvq_fast"], 2),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "MiB": {name: round(value, 1) for name, value in mib.items()},
     }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write")
+    path = parser.parse_args().json
+    if path and not path.parent.is_dir():
+        parser.error(f"--json {path}: there is no folder {path.parent}")
+    found = {"date": str(datetime.date.today()), **machine.describe_cpu(), **machine.describe_software()}
+    found["quantizers"] = {}
     for library in SIZES:
         try:
-            print(json.dumps(measure(library)), flush=True)
+            found["quantizers"][library] = measure(library)
         except ImportError as error:
             print(f"{library} is not installed ({error})")
+            continue
+        print(json.dumps({library: found["quantizers"][library]}), flush=True)
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from records import Document, Record, by_case, ratio
+from records import Document, Record, by_case, commit_of, hardware, ratio
 
 # Ours and what it is like for like with, by op, in the summary.
 LIKE_FOR_LIKE = {
@@ -281,10 +281,28 @@ def captions_obeyed(raw: dict[str, Any]) -> str:
     return table([f"found, of {found['images of the agreement']}", *names], rows)
 
 
+def swapped(raw: dict[str, Any]) -> str:
+    names = {
+        "taming": "taming-transformers `VectorQuantizer2`",
+        "diffusers": "diffusers `VectorQuantizer`",
+        "vector-quantize-pytorch": "vector-quantize-pytorch `VectorQuantize`, defaults",
+        "IBQ": "IBQ's look-up, plain and fused",
+    }
+    rows = []
+    for name, found in raw["quantizers"].items():
+        sizes, mib = ", ".join(map(str, found["M, N, D"])), found["MiB"]
+        speed = times(found["times as fast"])
+        rows.append([names[name], sizes, speed, number(mib["library"]), number(mib["regvq_fast"])])
+    where = f"{hardware(raw)}; {raw['date']}; commit {commit_of(raw)}."
+    head = ["quantizer", "M, N, D", "times as fast", "MiB of a step before", "after"]
+    return f"{where}\n\n{table(head, rows)}"
+
+
 # What other files hold: section, file, function.
 OTHERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "main-job": ("cpu-main-job.json", main_job),
     "agreement": ("cpu-priors.json", agreement),
+    "swapped": ("cpu-integrations.json", swapped),
     "step-memory": ("cpu-step.json", step_memory),
     "captions-heard": ("cpu-priors.json", captions_heard),
     "captions-obeyed": ("cpu-priors.json", captions_obeyed),

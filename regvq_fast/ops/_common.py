@@ -21,6 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when 
 # the eager path is a hundred launches a tile.
 TILE_ELEMENTS = 1 << 19
 CUDA_TILE_ELEMENTS = 1 << 24
+# Scores that the eager forward keeps for its backward, if a call has no more (4 MiB in fp32): to draw their noise and
+# multiply again would take a third of a small call's time.
+KEPT_ELEMENTS = 1 << 20
 # Each tile adds to all N x D sums of the backward pass: with fewer rows that traffic outweighs its products.
 _MIN_TILE_ROWS = 64
 

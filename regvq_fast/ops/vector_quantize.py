@@ -12,7 +12,7 @@ R = M / G rows.
 
 The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
 and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
-tile's scores and draws its noise again.
+tile's scores and draws its noise again. (Eager PyTorch keeps up to 2^20 scores, where recomputing saves little.)
 """
 
 from typing import Literal, NamedTuple
@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from regvq_fast.ops import _common
 from regvq_fast.ops._common import (
     Impl,
     check_finite,
@@ -112,7 +113,8 @@ def vector_quantize(
     Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each part where the codes are
     split; backward 12 N D and two buffers of max(2^25, 512 N) scores at most (those of M N if that is less), in the
     type of ``x``. Below sm_80 also an fp32 buffer of as many scores forward, two backward. Eager: O((M + N) * D) plus a
-    fixed number of tiles of about 2^19 scores (2^24 on CUDA; at least 64 rows).
+    fixed number of tiles of about 2^19 scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where
+    that is no more than 2^20.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
@@ -124,6 +126,8 @@ def vector_quantize(
     chosen = resolve_impl(impl, x.device, x.dtype)
     leaves = (x, codebook, weight, bias)
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    # What the forward may keep for the backward: the kernels' log-sum-exps, or few scores.
+    keeps = trains and (chosen == "triton" or x.numel() // x.shape[-1] * codebook.shape[0] <= _common.KEPT_ELEMENTS)
     quantized, posterior, indices, best_indices, perturbation, _ = torch.ops.regvq.vector_quantize(
         x.reshape(-1, x.shape[-1]),
         codebook,
@@ -136,7 +140,7 @@ def vector_quantize(
         float(scale),
         groups,
         codebook_grad,
-        trains and chosen == "triton",
+        keeps,
         chosen,
     )
     rows = x.shape[:-1]
@@ -224,10 +228,12 @@ def _vector_quantize(
     scale: float,
     groups: int,
     codebook_grad: str,
-    needs_lse: bool,
+    keeps: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five outputs and lse (M,), the rows' log-sum-exp that the kernels' backward wants; empty for nobody."""
+    """The five outputs, and for the backward of the same ``impl`` what the forward keeps: the kernels the rows'
+    log-sum-exp (M,), eager the noisy scores over their temperature (M, N); empty unless ``keeps``.
+    """
     for name, value in (("x", x), ("codebook", codebook), ("weight", weight), ("bias", bias)):
         if value is not None:
             check_finite(name, value)
@@ -237,8 +243,8 @@ def _vector_quantize(
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize import vector_quantize_forward
 
-        return vector_quantize_forward(*arguments, needs_lse)
-    return *vector_quantize_eager(*arguments), x.new_empty(0, dtype=torch.float32)
+        return vector_quantize_forward(*arguments, keeps)
+    return vector_quantize_eager(*arguments, keeps)
 
 
 @_vector_quantize.register_fake
@@ -254,10 +260,11 @@ def _(
     scale: float,
     groups: int,
     codebook_grad: str,
-    needs_lse: bool,
+    keeps: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_codes = x.shape[0], codebook.shape[0]  # len() would fix a dynamic size
+    kept_rows = num_rows if keeps else 0
     indices = x.new_empty(num_rows, dtype=torch.int64)
     return (
         codebook.new_empty(num_rows, codebook.shape[1]),
@@ -265,7 +272,9 @@ def _(
         indices,
         torch.empty_like(indices),
         x.new_empty(num_rows, dtype=compute_dtype(x)),
-        x.new_empty(num_rows if needs_lse else 0, dtype=torch.float32),
+        x.new_empty(kept_rows, dtype=torch.float32)
+        if impl == "triton"
+        else x.new_empty(kept_rows, num_codes, dtype=compute_dtype(x)),
     )
 
 
@@ -285,7 +294,7 @@ def _vector_quantize_backward(
     indices: Tensor,
     tau: Tensor,
     row_offset: Tensor,
-    lse: Tensor,
+    kept: Tensor,
     scale: float,
     codebook_grad: str,
     impl: str,
@@ -297,9 +306,9 @@ def _vector_quantize_backward(
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
 
-        grads = vector_quantize_backward(*tensors, lse, scale, codebook_grad, needs_x, needs_codes)
+        grads = vector_quantize_backward(*tensors, kept, scale, codebook_grad, needs_x, needs_codes)
     else:
-        grads = vector_quantize_backward_eager(*tensors, scale, codebook_grad, needs_x, needs_codes)
+        grads = vector_quantize_backward_eager(*tensors, kept, scale, codebook_grad, needs_x, needs_codes)
     grad_x, grad_codebook, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
     return grad_x, grad_codebook, grad_weight, grad_bias
 
@@ -317,7 +326,7 @@ def _(
     indices: Tensor,
     tau: Tensor,
     row_offset: Tensor,
-    lse: Tensor,
+    kept: Tensor,
     scale: float,
     codebook_grad: str,
     impl: str,
@@ -337,15 +346,15 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, codebook, weight, bias, mask, seed, tau, row_offset, scale, _, codebook_grad, _, impl = inputs
-    indices, lse = output[2], output[5]
+    indices, kept = output[2], output[5]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau, row_offset, lse)
+    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau, row_offset, kept)
     ctx.arguments = (scale, codebook_grad, impl)
 
 
 def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, indices, tau, row_offset, lse = ctx.saved_tensors
+    x, codebook, weight, bias, mask, seed, indices, tau, row_offset, kept = ctx.saved_tensors
     if grad_quantized is None:
         if grad_posterior is None:
             return (None,) * 13
@@ -363,7 +372,7 @@ def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyp
         indices,
         tau,
         row_offset,
-        lse,
+        kept,
         *ctx.arguments,
         needs_x,
         any(needs_codes),

@@ -77,19 +77,28 @@ class Quantizer(nn.Module):
             return rows.view(batch, height, width)
         return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
-    def _straight_through(
-        self, z: Tensor, rows: Tensor, codes: Tensor, indices: Tensor, loss: Tensor, commitment: Tensor
+    def _deterministic(
+        self, z: Tensor, quantized: Tensor, indices: Tensor, loss: Tensor, commitment: Tensor
     ) -> QuantizerOutput:
-        """Output of a deterministic selection: the codes forward, the identity backward."""
+        """Output of a selection without noise, of rows as maps with the sizes of ``z``."""
         index_map = self._to_maps(indices, z)
         return QuantizerOutput(
-            self._to_maps(rows + (codes - rows).detach(), z),
+            self._to_maps(quantized, z),
             index_map,
             loss,
             {"commitment": commitment.detach()},
             torch.zeros_like(index_map, dtype=torch.float32),
             torch.zeros_like(index_map, dtype=torch.bool),
         )
+
+
+def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
+    """``codes`` forward, the identity to ``rows`` backward.
+
+    Called before the losses of the rows it saves a copy of them: backward comes to it last, and adds its gradient to
+    the losses' instead of adding theirs to its own, which belongs to the decoder.
+    """
+    return rows + (codes - rows).detach()
 
 
 def draw_seed(device: torch.device) -> Tensor:

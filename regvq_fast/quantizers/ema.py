@@ -9,7 +9,7 @@ from torch import Tensor
 from regvq_fast.ops import assign_codes
 from regvq_fast.ops.noise import row_words
 from regvq_fast.ops.segment_sum import segment_counts, segment_sum
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, straight_through
 from regvq_fast.ranks import gather_rows
 
 
@@ -69,8 +69,9 @@ class EMAQuantizer(Quantizer):
             rows = self._to_rows(z)
             indices = assign_codes(rows, self.embedding.weight)
             codes = F.embedding(indices, self.embedding.weight)
+            quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes)
-            out = self._straight_through(z, rows, codes, indices, self.commitment * commitment, commitment)
+            out = self._deterministic(z, quantized, indices, self.commitment * commitment, commitment)
             if self.training:  # from the rows of all ranks, so that each makes the same update
                 seed = draw_seed(z.device) if seed is None else seed
                 self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regvq_fast.ops import assign_codes
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, straight_through
 
 
 class NearestQuantizer(Quantizer):
@@ -35,6 +35,7 @@ class NearestQuantizer(Quantizer):
             rows = self._to_rows(z)
             indices = assign_codes(rows, self.embedding.weight)
             codes = self.embedding(indices)
+            quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes.detach())
             loss = F.mse_loss(codes, rows.detach()) + self.commitment * commitment
-            return self._straight_through(z, rows, codes, indices, loss, commitment)
+            return self._deterministic(z, quantized, indices, loss, commitment)

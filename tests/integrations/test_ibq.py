@@ -59,6 +59,7 @@ IndexPropagationQuantize.__module__ = "src.IBQ.modules.vqvae.quantize"
 def _several_tiles(monkeypatch):
     monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
+    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 0)
     torch.manual_seed(0)
 
 

@@ -110,6 +110,7 @@ def test_options_that_are_not_covered(options, reason):
 def test_nothing_is_as_large_as_the_distances(name, monkeypatch):
     monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
+    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 0)
     width, codes = 8, 256
     z = torch.randn(4, width, 8, 8)  # 256 rows
     arguments = (width, width, codes) if name == "GumbelQuantize" else (codes, width, 0.25)

@@ -23,12 +23,13 @@ def features(dtype=torch.float32):
 @pytest.mark.parametrize("codebook_grad", ["soft", "hard"])
 @pytest.mark.parametrize("mask", ["no mask", "random"])
 @pytest.mark.parametrize("logits", LOGITS)
-def test_opcheck_vector_quantize(logits, mask, codebook_grad):
+@pytest.mark.parametrize("keeps", [False, True])
+def test_opcheck_vector_quantize(logits, mask, codebook_grad, keeps):
     inputs = make_inputs(logits, mask, 8, 5, 3, torch.float32)
     tensors = [inputs.get(name) for name in ("x", "codebook", "weight", "bias", "mask", "seed")]
     tau = torch.tensor(0.9)
-    offset, lse = torch.tensor(7), torch.empty(0)
-    forward = (*tensors, tau, offset, 1.5, 2, codebook_grad, False, "eager")
+    offset, kept = torch.tensor(7), torch.randn(8 if keeps else 0, 5)
+    forward = (*tensors, tau, offset, 1.5, 2, codebook_grad, keeps, "eager")
     torch.library.opcheck(torch.ops.regvq.vector_quantize, forward)
     detached = [None if t is None else t.detach() for t in tensors]
     grads = torch.randn(8, 3), torch.randn(2, 5)
@@ -36,7 +37,7 @@ def test_opcheck_vector_quantize(logits, mask, codebook_grad):
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*grads, *detached, indices, tau, offset, lse, 1.5, codebook_grad, "eager", needs_x, needs_codes),
+            (*grads, *detached, indices, tau, offset, kept, 1.5, codebook_grad, "eager", needs_x, needs_codes),
         )
 
 

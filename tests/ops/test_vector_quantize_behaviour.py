@@ -77,10 +77,13 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
 
 
 @pytest.mark.parametrize("codebook_grad", ["soft", "hard"])
+@pytest.mark.parametrize("kept", [0, 1 << 30])
 @pytest.mark.parametrize("elements", [1, 11 * 40, 1 << 30])
-def test_the_size_of_the_tiles_changes_nothing(monkeypatch, elements, codebook_grad):
-    inputs = make_inputs(num_rows=150, mask="random")
+@pytest.mark.parametrize("logits", LOGITS)
+def test_neither_tiles_nor_kept_scores_change_anything(monkeypatch, logits, elements, kept, codebook_grad):
+    inputs = make_inputs(logits, num_rows=150, mask="random")
     expected = outputs_and_gradients(vector_quantize, inputs, groups=3, codebook_grad=codebook_grad)
+    monkeypatch.setattr(_common, "KEPT_ELEMENTS", kept)
     monkeypatch.setattr(_common, "TILE_ELEMENTS", elements)
     monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
     results = outputs_and_gradients(vector_quantize, inputs, groups=3, codebook_grad=codebook_grad)
@@ -92,8 +95,10 @@ def test_the_size_of_the_tiles_changes_nothing(monkeypatch, elements, codebook_g
 def test_tiles_of_mixed_rows_as_on_a_gpu_give_the_same_result(monkeypatch):
     inputs = make_inputs(num_rows=150, mask="random")
     expected = outputs_and_gradients(vector_quantize, inputs, groups=3, tau=0.3)
+    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1600)
     module = sys.modules["regvq_fast.ops.vector_quantize_eager"]
-    monkeypatch.setattr(module, "_tiles", lambda _, rows, *__: [(tile, True) for tile in torch.arange(rows).split(40)])
+    monkeypatch.setattr(module, "_rows_to_draw", lambda stochastic: torch.arange(len(stochastic)))
     results = outputs_and_gradients(vector_quantize, inputs, groups=3, tau=0.3)
     assert torch.equal(results["indices"], expected["indices"])
     assert_same(results, expected)
@@ -255,13 +260,26 @@ def test_the_selected_code_has_the_best_score_within_rounding(logits, dtype):
 
 
 @pytest.mark.parametrize("logits", ["distance", "linear with bias"])
-def test_nothing_of_size_rows_by_codes_is_kept_for_the_backward(logits):
+def test_only_few_scores_are_kept_for_the_backward(monkeypatch, logits):
     inputs = make_inputs(logits, num_rows=500, num_codes=400, width=8, dtype=torch.float32)
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        vector_quantize(**inputs)
-    assert saved
-    assert max(saved) == 500 * 8
+
+    def largest_saved():
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            vector_quantize(**inputs)
+        return max(saved)
+
+    assert largest_saved() == 500 * 400 <= _common.KEPT_ELEMENTS
+    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 500 * 400 - 1)
+    assert largest_saved() == 500 * 8
+
+
+def test_a_backward_leaves_what_was_kept_to_the_next_one():
+    inputs = make_inputs(mask="random")
+    output = vector_quantize(**inputs)
+    loss = output.quantized.square().sum() + output.posterior.square().sum()
+    first, second = (torch.autograd.grad(loss, inputs["x"], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def peak_of_allocations(function) -> int:
@@ -282,6 +300,7 @@ def test_temporary_memory_does_not_grow_with_the_rows():
         inputs = make_inputs(num_rows=num_rows, num_codes=2048, width=4, dtype=torch.float32)
         return peak_of_allocations(lambda: outputs_and_gradients(vector_quantize, inputs))
 
+    assert _common.KEPT_ELEMENTS < 1024 * 2048
     small, large = peak(1024), peak(4096)
     tile = 4 * _common.TILE_ELEMENTS
     assert tile < small < 8 * tile
