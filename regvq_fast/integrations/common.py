@@ -1,13 +1,8 @@
-"""What the adapters share: how a class takes another's place, and statistics of a softmax over all codes, in tiles."""
+"""What the adapters share: how a class takes another's place."""
 
 import inspect
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from regvq_fast.ops._common import rows_per_tile
 
 
 class Adapter(nn.Module):
@@ -63,36 +58,3 @@ def other_arguments(adapter: type[nn.Module], library_class: type[nn.Module]) ->
 def to_rows(maps: Tensor) -> Tensor:
     """(B, D, H, W) -> (B, H, W, D) contiguous."""
     return maps.permute(0, 2, 3, 1).contiguous()
-
-
-def softmax_statistics(
-    x: Tensor, keys: Tensor, bias: Tensor | None = None, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Mean entropy (nats), and mean (N,), of the rows' ``softmax((x keys^T + bias) / temperature)``.
-
-    Equivalent to this, which keeps several M x N matrices:
-
-        p = F.softmax(F.linear(x, keys, bias) / temperature, dim=1)
-        return -(p * p.log()).sum(1).mean(), p.mean(0)
-
-    Rows go through in tiles, whose scores are computed again in backward.
-
-    Args:
-        x: (M, D), M > 0.
-        keys: (N, D).
-        bias: (N,) or None.
-        temperature: > 0.
-    """
-    entropy, total = x.new_zeros(()), x.new_zeros(len(keys))
-    for tile in x.split(rows_per_tile(len(keys), x.device)):
-        tile_entropy, tile_total = checkpoint(
-            _tile_statistics, tile, keys, bias, temperature, use_reentrant=False, preserve_rng_state=False
-        )
-        entropy, total = entropy + tile_entropy, total + tile_total
-    return entropy / len(x), total / len(x)
-
-
-def _tile_statistics(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    log_p = F.log_softmax(F.linear(x, keys, bias) / temperature, dim=1)
-    p = log_p.exp()
-    return -torch.linalg.vecdot(p, log_p).sum(), p.sum(0)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.integrations.common import Adapter, softmax_statistics, to_rows
+from regvq_fast.integrations.common import Adapter, to_rows
 from regvq_fast.ops import vector_quantize
+from regvq_fast.ops.softmax_statistics import softmax_statistics
 
 
 class IndexPropagationQuantize(Adapter):

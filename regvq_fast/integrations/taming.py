@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.integrations.common import Adapter, softmax_statistics, to_rows
+from regvq_fast.integrations.common import Adapter, to_rows
 from regvq_fast.integrations.nearest import NearestCode, straight_through
 from regvq_fast.ops import assign_codes, vector_quantize
+from regvq_fast.ops.softmax_statistics import softmax_statistics
 from regvq_fast.quantizers.base import draw_seed
 
 

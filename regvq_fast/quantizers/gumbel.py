@@ -3,18 +3,18 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.ops import vector_quantize
+from regvq_fast.ops.softmax_statistics import softmax_statistics
 from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
 
 
 class GumbelQuantizer(Quantizer):
     """Hard straight-through Gumbel-softmax over predicted token distributions, at an annealed temperature.
 
-    The KL divergence of every position's softmax to the uniform prior has ``kl_weight``; it is plain PyTorch and keeps
-    an M x N matrix, as all implementations of this baseline do (0 skips it).
+    The KL divergence of every position's softmax to the uniform prior has ``kl_weight``; it goes through the rows in
+    tiles (0 skips it).
 
     Args:
         num_codes: N.
@@ -69,8 +69,8 @@ class GumbelQuantizer(Quantizer):
             )
             loss, metrics = rows.new_zeros(()), {"tau": self.tau.clone()}
             if self.kl_weight > 0:
-                log_p = F.log_softmax(self.proj(rows), dim=1)
-                kl = (log_p.exp() * log_p).sum(1).mean() + math.log(self.num_codes)
+                entropy, _ = softmax_statistics(rows, self.proj.weight, self.proj.bias)
+                kl = math.log(self.num_codes) - entropy
                 loss, metrics["kl"] = self.kl_weight * kl, kl.detach()
             return QuantizerOutput(
                 self._to_maps(out.quantized, z),

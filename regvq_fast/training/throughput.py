@@ -153,6 +153,16 @@ def _(x: torch.Size, codebook: torch.Size, *_: Any, **__: Any) -> int:
     return _product(x, codebook)
 
 
+@register_flop_formula(torch.ops.regvq.softmax_statistics)
+def _(x: torch.Size, keys: torch.Size, *_: Any, **__: Any) -> int:
+    return _product(x, keys)
+
+
+@register_flop_formula(torch.ops.regvq.softmax_statistics_backward)
+def _(grad_entropy: torch.Size, grad_mean: torch.Size, x: torch.Size, keys: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * _product(x, keys)
+
+
 @register_flop_formula(torch.ops.regvq.weighted_info_nce)
 def _(query: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * query[0] * query[1] * query[1] * query[2]

@@ -92,7 +92,14 @@ class VQGANTask(Task[VQGANConfig]):
             "data": f"{self.train_set.label}, {len(self.val_set)} validation images of {config.data.image_size} px",
             "model": f"{parameters / 1e6:.1f} M parameters, {height} x {width} tokens",
             "quantizer": f"{type(quantizer).__name__}({quantizer.extra_repr()})",
+            "discriminator": self._discriminator_joins(),
         }
+
+    def _discriminator_joins(self) -> str:
+        if self.disc_start < self.steps:
+            return f"from step {self.disc_start} of {self.steps} on"
+        given = self.config.loss.disc_start
+        return "none" if given is None else f"none: --disc-start {given} is not before the last of {self.steps} steps"
 
     def identity(self) -> dict[str, str]:
         networks = [m.label for m in self.reconstruction_loss.modules() if isinstance(m, VGGFeatures)]

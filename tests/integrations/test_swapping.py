@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from regvq_fast.integrations import accelerate
-from regvq_fast.integrations.common import softmax_statistics
-from regvq_fast.ops import _common, assign_codes
+from regvq_fast.ops import assign_codes
 
 PATH = "taming.modules.vqvae.quantize"
 
@@ -163,20 +162,3 @@ def test_copies_of_the_file_in_other_packages_are_not_known(monkeypatch):
     monkeypatch.setattr(VectorQuantizer2, "__module__", f"own.{PATH}")
     with pytest.raises(ValueError, match=r"no look-up to swap in this Autoencoder: no module of it is a known"):
         accelerate(Autoencoder())
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_softmax_statistics_are_those_of_the_whole_matrix(has_bias, monkeypatch):
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
-    x, keys, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(50, 3), (7, 3), (7,)])
-    bias = bias if has_bias else None
-    p = nn.functional.linear(x, keys, bias).div(0.6).softmax(1)
-    expected = -(p * p.log()).sum(1).mean(), p.mean(0)
-    found = softmax_statistics(x, keys, bias, temperature=0.6)
-    torch.testing.assert_close(found, expected)
-    leaves = [leaf for leaf in (x, keys, bias) if leaf is not None]
-    upstream = [torch.tensor(0.7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
-    torch.testing.assert_close(
-        torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
-    )

@@ -1,0 +1,185 @@
+"""Entropy and mean of softmax distributions over all codes: the KL term of Gumbel-VQ, the entropy terms of IBQ and LFQ.
+
+    p[m]    = softmax_n((x_m . k_n + b_n) / temperature)
+    entropy = mean_m -sum_n p[m,n] log p[m,n]           mean[n] = mean_m p[m,n]
+
+With upstream gradients e of the entropy and c[n] of the mean, dP[m,n] = (c[n] - e log p[m,n]) / M is all of the
+softmax's (a constant in a row drops out). Rows go through in tiles, whose scores backward computes again.
+"""
+
+import torch
+from torch import Tensor
+
+from regvq_fast.ops._common import check_like, check_matrix, check_positive, compute_dtype, rows_per_tile
+
+
+def softmax_statistics(
+    x: Tensor, keys: Tensor, bias: Tensor | None = None, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Mean entropy, in nats, and mean of the rows' softmax over ``(x keys^T + bias) / temperature``.
+
+    Equivalent to this, which keeps several M x N matrices:
+
+        log_p = F.log_softmax(F.linear(x, keys, bias) / temperature, dim=1)
+        return -(log_p.exp() * log_p).sum(1).mean(), log_p.exp().mean(0)
+
+    The mean KL divergence to the uniform distribution is ``log(N) - entropy``.
+
+    Args:
+        x: (M, D), M > 0; fp16, bf16, fp32 or fp64.
+        keys: (N, D), type and device of ``x``.
+        bias: (N,) or None.
+        temperature: > 0. No gradient.
+
+    Returns:
+        Entropy () and mean (N,), float32 (float64 where ``x`` is). Deterministic. Autocast: inputs are cast to fp32.
+
+    Gradients: to ``x``, ``keys`` and ``bias``, from both. Double backward is not supported.
+
+    Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^19 scores (2^24 on CUDA;
+    at least 64 rows). Plain PyTorch on every device.
+
+    Raises:
+        ValueError: shapes, devices or values that don't fit; no rows.
+        TypeError: types that don't fit.
+    """
+    check_matrix("x", x)
+    check_matrix("keys", keys, x.shape[1])
+    check_like("keys", keys, "x", x)
+    if x.shape[0] == 0 or keys.shape[0] == 0:
+        raise ValueError(f"x and keys must have rows, got {tuple(x.shape)} and {tuple(keys.shape)}")
+    if bias is not None:
+        check_matrix("bias", bias, keys.shape[0], ndim=1)
+        check_like("bias", bias, "x", x)
+    check_positive("temperature", temperature)
+    return torch.ops.regvq.softmax_statistics(x, keys, bias, float(temperature))
+
+
+class _Tiles:
+    """``log p`` of row tiles."""
+
+    def __init__(self, x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> None:
+        self.dtype, self.factor = compute_dtype(x), 1 / temperature
+        self.keys = keys.to(self.dtype).contiguous()
+        self.column = self.keys.new_zeros(len(keys)) if bias is None else bias.to(self.dtype) * self.factor
+        step = rows_per_tile(len(keys), x.device)
+        self.slices = [slice(start, start + step) for start in range(0, len(x), step)]
+
+    def log_p(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor).log_softmax(1)
+
+
+def _softmax_statistics_eager(
+    x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    tiles = _Tiles(x, keys, bias, temperature)
+    entropy, mean = tiles.column.new_zeros(()), tiles.column.new_zeros(len(keys))
+    for tile in tiles.slices:
+        log_p = tiles.log_p(x[tile].to(tiles.dtype))
+        p = log_p.exp()
+        mean += p.sum(0)
+        entropy -= p.mul_(log_p).sum()
+    return entropy.div_(len(x)), mean.div_(len(x))
+
+
+def _softmax_statistics_backward_eager(
+    grad_entropy: Tensor,
+    grad_mean: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    needs_x: bool,
+    needs_keys: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    tiles = _Tiles(x, keys, bias, temperature)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+    grad_keys, grad_column = torch.zeros_like(tiles.keys), torch.zeros_like(tiles.column)
+    for tile in tiles.slices:
+        x_tile = x[tile].to(tiles.dtype)
+        grad = tiles.log_p(x_tile)
+        p = grad.clamp(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
+        grad.mul_(-grad_entropy).add_(grad_mean)
+        torch._softmax_backward_data(grad, p, 1, tiles.dtype, grad_input=grad)
+        grad *= tiles.factor / len(x)
+        if grad_x is not None:
+            grad_x[tile] = torch.mm(grad, tiles.keys).to(x.dtype)
+        if needs_keys:
+            grad_keys.addmm_(grad.t(), x_tile)
+            grad_column += grad.sum(0)
+    if not needs_keys:
+        return grad_x, None, None
+    return grad_x, grad_keys.to(keys.dtype), None if bias is None else grad_column.to(bias.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- forward
+
+
+@torch.library.custom_op("regvq::softmax_statistics", mutates_args=())
+def _softmax_statistics(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    return _softmax_statistics_eager(x, keys, bias, temperature)
+
+
+@_softmax_statistics.register_fake
+def _(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x)
+    return x.new_empty((), dtype=dtype), x.new_empty(keys.shape[0], dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ backward
+
+
+@torch.library.custom_op("regvq::softmax_statistics_backward", mutates_args=())
+def _softmax_statistics_backward(
+    grad_entropy: Tensor,
+    grad_mean: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    needs_x: bool,
+    needs_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, keys and bias; empty tensors stand for those that nobody needs."""
+    grads = _softmax_statistics_backward_eager(grad_entropy, grad_mean, x, keys, bias, temperature, needs_x, needs_keys)
+    grad_x, grad_keys, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_keys, grad_bias
+
+
+@_softmax_statistics_backward.register_fake
+def _(
+    grad_entropy: Tensor,
+    grad_mean: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    needs_x: bool,
+    needs_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(value: Tensor | None, needed: bool) -> Tensor:
+        return x.new_empty(0) if value is None or not needed else value.new_empty(value.shape)
+
+    return like(x, needs_x), like(keys, needs_keys), like(bias, needs_keys)
+
+
+# ------------------------------------------------------------------------------------------ autograd and autocast
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, keys, bias, ctx.temperature = inputs
+    ctx.save_for_backward(x, keys, bias)
+
+
+def _backward(ctx, grad_entropy, grad_mean):  # type: ignore[no-untyped-def]
+    needs_x, *needs_keys = ctx.needs_input_grad[:3]
+    grads = torch.ops.regvq.softmax_statistics_backward(
+        grad_entropy, grad_mean, *ctx.saved_tensors, ctx.temperature, needs_x, any(needs_keys)
+    )
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
+
+
+_softmax_statistics.register_autograd(_backward, setup_context=_setup_context)
+for _device_type in ("cpu", "cuda"):
+    _softmax_statistics.register_autocast(_device_type, torch.float32)
+    _softmax_statistics_backward.register_autocast(_device_type, torch.float32)

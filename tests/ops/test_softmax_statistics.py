@@ -1,0 +1,122 @@
+"""Entropy and mean of softmax rows against the plain expression, in tiles and as part of one graph."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regvq_fast.ops import _common
+from regvq_fast.ops.softmax_statistics import softmax_statistics
+
+
+def plain(x, keys, bias=None, *, temperature=1.0):
+    log_p = F.log_softmax(F.linear(x, keys, bias) / temperature, dim=1)
+    return -(log_p.exp() * log_p).sum(1).mean(), log_p.exp().mean(0)
+
+
+def leaves(num_rows=50, num_codes=7, width=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(num_rows, width), (num_codes, width), (num_codes,)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def test_by_hand():
+    x, keys = torch.tensor([[1.0], [0.0]]), torch.tensor([[math.log(3.0)], [0.0]])
+    entropy, mean = softmax_statistics(x, keys)  # p: (3/4, 1/4) and (1/2, 1/2)
+    assert mean.tolist() == pytest.approx([0.625, 0.375])
+    expected = (-0.75 * math.log(0.75) - 0.25 * math.log(0.25) + math.log(2)) / 2
+    assert entropy.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("tile_rows", [16, 64])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_values_and_gradients_are_those_of_the_whole_matrix(has_bias, tile_rows, monkeypatch):
+    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", tile_rows)
+    inputs = leaves()[: 3 if has_bias else 2]
+    found, expected = softmax_statistics(*inputs, temperature=0.6), plain(*inputs, temperature=0.6)
+    torch.testing.assert_close(found, expected)
+    upstream = [torch.tensor(0.7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )
+
+
+def test_gradcheck():
+    assert torch.autograd.gradcheck(softmax_statistics, leaves(6, 5, 3))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_one_output_to_one_input(used, trained):
+    inputs = [leaf.detach().requires_grad_(i == trained) for i, leaf in enumerate(leaves())]
+    grads = [
+        torch.autograd.grad(op(*inputs)[used].square().sum(), inputs[trained]) for op in (softmax_statistics, plain)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_sharp_softmaxes_stay_finite():
+    x, keys, bias = leaves(dtype=torch.float32)
+    entropy, mean = softmax_statistics(x, keys, bias, temperature=1e-4)
+    gradients = torch.autograd.grad(entropy + mean.square().sum(), [x, keys, bias])
+    assert entropy >= 0
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_inputs_err_no_more_than_plain_pytorch(dtype):
+    inputs = [leaf.detach().to(dtype) for leaf in leaves(200, 64, 16)]
+    truth = plain(*(leaf.double() for leaf in inputs))
+    for found, low, exact in zip(softmax_statistics(*inputs), plain(*inputs), truth, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - exact).abs().max() <= (low - exact).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    tensors = [leaf.detach().to(dtype) for leaf in leaves(8, 5, 3)]
+    for bias in (tensors[2], None):
+        trained = [None if t is None else t.clone().requires_grad_() for t in (*tensors[:2], bias)]
+        torch.library.opcheck(torch.ops.regvq.softmax_statistics, (*trained, 0.7))
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(
+                torch.ops.regvq.softmax_statistics_backward,
+                (torch.tensor(0.3), torch.randn(5), *tensors[:2], bias, 0.7, *needs),
+            )
+
+
+def test_part_of_one_graph_and_the_same_bits_twice():
+    def step(x, keys, bias):
+        entropy, mean = softmax_statistics(x * 1.5, keys, bias)
+        return entropy + mean.square().sum()
+
+    inputs = leaves(dtype=torch.float32)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    first, again, graph = (torch.autograd.grad(f(*inputs), inputs) for f in (step, step, compiled))
+    for one, two, three in zip(first, again, graph, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, three)
+
+
+def test_autocast_computes_in_fp32():
+    x, keys, bias = leaves(dtype=torch.float32)
+    expected = softmax_statistics(x, keys, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(softmax_statistics(x, keys, bias)[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": torch.zeros(4, 2)}, r"keys must have 3 in its last dimension, got shape \(4, 2\)"),
+        ({"keys": torch.zeros(0, 3)}, r"x and keys must have rows, got \(5, 3\) and \(0, 3\)"),
+        ({"bias": torch.zeros(3)}, r"bias must have 4 in its last dimension"),
+        ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
+    ],
+)
+def test_bad_input_gets_a_sentence(change, message):
+    arguments = {"x": torch.zeros(5, 3), "keys": torch.zeros(4, 3), "bias": torch.zeros(4)} | change
+    with pytest.raises(ValueError, match=message):
+        softmax_statistics(**arguments)
