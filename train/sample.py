@@ -1,9 +1,9 @@
 """Draw images from a trained prior.
 
-    python train/sample.py --prior ar --run runs/ar --out samples               # maps of the validation split
-    python train/sample.py --prior ar --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
-    python train/sample.py --prior diffusion --run runs/diffusion --out samples --text "grass left of bricks"
-    python train/sample.py --prior ar --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
+    python train/sample.py --run runs/ar --out samples                          # maps of the validation split
+    python train/sample.py --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
+    python train/sample.py --run runs/diffusion --out samples --text "grass left of bricks"
+    python train/sample.py --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
 
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
 """

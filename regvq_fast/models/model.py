@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.models.pretrained import pretrained_files, read_pretrained, write_folder
 from regvq_fast.models.weights import check_state_dict
+
+AnyModel = TypeVar("AnyModel", bound="Model")
 
 
 class Model(nn.Module):
@@ -61,23 +63,33 @@ class Model(nn.Module):
             ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it. Or the
                 text encoder needs transformers, which is not installed.
         """
-        description, weights = read_pretrained(Path(folder))
-        kind = description.pop("type", "VQGAN")  # whose folders had none at first
-        if kind != cls.__name__:
-            raise ValueError(f"{folder} holds a {kind}, not a {cls.__name__}")
-        try:
-            model = cls._build(**description)
-        except TypeError as error:
-            raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
-        check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {kind}")
-        model.load_state_dict(weights)
-        return model.eval()
+        return read_model(folder, cls)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Trade time for memory: each `Checkpointed` part runs a second time in backward. Gradients stay."""
         for module in self.modules():
             if isinstance(module, Checkpointed):
                 module.checkpointing = enabled
+
+
+def read_model(folder: str | os.PathLike[str], *kinds: type[AnyModel]) -> AnyModel:
+    """The model in a folder, as :meth:`Model.from_pretrained` of whichever of some kinds it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as there; a model of none of the kinds.
+    """
+    description, weights = read_pretrained(Path(folder))
+    name = description.pop("type", "VQGAN")  # whose folders had none at first
+    kind = next((kind for kind in kinds if kind.__name__ == name), None)
+    if kind is None:
+        raise ValueError(f"{folder} holds a {name}, not a {' or '.join(kind.__name__ for kind in kinds)}")
+    try:
+        model = kind._build(**description)
+    except TypeError as error:
+        raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
+    check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {name}")
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 class Checkpointed(nn.Module):

@@ -26,7 +26,7 @@ from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.pictures import caption_tiles, color_map, save_image_grid, save_images
 from regvq_fast.precision import choose_device, choose_precision
 from regvq_fast.sampling import common
-from regvq_fast.sampling.images import DrawConfig, ImageSampler
+from regvq_fast.sampling.images import DrawConfig, ImageSampler, Prior
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
 _TEXT_SIZE = 192  # pixels of a caption's picture at least
@@ -37,8 +37,9 @@ _STRIP = 12  # states of a denoising strip
 class SubjectConfig:
     """What is to be drawn, and by which prior."""
 
-    prior: Literal["ar", "diffusion"]
-    """Autoregressive (semantic maps to images), or diffusion (captions to images)."""
+    prior: Literal["ar", "diffusion"] | None = None
+    """What the run has to be: autoregressive (semantic maps to images), or diffusion (captions to images).
+    Not given: what it is."""
     run: Path
     """Run of train/ar.py or train/diffusion.py."""
     out: Path
@@ -115,13 +116,6 @@ def _check(config: SampleConfig) -> None:
         raise ValueError(f"--out {config.out} exists and is not an empty folder; name a new one")
     if (config.edit is None) != (config.mask is None):
         raise ValueError("--edit and --mask go together: the image, and where it is to be drawn anew")
-    others: dict[str, dict[str, object]] = {
-        "ar": {"--text": config.text, "--strip": config.strip},
-        "diffusion": {"--map": config.map},
-    }
-    for flag, value in others[config.prior].items():
-        if value:
-            raise ValueError(f"{flag} is not for --prior {config.prior}")
     if config.data is not None and (config.map is not None or config.text):
         raise ValueError(f"--data {config.data} brings conditions of its own: leave out --map or --text")
 
@@ -132,8 +126,17 @@ class _Generator:
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
         precision = choose_precision(config.amp, choose_device(config.device))
-        kind = TokenTransformer if config.prior == "ar" else VQDiffusion
-        self.sampler = ImageSampler.from_run(config.run, config, precision, kind)
+        kinds: dict[str | None, type[Prior]] = {"ar": TokenTransformer, "diffusion": VQDiffusion}
+        self.sampler = ImageSampler.from_run(config.run, config, precision, kinds.get(config.prior))
+        self.draws_maps = self.sampler.field == "segmentation"
+        for flag, value, is_ours in (
+            ("--map", config.map, self.draws_maps),
+            ("--text", config.text, not self.draws_maps),
+            ("--strip", config.strip, not self.draws_maps),
+        ):
+            if value and not is_ours:
+                other = "diffusion" if self.draws_maps else "autoregressive"
+                raise ValueError(f"{flag} is for {other} priors; this one is {self.sampler.kind}")
         self.size = self.sampler.tokenizer.image_size
         self.conditions = self._conditions()
         self.kept = None if config.edit is None or config.mask is None else self._edited(config.edit, config.mask)
@@ -204,7 +207,7 @@ class _Generator:
         """At most ``count`` validation samples of --data, or of what the prior was trained on; and what that is."""
         data, seed, fields = self.config.data, 0, (self.sampler.field,)
         if data is None:
-            kind: type[ARConfig | DiffusionConfig] = ARConfig if self.config.prior == "ar" else DiffusionConfig
+            kind: type[ARConfig | DiffusionConfig] = ARConfig if self.draws_maps else DiffusionConfig
             trained = read_config(self.config.run, kind)
             tokens, seed = trained.tokens, trained.run.seed
             if tokens.cache is not None and tokens.cache.exists():
@@ -213,7 +216,7 @@ class _Generator:
             if tokens.cache is not None:
                 raise ValueError(
                     f"the token cache {tokens.cache} that {self.config.run} was trained on is not there: give --data, "
-                    f"or {'--map' if self.config.prior == 'ar' else '--text'}"
+                    f"or {'--map' if self.draws_maps else '--text'}"
                 )
             data = tokens.data
         dataset = build_dataset(data, split="val", image_size=self.size, length=count, seed=seed, fields=fields)

@@ -13,7 +13,8 @@ from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import majority_vote
 from regvq_fast.data.transforms import to_uint8
-from regvq_fast.models.pretrained import TOKENIZER, read_pretrained
+from regvq_fast.models.model import read_model
+from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.vqgan import VQGAN
@@ -103,14 +104,9 @@ class ImageSampler:
         Raises:
             FileNotFoundError, ValueError: it isn't there, is no such prior, or is damaged; or as the class itself.
         """
-        if kind is None:
-            kinds: dict[str, type[Prior]] = {"TokenTransformer": TokenTransformer, "VQDiffusion": VQDiffusion}
-            found = read_pretrained(run)[0].get("type", "VQGAN")
-            if found not in kinds:
-                raise ValueError(f"{run} holds a {found}, not a prior: give a run of train/ar.py or train/diffusion.py")
-            kind = kinds[found]
-        prior = kind.from_pretrained(run).to(precision.device)
-        if kind is TokenTransformer and config.guidance != 1.0 and _null_is_fresh(run):
+        kinds: tuple[type[Prior], ...] = (TokenTransformer, VQDiffusion) if kind is None else (kind,)
+        prior = read_model(run, *kinds).to(precision.device)
+        if isinstance(prior, TokenTransformer) and config.guidance != 1.0 and _null_is_fresh(run):
             raise ValueError(
                 f"--guidance {config.guidance:g} needs the null condition, which {run} was trained without "
                 "(--condition-dropout 0): leave it out, or train one with --condition-dropout 0.1"

@@ -99,7 +99,9 @@ class VQGANTask(Task[VQGANConfig]):
         if self.disc_start < self.steps:
             return f"from step {self.disc_start} of {self.steps} on"
         given = self.config.loss.disc_start
-        return "none" if given is None else f"none: --disc-start {given} is not before the last of {self.steps} steps"
+        if given is None:
+            return "none; --disc-start N brings it in"
+        return f"none: --disc-start {given} is past the last step, {self.steps - 1}"
 
     def identity(self) -> dict[str, str]:
         networks = [m.label for m in self.reconstruction_loss.modules() if isinstance(m, VGGFeatures)]

@@ -378,7 +378,7 @@ def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: P
         ({}, "nothing to evaluate: give --run, --prior-run or --images"),
         ({"run": "nowhere"}, "no such folder: nowhere"),
         ({"run": "ar"}, "holds a TokenTransformer, not a VQGAN"),
-        ({"prior_run": "vq"}, "holds a VQGAN, not a prior: give a run of train/ar.py or train/diffusion.py"),
+        ({"prior_run": "vq"}, "holds a VQGAN, not a TokenTransformer or VQDiffusion"),
         ({"prior_run": "ar", "run": "other"}, "is not the tokenizer of --prior-run"),
         ({"prior_run": "ar", "images": "vq"}, "give one of the two"),
         ({"images": "vq"}, "needs --image-size"),

@@ -236,7 +236,7 @@ def test_a_map_of_a_file_and_an_edited_image(runs: dict[str, Path], tmp_path: Pa
 
 
 def test_images_of_captions_with_their_states(runs: dict[str, Path], tmp_path: Path) -> None:
-    flags = ["--prior", "diffusion", "--run", runs["diffusion"], "--num-images", 3, "--steps", 4]
+    flags = ["--run", runs["diffusion"], "--num-images", 3, "--steps", 4]
     sample(*flags, "--text", "a cat", "bricks", "--strip", "--guidance", 2, "--out", tmp_path / "said")
     assert (tmp_path / "said" / "strip.png").exists()
     assert len(list((tmp_path / "said").glob("0*.png"))) == 3
@@ -247,8 +247,9 @@ def test_images_of_captions_with_their_states(runs: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prior", "ar", "--run", "{ar}", "--text", "a cat"], "--text is not for --prior ar"),
-        (["--prior", "diffusion", "--run", "{diffusion}", "--map", "map.png"], "--map is not for --prior diffusion"),
+        (["--prior", "ar", "--run", "{ar}", "--text", "a cat"], "--text is for diffusion priors; this one is autoreg"),
+        (["--run", "{ar}", "--strip"], "--strip is for diffusion priors; this one is autoregressive"),
+        (["--run", "{diffusion}", "--map", "map.png"], "--map is for autoregressive priors; this one is diffusion"),
         (["--prior", "diffusion", "--run", "{ar}"], "holds a TokenTransformer, not a VQDiffusion"),
         (["--prior", "ar", "--run", "nothing"], "no such folder: nothing"),
         (["--prior", "ar", "--run", "{ar}", "--num-images", "0"], "--num-images must be at least 1, got 0"),

@@ -21,6 +21,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["quantizer"]["num_codes"] == 16
     assert config["architecture"]["quantizer"]["type"] == "RegularizedQuantizer"
+    assert config["facts"]["discriminator"] == "from step 2 of 4 on"
     assert "random" in config["facts"]["perceptual"] or "ImageNet" in config["facts"]["perceptual"]
     rows = records(out)
     assert [(row["split"], row["step"]) for row in rows] == [("train", 1), ("train", 2), ("train", 4), ("val", 4)]
@@ -191,3 +192,12 @@ def test_presets_build(preset: str) -> None:
     factor = 8 if preset == "scenes" else 16
     assert model.downsampling_factor == factor
     assert VQGAN_PRESETS[preset].run.preset == preset
+
+
+def test_a_discriminator_that_never_joins_says_so() -> None:
+    tiny = override(
+        VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4,
+        batch_size=4, perceptual_weight=0, contrastive="none", device="cpu",
+    )  # fmt: skip
+    found = [VQGANTask(config).facts["discriminator"] for config in (tiny, override(tiny, disc_start=4))]
+    assert found == ["none; --disc-start N brings it in", "none: --disc-start 4 is past the last step, 3"]
