@@ -1,6 +1,7 @@
 """The generated parts of README.md and docs: each function makes one of them, in Markdown, from the results."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -244,14 +245,22 @@ def step_memory(raw: dict[str, Any]) -> str:
 
 
 def main_job(raw: dict[str, Any]) -> str:
+    first = next(iter(raw["runs"].values()))[0]
+    metric = next(name for name in first if name.startswith("perceptual"))
+
+    def spread(runs: list[dict[str, Any]], name: str, form: Callable[[float], str]) -> str:
+        values = [run[name] for run in runs]
+        return f"{form(statistics.mean(values))} ± {form(statistics.stdev(values))}"
+
     rows = []
-    metric = next(name for run in raw["runs"].values() for name in run if "distance" in name or "lpips" in name.lower())
-    codes = next(iter(raw["runs"].values())).get("codes", 256)
-    for name, run in raw["runs"].items():
-        psnr, ssim = f"{run['psnr']:.1f} dB", f"{run['ssim']:.3f}"
-        used = [percent(run["utilization"]), number(run["perplexity"], 3 if run["perplexity"] >= 10 else 2)]
-        rows.append([f"`{name}`", *used, psnr, ssim, f"{run[metric]:.3f}"])
-    head = ["quantizer", "codebook utilization", f"perplexity of {codes} codes", "PSNR", "SSIM", metric]
+    for name, runs in raw["runs"].items():
+        used = [spread(runs, "utilization", percent), spread(runs, "perplexity", lambda value: f"{value:.1f}")]
+        quality = [
+            spread(runs, "psnr", lambda value: f"{value:.1f}"),
+            spread(runs, "ssim", lambda value: f"{value:.3f}"),
+        ]
+        rows.append([f"`{name}`", *used, *quality, spread(runs, metric, lambda value: f"{value:.3f}")])
+    head = ["quantizer", "codebook utilization", f"perplexity of {first['codes']} codes", "PSNR, dB", "SSIM", metric]
     return table(head, rows)
 
 
