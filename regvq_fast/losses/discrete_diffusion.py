@@ -186,7 +186,7 @@ class MaskAndReplace:
         mask = torch.where(masked, (gamma_s / gamma_t).log(), -torch.inf).to(logits.dtype)
         return torch.cat([codes, mask[..., None]], dim=-1)
 
-    def prior_kl(self) -> float:
+    def terminal_kl(self) -> float:
         """KL(q(x_T | x_0) || p(x_T)) in nats a token; p(x_T) masks with probability G_T, and has no favourite code."""
         alpha, beta, gamma = (value.item() for value in self.cumulative(torch.tensor(self.num_steps)))
         uniform = torch.tensor((1 - gamma) / self.num_codes, dtype=torch.float64)

@@ -32,8 +32,8 @@ from regvq_fast.training.step import distributed, synchronized
 from regvq_fast.training.task import Task
 
 _SAMPLES = 8  # of a picture
-_CLASSIFIED = 128  # scenes whose regions are classified ...
-_FITTED_TO = 2048  # ... by what these many taught
+CLASSIFIED = 128  # scenes whose regions are classified ...
+FITTED_TO = 2048  # ... by what these many taught
 
 PriorConfig = TypeVar("PriorConfig", bound=TrainConfig)
 
@@ -236,9 +236,9 @@ class PriorTask(Task[PriorConfig]):
         size, cache = self.tokenizer.image_size, getattr(self.val_set, "info", None)
         seed = cache.seed if cache else self.config.run.seed
         training = ScenesDataset("train", size, seed=seed)
-        classifier = RegionClassifier.fit(training, _FITTED_TO, len(CLASSES), reconstruct=self._reconstruct)
+        classifier = RegionClassifier.fit(training, FITTED_TO, len(CLASSES), reconstruct=self._reconstruct)
         scenes = ScenesDataset("val", size, len(self.val_set), seed)
-        real = collate([scenes[k] for k in range(min(_CLASSIFIED, len(scenes)))])
+        real = collate([scenes[k] for k in range(min(CLASSIFIED, len(scenes)))])
         batch = tokenize_batch(self.tokenizer, real, self.device)
         with self.precision.autocast():
             samples = self.decode(self.sample(self.eval_model, batch))

@@ -87,10 +87,10 @@ def test_posterior_of_a_certain_start_is_the_true_one(chain: MaskAndReplace) -> 
     torch.testing.assert_close(posterior, explicit_posterior(chain, 3, 7)[:, 2], rtol=0, atol=1e-14)
 
 
-def test_prior_kl(chain: MaskAndReplace) -> None:
+def test_terminal_kl(chain: MaskAndReplace) -> None:
     marginal = product(chain, 0, T)[:, 0]
     prior = torch.cat([((1 - marginal[N]) / N).expand(N), marginal[N:]])
-    assert chain.prior_kl() == pytest.approx((marginal * (marginal / prior).log()).sum().item(), rel=1e-6)
+    assert chain.terminal_kl() == pytest.approx((marginal * (marginal / prior).log()).sum().item(), rel=1e-6)
 
 
 # --- the bound -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report_tables
 import torch
+import trained_runs
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
@@ -30,7 +32,7 @@ PRIOR = (
 def few_regions() -> Iterator[None]:
     """The classifier of regions takes half a minute to fit to 2048 scenes: here it gets enough for every class."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regvq_fast.training.prior._FITTED_TO", 128)
+        patch.setattr("regvq_fast.training.prior.FITTED_TO", 128)
         yield
 
 
@@ -118,7 +120,7 @@ def test_a_resumed_run_equals_one_without_a_break(
 def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:
     """Of the diffusion, whose choice of steps learns from all of them."""
     out = tmp_path / "run"
-    code = "import runpy, regvq_fast.training.prior as prior; prior._FITTED_TO = 128\n"
+    code = "import runpy, regvq_fast.training.prior as prior; prior.FITTED_TO = 128\n"
     code += f"runpy.run_path({str(TRAIN / 'diffusion.py')!r}, run_name='__main__')"
     script = tmp_path / "script.py"
     script.write_text(code)
@@ -294,3 +296,30 @@ def test_samples_are_not_mixed_with_others(runs: dict[str, Path], tmp_path: Path
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(SystemExit, match="exists and is not an empty folder"):
         sample("--prior", "ar", "--run", runs["ar"], "--out", tmp_path)
+
+
+def test_finished_runs_become_results(
+    runs: dict[str, Path], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "priors.json"
+    flags = ["priors", "--vq", tokenizer, "--ar", runs["ar"], "--diffusion", runs["diffusion"], "--json", out]
+    monkeypatch.setattr(trained_runs, "OTHER_CAPTIONS", 16)
+    monkeypatch.setattr(sys, "argv", ["trained_runs.py", *map(str, flags)])
+    trained_runs.main()
+    found = json.loads(out.read_text())
+    summary = json.loads((runs["ar"] / "summary.json").read_text())
+    assert found["ar"]["agreement of samples"] == summary["agreement of samples"]
+    assert found["tokenizer"]["psnr"] == json.loads((tokenizer / "summary.json").read_text())["psnr"]
+    assert found["diffusion"]["layout of the scenes of other captions"] < found["diffusion"]["layout of scenes"]
+    heard = found["diffusion"]["cross-entropy of masked tokens (nats)"]
+    assert heard["images"] == 10
+    assert all(len(heard[name]) == 4 and min(heard[name]) > 0 for name in heard if "caption" in name)
+    for table in (report_tables.agreement, report_tables.captions_heard, report_tables.captions_obeyed):
+        assert "nan" not in table(found)
+
+
+def test_runs_of_other_seeds_or_quantizers_are_not_compared(tokenizer: Path) -> None:
+    with pytest.raises(SystemExit, match="--vq-gan got runs of"):
+        trained_runs.main_job({"reg-vq": [tokenizer], "vq-gan": [tokenizer]})
+    with pytest.raises(SystemExit, match="runs of the same seeds"):
+        trained_runs.main_job({"reg-vq": [tokenizer, tokenizer], "vq-gan": []})
