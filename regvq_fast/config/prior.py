@@ -24,8 +24,8 @@ class TokensConfig:
     on_the_fly: bool = False
     """Make tokens of images in every step instead; needs `tokenizer`."""
     tokenizer: Path | None = None
-    """Trained tokenizer: a run of train/vq.py, a checkpoint, or a folder of VQGAN.save_pretrained. Not given: the one
-    that the cache names."""
+    """Trained tokenizer: a run of train/vq.py, a checkpoint, or a folder of VQGAN.save_pretrained.
+    Not given: the one that the cache names."""
     data: Path | None = None
     """on the fly: folder of images, or tar shards. Not given: the embedded scenes."""
     crop: Crop = "random-resized"
@@ -61,8 +61,8 @@ class DiffusionModelConfig:
     """Diffusion network and its condition."""
 
     text_encoder: str = "words"
-    """"words" learns an encoder of words with the prior; else a frozen one of Hugging Face's transformers, by name or
-    folder (the paper's: openai/clip-vit-base-patch32)."""
+    """"words": an encoder of words that learns with the prior.
+    Else a frozen one of Hugging Face's transformers, by name or folder (the paper's: openai/clip-vit-base-patch32)."""
     diffusion_steps: int = 100
     """Steps T of the diffusion."""
     width: int = 192

@@ -48,8 +48,8 @@ class EvaluateConfig(DrawConfig):
     """A run of ``train/evaluate.py``."""
 
     run: Path | None = None
-    """Tokenizer: run of train/vq.py, one of its checkpoints, or a folder of VQGAN.save_pretrained. Not given: the one
-    in the folder of `prior_run`."""
+    """Tokenizer: run of train/vq.py, one of its checkpoints, or a folder of VQGAN.save_pretrained.
+    Not given: the one in the folder of `prior_run`."""
     prior_run: Path | None = None
     """Run of train/ar.py or train/diffusion.py, to draw an image under the condition of each validation image."""
     images: Path | None = None
@@ -57,13 +57,13 @@ class EvaluateConfig(DrawConfig):
     image_size: int | None = None
     """Pixels a side, where only `images` are evaluated; otherwise the tokenizer's."""
     data: Path | None = None
-    """Folder of images or of tar shards, as for train/vq.py; "scenes": the embedded scenes. Not given: what the run was
-    trained on."""
+    """Folder of images or of tar shards, as for train/vq.py; "scenes": the embedded scenes.
+    Not given: what the run was trained on."""
     val_images: int | None = None
     """Use at most so many validation images. Not given: the whole split (of the scenes: 256)."""
     data_seed: int = 0
-    """Of the embedded scenes: which ones. 0 whatever the seed of the run, since all runs are to be judged on the same
-    scenes. The validation scenes of its training are those of the seed it was trained with."""
+    """Of the embedded scenes: which ones. 0 whatever the seed of the run: all runs are judged on the same scenes.
+    The validation scenes of its training are those of the seed it was trained with."""
     fid_features: str = "inception"
     """"inception" or "inception:PATH" (FID, with torch-fidelity's network), "vgg16" or "vgg16:PATH", "random-vgg16";
     "none": no Fréchet distance."""
