@@ -264,11 +264,17 @@ def main_job(raw: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def priors_measured(raw: dict[str, Any], cells: str) -> str:
+    """A table about priors, and where it was measured."""
+    where, seed = raw["machine"], raw["tokenizer"]["seed"]
+    return f"{cells}\n\n{hardware(where)}; {raw['date']}; commit {commit_of(where)}; `train/vq.py --seed {seed}`."
+
+
 def agreement(raw: dict[str, Any]) -> str:
     ar = raw["ar"]
     cells = [percent(ar[f"agreement of {what}"]) for what in ("scenes", "reconstructions", "samples")]
     head = ["scenes", "their reconstructions by the tokenizer", "samples of `train/ar.py`", "chance"]
-    return table(head, [[*cells, percent(ar["agreement by chance"])]])
+    return priors_measured(raw, table(head, [[*cells, percent(ar["agreement by chance"])]]))
 
 
 def captions_heard(raw: dict[str, Any]) -> str:
@@ -279,7 +285,7 @@ def captions_heard(raw: dict[str, Any]) -> str:
         ["all" if share == 1 else percent(share, 0), *(f"{found[name][i]:.2f}" for name in names)]
         for i, share in enumerate(shares)
     ]
-    return table(["masked", "true caption", "none", "shuffled captions"], rows)
+    return priors_measured(raw, table(["masked", "true caption", "none", "shuffled captions"], rows))
 
 
 def captions_obeyed(raw: dict[str, Any]) -> str:
@@ -287,7 +293,7 @@ def captions_obeyed(raw: dict[str, Any]) -> str:
     images = ("scenes", "reconstructions", "samples", "the scenes of other captions")
     rows = [[what, *(percent(found[f"{what} of {shown}"]) for shown in images)] for what in ("layout", "classes")]
     names = ["scenes", "their reconstructions", "samples of `train/diffusion.py`", "scenes of other captions"]
-    return table([f"found, of {found['images of the agreement']}", *names], rows)
+    return priors_measured(raw, table([f"found, of {found['images of the agreement']}", *names], rows))
 
 
 def swapped(raw: dict[str, Any]) -> str:
