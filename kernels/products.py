@@ -6,8 +6,15 @@ from collections.abc import Iterator
 import torch
 
 
-def product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` of (., K) and (K, .), or of batches of them, accumulated and returned in fp32; a new tensor."""
+def product_fp32(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+    """``a @ b`` of (., K) and (K, .), or of batches of them, accumulated and returned in fp32; a new tensor.
+
+    ``total``, a fp32 matrix of the result's shape, is added; its memory may be the result's.
+    """
+    if total is not None:
+        if a.dtype != torch.float32 and a.device.type == "cuda":
+            return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return total.addmm_(a.float(), b.float())
     multiply = torch.bmm if a.ndim == 3 else torch.mm
     if a.dtype == torch.float32:
         return multiply(a, b)

@@ -79,13 +79,16 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "weighted_info_nce_backward": (_STEPPING, _SMALLER),
     },
     90: {
-        "vector_quantize": (_STAYING, _SMALL),
-        "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "vector_quantize": (_STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
+        "assign_codes": (
+            {128: Tile(128, 128, 128, 8, 3), None: Tile(128, 256, 64, 8, 3)},
+            {None: Tile(64, 64, 32, 4, 3)},
+        ),
         "probabilities": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
         "probabilities_linear": ({256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALL),
-        "grad_scores": (_STAYING, _SMALL),
-        "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
-        "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "grad_scores": ({64: Tile(128, 64, 64, 8, 3), None: Tile(128, 64, 64, 4, 4)}, _SMALL),
+        "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 4, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 256, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
     },
     100: {
         "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL),
@@ -203,23 +206,34 @@ def chunk_rows(num_codes: int) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes // 128 * 128)
 
 
+def equal_chunks(num_rows: int, most: int) -> int:
+    """Rows of a chunk so that none is much smaller than the others; a multiple of 128, at most ``most``."""
+    chunks = max(1, triton.cdiv(num_rows, most))
+    return min(most, max(1, triton.cdiv(triton.cdiv(num_rows, chunks), 128)) * 128)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` multiplies: fp32 as three TF32 products, which keep 21 bits and more; 16 bits as they are."""
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def part_codes(num_rows: int, num_codes: int, tile: Tile, least: int, device: torch.device) -> int:
+# Where some programs take several times as long as others, so many waves of them leave few multiprocessors waiting for
+# the last one.
+NOISY_WAVES = 4
+
+
+def part_codes(num_rows: int, num_codes: int, tile: Tile, least: int, device: torch.device, waves: int = 1) -> int:
     """Codes that one program sweeps, a multiple of BN: all of them, unless rows alone leave the GPU partly idle.
 
-    The fewest parts, of ``least`` codes at least, whose programs come in waves that are full to nine tenths on average.
+    The fewest parts, of ``least`` codes at least, whose programs come in ``waves`` waves or more, full to nine tenths on
+    average.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     programs = triton.cdiv(num_rows, tile.BM)
     most = max(1, num_codes // least)
 
     def fullness(parts: int) -> float:
-        waves = triton.cdiv(programs * parts, processors)
-        return programs * parts / (waves * processors)
+        return programs * parts / (max(waves, triton.cdiv(programs * parts, processors)) * processors)
 
     parts = next((parts for parts in range(1, most + 1) if fullness(parts) >= 0.9), None)
     if parts is None:

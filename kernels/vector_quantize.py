@@ -28,8 +28,12 @@ from regvq_fast.kernels.products import product_fp32, without_tf32
 from regvq_fast.kernels.tiles import column_term, load_rows, multiply, order_rows, product, running_argmax
 
 LOG2_E = math.log2(math.e)
-# Codes of a part at least: joining parts costs a kernel.
+# Codes of a part at least: every part loads its rows, and joining parts costs a kernel. With noise, tiles that draw it
+# take several times as long as the others: smaller parts let the others fill in.
 MIN_PART_CODES = 2048
+MIN_NOISY_PART_CODES = 256
+# Rows that are ordered together at most: stochastic tiles begin first, and ranking a window takes its length squared.
+ORDER_WINDOW = 1 << 16
 
 
 @triton.jit
@@ -162,6 +166,7 @@ def _vector_quantize_fwd_kernel(
     num_rows,
     num_codes,
     part_codes,  # codes of a part, a multiple of BN
+    num_parts,
     group_rows,
     factor,
     D: tl.constexpr,
@@ -175,9 +180,11 @@ def _vector_quantize_fwd_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    place = first_row + tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    # All parts of a tile of rows are neighbours: stochastic tiles, the first and the longest, begin first.
+    part = tl.program_id(0) % num_parts
+    place = first_row + (tl.program_id(0) // num_parts).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     inside = place < end_row
-    first_code = tl.program_id(1) * part_codes
+    first_code = part * part_codes
     end_code = tl.minimum(first_code + part_codes, num_codes)
     if NOISE:
         rows = tl.load(order_ptr + place, mask=inside, other=0).to(tl.int64)
@@ -200,8 +207,8 @@ def _vector_quantize_fwd_kernel(
         seed, any_noise, first_code, end_code, num_codes, factor, D, NOISE, LSE, GIVEN, PRECISION, BM, BN, BK,
     )  # fmt: skip
     if SPLIT:
-        values = part_values_ptr + tl.program_id(1).to(tl.int64) * 4 * num_rows + rows
-        codes = part_codes_ptr + tl.program_id(1).to(tl.int64) * 2 * num_rows + rows
+        values = part_values_ptr + part.to(tl.int64) * 4 * num_rows + rows
+        codes = part_codes_ptr + part.to(tl.int64) * 2 * num_rows + rows
         tl.store(values, best, mask=inside)
         tl.store(codes, best_code, mask=inside)
         if NOISE:
@@ -314,7 +321,9 @@ def vector_quantize_forward(
         (quantized, indices, best_indices, perturbation, lse, counts),
         group_rows,
     )
-    return quantized, counts / group_rows, indices, best_indices, perturbation, lse
+    # By a tensor: by a number, CUDA multiplies with its rounded inverse.
+    posterior = counts / torch.full((), group_rows, dtype=torch.float32, device=x.device)
+    return quantized, posterior, indices, best_indices, perturbation, lse
 
 
 def run_sweep(
@@ -337,7 +346,7 @@ def run_sweep(
     how = schedules.schedule(x.device)
     given, chunk = how == "chunked", schedules.chunk_rows(num_codes)
     step = chunk if given else num_rows
-    order = None if noise[0] is None else order_rows(noise[0], chunk)
+    order = None if noise[0] is None else order_rows(noise[0], chunk if given else ORDER_WINDOW)
     lse, counts = outputs[4:]
     flags = {
         "D": width,
@@ -347,7 +356,9 @@ def run_sweep(
     }
 
     def sweep(tile: schedules.Tile) -> None:
-        part_codes = schedules.part_codes(min(step, num_rows), num_codes, tile, MIN_PART_CODES, x.device)
+        least = MIN_PART_CODES if order is None or given else MIN_NOISY_PART_CODES
+        waves = 1 if order is None else schedules.NOISY_WAVES
+        part_codes = schedules.part_codes(min(step, num_rows), num_codes, tile, least, x.device, waves)
         num_parts = triton.cdiv(num_codes, part_codes)
         split = num_parts > 1
         part_values = x.new_empty(num_parts, 4, num_rows, dtype=torch.float32) if split else None
@@ -360,9 +371,9 @@ def run_sweep(
             if given:
                 with without_tf32(x.device):
                     scores = product_fp32(x[start:end], keys.t())
-            _vector_quantize_fwd_kernel[(triton.cdiv(end - start, tile.BM), num_parts)](
+            _vector_quantize_fwd_kernel[(triton.cdiv(end - start, tile.BM) * num_parts,)](
                 x, keys, codebook, column, scores, order, *noise, *outputs, part_values, part_indices,
-                start, end, num_rows, num_codes, part_codes, group_rows, factor,
+                start, end, num_rows, num_codes, part_codes, num_parts, group_rows, factor,
                 GIVEN=given, SPLIT=split, PRECISION=schedules.precision(x.dtype), **flags, **tile.options(),
             )  # fmt: skip
         if split:

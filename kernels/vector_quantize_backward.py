@@ -100,6 +100,7 @@ def _probabilities_kernel(
     end_row,
     num_codes,
     part_codes,  # codes of a part, a multiple of BN
+    num_parts,
     group_rows,
     factor,
     p_scale,
@@ -114,7 +115,9 @@ def _probabilities_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    rows, inside, stochastic = _tile_rows(order_ptr, mask_ptr, first_row, end_row, tl.program_id(0), NOISE, BM)
+    # All parts of a tile of rows are neighbours: stochastic tiles, the first and the longest, begin first.
+    block, part = tl.program_id(0) // num_parts, tl.program_id(0) % num_parts
+    rows, inside, stochastic = _tile_rows(order_ptr, mask_ptr, first_row, end_row, block, NOISE, BM)
     buffer_row = (rows - first_row)[:, None] * num_codes  # [BM, 1]
     if NOISE:
         any_noise = tl.max(stochastic.to(tl.int32)) != 0
@@ -126,7 +129,7 @@ def _probabilities_kernel(
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
     share = tl.zeros([BM], tl.float32)
     p_sum = tl.zeros([BM], tl.float32)
-    first_code = tl.program_id(1) * part_codes
+    first_code = part * part_codes
     for first in range(first_code, tl.minimum(first_code + part_codes, num_codes), BN):
         code = first + tl.arange(0, BN)
         valid = code < num_codes
@@ -155,9 +158,9 @@ def _probabilities_kernel(
         )
         share += tl.sum(p * grad, axis=1)
         p_sum += tl.sum(p, axis=1)
-    place = shares_ptr + (rows - first_row) * 2 * tl.num_programs(1) + tl.program_id(1)
+    place = shares_ptr + (rows - first_row) * 2 * num_parts + part
     tl.store(place, share, mask=inside)
-    tl.store(place + tl.num_programs(1), p_sum, mask=inside)
+    tl.store(place + num_parts, p_sum, mask=inside)
 
 
 @triton.jit
@@ -209,6 +212,8 @@ def _grad_scores_kernel(
         valid = code < num_codes
         both = inside[:, None] & valid[None, :]
         wide_code = code.to(tl.int64)
+        # Ahead of the product, which then hides the way to memory.
+        p = tl.load(p_ptr + buffer_row + code[None, :], mask=both, other=0.0)
         if GIVEN:
             products = tl.load(products_ptr + buffer_row + code[None, :], mask=both, other=0.0)
         elif D <= BK:
@@ -219,8 +224,7 @@ def _grad_scores_kernel(
         grad = _grad_probabilities(
             products, grad_posterior_ptr, rows, inside, code, valid, num_codes, group_rows, POSTERIOR, ONE_GROUP
         )
-        p = tl.load(p_ptr + buffer_row + code[None, :], mask=both, other=0.0).to(tl.float32)
-        grad = p * (grad - row_sum[:, None]) * row_factor[:, None]
+        grad = p.to(tl.float32) * (grad - row_sum[:, None]) * row_factor[:, None]
         tl.store(grad_scores_ptr + buffer_row + code[None, :], grad.to(grad_scores_ptr.dtype.element_ty), mask=both)
         if COLUMN:
             share = tl.sum(tl.where(inside[:, None], grad, 0.0), axis=0)
@@ -255,7 +259,7 @@ def vector_quantize_backward(
     mask = None if mask is None else mask.contiguous()
     (num_rows, width), num_codes = x.shape, codebook.shape[0]
     how, dtype = schedules.schedule(x.device), x.dtype
-    given, chunk = how == "chunked", schedules.chunk_rows(num_codes)
+    given, chunk = how == "chunked", schedules.equal_chunks(num_rows, schedules.chunk_rows(num_codes))
     factor = scale * (2.0 if weight is None else 1.0)
     column = column_term(codebook, weight is not None, bias, LOG2_E * (-scale if weight is None else 1.0))
     group_rows = num_rows if grad_posterior is None else max(1, num_rows // grad_posterior.shape[0])
@@ -284,13 +288,14 @@ def vector_quantize_backward(
         start: int, end: int, scores: torch.Tensor | None, products: torch.Tensor | None, tile: schedules.Tile
     ) -> torch.Tensor:
         """Fills p; returns r of the chunk's rows."""
-        part = schedules.part_codes(end - start, num_codes, tile, MIN_PART_CODES, x.device)
-        grid = (triton.cdiv(end - start, tile.BM), triton.cdiv(num_codes, part))
-        shares = x.new_empty(end - start, 2, grid[1], dtype=torch.float32)
-        _probabilities_kernel[grid](
+        waves = 1 if order is None else schedules.NOISY_WAVES
+        part = schedules.part_codes(end - start, num_codes, tile, MIN_PART_CODES, x.device, waves)
+        num_parts = triton.cdiv(num_codes, part)
+        shares = x.new_empty(end - start, 2, num_parts, dtype=torch.float32)
+        _probabilities_kernel[(triton.cdiv(end - start, tile.BM) * num_parts,)](
             x, keys, codebook, column, grad_quantized, grad_posterior, scores, products, lse,
             order, mask, seed, row_offset, tau, p, shares,
-            start, end, num_codes, part, group_rows, factor * LOG2_E, p_scale,
+            start, end, num_codes, part, num_parts, group_rows, factor * LOG2_E, p_scale,
             LINEAR=weight is not None, **flags, **tile.options(),
         )  # fmt: skip
         totals = shares.sum(2)
@@ -330,11 +335,11 @@ def vector_quantize_backward(
             else:
                 torch.mul(product_fp32(grad_scores, keys), magnitude, out=grad_x[start:end])
         if needs_codes:
-            grad_keys = _add(grad_keys, product_fp32(grad_scores.t(), x[start:end]))
+            grad_keys = product_fp32(grad_scores.t(), x[start:end], grad_keys)
             if codebook_grad == "soft":
-                grad_lookup = _add(grad_lookup, product_fp32(p.t(), grad_quantized[start:end]))
+                grad_lookup = product_fp32(p.t(), grad_quantized[start:end], grad_lookup)
         if column_sums is not None:
-            grad_column = _add(grad_column, column_sums)
+            grad_column = column_sums if grad_column is None else grad_column.add_(column_sums)
 
     if not needs_codes:
         return grad_x, None, None, None
@@ -354,10 +359,6 @@ def vector_quantize_backward(
         return grad_x, grad_lookup.add_(grad_keys).to(dtype), None, None
     grad_bias = None if grad_column is None else (grad_column / factor).to(dtype)
     return grad_x, grad_lookup.to(dtype), grad_keys.to(dtype), grad_bias
-
-
-def _add(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
-    return term if total is None else total.add_(term)
 
 
 def _magnitude(

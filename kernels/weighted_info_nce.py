@@ -348,6 +348,8 @@ def weighted_info_nce_backward(
     if dtype == torch.float16:
         largest = grad_loss.abs().amax().clamp(min=1e-30)
         grad_loss, magnitude = grad_loss * (_FP16_SCALE / largest), largest * (1 / (_FP16_SCALE * tau))
+    elif dtype == torch.bfloat16:  # has room for it: the product itself writes the gradient
+        grad_loss, magnitude = grad_loss * magnitude, 1.0
     how = schedules.schedule(device)
 
     def make_grad_scores(
@@ -372,7 +374,9 @@ def weighted_info_nce_backward(
                 products = product_fp32(query[images], key[images, keys].mT)
         launch = partial(make_grad_scores, images, keys, products, grad_scores)
         schedules.run("weighted_info_nce_backward", how, dtype, width, length, device, launch)
-        if grad_key is not None:
+        if grad_key is not None and dtype == torch.bfloat16:
+            torch.bmm(grad_scores.mT, query[images], out=grad_key[images, keys])
+        elif grad_key is not None:
             torch.mul(product_fp32(grad_scores.mT, query[images]), magnitude, out=grad_key[images, keys])
         if grad_query is not None:
             grad_query[images] += product_fp32(grad_scores, key[images, keys])
