@@ -225,8 +225,8 @@ NOISY_WAVES = 4
 def part_codes(num_rows: int, num_codes: int, tile: Tile, least: int, device: torch.device, waves: int = 1) -> int:
     """Codes that one program sweeps, a multiple of BN: all of them, unless rows alone leave the GPU partly idle.
 
-    The fewest parts, of ``least`` codes at least, whose programs come in ``waves`` waves or more, full to nine tenths on
-    average.
+    The fewest parts, of ``least`` codes at least, whose programs come in ``waves`` waves or more that are full to nine
+    tenths on average.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     programs = triton.cdiv(num_rows, tile.BM)

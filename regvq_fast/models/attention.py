@@ -1,6 +1,7 @@
 """Multi-head attention by the fastest implementation at hand: xformers' on a GPU, PyTorch's elsewhere."""
 
 import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -14,10 +15,10 @@ _XFORMERS_ALIGNMENT = 8  # its kernels read 16 bytes at a time; other head sizes
 def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
     """softmax(query key^T / sqrt(head_dim)) value, a head at a time; the L x L matrix never reaches memory.
 
-    On CUDA, where xformers is installed, it is `xformers.ops.memory_efficient_attention`; everywhere else it is
-    `F.scaled_dot_product_attention`. So it is in compiled code, too: in xformers 0.0.35 the choice of a kernel can't be
-    traced (a comment of its own says so), so that each layer would break the graph, while the kernels it would choose
-    are those that PyTorch has, CUTLASS's and FlashAttention's. Both are differentiable.
+    On CUDA, where xformers is installed and has a kernel, it is `xformers.ops.memory_efficient_attention`; everywhere
+    else it is `F.scaled_dot_product_attention`. So it is in compiled code, too: in xformers 0.0.35 the choice of a
+    kernel can't be traced (a comment of its own says so), so that each layer would break the graph, while the kernels
+    it would choose are those that PyTorch has, CUTLASS's and FlashAttention's. Both are differentiable.
 
     Args:
         query: (B, L, heads, head_dim), floating point.
@@ -33,8 +34,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
     """
     _check(query, key, value, causal)
     if query.is_cuda and not torch.compiler.is_compiling() and _fits_xformers(query) and _xformers() is not None:
-        return xformers_attention(query, key, value, causal=causal)
+        kind = (query.device, query.dtype, query.shape[-1], causal)
+        if kind not in _without_kernel:
+            try:
+                return xformers_attention(query, key, value, causal=causal)
+            except NotImplementedError as error:  # a build for another PyTorch has no kernels, and imports all the same
+                _without_kernel.add(kind)
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"PyTorch's attention instead of xformers', which has no kernel: {reason}", stacklevel=2)
     return pytorch_attention(query, key, value, causal=causal)
+
+
+_without_kernel: set[tuple[torch.device, torch.dtype, int, bool]] = set()  # what xformers has refused
 
 
 def pytorch_attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
