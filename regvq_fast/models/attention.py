@@ -33,7 +33,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
         ValueError: shapes that don't fit.
     """
     _check(query, key, value, causal)
-    if query.is_cuda and not torch.compiler.is_compiling() and _fits_xformers(query) and _xformers() is not None:
+    if _wants_xformers(query):
         kind = (query.device, query.dtype, query.shape[-1], causal)
         if kind not in _without_kernel:
             try:
@@ -136,6 +136,10 @@ def _xformers() -> ModuleType | None:
     except ImportError:
         return None
     return xformers.ops
+
+
+def _wants_xformers(query: Tensor) -> bool:
+    return query.is_cuda and not torch.compiler.is_compiling() and _fits_xformers(query) and _xformers() is not None
 
 
 def _fits_xformers(query: Tensor) -> bool:

@@ -93,3 +93,22 @@ def test_mixed_types_are_refused():
     query, key, value = make(5)
     with pytest.raises(TypeError, match=r"one type, got torch\.float32, torch\.float64 and torch\.float64"):
         attention(query.float(), key, value)
+
+
+def test_where_xformers_has_no_kernel_pytorchs_attention_goes_on(monkeypatch):
+    """A build for another PyTorch imports, and refuses every call."""
+    asked = []
+
+    def refuses(query, key, value, *, causal):
+        asked.append(causal)
+        raise NotImplementedError("No operator found\nand many lines of reasons")
+
+    monkeypatch.setattr(module, "_wants_xformers", lambda query: True)
+    monkeypatch.setattr(module, "_without_kernel", set())
+    monkeypatch.setattr(module, "xformers_attention", refuses)
+    query = torch.randn(2, 5, 3, 8)
+    expected = pytorch_attention(query, query, query, causal=True)
+    with pytest.warns(UserWarning, match="no kernel: No operator found$"):
+        assert torch.equal(attention(query, query, query, causal=True), expected)
+    assert torch.equal(attention(query, query, query, causal=True), expected)
+    assert asked == [True]  # the second call didn't ask again

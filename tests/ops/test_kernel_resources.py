@@ -99,6 +99,24 @@ def test_codes_are_split_only_where_rows_leave_processors_idle():
     assert schedules.part_codes(64, 255, tile, 256, CPU) == 256
 
 
+def test_where_programs_are_unequal_parts_make_more_waves():
+    tile = schedules.Tile(64, 64, 64, 4, 2)
+    processors = 8  # of what isn't a GPU
+    assert schedules.part_codes(64 * processors, 8192, tile, 64, CPU, waves=4) == 8192 // 4
+    assert schedules.part_codes(64, 8192, tile, 64, CPU, waves=4) == 320  # 29 of 32 programs, in whole tiles
+    assert schedules.part_codes(64 * 8 * processors, 8192, tile, 64, CPU, waves=4) == 8192  # they are there already
+
+
+def test_chunks_are_equal_and_no_larger_than_allowed():
+    assert schedules.equal_chunks(10240, 4096) == 3456
+    assert schedules.equal_chunks(0, 4096) == 128
+    for num_rows in (1, 127, 129, 4096, 4097, 100_000):
+        chunk = schedules.equal_chunks(num_rows, 4096)
+        assert chunk % 128 == 0
+        assert chunk <= 4096
+        assert -(-num_rows // chunk) == -(-num_rows // 4096)
+
+
 # --------------------------------------------------------------------------------------------------------- resources
 
 # Types whose kernels are compiled: both of two bytes share their tiles, so each GPU gets one of them.
