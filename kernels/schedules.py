@@ -82,14 +82,14 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     90: {
         "vector_quantize": (_STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
         "assign_codes": (
-            {128: Tile(128, 128, 128, 8, 3), None: Tile(128, 256, 64, 8, 3)},
+            {128: Tile(128, 128, 128, 8, 3), 256: Tile(128, 128, 256, 8, 2), None: Tile(128, 64, 64, 8, 3)},
             {None: Tile(64, 64, 32, 4, 3)},
         ),
         "probabilities": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
         "probabilities_linear": ({256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALL),
         "grad_scores": ({64: Tile(128, 64, 64, 8, 3), None: Tile(128, 64, 64, 4, 4)}, _SMALL),
-        "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 4, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
-        "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 256, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
     },
     100: {
         "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL),

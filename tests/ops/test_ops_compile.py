@@ -69,8 +69,9 @@ def step_and_gradients(step, inputs, tau):
 
 
 def assert_close(results, expected):
+    """Within the rounding of fp32 sums, relative to the largest: another processor adds in another order."""
     for value, other in zip(results, expected, strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5 * max(10.0, float(other.abs().max())))
 
 
 def test_inductor_compiles_a_whole_training_step_and_agrees_with_eager():
