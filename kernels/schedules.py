@@ -11,9 +11,9 @@ Tiles are pinned, so that a call costs no search and gives the same bits in ever
 the neighbours of the pinned ones instead, once for each kind of call; ``REGVQ_SCHEDULE=fused|chunked`` overrides
 the schedule, to measure one against the other.
 
-On sm_90 the tiles of 16-bit inputs with D = 256 (InfoNCE: C = 128 and 512) are the fastest that were found on an H200.
-All others follow from counting registers and shared memory, and from the resource reports of ahead-of-time compilation
-(``python bench/kernel_resources.py``: no spills).
+On sm_90 the tiles of 16-bit inputs with D = 256 (InfoNCE: C = 128 and 512) are the fastest without spills of those
+tried on an H200. All others follow from counting registers and shared memory, and from the resource reports of
+ahead-of-time compilation (``python bench/kernel_resources.py``).
 """
 
 import contextlib
