@@ -34,11 +34,11 @@ SIZES = {"small": Size("cpu", 256, 4, 8, 8), "paper": Size("cuda", 1024, 24, 16,
 # By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
 TRAINING = {
     "small": ("taming", "fp32", "amp"),
-    "paper": ("amp-compile", "taming-amp", "taming", "fp32", "amp"),
+    "paper": ("taming-amp", "amp-compile", "taming", "amp", "fp32"),
 }
 SAMPLING = {
     "small": ("taming", "fp32", "fp32-compile"),
-    "paper": ("half-compile", "taming-half", "taming", "half", "fp32", "fp32-compile"),
+    "paper": ("taming-half", "half-compile", "half", "taming", "fp32", "fp32-compile"),
 }
 
 

@@ -30,8 +30,8 @@ from regvq_fast.sampling.diffusion import sample_diffusion
 
 SIZES = {"small": Size("cpu", 128, 4, 4, 8, steps=10), "paper": Size("cuda", 1024, 19, 16, 16, steps=100)}
 # By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
-TRAINING = {"small": ("plain", "eager", "compile"), "paper": ("amp-compile", "plain-amp", "plain", "eager", "compile")}
-SAMPLING = {"small": ("plain", "eager"), "paper": ("compile", "plain", "eager")}
+TRAINING = {"small": ("plain", "eager", "compile"), "paper": ("plain-amp", "amp-compile", "plain", "eager", "compile")}
+SAMPLING = {"small": ("plain", "eager"), "paper": ("plain", "compile", "eager")}
 LOSS = {"small": ("plain", "eager"), "paper": ("plain", "eager", "compile")}
 GUIDANCE, TRUNCATION, AUXILIARY_WEIGHT = 2.0, 0.86, 5e-4
 

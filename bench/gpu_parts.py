@@ -1,5 +1,10 @@
-"""The parts of ``bench/gpu.py`` that run in processes of their own, each within its time: tests, steps, priors."""
+"""The parts of ``bench/gpu.py`` that run in processes of their own, each within its time: tests, steps, priors.
 
+What is compiled for whole steps takes minutes. It is compiled while the tests run, which nobody times: the process that
+measures afterwards finds it in `torch.compile`'s cache on disk.
+"""
+
+import importlib.util
 import json
 import os
 import re
@@ -9,15 +14,22 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import machine
 
+STEPS = ("bench/bench_step.py", "bench/bench_autoregressive.py", "bench/bench_diffusion.py")
+# What needs no GPU is left to continuous integration.
+TESTS = ["tests/ops", "--ignore=tests/ops/test_kernel_resources.py"]
+COMPILED = "paper and compile and not target"
+STUCK = 40  # seconds of one test or benchmark after which it says where it is
 
-def run_pytest(arguments: list[str], limit: float) -> tuple[str, int | None, float]:
+
+def run_pytest(arguments: list[str], limit: float, **variables: str) -> tuple[str, int | None, float]:
     """What pytest says, its exit code, None where it was stopped after ``limit`` seconds, and the seconds it took."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | variables
     begin = time.perf_counter()
     # A group of their own: what tests have started must not go on beside what is timed next.
     process = subprocess.Popen(
@@ -37,10 +49,16 @@ def run_pytest(arguments: list[str], limit: float) -> tuple[str, int | None, flo
     return output.decode(errors="replace"), code, round(time.perf_counter() - begin, 1)
 
 
-def run_tests(limit: float) -> dict[str, Any]:
-    """The tests of the ops in a process of their own, as much of them as ``limit`` seconds allow."""
-    output, code, seconds = run_pytest(["tests/ops", "--tb=line", "-rfE"], limit)
-    return read_tests(output, code) | {"seconds": seconds}
+def run_tests(limit: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tests of the ops and, at the same time, the compilation of the steps; how each went, within ``limit``."""
+    half = (os.cpu_count() or 2) // 2
+    spread = ["-n", str(half)] if half > 1 and importlib.util.find_spec("xdist") else []
+    compiled = [*STEPS, "-k", COMPILED, "--benchmark-disable", "--tb=line", "-rfEs"]
+    with ThreadPoolExecutor() as pool:
+        # Processes enough are there: each of them compiles with few more.
+        compilation = pool.submit(run_pytest, compiled + spread, limit, TORCHINDUCTOR_COMPILE_THREADS="2")
+        output, code, seconds = run_pytest([*TESTS, "--tb=line", "-rfE", *spread], limit, OMP_NUM_THREADS="1")
+        return read_tests(output, code) | {"seconds": seconds}, read_part(*compilation.result())
 
 
 def read_tests(output: str, code: int | None) -> dict[str, Any]:
@@ -64,12 +82,31 @@ def run_benchmarks(script: str, limit: float) -> tuple[list[dict[str, Any]], dic
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "lines"
         arguments = [script, "-k", "paper and not target", "--benchmark-only", "--tb=line", "-rfEs"]
-        output, code, seconds = run_pytest([*arguments, "--lines", str(lines)], limit)
+        arguments += ["-o", f"faulthandler_timeout={STUCK}", "--lines", str(lines)]
+        output, code, seconds = run_pytest(arguments, limit)
         text = lines.read_text(encoding="utf-8") if lines.exists() else ""
     # A process that is stopped may leave half a line.
     entries = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return entries, read_part(output, code, seconds) | {"measured": len(entries)}
+
+
+def read_part(output: str, code: int | None, seconds: float) -> dict[str, Any]:
+    """How benchmarks went, from what pytest said."""
     status = {0: "done", 5: "done", None: "stopped at the time limit"}.get(code, "failed")
     told = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED"))][:20]
     if status == "failed" and not told:
         told = output.splitlines()[-5:]  # it didn't get as far as a benchmark
-    return entries, {"status": status, "seconds": seconds, "measured": len(entries), "told": told}
+    if code is None:
+        told += read_stack(output)
+    return {"status": status, "seconds": seconds, "told": told}
+
+
+def read_stack(output: str) -> list[str]:
+    """Where faulthandler last found the main thread, innermost call first, without the machine's own folders."""
+    frames: list[str] = []
+    for line in output.splitlines():
+        if line.startswith(("Thread 0x", "Current thread 0x")):
+            frames = []
+        elif found := re.match(r'  File "(?:.*/)?([^/]+/[^/]+)", line (\d+) in (.*)', line):
+            frames.append("{}:{} {}".format(*found.groups()))
+    return frames[:12]

@@ -57,15 +57,17 @@ Tiles = dict[int | None, Tile]
 _STAYING: Tiles = {128: Tile(128, 64, 128, 8, 3), 256: Tile(128, 64, 256, 8, 2), None: Tile(128, 64, 64, 8, 3)}
 _STEPPING: Tiles = {None: Tile(64, 64, 64, 8, 2)}
 _NARROW: Tiles = {64: Tile(128, 32, 64, 8, 3)}
+_TWO_PRODUCTS: Tiles = {128: Tile(128, 32, 128, 8, 2), 256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}
 _SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
 _SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
 _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     80: {
         "vector_quantize": (_STAYING | {None: Tile(128, 64, 64, 8, 2)}, _SMALLER),
         "assign_codes": (_STAYING, {None: Tile(64, 64, 32, 4, 3)}),
-        "probabilities": ({256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
-        "probabilities_linear": ({256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
+        "probabilities": (_TWO_PRODUCTS, _SMALLER),
+        "probabilities_linear": (_TWO_PRODUCTS, _SMALLER),
         "grad_scores": (_STAYING, _SMALLER),
+        "grad_scores_grouped": (_STAYING, _SMALLER),
         "weighted_info_nce": (_STAYING, _SMALLER),
         "weighted_info_nce_backward": (_STAYING, _SMALLER),
     },
@@ -76,6 +78,7 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "probabilities": (_STEPPING, _SMALLER),
         "probabilities_linear": (_STEPPING, _SMALLER),
         "grad_scores": (_STEPPING, _SMALLER),
+        "grad_scores_grouped": (_STEPPING, _SMALLER),
         "weighted_info_nce": ({128: Tile(64, 64, 128, 8, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
         "weighted_info_nce_backward": (_STEPPING, _SMALLER),
     },
@@ -88,6 +91,7 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "probabilities": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
         "probabilities_linear": ({256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALL),
         "grad_scores": ({64: Tile(128, 64, 64, 8, 3), None: Tile(128, 64, 64, 4, 4)}, _SMALL),
+        "grad_scores_grouped": (_STAYING, _SMALL),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
         "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
     },
@@ -97,6 +101,10 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "probabilities": (_NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, _SMALL),
         "probabilities_linear": (_NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, _SMALL),
         "grad_scores": ({256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 2)}),
+        "grad_scores_grouped": (
+            {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)},
+            {None: Tile(64, 64, 32, 4, 2)},
+        ),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, _SMALL),
         "weighted_info_nce_backward": (_STAYING, _SMALL),
     },
@@ -108,6 +116,7 @@ _CHUNKED: dict[str, Tile] = {
     "probabilities": Tile(32, 128, 16, 8, 1),
     "probabilities_linear": Tile(32, 128, 16, 8, 1),
     "grad_scores": Tile(32, 128, 16, 8, 1),
+    "grad_scores_grouped": Tile(32, 128, 16, 8, 1),
     "weighted_info_nce": Tile(16, 128, 16, 4, 2),
     "weighted_info_nce_backward": Tile(16, 128, 16, 4, 2),
 }

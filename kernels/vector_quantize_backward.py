@@ -318,6 +318,9 @@ def vector_quantize_backward(
 
     p_buffer, grad_scores_buffer = x.new_empty(2, min(chunk, num_rows), num_codes)
     kind = (how, dtype, width, num_codes, x.device)
+    first_sweep = "probabilities" if weight is None else "probabilities_linear"  # of two tiles of codes
+    one_row = grad_posterior is None or flags["ONE_GROUP"]  # of the posterior's gradient, or several, a tile of them
+    second_sweep = "grad_scores" if one_row else "grad_scores_grouped"
     for start in range(0, num_rows, chunk):
         end = min(start + chunk, num_rows)
         p, grad_scores = p_buffer[: end - start], grad_scores_buffer[: end - start]
@@ -326,9 +329,8 @@ def vector_quantize_backward(
             with without_tf32(x.device):
                 scores = product_fp32(x[start:end], keys.t())
                 products = product_fp32(grad_quantized[start:end], codebook.t())
-        sweep = "probabilities" if weight is None else "probabilities_linear"  # of two tiles of codes
-        row_sums = schedules.run(sweep, *kind, partial(make_p, start, end, scores, products))
-        column_sums = schedules.run("grad_scores", *kind, partial(make_grad_scores, start, end, products, row_sums))
+        row_sums = schedules.run(first_sweep, *kind, partial(make_p, start, end, scores, products))
+        column_sums = schedules.run(second_sweep, *kind, partial(make_grad_scores, start, end, products, row_sums))
         if grad_x is not None:
             if magnitude is None:
                 torch.mm(grad_scores, keys, out=grad_x[start:end])

@@ -1,6 +1,7 @@
 """What the benchmarks of ops and of whole steps share: processes in their time, parts of a step, clocks, cases."""
 
 import json
+import threading
 import time
 from types import SimpleNamespace
 
@@ -68,6 +69,42 @@ def test_benchmarks_that_were_done_are_kept_whatever_comes(monkeypatch, code, ou
     assert part == {"status": status, "seconds": 7.0, "measured": 1, "told": told}
     report = {"tests": None, "cases": [], "parts": {"bench/bench_step.py": part}, "not_measured": {}}
     assert bool(gpu_report.problems(report)) == (status == "failed")
+
+
+def test_a_benchmark_that_is_stuck_says_where():
+    output = """Timeout (0:00:40)!
+Thread 0x00007f (most recent call first):
+  File "/usr/lib/python3.12/threading.py", line 327 in wait
+Thread 0x00007e (most recent call first):
+  File "/site/torch/_inductor/async_compile.py", line 9 in wait
+  File "/home/me/regvq_fast/bench/bench_step.py", line 80 in make_task
+"""
+    stack = ["_inductor/async_compile.py:9 wait", "bench/bench_step.py:80 make_task"]
+    assert gpu_parts.read_part(output, None, 85.0)["told"] == stack
+    assert gpu_parts.read_part(output, 0, 85.0)["told"] == []
+
+
+def test_steps_are_compiled_while_the_tests_run(monkeypatch):
+    both, calls = threading.Barrier(2, timeout=30), {}
+
+    def run_pytest(arguments, limit, **variables):
+        both.wait()
+        calls[arguments[0]] = arguments
+        return ".. [100%]\n2 passed in 3.20s", 0, 7.0
+
+    monkeypatch.setattr(gpu_parts, "run_pytest", run_pytest)
+    monkeypatch.setattr(gpu_parts.os, "cpu_count", lambda: 16)
+    tests, compilation = gpu_parts.run_tests(60.0)
+    assert (tests["status"], compilation["status"]) == ("passed", "done")
+    assert calls["tests/ops"][-2:] == calls[gpu_parts.STEPS[0]][-2:] == ["-n", "8"]
+
+
+def test_every_script_has_something_that_is_compiled_before():
+    arguments = [*gpu_parts.STEPS, "-k", gpu_parts.COMPILED, "--collect-only"]
+    output, code, _ = gpu_parts.run_pytest(arguments, 120.0)
+    assert code == 0
+    assert all(f"{script}::" in output for script in gpu_parts.STEPS)
+    assert "small" not in output
 
 
 @pytest.mark.parametrize(("seconds", "mib", "met"), [(0.2, 6.0, True), (0.21, 6.1, False)])

@@ -132,7 +132,7 @@ def thinned(architecture, widths, record_calls=kernel_resources.record_calls):
     for call in record_calls(architecture, widths):
         if call["type"] not in {COMPILED}[architecture]:
             continue
-        names = ("ASSIGN", "LINEAR", "BM", "BN", "BK")
+        names = ("ASSIGN", "LINEAR", "ONE_GROUP", "BM", "BN", "BK")
         key = (call["kernel"], call["type"], str(call["options"]), *(call["constants"].get(name) for name in names))
         flags = sum(value is True for value in call["constants"].values())
         if key not in chosen or flags > chosen[key][0]:
@@ -148,7 +148,8 @@ NAMES = {
     "assign_codes": "vector_quantize_fwd ASSIGN",
     "probabilities": "probabilities",
     "probabilities_linear": "probabilities LINEAR",
-    "grad_scores": "grad_scores",
+    "grad_scores": "grad_scores ONE_GROUP",
+    "grad_scores_grouped": "grad_scores",
     "weighted_info_nce": "weighted_info_nce_fwd",
     "weighted_info_nce_backward": "weighted_info_nce_bwd",
 }
@@ -164,7 +165,8 @@ def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores
     compiled, multiply = set(), set()
     for row in json.loads(Path(table).read_text()):
         flags = row["flags"].split()
-        name = " ".join([row["kernel"], *(flag for flag in ("ASSIGN", "LINEAR") if flag in flags)])
+        telling = ("ASSIGN", "LINEAR", *(["ONE_GROUP"] if row["kernel"] == "grad_scores" else []))
+        name = " ".join([row["kernel"], *(flag for flag in telling if flag in flags)])
         compiled.add((row["sm"], row["type"], name, row["tile"]))
         if name in NAMES.values() and "GIVEN" not in flags:
             multiply.add((row["sm"], name))

@@ -1,0 +1,196 @@
+"""Time a kernel in many tiles on a GPU: how the pinned tiles of ``kernels/schedules.py`` are found.
+
+    python bench/tile_search.py grad_scores                         N = 1024 and 8192, bf16, D = 256
+    python bench/tile_search.py probabilities assign_codes --codes 8192 --width 64 --dtype float16 --out tiles.json
+
+Tried are the pinned tile and its neighbours, and those with other steps over the channels: 135 at most. All are
+compiled first, on every core; then they are timed one after the other as CUDA graphs, launches hidden. A tile that
+spills registers, or doesn't fit, is reported and not timed. Results go to standard output, fastest first, and to
+``--out`` as JSON.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import gpu_cases
+import gpu_info_nce
+import machine
+import torch
+from gpu_cases import Case
+from gpu_info_nce import InfoNceCase
+from peers import TensorRun
+
+from regvq_fast.kernels import schedules
+from regvq_fast.kernels.schedules import Tile
+
+NO_CUDA = "bench/tile_search.py measures on a CUDA GPU, and PyTorch finds none on this machine."
+STEPS = (64, 128, 256)  # BK
+# Those that the benchmarks' cases launch: distance logits, one posterior.
+KERNELS = tuple(name for name in schedules.KERNELS if not name.endswith(("_linear", "_grouped")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A kernel and what it is called on; of InfoNCE the codes are the places of a map."""
+
+    kernel: str
+    codes: int
+    width: int
+    dtype: str
+
+    @property
+    def case(self) -> Case | InfoNceCase:
+        if self.kernel.startswith("weighted_info_nce"):
+            return InfoNceCase("forward+backward", self.codes, self.width, self.dtype)
+        part = "assign" if self.kernel == "assign_codes" else "forward+backward"
+        return Case(part, self.codes, self.dtype, width=self.width)
+
+    def prepare(self, device: str) -> TensorRun:
+        """A call of the op, warm, that launches the kernel."""
+        op: Any = gpu_info_nce if isinstance(self.case, InfoNceCase) else gpu_cases
+        run: TensorRun = op.competitors(self.case, op.make_inputs(self.case, device), ours=("fused",))["fused"]()
+        run()
+        return run
+
+    def tiles(self, device: str) -> list[Tile]:
+        pinned = schedules.tile(self.kernel, "fused", getattr(torch, self.dtype), self.width, torch.device(device))
+        around = schedules.neighbours(pinned)
+        stepping = [
+            dataclasses.replace(tile, BK=step)
+            for step in STEPS
+            for tile in around
+            if step <= self.width and tile.num_stages == pinned.num_stages
+        ]
+        return list(dict.fromkeys([*around, *stepping]))
+
+
+@contextmanager
+def launching(kernel: str, instead: Callable[[Callable[[Tile], Any]], Any]) -> Iterator[None]:
+    """Inside, the first launch of ``kernel`` is handed to ``instead`` before it is made as usual."""
+    waiting = [instead]
+
+    def run(name: str, how: str, dtype: Any, width: int, codes: int, device: Any, launch: Callable[[Tile], Any]) -> Any:
+        if name == kernel and waiting:
+            waiting.pop()(launch)
+        return launch(schedules.tile(name, how, dtype, width, device))
+
+    with mock.patch.object(schedules, "run", run):
+        yield
+    assert not waiting, f"the op does not launch {kernel} here"
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(search: Search, device: str) -> TensorRun:
+    return search.prepare(device)
+
+
+def try_tile(search: Search, tile: Tile, device: str) -> str:
+    """Why a tile can't be used, "" if it can. It is compiled, and is on disk for other processes."""
+    from triton.runtime.jit import JITFunction
+
+    spills = []
+    launch_kernel = JITFunction.run
+
+    def record(self: Any, *args: Any, **options: Any) -> Any:
+        compiled = launch_kernel(self, *args, **options)
+        if options.get("BM") == tile.BM:  # not the small kernels beside
+            spills.append(compiled.n_spills or 0)
+        return compiled
+
+    def launch_once(launch: Callable[[Tile], Any]) -> None:
+        with mock.patch.object(JITFunction, "run", record):
+            launch(tile)
+            torch.cuda.synchronize()
+
+    try:
+        run = _prepared(search, device)
+        with launching(search.kernel, launch_once):
+            run()
+    except Exception as error:  # too many registers, too much shared memory: whatever it is, the tile is out
+        return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return f"spills {max(spills)} registers" if any(spills) else ""
+
+
+def time_tiles(search: Search, tiles: list[Tile], device: str, clock: Callable[[Callable[[], Any]], float]) -> Any:
+    """Milliseconds by tile, fastest first."""
+    times: dict[Tile, float] = {}
+
+    def measure(launch: Callable[[Tile], Any]) -> None:
+        for tile in tiles:
+            times[tile] = clock(functools.partial(launch, tile))
+
+    run = search.prepare(device)
+    with launching(search.kernel, measure):
+        run()
+    return dict(sorted(times.items(), key=lambda pair: pair[1]))
+
+
+def report(search: Search, times: dict[Tile, float], bad: dict[Tile, str], pinned: Tile) -> str:
+    def name(tile: Tile) -> str:
+        mark = "  <- pinned" if tile == pinned else ""
+        return f"{tile.BM} x {tile.BN} x {tile.BK}, {tile.num_warps} warps, {tile.num_stages} stages{mark}"
+
+    lines = [f"{search.kernel}: {search.case.name}"]
+    lines += [f"{1e3 * ms:9.1f} us  {name(tile)}" for tile, ms in times.items()]
+    return "\n".join(lines + [f"{'-':>9}     {name(tile)}: {reason}" for tile, reason in bad.items()])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="+", choices=KERNELS, metavar="KERNEL", help=", ".join(KERNELS))
+    parser.add_argument("--codes", nargs="+", type=int, default=[1024, 8192], help="N; of InfoNCE, L")
+    parser.add_argument("--width", nargs="+", type=int, default=[256], help="D; of InfoNCE, C")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"], help="of the inputs"
+    )
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(NO_CUDA, file=sys.stderr)
+        return 2
+    sizes = [(codes, width, dtype) for codes in options.codes for width in options.width for dtype in options.dtype]
+    searches = [Search(kernel, *size) for kernel in options.kernels for size in sizes]
+    jobs = [(search, tile) for search in searches for tile in search.tiles("cuda")]
+    spawn = multiprocessing.get_context("spawn")  # CUDA doesn't survive a fork
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    problems: dict[tuple[Search, Tile], str] = {}
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        futures = {pool.submit(try_tile, *job, "cuda"): job for job in jobs}
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            problems[futures[future]] = future.result()
+            print(f"\rcompiled {done} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+    def clock(run: Callable[[], Any]) -> float:
+        import triton
+
+        return float(triton.testing.do_bench_cudagraph(run, rep=10, return_mode="median"))
+
+    found: list[dict[str, Any]] = []
+    for search in searches:
+        tiles = search.tiles("cuda")
+        bad = {tile: problems[search, tile] for tile in tiles if problems[search, tile]}
+        times = time_tiles(search, [tile for tile in tiles if tile not in bad], "cuda", clock)
+        print(report(search, times, bad, tiles[0]), flush=True)
+        rows = [dataclasses.asdict(tile) | {"ms": ms} for tile, ms in times.items()]
+        rows += [dataclasses.asdict(tile) | {"problem": reason} for tile, reason in bad.items()]
+        found.append(dataclasses.asdict(search) | {"pinned": dataclasses.asdict(tiles[0]), "tiles": rows})
+        if options.out:
+            where = machine.describe_gpu() | machine.describe_software()
+            options.out.write_text(json.dumps({"machine": where, "searches": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""``bench/tile_search.py`` as far as a CPU can tell, its kernels in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import (
+    if_kernels_are_elsewhere,
+    kernels,
+    needs_kernels,
+    pass_in_the_interpreter,
+    without_interpreter,
+)
+
+pytest.importorskip("triton")
+
+import tile_search
+from tile_search import Search
+
+from regvq_fast.kernels import schedules
+from regvq_fast.ops import vector_quantize
+
+CPU = torch.device("cpu")
+
+
+@if_kernels_are_elsewhere
+def test_this_file_passes_in_the_interpreter():
+    pass_in_the_interpreter(__file__)
+
+
+@pytest.mark.parametrize("kernel", tile_search.KERNELS)
+def test_the_pinned_tile_comes_first_and_all_are_possible(kernel):
+    search = Search(kernel, 1024, 256, "bfloat16")
+    tiles = search.tiles("cpu")
+    assert tiles[0] == schedules.tile(kernel, "fused", torch.bfloat16, 256, CPU)
+    assert len(set(tiles)) == len(tiles) > 20
+    assert {tile.BK for tile in tiles} == {64, 128, 256}
+    assert search.case.name.startswith(("forward+backward", "assign", "InfoNCE forward+backward"))
+
+
+@needs_kernels
+def test_each_tile_is_launched_on_the_call_as_it_is(monkeypatch):
+    x, codes = (torch.randn(n, 16, requires_grad=True) for n in (40, 70))
+
+    def prepare(self, device):
+        def run():
+            with kernels("fused"):
+                output = vector_quantize(x, codes, impl="triton")
+            return torch.autograd.grad(output.quantized.sum(), (x, codes))
+
+        return run
+
+    monkeypatch.setattr(Search, "prepare", prepare)
+    search, launched = Search("grad_scores", 70, 16, "float32"), []
+
+    def clock(run):
+        run()  # an error would be seen
+        launched.append(run.args[-1])
+        return 1.0 / len(launched)
+
+    tiles = search.tiles("cpu")[:3]
+    times = tile_search.time_tiles(search, tiles, "cpu", clock)
+    assert launched == tiles
+    assert list(times.items()) == [(tiles[2], 1 / 3), (tiles[1], 1 / 2), (tiles[0], 1.0)]  # fastest first
+    text = tile_search.report(search, times, {tiles[0]: "spills 4 registers"}, tiles[1])
+    assert text.splitlines()[0] == "grad_scores: forward+backward, N=70, D=16, float32"
+    assert text.count("<- pinned") == 1
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert tile_search.try_tile(search, tiles[0], "cpu") == ""
+    with pytest.raises(AssertionError, match="the op does not launch assign_codes here"):
+        tile_search.time_tiles(Search("assign_codes", 70, 16, "float32"), tiles, "cpu", clock)
+
+
+def test_a_tile_that_fails_says_why(monkeypatch):
+    def prepare(self, device):
+        raise RuntimeError("out of resources: shared memory\nmore")
+
+    monkeypatch.setattr(Search, "prepare", prepare)
+    search = Search("grad_scores", 71, 16, "float32")
+    reason = tile_search.try_tile(search, search.tiles("cpu")[0], "cpu")
+    assert reason == "RuntimeError: out of resources: shared memory"
+
+
+@without_interpreter
+def test_without_cuda_it_says_so_and_exits_with_2():
+    script = Path(tile_search.__file__)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, script, "grad_scores"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [tile_search.NO_CUDA])
