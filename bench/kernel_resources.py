@@ -22,7 +22,7 @@ from typing import Any
 ARCHITECTURES = (70, 80, 86, 90, 100)
 WIDTHS = (32, 64, 128, 256, 512)
 # Shared memory that a program can have, bytes (CUDA C++ programming guide, compute capabilities).
-SHARED_LIMIT = {70: 98304, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+SHARED_LIMIT = {70: 98304, 75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TENSOR_CORE = {
     80: "mma.sync",
     86: "mma.sync",
@@ -169,11 +169,16 @@ def compile_call(call: Call) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architectures", nargs="*", type=int, default=list(ARCHITECTURES))
+    known = ", ".join(map(str, SHARED_LIMIT))
+    parser.add_argument(
+        "architectures", nargs="*", type=int, default=list(ARCHITECTURES), metavar="SM", help=f"of {known}"
+    )
     parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS), help="channels, D")
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     parser.add_argument("--json", help="write the table here as well")
     arguments = parser.parse_args()
+    if unknown := set(arguments.architectures) - SHARED_LIMIT.keys():
+        parser.error(f"SM must be of {known}, got {', '.join(map(str, sorted(unknown)))}")
     os.environ.pop("TRITON_INTERPRET", None)
     calls = [
         call

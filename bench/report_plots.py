@@ -126,7 +126,7 @@ def draw(path: Path, document: Document) -> None:
     kind = _kind(path, document)
     title, make = KINDS[kind]
     series = make(document)
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
+    figure, axes = pyplot.subplots(figsize=(7 if kind == "step" else 9, 4), dpi=110)
     if kind == "step":
         _bars(axes, series, document.on_gpu)
     else:
@@ -144,7 +144,7 @@ def draw(path: Path, document: Document) -> None:
             _draw_roof(axes, document)
         elif kind == "speed-up":
             axes.axhline(1, color="#999999", linewidth=1)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(title, fontsize=10)
     axes.text(1, -0.2, document.hardware, transform=axes.transAxes, ha="right", fontsize=7, color="#777777")
     for side in ("top", "right"):
@@ -168,11 +168,11 @@ def _bars(axes: Any, series: Series, on_gpu: bool) -> None:
 
 
 def _draw_roof(axes: Any, document: Document) -> None:
+    roof = _roof(document)
     low, high = axes.get_xlim()
-    for dtype, (rate, copy) in _roof(document).items():
+    low = min(low, *(rate / copy / 2 for rate, copy in roof.values()))  # where memory is the limit, too
+    for dtype, (rate, copy) in roof.items():
         ridge = rate / copy
-        points = (
-            [(low, low * copy), (ridge, rate), (max(high, ridge), rate)] if ridge > low else [(low, rate), (high, rate)]
-        )
+        points = [(low, low * copy), (ridge, rate), (max(high, ridge), rate)]
         axes.plot(*zip(*points, strict=True), color="#999999", linewidth=1)
         axes.annotate(dtype, points[-1], fontsize=7, color="#777777", ha="right", va="bottom")

@@ -66,8 +66,11 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "assign_codes": (_STAYING, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": (_TWO_PRODUCTS, _SMALLER),
         "probabilities_linear": (_TWO_PRODUCTS, _SMALLER),
-        "grad_scores": (_STAYING, _SMALLER),
-        "grad_scores_grouped": (_STAYING, _SMALLER),
+        "grad_scores": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
+        "grad_scores_grouped": (
+            _STAYING | {256: Tile(128, 32, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)},
+            _SMALLER,
+        ),
         "weighted_info_nce": (_STAYING, _SMALLER),
         "weighted_info_nce_backward": (_STAYING, _SMALLER),
     },
@@ -98,7 +101,10 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     100: {
         "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
-        "probabilities": (_NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, _SMALL),
+        "probabilities": (
+            _NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)},
+            {64: Tile(64, 64, 32, 8, 3), None: Tile(64, 64, 32, 8, 2)},
+        ),
         "probabilities_linear": (_NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, _SMALL),
         "grad_scores": ({256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 2)}),
         "grad_scores_grouped": (
