@@ -217,9 +217,9 @@ def neighbours(pinned: Tile) -> list[Tile]:
     ]
 
 
-def chunk_rows(num_codes: int) -> int:
-    """Rows of a chunk; a multiple of every tile."""
-    return max(MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes // 128 * 128)
+def chunk_rows(num_codes: int, least: int | None = None) -> int:
+    """Rows of a chunk, ``least`` of them or more (None: as the table says); a multiple of every tile."""
+    return max(least or MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes // 128 * 128)
 
 
 def equal_chunks(num_rows: int, most: int) -> int:

@@ -20,7 +20,8 @@ In fp16 p is kept times 2^15 and dS relative to a bound on its magnitude: fp16 h
 and for gradients after a loss scale.
 
 Deterministic: every element has one writer, every sum a fixed order. Memory: two buffers of a chunk, which has
-max(2^25, 512 N) scores at most, in the type of x (``chunked``: two more in fp32), and O((M + N) D).
+max(2^25, 512 N) scores at most (``fused`` at 16 bits: max(2^25, 1024 N)), in the type of x (``chunked``: two more in
+fp32), and O((M + N) D).
 """
 
 from functools import partial
@@ -30,6 +31,7 @@ import triton
 import triton.language as tl
 
 from regvq_fast.kernels import schedules
+from regvq_fast.kernels.code_gradients import code_gradients
 from regvq_fast.kernels.noise import gumbel_tile
 from regvq_fast.kernels.products import product_fp32, without_tf32
 from regvq_fast.kernels.segment_sum import segment_sum
@@ -169,7 +171,7 @@ def _grad_scores_kernel(
     grad_quantized_ptr,  # (M, D)
     grad_posterior_ptr,  # (G, N) fp32, where POSTERIOR
     products_ptr,  # (rows of the chunk, N) fp32: dQ z^T where GIVEN
-    row_sums_ptr,  # (rows of the chunk,) fp32: r
+    row_sums_ptr,  # (rows of the chunk, 2) fp32: sum p dP and sum p
     order_ptr,  # (M,) int32, where NOISE
     mask_ptr,  # (M,) bool, where NOISE
     tau_ptr,  # () floating point, where NOISE
@@ -205,7 +207,8 @@ def _grad_scores_kernel(
         row_factor /= tl.load(magnitude_ptr)
     if D <= BK and not GIVEN:  # a tile that stays
         grad_quantized = load_rows(grad_quantized_ptr, rows, inside, 0, D, BK)
-    row_sum = tl.load(row_sums_ptr + (rows - first_row), mask=inside, other=0.0)
+    place = row_sums_ptr + (rows - first_row) * 2
+    row_sum = tl.load(place, mask=inside, other=0.0) / tl.load(place + 1, mask=inside, other=1.0)
     first_code = tl.program_id(1) * part_codes
     for first in range(first_code, tl.minimum(first_code + part_codes, num_codes), BN):
         code = first + tl.arange(0, BN)
@@ -259,7 +262,10 @@ def vector_quantize_backward(
     mask = None if mask is None else mask.contiguous()
     (num_rows, width), num_codes = x.shape, codebook.shape[0]
     how, dtype = schedules.schedule(x.device), x.dtype
-    given, chunk = how == "chunked", schedules.equal_chunks(num_rows, schedules.chunk_rows(num_codes))
+    given = how == "chunked"
+    # Each chunk reads and writes the codes' gradients: as few of them as 2 KiB a code and buffer allow.
+    least = schedules.MIN_CHUNK_ROWS * (1 if given or dtype == torch.float32 else 2)
+    chunk = schedules.equal_chunks(num_rows, schedules.chunk_rows(num_codes, least))
     factor = scale * (2.0 if weight is None else 1.0)
     column = column_term(codebook, weight is not None, bias, LOG2_E * (-scale if weight is None else 1.0))
     group_rows = num_rows if grad_posterior is None else max(1, num_rows // grad_posterior.shape[0])
@@ -287,7 +293,7 @@ def vector_quantize_backward(
     def make_p(
         start: int, end: int, scores: torch.Tensor | None, products: torch.Tensor | None, tile: schedules.Tile
     ) -> torch.Tensor:
-        """Fills p; returns r of the chunk's rows."""
+        """Fills p; returns the sums of p dP and of p of the chunk's rows, (rows, 2)."""
         waves = 1 if order is None else schedules.NOISY_WAVES
         part = schedules.part_codes(end - start, num_codes, tile, MIN_PART_CODES, x.device, waves)
         num_parts = triton.cdiv(num_codes, part)
@@ -298,8 +304,7 @@ def vector_quantize_backward(
             start, end, num_codes, part, num_parts, group_rows, factor * LOG2_E, p_scale,
             LINEAR=weight is not None, **flags, **tile.options(),
         )  # fmt: skip
-        totals = shares.sum(2)
-        return totals[:, 0] / totals[:, 1]
+        return shares.sum(2)
 
     def make_grad_scores(
         start: int, end: int, products: torch.Tensor | None, row_sums: torch.Tensor, tile: schedules.Tile
@@ -345,22 +350,24 @@ def vector_quantize_backward(
 
     if not needs_codes:
         return grad_x, None, None, None
-    if grad_lookup is None or grad_keys is None:  # "none", or no rows
-        grad_lookup = codebook.new_zeros(codebook.shape, dtype=torch.float32)
-    elif codebook_grad == "soft" and p_scale != 1:
-        grad_lookup /= p_scale
-    if grad_keys is None:
-        grad_keys, grad_column = torch.zeros_like(grad_lookup), torch.zeros_like(column)
-    if magnitude is not None:
-        grad_keys *= magnitude
-        grad_column = None if grad_column is None else grad_column * magnitude
+    if grad_keys is None:  # no rows
+        zeros = [None if tensor is None else torch.zeros_like(tensor) for tensor in (codebook, weight, bias)]
+        return grad_x, *zeros
+    lookup_factor = 1 / p_scale if codebook_grad == "soft" else 1.0
     if weight is None:
         assert grad_column is not None
         # The column holds -scale |z|^2, and its sums the factor f = 2 scale.
-        grad_keys.addcmul_(grad_column.unsqueeze(1), codebook, value=-1.0)
-        return grad_x, grad_lookup.add_(grad_keys).to(dtype), None, None
+        grad_codes = code_gradients(grad_lookup, lookup_factor, grad_keys, grad_column, magnitude, codebook)
+        return grad_x, grad_codes, None, None
+    if magnitude is not None:
+        grad_keys *= magnitude
+        grad_column = None if grad_column is None else grad_column * magnitude
+    if grad_lookup is None:  # "none"
+        grad_codes = torch.zeros_like(codebook)
+    else:
+        grad_codes = (grad_lookup if lookup_factor == 1 else grad_lookup.mul_(lookup_factor)).to(dtype)
     grad_bias = None if grad_column is None else (grad_column / factor).to(dtype)
-    return grad_x, grad_lookup.to(dtype), grad_keys.to(dtype), grad_bias
+    return grad_x, grad_codes, grad_keys.to(dtype), grad_bias
 
 
 def _magnitude(

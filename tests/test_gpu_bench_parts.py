@@ -12,6 +12,7 @@ import gpu_cases
 import gpu_info_nce
 import gpu_parts
 import gpu_report
+import machine
 import measuring
 import pytest
 import step_parts
@@ -97,6 +98,23 @@ def test_steps_are_compiled_while_the_tests_run(monkeypatch):
     tests, compilation = gpu_parts.run_tests(60.0)
     assert (tests["status"], compilation["status"]) == ("passed", "done")
     assert calls["tests/ops"][-2:] == calls[gpu_parts.STEPS[0]][-2:] == ["-n", "8"]
+
+
+def test_a_step_that_runs_out_of_memory_is_skipped_by_name(tmp_path):
+    script = tmp_path / "test_step.py"
+    script.write_text("""
+import torch
+
+def test_step(measure_step):
+    def make():
+        raise torch.OutOfMemoryError("8 GiB")
+
+    measure_step("steps", make, {"competitor": "taming"}, "cpu")
+""")
+    arguments = [str(script), "-p", "conftest", "-rs", f"--rootdir={tmp_path}"]
+    output, code, _ = gpu_parts.run_pytest(arguments, 120.0, PYTHONPATH=f"{machine.ROOT / 'bench'}:{machine.ROOT}")
+    assert code == 0
+    assert "taming runs out of memory" in output
 
 
 def test_every_script_has_something_that_is_compiled_before():
