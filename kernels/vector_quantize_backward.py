@@ -351,8 +351,8 @@ def vector_quantize_backward(
     if not needs_codes:
         return grad_x, None, None, None
     if grad_keys is None:  # no rows
-        zeros = [None if tensor is None else torch.zeros_like(tensor) for tensor in (codebook, weight, bias)]
-        return grad_x, *zeros
+        grad_weight, grad_bias = (None if tensor is None else torch.zeros_like(tensor) for tensor in (weight, bias))
+        return grad_x, torch.zeros_like(codebook), grad_weight, grad_bias
     lookup_factor = 1 / p_scale if codebook_grad == "soft" else 1.0
     if weight is None:
         assert grad_column is not None
