@@ -55,8 +55,8 @@ def run_tests(limit: float) -> tuple[dict[str, Any], dict[str, Any]]:
     spread = ["-n", str(half)] if half > 1 and importlib.util.find_spec("xdist") else []
     compiled = [*STEPS, "-k", COMPILED, "--benchmark-disable", "--tb=line", "-rfEs"]
     with ThreadPoolExecutor() as pool:
-        # Processes enough are there: each of them compiles with few more.
-        compilation = pool.submit(run_pytest, compiled + spread, limit, TORCHINDUCTOR_COMPILE_THREADS="2")
+        # Each process compiles with some more of its own: with few, since there are enough of them.
+        compilation = pool.submit(run_pytest, compiled + spread, limit, TORCHINDUCTOR_COMPILE_THREADS="4")
         output, code, seconds = run_pytest([*TESTS, "--tb=line", "-rfE", *spread], limit, OMP_NUM_THREADS="1")
         return read_tests(output, code) | {"seconds": seconds}, read_part(*compilation.result())
 
