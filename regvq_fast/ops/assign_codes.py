@@ -50,8 +50,10 @@ def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
     column = codes.square().sum(1).mul_(-0.5)  # argmin |x - z|^2 = argmax x.z - |z|^2 / 2
     indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
     step = rows_per_tile(len(codes), x.device)
+    buffer = codes.new_empty(min(step, len(x)), len(codes))
     for start in range(0, len(x), step):
-        scores = torch.addmm(column, x[start : start + step].to(dtype), codes.t())
+        rows = x[start : start + step].to(dtype)
+        scores = torch.addmm(column, rows, codes.t(), out=buffer[: len(rows)])
         indices[start : start + step] = row_argmax(scores)
     return indices
 
