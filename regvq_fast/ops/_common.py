@@ -16,10 +16,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when the kernels are imported
 
-# Elements of one tile of scores, rows x codes; the memory of a call does not depend on M. On a CPU 2 MiB in fp32: a
-# tile and its few temporaries stay in a core's cache, and the products still run at full speed. On a GPU 64 MiB, since
-# the eager path is a hundred launches a tile.
-TILE_ELEMENTS = 1 << 19
+# Elements of one tile of scores, rows x codes; the memory of a call does not depend on M. On a CPU 4 MiB in fp32: a
+# tile and its few temporaries stay in the caches, and its hundred calls and the packing of the codes for its products
+# weigh little. On a GPU 64 MiB, since the eager path is a hundred launches a tile.
+TILE_ELEMENTS = 1 << 20
 CUDA_TILE_ELEMENTS = 1 << 24
 # Scores that the eager forward keeps for its backward, if a call has no more (4 MiB in fp32): to draw their noise and
 # multiply again would take a third of a small call's time.

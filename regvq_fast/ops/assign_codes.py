@@ -27,7 +27,7 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
         (...) int64; the smallest code wins an exact tie. Deterministic. Autocast: inputs are cast to fp32.
 
     Memory beyond inputs and output: Triton 4 N bytes, and 24 M for each part where codes are split (below sm_80 also
-    a buffer of max(2^25, 512 N) fp32 scores); eager O((M + N) * D) plus one tile of about 2^19 scores (2^24 on CUDA; at
+    a buffer of max(2^25, 512 N) fp32 scores); eager O((M + N) * D) plus one tile of about 2^20 scores (2^24 on CUDA; at
     least 64 rows).
 
     Raises:

@@ -36,7 +36,7 @@ def softmax_statistics(
 
     Gradients: to ``x``, ``keys`` and ``bias``, from both. Double backward is not supported.
 
-    Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^19 scores (2^24 on CUDA;
+    Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^20 scores (2^24 on CUDA;
     at least 64 rows). Plain PyTorch on every device.
 
     Raises:

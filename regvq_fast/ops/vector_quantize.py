@@ -114,7 +114,7 @@ def vector_quantize(
     split; backward 12 N D and two buffers of max(2^25, 512 N) scores at most, from sm_80 on at 16 bits of
     max(2^25, 1024 N) (those of M N if that is less), in the type of ``x``. Below sm_80 also an fp32 buffer of
     max(2^25, 512 N) scores forward, two backward. Eager: O((M + N) * D) plus a
-    fixed number of tiles of about 2^19 scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where
+    fixed number of tiles of about 2^20 scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where
     that is no more than 2^20.
 
     Raises:

@@ -60,7 +60,7 @@ def weighted_info_nce(
     Memory beyond inputs and output. Both keep 8 B L bytes for the backward. Triton: forward 12 B L bytes for each part
     where the keys are split; backward one buffer of max(2^25, 512 L) similarities at most, in the type of ``query``,
     and gradients in fp32: a chunk of the keys', all of the queries' where these train. Below sm_80 also an fp32 buffer
-    of as many similarities, forward and backward. Eager: O(B * L * C) plus a fixed number of tiles of about 2^19
+    of as many similarities, forward and backward. Eager: O(B * L * C) plus a fixed number of tiles of about 2^20
     similarities (2^24 on CUDA; at least 64 rows).
 
     Raises:
