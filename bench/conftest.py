@@ -7,11 +7,11 @@ each benchmark to a file as soon as it is done, one JSON a line: what a run that
 import functools
 import gc
 import json
-import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import gpu_cases
 import machine
@@ -59,43 +59,84 @@ def rates() -> tuple[float, float]:
     return 2 * n**3 / seconds["product"] / 1e12, 2 * a.nbytes / seconds["copy"] / 1e12
 
 
-# Of the product of all rows with all codes, by case: it is measured first, and the others are compared with it.
-matmul_seconds: dict[Any, float] = {}
-
-
 @functools.cache
 def meter() -> measuring.DeviceMeter:
     return measuring.DeviceMeter()
 
 
+class Measured(NamedTuple):
+    """What is known of a competitor in a case."""
+
+    found: dict[str, Any]
+    """How right it is, and what memory it takes."""
+    seconds: list[float]
+
+
+def measure_memory(run: peers.TensorRun) -> float:
+    """MiB besides inputs and, on a GPU, outputs."""
+    return measuring.resident_growth(run) if DEVICE == "cpu" else meter().extra_mib(run)
+
+
+def time_once(run: measuring.Run) -> float:
+    return measuring.wall_clock(run) if DEVICE == "cpu" else meter().time(run).device
+
+
 @functools.lru_cache(maxsize=1)
-def prepared(op: ModuleType, case: Any) -> tuple[Any, Any]:
-    """The inputs of a case and what fp64 says: its competitors come one after the other."""
+def measured(op: ModuleType, case: Any, names: tuple[str, ...]) -> dict[str, Measured | Exception]:
+    """Of each competitor of a case what was measured, or why nothing was.
+
+    Each is examined alone first; then all take turns, so that a busy moment of the machine meets every one of them.
+    """
     torch.manual_seed(0)
     inputs = op.make_inputs(case, DEVICE)
-    return inputs, op.truth_of(case, inputs)
+    truth, makers = op.truth_of(case, inputs), op.competitors(case, inputs, ours=("ours",))
+    runs: dict[str, peers.TensorRun] = {}
+    outcomes: dict[str, Measured | Exception] = {}
+    for name in names:
+        try:
+            run = makers[name]()
+            found = op.examine(case, inputs, truth, name, run)
+            outcomes[name] = Measured(found | {"peak_mib": round(measure_memory(run), 1)}, [])
+            runs[name] = run
+        except Exception as error:  # its own test tells
+            outcomes[name] = error
+
+    def timed(run: measuring.Run) -> float | Exception:
+        try:
+            return time_once(run)
+        except torch.OutOfMemoryError as error:  # beside the others, of what each of them keeps
+            return error
+
+    limit = measuring.ROUNDS_LIMIT * len(runs)
+    turns = measuring.take_turns(dict(runs), timed, 30, limit, measuring.LEAST_ROUNDS)
+    for name, readings in turns.items():
+        errors = [reading for reading in readings if isinstance(reading, Exception)]
+        outcome = outcomes[name]
+        if errors:
+            outcomes[name] = errors[0]
+        elif isinstance(outcome, Measured):
+            outcome.seconds.extend(reading for reading in readings if isinstance(reading, float))
+    return outcomes
 
 
 @pytest.fixture
-def device_clock(request):  # type: ignore[no-untyped-def]
-    """Makes pytest-benchmark count seconds of the GPU; before the fixture ``benchmark``, which reads the marker."""
-    if DEVICE == "cpu":
-        return None
-    clock = measuring.DeviceClock(meter())
+def replay_clock(request):  # type: ignore[no-untyped-def]
+    """Makes pytest-benchmark count seconds that were measured; before ``benchmark``, which reads the marker."""
+    clock = measuring.ReplayClock()
     request.node.add_marker(pytest.mark.benchmark(timer=clock))
     return clock
 
 
 @pytest.fixture
-def keep(benchmark, request) -> Callable[..., float]:  # type: ignore[no-untyped-def]
-    """Time a run, in a group with its twins, and keep what is known of it beside; gives its median seconds."""
+def keep(benchmark, request) -> Callable[..., None]:  # type: ignore[no-untyped-def]
+    """Time a run, in a group with its twins, and keep what is known of it beside."""
 
-    def keep_run(group: str, run: measuring.Run, info: dict[str, Any], rounds: int) -> float:
+    def keep_run(group: str, run: measuring.Run, info: dict[str, Any], rounds: int) -> None:
         benchmark.group = group
         benchmark.extra_info |= info | machine.describe_software() | {"threads": torch.get_num_threads()}
         benchmark.pedantic(run, rounds=rounds)
         if not benchmark.enabled:
-            return math.nan
+            return
         median = benchmark.stats.stats.median
         if "flops" in info:
             benchmark.extra_info["tflops"] = info["flops"] / median / 1e12
@@ -107,44 +148,39 @@ def keep(benchmark, request) -> Callable[..., float]:  # type: ignore[no-untyped
             entry = {"group": group, "name": benchmark.name, "extra_info": benchmark.extra_info}
             with path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(entry | {"stats": {"median": median, "rounds": rounds}}) + "\n")
-        return float(median)
 
     return keep_run
 
 
 @pytest.fixture
-def measure_case(device_clock, keep) -> Callable[..., None]:  # type: ignore[no-untyped-def]
-    """Time one competitor in a case of an op, after its result has been examined: a wrong one of ours fails."""
+def measure_case(request, replay_clock, keep) -> Callable[..., None]:  # type: ignore[no-untyped-def]
+    """Report one competitor in a case of an op, after its result has been examined: a wrong one of ours fails."""
+
+    def chosen(case: Any) -> tuple[str, ...]:
+        """The competitors in the case that this run of pytest is to measure."""
+        calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+        names = dict.fromkeys(call["competitor"] for call in calls if call.get("case") == case)
+        return tuple(name for name in names if DEVICE == "cuda" or name not in peers.GPU_ONLY)
 
     def measure(op: ModuleType, case: Any, name: str) -> None:
         if DEVICE == "cpu" and name in peers.GPU_ONLY:
             pytest.skip(f"{name} is made of Triton kernels: it runs on GPUs only")
-        inputs, truth = prepared(op, case)
-        try:
-            run = op.competitors(case, inputs, ours=("ours",))[name]()
-            found = op.examine(case, inputs, truth, name, run)
-        except peers.SkippedError as error:
-            pytest.skip(str(error))
-        except torch.OutOfMemoryError:
-            if name in (*gpu_cases.OURS, "nearest", "vanilla"):
-                raise
+        outcomes = measured(op, case, chosen(case))
+        outcome = outcomes[name]
+        if isinstance(outcome, peers.SkippedError):
+            pytest.skip(str(outcome))
+        if isinstance(outcome, torch.OutOfMemoryError) and name not in (*gpu_cases.OURS, "nearest", "vanilla"):
             pytest.skip(f"{name} runs out of memory")
-        info = {"op": case.op, "part": case.part, "dtype": case.dtype, "competitor": name} | case.describe() | found
-        info |= {"products": case.products, "flops": case.flops, "bytes": case.bytes, "device": DEVICE}
+        if isinstance(outcome, Exception):
+            raise outcome
+        info = {"op": case.op, "part": case.part, "dtype": case.dtype, "competitor": name} | case.describe()
+        info |= {"products": case.products, "flops": case.flops, "bytes": case.bytes, "device": DEVICE} | outcome.found
         if name == "matmul":
             info["flops"] //= case.products
-        timed = run if device_clock is None else device_clock.timed(run)
-        if device_clock is None:
-            peak, seconds = measuring.growth_and_seconds(run)
-        else:
-            peak, seconds = meter().extra_mib(run), measuring.wall_clock(timed)
-        info["peak_mib"] = round(peak, 1)
+        elif isinstance(product := outcomes.get("matmul"), Measured):
+            info["floor_s"] = case.products * statistics.median(product.seconds)
         rates()
-        if case in matmul_seconds and name != "matmul":
-            info["floor_s"] = case.products * matmul_seconds[case]
-        median = keep(case.name, timed, info, measuring.rounds(seconds, 30))
-        if name == "matmul":
-            matmul_seconds[case] = median
+        keep(case.name, replay_clock.replayed(outcome.seconds), info, len(outcome.seconds))
 
     return measure
 

@@ -22,16 +22,20 @@ LEAST_ROUNDS, ROUNDS_LIMIT = 3, 1.5
 
 
 def take_turns(
-    runs: dict[str, Run], clock: Callable[[Run], T], repeats: int, limit: float = math.inf
+    runs: dict[str, Run],
+    clock: Callable[[Run], T],
+    repeats: int,
+    limit: float = math.inf,
+    least: int = LEAST_REPEATS,
 ) -> dict[str, list[T]]:
-    """What ``clock`` reads off each warm run, ``repeats`` times, or fewer where that takes over ``limit`` seconds.
+    """What ``clock`` reads off each warm run, ``repeats`` times, or fewer, but ``least``, after ``limit`` seconds.
 
     They take turns, so that a busy or hot moment of the machine meets all of them.
     """
     readings: dict[str, list[T]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for turn in range(repeats):
-        if turn >= LEAST_REPEATS and time.perf_counter() - begin > limit:
+        if turn >= least and time.perf_counter() - begin > limit:
             break
         for name, run in runs.items():
             readings[name].append(clock(run))
@@ -56,6 +60,25 @@ def finishing(run: Run, device: str) -> Run:
             torch.cuda.synchronize()
 
     return finished if device == "cuda" else run
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark on which runs last as long as they did when they were measured."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replayed(self, seconds: list[float]) -> Run:
+        """A run that has each of these durations, one after the other."""
+        left = iter(seconds)
+
+        def once() -> None:
+            self.now += next(left)
+
+        return once
 
 
 def rounds(seconds: float, most: int) -> int:
@@ -111,22 +134,6 @@ def growth_and_seconds(run: Run) -> tuple[float, float]:
 # A kernel that sleeps holds the GPU while the host launches what is timed. At 2 GHz or less it sleeps long enough.
 _SLEEP_CYCLES_PER_SECOND = 2e9
 _LONGEST_SLEEP = 0.02
-
-
-class DeviceClock:
-    """A timer for pytest-benchmark, whose seconds go by only in runs of a meter, and on the device."""
-
-    def __init__(self, meter: "DeviceMeter") -> None:
-        self.meter, self.elapsed = meter, 0.0
-
-    def __call__(self) -> float:
-        return self.elapsed
-
-    def timed(self, run: Run) -> Run:
-        def once() -> None:
-            self.elapsed += self.meter.time(run).device
-
-        return once
 
 
 class Sample(NamedTuple):

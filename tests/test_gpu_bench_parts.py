@@ -187,18 +187,66 @@ def test_the_parts_of_a_step_are_its_own():
     assert torch.autograd.backward is before
 
 
-def test_seconds_go_by_only_on_the_device():
-    class Meter:
-        def time(self, run):
-            run()
-            return measuring.Sample(0.25, 1.0)
+def test_measured_seconds_are_replayed():
+    clock = measuring.ReplayClock()
+    run = clock.replayed([0.25, 0.5])
+    times = [clock()]
+    for _ in range(2):
+        run()
+        times.append(clock())
+    assert times == [0.0, 0.25, 0.75]
 
-    clock, calls = measuring.DeviceClock(Meter()), []
-    timed = clock.timed(lambda: calls.append(1))
-    start = clock()
-    timed()
-    timed()
-    assert (clock() - start, len(calls)) == (0.5, 2)
+
+def test_competitors_of_a_case_take_turns_in_the_suite(tmp_path):
+    """And each reports what was measured of itself, or why nothing was."""
+    (tmp_path / "fake.py").write_text("""
+import peers
+from gpu_cases import WrongResultError
+
+class Case:
+    op, part, dtype, name, products, flops, bytes = "op", "part", "float32", "case", 1, 10, 1
+
+    def describe(self):
+        return {}
+
+CASE, order = Case(), []
+make_inputs = truth_of = lambda *_: None
+
+def make_absent():
+    raise peers.SkippedError("c is not installed")
+
+def examine(case, inputs, truth, name, run):
+    run()
+    if name == "d":
+        raise WrongResultError("d is off")
+    return {}
+
+def competitors(case, inputs, ours):
+    def run(name):
+        return lambda: order.append(name) or ()
+    return {name: (lambda name=name: run(name)) for name in "abd"} | {"c": make_absent}
+""")
+    (tmp_path / "test_case.py").write_text("""
+import fake
+
+def pairs(device):
+    return [(fake.CASE, name) for name in "abcd"]
+
+def test_case(measure_case, case, competitor):
+    measure_case(fake, case, competitor)
+    assert "".join(fake.order).endswith("abab")
+""")
+    lines = tmp_path / "lines"
+    arguments = [str(tmp_path), "-p", "conftest", "-rsf", f"--rootdir={tmp_path}", "--lines", str(lines)]
+    path = f"{machine.ROOT / 'bench'}:{machine.ROOT}:{tmp_path}"
+    output, code, _ = gpu_parts.run_pytest(arguments, 120.0, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="")
+    assert code == 1
+    assert "1 failed, 2 passed, 1 skipped" in output
+    assert "c is not installed" in output
+    assert "d is off" in output
+    entries = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [entry["extra_info"]["competitor"] for entry in entries] == ["a", "b"]
+    assert all(entry["stats"]["rounds"] == 30 for entry in entries)
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(1e-4, 30), (0.1, 15), (10.0, 3), (0.0, 30)])
