@@ -234,7 +234,7 @@ def pairs(device):
 
 def test_case(measure_case, case, competitor):
     measure_case(fake, case, competitor)
-    assert "".join(fake.order).endswith("abab")
+    assert "".join(fake.order).endswith("aabbaabb")
 """)
     lines = tmp_path / "lines"
     arguments = [str(tmp_path), "-p", "conftest", "-rsf", f"--rootdir={tmp_path}", "--lines", str(lines)]
