@@ -113,9 +113,8 @@ def vector_quantize(
     Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each part where the codes are
     split; backward 12 N D and two buffers of max(2^25, 512 N) scores at most, from sm_80 on at 16 bits of
     max(2^25, 1024 N) (those of M N if that is less), in the type of ``x``. Below sm_80 also an fp32 buffer of
-    max(2^25, 512 N) scores forward, two backward. Eager: O((M + N) * D) plus a
-    fixed number of tiles of about 2^20 scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where
-    that is no more than 2^20.
+    max(2^25, 512 N) scores forward, two backward. Eager: O((M + N) * D) plus a fixed number of tiles of about 2^20
+    scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^20.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
