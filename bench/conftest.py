@@ -5,13 +5,12 @@ each benchmark to a file as soon as it is done, one JSON a line: what a run that
 """
 
 import functools
-import gc
 import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import gpu_cases
 import machine
@@ -64,14 +63,6 @@ def meter() -> measuring.DeviceMeter:
     return measuring.DeviceMeter()
 
 
-class Measured(NamedTuple):
-    """What is known of a competitor in a case."""
-
-    found: dict[str, Any]
-    """How right it is, and what memory it takes."""
-    seconds: list[float]
-
-
 def measure_memory(run: peers.TensorRun) -> float:
     """MiB besides inputs and, on a GPU, outputs."""
     return measuring.resident_growth(run) if DEVICE == "cpu" else meter().extra_mib(run)
@@ -86,41 +77,24 @@ def time_once(run: measuring.Run) -> float:
 
 
 @functools.lru_cache(maxsize=1)
-def measured(op: ModuleType, case: Any, names: tuple[str, ...]) -> dict[str, Measured | Exception]:
-    """Of each competitor of a case what was measured, or why nothing was.
-
-    Each is examined alone first; then all take turns, so that a busy moment of the machine meets every one of them.
-    """
+def measured(op: ModuleType, case: Any, names: tuple[str, ...]) -> dict[str, measuring.Measured[float] | Exception]:
+    """Of each competitor of a case what was measured, or why nothing was; kept for their own tests to tell."""
     torch.manual_seed(0)
     inputs = op.make_inputs(case, DEVICE)
     truth, makers = op.truth_of(case, inputs), op.competitors(case, inputs, ours=("ours",))
-    runs: dict[str, peers.TensorRun] = {}
-    outcomes: dict[str, Measured | Exception] = {}
-    for name in names:
-        try:
-            run = makers[name]()
-            found = op.examine(case, inputs, truth, name, run)
-            outcomes[name] = Measured(found | {"peak_mib": round(measure_memory(run), 1)}, [])
-            runs[name] = run
-        except Exception as error:  # its own test tells
-            outcomes[name] = error
 
-    def timed(run: measuring.Run) -> float | Exception:
-        try:
-            return time_once(run)
-        except torch.OutOfMemoryError as error:  # beside the others, of what each of them keeps
-            return error
+    def examine(name: str, run: peers.TensorRun) -> dict[str, Any]:
+        found = op.examine(case, inputs, truth, name, run)
+        return found | {"peak_mib": round(measure_memory(run), 1)}
 
-    limit = measuring.ROUNDS_LIMIT * len(runs)
-    turns = measuring.take_turns(dict(runs), timed, 30, limit, measuring.LEAST_ROUNDS)
-    for name, readings in turns.items():
-        errors = [reading for reading in readings if isinstance(reading, Exception)]
-        outcome = outcomes[name]
-        if errors:
-            outcomes[name] = errors[0]
-        elif isinstance(outcome, Measured):
-            outcome.seconds.extend(reading for reading in readings if isinstance(reading, float))
-    return outcomes
+    return measuring.measure_side_by_side(
+        {name: makers[name] for name in names},
+        examine,
+        time_once,
+        repeats=30,
+        limit=measuring.ROUNDS_LIMIT * len(names),
+        least=measuring.LEAST_ROUNDS,
+    )
 
 
 @pytest.fixture
@@ -181,10 +155,10 @@ def measure_case(request, replay_clock, keep) -> Callable[..., None]:  # type: i
         info |= {"products": case.products, "flops": case.flops, "bytes": case.bytes, "device": DEVICE} | outcome.found
         if name == "matmul":
             info["flops"] //= case.products
-        elif isinstance(product := outcomes.get("matmul"), Measured):
-            info["floor_s"] = case.products * statistics.median(product.seconds)
+        elif isinstance(product := outcomes.get("matmul"), measuring.Measured):
+            info["floor_s"] = case.products * statistics.median(product.readings)
         rates()
-        keep(case.name, replay_clock.replayed(outcome.seconds), info, len(outcome.seconds))
+        keep(case.name, replay_clock.replayed(outcome.readings), info, len(outcome.readings))
 
     return measure
 
@@ -198,7 +172,7 @@ def measure_step(keep) -> Callable[..., None]:  # type: ignore[no-untyped-def]
     """
 
     def measure(group: str, make: Callable[[], measuring.Run], info: dict[str, Any], device: str) -> None:
-        gc.collect()
+        measuring.release_memory()
         before = torch.cuda.memory_allocated() if device == "cuda" else 0  # what others keep
         try:
             run = measuring.finishing(make(), device)

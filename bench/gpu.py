@@ -18,7 +18,6 @@ Exits with 0; 1 if a test failed or a result of ours was wrong or failed; 2 with
 import argparse
 import contextlib
 import datetime
-import gc
 import json
 import os
 import re
@@ -102,37 +101,41 @@ def measure_case(
     repeats: int = REPEATS,
     limit: float = CASE_LIMIT,
 ) -> dict[str, Any]:
-    """One entry of the report. Every competitor is tried alone first; those that pass take turns."""
-    truth = OPS[type(case)].truth_of(case, inputs)
-    runs: dict[str, TensorRun] = {}
-    results: dict[str, dict[str, Any]] = {}
-    for name, make in makers.items():
-        run, results[name] = attempt(make, partial(examine, case, inputs, truth, name, meter))
-        if run is not None:
-            runs[name] = run
-        del run
-        _release()
+    """One entry of the report."""
+    op = OPS[type(case)]
+    truth = op.truth_of(case, inputs)
 
-    def timed(run: measuring.Run) -> Sample | None:
-        try:
-            return meter.time(run)
-        except torch.OutOfMemoryError:  # beside the others, of what each of them keeps
-            return None
+    def examine(name: str, run: TensorRun) -> dict[str, Any]:
+        found: dict[str, Any] = op.examine(case, inputs, truth, name, run)
+        # A graph owns its memory.
+        return found if case.graph else found | {"extra_mib": meter.extra_mib(run)}
 
-    for name, turns in measuring.take_turns(dict(runs), timed, repeats, limit).items():
-        taken = [sample for sample in turns if sample is not None]
-        if len(taken) < len(turns):
-            results[name]["status"] = "out of memory"
-            continue
-        device = sorted(1e3 * sample.device for sample in taken)
-        results[name] |= {
-            "ms": statistics.median(device),
-            "ms_quartiles": [device[len(device) // 4], device[-1 - len(device) // 4]],
-            "host_ms": statistics.median(1e3 * sample.host for sample in taken),
-            "repeats": len(taken),
-            "tflops": case.flops / statistics.median(device) / 1e9,
-        }
-    return entry(case, results)
+    outcomes = measuring.measure_side_by_side(makers, examine, meter.time, repeats, limit)
+    return entry(case, {name: result(case, outcome) for name, outcome in outcomes.items()})
+
+
+def result(case: Case | InfoNceCase, outcome: measuring.Measured[Sample] | Exception) -> dict[str, Any]:
+    """What the JSON has of a competitor in a case."""
+    if isinstance(outcome, measuring.Measured):
+        device = sorted(1e3 * sample.device for sample in outcome.readings)
+        return (
+            {"status": "ok"}
+            | outcome.found
+            | {
+                "ms": statistics.median(device),
+                "ms_quartiles": [device[len(device) // 4], device[-1 - len(device) // 4]],
+                "host_ms": statistics.median(1e3 * sample.host for sample in outcome.readings),
+                "repeats": len(device),
+                "tflops": case.flops / statistics.median(device) / 1e9,
+            }
+        )
+    if isinstance(outcome, torch.OutOfMemoryError):
+        return {"status": "out of memory"}
+    if isinstance(outcome, peers.SkippedError):
+        return {"status": "skipped", "reason": str(outcome)}
+    if isinstance(outcome, gpu_cases.WrongResultError):
+        return {"status": "wrong", "reason": str(outcome)}
+    return {"status": "failed", "reason": _describe(outcome)}  # whatever a competitor dies of is its result
 
 
 def entry(case: Case | InfoNceCase, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -150,41 +153,8 @@ def entry(case: Case | InfoNceCase, results: dict[str, dict[str, Any]]) -> dict[
     }
 
 
-def attempt(
-    make: Callable[[], TensorRun], examination: Callable[[TensorRun], dict[str, Any]]
-) -> tuple[TensorRun | None, dict[str, Any]]:
-    """A run that is warm and was found right, and what was found; or None, and what happened instead."""
-    try:
-        run = make()
-        return run, {"status": "ok"} | examination(run)
-    except peers.SkippedError as error:
-        return None, {"status": "skipped", "reason": str(error)}
-    except gpu_cases.WrongResultError as error:
-        return None, {"status": "wrong", "reason": str(error)}
-    except torch.OutOfMemoryError:
-        return None, {"status": "out of memory"}
-    except Exception as error:  # whatever a competitor dies of is its result
-        return None, {"status": "failed", "reason": _describe(error)}
-
-
-def examine(
-    case: Case | InfoNceCase, inputs: Any, truth: Any, name: str, meter: Meter, run: TensorRun
-) -> dict[str, Any]:
-    """How right a run is, and its memory, by competitor; raises where ours is wrong."""
-    found: dict[str, Any] = OPS[type(case)].examine(case, inputs, truth, name, run)
-    if not case.graph:  # a graph owns its memory
-        found["extra_mib"] = meter.extra_mib(run)
-    return found
-
-
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -215,7 +185,7 @@ def measure_cases(
     """Measure each case, as long as it would be ready in time, into the report."""
     durations = [0.0]
     for case in cases:
-        _release()
+        measuring.release_memory()
         now = time.perf_counter()
         if now + max(durations[-3:]) > until:
             report["not_measured"][case.name] = OUT_OF_TIME
@@ -310,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         until = begin + LIMIT - sum(STEP_LIMITS.values())
         measure_cases(target_cases(half), report, meter, until, read_state, measured)
         for script, limit in STEP_LIMITS.items():
-            _release()
+            measuring.release_memory()
             entries, report["parts"][script] = gpu_parts.run_benchmarks(
                 script, min(limit, begin + LIMIT - time.perf_counter())
             )

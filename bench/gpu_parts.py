@@ -30,6 +30,7 @@ STUCK = 40  # seconds of one test or benchmark after which it says where it is
 def run_pytest(arguments: list[str], limit: float, **variables: str) -> tuple[str, int | None, float]:
     """What pytest says, its exit code, None where it was stopped after ``limit`` seconds, and the seconds it took."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | variables
+    environment.pop("PYTEST_XDIST_WORKER", None)  # in a worker of somebody's tests pytest-benchmark measures nothing
     begin = time.perf_counter()
     # A group of their own: what tests have started must not go on beside what is timed next.
     process = subprocess.Popen(

@@ -7,12 +7,15 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 Run = Callable[[], object]
+R = TypeVar("R", bound=Run)
 T = TypeVar("T")
 
 # Turns that even a slow case gets.
@@ -40,6 +43,72 @@ def take_turns(
         for name, run in runs.items():
             readings[name].append(clock(run))
     return readings
+
+
+@dataclass
+class Measured(Generic[T]):
+    """What is known of a competitor in a case."""
+
+    found: dict[str, Any]
+    """By its examination: how right it is, what memory it takes."""
+    readings: list[T]
+
+
+def measure_side_by_side(
+    makers: dict[str, Callable[[], R]],
+    examine: Callable[[str, R], dict[str, Any]],
+    clock: Callable[[Run], T],
+    repeats: int,
+    limit: float,
+    least: int = LEAST_REPEATS,
+) -> dict[str, Measured[T] | Exception]:
+    """Of each competitor what was measured, or why nothing was.
+
+    Each is made and examined alone, by a call that also warms it up; then those that pass take turns, as
+    :func:`take_turns` says. Whatever a competitor raises is its outcome, also where its memory doesn't suffice beside
+    what the others keep.
+    """
+    outcomes: dict[str, Measured[T] | Exception] = {}
+    runs: dict[str, Run] = {}
+
+    def try_alone(name: str) -> None:
+        try:
+            run = makers[name]()
+            outcomes[name] = Measured(examine(name, run), [])
+            runs[name] = run
+        except Exception as error:
+            outcomes[name] = _without_locals(error)
+
+    def read(run: Run) -> T | Exception:
+        try:
+            return clock(run)
+        except Exception as error:
+            return _without_locals(error)
+
+    for name in makers:
+        release_memory()
+        try_alone(name)
+    for name, readings in take_turns(runs, read, repeats, limit, least).items():
+        errors = [reading for reading in readings if isinstance(reading, Exception)]
+        outcome = outcomes[name]
+        if errors:
+            outcomes[name] = errors[0]
+        elif isinstance(outcome, Measured):
+            outcome.readings += [reading for reading in readings if not isinstance(reading, Exception)]
+    return outcomes
+
+
+def _without_locals(error: Exception) -> Exception:
+    """The error, with its lines, but without the tensors that the functions it went through still held."""
+    traceback.clear_frames(error.__traceback__)
+    return error
+
+
+def release_memory() -> None:
+    """What nobody holds any more goes back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------------------- the host

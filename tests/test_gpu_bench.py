@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +152,20 @@ def test_a_competitor_that_runs_out_of_memory_beside_the_others_has_no_time():
     assert entry["results"]["eager"]["status"] == "out of memory"
     assert "ms" not in entry["results"]["eager"]
     assert entry["results"]["fused"]["repeats"] == 4
+
+
+def test_an_outcome_keeps_no_tensors_of_what_failed():
+    held = []
+
+    def make():
+        tensor = torch.zeros(1)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("8 GiB")
+
+    outcomes = measuring.measure_side_by_side({"a": make}, lambda name, run: {}, measuring.wall_clock, 3, 1.0)
+    assert isinstance(outcomes["a"], torch.OutOfMemoryError)
+    assert outcomes["a"].__traceback__ is not None  # it still says where
+    assert held[0]() is None
 
 
 def test_plain_pytorch_computes_what_the_op_computes():

@@ -197,9 +197,8 @@ def test_measured_seconds_are_replayed():
     assert times == [0.0, 0.25, 0.75]
 
 
-def test_competitors_of_a_case_take_turns_in_the_suite(tmp_path, monkeypatch):
+def test_competitors_of_a_case_take_turns_in_the_suite(tmp_path):
     """And each reports what was measured of itself, or why nothing was."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # beside other tests nothing would be measured
     (tmp_path / "fake.py").write_text("""
 import peers
 from gpu_cases import WrongResultError
