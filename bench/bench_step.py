@@ -15,7 +15,6 @@ on the CPU it is what a step adds to them.
 import functools
 import itertools
 import warnings
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -82,11 +81,8 @@ def make_run(size: str, mode: str) -> measuring.Run:
     images = make_images(config)
     if mode.startswith("taming"):
         taming = TamingStep(config, choose_precision(config.run.amp, images.device))
-        step: Callable[[], object] = functools.partial(taming, to_float(images))
-    else:
-        step = functools.partial(make_task(config, images).step, 1)
-
-    return measuring.finishing(step, config.run.device)
+        return functools.partial(taming, to_float(images))
+    return functools.partial(make_task(config, images).step, 1)
 
 
 @functools.cache

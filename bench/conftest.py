@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import gpu_cases
 import machine
 import measuring
 import peers
 import pytest
+import records
 import torch
 
 from regvq_fast import nvml
@@ -69,11 +69,8 @@ def measure_memory(run: peers.TensorRun) -> float:
 
 
 def time_once(run: measuring.Run) -> float:
-    """Seconds of the second of two calls: the first takes over the memory that another competitor has freed."""
-    if DEVICE == "cuda":
-        return meter().time(run).device  # has a first call of its own
-    run()
-    return measuring.wall_clock(run)
+    """Seconds of a turn; both begin with an untimed call."""
+    return meter().time(run).device if DEVICE == "cuda" else measuring.second_call(run)
 
 
 @functools.lru_cache(maxsize=1)
@@ -147,7 +144,7 @@ def measure_case(request, replay_clock, keep) -> Callable[..., None]:  # type: i
         outcome = outcomes[name]
         if isinstance(outcome, peers.SkippedError):
             pytest.skip(str(outcome))
-        if isinstance(outcome, torch.OutOfMemoryError) and name not in (*gpu_cases.OURS, "nearest", "vanilla"):
+        if isinstance(outcome, torch.OutOfMemoryError) and name not in records.OURS:
             pytest.skip(f"{name} runs out of memory")
         if isinstance(outcome, Exception):
             raise outcome

@@ -86,7 +86,7 @@ def other_cases(half: str) -> list[Case | InfoNceCase]:
     small = [Case(part, codes, half) for codes in (4096, 512) for part in gpu_cases.PARTS]
     graphs = [case for case in targets if isinstance(case, Case) and case.graph]
     rest = [replace(case, dtype=other) for case in graphs + sizes + small if other]
-    forward = [replace(case, part="forward") for case in targets if isinstance(case, InfoNceCase)][1:]
+    forward = [replace(case, part="forward") for case in targets if isinstance(case, InfoNceCase)]
     short = [(length, width) for length in (1024, 256) for width in (512, 128)]
     contrastive_rest = forward + [InfoNceCase(part, *size, half) for size in short for part in gpu_info_nce.PARTS]
     widths = [Case(part, 8192, half, width=width) for width in (64, 512) for part in gpu_cases.PARTS]
@@ -198,11 +198,20 @@ def measure_cases(
             report["not_measured"][case.name] = _describe(error)
             continue
         report["cases"].append(entry | {"state": read_state()})
-        report["targets"] = gpu_report.evaluate_targets(report["cases"], report["method"]["default_schedule"])
         del inputs
         durations.append(time.perf_counter() - now)
         measured(report)
         print(f"{report['seconds']:.0f} s: {case.name}", flush=True)
+
+
+def evaluate_targets(report: dict[str, Any], half: str) -> list[dict[str, Any]]:
+    """All of them; those of what was not measured are open."""
+    names = {entry["case"] for entry in report["cases"]}
+    open_cases = [entry(case, {}) for case in target_cases(half) if case.name not in names]
+    cases = report["cases"] + open_cases
+    return gpu_report.evaluate_targets(cases, report["method"]["default_schedule"]) + gpu_report.step_targets(
+        report["benchmarks"]
+    )
 
 
 def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
@@ -272,6 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def measured(report: dict[str, Any]) -> None:
         report["seconds"] = round(time.perf_counter() - begin, 1)
+        report["targets"] = evaluate_targets(report, half)
         save(report, path)  # after everything: what is measured stays, whatever comes
 
     if options.quick:
@@ -288,8 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
             measured(report)
             print(f"{report['seconds']:.0f} s: {script} {report['parts'][script]}", flush=True)
         measure_cases(other_cases(half), report, meter, begin + LIMIT, read_state, measured)
-    report["targets"] += gpu_report.step_targets(report["benchmarks"])
-    save(report, path)
+    measured(report)
     with contextlib.suppress(ValueError):  # another drive has no relative path
         path = path.resolve().relative_to(Path.cwd())
     print(f"\n{path}\n\n{gpu_report.summary(report)}")

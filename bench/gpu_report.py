@@ -1,58 +1,40 @@
 """From measurements to words: which targets are met, and the tables that ``bench/gpu.py`` prints last."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-Results = dict[str, dict[str, Any]]  # by competitor
-Entry = dict[str, Any]  # a measured case, as the JSON has it
+from records import OURS, PEERS, TWINS, Record, against, from_cases
 
-# Competitors in the order of the tables, with their heads.
-PEERS = {
-    "eager": "eager",
-    "compiled": "compiled",
-    "vqp nearest": "vqp nearest",
-    "taming nearest": "taming nearest",
-    "vqp gumbel": "vqp gumbel",
-    "flash-kmeans": "flash-kmeans",
-    "inf-cl": "inf-cl",
-}
-# Ours, by schedule, and on the schedule that users get what others compute: without weights, without noise.
-OURS = ("fused", "chunked", "vanilla", "nearest")
-_OUR_TWIN = {"inf-cl": "vanilla", "vqp nearest": "nearest", "taming nearest": "nearest"}
+Entry = dict[str, Any]  # a case, as the JSON has it
+
 _LARGE, _WIDTH = 8192, 256  # sizes that targets of vector quantization are about: N at least, D
 OUT_OF_TIME = "out of time"
 
 
-def _value(entry: Entry, name: str, key: str) -> float | None:
-    return entry["results"].get(name, {}).get(key)
+def competitors(entry: Entry) -> dict[str, Record]:
+    return {record.competitor: record for record in from_cases([entry])}
 
 
-def milliseconds(entry: Entry, name: str) -> float | None:
-    return _value(entry, name, "ms")
+def measured(entry: Entry, name: str, what: str) -> float | None:
+    """One of the numbers of a :class:`records.Record`; None where a competitor has none."""
+    return getattr(competitors(entry).get(name), what, None)
 
 
 def speed_up(entry: Entry, ours: str, peer: str) -> float | None:
-    """How many times as fast as ``peer`` at what it computes; None unless both were measured."""
-    twin = _OUR_TWIN.get(peer, ours)
-    mine = milliseconds(entry, twin if twin in entry["results"] else ours)  # an assignment is what it is
-    other = milliseconds(entry, peer)
-    return other / mine if mine and other else None
-
-
-def share(entry: Entry, name: str) -> float | None:
-    """The floor, the case's products at the rate of the plain product of the same size, over the time taken."""
-    mine, product = milliseconds(entry, name), milliseconds(entry, "matmul")
-    return entry["products"] * product / mine if mine and product else None
+    """:func:`records.against`; None unless both were measured."""
+    value = against(competitors(entry), ours, peer)
+    return None if math.isnan(value) else value
 
 
 # ----------------------------------------------------------------------------------------------------------- targets
 
 
 def evaluate_targets(entries: list[Entry], ours: str) -> list[dict[str, Any]]:
-    """The targets that apply to the measured cases, for the schedule that users get.
+    """The targets that apply to the cases, for the schedule that users get.
 
-    ``met`` is None where a competitor has no time (not installed, out of memory): nothing was shown. Where ours has
-    none, wrong or failed, the target is missed.
+    ``met`` is None where a case or a competitor has no time (not measured, not installed, out of memory): nothing was
+    shown. Where ours has none, wrong or failed, the target is missed.
     """
     targets: list[dict[str, Any]] = []
 
@@ -62,7 +44,7 @@ def evaluate_targets(entries: list[Entry], ours: str) -> list[dict[str, Any]]:
         met = None
         if got is not None:
             met = got <= wanted if at_most else got >= wanted
-        elif entry["results"][runner]["status"] != "ok":
+        elif entry["results"].get(runner, {"status": "ok"})["status"] != "ok":
             met = False
         case = {"case": entry["case"], "what": what, "at_most": at_most}
         targets.append(case | {"target": wanted, "measured": got, "met": met})
@@ -71,12 +53,12 @@ def evaluate_targets(entries: list[Entry], ours: str) -> list[dict[str, Any]]:
         part, length, width = entry["part"], entry["length"], entry["width"]
         if part == "forward+backward" and length >= 4096:
             add(entry, "times as fast as eager", 8.0, speed_up(entry, ours, "eager"))
-            add(entry, "times as fast as inf-cl", 4.0, speed_up(entry, ours, "inf-cl"), runner=_OUR_TWIN["inf-cl"])
+            add(entry, "times as fast as inf-cl", 4.0, speed_up(entry, ours, "inf-cl"), runner=TWINS["inf-cl"])
         if part == "forward+backward" and (length, width) == (65536, 64):
-            extra = _value(entry, ours, "extra_mib")
+            extra = measured(entry, ours, "mib")
             add(entry, "GB besides inputs and outputs", 1.0, extra and extra * 2**20 / 1e9, at_most=True)
         if width >= 256:
-            add(entry, f"of the matmul rate, {entry['products']} product(s)", 0.4, share(entry, ours))
+            add(entry, f"of the matmul rate, {entry['products']} product(s)", 0.4, measured(entry, ours, "share"))
 
     for entry in entries:
         if entry["dtype"] == "float32":
@@ -88,26 +70,26 @@ def evaluate_targets(entries: list[Entry], ours: str) -> list[dict[str, Any]]:
         if entry["width"] != _WIDTH:
             continue
         if part == "forward+backward" and codes == 1024 and entry["graph"]:
-            add(entry, "ms under a CUDA graph", 0.1, milliseconds(entry, ours), at_most=True)
+            add(entry, "ms under a CUDA graph", 0.1, measured(entry, ours, "ms"), at_most=True)
         if part == "forward+backward" and not entry["masked"] and codes == 262144:
-            extra = _value(entry, ours, "extra_mib")
+            extra = measured(entry, ours, "mib")
             add(entry, "GB besides inputs and outputs", 2.0, extra and extra * 2**20 / 1e9, at_most=True)
         if codes < _LARGE or entry["graph"]:
             continue
         if part == "forward+backward":
             add(entry, "times as fast as eager", 8.0, speed_up(entry, ours, "eager"))
             add(entry, "times as fast as torch.compile", 3.0, speed_up(entry, ours, "compiled"))
-            add(entry, "of the matmul rate, 6 products", 0.45, share(entry, ours))
+            add(entry, "of the matmul rate, 6 products", 0.45, measured(entry, ours, "share"))
         elif part == "forward":
-            add(entry, "of the matmul rate", 0.45, share(entry, ours))
+            add(entry, "of the matmul rate", 0.45, measured(entry, ours, "share"))
         else:
-            add(entry, "of the matmul rate", 0.65, share(entry, ours))
+            add(entry, "of the matmul rate", 0.65, measured(entry, ours, "share"))
             add(entry, "times as fast as flash-kmeans", 1.0, speed_up(entry, ours, "flash-kmeans"))
     return targets
 
 
 def step_targets(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the paper's training step with ``--amp --compile``, beside taming-transformers' own."""
+    """Of the paper's training step with ``--amp --compile``, beside taming-transformers' own; open where unmeasured."""
     steps = {b["extra_info"]["competitor"]: b for b in benchmarks if b["extra_info"]["op"] == "vqgan"}
 
     def get(name: str, what: Callable[[dict[str, Any]], float]) -> float | None:
@@ -122,8 +104,6 @@ def step_targets(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = ("amp-compile", "taming-amp", "taming")
     ours, theirs_amp, theirs = (get(name, lambda entry: entry["stats"]["median"]) for name in names)
     our_mib, _, their_mib = (get(name, lambda entry: entry["extra_info"]["peak_mib"]) for name in names)
-    if not steps:
-        return []
     return [
         target("times as fast as taming's in mixed precision", 3.0, False, theirs_amp, ours),
         target("times as fast as taming's", 5.0, False, theirs, ours),
@@ -166,16 +146,16 @@ def step_table(benchmarks: list[dict[str, Any]]) -> str:
 
 def ratios(entries: list[Entry], ours: str) -> str:
     peers = [name for name in PEERS if any(name in entry["results"] for entry in entries)]
-    head = ["times as fast as", *(PEERS[name] for name in peers), "% of matmul", "TFLOP/s", "MiB", "eager MiB"]
+    head = ["times as fast as", *peers, "% of matmul", "TFLOP/s", "MiB", "eager MiB"]
 
     def row(entry: Entry) -> list[str]:
-        rate = share(entry, ours)
+        rate = measured(entry, ours, "share")
         return [
             entry["case"],
             *(_cell(entry, name, speed_up(entry, ours, name), ".1f") for name in peers),
             _cell(entry, ours, None if rate is None else 100 * rate, ".0f"),
-            _cell(entry, ours, _value(entry, ours, "tflops"), ".0f"),
-            *(_cell(entry, name, _value(entry, name, "extra_mib"), ".0f") for name in (ours, "eager")),
+            _cell(entry, ours, measured(entry, ours, "tflops"), ".0f"),
+            *(_cell(entry, name, measured(entry, name, "mib"), ".0f") for name in (ours, "eager")),
         ]
 
     return format_table([head, *map(row, entries)])
@@ -184,11 +164,11 @@ def ratios(entries: list[Entry], ours: str) -> str:
 def times(entries: list[Entry], ours: str, gpu: str) -> str:
     present = [*OURS, *PEERS, "matmul"]
     names = [name for name in present if any(name in entry["results"] for entry in entries)]
-    head = [f"ms on {gpu}", *(PEERS.get(name, name) for name in names), "host"]
+    head = [f"ms on {gpu}", *names, "host"]
 
     def row(entry: Entry) -> list[str]:
-        cells = [_cell(entry, name, milliseconds(entry, name), ".3f") for name in names]
-        return [entry["case"], *cells, _cell(entry, ours, _value(entry, ours, "host_ms"), ".3f")]
+        cells = [_cell(entry, name, measured(entry, name, "ms"), ".3f") for name in names]
+        return [entry["case"], *cells, _cell(entry, ours, entry["results"].get(ours, {}).get("host_ms"), ".3f")]
 
     return format_table([head, *map(row, entries)])
 
@@ -214,9 +194,10 @@ def problems(report: dict[str, Any]) -> list[str]:
             result = entry["results"].get(name, {})
             if result.get("status") not in (None, "ok", "skipped"):
                 found.append(f"{entry['case']}, {name} {result['status']}: {result.get('reason')}")
-    for script, part in report.get("parts", {}).items():
-        if part["status"] == "failed":
-            found.append(f"{script} failed: {'; '.join(part['told'])}")
+    parts = {"compiling the steps": report.get("compilation")} | report.get("parts", {})
+    for name, part in parts.items():
+        if part and part["status"] == "failed":
+            found.append(f"{name} failed: {'; '.join(part['told'])}")
     found += [f"{case}: {reason}" for case, reason in report["not_measured"].items() if reason != OUT_OF_TIME]
     return found
 

@@ -155,18 +155,18 @@ def rounds(seconds: float, most: int) -> int:
     return max(LEAST_ROUNDS, min(most, int(ROUNDS_LIMIT / max(seconds, 1e-9))))
 
 
-def medians(runs: dict[str, Run], repeats: int = 3, warm_ups: int = 1) -> dict[str, float]:
+def second_call(run: Run) -> float:
+    """Seconds of a run after an untimed one, which takes over the memory that another competitor has freed."""
+    run()
+    return wall_clock(run)
+
+
+def medians(runs: dict[str, Run], repeats: int = 3, warm_ups: int = 0) -> dict[str, float]:
     """Median seconds of runs that take turns, after some that warm each of them up."""
     for run in runs.values():
         for _ in range(warm_ups):
             run()
-
-    def warm_clock(run: Run) -> float:
-        if warm_ups > 1:
-            run()  # takes over the memory that the one before it has freed
-        return wall_clock(run)
-
-    return {name: statistics.median(seconds) for name, seconds in take_turns(runs, warm_clock, repeats).items()}
+    return {name: statistics.median(seconds) for name, seconds in take_turns(runs, second_call, repeats).items()}
 
 
 def resident_growth(run: Run) -> float:

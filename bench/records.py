@@ -16,6 +16,12 @@ import machine
 RESULTS = machine.ROOT / "bench" / "results"
 HOLDS = {"benchmarks", "cases"}  # a file of benchmarks has one of them
 
+# Competitors in the order of the tables; others of a case come after them.
+PEERS = ("eager", "compiled", "vqp nearest", "taming nearest", "vqp gumbel", "flash-kmeans", "inf-cl")
+# Ours: by schedule or as users get it, and as users get it what others compute, without weights, without noise.
+OURS = ("fused", "chunked", "ours", "vanilla", "nearest")
+TWINS = {"inf-cl": "vanilla", "vqp nearest": "nearest", "taming nearest": "nearest"}
+
 # Sizes in the order of a case's name.
 SIZES = {"rows": "M", "codes": "N", "width": "D", "images": "B", "length": "L", "channels": "C"}
 
@@ -31,7 +37,7 @@ class Record:
     competitor: str
     status: str = "ok"
     ms: float | None = None
-    mib: float | None = None  # peak, besides inputs and outputs
+    mib: float | None = None  # peak, besides inputs and, on a GPU, outputs
     tflops: float | None = None
     share: float | None = None  # of the rate of the same product by a matmul
     flops: float | None = None
@@ -174,3 +180,8 @@ def ratio(mine: Record | None, other: Record | None) -> float:
     if mine is None or other is None or not mine.ms or not other.ms:
         return math.nan
     return other.ms / mine.ms
+
+
+def against(case: dict[str, Record], mine: str, peer: str) -> float:
+    """How many times as fast as a peer ours is at what the peer computes; nan unless both have a time."""
+    return ratio(case.get(TWINS.get(peer, mine), case.get(mine)), case.get(peer))

@@ -46,7 +46,7 @@ def speed_up(document: Document) -> Series:
 
 
 def memory(document: Document) -> Series:
-    """MiB besides inputs and outputs of everyone, by N."""
+    """MiB that a call of each adds, by N; on a GPU without its outputs."""
     series: Series = {}
     mine = report_tables.own(document, "vector_quantize")
     for case in _sweep(document, "forward+backward"):
@@ -76,7 +76,7 @@ def breakdown(document: Document) -> Series:
 
 KINDS: dict[str, tuple[str, Callable[[Document], Series]]] = {
     "speed-up": ("vector_quantize, forward + backward: how many times as fast as", speed_up),
-    "memory": ("vector_quantize, forward + backward: MiB besides inputs and outputs", memory),
+    "memory": ("vector_quantize, forward + backward: MiB that a call adds", memory),
     "roofline": ("TFLOP/s by operations a byte, with the measured rates as the roof", roofline),
     "step": ("where the time of a training step goes", breakdown),
 }

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from records import Document, Record, by_case, commit_of, hardware, ratio
+from records import OURS, PEERS, TWINS, Document, Record, against, by_case, commit_of, hardware, ratio
 
 # Ours and what it is like for like with, by op, in the summary.
 LIKE_FOR_LIKE = {
@@ -14,7 +14,7 @@ LIKE_FOR_LIKE = {
     "weighted_info_nce": ("ours", "eager"),
     "vqgan": ("fp32", "taming"),
     "autoregressive": ("fp32", "taming"),
-    "diffusion": ("eager", "plain"),
+    "diffusion": ("fp32", "plain"),
 }
 OPS = ("vector_quantize", "assign_codes", "weighted_info_nce")
 STEPS = {
@@ -22,12 +22,7 @@ STEPS = {
     "autoregressive": "autoregressive prior",
     "diffusion": "diffusion prior",
 }
-# Competitors in the order of the columns; others of a case come after them.
-PEERS = ("eager", "compiled", "vqp nearest", "taming nearest", "vqp gumbel", "flash-kmeans", "inf-cl")
-NOT_PEERS = ("matmul", "fused", "chunked", "ours", "vanilla", "nearest")
-# What they compute: ours without weights, our quantizer without noise.
-OWN_TWIN = {"inf-cl": "vanilla", "vqp nearest": "nearest", "taming nearest": "nearest"}
-SHORT = {"skipped": "not installed", "out of memory": "out of memory", "wrong": "WRONG", "failed": "failed"}
+SHORT = {"skipped": "skipped", "out of memory": "out of memory", "wrong": "WRONG", "failed": "failed"}
 NOTHING = "-"
 TIMES = ("ours, ms", "ms")
 """Headings of absolute times."""
@@ -79,16 +74,15 @@ def own(document: Document, op: str) -> str:
     return document.ours if mine == "ours" else mine
 
 
-def against(case: dict[str, Record], mine: str, peer: str) -> float:
-    """How many times as fast as a peer ours is at what the peer computes; nan unless both have a time."""
-    return ratio(case.get(OWN_TWIN.get(peer, mine), case.get(mine)), case.get(peer))
+def named(op: str) -> str:
+    return f"`{op}`" if op in OPS else STEPS[op]
 
 
 def columns(cases: Iterable[dict[str, Record]]) -> list[str]:
     """The peers that take part in any of the cases."""
     names = dict.fromkeys(name for case in cases for name in case)
     return sorted(
-        (name for name in names if name not in NOT_PEERS),
+        (name for name in names if name not in (*OURS, "matmul")),
         key=lambda name: PEERS.index(name) if name in PEERS else len(PEERS),
     )
 
@@ -141,10 +135,9 @@ def summary(document: Document, ops: Iterable[str] = LIKE_FOR_LIKE) -> str:
             peers = {name: against(case, mine, name) for name in columns([case]) if case[name].ms}
             # Other modes of a step are ours, or of another precision.
             closest = min(peers, key=lambda name: peers[name], default=other) if op in OPS else other
-            what = f"`{op}`, {ours.part}" if op in OPS else f"{STEPS[op]}, {ours.part}"
             rows.append(
                 [
-                    f"{what}, {ours.size}",
+                    f"{named(op)}, {ours.part}, {ours.size}",
                     number(ours.ms),
                     f"{times(ratio(ours, baseline))} ({other})",
                     f"{times(against(case, mine, closest))} ({closest})",
@@ -152,7 +145,7 @@ def summary(document: Document, ops: Iterable[str] = LIKE_FOR_LIKE) -> str:
                     number(ours.mib),
                 ]
             )
-    head = ["", "ours, ms", "as fast as the baseline", "as the closest peer", "MiB, baseline", "MiB, ours"]
+    head = ["", "ours, ms", "as fast as the baseline", "as the closest peer measured", "MiB, baseline", "MiB, ours"]
     return timed(document, head, rows)
 
 
@@ -183,29 +176,42 @@ def full(document: Document, depth: int) -> str:
     """Everything that a file holds."""
     parts = [source(document, depth)]
     parts += [op_table(document, op) for op in OPS if document.of(op)]
-    parts += [where_worse(document)] if document.of(*OPS) else []
     parts += [
         f"**{STEPS[op][:1].upper()}{STEPS[op][1:]}**\n\n{step_tables(document, op)}" for op in STEPS if document.of(op)
     ]
-    return "\n\n".join(parts)
+    parts += [where_worse(document), not_measured(document)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def where_worse(document: Document) -> str:
-    """The cases of the ops in which a peer is faster than ours, or takes less memory: said, not to be looked for."""
+    """The cases in which a peer is faster than ours, or takes less memory: said, not to be looked for."""
     found = []
-    for op in OPS:
+    for op, (_, baseline) in LIKE_FOR_LIKE.items():
         mine = own(document, op)
         for case in by_case(document.of(op)).values():
-            for name in columns([case]):
-                twin, peer, faster = case.get(OWN_TWIN.get(name, mine), case.get(mine)), case[name], []
+            for name in columns([case]) if op in OPS else [baseline] if baseline in case else []:
+                twin, peer, better = case.get(TWINS.get(name, mine), case.get(mine)), case[name], []
                 if (speed := against(case, mine, name)) < 1:
-                    faster.append(f"is {1 / speed:.2f} x as fast")
+                    better.append(f"is {1 / speed:.2f} x as fast")
                 if twin and twin.mib and peer.mib is not None and peer.mib < twin.mib:
-                    faster.append(f"takes {number(peer.mib / twin.mib, 2)} of the memory")
-                if faster:
-                    found.append(f"- `{op}`, {peer.part}, {peer.size}: {name} {', '.join(faster)}")
+                    better.append(f"takes {number(peer.mib / twin.mib, 2)} of the memory")
+                if better:
+                    found.append(f"- {named(op)}, {peer.part}, {peer.size}: {name} {', '.join(better)}")
     where = " nowhere." if not found else "\n\n" + "\n".join(found)
     return f"Where ours is slower, or takes more memory, than a peer:{where}"
+
+
+def not_measured(document: Document) -> str:
+    """What the run of ``bench/gpu.py`` has no numbers of, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for case, reason in document.raw.get("not_measured", {}).items():
+        by_reason.setdefault(reason, []).append(case)
+    found = [f"- {reason}: {'; '.join(cases)}" for reason, cases in by_reason.items()]
+    for script, part in document.raw.get("parts", {}).items():
+        if not part["measured"]:
+            told = f", {part['told'][0]}" if part["told"] else ""
+            found.append(f"- `{script}` {part['status']} after {part['seconds']:.0f} s{told}")
+    return "Not measured:\n\n" + "\n".join(found) if found else ""
 
 
 def targets(document: Document) -> str:
@@ -228,7 +234,7 @@ def targets(document: Document) -> str:
 
 
 STEP_COSTS = {
-    "fp32": "",
+    "": "",
     "--amp": "fp32 master weights stay; fp16 on GPUs without bf16",
     "--activation-checkpointing": "one more forward pass of encoder and decoder; not a bit of the result",
     "--accumulate 2": "posterior, lambda and batch norm are of a part of the batch",
@@ -236,12 +242,16 @@ STEP_COSTS = {
 }
 
 
+def measured_on(raw: dict[str, Any], more: str = "") -> str:
+    """Hardware, date and commit of results that ``machine`` describes."""
+    return f"{hardware(raw['machine'])}; {raw['date']}; commit {commit_of(raw['machine'])}{more}."
+
+
 def step_memory(raw: dict[str, Any]) -> str:
-    names = {"fp32": "(the scenes' model, fp32, with discriminator)", "--amp": "`--amp` (bf16)"}
-    rows = [
-        [names.get(flags, f"`{flags}`"), f"{mib}", STEP_COSTS[flags]] for flags, mib in raw["memory"]["mib"].items()
-    ]
-    return table(["what takes it away", "16 images of 128 px, MiB a step adds", "what it costs"], rows)
+    names = {"": "(the scenes' model, fp32, with discriminator)", "--amp": "`--amp` (bf16)"}
+    rows = [[names.get(flags, f"`{flags}`"), f"{mib}", STEP_COSTS[flags]] for flags, mib in raw["mib"].items()]
+    head = ["what takes it away", "16 images of 128 px, MiB a step adds", "what it costs"]
+    return f"{table(head, rows)}\n\n{measured_on(raw)}"
 
 
 def main_job(raw: dict[str, Any]) -> str:
@@ -266,8 +276,8 @@ def main_job(raw: dict[str, Any]) -> str:
 
 def priors_measured(raw: dict[str, Any], cells: str) -> str:
     """A table about priors, and where it was measured."""
-    where, seed = raw["machine"], raw["tokenizer"]["seed"]
-    return f"{cells}\n\n{hardware(where)}; {raw['date']}; commit {commit_of(where)}; `train/vq.py --seed {seed}`."
+    seed = raw["tokenizer"]["seed"]
+    return f"{cells}\n\n{measured_on(raw, f'; `train/vq.py --seed {seed}`')}"
 
 
 def agreement(raw: dict[str, Any]) -> str:

@@ -333,6 +333,8 @@ def test_no_case_begins_after_the_time_limit(pretend_gpu, monkeypatch):
     assert code == 0
     assert report["cases"] == []
     assert set(report["not_measured"].values()) == {gpu_report.OUT_OF_TIME}
+    assert "training step, amp and compile" in {target["case"] for target in report["targets"]}
+    assert {target["met"] for target in report["targets"]} == {None}
 
 
 def test_a_case_that_cannot_be_set_up_is_named_and_the_others_go_on(pretend_gpu, monkeypatch):

@@ -99,7 +99,7 @@ def test_results_of_a_gpu_fill_tables_and_plots(checkout, capsys):
     what = "forward+backward, M = 10240, N = 8192, D = 256, bfloat16"
     assert rows(text, what)[1:] == ["1.00", "12.0 x", "120", "10.0", "1.00", "50 %"]
     assert rows(text, "forward+backward, M = 10240, N = 65536")[2] == "out of memory"
-    assert rows(text, "assign, M = 10240, N = 8192")[2] == "not installed"
+    assert rows(text, "assign, M = 10240, N = 8192")[2] == "skipped"
     contrast = rows(text, "forward+backward, B = 16, L = 4096, C = 512, bfloat16")
     assert contrast[1:4] == ["4.00", "10.0 x", "5.0 x"]  # inf-cl is compared with ours without weights
     assert "slower, or takes more memory, than a peer: nowhere." in text
@@ -127,6 +127,27 @@ def test_where_a_peer_is_better_is_said(checkout):
     text = report_tables.full(records.load(path), 1)
     what = "`vector_quantize`, forward+backward, M = 10240, N = 8192, D = 256, bfloat16"
     assert f"than a peer:\n\n- {what}: eager is 2.00 x as fast, takes 0.90 of the memory" in text
+
+
+def test_where_a_step_takes_more_memory_is_said(checkout):
+    path = checkout / "bench" / "results" / "gpu-test.json"
+    raw = json.loads(path.read_text())
+    raw["benchmarks"][1]["extra_info"]["peak_mib"] = 60000.0
+    path.write_text(json.dumps(raw))
+    text = report_tables.full(records.load(path), 1)
+    step = "VQ-GAN with discriminator, training step, B = 40, 256 px"
+    assert f"than a peer:\n\n- {step}: taming takes 0.50 of the memory" in text
+
+
+def test_what_was_not_measured_is_said(checkout):
+    path = checkout / "bench" / "results" / "gpu-test.json"
+    raw = json.loads(path.read_text())
+    raw["not_measured"] = {"a": "out of time", "b": "out of time"}
+    failed = {"status": "failed", "seconds": 17.3, "measured": 0, "told": ["FAILED x.py::y - no kernels", "z"]}
+    raw["parts"] = {"bench/x.py": failed, "bench/done.py": failed | {"status": "done", "measured": 3}}
+    path.write_text(json.dumps(raw))
+    text = report_tables.full(records.load(path), 1)
+    assert text.endswith("- out of time: a; b\n- `bench/x.py` failed after 17 s, FAILED x.py::y - no kernels")
 
 
 def test_another_number_makes_pages_and_plots_stale(checkout):
