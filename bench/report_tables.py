@@ -53,7 +53,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return NOTHING if value is None else f"{100 * value:.{digits}f}".removesuffix(".0") + " %"
+    return NOTHING if value is None else f"{100 * value:.{digits}f} %"
 
 
 def times(value: float) -> str:
@@ -243,8 +243,10 @@ STEP_COSTS = {
 
 
 def measured_on(raw: dict[str, Any], more: str = "") -> str:
-    """Hardware, date and commit of results that ``machine`` describes."""
-    return f"{hardware(raw['machine'])}; {raw['date']}; commit {commit_of(raw['machine'])}{more}."
+    """Hardware, date and commit of results that ``machine`` describes, and what else there is to know."""
+    commit = commit_of(raw["machine"]) or commit_of(raw)
+    told = [hardware(raw["machine"]), raw.get("date", ""), f"commit {commit}", more, raw.get("note", "")]
+    return "; ".join(part for part in told if part) + "."
 
 
 def step_memory(raw: dict[str, Any]) -> str:
@@ -271,13 +273,13 @@ def main_job(raw: dict[str, Any]) -> str:
         ]
         rows.append([f"`{name}`", *used, *quality, spread(runs, metric, lambda value: f"{value:.3f}")])
     head = ["quantizer", "codebook utilization", f"perplexity of {first['codes']} codes", "PSNR, dB", "SSIM", metric]
-    return table(head, rows)
+    return f"{table(head, rows)}\n\n{measured_on(raw)}"
 
 
 def priors_measured(raw: dict[str, Any], cells: str) -> str:
     """A table about priors, and where it was measured."""
     seed = raw["tokenizer"]["seed"]
-    return f"{cells}\n\n{measured_on(raw, f'; `train/vq.py --seed {seed}`')}"
+    return f"{cells}\n\n{measured_on(raw, f'`train/vq.py --seed {seed}`')}"
 
 
 def agreement(raw: dict[str, Any]) -> str:
@@ -318,9 +320,8 @@ def swapped(raw: dict[str, Any]) -> str:
         sizes, mib = ", ".join(map(str, found["M, N, D"])), found["MiB"]
         speed = times(found["times as fast"])
         rows.append([names[name], sizes, speed, number(mib["library"]), number(mib["regvq_fast"])])
-    where = f"{hardware(raw)}; {raw['date']}; commit {commit_of(raw)}."
     head = ["quantizer", "M, N, D", "times as fast", "MiB of a step before", "after"]
-    return f"{where}\n\n{table(head, rows)}"
+    return f"{measured_on(raw | {'machine': raw})}\n\n{table(head, rows)}"
 
 
 # What other files hold: section, file, function.

@@ -174,7 +174,7 @@ def test_commands_are_understood(pytestconfig: pytest.Config) -> None:
             assert words[0] == "pdoc" or command == "pre-commit install", f"no test knows this kind: {command}"
 
 
-@pytest.mark.parametrize("block", blocks(README, "python"), ids=["op", "module"])
+@pytest.mark.parametrize("block", blocks(README, "python"), ids=["op", "module", "loss"])
 def test_python_of_the_readme_runs(block: str) -> None:
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)
