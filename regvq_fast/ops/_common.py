@@ -50,6 +50,14 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> Literal
     return "triton"
 
 
+def on_device_of(x: Tensor) -> torch.cuda.device_of:
+    """A context in which kernels run on the device of ``x``: Triton launches on the current one, whatever it is given.
+
+    Nothing happens for a tensor of the CPU, whose kernels Triton's interpreter runs.
+    """
+    return torch.cuda.device_of(x)
+
+
 def check_matrix(name: str, value: Tensor, columns: int | None = None, *, ndim: int | None = 2) -> None:
     """Raise unless ``value`` is a floating-point tensor of ``ndim`` dimensions (None: two or more) and ``columns``."""
     if not isinstance(value, Tensor):

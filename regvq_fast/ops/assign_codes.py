@@ -9,6 +9,7 @@ from regvq_fast.ops._common import (
     check_like,
     check_matrix,
     compute_dtype,
+    on_device_of,
     resolve_impl,
     row_argmax,
     rows_per_tile,
@@ -65,7 +66,8 @@ def _assign_codes(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
     if impl == "triton":
         from regvq_fast.kernels.assign_codes import assign_codes_forward
 
-        return assign_codes_forward(x, codebook)
+        with on_device_of(x):
+            return assign_codes_forward(x, codebook)
     return _assign_codes_eager(x, codebook)
 
 

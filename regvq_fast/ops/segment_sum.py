@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from regvq_fast.ops._common import Impl, compute_dtype, resolve_impl
+from regvq_fast.ops._common import Impl, compute_dtype, on_device_of, resolve_impl
 
 
 def segment_counts(indices: Tensor, num_segments: int) -> Tensor:
@@ -47,7 +47,8 @@ def _segment_sum(values: Tensor, indices: Tensor, num_segments: int, impl: str) 
     if impl == "triton":
         from regvq_fast.kernels import segment_sum as kernel
 
-        return kernel.segment_sum(values, indices, num_segments).to(values.dtype)
+        with on_device_of(values):
+            return kernel.segment_sum(values, indices, num_segments).to(values.dtype)
     return segment_sum_eager(values, indices, num_segments)
 
 

@@ -29,6 +29,7 @@ from regvq_fast.ops._common import (
     check_positive,
     check_scalar,
     compute_dtype,
+    on_device_of,
     resolve_impl,
 )
 from regvq_fast.ops.vector_quantize_eager import vector_quantize_backward_eager, vector_quantize_eager
@@ -243,7 +244,8 @@ def _vector_quantize(
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize import vector_quantize_forward
 
-        return vector_quantize_forward(*arguments, keeps)
+        with on_device_of(x):
+            return vector_quantize_forward(*arguments, keeps)
     return vector_quantize_eager(*arguments, keeps)
 
 
@@ -306,7 +308,8 @@ def _vector_quantize_backward(
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
 
-        grads = vector_quantize_backward(*tensors, kept, scale, codebook_grad, needs_x, needs_codes)
+        with on_device_of(x):
+            grads = vector_quantize_backward(*tensors, kept, scale, codebook_grad, needs_x, needs_codes)
     else:
         grads = vector_quantize_backward_eager(*tensors, kept, scale, codebook_grad, needs_x, needs_codes)
     grad_x, grad_codebook, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)

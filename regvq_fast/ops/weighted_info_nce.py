@@ -21,6 +21,7 @@ from regvq_fast.ops._common import (
     check_matrix,
     check_positive,
     compute_dtype,
+    on_device_of,
     resolve_impl,
     rows_per_tile,
 )
@@ -180,7 +181,8 @@ def _weighted_info_nce(
     if impl == "triton":
         from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_forward
 
-        return weighted_info_nce_forward(query, key, weight, tau)
+        with on_device_of(query):
+            return weighted_info_nce_forward(query, key, weight, tau)
     return _weighted_info_nce_eager(query, key, weight, tau)
 
 
@@ -210,7 +212,8 @@ def _weighted_info_nce_backward(
     if impl == "triton":
         from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_backward
 
-        grads = weighted_info_nce_backward(*arguments)
+        with on_device_of(query):
+            grads = weighted_info_nce_backward(*arguments)
     else:
         grads = _weighted_info_nce_backward_eager(*arguments)
     grad_query, grad_key = (query.new_empty(0) if grad is None else grad for grad in grads)
