@@ -5,10 +5,12 @@ such tests runs once more, in a process of its own. Inputs and expectations are 
 """
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -56,6 +58,21 @@ def kernels(schedule: str) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
+
+
+def set_parts(monkeypatch: pytest.MonkeyPatch, codes: int) -> list[int]:
+    """Let every sweep go over parts of so many codes, in whole tiles; the list will hold the parts of each sweep."""
+    from regvq_fast.kernels import schedules
+
+    numbers = []
+
+    def part_codes(num_rows: int, num_codes: int, tile: schedules.Tile, *_: Any) -> int:
+        part = math.ceil(min(codes, num_codes) / tile.BN) * tile.BN
+        numbers.append(math.ceil(num_codes / part))
+        return part
+
+    monkeypatch.setattr(schedules, "part_codes", part_codes)
+    return numbers
 
 
 def surrounded(value: Tensor) -> Tensor:

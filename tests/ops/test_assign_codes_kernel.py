@@ -10,6 +10,7 @@ from kernel_cases import (
     kernels,
     needs_kernels,
     pass_in_the_interpreter,
+    set_parts,
     surrounded,
 )
 
@@ -85,15 +86,14 @@ def test_tiny_and_huge_inputs(size, schedule):
 
 @needs_kernels
 @every_schedule
-@pytest.mark.parametrize("least_codes_of_a_part", [1 << 20, 64])
-def test_the_smallest_of_identical_codes_wins(least_codes_of_a_part, schedule, monkeypatch):
+@pytest.mark.parametrize("codes_of_a_part", [1 << 20, 64])
+def test_the_smallest_of_identical_codes_wins(codes_of_a_part, schedule, monkeypatch):
     """Within a tile, across tiles and across parts."""
-    from regvq_fast.kernels import vector_quantize as sweep
-
-    monkeypatch.setattr(sweep, "MIN_PART_CODES", least_codes_of_a_part)
+    parts = set_parts(monkeypatch, codes_of_a_part)
     x, distinct = random_inputs(150, 50, 9)
     codes = torch.randint(50, (500,), generator=torch.Generator().manual_seed(0))
     indices = assigned(x, distinct[codes], schedule)
+    assert [number > 1 for number in parts] == [codes_of_a_part == 64]
     assert_nearest(indices, x, distinct[codes])
     first = torch.stack([(codes == code).int().argmax() for code in range(50)])
     assert torch.equal(first[codes[indices]], indices)

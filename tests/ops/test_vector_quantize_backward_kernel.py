@@ -15,9 +15,18 @@ from kernel_cases import (
     kernels,
     needs_kernels,
     pass_in_the_interpreter,
+    set_parts,
 )
 from vq_cases import LEAVES, LOGITS, MASKS, assert_same, copy_leaves, make_inputs, outputs_and_gradients
-from vq_kernel_cases import CASES, OUTPUTS, Case, assert_gradients, assert_outputs, is_separated, kernel_results
+from vq_kernel_cases import (
+    CASES,
+    OUTPUTS,
+    Case,
+    assert_gradients,
+    assert_outputs,
+    is_separated,
+    kernel_results,
+)
 
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.reference import vector_quantize_reference
@@ -29,14 +38,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:i
 CODEBOOK_GRADS = ("soft", "hard", "none")
 
 
-def small_parts_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 64 codes and chunks of 128 rows, as large calls have larger ones."""
-    from regvq_fast.kernels import schedules, vector_quantize, vector_quantize_backward
+def small_parts_and_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Parts of 64 codes and chunks of 128 rows, as large calls have larger ones; the list is ``set_parts``'s."""
+    from regvq_fast.kernels import schedules
 
-    monkeypatch.setattr(vector_quantize, "MIN_PART_CODES", 64)
-    monkeypatch.setattr(vector_quantize_backward, "MIN_PART_CODES", 64)
     monkeypatch.setattr(schedules, "CHUNK_SCORES", 1)
     monkeypatch.setattr(schedules, "MIN_CHUNK_ROWS", 128)
+    return set_parts(monkeypatch, 64)
 
 
 @if_kernels_are_elsewhere
@@ -152,15 +160,18 @@ def test_fp16_gradients_keep_their_digits_whatever_the_loss_scale(logits, loss_s
 
 
 @needs_kernels
+@pytest.mark.parametrize("mask", ["random", "no mask"])
 @pytest.mark.parametrize(("schedule", "dtype"), [("fused", torch.float16), ("chunked", torch.float32)])
-def test_parts_of_the_codes_and_chunks_of_the_rows_change_nothing(schedule, dtype, monkeypatch):
+def test_parts_of_the_codes_and_chunks_of_the_rows_change_nothing(schedule, dtype, mask, monkeypatch):
     if schedule not in SCHEDULES:
         pytest.skip("needs sm_80 or newer")
-    case = Case(260, 130, 9, "linear with bias", groups=5, tau=0.5, dtype=dtype)
+    case = Case(260, 300, 9, "linear with bias", mask, groups=5, tau=0.5, dtype=dtype)
     inputs = case.inputs()
     whole = kernel_results(inputs, schedule, **case.settings())
-    small_parts_and_chunks(monkeypatch)
+    parts = small_parts_and_chunks(monkeypatch)
     results = kernel_results(inputs, schedule, **case.settings())
+    assert len(parts) >= 1 + 2 * 2  # forward, and both sweeps of every chunk of the backward
+    assert min(parts) > 1
     for name in OUTPUTS:
         assert torch.equal(results[name], whole[name]), name
     assert_gradients(results, inputs, **case.settings())

@@ -11,6 +11,7 @@ from kernel_cases import (
     kernels,
     needs_kernels,
     pass_in_the_interpreter,
+    set_parts,
 )
 from vq_cases import SEED, assert_same, copy_leaves, frozen, make_inputs
 from vq_kernel_cases import CASES, OUTPUTS, Case, assert_outputs, kernel_results
@@ -77,18 +78,17 @@ def test_a_row_is_the_same_in_any_batch(schedule):
 @every_schedule
 @pytest.mark.parametrize("mask", ["no mask", "all"])
 @pytest.mark.parametrize(
-    ("logits", "least_codes_of_a_part"), [("distance", 1 << 20), ("distance", 64), ("linear with bias", 64)]
+    ("logits", "codes_of_a_part"), [("distance", 1 << 20), ("distance", 64), ("linear with bias", 64)]
 )
-def test_the_smallest_of_identical_codes_wins(logits, mask, least_codes_of_a_part, schedule, monkeypatch):
+def test_the_smallest_of_identical_codes_wins(logits, mask, codes_of_a_part, schedule, monkeypatch):
     """Within a tile, across tiles and across parts; where there is noise, with logits so huge that it drowns."""
-    from regvq_fast.kernels import vector_quantize as kernel
-
-    monkeypatch.setattr(kernel, "MIN_PART_CODES", least_codes_of_a_part)
+    parts = set_parts(monkeypatch, codes_of_a_part)
     inputs = frozen(make_inputs(logits, mask, 70, 50, 8, torch.float32))
     codes = torch.randint(50, (300,), generator=torch.Generator().manual_seed(0))
     inputs |= {name: inputs[name][codes] for name in ("codebook", "weight", "bias") if name in inputs}
     scale = 1e12 if mask == "all" else 1.0
     results = kernel_results(inputs, schedule, scale=scale)
+    assert [number > 1 for number in parts] == [codes_of_a_part == 64]
     assert_outputs(results, inputs, scale=scale)
     first = torch.stack([(codes == code).int().argmax() for code in range(50)])
     for name in ("indices", "best_indices"):
