@@ -48,7 +48,7 @@ class Precision(NamedTuple):
 
 
 def configure_backends(device: torch.device, deterministic: bool) -> None:
-    """How cuBLAS and cuDNN compute for the networks, process-wide; the ops of this project keep their own precision.
+    """How cuBLAS and cuDNN compute for the networks, process-wide; scores of this project's ops stay fp32 all the same.
 
     fp32 convolutions and products use TF32, with its 10 bits of mantissa but fp32's range: mixed precision has 7 to 10.
     cuDNN tries its algorithms at each new shape, and keeps the fastest. ``deterministic`` gives that up for algorithms

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.integrations.common import Adapter, to_rows
-from regvq_fast.ops import vector_quantize
-from regvq_fast.ops.softmax_statistics import softmax_statistics
+from regvq_fast.ops import softmax_statistics, vector_quantize
 
 
 class IndexPropagationQuantize(Adapter):

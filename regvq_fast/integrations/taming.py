@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from regvq_fast.integrations.common import Adapter, to_rows
 from regvq_fast.integrations.nearest import NearestCode, straight_through
-from regvq_fast.ops import assign_codes, vector_quantize
-from regvq_fast.ops.softmax_statistics import softmax_statistics
+from regvq_fast.ops import assign_codes, softmax_statistics, vector_quantize
 from regvq_fast.quantizers.base import draw_seed
 
 

@@ -4,7 +4,16 @@ Each op is one file: public function, eager twin, registration with ``torch.libr
 """
 
 from regvq_fast.ops.assign_codes import assign_codes
+from regvq_fast.ops.segment_sum import segment_sum
+from regvq_fast.ops.softmax_statistics import softmax_statistics
 from regvq_fast.ops.vector_quantize import VectorQuantizeOutput, vector_quantize
 from regvq_fast.ops.weighted_info_nce import weighted_info_nce
 
-__all__ = ["VectorQuantizeOutput", "assign_codes", "vector_quantize", "weighted_info_nce"]
+__all__ = [
+    "VectorQuantizeOutput",
+    "assign_codes",
+    "segment_sum",
+    "softmax_statistics",
+    "vector_quantize",
+    "weighted_info_nce",
+]

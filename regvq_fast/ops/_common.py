@@ -92,12 +92,25 @@ def check_scalar(name: str, value: Tensor, x: Tensor, *, floating: bool = False)
         raise ValueError(f"{name} is on {value.device} but x on {x.device}; move them to one device")
 
 
+def check_row_offset(value: int | Tensor, x: Tensor) -> None:
+    """Raise unless ``value`` is an int or a 0-dim int64 tensor on the device of ``x``."""
+    if isinstance(value, Tensor):
+        check_scalar("row_offset", value, x)
+    elif not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"row_offset must be an int or a 0-dim int64 tensor, got {value!r}")
+
+
 class NonFiniteError(ValueError, FloatingPointError):
     """An input holds nan or inf."""
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raise unless ``value`` is greater than 0 and finite."""
+    """Raise unless ``value`` is a number, no tensor, greater than 0 and finite."""
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a number, since it gets no gradient, got a {type(value).__name__}: give {name}.item(), or "
+            f"to train it multiply the inputs instead and leave {name} fixed"
+        )
     if not value > 0:
         raise ValueError(f"{name} must be greater than 0, got {value}")
     if math.isinf(value):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from regvq_fast.kernels.products import without_tf32
 from regvq_fast.ops._common import (
     Impl,
     check_finite,
@@ -54,7 +55,8 @@ def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
     buffer = codes.new_empty(min(step, len(x)), len(codes))
     for start in range(0, len(x), step):
         rows = x[start : start + step].to(dtype)
-        scores = torch.addmm(column, rows, codes.t(), out=buffer[: len(rows)])
+        with without_tf32(x.device):
+            scores = torch.addmm(column, rows, codes.t(), out=buffer[: len(rows)])
         indices[start : start + step] = row_argmax(scores)
     return indices
 

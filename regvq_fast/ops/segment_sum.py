@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from regvq_fast.ops._common import Impl, compute_dtype, on_device_of, resolve_impl
+from regvq_fast.ops._common import Impl, check_matrix, compute_dtype, on_device_of, resolve_impl
 
 
 def segment_counts(indices: Tensor, num_segments: int) -> Tensor:
@@ -21,15 +21,29 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
     Equivalent to ``torch.zeros(N, D).index_add_(0, indices, values)``, which on CUDA adds in no fixed order.
 
     Args:
-        values: (M, D) floating point.
-        indices: (M,) int64 in [0, num_segments).
+        values: (M, D) fp16, bf16, fp32 or fp64.
+        indices: (M,) int64 in [0, num_segments), on the device of ``values``.
         num_segments: N.
         impl: "auto" | "triton" | "eager".
 
     Returns:
         (N, D) of the type of ``values``, summed in fp32 (fp64 for fp64). Temporary memory: O(M * D); the kernel's
         O(M + N).
+
+    Raises:
+        ValueError: shapes or devices that don't fit; on a CPU also an index out of range (on CUDA looking would stop
+            the device: what its row adds to is undefined).
+        TypeError: types that don't fit.
     """
+    check_matrix("values", values)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    if indices.shape != values.shape[:1]:
+        raise ValueError(f"indices must have shape {tuple(values.shape[:1])}, a row's each, got {tuple(indices.shape)}")
+    if indices.device != values.device:
+        raise ValueError(f"indices are on {indices.device} but values on {values.device}; move them to one device")
+    if num_segments < 0:
+        raise ValueError(f"num_segments must not be negative, got {num_segments}")
     chosen = resolve_impl(impl, values.device, values.dtype)
     return torch.ops.regvq.segment_sum(values.detach(), indices, num_segments, chosen)
 
@@ -44,6 +58,10 @@ def segment_sum_eager(values: Tensor, indices: Tensor, num_segments: int) -> Ten
 
 @torch.library.custom_op("regvq::segment_sum", mutates_args=())
 def _segment_sum(values: Tensor, indices: Tensor, num_segments: int, impl: str) -> Tensor:
+    if indices.device.type == "cpu" and indices.numel():
+        smallest, largest = (int(extreme) for extreme in torch.aminmax(indices))
+        if smallest < 0 or largest >= num_segments:
+            raise ValueError(f"indices must be in [0, {num_segments}), got {smallest} to {largest}")
     if impl == "triton":
         from regvq_fast.kernels import segment_sum as kernel
 

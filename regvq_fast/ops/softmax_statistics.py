@@ -10,6 +10,7 @@ softmax's (a constant in a row drops out). Rows go through in tiles, whose score
 import torch
 from torch import Tensor
 
+from regvq_fast.kernels.products import without_tf32
 from regvq_fast.ops._common import check_like, check_matrix, check_positive, compute_dtype, rows_per_tile
 
 
@@ -29,10 +30,13 @@ def softmax_statistics(
         x: (M, D), M > 0; fp16, bf16, fp32 or fp64.
         keys: (N, D), type and device of ``x``.
         bias: (N,) or None.
-        temperature: > 0. No gradient.
+        temperature: > 0; a number, no tensor: it gets no gradient.
 
     Returns:
         Entropy () and mean (N,), float32 (float64 where ``x`` is). Deterministic. Autocast: inputs are cast to fp32.
+
+    Numerics: scores are multiplied in fp32, whatever PyTorch's float32 matmul precision, since small temperatures
+    magnify their error; the gradients' products follow that setting.
 
     Gradients: to ``x``, ``keys`` and ``bias``, from both. Double backward is not supported.
 
@@ -66,7 +70,8 @@ class _Tiles:
         self.slices = [slice(start, start + step) for start in range(0, len(x), step)]
 
     def log_p(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor).log_softmax(1)
+        with without_tf32(x.device):
+            return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor).log_softmax(1)
 
 
 def _softmax_statistics_eager(

@@ -27,6 +27,7 @@ from regvq_fast.ops._common import (
     check_like,
     check_matrix,
     check_positive,
+    check_row_offset,
     check_scalar,
     compute_dtype,
     on_device_of,
@@ -84,7 +85,7 @@ def vector_quantize(
         codebook: (N, D) codes, type and device of ``x``.
         weight: (N, D) or None. None: distance logits. Given: linear logits, a predicted token distribution.
         bias: (N,) or None, with ``weight`` only.
-        scale: factor of the logits, > 0. No gradient.
+        scale: factor of the logits, > 0; a number, no tensor: it gets no gradient.
         mask: (...) bool or None, leading shape of ``x``: the stochastic rows. None: no row is.
         seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; draw it outside the op.
         row_offset: number of the first row in the global batch: the noise of a row depends on
@@ -105,11 +106,12 @@ def vector_quantize(
     Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Double backward is
     not supported.
 
-    Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64). The kernels multiply fp32 as three TF32 products,
-    fp16 and bf16 as they are, and round probabilities and score gradients to 16 bits for 16-bit inputs, as their
-    products would. "eager" on CUDA: leave PyTorch's float32 matmul precision at "highest", TF32 changes indices. The
-    smallest code wins an exact tie. "eager" takes probabilities under 1e-26 as 0 in backward. Deterministic: two calls
-    give the same bits. Autocast: floating-point inputs are cast to fp32.
+    Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64), whatever PyTorch's float32 matmul precision: TF32
+    would change indices. The gradients' products of fp32 inputs follow that setting, as any other product of a model
+    does. The kernels multiply the scores of fp32 as three TF32 products, fp16 and bf16 as they are, and round
+    probabilities and score gradients to 16 bits for 16-bit inputs, as their products would. The smallest code wins an
+    exact tie. "eager" takes probabilities under 1e-26 as 0 in backward. Deterministic: two calls give the same bits.
+    Autocast: floating-point inputs are cast to fp32.
 
     Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each part where the codes are
     split; backward 12 N D and two buffers of max(2^25, 512 N) scores at most, from sm_80 on at 16 bits of
@@ -195,8 +197,7 @@ def _check_arguments(
             raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
     if seed is not None:
         check_scalar("seed", seed, x)
-    if isinstance(row_offset, Tensor):
-        check_scalar("row_offset", row_offset, x)
+    check_row_offset(row_offset, x)
     check_positive("scale", scale)
     if isinstance(tau, Tensor):
         check_scalar("tau", tau, x, floating=True)

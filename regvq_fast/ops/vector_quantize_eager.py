@@ -6,6 +6,7 @@ It runs on CPUs, in float64, and wherever Triton is missing, and is the oracle o
 import torch
 from torch import Tensor
 
+from regvq_fast.kernels.products import without_tf32
 from regvq_fast.ops._common import compute_dtype, row_argmax, rows_per_tile
 from regvq_fast.ops.noise import gumbel_noise
 from regvq_fast.ops.segment_sum import segment_counts, segment_sum_eager
@@ -35,7 +36,8 @@ class _Logits:
             self.column = self.keys.new_zeros(len(self.keys)) if bias is None else bias.to(dtype)
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor, out=out)  # [rows, N]
+        with without_tf32(x.device):
+            return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor, out=out)  # [rows, N]
 
 
 def _tiles(num_rows: int, num_codes: int, device: torch.device) -> list[slice]:

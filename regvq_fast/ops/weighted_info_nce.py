@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from regvq_fast.kernels.products import without_tf32
 from regvq_fast.ops._common import (
     Impl,
     check_finite,
@@ -44,7 +45,7 @@ def weighted_info_nce(
         key: (B, L, C) features of the reconstruction, shape, type and device of ``query``.
         weight: (B, L) floating point or None. Weights of the positives, >= 0, as they are (normalise them over an
             image to sum 1); a larger weight means a weaker pull. None: vanilla InfoNCE. No gradient.
-        tau: temperature, > 0.
+        tau: temperature, > 0; a number, no tensor: it gets no gradient.
         impl: "auto" | "triton" | "eager". "auto": the Triton kernels on CUDA, fp64 aside, and eager PyTorch elsewhere.
             "triton" on a CPU needs Triton's interpreter.
 
@@ -53,10 +54,12 @@ def weighted_info_nce(
 
     Gradients: to ``query`` and ``key``. Double backward is not supported.
 
-    Numerics: similarities, sums and the result in fp32. The kernels multiply fp32 as three TF32 products, fp16 and bf16
-    as they are, and round the similarities' gradients to 16 bits for 16-bit inputs, as their products would.
-    Deterministic. Autocast: inputs are cast to fp32. An image of a single position has no negatives: its loss is
-    ``log w`` (0 without weight; w = 0 counts as the smallest normal number there) and its gradient 0.
+    Numerics: similarities, sums and the result in fp32, whatever PyTorch's float32 matmul precision; the gradients'
+    products of fp32 inputs follow that setting, as any other product of a model does. The kernels multiply the
+    similarities of fp32 as three TF32 products, fp16 and bf16 as they are, and round the similarities' gradients to 16
+    bits for 16-bit inputs, as their products would. Deterministic. Autocast: inputs are cast to fp32. An image of a
+    single position has no negatives: its loss is ``log w`` (0 without weight; w = 0 counts as the smallest normal
+    number there) and its gradient 0.
 
     Memory beyond inputs and output. Both keep 8 B L bytes for the backward. Triton: forward 12 B L bytes for each part
     where the keys are split; backward one buffer of max(2^25, 512 L) similarities at most, in the type of ``query``,
@@ -115,7 +118,8 @@ def _similarities(
     query: Tensor, key: Tensor, images: slice, rows: slice, tau: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Similarities over tau, (images, rows, L), and a view of their diagonal a_ii, (images, rows)."""
-    a = torch.bmm(query[images, rows].to(dtype) / tau, key[images].to(dtype).mT)
+    with without_tf32(query.device):
+        a = torch.bmm(query[images, rows].to(dtype) / tau, key[images].to(dtype).mT)
     return a, a.diagonal(rows.start, 1, 2)
 
 

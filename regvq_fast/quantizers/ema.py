@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regvq_fast.ops import assign_codes
+from regvq_fast.ops import assign_codes, segment_sum
 from regvq_fast.ops.noise import row_words
-from regvq_fast.ops.segment_sum import segment_counts, segment_sum
+from regvq_fast.ops.segment_sum import segment_counts
 from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, straight_through
 from regvq_fast.ranks import gather_rows
 

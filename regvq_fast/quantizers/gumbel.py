@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.ops import vector_quantize
-from regvq_fast.ops.softmax_statistics import softmax_statistics
+from regvq_fast.ops import softmax_statistics, vector_quantize
 from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, if_kernels_are_elsewhere, kernels, needs_kernels, pass_in_the_interpreter
 
-from regvq_fast.ops import _common, assign_codes, vector_quantize, weighted_info_nce
-from regvq_fast.ops.segment_sum import segment_sum
+from regvq_fast.ops import _common, assign_codes, segment_sum, vector_quantize, weighted_info_nce
 
 pytest.importorskip("triton")
 

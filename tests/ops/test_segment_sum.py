@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from regvq_fast.ops.segment_sum import segment_counts, segment_sum
+from regvq_fast.ops import segment_sum
+from regvq_fast.ops.segment_sum import segment_counts
 
 
 def test_hand_worked_table():

@@ -13,7 +13,7 @@ from kernel_cases import (
     without_interpreter,
 )
 
-from regvq_fast.ops.segment_sum import segment_sum
+from regvq_fast.ops import segment_sum
 
 pytest.importorskip("triton")
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regvq_fast.ops import _common
-from regvq_fast.ops.softmax_statistics import softmax_statistics
+from regvq_fast.ops import _common, softmax_statistics
 
 
 def plain(x, keys, bias=None, *, temperature=1.0):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from regvq_fast.ops import assign_codes, vector_quantize, weighted_info_nce
+from regvq_fast.ops import assign_codes, segment_sum, softmax_statistics, vector_quantize, weighted_info_nce
 
 SEED = torch.tensor(1)
 MASK = torch.ones(6, dtype=torch.bool)
@@ -75,6 +75,13 @@ QUANTIZE = {
         TypeError,
         "row_offset must be a 0-dim",
     ),
+    "scale trains": (
+        {"scale": torch.nn.Parameter(torch.tensor(2.0))},
+        TypeError,
+        "scale must be a number, since it gets no gradient, got a Parameter",
+    ),
+    "row_offset is a fraction": ({"row_offset": 1.5}, TypeError, "row_offset must be an int or .*int64.*got 1.5"),
+    "row_offset is int32": ({"row_offset": torch.tensor(3).int()}, TypeError, "row_offset must be .*int32"),
     "scale nan": ({"scale": NAN}, ValueError, "scale must be greater than 0, got nan"),
     "tau 0": ({"tau": 0.0}, ValueError, "tau must be greater than 0, got 0.0"),
     "tau negative": ({"tau": -0.5}, ValueError, "tau must be greater than 0, got -0.5"),
@@ -144,6 +151,7 @@ CONTRAST = {
     "weight of other shape": ({"weight": torch.ones(3, 2)}, ValueError, r"weight must have .*\(2, 3\), got \(3, 2\)"),
     "weight on another device": ({"weight": torch.ones(2, 3, device="meta")}, ValueError, "weight is on meta"),
     "weight negative": ({"weight": with_value((2, 3), (1, 1), -0.25)}, ValueError, "must not be negative, got -0.25"),
+    "tau is a tensor": ({"tau": torch.tensor(0.1)}, TypeError, "tau must be a number.*no gradient, got a Tensor"),
     "tau 0": ({"tau": 0}, ValueError, "tau must be greater than 0, got 0"),
     "tau negative": ({"tau": -1.0}, ValueError, "tau must be greater than 0, got -1.0"),
     "unknown impl": ({"impl": "fast"}, ValueError, "impl must be one of .*got 'fast'"),
@@ -163,6 +171,50 @@ def test_weighted_info_nce_names_what_is_wrong(case):
     changed, error, message = CONTRAST[case]
     with pytest.raises(error, match=message):
         weighted_info_nce(**{"query": torch.zeros(2, 3, 4), "key": torch.zeros(2, 3, 4)} | changed)
+
+
+STATISTICS = {
+    "x is integer": ({"x": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "x must be floating point.*torch.int64"),
+    "no rows": ({"x": torch.zeros(0, 4)}, ValueError, r"x and keys must have rows, got \(0, 4\) and \(5, 4\)"),
+    "keys have other D": ({"keys": torch.zeros(5, 3)}, ValueError, r"keys must have 4 .*\(5, 3\)"),
+    "keys in another type": ({"keys": torch.zeros(5, 4).half()}, TypeError, "keys is torch.float16 but x"),
+    "bias of other length": ({"bias": torch.zeros(4)}, ValueError, r"bias must have 5 .*\(4,\)"),
+    "temperature 0": ({"temperature": 0.0}, ValueError, "temperature must be greater than 0, got 0.0"),
+    "temperature is a tensor": ({"temperature": torch.tensor(1.0)}, TypeError, "temperature must be a number"),
+}
+
+
+@pytest.mark.parametrize("case", STATISTICS)
+def test_softmax_statistics_names_what_is_wrong(case):
+    changed, error, message = STATISTICS[case]
+    with pytest.raises(error, match=message):
+        softmax_statistics(**{"x": torch.zeros(6, 4), "keys": torch.zeros(5, 4)} | changed)
+
+
+SUM = {
+    "values are a list": ({"values": [[1.0]]}, TypeError, "values must be a tensor, got list"),
+    "values are integer": ({"values": torch.ones(3, 2).int()}, TypeError, "values must be floating point.*int32"),
+    "values are flat": ({"values": torch.ones(3)}, ValueError, r"values must have 2 dim.*\(3,\)"),
+    "indices are a list": ({"indices": [0, 1, 2]}, TypeError, "indices must be an int64 tensor, got list"),
+    "indices are int32": ({"indices": torch.ones(3).int()}, TypeError, "indices must be an int64 .*got torch.int32"),
+    "too few indices": ({"indices": torch.tensor([0, 1])}, ValueError, r"indices must have shape \(3,\).*got \(2,\)"),
+    "indices elsewhere": (
+        {"indices": torch.ones(3, dtype=torch.int64, device="meta")},
+        ValueError,
+        "indices are on meta but values on cpu",
+    ),
+    "index too large": ({"indices": torch.tensor([0, 4, 1])}, ValueError, r"indices must be in \[0, 4\), got 0 to 4"),
+    "index negative": ({"indices": torch.tensor([0, -1, 1])}, ValueError, r"indices must be in \[0, 4\), got -1 to 1"),
+    "segments negative": ({"num_segments": -1}, ValueError, "num_segments must not be negative, got -1"),
+    "unknown impl": ({"impl": "fast"}, ValueError, "impl must be one of .*got 'fast'"),
+}
+
+
+@pytest.mark.parametrize("case", SUM)
+def test_segment_sum_names_what_is_wrong(case):
+    changed, error, message = SUM[case]
+    with pytest.raises(error, match=message):
+        segment_sum(**{"values": torch.ones(3, 2), "indices": torch.arange(3), "num_segments": 4} | changed)
 
 
 def test_under_autocast_types_may_differ_but_fp64_needs_fp64():
