@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
+from unittest import mock
 
 ARCHITECTURES = (70, 80, 86, 90, 100)
 WIDTHS = (32, 64, 128, 256, 512)
@@ -40,6 +41,7 @@ Call = dict[str, Any]
 def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
     """The distinct kernel calls that the ops make on an architecture."""
     import torch
+    import triton
     from triton.runtime.jit import JITFunction
 
     from regvq_fast.kernels import (
@@ -56,9 +58,16 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
         call = describe(kernel, args, options) | {"sm": architecture, "type": dtype_name, "D": width}
         calls.setdefault(json.dumps(call, sort_keys=True, default=str), call)
 
-    run, JITFunction.run = JITFunction.run, record
-    capability, schedules.capability = schedules.capability, lambda device: architecture
-    try:
+    def parts(number: int) -> Any:
+        """Codes and keys in that many parts, whatever the tile and the GPU."""
+
+        def part_codes(num_rows: int, num_codes: int, tile: schedules.Tile, *_: Any) -> int:
+            return triton.cdiv(triton.cdiv(num_codes, number), tile.BN) * tile.BN
+
+        return mock.patch.object(schedules, "part_codes", part_codes)
+
+    capability = mock.patch.object(schedules, "capability", return_value=architecture)
+    with mock.patch.object(JITFunction, "run", record), capability:
         types = (torch.float16, torch.float32) + ((torch.bfloat16,) if architecture >= 80 else ())
         for dtype, width in itertools.product(types, widths):
             dtype_name = str(dtype).removeprefix("torch.")
@@ -66,27 +75,26 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
             x, codebook = torch.zeros(rows, width, dtype=dtype), torch.zeros(codes, width, dtype=dtype)
             mask, seed, zero = torch.zeros(rows, dtype=torch.bool), torch.tensor(0), torch.tensor(0)
             tau = torch.ones((), dtype=torch.float64)
-            for split in (True, False):  # of the codes in parts
-                vector_quantize.MIN_PART_CODES = 2048 if split else codes
-                for masked in (mask, None):
-                    _, _, indices, _, _, lse = vector_quantize.vector_quantize_forward(
-                        x, codebook, None, None, masked, seed, tau, zero, 1.0, 1, True
-                    )
-                assign_codes.assign_codes_forward(x, codebook)
-            for masked, groups, weight in itertools.product((mask, None), (1, 4), (None, codebook)):
-                vector_quantize_backward.vector_quantize_backward(
-                    x, torch.zeros(groups, codes), x, codebook, weight, None, masked, seed, indices, tau, zero, lse,
-                    1.0, "hard", True, True,
-                )  # fmt: skip
-            query = torch.zeros(1, 256, width, dtype=dtype)
-            weights = torch.zeros(query.shape[:2])
-            for split, weight in itertools.product((True, False), (weights, None)):
-                weighted_info_nce.MIN_PART_KEYS = 64 if split else 256
-                loss, lse, share = weighted_info_nce.weighted_info_nce_forward(query, query, weight, 0.07)
-            weighted_info_nce.weighted_info_nce_backward(loss, query, query, lse, share, 0.07, False, False)
-    finally:
-        JITFunction.run = run
-        schedules.capability = capability
+            indices, lse = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+            query, weights = torch.zeros(1, 256, width, dtype=dtype), torch.zeros(1, 256)
+            for number in (2, 1):
+                with parts(number):
+                    for masked, needs_lse in itertools.product((mask, None), (True, False)):
+                        vector_quantize.vector_quantize_forward(
+                            x, codebook, None, None, masked, seed, tau, zero, 1.0, 1, needs_lse
+                        )
+                    assign_codes.assign_codes_forward(x, codebook)
+                    for weight in (weights, None):
+                        weighted_info_nce.weighted_info_nce_forward(query, query, weight, 0.07)
+            with parts(2):
+                for masked, groups, linear in itertools.product((mask, None), (1, 4), (None, codebook)):
+                    vector_quantize_backward.vector_quantize_backward(
+                        x, torch.zeros(groups, codes), x, codebook, linear, None, masked, seed, indices, tau, zero, lse,
+                        1.0, "hard", True, True,
+                    )  # fmt: skip
+                weighted_info_nce.weighted_info_nce_backward(
+                    weights, query, query, weights, weights, 0.07, False, False
+                )
     return list(calls.values())
 
 

@@ -59,6 +59,7 @@ _STEPPING: Tiles = {None: Tile(64, 64, 64, 8, 2)}
 _NARROW: Tiles = {64: Tile(128, 32, 64, 8, 3)}
 _TWO_PRODUCTS: Tiles = {128: Tile(128, 32, 128, 8, 2), 256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}
 _SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
+_SMALL_DEEP: Tiles = {64: Tile(64, 64, 32, 8, 3)} | _SMALL
 _SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
 _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     80: {
@@ -99,11 +100,11 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
     },
     100: {
-        "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL),
+        "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL_DEEP),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
         "probabilities": (
             _NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)},
-            {64: Tile(64, 64, 32, 8, 3), None: Tile(64, 64, 32, 8, 2)},
+            _SMALL_DEEP,
         ),
         "probabilities_linear": (_NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, _SMALL),
         "grad_scores": ({256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 2)}),

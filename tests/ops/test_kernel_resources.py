@@ -1,11 +1,13 @@
 """The schedules' table, and what its tiles cost on every supported GPU: ahead-of-time compilation needs none."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import kernel_resources
 import pytest
 import torch
 from hypothesis import given, settings
@@ -177,6 +179,36 @@ def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores
     assert multiply == {(architecture, name) for architecture in (80, 90, 100) for name in NAMES.values()}
     for architecture in COMPILED:
         assert pinned(architecture) <= compiled
+
+
+@without_interpreter
+@pytest.mark.parametrize("architecture", [70, 90])
+def test_every_variant_of_a_sweep_and_of_its_join_is_compiled(architecture):
+    calls = kernel_resources.record_calls(architecture, (64,))
+
+    def variants(kernel: str, *flags: str) -> list[tuple[bool, ...]]:
+        found = (call["constants"] for call in calls if call["kernel"] == f"_{kernel}_kernel")
+        return sorted({tuple(constants[flag] for flag in flags) for constants in found})
+
+    def all_of(*flags: str) -> list[tuple[bool, ...]]:
+        """ASSIGN is the first of the sweep's flags, and goes with neither noise nor log-sum-exp."""
+        choices = itertools.product((False, True), repeat=len(flags))
+        given = (dict(zip(flags, choice, strict=True)) for choice in choices)
+        return [
+            tuple(flag.values())
+            for flag in given
+            if not (flag.get("ASSIGN") and (flag.get("NOISE") or flag.get("LSE")))
+        ]
+
+    for kernel, flags in {
+        "vector_quantize_fwd": ("ASSIGN", "NOISE", "LSE", "SPLIT"),
+        "join_parts": ("ASSIGN", "NOISE", "LSE"),
+        "probabilities": ("LINEAR", "NOISE", "ONE_GROUP"),
+        "grad_scores": ("NOISE", "ONE_GROUP"),
+        "weighted_info_nce_fwd": ("WEIGHTED", "SPLIT"),
+        "weighted_info_nce_join": ("WEIGHTED",),
+    }.items():
+        assert variants(kernel, *flags) == all_of(*flags), kernel
 
 
 @without_interpreter
