@@ -22,7 +22,7 @@ class NearestCode(Adapter):
         """z (B, D, H, W) -> codes (B, D, H, W), loss, (None, None, indices); these (B * H * W,), options aside."""
         rows = to_rows(z)
         indices = assign_codes(rows.flatten(0, 2), self.embedding.weight)
-        quantized, loss = straight_through(rows, self.embedding(indices).view(rows.shape), self.beta, self.legacy)
+        quantized, loss = codes_and_loss(rows, self.embedding(indices).view(rows.shape), self.beta, self.legacy)
         if self.remap is not None:
             indices = self.remap_to_used(indices.view(len(z), -1)).reshape(-1, 1)
         if self.sane_index_shape:
@@ -30,7 +30,7 @@ class NearestCode(Adapter):
         return quantized, loss, (None, None, indices)
 
 
-def straight_through(rows: Tensor, codes: Tensor, beta: float, legacy: bool) -> tuple[Tensor, Tensor]:
+def codes_and_loss(rows: Tensor, codes: Tensor, beta: float, legacy: bool) -> tuple[Tensor, Tensor]:
     """Codes (B, H, W, D) -> maps (B, D, H, W), with the identity's gradient to the rows, and both terms of the loss.
 
     In the library's own order of operations, so that values are the same to the bit. ``legacy``: beta weighs the

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.integrations.common import Adapter, to_rows
-from regvq_fast.integrations.nearest import NearestCode, straight_through
+from regvq_fast.integrations.nearest import NearestCode, codes_and_loss
 from regvq_fast.ops import assign_codes, softmax_statistics, vector_quantize
 from regvq_fast.quantizers.base import draw_seed
 
@@ -38,7 +38,7 @@ class VectorQuantizer(Adapter):
         """z (B, D, H, W) -> codes, loss, (perplexity, one-hot rows (M, N), indices (M, 1))."""
         rows = to_rows(z)
         indices = assign_codes(rows.flatten(0, 2), self.embedding.weight)
-        quantized, loss = straight_through(rows, self.embedding(indices).view(rows.shape), self.beta, legacy=True)
+        quantized, loss = codes_and_loss(rows, self.embedding(indices).view(rows.shape), self.beta, legacy=True)
         one_hot = rows.new_zeros(len(indices), self.n_e).scatter_(1, indices.unsqueeze(1), 1)
         share = one_hot.mean(0)
         perplexity = (-(share * (share + 1e-10).log()).sum()).exp()
