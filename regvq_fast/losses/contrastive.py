@@ -84,8 +84,8 @@ class ProbabilisticContrastiveLoss(nn.Module):
             0-dim float32; 0 where no place counts.
 
         Raises:
-            ValueError: no mask for the region "masked", or numbers and shapes of maps, layer weights, perturbation and
-                mask that don't fit.
+            ValueError: no mask for the region "masked", no maps or empty ones, or numbers and shapes of maps, layer
+                weights, perturbation and mask that don't fit.
 
         Similarities accumulate in fp32. On CUDA 16-bit maps are multiplied as such, after a normalisation in fp32.
         """
@@ -97,6 +97,8 @@ class ProbabilisticContrastiveLoss(nn.Module):
         shapes, others = ([tuple(maps.shape) for maps in side] for side in (original, reconstruction))
         if shapes != others:
             raise ValueError(f"feature maps of the two images have different shapes: {shapes} and {others}")
+        if not shapes or any(0 in shape for shape in shapes):
+            raise ValueError(f"there must be feature maps, of an image, a channel and a place at least, got {shapes}")
         for name, tokens in (("perturbation", perturbation), ("mask", mask)):
             if tokens is not None and (tokens.ndim != 3 or tokens.shape[0] != shapes[0][0]):
                 raise ValueError(f"{name} must be (B, h, w) of {shapes[0][0]} images, got {tuple(tokens.shape)}")

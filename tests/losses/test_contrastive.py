@@ -168,6 +168,9 @@ def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
         ProbabilisticContrastiveLoss(region="masked")(maps, maps, perturbation, SEED)
     with pytest.raises(ValueError, match="3 weights for 2 feature maps"):
         ProbabilisticContrastiveLoss(layer_weights=(1, 1, 1))(maps, maps, perturbation, SEED)
+    for empty in ([], [torch.zeros(0, 6, 4, 4)]):
+        with pytest.raises(ValueError, match="there must be feature maps, of an image"):
+            ProbabilisticContrastiveLoss()(empty, empty, perturbation[:0], SEED)
     larger = feature_maps(0, (8, 5))
     for other in (larger, maps[:1]):
         with pytest.raises(ValueError, match=r"different shapes: .*\(2, 6, 4, 4\)\] and \[\(2, 6, 8, 8\)"):
