@@ -5,20 +5,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regvq_fast.ops._common import compute_dtype
+
 
 class QuantizerOutput(NamedTuple):
     """What a quantizer returns for feature maps (B, D, H, W)."""
 
     quantized: Tensor
-    """(B, D, H, W) float32, with the quantizer's gradient to its input."""
+    """(B, D, H, W) float32 (float64 from a float64 module), with the quantizer's gradient to its input."""
     indices: Tensor
     """(B, H, W) int64, the selected codes."""
     loss: Tensor
-    """0-dim float32, weighted sum of the quantizer's own losses."""
+    """0-dim, of the type of ``quantized``: weighted sum of the quantizer's own losses."""
     metrics: dict[str, Tensor]
     """0-dim, detached, for logging."""
     perturbation: Tensor
-    """(B, H, W) float32, |z[index] - z[best_index]|^2; 0 where the selection is deterministic."""
+    """(B, H, W), of that type: |z[index] - z[best_index]|^2; 0 where the selection is deterministic."""
     mask: Tensor
     """(B, H, W) bool, the stochastic positions."""
 
@@ -38,14 +40,16 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(num_codes, code_dim)
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
-        """Select a code for each position of z (B, D, H, W); in fp32, whatever autocast says.
+        """Select a code for each position of z (B, D, H, W).
+
+        In fp32, whatever autocast says and though the module itself be cast to 16 bits; in fp64 in a float64 module.
 
         In evaluation that is the best code everywhere. In training, quantizers that draw take the ``seed`` (0-dim
         int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
         position among those of all ranks and parts of a batch. In a distributed run give all ranks the same seed.
 
         Raises:
-            ValueError: maps of another shape; on a CPU nan or inf in them.
+            ValueError: maps of another shape, or none; on a CPU nan or inf in them.
         """
         raise NotImplementedError
 
@@ -64,10 +68,12 @@ class Quantizer(nn.Module):
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
 
     def _to_rows(self, z: Tensor) -> Tensor:
-        """(B, D, H, W) -> (B*H*W, D) float32; no copy for channels_last fp32 maps."""
+        """(B, D, H, W) -> (B*H*W, D) of the type of :func:`wide`; no copy for channels_last fp32 maps."""
         if z.ndim != 4 or z.shape[1] != self.code_dim:
             raise ValueError(f"the quantizer takes (B, {self.code_dim}, H, W) maps, got {tuple(z.shape)}")
-        return z.float().permute(0, 2, 3, 1).reshape(-1, self.code_dim)
+        if z.numel() == 0:
+            raise ValueError(f"the quantizer needs a position at least: there is none in maps of {tuple(z.shape)}")
+        return z.to(compute_dtype(self.embedding.weight)).permute(0, 2, 3, 1).reshape(-1, self.code_dim)
 
     @staticmethod
     def _to_maps(rows: Tensor, z: Tensor) -> Tensor:
@@ -87,9 +93,14 @@ class Quantizer(nn.Module):
             index_map,
             loss,
             {"commitment": commitment.detach()},
-            torch.zeros_like(index_map, dtype=torch.float32),
+            torch.zeros_like(index_map, dtype=quantized.dtype),
             torch.zeros_like(index_map, dtype=torch.bool),
         )
+
+
+def wide(parameter: Tensor) -> Tensor:
+    """A parameter in float32, or in float64 if that is its type: what quantizers compute in."""
+    return parameter.to(compute_dtype(parameter))
 
 
 def straight_through(rows: Tensor, codes: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from regvq_fast.ops import assign_codes, segment_sum
 from regvq_fast.ops.noise import row_words
 from regvq_fast.ops.segment_sum import segment_counts
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, straight_through
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, straight_through, wide
 from regvq_fast.ranks import gather_rows
 
 
@@ -20,6 +20,8 @@ class EMAQuantizer(Quantizer):
     encoder output drawn from the batch and starts over with twice that share: at a decay of 0.99 it has 69 steps to be
     selected before it is moved again. A fresh codebook is all dead, so its first batch initialises it: each code
     becomes an encoder output or the mean of those assigned to it.
+
+    The averages have the module's type, and 16 bits lose most of a step's change of them: train it in float32.
 
     Args:
         num_codes: N.
@@ -67,8 +69,9 @@ class EMAQuantizer(Quantizer):
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
-            indices = assign_codes(rows, self.embedding.weight)
-            codes = F.embedding(indices, self.embedding.weight)
+            codebook = wide(self.embedding.weight)
+            indices = assign_codes(rows, codebook)
+            codes = F.embedding(indices, codebook)
             quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes)
             out = self._deterministic(z, quantized, indices, self.commitment * commitment, commitment)
@@ -80,19 +83,22 @@ class EMAQuantizer(Quantizer):
     @torch.no_grad()
     def _update_codes(self, rows: Tensor, indices: Tensor, seed: Tensor) -> None:
         # Debiasing as in Adam is not needed: the codes are a ratio of two averages with the same bias.
-        share = segment_counts(indices, self.num_codes) / len(rows)
-        self.cluster_share.lerp_(share, 1 - self.decay)
-        self.cluster_sum.lerp_(segment_sum(rows, indices, self.num_codes) / len(rows), 1 - self.decay)
-        threshold = self.dead_threshold / self.num_codes
-        dead = (self.cluster_share < threshold).unsqueeze(1)
-        # A random row a code, no row twice while there are enough.
-        numbers = torch.arange(len(rows), device=rows.device)
-        order = row_words(seed, numbers, stream=2).argsort()
-        candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
-        self.cluster_sum.copy_(torch.where(dead, candidates * 2 * threshold, self.cluster_sum))
-        self.cluster_share.copy_(torch.where(dead.squeeze(1), 2 * threshold, self.cluster_share))
-        averages = self.cluster_sum / self.cluster_share.clamp(min=1e-5 / self.num_codes).unsqueeze(1)
-        self.embedding.weight.copy_(averages)
+        batch_share = segment_counts(indices, self.num_codes).to(rows.dtype) / len(rows)
+        batch_sum = segment_sum(rows, indices, self.num_codes) / len(rows)
+        share = wide(self.cluster_share).lerp(batch_share, 1 - self.decay)
+        total = wide(self.cluster_sum).lerp(batch_sum, 1 - self.decay)
+        if self.dead_threshold > 0:
+            threshold = self.dead_threshold / self.num_codes
+            dead = share < threshold
+            # A random row a code, no row twice while there are enough.
+            numbers = torch.arange(len(rows), device=rows.device)
+            order = row_words(seed, numbers, stream=2).argsort()
+            candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
+            total = torch.where(dead.unsqueeze(1), candidates * 2 * threshold, total)
+            share = torch.where(dead, 2 * threshold, share)
+        self.cluster_share.copy_(share)
+        self.cluster_sum.copy_(total)
+        self.embedding.weight.copy_(total / share.clamp(min=1e-5 / self.num_codes).unsqueeze(1))
 
 
 def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.ops import softmax_statistics, vector_quantize
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, wide
 
 
 class GumbelQuantizer(Quantizer):
@@ -52,14 +52,15 @@ class GumbelQuantizer(Quantizer):
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
+            weight, bias = wide(self.proj.weight), wide(self.proj.bias)
             mask = torch.full(rows.shape[:1], self.training, dtype=torch.bool, device=z.device)
             if self.training and seed is None:
                 seed = draw_seed(z.device)
             out = vector_quantize(
                 rows,
-                self.embedding.weight,
-                weight=self.proj.weight,
-                bias=self.proj.bias,
+                wide(self.embedding.weight),
+                weight=weight,
+                bias=bias,
                 mask=mask if self.training else None,
                 seed=seed,
                 row_offset=row_offset,
@@ -68,7 +69,7 @@ class GumbelQuantizer(Quantizer):
             )
             loss, metrics = rows.new_zeros(()), {"tau": self.tau.clone()}
             if self.kl_weight > 0:
-                entropy, _ = softmax_statistics(rows, self.proj.weight, self.proj.bias)
+                entropy, _ = softmax_statistics(rows, weight, bias)
                 kl = math.log(self.num_codes) - entropy
                 loss, metrics["kl"] = self.kl_weight * kl, kl.detach()
             return QuantizerOutput(

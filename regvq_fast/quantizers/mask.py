@@ -1,7 +1,7 @@
 """Stochastic mask (Reg-VQ, section 3.2): which positions of a token map are selected with noise."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,12 @@ def stochastic_mask(
 
     Returns:
         (B * H * W,) bool.
+
+    Raises:
+        ValueError: no such mode.
     """
+    if mode not in get_args(MaskMode):
+        raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(MaskMode)))}, got {mode!r}")
     rows = torch.arange(batch_size * positions, device=seed.device) + row_offset
     words = row_words(seed, rows, stream=1)
     if mode == "bernoulli":

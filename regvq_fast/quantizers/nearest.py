@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regvq_fast.ops import assign_codes
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, straight_through
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, straight_through, wide
 
 
 class NearestQuantizer(Quantizer):
@@ -33,8 +33,9 @@ class NearestQuantizer(Quantizer):
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
-            indices = assign_codes(rows, self.embedding.weight)
-            codes = self.embedding(indices)
+            codebook = wide(self.embedding.weight)
+            indices = assign_codes(rows, codebook)
+            codes = F.embedding(indices, codebook)
             quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes.detach())
             loss = F.mse_loss(codes, rows.detach()) + self.commitment * commitment

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regvq_fast.losses.prior import PriorScope, posterior_groups, prior_kl, scoped_posterior
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.vector_quantize import CodebookGrad
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed
+from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, wide
 from regvq_fast.quantizers.mask import MaskMode, stochastic_mask
 
 LogitKind = Literal["distance", "linear", "cosine"]
@@ -116,9 +116,9 @@ class RegularizedQuantizer(Quantizer):
             groups = posterior_groups(scope, batch)
             out = vector_quantize(
                 rows,
-                self.codes(),
-                weight=self.proj.weight if linear else None,
-                bias=self.proj.bias if linear else None,
+                wide(self.codes()),
+                weight=wide(self.proj.weight) if linear else None,
+                bias=wide(self.proj.bias) if linear else None,
                 scale=self.scale,
                 mask=mask,
                 seed=seed,

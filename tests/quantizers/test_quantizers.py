@@ -105,6 +105,31 @@ def test_computes_in_fp32_under_autocast(quantizer: Quantizer) -> None:
     assert equal(under_autocast, copy.deepcopy(quantizer)(z.float(), seed()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_module_of_another_type_computes_in_fp32_or_fp64_with_its_rounded_codes(quantizer, dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rounded = copy.deepcopy(quantizer).to(dtype)
+    expected = copy.deepcopy(rounded).to(wide)
+    z, z_wide = (maps().to(kind).requires_grad_() for kind in (dtype, wide))
+    with torch.no_grad():
+        z_wide.copy_(z)
+    out, out_wide = rounded(z, seed()), expected(z_wide, seed())
+    assert out.quantized.dtype == out.loss.dtype == out.perturbation.dtype == wide
+    assert torch.equal(out.indices, out_wide.indices)
+    if not isinstance(quantizer, RegularizedQuantizer) or quantizer.logits != "cosine":  # normalises in its type
+        assert torch.equal(out.quantized, out_wide.quantized)
+        assert torch.equal(out.loss, out_wide.loss)
+    (out.quantized.square().mean() + out.loss).backward()
+    assert z.grad is not None
+    assert z.grad.dtype == dtype
+    assert all(torch.isfinite(value).all() for value in rounded.state_dict().values())
+
+
+def test_maps_without_a_position_are_refused(quantizer: Quantizer) -> None:
+    with pytest.raises(ValueError, match=r"needs a position at least: .* maps of \(0, 8, 4, 5\)"):
+        quantizer(torch.zeros(0, D, 4, 5))
+
+
 def test_compiles_as_one_graph_to_the_same_result(quantizer: Quantizer) -> None:
     torch._dynamo.reset()
     expected = copy.deepcopy(quantizer)(maps(), seed())
@@ -151,6 +176,11 @@ def test_reg_vq_masks_exactly_the_share_of_every_image_and_redraws_it() -> None:
     assert not torch.equal(first.mask[0], first.mask[1])
     assert not torch.equal(first.mask, second.mask)
     assert (first.perturbation[~first.mask] == 0).all()
+
+
+def test_a_mask_of_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode must be one of 'exact', 'bernoulli', got 'random'"):
+        stochastic_mask(2, 20, 0.4, seed(), mode="random")
 
 
 def test_bernoulli_mask_has_its_ratio_on_average() -> None:
@@ -299,11 +329,12 @@ def test_vq_vae_fresh_codebook_is_initialised_by_its_first_batch() -> None:
     assert len(quantizer(z, seed(9)).indices.unique()) > 0.8 * N
 
 
-def test_vq_vae_without_revival_leaves_codes_that_are_never_selected_where_they_are() -> None:
+def test_vq_vae_without_revival_leaves_codes_that_are_never_selected_where_they_are(monkeypatch) -> None:
     quantizer = EMAQuantizer(3, 1, dead_threshold=0)
     with torch.no_grad():
         quantizer.embedding.weight.copy_(torch.tensor([[0.0], [1.0], [1000.0]]))
         quantizer.start_from_embedding()
+    monkeypatch.delattr("regvq_fast.quantizers.ema.row_words")  # nor are rows drawn for them
     fresh = EMAQuantizer(N, D, dead_threshold=0)
     before = fresh.embedding.weight.detach().clone()
     for step in range(3):
