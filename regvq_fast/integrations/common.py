@@ -48,11 +48,18 @@ def _bare_module(adapter: type[Adapter], library_class: type[nn.Module]) -> nn.M
 
 
 def other_arguments(adapter: type[nn.Module], library_class: type[nn.Module]) -> str | None:
-    """A clause that says so where the two ``forward`` take other arguments: an unknown release of the library."""
-    known, found = (list(inspect.signature(c.forward).parameters)[1:] for c in (adapter, library_class))
-    if known == found:
+    """A clause that says so where the two ``forward`` take other arguments: an unknown release of the library.
+
+    Of an adapter that hands on ``*args`` and ``**options`` the named ones alone count, which come first.
+    """
+    known, found = (list(inspect.signature(c.forward).parameters.values())[1:] for c in (adapter, library_class))
+    named = [argument.name for argument in known if argument.kind is argument.POSITIONAL_OR_KEYWORD]
+    names = [argument.name for argument in found]
+    hands_on = len(named) < len(known)
+    if named == (names[: len(named)] if hands_on else names):
         return None
-    return f"its forward takes ({', '.join(found)}), not the ({', '.join(known)}) of the releases that are known"
+    wanted = ", ".join([*named, "..."] if hands_on else named)
+    return f"its forward takes ({', '.join(names)}), not the ({wanted}) of the releases that are known"
 
 
 def to_rows(maps: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ class VectorQuantize(Adapter):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
+        if reason := super().why_not(module):
+            return reason
         codebook = module._codebook
         assert isinstance(codebook, nn.Module)
         if reason := other_arguments(Codebook, type(codebook)):

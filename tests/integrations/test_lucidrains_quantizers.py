@@ -23,6 +23,14 @@ def build(**options):
     return library.VectorQuantize(WIDTH, CODES, **options)
 
 
+def test_releases_with_other_arguments_are_left_alone(monkeypatch):
+    quantizer = build()
+    monkeypatch.setattr(library.VectorQuantize, "forward", lambda self, x, mask=None, indices=None: None)
+    message = r"its forward takes \(x, mask, indices\), not the \(x, indices, \.\.\.\) of the releases that are known"
+    with pytest.raises(ValueError, match=message):
+        accelerate(quantizer)
+
+
 def rows():
     return torch.randn(2, 40, WIDTH)
 
