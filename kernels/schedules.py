@@ -17,11 +17,11 @@ ahead-of-time compilation (``python bench/kernel_resources.py``).
 """
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +34,9 @@ T = TypeVar("T")
 # read and write the codes' gradients too often.
 CHUNK_SCORES = 1 << 25
 MIN_CHUNK_ROWS = 512
+# Rows that are ordered together at most: stochastic tiles begin first, and ranking a window takes its length squared.
+# Larger chunks are whole windows.
+ORDER_WINDOW = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -174,25 +177,26 @@ def run(
     how: str,
     dtype: torch.dtype,
     width: int,
-    num_codes: int,
+    kind: tuple[object, ...],
     device: torch.device,
     launch: Callable[[Tile], T],
 ) -> T:
     """``launch`` a kernel with its pinned tile or, with ``REGVQ_AUTOTUNE=1``, with the fastest of the neighbours.
 
-    The search calls ``launch`` any number of times, and synchronises: warm up before a CUDA graph is captured.
+    ``kind`` is what else decides which one that is: sizes and flags of the call. The search calls ``launch`` any number
+    of times, and synchronises: warm up before a CUDA graph is captured.
     """
     chosen = tile(kernel, how, dtype, width, device)
     wanted = os.environ.get("REGVQ_AUTOTUNE", "")
     if wanted not in ("", "0", "1"):
         raise ValueError(f"REGVQ_AUTOTUNE must be 0 or 1, got {wanted!r}")
     if wanted == "1":
-        key = (kernel, how, dtype, width, num_codes, device)
+        key = (kernel, how, dtype, width, kind, device)
         if key not in _tuned:
             times = {}
             for candidate in neighbours(chosen):
                 with contextlib.suppress(triton.runtime.errors.OutOfResources, triton.CompilationError):
-                    times[candidate] = milliseconds(partial(launch, candidate))
+                    times[candidate] = milliseconds(functools.partial(launch, candidate))
             _tuned[key] = min(times, key=lambda tile: times[tile])
         chosen = _tuned[key]
     return launch(chosen)
@@ -220,13 +224,19 @@ def neighbours(pinned: Tile) -> list[Tile]:
 
 def chunk_rows(num_codes: int, least: int | None = None) -> int:
     """Rows of a chunk, ``least`` of them or more (None: as the table says); a multiple of every tile."""
-    return max(least or MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes // 128 * 128)
+    rows = max(least or MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes)
+    return rows // _unit(rows) * _unit(rows)
 
 
 def equal_chunks(num_rows: int, most: int) -> int:
-    """Rows of a chunk so that none is much smaller than the others; a multiple of 128, at most ``most``."""
-    chunks = max(1, triton.cdiv(num_rows, most))
-    return min(most, max(1, triton.cdiv(triton.cdiv(num_rows, chunks), 128)) * 128)
+    """Rows of a chunk so that none is much smaller than the others; a multiple of every tile, at most ``most``."""
+    rows = triton.cdiv(num_rows, max(1, triton.cdiv(num_rows, most)))
+    return min(most, max(1, triton.cdiv(rows, _unit(rows))) * _unit(rows))
+
+
+def _unit(rows: int) -> int:
+    """What a chunk of about so many rows is a multiple of: of every tile, and of the windows where it has several."""
+    return 128 if rows <= ORDER_WINDOW else ORDER_WINDOW
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -246,13 +256,14 @@ def part_codes(num_rows: int, num_codes: int, tile: Tile, least: int, device: to
     tenths on average.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    programs = triton.cdiv(num_rows, tile.BM)
-    most = max(1, num_codes // least)
+    parts = _num_parts(triton.cdiv(num_rows, tile.BM), max(1, num_codes // least), waves, processors)
+    return triton.cdiv(triton.cdiv(num_codes, parts), tile.BN) * tile.BN
 
+
+@functools.lru_cache(1024)  # a search, on every call of an op and chunk
+def _num_parts(programs: int, most: int, waves: int, processors: int) -> int:
     def fullness(parts: int) -> float:
         return programs * parts / (max(waves, triton.cdiv(programs * parts, processors)) * processors)
 
-    parts = next((parts for parts in range(1, most + 1) if fullness(parts) >= 0.9), None)
-    if parts is None:
-        parts = max(range(1, most + 1), key=fullness)
-    return triton.cdiv(triton.cdiv(num_codes, parts), tile.BN) * tile.BN
+    enough = next((parts for parts in range(1, most + 1) if fullness(parts) >= 0.9), None)
+    return enough or max(range(1, most + 1), key=fullness)

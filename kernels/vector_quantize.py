@@ -32,8 +32,6 @@ LOG2_E = math.log2(math.e)
 # take several times as long as the others: smaller parts let the others fill in.
 MIN_PART_CODES = 2048
 MIN_NOISY_PART_CODES = 256
-# Rows that are ordered together at most: stochastic tiles begin first, and ranking a window takes its length squared.
-ORDER_WINDOW = 1 << 16
 
 
 @triton.jit
@@ -346,7 +344,7 @@ def run_sweep(
     how = schedules.schedule(x.device)
     given, chunk = how == "chunked", schedules.chunk_rows(num_codes)
     step = chunk if given else num_rows
-    order = None if noise[0] is None else order_rows(noise[0], chunk if given else ORDER_WINDOW)
+    order = None if noise[0] is None else order_rows(noise[0], min(step, schedules.ORDER_WINDOW))
     lse, counts = outputs[4:]
     flags = {
         "D": width,
@@ -382,4 +380,5 @@ def run_sweep(
                 BM=32, num_warps=4, enable_fp_fusion=True, **flags,
             )  # fmt: skip
 
-    schedules.run(kernel, how, x.dtype, width, num_codes, x.device, sweep)
+    kind = (num_codes, triton.next_power_of_2(num_rows), *flags.values())
+    schedules.run(kernel, how, x.dtype, width, kind, x.device, sweep)

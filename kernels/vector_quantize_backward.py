@@ -271,7 +271,7 @@ def vector_quantize_backward(
     group_rows = num_rows if grad_posterior is None else max(1, num_rows // grad_posterior.shape[0])
     if grad_posterior is not None:
         grad_posterior = grad_posterior.to(torch.float32).contiguous() / group_rows
-    order = None if mask is None else order_rows(mask, chunk)
+    order = None if mask is None else order_rows(mask, min(chunk, schedules.ORDER_WINDOW))
     magnitude, p_scale = None, 1.0
     if dtype == torch.float16:
         p_scale = _FP16_P_SCALE
@@ -322,7 +322,8 @@ def vector_quantize_backward(
         return None if column_shares is None else column_shares.sum(0)
 
     p_buffer, grad_scores_buffer = x.new_empty(2, min(chunk, num_rows), num_codes)
-    kind = (how, dtype, width, num_codes, x.device)
+    kind = (num_codes, triton.next_power_of_2(min(chunk, num_rows)), needs_column, *flags.values())
+    call = (how, dtype, width, kind, x.device)
     first_sweep = "probabilities" if weight is None else "probabilities_linear"  # of two tiles of codes
     one_row = grad_posterior is None or flags["ONE_GROUP"]  # of the posterior's gradient, or several, a tile of them
     second_sweep = "grad_scores" if one_row else "grad_scores_grouped"
@@ -334,8 +335,8 @@ def vector_quantize_backward(
             with without_tf32(x.device):
                 scores = product_fp32(x[start:end], keys.t())
                 products = product_fp32(grad_quantized[start:end], codebook.t())
-        row_sums = schedules.run(first_sweep, *kind, partial(make_p, start, end, scores, products))
-        column_sums = schedules.run(second_sweep, *kind, partial(make_grad_scores, start, end, products, row_sums))
+        row_sums = schedules.run(first_sweep, *call, partial(make_p, start, end, scores, products))
+        column_sums = schedules.run(second_sweep, *call, partial(make_grad_scores, start, end, products, row_sums))
         if grad_x is not None:
             if magnitude is None:
                 torch.mm(grad_scores, keys, out=grad_x[start:end])

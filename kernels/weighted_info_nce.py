@@ -323,7 +323,8 @@ def weighted_info_nce_forward(
                 WEIGHTED=weight is not None, BM=128, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
 
-    schedules.run("weighted_info_nce", how, dtype, width, length, device, sweep)
+    kind = (length, num_images, weight is not None)
+    schedules.run("weighted_info_nce", how, dtype, width, kind, device, sweep)
     return loss, lse, share
 
 
@@ -373,7 +374,7 @@ def weighted_info_nce_backward(
             with without_tf32(device):
                 products = product_fp32(query[images], key[images, keys].mT)
         launch = partial(make_grad_scores, images, keys, products, grad_scores)
-        schedules.run("weighted_info_nce_backward", how, dtype, width, length, device, launch)
+        schedules.run("weighted_info_nce_backward", how, dtype, width, (length, num_images), device, launch)
         if grad_key is not None and dtype == torch.bfloat16:
             torch.bmm(grad_scores.mT, query[images], out=grad_key[images, keys])
         elif grad_key is not None:

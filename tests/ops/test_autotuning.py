@@ -9,7 +9,7 @@ import triton
 
 from regvq_fast.kernels import schedules
 
-KIND = ("vector_quantize", "fused", torch.bfloat16, 256, 1024, torch.device("cpu"))
+KIND = ("vector_quantize", "fused", torch.bfloat16, 256, (1024, "noise"), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -54,6 +54,14 @@ def test_the_fastest_neighbour_runs_and_is_remembered(timed, monkeypatch):
     count = len(timed)
     assert schedules.run(*KIND, lambda tile: tile) == chosen
     assert len(timed) == count
+
+
+def test_calls_of_another_kind_are_searched_by_themselves(timed, monkeypatch):
+    monkeypatch.setenv("REGVQ_AUTOTUNE", "1")
+    schedules.run(*KIND, lambda tile: tile)
+    count = len(timed)
+    schedules.run(*KIND[:4], (1024, "no noise"), KIND[5], lambda tile: tile)
+    assert len(timed) == 2 * count
 
 
 def test_tiles_that_do_not_fit_are_passed_over(timed, monkeypatch):

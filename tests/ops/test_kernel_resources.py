@@ -76,7 +76,9 @@ def test_chunks_are_whole_tiles_of_a_bounded_number_of_scores(num_codes):
     rows = schedules.chunk_rows(num_codes)
     assert rows % 128 == 0
     assert rows * num_codes <= max(schedules.CHUNK_SCORES, schedules.MIN_CHUNK_ROWS * num_codes)
-    assert (rows + 128) * num_codes > schedules.CHUNK_SCORES
+    assert (
+        rows + (128 if rows <= schedules.ORDER_WINDOW else schedules.ORDER_WINDOW)
+    ) * num_codes > schedules.CHUNK_SCORES
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -109,6 +111,24 @@ def test_where_programs_are_unequal_parts_make_more_waves():
     assert schedules.part_codes(64 * processors, 8192, tile, 64, CPU, waves=4) == 8192 // 4
     assert schedules.part_codes(64, 8192, tile, 64, CPU, waves=4) == 320  # 29 of 32 programs, in whole tiles
     assert schedules.part_codes(64 * 8 * processors, 8192, tile, 64, CPU, waves=4) == 8192  # they are there already
+
+
+def test_the_search_for_parts_is_made_once_for_a_kind_of_call():
+    tile = schedules.Tile(64, 64, 64, 4, 2)
+    schedules.part_codes(64 * 9, 262144, tile, 256, CPU)
+    searched = schedules._num_parts.cache_info().misses
+    schedules.part_codes(64 * 9, 262144, tile, 256, CPU)
+    assert schedules._num_parts.cache_info().misses == searched
+
+
+@pytest.mark.parametrize("num_codes", [1, 3, 16, 200])
+def test_chunks_of_several_windows_are_whole_windows(num_codes):
+    most = schedules.chunk_rows(num_codes)
+    assert most > schedules.ORDER_WINDOW
+    for num_rows in (most - 1, most + 1, 5 * most // 2):
+        chunk = schedules.equal_chunks(num_rows, most)
+        assert chunk <= most
+        assert chunk % schedules.ORDER_WINDOW == 0 or chunk < schedules.ORDER_WINDOW
 
 
 def test_chunks_are_equal_and_no_larger_than_allowed():

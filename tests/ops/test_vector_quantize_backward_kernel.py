@@ -180,6 +180,26 @@ def test_parts_of_the_codes_and_chunks_of_the_rows_change_nothing(schedule, dtyp
 
 @needs_kernels
 @every_schedule
+def test_rows_are_ordered_in_windows_that_chunks_are_multiples_of(schedule, monkeypatch):
+    """Ranking takes the square of a window's length."""
+    from regvq_fast.kernels import schedules, tiles, vector_quantize, vector_quantize_backward
+
+    case = Case(700, 20, 9, groups=7)
+    inputs = case.inputs(1)
+    windows = []
+    for module in (vector_quantize, vector_quantize_backward):
+        monkeypatch.setattr(module, "order_rows", lambda *args: windows.append(args[1]) or tiles.order_rows(*args))
+    monkeypatch.setattr(schedules, "ORDER_WINDOW", 128)
+    monkeypatch.setattr(schedules, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(schedules, "MIN_CHUNK_ROWS", 300)
+    results = kernel_results(inputs, schedule, **case.settings())
+    assert windows == [128, 128]
+    assert_outputs(results, inputs, **case.settings())
+    assert_gradients(results, inputs, **case.settings())
+
+
+@needs_kernels
+@every_schedule
 def test_other_tiles_change_nothing(schedule, monkeypatch):
     """As ``REGVQ_AUTOTUNE`` finds them; here the smallest tile is the fastest, one that fits everywhere."""
     from regvq_fast.kernels import schedules
