@@ -66,14 +66,14 @@ def process_group(device: torch.device) -> Iterator[None]:
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of equally shaped tensors of all ranks, without a gradient."""
     if num_ranks() == 1:
-        return value
+        return value.detach()
     return sum_over_ranks(value) / num_ranks()
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum of equally shaped tensors of all ranks, without a gradient."""
     if num_ranks() == 1:
-        return value
+        return value.detach()
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
@@ -82,7 +82,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 def gather_rows(rows: Tensor) -> Tensor:
     """Equally many rows (M, ...) of every rank, in the order of the ranks, without a gradient; (ranks * M, ...)."""
     if num_ranks() == 1:
-        return rows
+        return rows.detach()
     everybody = rows.new_empty(num_ranks() * rows.shape[0], *rows.shape[1:])
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as newer versions call it
     gather(everybody, rows.detach().contiguous())

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from regvq_fast import ranks
 from regvq_fast.losses import prior_kl
 from regvq_fast.losses.prior import posterior_groups, scoped_posterior
 from regvq_fast.ops import vector_quantize
@@ -61,3 +62,10 @@ def test_global_scope_averages_the_posterior_over_ranks(tmp_path) -> None:  # ty
         assert mean == [[0.5, 0.5]]
         # Both ranks' losses read every posterior: (log(2 * 0.5) + 1) / 2 from each.
         assert gradient == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("over_ranks", [ranks.mean_over_ranks, ranks.sum_over_ranks, ranks.gather_rows])
+def test_what_ranks_tell_each_other_has_no_gradient_though_there_be_one_rank(over_ranks):
+    value = torch.rand(2, 3, requires_grad=True)
+    assert not over_ranks(value).requires_grad
+    assert torch.equal(over_ranks(value), value)
