@@ -25,14 +25,12 @@ import torch
 import triton
 import triton.language as tl
 
+from regvq_fast.kernels.constants import INTERPRETED, LN_2
+
 _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
 _WEYL_0 = tl.constexpr(0x9E3779B9)
 _WEYL_1 = tl.constexpr(0xBB67AE85)
-_LN_2 = tl.constexpr(0.6931471805599453)
-
-# The interpreter knows no inline assembly.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Tile of _gumbel_noise_kernel: BM rows, BN codes (a multiple of 4), warps.
 _CONFIG = {"BM": 16, "BN": 128, "num_warps": 4, "enable_fp_fusion": True}
@@ -75,7 +73,7 @@ def noise_words(first_code, rows, seed, BN: tl.constexpr):
 @triton.jit
 def log2(x):
     """log2 of fp32 values by the special function unit."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.log2(x)
     else:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -92,7 +90,7 @@ def gumbel_from_words(words):
     q = q * v + 0.249576307
     q = q * v + 0.333342687
     q = q * v + 0.499999967
-    return -log2(tl.where(v < 0.25, v + v * v * q, -_LN_2 * log2(1.0 - v)))
+    return -log2(tl.where(v < 0.25, v + v * v * q, -LN_2 * log2(1.0 - v)))
 
 
 @triton.jit
@@ -122,7 +120,7 @@ def _gumbel_noise_kernel(
     if WORDS:
         tl.store(place, words.to(tl.int64), mask=inside)
     else:
-        tl.store(place, gumbel_from_words(words) * _LN_2, mask=inside)
+        tl.store(place, gumbel_from_words(words) * LN_2, mask=inside)
 
 
 def gumbel_noise(

@@ -1,4 +1,4 @@
-"""Products on the host's side: cuBLAS, fp32 results of 16-bit matrices, and fp32 matrices without TF32."""
+"""Products on the host's side: cuBLAS, fp32 results of 16-bit matrices, fp32 without TF32, and in what chunks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,6 +21,16 @@ def product_fp32(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None = 
     if a.device.type == "cuda":
         return multiply(a, b, out_dtype=torch.float32)
     return multiply(a.float(), b.float())  # the interpreter's
+
+
+def image_chunks(num_images: int, length: int, rows: int) -> list[tuple[slice, slice]]:
+    """(images, rows) of every chunk of at most ``rows`` rows: some of one image, or all of several small ones."""
+    images = max(1, rows // max(1, length))
+    return [
+        (slice(image, min(image + images, num_images)), slice(start, min(start + rows, length)))
+        for image in range(0, num_images, images)
+        for start in range(0, length, rows)
+    ]
 
 
 @contextlib.contextmanager

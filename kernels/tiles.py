@@ -8,14 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-# The interpreter takes a bfloat16 operand of tl.dot for an integer.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from regvq_fast.kernels.constants import INTERPRETED
 
 
 @triton.jit
 def multiply(a, b, total, PRECISION: tl.constexpr):
     """total [BM, BN] fp32 + a [BM, BK] times the transpose of b [BN, BK]."""
-    if _INTERPRETED:
+    if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
 

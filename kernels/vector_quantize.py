@@ -16,18 +16,16 @@ no M x N tensor; per row the order and, where the codes are split, six numbers a
 buffer of scores for each chunk of rows.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from regvq_fast.kernels import schedules
+from regvq_fast.kernels.constants import LOG2_E
 from regvq_fast.kernels.noise import gumbel_tile
 from regvq_fast.kernels.products import product_fp32, without_tf32
 from regvq_fast.kernels.tiles import column_term, load_rows, multiply, order_rows, product, running_argmax
 
-LOG2_E = math.log2(math.e)
 # Codes of a part at least: every part loads its rows, and joining parts costs a kernel. With noise, tiles that draw it
 # take several times as long as the others: smaller parts let the others fill in.
 MIN_PART_CODES = 2048

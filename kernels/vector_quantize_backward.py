@@ -32,13 +32,12 @@ import triton.language as tl
 
 from regvq_fast.kernels import schedules
 from regvq_fast.kernels.code_gradients import code_gradients
+from regvq_fast.kernels.constants import FP16_SCALE, LOG2_E
 from regvq_fast.kernels.noise import gumbel_tile
 from regvq_fast.kernels.products import product_fp32, without_tf32
 from regvq_fast.kernels.segment_sum import segment_sum
 from regvq_fast.kernels.tiles import column_term, load_rows, multiply, order_rows, product
-from regvq_fast.kernels.vector_quantize import LOG2_E
 
-_FP16_P_SCALE = 2.0**15
 # Codes of a part at least: parts only add up their shares of r.
 MIN_PART_CODES = 256
 
@@ -274,7 +273,7 @@ def vector_quantize_backward(
     order = None if mask is None else order_rows(mask, min(chunk, schedules.ORDER_WINDOW))
     magnitude, p_scale = None, 1.0
     if dtype == torch.float16:
-        p_scale = _FP16_P_SCALE
+        p_scale = FP16_SCALE
         magnitude = _magnitude(grad_quantized, grad_posterior, codebook, tau, factor)
     flags = {
         "D": width,
@@ -291,7 +290,12 @@ def vector_quantize_backward(
         grad_lookup = segment_sum(grad_quantized, indices, num_codes)
 
     def make_p(
-        start: int, end: int, scores: torch.Tensor | None, products: torch.Tensor | None, tile: schedules.Tile
+        start: int,
+        end: int,
+        scores: torch.Tensor | None,
+        products: torch.Tensor | None,
+        p: torch.Tensor,
+        tile: schedules.Tile,
     ) -> torch.Tensor:
         """Fills p; returns the sums of p dP and of p of the chunk's rows, (rows, 2)."""
         waves = 1 if order is None else schedules.NOISY_WAVES
@@ -307,7 +311,13 @@ def vector_quantize_backward(
         return shares.sum(2)
 
     def make_grad_scores(
-        start: int, end: int, products: torch.Tensor | None, row_sums: torch.Tensor, tile: schedules.Tile
+        start: int,
+        end: int,
+        products: torch.Tensor | None,
+        row_sums: torch.Tensor,
+        p: torch.Tensor,
+        grad_scores: torch.Tensor,
+        tile: schedules.Tile,
     ) -> torch.Tensor | None:
         """Fills f dS; returns its column sums (N,), where they are needed."""
         part = schedules.part_codes(end - start, num_codes, tile, MIN_PART_CODES, x.device)
@@ -335,8 +345,10 @@ def vector_quantize_backward(
             with without_tf32(x.device):
                 scores = product_fp32(x[start:end], keys.t())
                 products = product_fp32(grad_quantized[start:end], codebook.t())
-        row_sums = schedules.run(first_sweep, *call, partial(make_p, start, end, scores, products))
-        column_sums = schedules.run(second_sweep, *call, partial(make_grad_scores, start, end, products, row_sums))
+        fill_p = partial(make_p, start, end, scores, products, p)
+        row_sums = schedules.run(first_sweep, *call, fill_p)
+        fill_grad_scores = partial(make_grad_scores, start, end, products, row_sums, p, grad_scores)
+        column_sums = schedules.run(second_sweep, *call, fill_grad_scores)
         if grad_x is not None:
             if magnitude is None:
                 torch.mm(grad_scores, keys, out=grad_x[start:end])

@@ -38,15 +38,13 @@ import triton
 import triton.language as tl
 
 from regvq_fast.kernels import schedules
-from regvq_fast.kernels.products import product_fp32, without_tf32
+from regvq_fast.kernels.constants import FP16_SCALE, LN_2, LOG2_E
+from regvq_fast.kernels.products import image_chunks, product_fp32, without_tf32
 from regvq_fast.kernels.tiles import load_rows, multiply, product
-from regvq_fast.kernels.vector_quantize import LOG2_E
 
-_LN_2 = tl.constexpr(math.log(2))
 # What the maximum over no key is, finite: 2^(-inf - _LOWEST) is 0.
 _LOWEST = tl.constexpr(-1e30)
 _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
-_FP16_SCALE = 2.0**15
 # Keys of a part at least. Joining parts costs the forward a kernel.
 MIN_PART_KEYS = 256
 
@@ -110,7 +108,7 @@ def _write_rows(
         log_positive = tl.log2(tl.where(weight == 0.0, smallest, weight))
     largest = tl.maximum(log_positive, log_negative)
     loss = largest + tl.log2(tl.exp2(log_positive - largest) + tl.exp2(log_negative - largest))
-    tl.store(loss_ptr + rows, loss * _LN_2, mask=inside)
+    tl.store(loss_ptr + rows, loss * LN_2, mask=inside)
     tl.store(lse_ptr + rows, loss + log_length + positive * factor, mask=inside)
     tl.store(share_ptr + rows, tl.exp2(log_negative - loss), mask=inside)
 
@@ -270,16 +268,6 @@ def _weighted_info_nce_bwd_kernel(
         tl.store(grad_scores_ptr + buffer_start + place, scores, mask=inside[:, None] & valid[None, :])
 
 
-def _chunks(num_images: int, length: int, rows: int) -> list[tuple[slice, slice]]:
-    """(images, rows) of every chunk of at most ``rows`` rows: some of one image, or all of several small ones."""
-    images = max(1, rows // length)
-    return [
-        (slice(image, min(image + images, num_images)), slice(start, min(start + rows, length)))
-        for image in range(0, num_images, images)
-        for start in range(0, length, rows)
-    ]
-
-
 def _num_tiles(images: slice, rows: slice, tile: schedules.Tile) -> int:
     """Tiles of rows in a chunk; one holds rows of one image."""
     return (images.stop - images.start) * triton.cdiv(rows.stop - rows.start, tile.BM)
@@ -299,7 +287,7 @@ def weighted_info_nce_forward(
     query, key = query.contiguous(), key.contiguous()
     weight = None if weight is None else weight.to(torch.float32).contiguous()
     how = schedules.schedule(device)
-    chunks = _chunks(num_images, length, schedules.chunk_rows(length) if how == "chunked" else loss.numel())
+    chunks = image_chunks(num_images, length, schedules.chunk_rows(length) if how == "chunked" else loss.numel())
 
     def sweep(tile: schedules.Tile) -> None:
         rows_at_once = _num_tiles(*chunks[0], tile) * tile.BM
@@ -348,7 +336,7 @@ def weighted_info_nce_backward(
     magnitude: float | torch.Tensor = 1 / tau
     if dtype == torch.float16:
         largest = grad_loss.abs().amax().clamp(min=1e-30)
-        grad_loss, magnitude = grad_loss * (_FP16_SCALE / largest), largest * (1 / (_FP16_SCALE * tau))
+        grad_loss, magnitude = grad_loss * (FP16_SCALE / largest), largest * (1 / (FP16_SCALE * tau))
     elif dtype == torch.bfloat16:  # has room for it: the product itself writes the gradient
         grad_loss, magnitude = grad_loss * magnitude, 1.0
     how = schedules.schedule(device)
@@ -366,7 +354,7 @@ def weighted_info_nce_backward(
         )  # fmt: skip
 
     buffer = None
-    for images, keys in _chunks(num_images, length, schedules.chunk_rows(length)):
+    for images, keys in image_chunks(num_images, length, schedules.chunk_rows(length)):
         shape = (images.stop - images.start, length, keys.stop - keys.start)
         buffer = query.new_empty(math.prod(shape)) if buffer is None else buffer  # the first chunk is the largest
         grad_scores, products = buffer[: math.prod(shape)].view(shape), None

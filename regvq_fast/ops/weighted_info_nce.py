@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from regvq_fast.kernels.products import without_tf32
+from regvq_fast.kernels.products import image_chunks, without_tf32
 from regvq_fast.ops._common import (
     Impl,
     check_finite,
@@ -94,15 +94,8 @@ def weighted_info_nce(
 
 
 def _tiles(query: Tensor) -> list[tuple[slice, slice]]:
-    """(images, rows) of every tile: some rows of one image, or all rows of several small ones."""
     num_images, length, _ = query.shape
-    row_step = rows_per_tile(max(1, length), query.device)
-    image_step = max(1, row_step // max(1, length))
-    return [
-        (slice(image, min(image + image_step, num_images)), slice(start, min(start + row_step, length)))
-        for image in range(0, num_images, image_step)
-        for start in range(0, length, row_step)
-    ]
+    return image_chunks(num_images, length, rows_per_tile(max(1, length), query.device))
 
 
 def _log_factors(weight: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor | None, float]:

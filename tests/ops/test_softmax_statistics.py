@@ -119,3 +119,10 @@ def test_bad_input_gets_a_sentence(change, message):
     arguments = {"x": torch.zeros(5, 3), "keys": torch.zeros(4, 3), "bias": torch.zeros(4)} | change
     with pytest.raises(ValueError, match=message):
         softmax_statistics(**arguments)
+
+
+def test_a_second_derivative_is_refused_instead_of_being_wrong():
+    inputs = leaves()
+    (gradient,) = torch.autograd.grad(softmax_statistics(*inputs)[0].square(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        gradient.sum().backward()

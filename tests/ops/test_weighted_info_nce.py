@@ -222,3 +222,10 @@ def test_no_images_or_no_places_give_an_empty_loss(shape, weights):
     assert loss.shape == shape[:2]
     loss.sum().backward()
     assert query.grad.shape == shape
+
+
+def test_a_second_derivative_is_refused_instead_of_being_wrong():
+    query, key = (torch.randn(1, 5, 3, requires_grad=True) for _ in range(2))
+    (gradient,) = torch.autograd.grad(weighted_info_nce(query, key).square().sum(), key, create_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        gradient.sum().backward()

@@ -261,7 +261,7 @@ def test_chunks_and_parts_of_keys_change_nothing_but_the_rounding(shape, chunk, 
     expected = kernel_results(inputs, schedule)
     monkeypatch.setattr(schedules, "chunk_rows", lambda length: chunk)
     monkeypatch.setattr(schedules, "part_codes", lambda rows, keys, tile, least, device: tile.BN)
-    assert len(module._chunks(*shape[:2], chunk)) > 1
+    assert len(module.image_chunks(*shape[:2], chunk)) > 1
     found = kernel_results(inputs, schedule)
     assert_within_budget(found, inputs)
     for value, other in zip(found, expected, strict=True):
