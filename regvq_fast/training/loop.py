@@ -46,8 +46,7 @@ def run(task: type[Task[Config]], presets: Mapping[str, Config], description: st
             if config.run.find_batch_size:
                 find_batch_size(task, config)
                 return
-            with together():
-                prepared = prepare(task, config)
+            prepared = prepare(task, config)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}" if rank() == 0 else 1)
         _, recorder, _ = prepared
@@ -64,7 +63,7 @@ def prepare(kind: type[Task[Config]], config: Config) -> tuple[Task[Config], Rec
     """The parts of a run: new, or with ``--resume`` as they were at its newest checkpoint. Makes the run's folder.
 
     Raises:
-        ValueError, OSError: what is wrong, in one sentence; nothing has been written.
+        ValueError, OSError: what is wrong, in one sentence, and on all ranks; nothing has been written.
     """
     start: Checkpoint | None = None
     out = ""
@@ -74,18 +73,19 @@ def prepare(kind: type[Task[Config]], config: Config) -> tuple[Task[Config], Rec
         elif rank() == 0:
             out = str(new_run_folder(config))
     out = texts_of_ranks(out)[0]
+    found = texts_of_ranks("" if start is None else str(start.step))
+    if len(set(found)) > 1:
+        raise ValueError(f"the processes see checkpoints of different steps ({', '.join(found)}): is --out shared?")
+    task = kind(config if start else override(config, out=Path(out)))
     with together():
-        found = texts_of_ranks("" if start is None else str(start.step))
-        if len(set(found)) > 1:
-            raise ValueError(f"the processes see checkpoints of different steps ({', '.join(found)}): is --out shared?")
-        task = kind(config if start else override(config, out=Path(out)))
         if start is not None:
             task.load(start)
     with together():
         recorder = Recorder(task.config, task.facts, task.model.architecture(), start)
         if rank() == 0:
             task.begin(recorder.folder)
-    return task, recorder, Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
+        checkpoints = Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
+    return task, recorder, checkpoints
 
 
 def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:

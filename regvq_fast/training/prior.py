@@ -131,8 +131,10 @@ class PriorTask(Task[PriorConfig]):
         first = self.read(self.train_set, range(min(self.batch_size, 16)))
         self.fingerprint = hashlib.sha256(first["tokens"].cpu().numpy().tobytes()).hexdigest()
         self._plain = self.build_loss()
-        self._loss = distributed(maybe_compile(self._plain, self.config.run.compile))
         return {"grad_norm": self.model}
+
+    def distribute(self) -> None:
+        self._loss = distributed(maybe_compile(self._plain, self.config.run.compile))
 
     def default_workers(self) -> int:
         """None for a cache: a batch of it is gathered in less time than a process hands one over."""

@@ -20,7 +20,7 @@ from regvq_fast.evaluation.shares import rank_batches, unreadable_images
 from regvq_fast.files import atomic_path
 from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
 from regvq_fast.precision import choose_device, choose_precision, configure_backends
-from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, rank, rank_0_first, together
+from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, rank, rank_0_first, texts_of_ranks, together
 from regvq_fast.training.checkpoint import Checkpoint, random_state, set_random_state
 from regvq_fast.training.memory import peak_memory
 from regvq_fast.training.optimization import learning_rate
@@ -40,16 +40,17 @@ class Metrics(Protocol):
 class Task(ABC, Generic[Config]):
     """Everything a run needs, built and checked; writes nothing until it is told to.
 
-    A subclass names its `script` and says how to build data (:meth:`build_data`) and networks (:meth:`build`), what a
-    part of a batch is (:meth:`inputs`) and does (:meth:`forward_backward`), and how the model is judged
-    (:meth:`evaluate`), shown (:meth:`save_pictures`) and summed up (:meth:`finish`). `build` sets `model`, the network
-    that is judged and saved.
+    A subclass names its `script` and says how to build data (:meth:`build_data`) and networks (:meth:`build`), how the
+    ranks train them together (:meth:`distribute`), what a part of a batch is (:meth:`inputs`) and does
+    (:meth:`forward_backward`), and how the model is judged (:meth:`evaluate`), shown (:meth:`save_pictures`) and summed
+    up (:meth:`finish`). `build` sets `model`, the network that is judged and saved.
 
     Args:
         config: the run; kept as `config` with what was left open resolved.
 
     Raises:
-        ValueError, OSError: what is wrong with the configuration or the data, in one sentence.
+        ValueError, OSError: what is wrong with the configuration, the data or the weights, in one sentence; on all
+            ranks, also where only one of them has found it.
     """
 
     script: ClassVar[str]
@@ -71,7 +72,7 @@ class Task(ABC, Generic[Config]):
                 f"--batch-size {self.batch_size} does not divide among {num_ranks()} processes{by}: "
                 f"take a multiple of {num_ranks() * optimizer.accumulate}"
             )
-        with rank_0_first():  # which may index the data
+        with together(), rank_0_first():  # which may index the data
             self.train_set, self.val_set = self.build_data(config)
         self.steps = optimizer.steps or math.ceil(optimizer.epochs * len(self.train_set) / self.batch_size)
         # The GPU of a process is not one of its run.
@@ -88,7 +89,10 @@ class Task(ABC, Generic[Config]):
         self.companions: dict[str, nn.Module] = {}
         """Modules that no optimizer trains, but whose buffers a step changes: saved, and taken back with it."""
         torch.manual_seed(run.seed)
-        self.trained = self.build()
+        with together(), rank_0_first():  # which may download weights
+            self.trained = self.build()
+        self._agree()
+        self.distribute()
         torch.manual_seed(run.seed + rank())  # dropout of each rank's own
         companions = self.companions.values()
         self.update = Update(self.trained, companions, self.model, optimizer, self.precision, self.device)
@@ -112,11 +116,19 @@ class Task(ABC, Generic[Config]):
 
     @abstractmethod
     def build_data(self, config: Config) -> tuple[Any, Any]:
-        """Training and validation split."""
+        """Training and validation split; rank 0 before the others, so without collective operations."""
 
     @abstractmethod
     def build(self) -> dict[str, nn.Module]:
-        """Make all networks, on the device; those that are trained, by the name of their gradient norm."""
+        """Make all networks, on the device; rank 0 before the others, so without collective operations.
+
+        Returns:
+            Those that are trained, by the name of their gradient norm.
+        """
+
+    @abstractmethod
+    def distribute(self) -> None:
+        """Make of the networks what a step calls: compiled, and with gradients that the ranks share."""
 
     @abstractmethod
     def inputs(self, batch: Any) -> tuple[Tensor, ...]:
@@ -352,6 +364,13 @@ class Task(ABC, Generic[Config]):
             rows |= {"images/s": images_per_second, "peak memory (GiB)": peak_memory(self.device) / 2**30}
             rows["model"] = recorder.folder / WEIGHTS
             self.finish(recorder, metrics, rows)
+
+    def _agree(self) -> None:
+        """Raise ValueError where the ranks found different data or weights: their losses would differ."""
+        for name, value in self.identity().items():
+            found = list(dict.fromkeys(texts_of_ranks(value)))
+            if len(found) > 1:
+                raise ValueError(f"the processes have {' and '.join(found)} {name}: all of them need the same files")
 
     def _describe(self) -> dict[str, str]:
         device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)

@@ -70,18 +70,20 @@ class VQGANTask(Task[VQGANConfig]):
         self.reconstruction_loss = reconstruction_loss.to(  # type: ignore[call-overload]
             device, memory_format=torch.channels_last
         )
+        self.usage = CodebookUsage(config.quantizer.num_codes, device)
+        self._alarm = CollapseAlarm(config.quantizer.collapse_threshold)
+        self._collapse: str | None = None
+        return {"grad_norm": self.model, "grad_norm_discriminator": self.discriminator}
+
+    def distribute(self) -> None:
         self.train_step = VQGANStep(
             self.model,
             self.discriminator,
             self.reconstruction_loss,
             self.precision,
-            disc_weight=config.loss.disc_weight,
-            compile=config.run.compile,
+            disc_weight=self.config.loss.disc_weight,
+            compile=self.config.run.compile,
         )
-        self.usage = CodebookUsage(config.quantizer.num_codes, device)
-        self._alarm = CollapseAlarm(config.quantizer.collapse_threshold)
-        self._collapse: str | None = None
-        return {"grad_norm": self.model, "grad_norm_discriminator": self.discriminator}
 
     def describe(self) -> dict[str, str]:
         config = self.config

@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import refusals_on_ranks
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_runs import FAST, SCRIPT, TINY, checkpoints, records, resume, train, without_clock
 
+from regvq_fast.models import VGGFeatures
 from regvq_fast.ranks import texts_of_ranks, together
 
 # Batch statistics are those of a rank's part: group norm has none.
@@ -85,6 +88,28 @@ def test_sigterm_to_the_launcher_saves_and_a_refusal_is_one_sentence(tmp_path: P
     again = run_on_ranks(*RUN, "--out", out)
     assert again.returncode == 1
     assert again.stderr.count("exists and is not an empty folder") == 1
+
+
+def test_what_one_process_finds_wrong_is_said_by_all(tmp_path: Path) -> None:
+    save_file(VGGFeatures("vgg16").state_dict(), tmp_path / "rank-0.safetensors")
+    for split in ("train", "val"):
+        (tmp_path / "rank-0" / split).mkdir(parents=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "rank-0" / split / "a.png")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", refusals_on_ranks.__file__]
+    done = subprocess.run([sys.executable, *launcher, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first.keys() == second.keys() == {"weights", "data", "download"}
+    for name, said in first.items():
+        assert said.partition(": ")[2] == second[name].partition(": ")[2], "rank 0 says what rank 1 found"
+    assert first["weights"] == f"OSError: no such weights file: {tmp_path / 'rank-1.safetensors'}"
+    assert "rank-1" in first["data"]
+    assert first["download"] == (
+        "ValueError: the processes have ImageNet VGG-16 and random VGG-16 as feature network: all of them need the "
+        "same files"
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name in first], "written before the refusal"
+    assert (tmp_path / "none" / "config.json").exists()
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
