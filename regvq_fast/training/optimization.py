@@ -1,14 +1,12 @@
 """AdamW as the paper uses it, the learning-rate schedule, and averaged weights."""
 
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from regvq_fast.config import OptimizerConfig
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -36,19 +34,30 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
 
 
-def average_weights(module: nn.Module, decay: float, skip: Tensor | None = None) -> AveragedModel | None:
-    """Exponential moving average of parameters and buffers; None where ``decay`` is 0.
+class AveragedWeights:
+    """Exponential moving average of a module's parameters and buffers, from those that it has now on.
 
-    ``skip``, 0-dim on the module's device, is read at each update: where it is 1 the average stays as it is.
+    (PyTorch's AveragedModel keeps count of its updates in a tensor, for which the host waits at each of them.)
+
+    Args:
+        module: copied as `module`, the one with the averages.
+        decay: share of the averages that an update keeps, 0..1.
+        skip: 0-dim on the module's device, read at each update: where it is 1 the averages stay as they are.
     """
-    if decay == 0:
-        return None
+
+    def __init__(self, module: nn.Module, decay: float, skip: Tensor | None = None) -> None:
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.decay, self.skip = decay, skip
 
     @torch.no_grad()
-    def update(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
-        weight = 1 - decay if skip is None else (1 - decay) * (1 - skip)
+    def update(self, module: nn.Module) -> None:
+        """Take in the present values of the module that was copied. Doesn't wait for the device."""
+        averages, values = _values(self.module), _values(module)
         change = torch._foreach_sub(values, averages)
-        torch._foreach_mul_(change, weight)
+        torch._foreach_mul_(change, (1 - self.decay) * (1 if self.skip is None else 1 - self.skip))
         torch._foreach_add_(averages, change)
 
-    return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+
+def _values(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers; of the networks here, all of them are floating-point numbers."""
+    return [*module.parameters(), *module.buffers()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regvq_fast.config import OptimizerConfig
 from regvq_fast.precision import Precision
-from regvq_fast.training.optimization import average_weights, build_optimizer
+from regvq_fast.training.optimization import AveragedWeights, build_optimizer
 from regvq_fast.training.watch import Rollback, Watch
 
 
@@ -44,7 +44,7 @@ class Update:
         self.optimizers = {name: build_optimizer(module, config) for name, module in trained.items()}
         self.scaler = precision.scaler()
         self.watch = Watch(device)
-        self.average = average_weights(model, config.ema, self.watch.skip)
+        self.average = AveragedWeights(model, config.ema, self.watch.skip) if config.ema else None
         for adamw in self.optimizers.values():
             adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # its fused kernel does nothing where it is 1
         self._rollback = Rollback(*trained.values(), *companions)
@@ -78,7 +78,7 @@ class Update:
         self.scaler.update()
         self._rollback.restore(self.watch.skip)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
 
     def undo(self) -> None:
         """Take back what passes since :meth:`begin` changed: buffers, and all gradients are gone."""
@@ -91,10 +91,8 @@ class Update:
 
         All ranks must call it; they get the same.
         """
-        average = self.average
         return {
-            "model": None if average is None else self.model.state_dict(),
-            "updates_of_average": 0 if average is None else int(average.n_averaged),
+            "model": None if self.average is None else self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers.values()],
             "scaler": self.scaler.state_dict(),
             "watch": self.watch.state_dict(),
@@ -107,7 +105,6 @@ class Update:
         else:
             self.model.load_state_dict(state["model"])
             self.average.module.load_state_dict(weights)
-            self.average.n_averaged.fill_(state["updates_of_average"])
         for optimizer, saved in zip(self.optimizers.values(), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if self.scaler.is_enabled() and state["scaler"]:  # empty where it was not enabled: it starts afresh then

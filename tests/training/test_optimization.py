@@ -9,7 +9,7 @@ from regvq_fast.config import OptimizerConfig
 from regvq_fast.models import VQGAN, PatchDiscriminator, TokenTransformer, VQDiffusion
 from regvq_fast.models.text import WordEncoder
 from regvq_fast.quantizers import RegularizedQuantizer
-from regvq_fast.training.optimization import average_weights, build_optimizer, learning_rate
+from regvq_fast.training.optimization import AveragedWeights, build_optimizer, learning_rate
 
 
 def test_learning_rate_warms_up_and_then_follows_a_cosine() -> None:
@@ -67,10 +67,10 @@ def test_weight_decay_of_a_tokenizer_takes_every_kernel_in_its_order() -> None:
 def test_averaged_weights_follow_their_decay() -> None:
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(module.weight, 1.0)
-    average = average_weights(module, 0.75)
-    assert average is not None
-    average.update_parameters(module)
-    torch.nn.init.constant_(module.weight, 5.0)
-    average.update_parameters(module)
-    assert average.module.weight.item() == pytest.approx(0.75 * 1 + 0.25 * 5)
-    assert average_weights(module, 0.0) is None
+    average = AveragedWeights(module, 0.75)
+    for expected in (0.75 * 1 + 0.25 * 5, 0.75 * (0.75 * 1 + 0.25 * 5) + 0.25 * 5):
+        torch.nn.init.constant_(module.weight, 5.0)
+        average.update(module)
+        assert average.module.weight.item() == pytest.approx(expected)
+    assert module.weight.item() == 5.0
+    assert not average.module.weight.requires_grad

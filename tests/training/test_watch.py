@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import regvq_fast.training.vqgan
 from regvq_fast.config import VQGANConfig, override
-from regvq_fast.training.optimization import average_weights
+from regvq_fast.training.optimization import AveragedWeights
 from regvq_fast.training.vqgan import VQGANTask
 from regvq_fast.training.watch import CollapseAlarm, Rollback, Watch
 
@@ -154,7 +154,7 @@ def test_a_step_never_waits_for_the_device() -> None:
             assert func is not torch.ops.aten.nonzero.default, "a shape depends on values"
             return func(*args, **(kwargs or {}))
 
-    task = tiny_task(ema=0.0)  # PyTorch's AveragedModel reads its count, which lies on the CPU
+    task = tiny_task()
     task.step(0)
     with NoLook():
         task.step(1)
@@ -185,9 +185,18 @@ def test_the_watch_of_a_window() -> None:
 
 
 def test_skipped_averages_and_forward_passes_leave_no_trace() -> None:
-    module, skip = nn.BatchNorm1d(3), torch.zeros(())
-    average = average_weights(module, 0.75, skip)
-    assert average is not None
+    skip = torch.ones(())
+    linear = nn.Linear(3, 3)
+    average = AveragedWeights(linear, 0.75, skip)
+    before = copy.deepcopy(average.module.state_dict())
+    nn.init.constant_(linear.weight, 8.0)
+    average.update(linear)
+    assert_equal(before, average.module.state_dict(), "skipped")
+    skip.zero_()
+    average.update(linear)
+    torch.testing.assert_close(average.module.weight, 0.75 * before["weight"] + 0.25 * 8)
+
+    module = nn.BatchNorm1d(3)
     rollback = Rollback(module)
     rollback.save()
     module(torch.full((4, 3), NAN))
