@@ -92,8 +92,8 @@ def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
     """Run the steps of a task that are left, recording as its configuration says, then evaluate and finish it.
 
     Raises:
-        RunStopped: by a signal, by numbers that are not finite, for want of memory, or because the results could not
-            be written.
+        RunStopped: by a signal, by numbers that are not finite, by data that can't be read, for want of memory, or
+            because the results could not be written.
     """
     loop = _Loop(task, recorder, checkpoints)
     with StopSignals() as stop:
@@ -109,16 +109,24 @@ def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
         except FloatingPointError as error:
             raise RunStopped(
                 f"stopped after step {loop.done}: {error}; to continue from {loop.newest}, add a lower --lr, a lower "
-                f"--clip-grad or --no-amp to: {loop.command}"
+                f"--clip-grad or --no-amp to: {loop.command}",
+                shared=not isinstance(error, ValueError),  # an op's, which is of its rank alone, is both
             ) from None
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError, ValueError, OSError) as error:
+            if is_out_of_memory(error):
+                why = out_of_memory_advice(task.config, task.device, task.rank_batch)
+            elif isinstance(error, RuntimeError):
                 raise
-            advice = out_of_memory_advice(task.config, task.device, task.rank_batch)
+            else:
+                why = _last_line(error)
             raise RunStopped(
-                f"stopped after step {loop.done}: {advice}; to continue from {loop.newest}: {loop.command}",
-                shared=False,
-            ) from None
+                f"stopped after step {loop.done}: {why}; to continue from {loop.newest}: {loop.command}", shared=False
+            ) from error
+
+
+def _last_line(error: Exception) -> str:
+    """What an error says; one of a process that loads data has the traceback there before it."""
+    return str(error).strip().rpartition("\n")[2].removeprefix(f"{type(error).__name__}: ")
 
 
 class _Loop:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import FAST, records, train, without_clock
+from tiny_runs import FAST, checkpoints, records, train, without_clock
 
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.training.build import build_model
@@ -75,16 +75,45 @@ def test_parts_of_a_batch_make_the_same_step_as_the_whole() -> None:
     assert losses[0]["grad_norm"] == pytest.approx(losses[1]["grad_norm"], rel=1e-3)
 
 
-def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
+def make_photos(photos: Path) -> Path:
     for split in ("train", "val"):
         (photos / split).mkdir(parents=True)
         for i in range(6):
             pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(photos / split / f"{i}.png")
+    return photos
+
+
+def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos")
     (photos / "train" / "broken.png").write_bytes(b"not an image")
     train("--data", photos, "--out", tmp_path / "run", *FAST, "--steps", 6)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable images"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_go_bad_end_a_run_with_the_way_to_continue(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    photos, out, step = make_photos(tmp_path / "photos"), tmp_path / "run", VQGANTask.step
+
+    def damaging(task: VQGANTask, number: int) -> None:
+        if number == 3:
+            for path in (photos / "train").iterdir():
+                path.write_bytes(b"")
+        step(task, number)
+
+    monkeypatch.setattr(VQGANTask, "step", damaging)
+    with pytest.raises(SystemExit) as stop:
+        train("--data", photos, "--out", out, *FAST, "--steps", 99, "--checkpoint-every", 2, "--workers", workers)
+    assert stop.value.code == 1
+    done = checkpoints(out)[-1]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("stopped after step ")
+    assert said.endswith(
+        f": none of the 6 images of the 'train' split in {photos} can be read; to continue from {done}: "
+        f"python train/vq.py --resume --out {out}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,27 @@ def test_a_run_that_only_skips_is_stopped_and_keeps_its_last_good_checkpoint(
     assert [(row["step"], row["skipped"]) for row in records(out)] == [(1, 0), (4, 0), (8, 3), (12, 4)]
 
 
+def test_a_rank_whose_step_fails_says_so_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_images(monkeypatch, {3})
+    step = VQGANTask.step
+
+    def on_rank_1(task: VQGANTask, number: int) -> None:
+        if number == 3:  # the others would be waiting for its gradients
+            monkeypatch.setattr("regvq_fast.training.task.num_ranks", lambda: 2)
+            monkeypatch.setattr("regvq_fast.training.loop.rank", lambda: 1)
+        step(task, number)
+
+    monkeypatch.setattr(VQGANTask, "step", on_rank_1)
+    with pytest.raises(SystemExit) as stop:
+        train(*FAST, "--out", tmp_path / "run", "--checkpoint-every", 2)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("stopped after step 3: x has ")
+    assert "to continue from step-0000002, add a lower --lr" in said
+
+
 def test_a_checkpoint_waits_for_a_good_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
