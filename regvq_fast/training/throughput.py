@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from regvq_fast.training.task import Task
 
 # Dense matrix products, TFLOP/s, by a part of the GPU's name and the type: NVIDIA's data sheets, SXM where there is a
-# choice. The first match counts.
+# choice, half of what they give with sparsity. fp32 is TF32, which precision.configure_backends switches on; V100 has
+# none. The first match counts.
 _PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
-    "B200": {torch.bfloat16: 2250, torch.float16: 2250, torch.float32: 75},
-    "H200": {torch.bfloat16: 989, torch.float16: 989, torch.float32: 67},
-    "H100 PCIe": {torch.bfloat16: 756, torch.float16: 756, torch.float32: 51},
-    "H100": {torch.bfloat16: 989, torch.float16: 989, torch.float32: 67},
-    "A100": {torch.bfloat16: 312, torch.float16: 312, torch.float32: 19.5},
-    "L40S": {torch.bfloat16: 362, torch.float16: 362, torch.float32: 91.6},
+    "B200": {torch.bfloat16: 2250, torch.float16: 2250, torch.float32: 1125},
+    "H200": {torch.bfloat16: 989, torch.float16: 989, torch.float32: 495},
+    "H100 PCIe": {torch.bfloat16: 756, torch.float16: 756, torch.float32: 378},
+    "H100": {torch.bfloat16: 989, torch.float16: 989, torch.float32: 495},
+    "A100": {torch.bfloat16: 312, torch.float16: 312, torch.float32: 156},
+    "L40S": {torch.bfloat16: 362, torch.float16: 362, torch.float32: 183},
     "V100": {torch.float16: 125, torch.float32: 15.7},
 }
 
@@ -91,7 +92,12 @@ class Utilization:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
-    """Operations a second that the device can do at most in ``dtype`` (None: fp32); None where that isn't known."""
+    """Operations a second that the device can do at most; None where that isn't known.
+
+    Args:
+        device: that of the run.
+        dtype: of autocast; None: fp32, whose products are TF32 where the device has that.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -9,7 +9,7 @@ from tiny_runs import FAST, records, train
 
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.precision import configure_backends
-from regvq_fast.training.throughput import Utilization
+from regvq_fast.training.throughput import Utilization, peak_flops
 from regvq_fast.training.vqgan import VQGANTask
 
 
@@ -57,6 +57,25 @@ def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.M
     assert 0 < ratios[0] < ratios[1] == ratios[2]  # the discriminator joins at step 1
     macs = 8 * 3 * 9 * 32 * 32  # the encoder's first convolution: forward, and the gradient of its weights
     assert ratios[0] * 1e9 / 100 > 2 * 2 * macs
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", None, 495),  # TF32, in which fp32 networks multiply
+        ("NVIDIA H100 PCIe", None, 378),
+        ("NVIDIA A100-SXM4-80GB", None, 156),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("Tesla V100-SXM2-32GB", None, 15.7),  # which has no TF32
+        ("Tesla V100-SXM2-32GB", torch.bfloat16, None),
+        ("NVIDIA GeForce RTX 5090", None, None),
+    ],
+)
+def test_peaks_are_of_what_the_networks_compute_in(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype | None, tflops: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), dtype) == (None if tflops is None else tflops * 1e12)
 
 
 def test_what_is_computed_again_to_save_memory_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
