@@ -114,7 +114,7 @@ def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
             ) from None
         except (RuntimeError, MemoryError, ValueError, OSError) as error:
             if is_out_of_memory(error):
-                why = out_of_memory_advice(task.config, task.device, task.rank_batch)
+                why = out_of_memory_advice(task.config, task.device, task.rank_batch, training=loop.training)
             elif isinstance(error, RuntimeError):
                 raise
             else:
@@ -134,6 +134,7 @@ class _Loop:
         self.task, self.recorder, self.checkpoints = task, recorder, checkpoints
         self.config = task.config.run
         self.done = task.start
+        self.training = True  # rather than evaluating
         self._utilization = Utilization(task)
         launcher = f"torchrun --nproc-per-node {local_ranks()}" if is_torchrun() else "python"
         self.command = f"{launcher} {task.script} --resume --out {shlex.quote(str(recorder.folder))}"
@@ -159,6 +160,7 @@ class _Loop:
                 clock.restart()
             if run.compile and (step in milestones or step == task.start):
                 recorder.status(milestones[step if step in milestones else 0])
+            self.training = True
             with trace:
                 task.step(step)
             self.done = done = step + 1
@@ -229,6 +231,7 @@ class _Loop:
         return True
 
     def _evaluate(self, stop: StopSignals) -> Metrics:
+        self.training = False
         # Ranks may have different numbers of batches: they agree on signals before and after.
         metrics = self.task.evaluate(progress=stop.check if num_ranks() == 1 else None)
         values = metrics.scalars()

@@ -35,20 +35,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory_advice(config: TrainConfig, device: torch.device, rank_batch: int) -> str:
-    """The peak, and the two flags that help most and are not used yet."""
+def out_of_memory_advice(config: TrainConfig, device: torch.device, rank_batch: int, *, training: bool = True) -> str:
+    """The peak, and the two flags that help most and are not used yet; in an evaluation, which keeps no activations,
+    the one of them for backward is none."""
     limit = memory_limit(device)
     peak = f"{peak_memory(device) / 2**30:.1f} GiB" + (f" of {limit / 2**30:.1f} GiB" if limit else "")
     parts = config.optimizer.accumulate
     finer = next((k for k in range(parts + 1, rank_batch + 1) if rank_batch % k == 0), None)
     flags = {
         "--amp": not config.run.amp and device.type == "cuda",
-        "--activation-checkpointing": not config.run.activation_checkpointing,
+        "--activation-checkpointing": training and not config.run.activation_checkpointing,
         f"--accumulate {finer}": finer is not None,
     }
     useful = [flag for flag, helps in flags.items() if helps][:2]
     advice = f"add {' or '.join(useful)}" if useful else "use a smaller --batch-size in a new run"
-    return f"out of memory at a peak of {peak}; {advice}"
+    return f"out of memory{'' if training else ' in an evaluation'} at a peak of {peak}; {advice}"
 
 
 def largest_batch(fits: Callable[[int], bool], unit: int = 1) -> int:

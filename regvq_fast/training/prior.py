@@ -126,6 +126,7 @@ class PriorTask(Task[PriorConfig]):
 
     def build(self) -> dict[str, nn.Module]:
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._encoder = _InParts(self.tokenizer, self.part)
         self.model = self.build_prior().to(self.device)
         self.model.checkpoint_activations(self.config.run.activation_checkpointing)
         first = self.read(self.train_set, range(min(self.batch_size, 16)))
@@ -134,6 +135,7 @@ class PriorTask(Task[PriorConfig]):
         return {"grad_norm": self.model}
 
     def distribute(self) -> None:
+        self._encoder = _InParts(self.tokenizer, self.part, compile=self.config.run.compile)
         self._loss = distributed(maybe_compile(self._plain, self.config.run.compile))
 
     def default_workers(self) -> int:
@@ -150,8 +152,9 @@ class PriorTask(Task[PriorConfig]):
         """The batch as it is, or with tokens in place of its images."""
         if "tokens" in batch:
             return batch
-        with self.precision.autocast():
-            return tokenize_batch(self.tokenizer, batch, self.device)
+        # Nothing takes gradients of it; said here, since a compiled encoder is one graph more for each of both modes.
+        with torch.no_grad(), self.precision.autocast():
+            return tokenize_batch(self._encoder, batch, self.device)
 
     def describe(self) -> dict[str, str]:
         tokens = self.tokens_config(self.config)
@@ -253,3 +256,22 @@ class PriorTask(Task[PriorConfig]):
 
     def _reconstruct(self, images: Tensor) -> Tensor:
         return self.decode(self.tokenizer.tokenize(to_float(images.to(self.device))))
+
+
+class _InParts:
+    """A tokenizer that encodes no more images at once than go through the prior, whatever the size of a batch.
+
+    Args:
+        tokenizer: see above.
+        size: images of a part.
+        compile: compile the encoder, for parts of this size; what is left over goes as it is.
+    """
+
+    def __init__(self, tokenizer: VQGAN, size: int, *, compile: bool = False) -> None:
+        self._size = size
+        self._plain, self._whole = tokenizer.tokenize, maybe_compile(tokenizer.tokenize, compile)
+
+    def tokenize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in -1..1 -> (B, h, w) int64."""
+        parts = images.split(self._size)
+        return torch.cat([(self._whole if len(part) == self._size else self._plain)(part) for part in parts])

@@ -72,6 +72,8 @@ class Task(ABC, Generic[Config]):
                 f"--batch-size {self.batch_size} does not divide among {num_ranks()} processes{by}: "
                 f"take a multiple of {num_ranks() * optimizer.accumulate}"
             )
+        self.part = self.rank_batch // optimizer.accumulate
+        """Samples that go through the networks at once, in training and in evaluation."""
         with together(), rank_0_first():  # which may index the data
             self.train_set, self.val_set = self.build_data(config)
         self.steps = optimizer.steps or math.ceil(optimizer.epochs * len(self.train_set) / self.batch_size)
@@ -350,7 +352,7 @@ class Task(ABC, Generic[Config]):
 
     def validation(self) -> Any:
         """This rank's share of the validation split, in batches."""
-        return rank_batches(self.val_set, self.rank_batch, self.workers, self.device)
+        return rank_batches(self.val_set, self.part, self.workers, self.device)
 
     def conclude(self, recorder: Recorder, metrics: Metrics, images_per_second: float) -> None:
         """Save the model and what else the run leaves, and print the summary."""

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import FAST, assert_same_run, checkpoints, records, resume, train
+from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override
+from regvq_fast.models import VQGAN
 from regvq_fast.training.memory import is_out_of_memory, largest_batch, out_of_memory_advice, runs_in_memory
 from regvq_fast.training.vqgan import VQGANTask
 
@@ -49,6 +51,9 @@ def test_the_advice_is_what_is_not_done_yet(changes: dict[str, Any], advice: str
     said = out_of_memory_advice(config, torch.device("cpu"), 8)
     assert said.startswith("out of memory at a peak of ")
     assert said.endswith(f" GiB; {advice}")
+    assert out_of_memory_advice(config, torch.device("cpu"), 8, training=False).endswith(
+        advice.replace("--activation-checkpointing or ", "")
+    )
 
 
 def test_out_of_memory_ends_with_advice_that_resuming_takes(
@@ -73,6 +78,34 @@ def test_out_of_memory_ends_with_advice_that_resuming_takes(
     resume(out, "--activation-checkpointing", "--accumulate", 2)
     assert "--accumulate is 2 from here on; it was 1" in " ".join(capsys.readouterr().out.split())
     assert checkpoints(out) == ["step-0000002", "step-0000004"]
+
+
+def test_parts_bound_evaluations_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode, sizes = VQGAN.encode, set()
+
+    def limited(model: VQGAN, images: Tensor) -> Tensor:
+        if not model.training:
+            sizes.add(len(images))
+            if len(images) == 4:
+                torch.empty(2**60, dtype=torch.uint8)
+        return encode(model, images)
+
+    flags = [*FAST, "--quantizer", "vq-gan", "--image-every", 9]
+    train(*flags, "--out", tmp_path / "whole")
+    monkeypatch.setattr(VQGAN, "encode", limited)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        train(*flags, "--out", out)
+    said = capsys.readouterr().err
+    assert said.startswith("stopped after step 4: out of memory in an evaluation at a peak of")
+    assert "GiB; add --accumulate 2; to continue from step-0000004" in said
+    resume(out, "--accumulate", 2)
+    assert sizes == {4, 2, 6}  # 6: all validation images in one picture
+    found, expected = (records(run)[-1] for run in (out, tmp_path / "whole"))
+    assert found.pop("split") == expected.pop("split") == "val"
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:

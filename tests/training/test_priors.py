@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ import trained_runs
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
+from torch import Tensor
 
+from regvq_fast.models import VQGAN
+from regvq_fast.training.prior import PriorTask
 from regvq_fast.training.task import Task
 
 PRIORS = {"ar": "ar.py", "diffusion": "diffusion.py"}
@@ -92,6 +96,33 @@ def test_tokens_made_on_the_fly_train_the_same_prior(
     fit(prior, *flags, "--out", out)
     assert without_clock(records(out)) == without_clock(records(runs[prior]))
     assert (out / "model.safetensors").read_bytes() == (runs[prior] / "model.safetensors").read_bytes()
+
+
+def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
+    monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    compiled, sizes = [], set()
+    tokenize, compile = VQGAN.tokenize, torch.compile
+
+    def compiling(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled.append(function)
+        return compile(function, backend="aot_eager", **options)
+
+    def watched(model: VQGAN, images: Tensor) -> Tensor:
+        sizes.add(len(images))
+        return tokenize(model, images)
+
+    monkeypatch.setattr(VQGAN, "tokenize", watched)
+    monkeypatch.setattr(PriorTask, "agreement", lambda _: {})  # it looks at images of its own
+    flags = ["--on-the-fly", "--tokenizer", tokenizer, "--val-images", 10]
+    fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "parts")
+    assert sizes == {4, 2}
+    monkeypatch.setattr(torch, "compile", compiling)
+    fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "compiled", "--compile")
+    assert len(compiled) == 2
+    for run in ("parts", "compiled"):
+        for row, whole in zip(records(tmp_path / run), records(runs["ar"]), strict=True):
+            assert row["loss"] == pytest.approx(whole["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("prior", PRIORS)
