@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ class _Loop:
         milestones = task.compiles_at() if run.compile else {0: "starting"}
         trace = StepTrace(recorder.folder / "trace.json", task.start, run.trace_steps, task.device)
         owes_checkpoint = False
-        clock = _Clock()
+        clock = _Clock(task.waited)
         for step in range(task.start, task.steps):
             # Before the step, not after the one before it: what continues from a checkpoint here evaluates (again).
             if step and run.eval_every and step % run.eval_every == 0:
@@ -169,9 +169,8 @@ class _Loop:
             if step in milestones or done % run.log_every == 0 or done == task.steps:
                 values = task.record()  # waits for the device, so that the clock is honest
                 compiled = step in milestones or step == task.start
-                seconds, images = clock.read(counts=not compiled)
+                seconds, images, waited = clock.read(counts=not compiled)
                 values["images_per_second"] = images / seconds
-                waited = task.waited()
                 if not compiled:
                     values |= {"data_wait": waited / seconds, **self._utilization.read(step, images / seconds)}
                 recorder.record(done, values)
@@ -179,7 +178,6 @@ class _Loop:
                     recorder.warn(warning)
                 clock.restart()
             elif step == task.start:
-                task.waited()
                 clock.restart()
             with recorder.surviving_a_full_disk("trace.json"):
                 if trace.write(last=done == task.steps):
@@ -243,22 +241,28 @@ class _Loop:
 
 
 class _Clock:
-    """Images a second, of windows that end with a reading or a restart."""
+    """Images a second and waits for data, of windows that end with a reading or a restart.
 
-    def __init__(self) -> None:
+    Args:
+        waited: seconds of waiting since it was called last.
+    """
+
+    def __init__(self, waited: Callable[[], float]) -> None:
+        self._waited = waited
         self._seconds, self._images = 0.0, 0  # of the windows that count
         self.restart()
 
     def restart(self) -> None:
+        self._waited()
         self._begin, self.images = time.perf_counter(), 0
 
-    def read(self, *, counts: bool) -> tuple[float, int]:
-        """Seconds and images of the window."""
-        elapsed, images = time.perf_counter() - self._begin, self.images
+    def read(self, *, counts: bool) -> tuple[float, int, float]:
+        """Seconds, images and seconds of waiting of the window."""
+        elapsed, images, waited = time.perf_counter() - self._begin, self.images, self._waited()
         if counts:
             self._seconds, self._images = self._seconds + elapsed, self._images + images
         self.restart()
-        return elapsed, images
+        return elapsed, images, waited
 
     @property
     def average(self) -> float:

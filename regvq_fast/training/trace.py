@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from regvq_fast.files import atomic_path
+from regvq_fast.ranks import rank
 
 _WARM = 3
 """Steps before the first that is traced: they compile, choose algorithms and fill caches."""
@@ -15,6 +16,8 @@ _WARM = 3
 
 class StepTrace:
     """Profiles some steps and writes them as a trace for chrome://tracing or Perfetto; a context manager for each step.
+
+    On ranks other than 0 it does nothing.
 
     Args:
         path: of the trace.
@@ -28,7 +31,7 @@ class StepTrace:
         self._begin, self._end = first + _WARM, first + _WARM + count
         self._step = first
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        self._profile = profile(activities=activities) if count else None
+        self._profile = profile(activities=activities) if count and rank() == 0 else None
 
     def __enter__(self) -> Self:
         if self._profile and self._step == self._begin:

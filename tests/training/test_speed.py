@@ -20,6 +20,23 @@ def test_records_tell_how_long_the_step_waited_for_data(tmp_path: Path) -> None:
     assert all(0 < row["data_wait"] < 1 for row in rows[1:])
 
 
+def test_waits_are_those_of_the_time_that_they_are_a_share_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A picture between two records begins the window anew."""
+    step = VQGANTask.step
+
+    def slow_data(task: VQGANTask, number: int) -> None:
+        step(task, number)
+        assert task._batches is not None
+        if number == 3:
+            task._batches._waited += 100.0
+
+    monkeypatch.setattr(VQGANTask, "step", slow_data)
+    train(*FAST, "--out", tmp_path / "run", "--steps", 6, "--log-every", 3, "--image-every", 4)
+    rows = [row for row in records(tmp_path / "run") if row["split"] == "train"]
+    assert [row["step"] for row in rows] == [1, 3, 6]
+    assert all(row["data_wait"] < 1 for row in rows[1:])
+
+
 @pytest.mark.parametrize("asked", [2, 9])
 def test_a_trace_of_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: int) -> None:
     """From the fourth one on, or of those that are left of the run."""
@@ -29,6 +46,12 @@ def test_a_trace_of_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert sum("Optimizer.step" in name for name in names) >= 2
     assert any("regvq::vector_quantize" in name for name in names)
     assert "traced 2 steps: " in " ".join(capsys.readouterr().out.split())
+
+
+def test_rank_0_alone_traces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("regvq_fast.training.trace.rank", lambda: 1)
+    train(*FAST, "--out", tmp_path / "run", "--steps", 5, "--trace-steps", 1)
+    assert not (tmp_path / "run" / "trace.json").exists()
 
 
 def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
