@@ -96,9 +96,12 @@ class PriorTask(Task[PriorConfig]):
         source = tokens.tokenizer
         if source is None and tokens.cache is not None:
             source = Path(read_info(tokens.cache).tokenizer)
-            if not source.exists():
-                raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
         assert source is not None  # checked
+        own = config.run.out / TOKENIZER if config.run.resume and config.run.out else None
+        if own and own.exists() and not source.exists():
+            source = own  # by its hash that of the cache and of the checkpoint, or the run is refused
+        if tokens.tokenizer is None and not source.exists():
+            raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
         self.tokenizer = VQGAN.from_pretrained(source)
         self.tokenizer_hash = weights_hash(self.tokenizer)
         if tokens.cache is not None:

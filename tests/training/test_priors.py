@@ -148,6 +148,31 @@ def test_a_resumed_run_equals_one_without_a_break(
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_resumed_run_has_its_tokenizer_with_it(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(PriorTask, "agreement", lambda _: {})
+    moved, gone = shutil.copytree(cache, tmp_path / "moved"), tmp_path / "gone"
+    info = json.loads((moved / "cache.json").read_text())
+    (moved / "cache.json").write_text(json.dumps(info | {"tokenizer": str(gone)}))
+    with pytest.raises(SystemExit, match=f"error: the tokenizer {gone} that {moved} names is not there"):
+        fit("ar", "--cache", moved, "--out", tmp_path / "cached")
+    shutil.copytree(tokenizer, gone)
+    fit("ar", "--cache", moved, "--out", tmp_path / "cached")
+    fit("ar", "--on-the-fly", "--tokenizer", gone, "--val-images", 10, "--out", tmp_path / "on the fly")
+    shutil.rmtree(gone)
+    for run in ("cached", "on the fly"):
+        resume(tmp_path / run, "--steps", 5, script="ar.py")
+        assert records(tmp_path / run)[-1]["step"] == 5
+    other = tmp_path / "other"
+    train(*FAST, "--out", other, "--ch-mult", 1, 1, 2, "--seed", 1, "--steps", 1)
+    own = tmp_path / "on the fly" / "tokenizer"
+    shutil.rmtree(own)
+    VQGAN.from_pretrained(other).save_pretrained(own)
+    with pytest.raises(SystemExit, match=r"this run has .* as tokenizer, the checkpoint .* has"):
+        resume(tmp_path / "on the fly", "--steps", 6, script="ar.py")
+
+
 def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:
     """Of the diffusion, whose choice of steps learns from all of them."""
     out = tmp_path / "run"
