@@ -66,7 +66,35 @@ class Checkpoint:
     weights: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What to tell: checkpoints that were passed over, settings that changed."""
+    """What to tell: checkpoints that were passed over, settings and data that changed."""
+
+    def check(self, identity: Mapping[str, str], fingerprint: str, steps: int) -> None:
+        """Compare with the run that is to continue, what its configuration doesn't tell.
+
+        Args:
+            identity: of the run, see `Task.identity`.
+            fingerprint: of its first training samples; another one is a note.
+            steps: after which it ends.
+
+        Raises:
+            ValueError: the checkpoint is of other data or of other losses, or of a later step than the last one.
+        """
+        if self.step > steps:
+            raise ValueError(
+                f"{self.folder} has {self.step} steps done, and the run is to end after {steps}: give more --steps or "
+                "--epochs, or neither"
+            )
+        for name, value in identity.items():
+            saved = self.state["identity"].get(name)
+            if value != saved:
+                raise ValueError(
+                    f"this run has {value} {name}, the checkpoint {self.folder} has {saved}: resume with the same"
+                )
+        if fingerprint != self.state["fingerprint"]:
+            self.notes.append(
+                "the first training images differ from those of the checkpoint, of which there are as many: another "
+                "folder, or another version of Pillow?"
+            )
 
 
 def find_checkpoint(config: TrainConfig) -> Checkpoint:

@@ -1,6 +1,5 @@
 """What the training of every prior over tokens shares: tokenizer, tokens, likelihood, samples."""
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -131,9 +130,7 @@ class PriorTask(Task[PriorConfig]):
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._encoder = _InParts(self.tokenizer, self.part)
         self.model = self.build_prior().to(self.device)
-        self.model.checkpoint_activations(self.config.run.activation_checkpointing)
-        first = self.read(self.train_set, range(min(self.batch_size, 16)))
-        self.fingerprint = hashlib.sha256(first["tokens"].cpu().numpy().tobytes()).hexdigest()
+        self.first_samples("tokens")
         self._plain = self.build_loss()
         return {"grad_norm": self.model}
 
@@ -163,11 +160,9 @@ class PriorTask(Task[PriorConfig]):
         tokens = self.tokens_config(self.config)
         height, width = self.tokenizer.token_shape
         source = f"token cache {tokens.cache}" if tokens.cache else f"{self.train_set.label}, on the fly"
-        parameters = sum(p.numel() for p in self.model.parameters())
         return {
             "tokens": f"{source}: {len(self.train_set)} training samples, {len(self.val_set)} for validation",
             "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
-            "model": f"{parameters / 1e6:.1f} M parameters",
         }
 
     def identity(self) -> dict[str, str]:
@@ -181,12 +176,12 @@ class PriorTask(Task[PriorConfig]):
         return ready["tokens"].to(self.device, non_blocking=True), *self.condition(ready)
 
     def forward_backward(
-        self, *inputs: Tensor, first_sample: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
+        self, *inputs: Tensor, first_image: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
     ) -> dict[str, Tensor]:
         network = self._plain if plain else self._loss
         with synchronized(network, enabled=synchronize):
             with self.precision.autocast():
-                metrics, observed = network(*inputs, seed=self.seed, first_image=first_sample)
+                metrics, observed = network(*inputs, seed=self.seed, first_image=first_image)
             (loss_scale * metrics["loss"]).backward()
         if not plain:
             self.observe(*observed)

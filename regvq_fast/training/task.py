@@ -5,6 +5,7 @@ optimizers take the gradients. All that is random in it is a function of one see
 so that it depends neither on how many processes share it nor on where it was interrupted.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +29,8 @@ from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.throughput import DeviceMonitor
 from regvq_fast.training.update import Update
 from regvq_fast.training.watch import OVERFLOWING, Reading
+
+_FIRST_SAMPLES = 16
 
 
 class Metrics(Protocol):
@@ -93,6 +96,7 @@ class Task(ABC, Generic[Config]):
         torch.manual_seed(run.seed)
         with together(), rank_0_first():  # which may download weights
             self.trained = self.build()
+        self.model.checkpoint_activations(run.activation_checkpointing)
         self._agree()
         self.distribute()
         torch.manual_seed(run.seed + rank())  # dropout of each rank's own
@@ -138,13 +142,13 @@ class Task(ABC, Generic[Config]):
 
     @abstractmethod
     def forward_backward(
-        self, *inputs: Tensor, first_sample: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
+        self, *inputs: Tensor, first_image: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
     ) -> dict[str, Tensor]:
         """Add the gradients of a part of a batch to the parameters.
 
         Args:
             inputs: the part.
-            first_sample: 0-dim int64, number of its first sample in the batch of all ranks.
+            first_image: 0-dim int64, number of its first image in the batch of all ranks.
             loss_scale: 0-dim, factor of all gradients.
             synchronize: take the mean of the gradients over the ranks; False for all but the last part.
             plain: for this rank alone, and without compilation.
@@ -172,6 +176,15 @@ class Task(ABC, Generic[Config]):
     def compiles_at(self) -> dict[int, str]:
         """Steps that compile, with what to tell; they are recorded by themselves."""
         return {0: "compiling, one to three minutes"}
+
+    def first_samples(self, field: str) -> Tensor:
+        """A field of the first training samples, at most 16, of which it takes the fingerprint.
+
+        For `build`: so a folder without a readable image is found out before anything is written.
+        """
+        first = self.read(self.train_set, range(min(self.batch_size, _FIRST_SAMPLES)))[field]
+        self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()
+        return first
 
     def read(self, dataset: Any, indices: Iterable[int]) -> Any:
         """Some samples of a split as a batch."""
@@ -236,10 +249,10 @@ class Task(ABC, Generic[Config]):
         loss_scale = self.update.loss_scale(parts)
         pieces = zip(*(tensor.chunk(parts) for tensor in self.inputs(batch)), strict=True)
         for k, piece in enumerate(pieces):
-            first_sample = torch.full((), rank() * self.rank_batch + k * len(piece[0]), device=self.device)
+            first_image = torch.full((), rank() * self.rank_batch + k * len(piece[0]), device=self.device)
             try:
                 metrics = self.forward_backward(
-                    *piece, first_sample=first_sample, loss_scale=loss_scale, synchronize=k == parts - 1
+                    *piece, first_image=first_image, loss_scale=loss_scale, synchronize=k == parts - 1
                 )
             except FloatingPointError as error:
                 if num_ranks() > 1:  # the others are waiting for gradients that will not come
@@ -308,27 +321,12 @@ class Task(ABC, Generic[Config]):
         """Continue from a checkpoint, as if there had been no break; what the checkpoint held is let go.
 
         Raises:
-            ValueError: the checkpoint is of other data or of other losses, or of a later step than the last one.
+            ValueError: as :meth:`Checkpoint.check`.
         """
         if checkpoint.folder is None:
             return
-        if checkpoint.step > self.steps:
-            raise ValueError(
-                f"{checkpoint.folder} has {checkpoint.step} steps done, and the run is to end after {self.steps}: give "
-                "more --steps or --epochs, or neither"
-            )
+        checkpoint.check(self.identity(), self.fingerprint, self.steps)
         state, weights = checkpoint.state, checkpoint.weights
-        for name, value in self.identity().items():
-            saved = state["identity"].get(name)
-            if value != saved:
-                raise ValueError(
-                    f"this run has {value} {name}, the checkpoint {checkpoint.folder} has {saved}: resume with the same"
-                )
-        if self.fingerprint != state["fingerprint"]:
-            checkpoint.notes.append(
-                "the first training images differ from those of the checkpoint, of which there are as many: another "
-                "folder, or another version of Pillow?"
-            )
         self.start = checkpoint.step
         self.update.load_state_dict(state, weights)
         others = [module for module in self.trained.values() if module is not self.model]
@@ -378,4 +376,6 @@ class Task(ABC, Generic[Config]):
         device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         if num_ranks() > 1:
             device += f", {num_ranks()} processes with {self.rank_batch} images each"
-        return {"device": device, "precision": self.precision.reason, **self.describe(), **self._monitor.facts}
+        parameters = sum(p.numel() for p in self.model.parameters())
+        facts = {"device": device, "precision": self.precision.reason, "model": f"{parameters / 1e6:.1f} M parameters"}
+        return facts | self.describe() | self._monitor.facts

@@ -83,9 +83,7 @@ class Utilization:
         task.update.begin()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             flops = count_flops(
-                lambda: task.forward_backward(
-                    *inputs, first_sample=first, loss_scale=one, synchronize=False, plain=True
-                )
+                lambda: task.forward_backward(*inputs, first_image=first, loss_scale=one, synchronize=False, plain=True)
             )
         task.update.undo()
         return flops / len(inputs[0])

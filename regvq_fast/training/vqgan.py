@@ -1,6 +1,5 @@
 """Training of the VQ-GAN: the task of ``train/vq.py``."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from regvq_fast.training.task import Task
 from regvq_fast.training.watch import CollapseAlarm
 
 _GRID_IMAGES = 16
-_STANDARDIZE_IMAGES = 16
 
 
 class VQGANTask(Task[VQGANConfig]):
@@ -50,7 +48,6 @@ class VQGANTask(Task[VQGANConfig]):
     def build(self) -> dict[str, nn.Module]:
         config, device = self.config, self.device
         self.model = build_model(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model.checkpoint_activations(config.run.activation_checkpointing)
         discriminator = build_discriminator(config)
         self.disc_start = self.steps if config.loss.disc_start is None else config.loss.disc_start
         if self.disc_start < self.steps and config.data.image_size < discriminator.min_size:
@@ -61,9 +58,7 @@ class VQGANTask(Task[VQGANConfig]):
         if num_ranks() > 1 and device.type == "cuda":  # batch norm over all ranks; it exists on GPUs alone
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         self.discriminator = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Read here, so that a folder without a readable image is found out before anything is written.
-        first = self.read(self.train_set, range(min(self.batch_size, _STANDARDIZE_IMAGES)))["image"]
-        self.fingerprint = hashlib.sha256(first.numpy().tobytes()).hexdigest()
+        first = self.first_samples("image")
         if self.model.quantize.expects_unit_variance:
             self.model.standardize_latents(to_float(first.to(device)))
         reconstruction_loss, self.facts = build_reconstruction_loss(config.loss)
@@ -87,12 +82,11 @@ class VQGANTask(Task[VQGANConfig]):
 
     def describe(self) -> dict[str, str]:
         config = self.config
-        parameters = sum(p.numel() for p in self.model.parameters())
         height, width = self.model.token_shape
         quantizer = self.model.quantize
         return {
             "data": f"{self.train_set.label}, {len(self.val_set)} validation images of {config.data.image_size} px",
-            "model": f"{parameters / 1e6:.1f} M parameters, {height} x {width} tokens",
+            "tokens": f"{height} x {width} an image",
             "quantizer": f"{type(quantizer).__name__}({quantizer.extra_repr()})",
             "discriminator": self._discriminator_joins(),
         }
@@ -126,13 +120,13 @@ class VQGANTask(Task[VQGANConfig]):
         return (images.contiguous(memory_format=torch.channels_last),)
 
     def forward_backward(
-        self, *inputs: Tensor, first_sample: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
+        self, *inputs: Tensor, first_image: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
     ) -> dict[str, Tensor]:
         (images,) = inputs
         metrics, indices = self.train_step(
             images,
             self.seed,
-            first_image=first_sample,
+            first_image=first_image,
             adversarial=self.disc_start <= self._step,
             loss_scale=loss_scale,
             synchronize=synchronize,
