@@ -25,7 +25,8 @@ class OptimizerConfig:
     batch_size: int = 16
     """Images a step."""
     accumulate: int = 1
-    """Parts that a step's batch is cut into, to save memory; posterior, lambda and batch norm are of a part then."""
+    """Parts that a step's batch is cut into, to save memory; posterior, lambda and batch norm are of a part then, and
+    vq-vae moves its codes once a part."""
     lr: float = 1.5e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
