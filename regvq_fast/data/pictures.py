@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -55,8 +54,9 @@ class PictureDataset(Dataset[Sample], ABC):
     picture of the list takes the place. They are found on first use, so that opening a large data set stays cheap.
 
     A picture's captions are the lines of its caption file, empty and repeated ones left out: training draws one of
-    them, as a function of (seed, index), validation takes the first. Where the source says that two class ids change
-    places in a mirror (a face's left eye becomes its right one), they do in the maps of mirrored pictures.
+    them, as a function of (seed, index), validation takes the first. A picture whose file has none is skipped like one
+    that can't be decoded. Where the source says that two class ids change places in a mirror (a face's left eye becomes
+    its right one), they do in the maps of mirrored pictures.
 
     Raises:
         ValueError: an unknown split, crop or field; an image size or a limit below 1.
@@ -200,7 +200,7 @@ class PictureDataset(Dataset[Sample], ABC):
             sample["segmentation"] = torch.from_numpy(labels.copy())
         if "caption" in self.fields:
             captions = caption_lines(self._read(position, "caption"))
-            sample["caption"] = _choose_caption(captions, rng if training else None)
+            sample["caption"] = rng.choice(captions) if training else captions[0]
         return sample
 
     def _none_readable(self) -> ValueError:
@@ -256,20 +256,21 @@ def why_unreadable(error: Exception) -> str:
 
 
 def caption_lines(data: bytes) -> list[str]:
-    """The captions in a file: its lines, without empty and repeated ones, in order. UnicodeDecodeError: not UTF-8."""
-    return list(dict.fromkeys(filter(None, map(str.strip, data.decode().splitlines()))))
+    """The captions in a file, one at least: its lines, without empty and repeated ones, in order.
+
+    Raises:
+        ValueError: there is none, or the file is not UTF-8.
+    """
+    lines = list(dict.fromkeys(filter(None, map(str.strip, data.decode().splitlines()))))
+    if not lines:
+        raise ValueError("its caption is empty")
+    return lines
 
 
 def check_same_size(labels: Image.Image, size: tuple[int, int]) -> None:
     """Raise ValueError unless a map has the (width, height) of its image."""
     if labels.size != size:
         raise ValueError(f"its map has {labels.width} x {labels.height} pixels, the image {size[0]} x {size[1]}")
-
-
-def _choose_caption(captions: Sequence[str], rng: random.Random | None) -> str:
-    if not captions:
-        return ""
-    return captions[0] if rng is None else rng.choice(captions)
 
 
 def _mirror(image: Image.Image) -> Image.Image:

@@ -7,7 +7,8 @@
 A shard is one safetensors file, so that the fields of its samples appear together or not at all, and its header says
 how long it has to be. It holds ``tokens`` (count, h, w) uint16 and, as the cache has them, ``segmentation`` (count, h,
 w) uint8, the class ids on the token grid, and ``caption`` (bytes,) uint8, UTF-8 one after another, with
-``caption_ends`` (count,) int64. The files are memory-mapped: opening one costs its header, a sample one or two pages.
+``caption_ends`` (count,) int64. The files are memory-mapped: opening one costs its header and ``caption_ends``, a
+sample one or two pages.
 """
 
 import dataclasses
@@ -164,7 +165,7 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
 
     Raises:
         FileNotFoundError: it is missing.
-        ValueError: it is truncated, damaged or of another cache; the message names it.
+        ValueError: it is truncated, damaged, of another cache, or has an empty caption; the message names it.
     """
     path = shard_path(folder, split, number)
     try:
@@ -188,7 +189,10 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
     _check_entries(path, entries, _expected_entries(info, len(info.shard_range(split, number))))
     data = np.memmap(path, mode="r", offset=8 + length) if stops[-1] else np.empty(0, np.uint8)
     arrays = {name: entries[name].view(data) if name in entries else None for name in Shard._fields}
-    return Shard(**arrays)  # type: ignore[arg-type]
+    shard = Shard(**arrays)  # type: ignore[arg-type]
+    if shard.caption_ends is not None and (np.diff(shard.caption_ends, prepend=0) < 1).any():
+        raise ValueError(f"{path} has an empty caption{REMEDY}")  # no text encoder takes it
+    return shard
 
 
 class _Entry(NamedTuple):

@@ -120,7 +120,11 @@ def test_repeated_and_empty_captions_are_told(tmp_path):
     assert "opened 8 pictures and 48 captions (40 repeated or empty lines don't count)" in told.text
     empty = next((tmp_path / "text" / trees.BIRDS[0]).iterdir())
     empty.write_text("\n \n")
-    assert f"{empty} is empty" in Told("verify", tmp_path, decode=True).text
+    name = f"{empty.parent.name}/{empty.stem}.jpg"
+    assert f"{name}: its caption is empty" in Told("verify", tmp_path, decode=True).text
+    told = Told("prepare", tmp_path, out=tmp_path / "out")
+    assert f"{name}: its caption is empty" in told.text
+    assert "val: 3 images, 3 with caption, 0 missing, 1 unreadable left out" in told.text
 
 
 def test_what_is_no_archive_is_told_with_what_there_should_be(tmp_path):

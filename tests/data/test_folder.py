@@ -254,6 +254,19 @@ def test_captions_and_segmentation_lie_beside_the_images(tmp_path, caplog):
     assert ImageFolder(tmp_path, "train", 64)[0].keys() == {"image"}
 
 
+def test_an_image_whose_caption_is_empty_is_skipped(tmp_path, caplog):
+    """No text encoder takes an empty caption: a prior in training would stop at it, hours after its start."""
+    for split in ("train", "val"):
+        for k in range(3):
+            write(tmp_path / split / f"{k}.png", 10 * k)
+            (tmp_path / split / f"{k}.txt").write_text(" \n\n" if k == 1 else f"photograph {k}")
+    for split in ("train", "val"):
+        dataset = ImageFolder(tmp_path, split, 8, fields=["caption"])
+        assert {dataset[k]["caption"] for k in range(3)} == {"photograph 0", "photograph 2"}
+        assert dataset.unreadable == 1
+        assert caplog.messages.pop() == f"skipped unreadable image {tmp_path}/{split}/1.png (its caption is empty)"
+
+
 def test_segmentation_is_cut_and_mirrored_with_its_image(gradients):
     for k in range(2):
         red = Image.open(gradients / f"{k}.png").getchannel(0)

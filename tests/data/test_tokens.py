@@ -191,6 +191,14 @@ def test_tokens_that_no_code_has_are_refused(cache: Path) -> None:
         dataset.__getitems__([0, 1])
 
 
+def test_an_empty_caption_is_refused_before_a_step_meets_it(cache: Path) -> None:
+    shard = open_shard(cache, read_info(cache), "val", 0)
+    for captions in (["", "b", "c"], ["a", "", "c"]):
+        write_shard(shard_path(cache, "val", 0), shard.tokens.copy(), shard.segmentation.copy(), captions)
+        with pytest.raises(ValueError, match=r"val-000000.safetensors has an empty caption: run train/cache_tokens.py"):
+            TokenDataset(cache, "val")
+
+
 def test_random_damage_never_passes_for_data(cache: Path) -> None:
     """A header that says something else is an error in words, whatever it says."""
     shard = shard_path(cache, "val", 0)
