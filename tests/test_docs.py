@@ -1,4 +1,4 @@
-"""What is written about the library in docstrings and docs/: that it is there, and that messages it quotes exist."""
+"""What docstrings and documents say of the library: that it is there, and that messages they quote exist."""
 
 import ast
 import functools
@@ -12,7 +12,8 @@ from types import FunctionType, ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, ROOT / "results" / "README.md"]
 PACKAGES = [
     "regvq_fast",
     *(f"regvq_fast.{name}" for name in "ops quantizers losses models data sampling evaluation integrations".split()),
@@ -115,7 +116,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_into_documents_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for path, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#([^)\s]+)\)", text):

@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ can't drift from the project: every path, flag, command and import in them.
+"""The documents can't drift from the project: every path, flag, command and import in them.
 
 The sequence "from nothing to samples" is run as it stands there, at tiny sizes. What needs a GPU, data, the network or
 minutes is parsed only: by the parser of the script that it starts.
@@ -28,7 +28,8 @@ from regvq_fast.config import parse_config
 from regvq_fast.models import VQGAN, VGGFeatures
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES, "results/README.md"]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 README = TEXTS["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -17,6 +17,7 @@ from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import choose_device
 
+_OUT = Path("runs/paper")  # not the repository's results/, whose tables a run of one seed would replace
 _RUNS = "runs"
 _SCRIPTS = {"ar": "ar.py", "diffusion": "diffusion.py"}
 _CONDITIONS = {"ar": "segmentation", "diffusion": "caption"}
@@ -35,7 +36,7 @@ class PaperConfig:
     data: Path | None = None
     """Images of the preset, as for train/vq.py. Not given: the embedded scenes."""
     out: Path | None = None
-    """Folder of tables and figures, with the runs in its runs/. Not given: results/PRESET-SCALE."""
+    """Folder of tables and figures, with the runs in its runs/. Not given: runs/paper/PRESET-SCALE."""
     seeds: tuple[int, ...] = (0,)
     """Each row is trained once with each of them; its numbers are means, with their standard deviations."""
     rows: tuple[str, ...] = ()
@@ -72,7 +73,7 @@ def reproduce(config: PaperConfig, scripts: Path) -> None:
     """
     experiment = EXPERIMENTS[config.experiment]
     chosen = _check(config, experiment)
-    out = config.out or Path("results") / f"{config.preset}-{config.scale}"
+    out = config.out or _OUT / f"{config.preset}-{config.scale}"
     # The report is of everything that is there, whatever this call is to run.
     plan = {
         row: {seed: _plan(config, experiment, row, seed, out / _RUNS) for seed in _seeds(config, out / _RUNS / row.key)}

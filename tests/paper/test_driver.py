@@ -95,6 +95,13 @@ def test_a_row_is_tokenizer_tokens_prior_and_metrics(scripts, tmp_path):
     assert record["prior"]["commands"] == [shlex.join(["python", "train/ar.py", *scripts.commands[2][2:]])]
 
 
+def test_without_out_the_committed_results_stay_as_they_are(scripts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reproduce(PaperConfig("table2", rows=("reg-vq",), fid_features=NET), SCRIPTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert (tmp_path / "runs" / "paper" / "scenes-tiny" / "table2.md").exists()
+
+
 def test_what_is_done_is_not_run_again_and_experiments_share_it(scripts, tmp_path):
     reproduce(table2(tmp_path), SCRIPTS)
     assert len(scripts.commands) == 8
