@@ -211,6 +211,15 @@ def test_the_largest_token_fits(tmp_path: Path) -> None:
     assert TokenDataset(out)[0]["tokens"].eq(65535).all()
 
 
+def test_classes_that_the_data_set_does_not_name_are_refused(
+    scenes: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, an embedding that is asked for one of them would end the process."""
+    monkeypatch.setattr(ScenesDataset, "num_classes", 2)
+    with pytest.raises(SystemExit, match=r"holds the class id 15, of 2 classes: delete it, and make it anew"):
+        cache(tokenizer, scenes, *SCENES)
+
+
 def test_images_with_captions_and_maps(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

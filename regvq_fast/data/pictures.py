@@ -92,8 +92,10 @@ class PictureDataset(Dataset[Sample], ABC):
         self.limit = limit
         self.fields = frozenset(fields)
         self._maps_fit = False  # must maps have the size of their images, rather than their shape alone?
-        self._manifest = read_manifest(self.source)
-        self._mirrored_ids = mirrored_ids(self._manifest.mirror_pairs if self._manifest else ())
+        manifest = read_manifest(self.source)
+        self.num_classes: int | None = len(manifest.classes) or None if manifest else None
+        """Ids of the semantic maps: a picture whose map has others can't be read. None where nothing says so."""
+        self._mirrored_ids = mirrored_ids(manifest.mirror_pairs if manifest else ())
 
     # ------------------------------------------------------------------------------------------- what a subclass adds
 
@@ -159,11 +161,6 @@ class PictureDataset(Dataset[Sample], ABC):
         return self.source
 
     @property
-    def num_classes(self) -> int | None:
-        """Ids of the semantic maps; None where nothing says so."""
-        return len(self._manifest.classes) or None if self._manifest else None
-
-    @property
     def unreadable(self) -> int:
         """How many pictures turned out unreadable so far, whichever process met them."""
         return int(self.unreadable_flags.sum())
@@ -194,7 +191,7 @@ class PictureDataset(Dataset[Sample], ABC):
             with Image.open(BytesIO(self._read(position, "segmentation"))) as file:
                 if self._maps_fit:
                     check_same_size(file, size)
-                labels = np.array(crop_labels(file, box, size, side, side))
+                labels = np.array(crop_labels(file, box, size, side, side, self.num_classes))
             if mirrored:
                 labels = labels[:, ::-1] if self._mirrored_ids is None else self._mirrored_ids[labels[:, ::-1]]
             sample["segmentation"] = torch.from_numpy(labels.copy())

@@ -202,7 +202,8 @@ def _sample(
         with Image.open(BytesIO(archive.read(name, "segmentation"))) as file:
             if archive.maps_fit:
                 check_same_size(file, full)
-            sample["seg.png"] = encoded_map(np.asarray(crop_labels(file, Box(0, 0, *full), full, width, height)))
+            labels = crop_labels(file, Box(0, 0, *full), full, width, height, len(archive.classes))
+        sample["seg.png"] = encoded_map(np.asarray(labels))
     if "caption" in fields:
         sample["txt"] = "\n".join(caption_lines(archive.read(name, "caption")))
     return sample

@@ -67,8 +67,8 @@ class CacheInfo:
     shard_samples: int
     """Samples of a shard; the last one of a split may have fewer."""
     num_classes: int | None = None
-    """Classes of the segmentation: those of the scenes, else one more than the largest id. None: it has none, or the
-    cache is not complete."""
+    """Classes of the segmentation: as many as the data set names, else one more than the largest id. None: it has none,
+    or the cache is not complete."""
     complete: bool = False
     """Whether all shards are there."""
     format: int = FORMAT

@@ -179,7 +179,13 @@ class TokenDataset(Dataset[TokenSample]):
         batch = TokenBatch(tokens=torch.from_numpy(tokens))
         if "segmentation" in self.info.fields:
             maps = [cast(Any, shards[number].segmentation)[row] for number, row in places]
-            batch["segmentation"] = torch.from_numpy(np.stack(maps))
+            segmentation = np.stack(maps)
+            if segmentation.max() >= (self.info.num_classes or _MAX_CLASSES):  # an embedding, too
+                raise ValueError(
+                    f"{self.folder} holds the class id {segmentation.max()}, of {self.info.num_classes} classes: "
+                    "delete the cache, and make it anew"
+                )
+            batch["segmentation"] = torch.from_numpy(segmentation)
         if "caption" in self.info.fields:
             batch["caption"] = [shards[number].caption_of(row) for number, row in places]
         return batch

@@ -88,19 +88,23 @@ def crop_rgb(image: Image.Image, box: Box, width: int, height: int, oversampling
     return resize_box(image, _moved(box, size, Box(left, top, left + right, top + bottom)), width, height)
 
 
-def crop_labels(image: Image.Image, box: Box, picture_size: tuple[int, int], width: int, height: int) -> Image.Image:
+def crop_labels(
+    image: Image.Image, box: Box, picture_size: tuple[int, int], width: int, height: int, num_classes: int | None = None
+) -> Image.Image:
     """The same ``box`` of a map of class ids, which belongs to a picture of ``picture_size``, by nearest neighbour.
 
     The map may be larger or smaller than the picture, of the same shape. Its palette, if any, is ignored.
 
     Raises:
-        ValueError: it has colours instead of class ids, ids above 255, or another shape than the picture.
+        ValueError: it has colours instead of class ids, somewhere an id that is not below ``num_classes`` (None: 256),
+            or another shape than the picture.
     """
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise ValueError(f"a segmentation map has one class id a pixel, this one is {image.mode}")
     labels = np.asarray(image)
-    if labels.max() > 255 or labels.min() < 0:
-        raise ValueError(f"class ids of a segmentation map must be in 0..255, got {labels.min()}..{labels.max()}")
+    largest = (num_classes or 256) - 1
+    if labels.max() > largest or labels.min() < 0:
+        raise ValueError(f"class ids of a segmentation map must be in 0..{largest}, got {labels.min()}..{labels.max()}")
     # Equal shapes up to the rounding of one side to whole pixels.
     if abs(image.width * picture_size[1] - image.height * picture_size[0]) > max(picture_size):
         raise ValueError(f"a segmentation map of {image.size} does not fit its picture of {picture_size}")

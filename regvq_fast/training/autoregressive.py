@@ -54,6 +54,8 @@ class ARTask(PriorTask[ARConfig]):
             raise ValueError(
                 f"--num-classes must be at least {found or 1} and at most {_MAX_CLASSES}, got {given}{there}"
             )
+        if found is None:  # a picture whose map has other ids is one that can't be read
+            self.train_set.num_classes = self.val_set.num_classes = given
         return given or found or 0
 
     def build_loss(self) -> nn.Module:

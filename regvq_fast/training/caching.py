@@ -257,6 +257,10 @@ class _Caching:
         num_classes = None
         if "segmentation" in self.info.fields:
             num_classes = self.datasets["train"].num_classes or largest + 1
+            if largest >= num_classes:
+                raise ValueError(
+                    f"{self.folder} holds the class id {largest}, of {num_classes} classes: delete it, and make it anew"
+                )
         write_info(self.folder, dataclasses.replace(self.info, num_classes=num_classes, complete=True))
 
         samples = sum(map(self.info.samples, _SPLITS))

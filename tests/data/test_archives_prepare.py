@@ -105,7 +105,7 @@ def test_decoding_finds_what_counting_does_not(tmp_path, monkeypatch):
     told = Told("verify", top, decode=True)
     assert told.error.endswith("is damaged in 4 pictures: see above")
     for name, reason in (
-        ("train_00000001", "its map has the class id 151, of 151 classes"),
+        ("train_00000001", "class ids of a segmentation map must be in 0..150, got 151..151"),
         ("train_00000002", "its map has 12 x 10 pixels, the image 24 x 20"),
         ("train_00000003", "a segmentation map has one class id a pixel, this one is RGB"),
         ("val_00000001", ""),
@@ -190,10 +190,12 @@ def test_faces_are_made_small_with_their_maps_and_still_mirror(tmp_path):
 def test_what_cannot_be_read_or_has_no_map_is_counted(tmp_path):
     top = trees.ade20k(tmp_path / "ade")
     (top / "images" / "training" / "ADE_train_00000001.jpg").write_bytes(b"no image")
+    trees.labels(top / "annotations" / "training" / "ADE_train_00000002.png", np.full((20, 24), 151))
     told = Told("prepare", top, out=tmp_path / "out", size=10)
     assert told.error == ""
-    assert "train: 3 images, 2 with segmentation, 0 missing, 1 unreadable left out" in told.text
+    assert "train: 2 images, 1 with segmentation, 0 missing, 2 unreadable left out" in told.text
     assert re.search(r"left out .*ADE_train_00000001.jpg: it is no image$", told.text, re.MULTILINE)
+    assert re.search(r"left out .*ADE_train_00000002.jpg: class ids of .* must be in 0..150", told.text)
     for image in (top / "images" / "validation").iterdir():
         image.write_bytes(b"no image")
     error = Told("prepare", top, out=tmp_path / "other", size=10).error

@@ -191,6 +191,14 @@ def test_tokens_that_no_code_has_are_refused(cache: Path) -> None:
         dataset.__getitems__([0, 1])
 
 
+def test_classes_that_the_cache_has_not_are_refused(cache: Path) -> None:
+    write_info(cache, dataclasses.replace(INFO, num_classes=2))  # as older versions wrote of a data set that names two
+    dataset = TokenDataset(cache, "val")
+    assert len(dataset.__getitems__([0, 1])["segmentation"]) == 2
+    with pytest.raises(ValueError, match="holds the class id 2, of 2 classes"):
+        dataset[2]
+
+
 def test_an_empty_caption_is_refused_before_a_step_meets_it(cache: Path) -> None:
     shard = open_shard(cache, read_info(cache), "val", 0)
     for captions in (["", "b", "c"], ["a", "", "c"]):

@@ -173,6 +173,10 @@ def test_labels_that_are_none_are_refused():
         crop_labels(Image.new("RGB", (8, 8)), box, (8, 8), 4, 4)
     with pytest.raises(ValueError, match=r"must be in 0..255, got 300..300"):
         crop_labels(Image.fromarray(np.full((8, 8), 300, dtype=np.uint16)), box, (8, 8), 4, 4)
+    labels = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    crop_labels(labels, Box(0, 0, 1, 1), (8, 8), 1, 1, 64)
+    with pytest.raises(ValueError, match=r"must be in 0..62, got 0..63"):  # wherever it is cut
+        crop_labels(labels, Box(0, 0, 1, 1), (8, 8), 1, 1, 63)
     with pytest.raises(ValueError, match=r"of \(8, 16\) does not fit its picture of \(16, 8\)"):
         crop_labels(Image.new("L", (8, 16)), box, (16, 8), 4, 4)
     crop_labels(Image.new("L", (33, 50)), box, (100, 150), 4, 4)  # a third, rounded

@@ -250,6 +250,25 @@ def test_what_cannot_be_trained_is_one_sentence(
     assert not out.exists()
 
 
+def test_a_map_with_other_ids_than_the_classes_is_one_that_cannot_be_read(
+    tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU, an embedding that is asked for one of them would end the process."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for k in range(count):
+            stem = tmp_path / "photos" / split / str(k)
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(f"{stem}.png")
+            Image.fromarray(np.full((40, 40), 2 if k == 1 else k % 2, dtype=np.uint8)).save(f"{stem}.seg.png")
+    flags = ["--on-the-fly", "--tokenizer", tokenizer, "--data", tmp_path / "photos", "--num-classes", 2]
+    fit("ar", *flags, "--out", tmp_path / "run")
+    assert (
+        sum("class ids of a segmentation map must be in 0..1, got 2..2" in message for message in caplog.messages) == 2
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable images"] == 2
+
+
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 

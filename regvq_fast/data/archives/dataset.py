@@ -43,6 +43,7 @@ class ArchiveDataset(PictureDataset):
     ) -> None:
         super().__init__(archive.top, split, image_size, crop, flip, seed, limit, fields)
         self.archive = archive
+        self.num_classes = len(archive.classes) or None
         self._maps_fit = archive.maps_fit
         self._mirrored_ids = mirrored_ids(archive.mirror_pairs)
         for field in sorted(self.fields.difference(archive.fields)):
@@ -59,10 +60,6 @@ class ArchiveDataset(PictureDataset):
     @property
     def label(self) -> str:
         return f"{self.archive.label} ({self.archive.served[self.split]})"
-
-    @property
-    def num_classes(self) -> int | None:
-        return len(self.archive.classes) or None
 
     def _read(self, position: int, part: Part) -> bytes:
         return self.archive.read(str(self.names[position]), part)
