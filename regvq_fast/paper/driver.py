@@ -1,16 +1,23 @@
 """From the name of a table to its rows, trained, measured and compared: what ``train/paper.py`` runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.text import Text
 from tyro.conf import Positional
 
+from regvq_fast.config import AR_PRESETS, DIFFUSION_PRESETS, ARConfig, DiffusionConfig
 from regvq_fast.config.common import PresetName, check_at_least
+from regvq_fast.data.loading import build_dataset
+from regvq_fast.data.pictures import Field
+from regvq_fast.data.samples import Split
+from regvq_fast.data.scenes import MIN_IMAGE_SIZE
 from regvq_fast.evaluation.evaluate import RESULTS
 from regvq_fast.evaluation.feature_nets import load_feature_net
+from regvq_fast.models.text import PretrainedTextEncoder
 from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName, Prior, Row, Scale, prior_of, recipe
 from regvq_fast.paper.figures import FEW_STEPS
 from regvq_fast.paper.report import Report
@@ -20,7 +27,7 @@ from regvq_fast.precision import choose_device
 _OUT = Path("runs/paper")  # not the repository's results/, whose tables a run of one seed would replace
 _RUNS = "runs"
 _SCRIPTS = {"ar": "ar.py", "diffusion": "diffusion.py"}
-_CONDITIONS = {"ar": "segmentation", "diffusion": "caption"}
+_CONDITIONS: dict[Prior, Field] = {"ar": "segmentation", "diffusion": "caption"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +124,31 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
         raise ValueError(
             f"{config.experiment} has no row {unknown[0]!r}; its rows are {', '.join(repr(row.name) for row in rows)}"
         )
-    if config.fid_features == "none" and _prior(config, experiment) != "none":
+    prior = _prior(config, experiment)
+    if config.fid_features == "none" and prior != "none":
         raise ValueError("--fid-features none leaves nothing to judge a prior by: give --prior none as well")
-    if config.fid_features != "none" and not config.report_only:
-        load_feature_net(config.fid_features)  # so that what it lacks is said now, not after the first row's training
+    if not config.report_only:  # what they lack is said now, not after the first row's training
+        if config.fid_features != "none":
+            load_feature_net(config.fid_features)
+        if prior != "none":
+            _check_prior(config, prior)
     return [row for row in rows if not config.rows or row.name in config.rows or row.key in config.rows]
+
+
+def _check_prior(config: PaperConfig, prior: Literal["ar", "diffusion"]) -> None:
+    """Raise ValueError or OSError where the prior's settings, its condition in the data or its text encoder is missing.
+
+    Builds what the prior will be built of, and lets it go again.
+    """
+    presets: Mapping[str, ARConfig | DiffusionConfig] = AR_PRESETS if prior == "ar" else DIFFUSION_PRESETS
+    preset = recipe(config.preset, config.scale).preset
+    if preset not in presets:
+        raise ValueError(f"--prior {prior} has no settings for --preset {preset}, only for {', '.join(presets)}")
+    for split in get_args(Split):
+        build_dataset(config.data, split=split, image_size=MIN_IMAGE_SIZE, fields=(_CONDITIONS[prior],))
+    settings = presets[preset]
+    if isinstance(settings, DiffusionConfig) and settings.model.text_encoder != "words":
+        PretrainedTextEncoder(settings.model.text_encoder)
 
 
 def _prior(config: PaperConfig, experiment: Experiment) -> Prior:

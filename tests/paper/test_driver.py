@@ -238,6 +238,26 @@ def test_bad_settings_are_refused(scripts, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_prior_lacks_is_said_before_a_tokenizer_is_trained_for_it(scripts, tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        for k in range(2):
+            path = tmp_path / "photos" / split / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16)).save(path)
+            path.with_suffix(".txt").write_text("a photograph")
+    photos = {"preset": "coco", "data": tmp_path / "photos"}
+    with pytest.raises(FileNotFoundError, match=r"none of the 2 images in .*photos has its segmentation"):
+        reproduce(table2(tmp_path, **photos, prior="ar"), SCRIPTS)
+    with pytest.raises(ValueError, match="--prior ar has no settings for --preset coco, only for scenes, ade20k"):
+        reproduce(table2(tmp_path, **photos, prior="ar", scale="full"), SCRIPTS)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="the text encoder 'openai/clip-vit-base-patch32' needs transformers"):
+        reproduce(table2(tmp_path, **photos, scale="full"), SCRIPTS)
+    assert not scripts.commands
+    reproduce(table2(tmp_path, **photos), SCRIPTS)  # the tiny scale has its own encoder of words
+    assert "diffusion.py" in scripts.scripts
+
+
 def test_several_gpus_train_under_torchrun(scripts, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(stages, "_run", lambda command: commands.append(command) or 1)
