@@ -216,10 +216,8 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
 
 
 def _how(config: PaperConfig, stage: Stage) -> list[str]:
-    """Flags of speed."""
-    flags = ["--device", config.device]
-    if config.amp:
-        flags.append("--amp")
-    if config.compile and (stage.trains or stage.script == "evaluate.py"):
-        flags.append("--compile")
+    """Flags of speed; all of them are said, so that a stage that is resumed doesn't keep what it began with."""
+    flags = ["--device", config.device, "--amp" if config.amp else "--no-amp"]
+    if stage.trains or stage.script == "evaluate.py":
+        flags.append("--compile" if config.compile else "--no-compile")
     return flags

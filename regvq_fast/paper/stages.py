@@ -107,7 +107,7 @@ class Pipeline(NamedTuple):
         """Those that begin a stage, or resume it."""
         out = ["--out", str(stage.folder)]
         if stage.trains and any((stage.folder / "checkpoints").glob("step-*")):
-            return ["--resume", *out]
+            return ["--resume", *how, *out]
         if stage.trains:  # what was stopped before its first checkpoint has nothing to continue from
             shutil.rmtree(stage.folder, ignore_errors=True)
         return [*stage.settings, *how, *out]
