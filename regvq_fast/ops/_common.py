@@ -21,9 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when 
 # weigh little. On a GPU 64 MiB, since the eager path is a hundred launches a tile.
 TILE_ELEMENTS = 1 << 20
 CUDA_TILE_ELEMENTS = 1 << 24
-# Scores that the eager forward keeps for its backward, if a call has no more (4 MiB in fp32): to draw their noise and
+# Scores that the eager forward keeps for its backward, if a call has no more (8 MiB in fp32): to draw their noise and
 # multiply again would take a third of a small call's time.
-KEPT_ELEMENTS = 1 << 20
+KEPT_ELEMENTS = 1 << 21
 # Each tile adds to all N x D sums of the backward pass: with fewer rows that traffic outweighs its products.
 _MIN_TILE_ROWS = 64
 # Columns of a block in the search of a row's maximum on a CPU, and with how many columns it pays.

@@ -12,7 +12,7 @@ R = M / G rows.
 
 The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
 and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
-tile's scores and draws its noise again. (Eager PyTorch keeps up to 2^20 scores, where recomputing saves little.)
+tile's scores and draws its noise again. (Eager PyTorch keeps up to 2^21 scores, where recomputing saves little.)
 """
 
 from typing import Literal, NamedTuple
@@ -117,7 +117,7 @@ def vector_quantize(
     split; backward 12 N D and two buffers of max(2^25, 512 N) scores at most, from sm_80 on at 16 bits of
     max(2^25, 1024 N) (those of M N if that is less), in the type of ``x``. Below sm_80 also an fp32 buffer of
     max(2^25, 512 N) scores forward, two backward. Eager: O((M + N) * D) plus a fixed number of tiles of about 2^20
-    scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^20.
+    scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^21.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regvq_fast.kernels.products import image_chunks, without_tf32
+from regvq_fast.ops import _common
 from regvq_fast.ops._common import (
     Impl,
     check_finite,
@@ -65,7 +66,8 @@ def weighted_info_nce(
     where the keys are split; backward one buffer of max(2^25, 512 L) similarities at most, in the type of ``query``,
     and gradients in fp32: a chunk of the keys', all of the queries' where these train. Below sm_80 also an fp32 buffer
     of as many similarities, forward and backward. Eager: O(B * L * C) plus a fixed number of tiles of about 2^20
-    similarities (2^24 on CUDA; at least 64 rows).
+    similarities (2^24 on CUDA; at least 64 rows); until the backward, B L^2 similarities where that is no more than
+    2^21.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input, or a negative weight
@@ -86,8 +88,9 @@ def weighted_info_nce(
         weight = weight.detach()
     check_positive("tau", tau)
     chosen = resolve_impl(impl, query.device, query.dtype)
-    loss, _, _ = torch.ops.regvq.weighted_info_nce(query, key, weight, float(tau), chosen)
-    return loss
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    keeps = trains and chosen == "eager" and query.shape[0] * query.shape[1] ** 2 <= _common.KEPT_ELEMENTS
+    return torch.ops.regvq.weighted_info_nce(query, key, weight, float(tau), keeps, chosen)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- eager twin
@@ -108,30 +111,32 @@ def _log_factors(weight: Tensor | None, length: int, dtype: torch.dtype) -> tupl
 
 
 def _similarities(
-    query: Tensor, key: Tensor, images: slice, rows: slice, tau: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Similarities over tau, (images, rows, L), and a view of their diagonal a_ii, (images, rows)."""
+    query: Tensor, key: Tensor, images: slice, rows: slice, tau: float, out: Tensor | None = None
+) -> Tensor:
+    """Similarities over tau, (images, rows, L)."""
+    dtype = compute_dtype(query)
     with without_tf32(query.device):
-        a = torch.bmm(query[images, rows].to(dtype) / tau, key[images].to(dtype).mT)
-    return a, a.diagonal(rows.start, 1, 2)
+        return torch.bmm(query[images, rows].to(dtype) / tau, key[images].to(dtype).mT, out=out)
 
 
 def _weighted_info_nce_eager(
-    query: Tensor, key: Tensor, weight: Tensor | None, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, weight: Tensor | None, tau: float, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(query)
+    kept = query.new_empty(query.shape[0] if keeps else 0, query.shape[1], query.shape[1], dtype=dtype)
     log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
     loss = torch.empty(query.shape[:2], dtype=dtype, device=query.device)
     lse, share = torch.empty_like(loss), torch.empty_like(loss)
     for images, rows in _tiles(query):
-        a, diagonal = _similarities(query, key, images, rows, tau, dtype)
+        a = _similarities(query, key, images, rows, tau, out=kept[images, rows] if keeps else None)
+        diagonal = a.diagonal(rows.start, 1, 2)
         positive = diagonal.clone()
         if log_positive is not None:
             diagonal += log_positive[images, rows] - log_negative
         lse[images, rows] = a.logsumexp(2)
         loss[images, rows] = lse[images, rows] + log_negative - positive
         share[images, rows] = (diagonal - lse[images, rows]).expm1_().neg_()
-    return loss, lse, share
+    return loss, lse, share, kept
 
 
 def _weighted_info_nce_backward_eager(
@@ -140,6 +145,7 @@ def _weighted_info_nce_backward_eager(
     key: Tensor,
     lse: Tensor,
     share: Tensor,
+    kept: Tensor,
     tau: float,
     needs_query: bool,
     needs_key: bool,
@@ -148,10 +154,10 @@ def _weighted_info_nce_backward_eager(
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device) if needs_query else None
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device) if needs_key else None
     for images, rows in _tiles(query):
-        a, diagonal = _similarities(query, key, images, rows, tau, dtype)
-        a -= lse[images, rows].unsqueeze(2)
+        a = kept[images, rows] if len(kept) else _similarities(query, key, images, rows, tau)
+        a = torch.sub(a, lse[images, rows].unsqueeze(2), out=None if len(kept) else a)
         a.clamp_(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
-        diagonal.copy_(-share[images, rows])
+        a.diagonal(rows.start, 1, 2).copy_(-share[images, rows])
         a *= (grad_loss[images, rows].to(dtype) / tau).unsqueeze(2)
         if grad_query is not None:
             grad_query[images, rows] = torch.bmm(a, key[images].to(dtype)).to(query.dtype)
@@ -165,10 +171,11 @@ def _weighted_info_nce_backward_eager(
 
 @torch.library.custom_op("regvq::weighted_info_nce", mutates_args=())
 def _weighted_info_nce(
-    query: Tensor, key: Tensor, weight: Tensor | None, tau: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, weight: Tensor | None, tau: float, keeps: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of every row, (B, L): the loss, and for the backward of the same ``impl`` the log-sum-exp over the factor of the
-    negatives (the kernels' in log 2) and the negatives' share of that sum.
+    negatives (the kernels' in log 2) and the negatives' share of that sum. Then eager's similarities (B, L, L), the
+    weights in those of the positives; empty unless ``keeps``.
     """
     for name, value in (("query", query), ("key", key), ("weight", weight)):
         if value is not None:
@@ -179,14 +186,18 @@ def _weighted_info_nce(
         from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_forward
 
         with on_device_of(query):
-            return weighted_info_nce_forward(query, key, weight, tau)
-    return _weighted_info_nce_eager(query, key, weight, tau)
+            return *weighted_info_nce_forward(query, key, weight, tau), query.new_empty(0)
+    return _weighted_info_nce_eager(query, key, weight, tau, keeps)
 
 
 @_weighted_info_nce.register_fake
-def _(query: Tensor, key: Tensor, weight: Tensor | None, tau: float, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    loss = query.new_empty(query.shape[:2], dtype=compute_dtype(query))
-    return loss, torch.empty_like(loss), torch.empty_like(loss)
+def _(
+    query: Tensor, key: Tensor, weight: Tensor | None, tau: float, keeps: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_images, length, dtype = query.shape[0], query.shape[1], compute_dtype(query)
+    loss = query.new_empty(num_images, length, dtype=dtype)
+    kept = query.new_empty(num_images if keeps else 0, length, length, dtype=dtype)
+    return loss, torch.empty_like(loss), torch.empty_like(loss), query.new_empty(0) if impl == "triton" else kept
 
 
 # ------------------------------------------------------------------------------------------------------ backward
@@ -199,20 +210,20 @@ def _weighted_info_nce_backward(
     key: Tensor,
     lse: Tensor,
     share: Tensor,
+    kept: Tensor,
     tau: float,
     impl: str,
     needs_query: bool,
     needs_key: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and key; empty tensors stand for those that nobody needs."""
-    arguments = (grad_loss, query, key, lse, share, tau, needs_query, needs_key)
     if impl == "triton":
         from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_backward
 
         with on_device_of(query):
-            grads = weighted_info_nce_backward(*arguments)
+            grads = weighted_info_nce_backward(grad_loss, query, key, lse, share, tau, needs_query, needs_key)
     else:
-        grads = _weighted_info_nce_backward_eager(*arguments)
+        grads = _weighted_info_nce_backward_eager(grad_loss, query, key, lse, share, kept, tau, needs_query, needs_key)
     grad_query, grad_key = (query.new_empty(0) if grad is None else grad for grad in grads)
     return grad_query, grad_key
 
@@ -224,6 +235,7 @@ def _(
     key: Tensor,
     lse: Tensor,
     share: Tensor,
+    kept: Tensor,
     tau: float,
     impl: str,
     needs_query: bool,
@@ -239,7 +251,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, _, ctx.tau, ctx.impl = inputs
+    query, key, _, ctx.tau, _, ctx.impl = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(query, key, *output[1:])
 
@@ -249,7 +261,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     grad_query, grad_key = torch.ops.regvq.weighted_info_nce_backward(
         grad_loss, *ctx.saved_tensors, ctx.tau, ctx.impl, needs_query, needs_key
     )
-    return grad_query if needs_query else None, grad_key if needs_key else None, None, None, None
+    return grad_query if needs_query else None, grad_key if needs_key else None, None, None, None, None
 
 
 _weighted_info_nce.register_autograd(_backward, setup_context=_setup_context)

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vq_cases import LOGITS, copy_leaves, make_inputs
 
 from regvq_fast.ops import assign_codes, vector_quantize, weighted_info_nce
+from regvq_fast.ops._common import compute_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +49,13 @@ def test_opcheck_the_other_ops(dtype):
     )
     query, key, weight = features(dtype)
     for w in (None, weight):
-        torch.library.opcheck(torch.ops.regvq.weighted_info_nce, (query, key, w, 0.07, "eager"))
-        tensors = (torch.rand(2, 6), query.detach(), key.detach(), torch.rand(2, 6) + 5, torch.rand(2, 6))
-        for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(torch.ops.regvq.weighted_info_nce_backward, (*tensors, 0.07, "eager", *needs))
+        for keeps in (True, False):
+            torch.library.opcheck(torch.ops.regvq.weighted_info_nce, (query, key, w, 0.07, keeps, "eager"))
+        rows = (torch.rand(2, 6) + 5, torch.rand(2, 6))
+        for kept in (torch.rand(2, 6, 6), torch.empty(0, 6, 6)):
+            tensors = (torch.rand(2, 6), query.detach(), key.detach(), *rows, kept.to(compute_dtype(query)))
+            for needs in ((True, True), (True, False), (False, True)):
+                torch.library.opcheck(torch.ops.regvq.weighted_info_nce_backward, (*tensors, 0.07, "eager", *needs))
 
 
 def training_step(inputs, tau, groups=2):

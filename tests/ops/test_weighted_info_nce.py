@@ -58,7 +58,9 @@ def test_by_hand():
 @pytest.mark.parametrize("tau", [0.01, 0.07, 1.0])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_equal_autograd_of_the_reference(shape, weights, tau):
+@pytest.mark.parametrize("kept", [0, _common.KEPT_ELEMENTS])
+def test_values_and_gradients_equal_autograd_of_the_reference(monkeypatch, kept, shape, weights, tau):
+    monkeypatch.setattr(_common, "KEPT_ELEMENTS", kept)
     inputs = make_inputs(shape, weights)
     results = loss_and_gradients(weighted_info_nce, *inputs, tau=tau)
     assert_same(results, loss_and_gradients(weighted_info_nce_reference, *inputs, tau=tau))
@@ -197,7 +199,9 @@ def test_tiles_and_strides_do_not_matter(monkeypatch):
     assert_same(loss_and_gradients(weighted_info_nce, *strided, weight.t().contiguous().t()), expected)
     monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
-    assert_same(loss_and_gradients(weighted_info_nce, query, key, weight), expected)
+    for kept in (_common.KEPT_ELEMENTS, 0):
+        monkeypatch.setattr(_common, "KEPT_ELEMENTS", kept)
+        assert_same(loss_and_gradients(weighted_info_nce, query, key, weight), expected)
 
 
 def test_two_runs_give_the_same_bits():
@@ -206,12 +210,25 @@ def test_two_runs_give_the_same_bits():
     assert all(map(torch.equal, first, loss_and_gradients(weighted_info_nce, *inputs)))
 
 
-def test_nothing_of_size_length_by_length_is_kept_for_the_backward():
-    saved: list[int] = []
+def test_only_few_similarities_are_kept_for_the_backward(monkeypatch):
     inputs = make_inputs((2, 300, 4), dtype=torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        weighted_info_nce(*inputs)
-    assert max(saved) == 2 * 300 * 4
+
+    def largest_saved():
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            weighted_info_nce(*inputs)
+        return max(saved)
+
+    assert largest_saved() == 2 * 300 * 300 <= _common.KEPT_ELEMENTS
+    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 2 * 300 * 300 - 1)
+    assert largest_saved() == 2 * 300 * 4
+
+
+def test_a_backward_leaves_what_was_kept_to_the_next_one():
+    query, key, weight = make_inputs()
+    loss = weighted_info_nce(query, key, weight).sum()
+    first, second = (torch.autograd.grad(loss, key, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("weights", ["none", "random"])

@@ -368,9 +368,9 @@ def test_without_images_places_or_channels(shape, weights, schedule):
 def test_opcheck(weights):
     query, key, weight = of_all(lambda value: value.to(DEVICE), make_inputs((2, 6, 4), weights, torch.float32))
     leaves = [value.detach().requires_grad_() for value in (query, key)]
-    torch.library.opcheck(torch.ops.regvq.weighted_info_nce, (*leaves, weight, 0.07, "triton"))
+    torch.library.opcheck(torch.ops.regvq.weighted_info_nce, (*leaves, weight, 0.07, False, "triton"))
     with torch.no_grad():
-        loss, lse, share = torch.ops.regvq.weighted_info_nce(*leaves, weight, 0.07, "triton")
+        loss, *saved = torch.ops.regvq.weighted_info_nce(*leaves, weight, 0.07, False, "triton")
     for needs in ((True, True), (True, False), (False, True)):
-        arguments = (loss, query.detach(), key.detach(), lse, share, 0.07, "triton", *needs)
+        arguments = (loss, query.detach(), key.detach(), *saved, 0.07, "triton", *needs)
         torch.library.opcheck(torch.ops.regvq.weighted_info_nce_backward, arguments)
