@@ -8,9 +8,9 @@ In this order, each within its part of the time: tests/ops, whose kernels run na
 compile the training steps; the cases that targets are about; the whole training step; the steps and the sampling of the
 priors; all other cases. A result is compared with the eager twin's in fp64, and a wrong one gets no time; then all
 competitors take turns. The JSON is written after every case, the tables come last. Competitors that are missing, don't
-compile or run out of memory are named as such and stop nobody. To have all of it: ``pip install -e ".[bench,test]"``,
-``pip install --no-deps taming-transformers-rom1504`` and ``pip install flash-kmeans inf-cl``. ``python bench/report.py``
-then puts the numbers into README.md and docs.
+compile or run out of memory are named as such and stop nobody. To have all: ``pip install -e ".[bench,test]"``, ``pip
+install --no-deps taming-transformers-rom1504`` and ``pip install flash-kmeans inf-cl``. ``python bench/report.py`` then
+puts the numbers into README.md and docs.
 
 Exits with 0; 1 if a test failed or a result of ours was wrong or failed; 2 without CUDA.
 """
