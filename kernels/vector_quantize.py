@@ -278,6 +278,22 @@ def _join_parts_kernel(
         tl.store(lse_ptr + rows, lse_max + tl.log2(lse_sum), mask=inside)
 
 
+@triton.jit
+def _posterior_kernel(
+    counts_ptr,  # (G, N) int32
+    posterior_ptr,  # (G, N) fp32
+    size,  # G N
+    group_rows,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    counts = tl.load(counts_ptr + place, mask=inside, other=0).to(tl.float32)
+    # A correctly rounded quotient; PyTorch multiplies with a number's rounded inverse.
+    share = tl.div_rn(counts, tl.full([BLOCK], group_rows, tl.float32))
+    tl.store(posterior_ptr + place, share, mask=inside)
+
+
 def vector_quantize_forward(
     x: torch.Tensor,
     codebook: torch.Tensor,
@@ -317,8 +333,10 @@ def vector_quantize_forward(
         (quantized, indices, best_indices, perturbation, lse, counts),
         group_rows,
     )
-    # By a tensor: by a number, CUDA multiplies with its rounded inverse.
-    posterior = counts / torch.full((), group_rows, dtype=torch.float32, device=x.device)
+    posterior = torch.empty_like(counts, dtype=torch.float32)
+    _posterior_kernel[(triton.cdiv(counts.numel(), 1024),)](
+        counts, posterior, counts.numel(), group_rows, BLOCK=1024, num_warps=4, enable_fp_fusion=True
+    )
     return quantized, posterior, indices, best_indices, perturbation, lse
 
 
