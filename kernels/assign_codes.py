@@ -8,8 +8,8 @@ part; ``chunked`` has a buffer of scores for each chunk of rows. Deterministic; 
 
 import torch
 
+from regvq_fast.kernels.sweep import run_sweep
 from regvq_fast.kernels.tiles import column_term
-from regvq_fast.kernels.vector_quantize import run_sweep
 
 
 def assign_codes_forward(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

@@ -182,12 +182,12 @@ def test_parts_of_the_codes_and_chunks_of_the_rows_change_nothing(schedule, dtyp
 @every_schedule
 def test_rows_are_ordered_in_windows_that_chunks_are_multiples_of(schedule, monkeypatch):
     """Ranking takes the square of a window's length."""
-    from regvq_fast.kernels import schedules, tiles, vector_quantize, vector_quantize_backward
+    from regvq_fast.kernels import schedules, sweep, tiles, vector_quantize_backward
 
     case = Case(700, 20, 9, groups=7)
     inputs = case.inputs(1)
     windows = []
-    for module in (vector_quantize, vector_quantize_backward):
+    for module in (sweep, vector_quantize_backward):
         monkeypatch.setattr(module, "order_rows", lambda *args: windows.append(args[1]) or tiles.order_rows(*args))
     monkeypatch.setattr(schedules, "ORDER_WINDOW", 128)
     monkeypatch.setattr(schedules, "CHUNK_SCORES", 1)
