@@ -21,7 +21,6 @@ Both logarithms are the special function unit's (lg2.approx: within 2^-22, absol
 libdevice's take about 18 instructions each, and the noise two of them an element.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -31,9 +30,6 @@ _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
 _WEYL_0 = tl.constexpr(0x9E3779B9)
 _WEYL_1 = tl.constexpr(0xBB67AE85)
-
-# Tile of _gumbel_noise_kernel: BM rows, BN codes (a multiple of 4), warps.
-_CONFIG = {"BM": 16, "BN": 128, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -97,50 +93,3 @@ def gumbel_from_words(words):
 def gumbel_tile(first_code, rows, seed, BN: tl.constexpr):
     """Noise over log 2 of codes first_code + (0 .. BN - 1), both multiples of 4; rows [BM] int64 -> [BM, BN] fp32."""
     return gumbel_from_words(noise_words(first_code, rows, seed, BN))
-
-
-@triton.jit
-def _gumbel_noise_kernel(
-    seed_ptr,  # () int64
-    rows_ptr,  # (R,) int64
-    out_ptr,  # (R, N) fp32, or int64 where WORDS
-    num_rows,
-    num_codes,
-    WORDS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM], place in rows and out
-    first_code = tl.program_id(1) * BN
-    code = first_code + tl.arange(0, BN)  # [BN]
-    rows = tl.load(rows_ptr + row, mask=row < num_rows, other=0)
-    words = noise_words(first_code, rows, tl.load(seed_ptr), BN)
-    place = out_ptr + row[:, None] * num_codes + code[None, :]
-    inside = (row < num_rows)[:, None] & (code < num_codes)[None, :]
-    if WORDS:
-        tl.store(place, words.to(tl.int64), mask=inside)
-    else:
-        tl.store(place, gumbel_from_words(words) * LN_2, mask=inside)
-
-
-def gumbel_noise(
-    seed: torch.Tensor, rows: torch.Tensor, num_codes: int, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Noise of some rows over all codes, as ``regvq_fast.ops.noise.gumbel_noise``. Takes no memory but ``out``.
-
-    Args:
-        seed: 0-dim int64 tensor on the device, read there.
-        rows: (R,) int64 global row numbers, contiguous, in any order.
-        num_codes: N.
-        out: (R, N) contiguous, float32 for the noise, int64 for its raw 32-bit words; None: a new float32 tensor.
-
-    Returns:
-        ``out``.
-    """
-    if out is None:
-        out = torch.empty(rows.shape[0], num_codes, dtype=torch.float32, device=rows.device)
-    if out.numel():
-        grid = (triton.cdiv(rows.shape[0], _CONFIG["BM"]), triton.cdiv(num_codes, _CONFIG["BN"]))
-        words = out.dtype == torch.int64
-        _gumbel_noise_kernel[grid](seed, rows, out, rows.shape[0], num_codes, WORDS=words, **_CONFIG)
-    return out
