@@ -62,7 +62,7 @@ _STEPPING: Tiles = {None: Tile(64, 64, 64, 8, 2)}
 _NARROW: Tiles = {64: Tile(128, 32, 64, 8, 3)}
 _TWO_PRODUCTS: Tiles = {128: Tile(128, 32, 128, 8, 2), 256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}
 _SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
-_SMALL_DEEP: Tiles = {64: Tile(64, 64, 32, 8, 3)} | _SMALL
+_SMALL_DEEP: Tiles = {64: Tile(64, 64, 32, 8, 3), None: Tile(64, 64, 32, 8, 2)}
 _SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
 _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     80: {
