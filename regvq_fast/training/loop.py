@@ -115,10 +115,10 @@ def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
         except (RuntimeError, MemoryError, ValueError, OSError) as error:
             if is_out_of_memory(error):
                 why = out_of_memory_advice(task.config, task.device, task.rank_batch, training=loop.training)
-            elif isinstance(error, RuntimeError):
-                raise
-            else:
+            elif isinstance(error, (ValueError, OSError)):
                 why = _last_line(error)
+            else:
+                raise
             raise RunStopped(
                 f"stopped after step {loop.done}: {why}; to continue from {loop.newest}: {loop.command}", shared=False
             ) from error

@@ -36,8 +36,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_advice(config: TrainConfig, device: torch.device, rank_batch: int, *, training: bool = True) -> str:
-    """The peak, and the two flags that help most and are not used yet; in an evaluation, which keeps no activations,
-    the one of them for backward is none."""
+    """The peak, and the two flags that help most and are not used yet.
+
+    An evaluation (``training`` False) keeps no activations for a backward pass: to checkpoint them doesn't help there.
+    """
     limit = memory_limit(device)
     peak = f"{peak_memory(device) / 2**30:.1f} GiB" + (f" of {limit / 2**30:.1f} GiB" if limit else "")
     parts = config.optimizer.accumulate

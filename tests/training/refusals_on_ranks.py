@@ -5,8 +5,10 @@ python -m torch.distributed.run --nproc-per-node 2 refusals_on_ranks.py FOLDER
 FOLDER/rank-0.safetensors and FOLDER/rank-0/ are there for rank 0 alone.
 """
 
+import functools
 import json
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,10 +27,15 @@ TINY = override(
 )  # fmt: skip
 
 
-def stalled(net: str, weights: Path | None) -> VGGFeatures:
-    """Of rank 0 the download succeeds."""
+def load(net: str, weights: Path | None, folder: Path, stalled: bool) -> VGGFeatures:
+    """What downloads into a cache that the ranks share; where it is ``stalled`` only rank 0 gets weights."""
+    if rank() == 0:
+        time.sleep(0.5)
+        (folder / "cache").touch()
+    elif not (folder / "cache").exists():
+        raise OSError("it is not there yet")
     features = VGGFeatures("vgg16")
-    features.pretrained = features.imagenet = rank() == 0
+    features.pretrained = features.imagenet = rank() == 0 or not stalled
     return features
 
 
@@ -40,12 +47,13 @@ def main() -> None:
         cases: dict[str, dict[str, object]] = {
             "weights": {"perceptual_weights": folder / f"rank-{rank()}.safetensors"},
             "data": {"perceptual_weight": 0.0, "data": folder / f"rank-{rank()}"},
-            "download": {},
-            "none": {"perceptual_weight": 0.0},
+            "stalled": {},
+            "none": {},
         }
         for name, changes in cases.items():
             config = override(TINY, out=folder / name, **changes)
-            with patch.object(build, "load_vgg_features", stalled if name == "download" else build.load_vgg_features):
+            downloading = functools.partial(load, folder=folder, stalled=name == "stalled")
+            with patch.object(build, "load_vgg_features", build.load_vgg_features if changes else downloading):
                 try:
                     prepare(VQGANTask, config)
                 except (ValueError, OSError) as error:

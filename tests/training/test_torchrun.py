@@ -99,12 +99,12 @@ def test_what_one_process_finds_wrong_is_said_by_all(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *launcher, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first.keys() == second.keys() == {"weights", "data", "download"}
+    assert first.keys() == second.keys() == {"weights", "data", "stalled"}
     for name, said in first.items():
         assert said.partition(": ")[2] == second[name].partition(": ")[2], "rank 0 says what rank 1 found"
     assert first["weights"] == f"OSError: no such weights file: {tmp_path / 'rank-1.safetensors'}"
     assert "rank-1" in first["data"]
-    assert first["download"] == (
+    assert first["stalled"] == (
         "ValueError: the processes have ImageNet VGG-16 and random VGG-16 as feature network: all of them need the "
         "same files"
     )
