@@ -31,6 +31,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def inference_device(name: str) -> torch.device:
+    """:func:`choose_device`, and a GPU set to give the same bits every time: what one script draws is what another one
+    measures."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        configure_backends(device, deterministic=True)
+    return device
+
+
 class Precision(NamedTuple):
     """How the networks compute; quantizer and losses are fp32 in each case."""
 

@@ -33,7 +33,7 @@ from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_im
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
-from regvq_fast.precision import choose_device, choose_precision, configure_backends
+from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, together
 from regvq_fast.sampling.images import DrawConfig, ImageSampler
 from regvq_fast.version import __version__
@@ -92,9 +92,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
     Raises:
         ValueError, OSError: what is wrong with settings, models, data or weights, in one sentence, before work starts.
     """
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        configure_backends(device, deterministic=True)
+    device = inference_device(config.device)
     with process_group(device):
         with together(), rank_0_first():  # it may download weights, and index shards
             _check(config)

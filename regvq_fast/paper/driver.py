@@ -22,7 +22,7 @@ from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName
 from regvq_fast.paper.figures import FEW_STEPS
 from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
-from regvq_fast.precision import choose_device
+from regvq_fast.precision import inference_device
 
 _OUT = Path("runs/paper")  # not the repository's results/, whose tables a run of one seed would replace
 _RUNS = "runs"
@@ -104,7 +104,7 @@ def reproduce(config: PaperConfig, scripts: Path) -> None:
                     pipeline.run(stage, scripts, _how(config, stage), config.processes)
                 report.write_table()
     report.write_table()
-    report.write_figures(choose_device(config.device))
+    report.write_figures(inference_device(config.device))
     report.show(console)
 
 

@@ -24,7 +24,7 @@ from regvq_fast.data.transforms import Box, center_box, crop_labels, crop_rgb, i
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.pictures import caption_tiles, color_map, save_image_grid, save_images
-from regvq_fast.precision import choose_device, choose_precision
+from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.sampling import common
 from regvq_fast.sampling.images import DrawConfig, ImageSampler, Prior
 
@@ -125,7 +125,7 @@ class _Generator:
 
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
-        precision = choose_precision(config.amp, choose_device(config.device))
+        precision = choose_precision(config.amp, inference_device(config.device))
         kinds: dict[str | None, type[Prior]] = {"ar": TokenTransformer, "diffusion": VQDiffusion}
         self.sampler = ImageSampler.from_run(config.run, config, precision, kinds.get(config.prior))
         self.draws_maps = self.sampler.field == "segmentation"

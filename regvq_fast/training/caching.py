@@ -37,7 +37,7 @@ from regvq_fast.evaluation.codebook import CodebookUsage
 from regvq_fast.evaluation.shares import unreadable_images
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
-from regvq_fast.precision import choose_device, choose_precision
+from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.ranks import any_rank, local_ranks, num_ranks, process_group, rank, together
 
 _SPLITS: tuple[Split, ...] = ("train", "val")
@@ -88,7 +88,7 @@ def cache_tokens(config: CacheConfig) -> None:
         ValueError, OSError: what is wrong with settings, tokenizer, data or folder, in one sentence.
     """
     _check(config)
-    device = choose_device(config.device)
+    device = inference_device(config.device)
     with process_group(device):
         with together():
             caching = _Caching(config, device)

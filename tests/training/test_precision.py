@@ -1,7 +1,15 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
+from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
+from regvq_fast.paper import PaperConfig, reproduce
+from regvq_fast.paper.report import Report
 from regvq_fast.precision import choose_precision
+from regvq_fast.sampling.generate import SampleConfig, generate
+from regvq_fast.training.caching import CacheConfig, cache_tokens
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -35,3 +43,28 @@ def test_a_gpu_without_bf16_takes_fp16(
     precision = choose_precision(True, GPU)
     assert precision.dtype == dtype
     assert "the GPU" in precision.reason
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda out: evaluate(EvaluateConfig(run=out, out=out, device="cuda")),
+        lambda out: generate(SampleConfig(run=out, out=out, device="cuda")),
+        lambda out: cache_tokens(CacheConfig(tokenizer=out, out=out, device="cuda")),
+        lambda out: reproduce(PaperConfig("table1", out=out, device="cuda", report_only=True), out),
+    ],
+    ids=["evaluate", "sample", "cache_tokens", "paper"],
+)
+def test_what_draws_and_what_measures_set_a_gpu_alike(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, work: Callable[[Path], object]
+) -> None:
+    """FID[G] is of the images that train/sample.py saves only where both compute with TF32, or neither."""
+
+    def configure(device: torch.device, deterministic: bool) -> None:
+        raise RuntimeError(f"{device} {deterministic}")  # before a GPU is asked for anything
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("regvq_fast.precision.configure_backends", configure)
+    monkeypatch.setattr(Report, "write_table", lambda self: None)
+    with pytest.raises(RuntimeError, match="cuda True"):
+        work(tmp_path)
