@@ -6,6 +6,8 @@ What is measured with a network must say which: each has a name and the hash of 
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -28,6 +30,16 @@ _INSTALL = (
     'the Inception features of FID need torch-fidelity: run pip install -e ".[fid]" in the checkout, or give other '
     "features with --fid-features vgg16:PATH"
 )
+
+
+@contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """Without TF32 and autocast, and with the same algorithms every time."""
+    with (
+        torch.autocast(device.type, enabled=False),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        yield
 
 
 class FeatureNet(nn.Module, ABC):
@@ -69,10 +81,7 @@ class FeatureNet(nn.Module, ABC):
         if min(images.shape[2:]) < self.min_size:
             height, width = images.shape[2:]
             raise ValueError(f"{self.name} needs images of at least {self.min_size} pixels, got {height} x {width}")
-        with (
-            torch.autocast(images.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
+        with _float32(images.device):
             return self.features(images)
 
     def train(self, mode: bool = True) -> Self:
@@ -180,6 +189,8 @@ def load_feature_net(spec: str) -> FeatureNet:
 class PerceptualDistance(nn.Module):
     """LPIPS; or, with other weights than ImageNet's of VGG-16, a distance that is named after them.
 
+    It computes as a :class:`FeatureNet` does.
+
     Args:
         weights: of VGG-16, a file. None: ImageNet's, from the torch hub cache or a download, else random ones with a
             warning.
@@ -200,4 +211,5 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances (B,) of images (B, 3, H, W) in -1..1."""
-        return self.distance(self.trunk(x), self.trunk(y))
+        with _float32(x.device):
+            return self.distance(self.trunk(x), self.trunk(y))

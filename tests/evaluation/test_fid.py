@@ -19,6 +19,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from regvq_fast.data import ImageFolder, ScenesDataset, write_shards
 from regvq_fast.data.loading import build_dataset
+from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation import feature_nets, fid
 from regvq_fast.evaluation.feature_nets import PerceptualDistance, VGGFeatureNet, load_feature_net
 from regvq_fast.evaluation.fid import (
@@ -350,3 +351,21 @@ def test_the_perceptual_distance_is_named_after_its_weights(weights: Path) -> No
     assert found.shape == (2,)
     assert found.min() > 0
     assert torch.equal(distance(images, images), torch.zeros(2))
+
+
+def test_metrics_look_through_their_networks_in_float32(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the models of a GPU's evaluation do not: TF32 and mixed precision would be part of the number."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    images = noise(2, seed=0, size=32)
+    for net, inputs in (
+        (load_feature_net(f"vgg16:{weights}"), (images,)),
+        (PerceptualDistance(weights), (to_float(images), to_float(images.flip(0)))),
+    ):
+        tf32: list[bool] = []
+        net.trunk.register_forward_hook(lambda *_, found=tf32: found.append(torch.backends.cudnn.allow_tf32))
+        expected = net(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(net(*inputs), expected)
+        assert tf32
+        assert not any(tf32)
+        assert torch.backends.cudnn.allow_tf32
