@@ -1,6 +1,7 @@
 """Text encoders: the learned one's words, the pre-trained one's features, and what both refuse."""
 
 import copy
+import functools
 import json
 import re
 import sys
@@ -9,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from regvq_fast.config import DIFFUSION_PRESETS
 from regvq_fast.data.scenes import LAYOUTS, PHOTOGRAPHS
+from regvq_fast.models import VQGAN
 from regvq_fast.models.text import PretrainedTextEncoder, TextEncoder, WordEncoder, restore_text_encoder
+from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.training.diffusion import DiffusionTask
+from regvq_fast.training.loop import run
 
 
 def tiny_words(**arguments: int | bool) -> WordEncoder:
@@ -160,6 +166,31 @@ def test_pretrained_encoders_move_and_are_shared_by_copies(folders: dict[str, Pa
     encoder.double()
     assert next(encoder._frozen.model.parameters()).dtype == torch.float64
     assert encoder(ids).features.dtype == torch.float32
+
+
+def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled as one graph, with averaged weights, and resumed: train/diffusion.py --preset coco --compile."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("regvq_fast.training.prior.FITTED_TO", 128)
+    quantizer = NearestQuantizer(16, 4)
+    shape = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}
+    VQGAN(quantizer, attn_resolutions=(), **shape).save_pretrained(tmp_path / "tokenizer")  # type: ignore[arg-type]
+
+    def train(*flags: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["diffusion.py", *map(str, flags)])
+        run(DiffusionTask, DIFFUSION_PRESETS, "")
+
+    flags: list[object] = "--on-the-fly --compile --ema 0.5 --val-images 4 --workers 0 --device cpu".split()
+    flags += "--batch-size 4 --width 16 --depth 1 --heads 2 --warmup-steps 1 --final-lr-fraction 1".split()
+    flags += ["--tokenizer", tmp_path / "tokenizer", "--text-encoder", folders["clip"]]
+    train(*flags, "--steps", 2, "--out", tmp_path / "whole")
+    train(*flags, "--steps", 1, "--out", tmp_path / "broken")
+    train("--resume", "--steps", 2, "--out", tmp_path / "broken")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+    assert b"text_encoder" not in weights[0]  # CLIP's own weights aren't saved with the prior
 
 
 def test_missing_models_are_named(tmp_path: Path) -> None:
