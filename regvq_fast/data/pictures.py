@@ -3,13 +3,15 @@
 import logging
 import multiprocessing
 import os
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -33,6 +35,12 @@ Part = Literal["image", "caption", "segmentation"]
 FIELD_SUFFIXES: dict[Field, str] = {"caption": CAPTION_SUFFIX, "segmentation": SEGMENTATION_SUFFIX}
 """Of the file of a field, beside the image of the same name."""
 
+Result = TypeVar("Result")
+
+_OF_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PAUSES = (0.1, 1.0, 5.0)
+"""Seconds; a server of files that restarts takes longer, and is to be noticed."""
+
 HOLD_OUT = 0.05
 """Share of the pictures that is kept for validation where they come without splits of their own."""
 OVERSAMPLING: dict[Split, float] = {"train": 1.5, "val": 3.0}
@@ -52,6 +60,7 @@ class PictureDataset(Dataset[Sample], ABC):
 
     Files that cannot be decoded are skipped: one warning each in the logger "regvq_fast", and the next readable
     picture of the list takes the place. They are found on first use, so that opening a large data set stays cheap.
+    Where the storage fails, not the file (:func:`is_of_the_machine`), it is asked again, and in the end it is an error.
 
     A picture's captions are the lines of its caption file, empty and repeated ones left out: training draws one of
     them, as a function of (seed, index), validation takes the first. A picture whose file has none is skipped like one
@@ -173,7 +182,7 @@ class PictureDataset(Dataset[Sample], ABC):
             candidate = (position + step) % len(self)
             if not self.unreadable_flags[candidate]:
                 with self._skipping_unreadable(candidate):
-                    return self._load(candidate, index)
+                    return patiently(partial(self._load, candidate, index), partial(self._name, candidate))
         raise self._none_readable()
 
     def _load(self, position: int, index: int) -> Sample:
@@ -210,9 +219,9 @@ class PictureDataset(Dataset[Sample], ABC):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="PIL")  # of oddities in files that it reads, or rejects
                 yield
-        except MemoryError:
-            raise
         except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+            if is_of_the_machine(error):
+                raise
             with self._reporting:  # two workers may meet the same file at once; it gets one line all the same
                 if not self.unreadable_flags[position]:
                     self.unreadable_flags[position] = True
@@ -239,10 +248,38 @@ def opened_image(path: Path, name: str, damaged: Callable[[str], str]) -> Iterat
         raise FileNotFoundError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image") from None
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+        if is_of_the_machine(error):
+            raise
         raise ValueError(damaged(why_unreadable(error))) from None
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether an error in reading a file says nothing about the file: EIO, ESTALE, EMFILE, no memory.
+
+    What Pillow raises of damaged files is an OSError, too, but has no number.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None and not isinstance(error, _OF_A_FILE)
+    return isinstance(error, MemoryError)
+
+
+def patiently(work: Callable[[], Result], name: Callable[[], str]) -> Result:
+    """What ``work`` returns; where the storage fails it, it gets a few more attempts, a pause before each.
+
+    Raises:
+        OSError: the storage still fails; the message has what ``name`` returns. Otherwise what ``work`` raises.
+    """
+    pauses = iter(_PAUSES)
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if not is_of_the_machine(error):
+                raise
+            if (pause := next(pauses, None)) is None:
+                raise OSError(error.errno, error.strerror, name()) from None
+            time.sleep(pause)
 
 
 def why_unreadable(error: Exception) -> str:

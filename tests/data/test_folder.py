@@ -1,5 +1,7 @@
+import errno
 import logging
 import os
+import re
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from regvq_fast.data import ImageFolder
+from regvq_fast.data import ImageFolder, pictures
 from regvq_fast.data.loading import collate, training_batches
 
 
@@ -193,6 +195,34 @@ def test_what_workers_find_is_counted_in_the_parent_and_reported_once(damaged, t
     assert len(log.read_text().splitlines()) == 3
     here = ImageFolder(damaged, "train", 8)
     assert torch.equal(from_workers, torch.stack([here[index]["image"] for index in range(24)]))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_storage_that_fails_is_asked_again_and_drops_no_picture(folder, caplog, monkeypatch, number):
+    monkeypatch.setattr(pictures, "_PAUSES", (0.0, 0.0))
+    dataset = ImageFolder(folder, "val", 8)
+    expected, read, failures = dataset[0]["image"], dataset._read, []
+
+    def fail(times):
+        def read_or_fail(*place):
+            if len(failures) < times:
+                failures.append(place)
+                raise OSError(number, os.strerror(number))
+            return read(*place)
+
+        failures.clear()
+        monkeypatch.setattr(dataset, "_read", read_or_fail)
+
+    fail(2)
+    assert torch.equal(dataset[0]["image"], expected)
+    fail(3)
+    with pytest.raises(OSError, match=re.escape(f"{os.strerror(number)}: '{dataset.files[0]}'")):
+        dataset[0]
+    assert dataset.unreadable == 0
+    assert not caplog.messages
+    os.unlink(dataset.files[0])  # which is of the file
+    assert not torch.equal(dataset[0]["image"], expected)
+    assert dataset.unreadable == 1
 
 
 def test_two_workers_that_meet_one_file_at_once_give_it_one_line(folder, caplog):

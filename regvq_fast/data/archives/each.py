@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -12,9 +12,7 @@ from torch.utils.data import Dataset
 from regvq_fast.data.archives.base import Archive
 from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.loading import in_order
-from regvq_fast.data.pictures import Field, why_unreadable
-
-Result = TypeVar("Result")
+from regvq_fast.data.pictures import Field, Result, is_of_the_machine, patiently, why_unreadable
 
 
 class Problem(NamedTuple):
@@ -42,13 +40,16 @@ class EachPicture(Dataset[Result | Problem], Generic[Result]):
 
     def __getitem__(self, index: int) -> Result | Problem:
         name = str(self.names[index])
+        fields = [field for field, there in self.has.items() if there[index]]
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="PIL")  # of oddities in files that it reads, or rejects
-                return self.work(self.archive, name, [field for field, there in self.has.items() if there[index]])
-        except MemoryError:
-            raise
+                return patiently(
+                    lambda: self.work(self.archive, name, fields), lambda: self.archive.path(name, "image")
+                )
         except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+            if is_of_the_machine(error):
+                raise
             return Problem(self.archive.path(name, "image"), why_unreadable(error))
 
     def results(self, workers: int, description: str, console: Console) -> Iterable[Result | Problem]:
