@@ -156,10 +156,14 @@ def _check_shared(config: TrainConfig, tokens: TokensConfig) -> None:
         )
     if tokens.on_the_fly and tokens.tokenizer is None:
         raise ValueError("--on-the-fly needs a tokenizer: give the run of train/vq.py with --tokenizer")
-    if tokens.data is not None and not tokens.on_the_fly:
-        raise ValueError(f"--data {tokens.data} is for --on-the-fly: the cache {tokens.cache} knows its own images")
     if tokens.on_the_fly:
         check_images(config, tokens.data)
+        return
+    for name in ("data", "crop", "flip", "val_images"):
+        if (value := getattr(tokens, name)) != getattr(TokensConfig, name):
+            flag = name.replace("_", "-")
+            given = f"--no-{flag}" if value is False else f"--{flag} {value}"
+            raise ValueError(f"{given} is for --on-the-fly: the cache {tokens.cache} was made of images of its own")
 
 
 def check_ar_config(config: ARConfig) -> None:

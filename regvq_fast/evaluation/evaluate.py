@@ -1,5 +1,6 @@
 """Metrics of trained models over a whole validation split, each with its protocol: what ``train/evaluate.py`` runs."""
 
+import dataclasses
 import platform
 import warnings
 from collections.abc import Callable, Iterator
@@ -108,6 +109,12 @@ def _check(config: EvaluateConfig) -> None:
     tokenizer = config.run or config.prior_run
     if config.prior_run is not None and config.images is not None:
         raise ValueError("--prior-run draws images and --images brings them: give one of the two")
+    for name, default in ((item.name, item.default) for item in dataclasses.fields(DrawConfig)):
+        # Speed is no setting: it may be given of any run.
+        if config.prior_run is None and name != "compile" and (value := getattr(config, name)) != default:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} says how a prior draws: give its run with --prior-run"
+            )
     if tokenizer is None and config.images is None:
         raise ValueError("there is nothing to evaluate: give --run, --prior-run or --images")
     if tokenizer is None and config.image_size is None:

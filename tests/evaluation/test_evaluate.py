@@ -381,6 +381,8 @@ def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: P
         ({"prior_run": "vq"}, "holds a VQGAN, not a TokenTransformer or VQDiffusion"),
         ({"prior_run": "ar", "run": "other"}, "is not the tokenizer of --prior-run"),
         ({"prior_run": "ar", "images": "vq"}, "give one of the two"),
+        ({"run": "vq", "top_p": 0.5}, "--top-p 0.5 says how a prior draws: give its run with --prior-run"),
+        ({"run": "vq", "guidance": 3.0}, "--guidance 3.0 says how a prior draws"),
         ({"images": "vq"}, "needs --image-size"),
         ({"images": "vq", "image_size": 0}, "--image-size must be at least 1, got 0"),
         ({"run": "vq", "image_size": 32}, "--image-size 32 is for --images alone"),
