@@ -135,8 +135,8 @@ class InceptionFeatureNet(FeatureNet):
             raise
         except OSError as error:
             raise OSError(
-                f"no Inception weights ({error}): download {INCEPTION_WEIGHTS.url} elsewhere and give it with "
-                "--fid-features inception:PATH, or other features with vgg16:PATH"
+                f"no Inception weights ({error}): download {INCEPTION_WEIGHTS.url} on another machine and give it "
+                "with --fid-features inception:PATH, or other features with vgg16:PATH"
             ) from None
         state = read_state_dict(path)
         # The extractor reads a file by itself and unpickles all of it: it is given tensors alone.

@@ -255,8 +255,8 @@ def _load(name: str) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise ValueError(
-            f"the text encoder {name!r} needs transformers: pip install transformers, or take WordEncoder, which "
-            "learns with the prior (train/diffusion.py: --text-encoder words)"
+            f'the text encoder {name!r} needs transformers: run pip install -e ".[text]" in the checkout, or take '
+            "WordEncoder, which learns with the prior (train/diffusion.py: --text-encoder words)"
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(name)

@@ -107,7 +107,9 @@ def test_what_is_no_caption_is_refused() -> None:
 
 def test_without_transformers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pip install transformers, or take WordEncoder.*--text-encoder words"):
+    with pytest.raises(
+        ValueError, match=r"pip install -e \"\.\[text\]\" in the checkout, or take WordEncoder.*--text-encoder words"
+    ):
         PretrainedTextEncoder()
 
 
