@@ -37,6 +37,13 @@ class TokensConfig:
 
 
 @dataclass(frozen=True)
+class PriorConfig(TrainConfig):
+    """A run of a prior; each of them adds its network."""
+
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Autoregressive transformer."""
 
@@ -80,10 +87,9 @@ class DiffusionModelConfig:
 
 
 @dataclass(frozen=True)
-class ARConfig(TrainConfig):
+class ARConfig(PriorConfig):
     """A run of ``train/ar.py``."""
 
-    tokens: TokensConfig = field(default_factory=TokensConfig)
     model: TransformerConfig = field(default_factory=TransformerConfig)
 
     @property
@@ -111,10 +117,9 @@ AR_PRESETS: dict[str, ARConfig] = {
 
 
 @dataclass(frozen=True)
-class DiffusionConfig(TrainConfig):
+class DiffusionConfig(PriorConfig):
     """A run of ``train/diffusion.py``."""
 
-    tokens: TokensConfig = field(default_factory=TokensConfig)
     model: DiffusionModelConfig = field(default_factory=DiffusionModelConfig)
 
     @property
@@ -144,9 +149,10 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
 }
 
 
-def _check_shared(config: TrainConfig, tokens: TokensConfig) -> None:
+def _check_shared(config: PriorConfig) -> None:
     """Raise ValueError for what is wrong with the common sections, or with the source of the tokens."""
     check_common(config)
+    tokens = config.tokens
     check_at_least(1, {"--val-images": tokens.val_images})
     if tokens.on_the_fly and tokens.cache is not None:
         raise ValueError(f"--on-the-fly and --cache {tokens.cache} exclude each other: take one")
@@ -168,13 +174,13 @@ def _check_shared(config: TrainConfig, tokens: TokensConfig) -> None:
 
 def check_ar_config(config: ARConfig) -> None:
     """Raise ValueError for what no single module can see."""
-    _check_shared(config, config.tokens)
+    _check_shared(config)
     _check_probabilities({"--keep": config.model.keep, "--condition-dropout": config.model.condition_dropout})
 
 
 def check_diffusion_config(config: DiffusionConfig) -> None:
     """Raise ValueError for what no single module can see."""
-    _check_shared(config, config.tokens)
+    _check_shared(config)
     check_at_least(0, {"--auxiliary-weight": config.model.auxiliary_weight})
     _check_probabilities({"--caption-dropout": config.model.caption_dropout})
     if config.model.diffusion_steps < 2:

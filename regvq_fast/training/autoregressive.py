@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from regvq_fast.config import ARConfig, TokensConfig, check_ar_config
+from regvq_fast.config import ARConfig, check_ar_config
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
 from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
@@ -25,9 +25,6 @@ class ARTask(PriorTask[ARConfig]):
 
     def check(self, config: ARConfig) -> None:
         check_ar_config(config)
-
-    def tokens_config(self, config: ARConfig) -> TokensConfig:
-        return config.tokens
 
     def build_prior(self) -> TokenTransformer:
         model = self.config.model

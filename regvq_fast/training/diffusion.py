@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import DiffusionConfig, TokensConfig, check_diffusion_config
+from regvq_fast.config import DiffusionConfig, check_diffusion_config
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.evaluation.agreement import RegionClassifier
@@ -30,9 +30,6 @@ class DiffusionTask(PriorTask[DiffusionConfig]):
 
     def check(self, config: DiffusionConfig) -> None:
         check_diffusion_config(config)
-
-    def tokens_config(self, config: DiffusionConfig) -> TokensConfig:
-        return config.tokens
 
     def build_prior(self) -> VQDiffusion:
         model = self.config.model

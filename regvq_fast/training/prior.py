@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import TokensConfig, TrainConfig
+from regvq_fast.config import PriorConfig
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
@@ -34,7 +34,7 @@ _SAMPLES = 8  # of a picture
 CLASSIFIED = 128  # scenes whose regions are classified ...
 FITTED_TO = 2048  # ... by what these many taught
 
-PriorConfig = TypeVar("PriorConfig", bound=TrainConfig)
+Config = TypeVar("Config", bound=PriorConfig)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LikelihoodMetrics:
         return {"loss": self.loss, "images": self.images}
 
 
-class PriorTask(Task[PriorConfig]):
+class PriorTask(Task[Config]):
     """A prior in training. A subclass says what its condition is, what its network is, and how it is sampled."""
 
     picture = "samples"
@@ -58,10 +58,6 @@ class PriorTask(Task[PriorConfig]):
     """Of the samples, what images are conditioned on."""
 
     # ------------------------------------------------------------------------------------------- what a subclass says
-
-    @abstractmethod
-    def tokens_config(self, config: PriorConfig) -> TokensConfig:
-        """The section about tokens."""
 
     @abstractmethod
     def build_prior(self) -> nn.Module:
@@ -90,8 +86,8 @@ class PriorTask(Task[PriorConfig]):
 
     # --------------------------------------------------------------------------------------------------- what is shared
 
-    def build_data(self, config: PriorConfig) -> tuple[Any, Any]:
-        tokens, seed = self.tokens_config(config), config.run.seed
+    def build_data(self, config: Config) -> tuple[Any, Any]:
+        tokens, seed = config.tokens, config.run.seed
         source = tokens.tokenizer
         if source is None and tokens.cache is not None:
             source = Path(read_info(tokens.cache).tokenizer)
@@ -123,7 +119,7 @@ class PriorTask(Task[PriorConfig]):
     @property
     def scenes(self) -> bool:
         """Whether the images are the embedded scenes."""
-        tokens = self.tokens_config(self.config)
+        tokens = self.config.tokens
         return (tokens.data if tokens.cache is None else self.train_set.info.data) is None
 
     def build(self) -> dict[str, nn.Module]:
@@ -140,7 +136,7 @@ class PriorTask(Task[PriorConfig]):
 
     def default_workers(self) -> int:
         """None for a cache: a batch of it is gathered in less time than a process hands one over."""
-        return 0 if self.tokens_config(self.config).cache is not None else super().default_workers()
+        return 0 if self.config.tokens.cache is not None else super().default_workers()
 
     def read(self, dataset: Any, indices: Iterable[int]) -> TokenBatch:
         """Some samples, with tokens, on the device where they were made."""
@@ -157,7 +153,7 @@ class PriorTask(Task[PriorConfig]):
             return tokenize_batch(self._encoder, batch, self.device)
 
     def describe(self) -> dict[str, str]:
-        tokens = self.tokens_config(self.config)
+        tokens = self.config.tokens
         height, width = self.tokenizer.token_shape
         source = f"token cache {tokens.cache}" if tokens.cache else f"{self.train_set.label}, on the fly"
         return {
