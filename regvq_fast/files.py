@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and where those are kept that can be made again."""
+"""Files that appear whole or not at all, folders to write to, and where those are kept that can be made again."""
 
 import os
 from collections.abc import Iterator
@@ -20,6 +20,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new_folder(out: Path, remedy: str = "name a new one") -> None:
+    """Raise FileExistsError unless ``out`` is an empty folder, or isn't there; ``remedy`` ends the message."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"--out {out} exists and is not an empty folder; {remedy}")
 
 
 def user_cache(name: str) -> Path:

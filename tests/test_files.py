@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from regvq_fast.files import atomic_path, user_cache
+from regvq_fast.files import atomic_path, check_new_folder, user_cache
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -28,6 +28,15 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
         assert reader.read() == "old"  # replaced, not written into: whoever reads it has one version or the other
     assert path.read_text() == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_what_is_there_is_not_written_into(tmp_path: Path) -> None:
+    check_new_folder(tmp_path)
+    check_new_folder(tmp_path / "new")
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match=f"^--out {out} exists and is not an empty folder; or else$"):
+            check_new_folder(out, "or else")
 
 
 def test_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from regvq_fast.data.pictures import OVERSAMPLING, Field, caption_lines, check_s
 from regvq_fast.data.shards import write_shards
 from regvq_fast.data.transforms import Box, crop_labels, crop_rgb, upright_size
 from regvq_fast.data.verifying import SHOWN_PROBLEMS, verify
+from regvq_fast.files import check_new_folder
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ def prepare(
         raise ValueError(f"--quality must be between 1 and 100, got {quality}")
     if shard_mib < 1:
         raise ValueError(f"--shard-mib must be at least 1, got {shard_mib}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"--out {out} is there already: name a new folder, or remove it")
+    check_new_folder(out)
     found = {split: SplitFiles(archive, partition, fields) for split, partition in archive.served.items()}
     for files in found.values():
         files.require()

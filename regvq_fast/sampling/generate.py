@@ -15,12 +15,14 @@ from rich.console import Console
 from torch import Tensor
 
 from regvq_fast.config import read_config
+from regvq_fast.config.common import check_at_least
 from regvq_fast.config.prior import ARConfig, DiffusionConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import OVERSAMPLING, opened_image
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import Box, center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
+from regvq_fast.files import check_new_folder
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.pictures import caption_tiles, color_map, save_image_grid, save_images
@@ -109,11 +111,8 @@ def generate(config: SampleConfig) -> None:
 
 
 def _check(config: SampleConfig) -> None:
-    for name in ("num_images", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise ValueError(f"--out {config.out} exists and is not an empty folder; name a new one")
+    check_at_least(1, {"--num-images": config.num_images, "--batch-size": config.batch_size})
+    check_new_folder(config.out)
     if (config.edit is None) != (config.mask is None):
         raise ValueError("--edit and --mask go together: the image, and where it is to be drawn anew")
     if config.data is not None and (config.map is not None or config.text):

@@ -237,7 +237,7 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
     out = tmp_path / "out"
     for options, message in (
         ({}, "name a new one with --out"),
-        ({"out": tmp_path / "full"}, "full is there already: name a new folder, or remove it"),
+        ({"out": tmp_path / "full"}, "full exists and is not an empty folder; name a new one"),
         ({"out": out, "size": 0}, "--size must be at least 1, got 0"),
         ({"out": out, "quality": 101}, "--quality must be between 1 and 100, got 101"),
         ({"out": out, "shard_mib": 0}, "--shard-mib must be at least 1, got 0"),
