@@ -2,7 +2,7 @@
 
     python train/sample.py --run runs/ar --out samples                          # maps of the validation split
     python train/sample.py --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
-    python train/sample.py --run runs/diffusion --out samples --text "grass left of bricks"
+    python train/sample.py --run runs/diffusion --out samples --text "grass on the left and bricks on the right"
     python train/sample.py --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
 
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
