@@ -31,6 +31,7 @@ from regvq_fast.evaluation.measurement import Measurement, print_measurements, w
 from regvq_fast.evaluation.metrics import DrawnImages, evaluate_tokenizer, fid_of_samples
 from regvq_fast.evaluation.reconstruction import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
+from regvq_fast.files import atomic_path
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
@@ -40,6 +41,8 @@ from regvq_fast.sampling.images import DrawConfig, ImageSampler
 from regvq_fast.version import __version__
 
 RESULTS = "evaluation.json"
+CODE_COUNTS = "code_counts.json"
+"""Beside it, of a tokenizer: how often each code was selected, a list of N numbers."""
 SCENES = "scenes"
 """What ``--data`` calls the embedded scenes."""
 
@@ -226,6 +229,9 @@ class _Evaluation:
                     **loading,
                 )
                 self._keep_reconstruction(metrics.reconstruction)
+                if rank() == 0:
+                    with atomic_path(self.out / CODE_COUNTS) as temporary:
+                        temporary.write_text(f"{metrics.reconstruction.code_counts.tolist()}\n")
                 if reference is not None and metrics.frechet is not None:
                     self._keep_frechet("fid_r", metrics.frechet, reference, len(self.dataset), {})
             if reference is not None and self.sampler is not None:

@@ -1,5 +1,6 @@
 """Figures of an experiment: what its rows make of the same images, how they use their codes, curves of a sweep."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 from regvq_fast.config import VQGANConfig, read_config
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.transforms import to_float, to_uint8
-from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
+from regvq_fast.evaluation.codebook import perplexity, utilization
+from regvq_fast.evaluation.evaluate import CODE_COUNTS
 from regvq_fast.files import atomic_path
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper.stages import Pipeline, Stage
@@ -24,7 +26,6 @@ from regvq_fast.precision import choose_precision
 from regvq_fast.sampling.images import DrawConfig, ImageSampler
 
 _SHOWN = 8  # images a row
-_BATCH = 64
 FEW_STEPS = 25
 """Of a diffusion: fewer than it was trained with are enough to look at."""
 _COLORS = ("#3b6ea8", "#c0504d", "#5b8c3e", "#8064a2", "#d98b2b", "#4bacc6", "#7f7f7f")
@@ -36,8 +37,11 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
     Args:
         stem: beginning of the names.
         pipelines: rows that are done, by name.
-        images: validation images whose codes are counted.
+        images: validation images that were measured.
         device: that computes.
+
+    Raises:
+        FileNotFoundError: a row was measured by an older version, which kept no counts of its codes.
     """
     stages = {name: pipeline.by_name() for name, pipeline in pipelines.items()}
     config = read_config(next(iter(stages.values()))["tokenizer"].folder, VQGANConfig)
@@ -56,7 +60,7 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
         folder = of_row["tokenizer"].folder
         model = VQGAN.from_pretrained(folder).to(device)
         rebuilt[name] = _reconstruct(model, shown["image"], device)
-        counts[name] = _count(model, dataset, device)
+        counts[name] = _counts(pipelines[name].stages[-1])
         codebooks[name] = folder / "pictures" / "codebook.png"
     save_rows(_named(stem, "reconstructions"), rebuilt)
     save_codebooks(_named(stem, "codebooks"), codebooks, counts)
@@ -170,13 +174,13 @@ def _reconstruct(model: VQGAN, images: Tensor, device: torch.device) -> Tensor:
     return to_uint8(model(to_float(images.to(device))).reconstruction).cpu()
 
 
-@torch.no_grad()
-def _count(model: VQGAN, dataset: Any, device: torch.device) -> Tensor:
-    usage = CodebookUsage(model.quantize.num_codes, device)
-    for start in range(0, len(dataset), _BATCH):
-        batch = collate([dataset[k] for k in range(start, min(start + _BATCH, len(dataset)))])
-        usage.update(model.tokenize(to_float(batch["image"].to(device))))
-    return usage.counts.cpu()
+def _counts(metrics: Stage) -> Tensor:
+    """How often each code was selected when the row was measured, (N,)."""
+    path = metrics.result.with_name(CODE_COUNTS)
+    try:
+        return torch.tensor(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: delete {metrics.result}, and measure the row again") from None
 
 
 def _used(counts: Tensor) -> str:

@@ -163,6 +163,7 @@ def test_a_tokenizer_by_hand(runs: dict[str, Path], tmp_path: Path, capsys: pyte
         )
         assert (saved[key]["image_size"], saved[key]["precision"], saved[key]["device"]) == (16, "fp32", "CPU")
         assert {"crop", "resize", "fingerprint", "tokenizer_sha256", "versions"} < saved[key].keys()
+    assert json.loads((tmp_path / "out" / "code_counts.json").read_text()) == counts.tolist()
     assert saved["fid_r"]["name"] == "Fréchet distance[R] (tiny)"
     assert (saved["fid_r"]["samples"], saved["fid_r"]["features_sha256"]) == (IMAGES, net.hash)
     assert saved["perceptual"]["network_sha256"] == "0" * 12

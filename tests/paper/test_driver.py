@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.evaluation.evaluate import RESULTS
+from regvq_fast.evaluation.evaluate import CODE_COUNTS, RESULTS
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper import driver, stages
 from regvq_fast.paper.driver import PaperConfig, reproduce
@@ -297,8 +297,12 @@ def test_a_row_for_real(tmp_path, monkeypatch, capfd):
             assert picture.width > 300
     assert "layout of samples" in line
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(VQGAN, "tokenize", None)  # figures take the codes that were counted with the metrics
     reproduce(config, SCRIPTS)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "prior" / CODE_COUNTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"code_counts.json is missing: delete .*evaluation.json, and measure"):
+        reproduce(config, SCRIPTS)
     assert VQGAN.from_pretrained(folder / "vq").quantize.num_codes == 16
 
 
