@@ -21,7 +21,7 @@ from rich.text import Text
 
 from regvq_fast.config import TrainConfig
 from regvq_fast.console import progress_bar, say
-from regvq_fast.files import atomic_path
+from regvq_fast.files import atomic_path, check_new_folder
 from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.version import __version__
@@ -36,7 +36,7 @@ def new_run_folder(config: TrainConfig) -> Path:
     """Where a new run will write; nothing is created yet.
 
     Raises:
-        ValueError: the folder named by ``--out`` is not empty: runs don't mix.
+        FileExistsError: the folder named by ``--out`` is not empty: runs don't mix.
     """
     out = config.run.out
     if out is None:
@@ -44,10 +44,7 @@ def new_run_folder(config: TrainConfig) -> Path:
         name = f"{config.label}-{stamp}"
         candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"-{k}" for k in range(2, 1000))))
         return next(path for path in candidates if not path.exists())
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"--out {out} exists and is not an empty folder; name a new one, or continue its run with --resume"
-        )
+    check_new_folder(out, "name a new one, or continue its run with --resume")
     return out
 
 
