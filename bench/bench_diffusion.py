@@ -1,6 +1,6 @@
 """The diffusion prior, training and sampling, beside a plain expression of VQ-Diffusion's loss and sampler.
 
-pytest bench/bench_diffusion.py -k small           on the CPU: width 128, 4 blocks, 8 images of 256 tokens, 10 steps
+pytest bench/bench_diffusion.py -k small           on the CPU: width 128, 4 blocks, 8 images of 256 tokens, 5 steps
 pytest bench/bench_diffusion.py -k paper           on a GPU: VQ-Diffusion-B, 16 images, 100 steps
 pytest bench/bench_diffusion.py -s -k target       only the claims, whose runs take turns; prints their numbers
 
@@ -28,7 +28,7 @@ from regvq_fast.models import VQDiffusion, vq_diffusion
 from regvq_fast.precision import choose_precision
 from regvq_fast.sampling.diffusion import sample_diffusion
 
-SIZES = {"small": Size("cpu", 128, 4, 4, 8, steps=10), "paper": Size("cuda", 1024, 19, 16, 16, steps=100)}
+SIZES = {"small": Size("cpu", 128, 4, 4, 8, steps=5), "paper": Size("cuda", 1024, 19, 16, 16, steps=100)}
 # By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
 TRAINING = {
     "small": ("plain", "fp32", "fp32-compile"),

@@ -21,7 +21,7 @@ T = TypeVar("T")
 # Turns that even a slow case gets.
 LEAST_REPEATS = 5
 # Rounds of pytest-benchmark that even a slow run gets, and seconds within which others get more.
-LEAST_ROUNDS, ROUNDS_LIMIT = 3, 1.5
+LEAST_ROUNDS, ROUNDS_LIMIT = 3, 0.8
 
 
 def take_turns(

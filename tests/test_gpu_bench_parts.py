@@ -249,7 +249,7 @@ def test_case(measure_case, case, competitor):
     assert all(entry["stats"]["rounds"] == 30 for entry in entries)
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(1e-4, 30), (0.1, 15), (10.0, 3), (0.0, 30)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(1e-4, 30), (0.1, 8), (10.0, 3), (0.0, 30)])
 def test_rounds(seconds, rounds):
     assert measuring.rounds(seconds, 30) == rounds
 
@@ -303,7 +303,7 @@ def test_the_gate_of_a_backward_alone(op, case):
 @pytest.mark.parametrize("bench", [bench_assign_codes, bench_vector_quantize, bench_weighted_info_nce])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_cases_of_pytest_benchmark(bench, device):
-    """Names tell cases apart, and on a CPU only two cases are compiled, each part's largest among them."""
+    """Names tell cases apart, and on a CPU few of them are compiled, the largest ones."""
     pairs = bench.pairs(device)
     assert len({(case.name, name) for case, name in pairs}) == len(pairs) == len(set(pairs))
     assert {case.dtype for case, _ in pairs} >= {"float32", "bfloat16"}
@@ -313,7 +313,7 @@ def test_the_cases_of_pytest_benchmark(bench, device):
         for part in ("assign", "forward+backward")
         if any(case.part == part for case in cases)
     }
-    assert len(compiled) == (2 if device == "cpu" else len(cases))
+    assert len(compiled) <= 2 if device == "cpu" else compiled == cases
     assert all(any(case.flops == flops for case in compiled) for flops in largest.values())
 
 
