@@ -24,7 +24,8 @@ def cases(device: str) -> list[Case]:
         widths = [Case(part, 8192, "bfloat16", width=d) for d in (32, 64, 128, 512) for part in parts]
         return codes + widths + [Case(part, 8192, dtype) for dtype in ("float16", "float32") for part in parts]
     large = [replace(LARGE, part=part) for part in (STEP, FORWARD, BACKWARD)]
-    codes = [Case(STEP, n, "float32", rows=256, width=64) for n in (512, 2048, 8192, 65536)]
+    codes = [Case(STEP, n, "float32", rows=512, width=64) for n in (512, 2048, 8192)]
+    codes.append(Case(STEP, 65536, "float32", rows=256, width=64))
     widths = [Case(STEP, 2048, "float32", rows=512, width=d) for d in (32, 512)]
     return large + codes + widths + [Case(STEP, 2048, dtype, rows=512, width=64) for dtype in ("float16", "bfloat16")]
 

@@ -26,8 +26,8 @@ CUDA_TILE_ELEMENTS = 1 << 24
 KEPT_ELEMENTS = 1 << 21
 # Each tile adds to all N x D sums of the backward pass: with fewer rows that traffic outweighs its products.
 _MIN_TILE_ROWS = 64
-# Columns of a block in the search of a row's maximum on a CPU, and with how many columns it pays.
-_ARGMAX_BLOCK, _ARGMAX_COLUMNS = 64, 512
+# Columns of a block in the search of a row's maximum on a CPU; with how many columns, and scores in all, it pays.
+_ARGMAX_BLOCK, _ARGMAX_COLUMNS, _ARGMAX_SCORES = 64, 512, 1 << 18
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> Literal["triton", "eager"]:
@@ -138,7 +138,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def row_argmax(scores: Tensor) -> Tensor:
     """Column of each row's maximum, the first one of equals: (rows, N) -> (rows,) int64."""
     num_columns = scores.shape[1]
-    if scores.device.type != "cpu" or num_columns < _ARGMAX_COLUMNS:
+    if scores.device.type != "cpu" or num_columns < _ARGMAX_COLUMNS or scores.numel() <= _ARGMAX_SCORES:
         return scores.max(1).indices  # on some CPUs argmax(1) takes several times as long for the same answer
     # A CPU finds maxima with vector instructions, but their places one element after the other: so the best block of
     # columns is found first, and the place in that block alone. Both times the first of equals.

@@ -71,7 +71,9 @@ def test_inputs_that_train_get_no_gradient():
 
 @pytest.mark.parametrize("num_columns", [1, 511, 512, 513, 575, 1000, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_first_of_equal_maxima_is_found(num_columns, dtype):
+@pytest.mark.parametrize("least", [0, _common._ARGMAX_SCORES])
+def test_the_first_of_equal_maxima_is_found(monkeypatch, num_columns, dtype, least):
+    monkeypatch.setattr(_common, "_ARGMAX_SCORES", least)  # small searches and large ones
     generator = torch.Generator().manual_seed(num_columns)
     scores = torch.randint(-3, 4, (50, num_columns), generator=generator).to(dtype)  # many equals
     scores[0] = -torch.inf
