@@ -32,7 +32,7 @@ INFO = CacheInfo(
     val_images=3,
     fields=("caption", "segmentation"),
     shard_samples=4,
-    num_classes=9,
+    num_classes=10,
     complete=True,
 )
 
