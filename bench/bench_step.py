@@ -149,9 +149,11 @@ def test_step(measure_step, size: str, mode: str) -> None:  # type: ignore[no-un
 
 
 def compare(size: str, *modes: str) -> dict[str, float]:
-    """Median seconds of steps that take turns."""
+    """Median seconds of steps that take turns, each until the device has done it."""
     need(size, *modes)
-    seconds = measuring.medians({mode: make_run(size, mode) for mode in modes}, REPEATS, warm_ups=2)
+    device = SIZES[size].run.device
+    runs: dict[str, measuring.Run] = {mode: measuring.finishing(make_run(size, mode), device) for mode in modes}
+    seconds = measuring.medians(runs, REPEATS, warm_ups=2)
     print(f"\n{size}: seconds {seconds}")
     return seconds
 

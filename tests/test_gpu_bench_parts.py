@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import bench_assign_codes
+import bench_step
 import bench_vector_quantize
 import bench_weighted_info_nce
 import gpu_cases
@@ -185,6 +186,16 @@ def test_the_parts_of_a_step_are_its_own():
     assert min(parts[name] for name in names[:4]) >= 1
     assert parts["decoder"] >= 2
     assert torch.autograd.backward is before
+
+
+def test_a_target_counts_until_the_device_has_done_the_step(monkeypatch):
+    log = []
+    monkeypatch.setattr(bench_step, "need", lambda *_: None)
+    monkeypatch.setattr(bench_step, "make_run", lambda size, mode: lambda: log.append("step"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    assert bench_step.compare("paper", "taming").keys() == {"taming"}
+    assert log[::2] == len(log) // 2 * ["step"]
+    assert log[1::2] == len(log) // 2 * ["synchronize"]
 
 
 def test_measured_seconds_are_replayed():
