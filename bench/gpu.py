@@ -18,7 +18,6 @@ Exits with 0; 1 if a test failed or a result of ours was wrong or failed; 2 with
 import argparse
 import contextlib
 import datetime
-import json
 import os
 import re
 import statistics
@@ -38,6 +37,7 @@ import gpu_report
 import machine
 import measuring
 import peers
+import records
 import torch
 from gpu_cases import Case
 from gpu_info_nce import InfoNceCase
@@ -250,7 +250,7 @@ def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
 
 def save(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    records.save(path, report)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,11 +9,11 @@ python bench/integrations.py --json FILE   writes them too; docs have bench/resu
 import argparse
 import datetime
 import json
-from pathlib import Path
 from typing import Any
 
 import machine
 import measuring
+import records
 import torch
 from torch import Tensor, nn
 
@@ -117,10 +117,8 @@ def measure(library: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=records.path_to_write, help="file to write")
     path = parser.parse_args().json
-    if path and not path.parent.is_dir():
-        parser.error(f"--json {path}: there is no folder {path.parent}")
     found = {"date": str(datetime.date.today()), **machine.describe_cpu(), **machine.describe_software()}
     found["quantizers"] = {}
     for library in SIZES:
@@ -131,7 +129,7 @@ def main() -> None:
             continue
         print(json.dumps({library: found["quantizers"][library]}), flush=True)
     if path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        records.save(path, found)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 ``extra_info`` of each benchmark; ``bench/gpu.py`` leaves its cases and, in the same form, the steps and priors.
 """
 
+import argparse
 import json
 import math
 from collections.abc import Iterable
@@ -71,6 +72,18 @@ class Document:
 
     def of(self, *ops: str) -> list[Record]:
         return [record for record in self.records if record.op in ops]
+
+
+def path_to_write(text: str) -> Path:
+    """The file that a flag names, for argparse; refused before anything is measured where its folder is missing."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}")
+    return path
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path: Path) -> Document:

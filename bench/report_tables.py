@@ -22,7 +22,6 @@ STEPS = {
     "autoregressive": "autoregressive prior",
     "diffusion": "diffusion prior",
 }
-SHORT = {"skipped": "skipped", "out of memory": "out of memory", "wrong": "WRONG", "failed": "failed"}
 NOTHING = "-"
 TIMES = ("ours, ms", "ms")
 """Headings of absolute times."""
@@ -60,6 +59,11 @@ def times(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{value:.{1 if value < 100 else 0}f} x"
 
 
+def told(status: str) -> str:
+    """Why there is no time; a wrong result must not be overlooked."""
+    return "WRONG" if status == "wrong" else status
+
+
 def source(document: Document, page_depth: int) -> str:
     """Hardware, date, commits, and the file, linked from a page so many folders below the root."""
     commits = ("commits " if len(document.commits) > 1 else "commit ") + ", ".join(document.commits)
@@ -76,6 +80,11 @@ def own(document: Document, op: str) -> str:
 
 def named(op: str) -> str:
     return f"`{op}`" if op in OPS else STEPS[op]
+
+
+def rivals(op: str, case: dict[str, Record]) -> list[str]:
+    """Whom ours is to be no worse than. Of a step the baseline alone: other modes are ours, or of another precision."""
+    return [name for name in columns([case]) if op in OPS or name == LIKE_FOR_LIKE[op][1]]
 
 
 def columns(cases: Iterable[dict[str, Record]]) -> list[str]:
@@ -103,7 +112,7 @@ def op_table(document: Document, op: str) -> str:
         cells = [f"{any_record.part}, {any_record.size}", number(ours.ms if ours else None)]
         for name in peers:
             status = case[name].status if name in case else "ok"
-            cells.append(times(against(case, mine, name)) if status == "ok" else SHORT.get(status, status))
+            cells.append(times(against(case, mine, name)) if status == "ok" else told(status))
         cells += [number(record.mib if record else None) for record in (case.get("eager"), ours)]
         if rates:
             cells += [number(ours.tflops if ours else None), percent(ours.share if ours else None, 0)]
@@ -132,9 +141,8 @@ def summary(document: Document, ops: Iterable[str] = LIKE_FOR_LIKE) -> str:
         mine, other = own(document, op), LIKE_FOR_LIKE[op][1]
         for case in largest(by_case(document.of(op)), mine):
             ours, baseline = case[mine], case.get(other)
-            peers = {name: against(case, mine, name) for name in columns([case]) if case[name].ms}
-            # Other modes of a step are ours, or of another precision.
-            closest = min(peers, key=lambda name: peers[name], default=other) if op in OPS else other
+            peers = {name: against(case, mine, name) for name in rivals(op, case) if case[name].ms}
+            closest = min(peers, key=lambda name: peers[name], default=other)
             rows.append(
                 [
                     f"{named(op)}, {ours.part}, {ours.size}",
@@ -162,7 +170,7 @@ def step_tables(document: Document, op: str) -> str:
         rows = [
             [
                 name,
-                number(record.ms) if record.status == "ok" else SHORT.get(record.status, record.status),
+                number(record.ms) if record.status == "ok" else told(record.status),
                 times(ratio(record, baseline)),
                 number(record.mib),
             ]
@@ -186,10 +194,10 @@ def full(document: Document, depth: int) -> str:
 def where_worse(document: Document) -> str:
     """The cases in which a peer is faster than ours, or takes less memory: said, not to be looked for."""
     found = []
-    for op, (_, baseline) in LIKE_FOR_LIKE.items():
+    for op in LIKE_FOR_LIKE:
         mine = own(document, op)
         for case in by_case(document.of(op)).values():
-            for name in columns([case]) if op in OPS else [baseline] if baseline in case else []:
+            for name in rivals(op, case):
                 twin, peer, better = case.get(TWINS.get(name, mine), case.get(mine)), case[name], []
                 if (speed := against(case, mine, name)) < 1:
                     better.append(f"is {1 / speed:.2f} x as fast")

@@ -9,15 +9,14 @@ the step allocates on top of weights and optimizer states. Each has a process of
 
 import argparse
 import datetime
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import bench_step
 import machine
 import measuring
+import records
 import torch
 
 from regvq_fast.config import VQGAN_PRESETS, override
@@ -49,10 +48,8 @@ def measure(device: str, flags: dict[str, Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=records.path_to_write, help="file to write")
     path = parser.parse_args().json
-    if path and not path.parent.is_dir():
-        parser.error(f"--json {path}: there is no folder {path.parent}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = machine.describe_gpu() if device == "cuda" else machine.describe_cpu()
     found: dict[str, Any] = {"machine": where | machine.describe_software(), "date": str(datetime.date.today())}
@@ -63,7 +60,7 @@ def main() -> None:
             found["mib"][name] = round(processes.submit(measure, device, flags).result())
             print(f"{found['mib'][name]:6} MiB  {name}", flush=True)
     if path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        records.save(path, found)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,18 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import gpu_cases
 import gpu_info_nce
 import machine
+import records
 import torch
 from gpu_cases import Case
 from gpu_info_nce import InfoNceCase
@@ -154,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"], help="of the inputs"
     )
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=records.path_to_write, help="JSON to write")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
@@ -188,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         found.append(dataclasses.asdict(search) | {"pinned": dataclasses.asdict(tiles[0]), "tiles": rows})
         if options.out:
             where = machine.describe_gpu() | machine.describe_software()
-            options.out.write_text(json.dumps({"machine": where, "searches": found}, indent=1) + "\n")
+            records.save(options.out, {"machine": where, "searches": found})
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import records
 import torch
 import torch.nn.functional as F
 
@@ -128,11 +129,8 @@ def parse() -> argparse.Namespace:
     for name in ("vq", "ar", "diffusion"):
         both.add_argument(f"--{name}", type=Path, required=True, metavar="RUN")
     for each in (job, both):
-        each.add_argument("--json", type=Path, required=True, metavar="FILE", help="file to write")
-    arguments = parser.parse_args()
-    if not arguments.json.parent.is_dir():
-        parser.error(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
-    return arguments
+        each.add_argument("--json", type=records.path_to_write, required=True, metavar="FILE", help="file to write")
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -142,7 +140,7 @@ def main() -> None:
         found = main_job({"reg-vq": given.reg_vq, "vq-gan": given.vq_gan})
     else:
         found = priors(given.vq, given.ar, given.diffusion)
-    given.json.write_text(json.dumps(where | found, indent=1) + "\n", encoding="utf-8")
+    records.save(given.json, where | found)
 
 
 if __name__ == "__main__":

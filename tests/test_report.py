@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import gpu
 import gpu_report
@@ -73,6 +74,19 @@ def checkout(tmp_path):
     return tmp_path
 
 
+@contextmanager
+def results_of(checkout):
+    """The results of the GPU, to be changed."""
+    path = checkout / "bench" / "results" / "gpu-test.json"
+    raw = json.loads(path.read_text())
+    yield raw
+    path.write_text(json.dumps(raw))
+
+
+def document_of(checkout):
+    return records.load(checkout / "bench" / "results" / "gpu-test.json")
+
+
 def rows(text, start):
     """The cells of the first table row that starts so."""
     line = next(line for line in text.splitlines() if line.startswith(f"| {start}"))
@@ -120,42 +134,34 @@ def test_results_of_a_gpu_fill_tables_and_plots(checkout, capsys):
 
 
 def test_where_a_peer_is_better_is_said(checkout):
-    path = checkout / "bench" / "results" / "gpu-test.json"
-    raw = json.loads(path.read_text())
-    raw["cases"][0]["results"]["eager"] |= {"ms": 0.5, "extra_mib": 9.0}
-    path.write_text(json.dumps(raw))
-    text = report_tables.full(records.load(path), 1)
+    with results_of(checkout) as raw:
+        raw["cases"][0]["results"]["eager"] |= {"ms": 0.5, "extra_mib": 9.0}
+    text = report_tables.full(document_of(checkout), 1)
     what = "`vector_quantize`, forward+backward, M = 10240, N = 8192, D = 256, bfloat16"
     assert f"than a peer:\n\n- {what}: eager is 2.00 x as fast, takes 0.90 of the memory" in text
 
 
 def test_where_a_step_takes_more_memory_is_said(checkout):
-    path = checkout / "bench" / "results" / "gpu-test.json"
-    raw = json.loads(path.read_text())
-    raw["benchmarks"][1]["extra_info"]["peak_mib"] = 60000.0
-    path.write_text(json.dumps(raw))
-    text = report_tables.full(records.load(path), 1)
+    with results_of(checkout) as raw:
+        raw["benchmarks"][1]["extra_info"]["peak_mib"] = 60000.0
+    text = report_tables.full(document_of(checkout), 1)
     step = "VQ-GAN with discriminator, training step, B = 40, 256 px"
     assert f"than a peer:\n\n- {step}: taming takes 0.50 of the memory" in text
 
 
 def test_what_was_not_measured_is_said(checkout):
-    path = checkout / "bench" / "results" / "gpu-test.json"
-    raw = json.loads(path.read_text())
-    raw["not_measured"] = {"a": "out of time", "b": "out of time"}
-    failed = {"status": "failed", "seconds": 17.3, "measured": 0, "told": ["FAILED x.py::y - no kernels", "z"]}
-    raw["parts"] = {"bench/x.py": failed, "bench/done.py": failed | {"status": "done", "measured": 3}}
-    path.write_text(json.dumps(raw))
-    text = report_tables.full(records.load(path), 1)
+    with results_of(checkout) as raw:
+        raw["not_measured"] = {"a": "out of time", "b": "out of time"}
+        failed = {"status": "failed", "seconds": 17.3, "measured": 0, "told": ["FAILED x.py::y - no kernels", "z"]}
+        raw["parts"] = {"bench/x.py": failed, "bench/done.py": failed | {"status": "done", "measured": 3}}
+    text = report_tables.full(document_of(checkout), 1)
     assert text.endswith("- out of time: a; b\n- `bench/x.py` failed after 17 s, FAILED x.py::y - no kernels")
 
 
 def test_another_number_makes_pages_and_plots_stale(checkout):
     report.main(["--root", str(checkout)])
-    path = checkout / "bench" / "results" / "gpu-test.json"
-    raw = json.loads(path.read_text())
-    raw["cases"][0]["results"]["eager"]["ms"] = 24.0
-    path.write_text(json.dumps(raw))
+    with results_of(checkout) as raw:
+        raw["cases"][0]["results"]["eager"]["ms"] = 24.0
     assert report.Report(checkout).stale() == ["docs/page.md", "docs/pictures/bench-gpu-test-speed-up.png"]
     shutil.rmtree(checkout / "docs" / "pictures")
     assert len(report.Report(checkout).stale()) == 5
@@ -199,11 +205,9 @@ def test_numbers(value, text):
 
 
 def test_plots_of_a_sweep_need_two_sizes(checkout):
-    path = checkout / "bench" / "results" / "gpu-test.json"
-    raw = json.loads(path.read_text())
-    raw["cases"] = raw["cases"][:1]
-    path.write_text(json.dumps(raw))
-    kinds = {name.rsplit("test-", 1)[1] for name in report_plots.plots_of(records.load(path))}
+    with results_of(checkout) as raw:
+        raw["cases"] = raw["cases"][:1]
+    kinds = {name.rsplit("test-", 1)[1] for name in report_plots.plots_of(document_of(checkout))}
     assert kinds == {"roofline.png", "step.png"}
 
 
