@@ -6,7 +6,7 @@ preset, or the configuration of the run that is resumed.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -250,6 +250,13 @@ def check_at_least(least: int, values: Mapping[str, float]) -> None:
     for flag, value in values.items():
         if not value >= least:
             raise ValueError(f"{flag} must {'be at least 1' if least else 'not be negative'}, got {value}")
+
+
+def changed_flags(config: object, names: Iterable[str]) -> list[str]:
+    """Of some fields of a configuration those without their defaults, as flags: "--crop center", "--no-flip"."""
+    values = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(type(config), name)}
+    flags = {name.replace("_", "-"): value for name, value in values.items()}
+    return [f"--no-{flag}" if value is False else f"--{flag} {value}" for flag, value in flags.items()]
 
 
 def override(config: Config, **changes: object) -> Config:

@@ -8,6 +8,7 @@ from regvq_fast.config.common import (
     PresetName,
     RunConfig,
     TrainConfig,
+    changed_flags,
     check_at_least,
     check_common,
     check_images,
@@ -165,11 +166,8 @@ def _check_shared(config: PriorConfig) -> None:
     if tokens.on_the_fly:
         check_images(config, tokens.data)
         return
-    for name in ("data", "crop", "flip", "val_images"):
-        if (value := getattr(tokens, name)) != getattr(TokensConfig, name):
-            flag = name.replace("_", "-")
-            given = f"--no-{flag}" if value is False else f"--{flag} {value}"
-            raise ValueError(f"{given} is for --on-the-fly: the cache {tokens.cache} was made of images of its own")
+    if flags := changed_flags(tokens, ("data", "crop", "flip", "val_images")):
+        raise ValueError(f"{flags[0]} is for --on-the-fly: the cache {tokens.cache} was made of images of its own")
 
 
 def check_ar_config(config: ARConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from regvq_fast.config import ARConfig, DiffusionConfig, VQGANConfig, read_config
-from regvq_fast.config.common import check_at_least
+from regvq_fast.config.common import changed_flags, check_at_least
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, default_workers
 from regvq_fast.data.token_cache import read_info
@@ -112,12 +112,10 @@ def _check(config: EvaluateConfig) -> None:
     tokenizer = config.run or config.prior_run
     if config.prior_run is not None and config.images is not None:
         raise ValueError("--prior-run draws images and --images brings them: give one of the two")
-    for name, default in ((item.name, item.default) for item in dataclasses.fields(DrawConfig)):
-        # Speed is no setting: it may be given of any run.
-        if config.prior_run is None and name != "compile" and (value := getattr(config, name)) != default:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value} says how a prior draws: give its run with --prior-run"
-            )
+    # Speed is no setting: it may be given of any run.
+    drawing = [item.name for item in dataclasses.fields(DrawConfig) if item.name != "compile"]
+    if config.prior_run is None and (flags := changed_flags(config, drawing)):
+        raise ValueError(f"{flags[0]} says how a prior draws: give its run with --prior-run")
     if tokenizer is None and config.images is None:
         raise ValueError("there is nothing to evaluate: give --run, --prior-run or --images")
     if tokenizer is None and config.image_size is None:
