@@ -20,6 +20,11 @@ import tempfile
 from typing import Any
 from unittest import mock
 
+import records
+from rich.console import Console
+
+from regvq_fast.console import progress_bar
+
 ARCHITECTURES = (70, 80, 86, 90, 100)
 WIDTHS = (32, 64, 128, 256, 512)
 # Shared memory that a program can have, bytes (CUDA C++ programming guide, compute capabilities).
@@ -183,7 +188,7 @@ def main() -> int:
     )
     parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS), help="channels, D")
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
-    parser.add_argument("--json", help="write the table here as well")
+    parser.add_argument("--json", type=records.path_to_write, help="write the table here as well")
     arguments = parser.parse_args()
     if unknown := set(arguments.architectures) - SHARED_LIMIT.keys():
         parser.error(f"SM must be of {known}, got {', '.join(map(str, sorted(unknown)))}")
@@ -194,15 +199,15 @@ def main() -> int:
         for call in record_calls(architecture, tuple(arguments.width))
         if arguments.kernel in call["kernel"]
     ]
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(compile_call, calls))
+    bar = progress_bar(Console(stderr=True))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool, bar:
+        rows = list(bar.track(pool.map(compile_call, calls), total=len(calls), description="compiling"))
     widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in COLUMNS}
     print("  ".join(name.ljust(widths[name]) for name in COLUMNS))
     for row in rows:
         print("  ".join(str(row[name]).ljust(widths[name]) for name in COLUMNS), *row["problems"], sep="  ")
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     bad = [row for row in rows if row["problems"]]
     print(f"{len(rows)} compilations, {len(bad)} with problems")
     return bool(bad)

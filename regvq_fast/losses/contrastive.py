@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.ops import weighted_info_nce
-from regvq_fast.ops.noise import row_words
-
-_FIRST_STREAM = 16  # of the places' draws; one stream a layer
+from regvq_fast.ops.noise import Stream, row_words
 
 
 class ProbabilisticContrastiveLoss(nn.Module):
@@ -146,7 +144,7 @@ class ProbabilisticContrastiveLoss(nn.Module):
     ) -> Tensor | None:
         """(B, P) places of a map that take part, no place twice; None: all of them."""
         batch, _, height, width = x.shape
-        length, stream = height * width, _FIRST_STREAM + layer
+        length, stream = height * width, Stream.CONTRASTIVE_PLACES + layer
         if self.num_patches is not None:
             if self.num_patches >= length:
                 return None

@@ -37,9 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regvq_fast.ops.noise import row_words
+from regvq_fast.ops.noise import Stream, row_words
 
-_CORRUPTION_STREAM, _POSTERIOR_STREAM = 33, 35  # of two words each: one to choose, one for a code
 _WORDS = 2**32
 _SOFTPLUS_THRESHOLD = 40.0  # beyond it softplus(x) is x to fp64's last bit
 
@@ -119,7 +118,7 @@ class MaskAndReplace:
         """
         rows = token_rows(tokens, first_image)
         _, beta, gamma = (value[:, None] for value in self.cumulative(t))
-        choice, code = (row_words(seed, rows, _CORRUPTION_STREAM + i) for i in range(2))
+        choice, code = (row_words(seed, rows, Stream.CORRUPTION + i) for i in range(2))
         noisy = torch.where(choice < (gamma + self.num_codes * beta) * _WORDS, self._code(code), tokens)
         return torch.where(choice < gamma * _WORDS, self.num_codes, noisy)
 
@@ -148,7 +147,7 @@ class MaskAndReplace:
         to_token = torch.where(masked, gamma * alpha_s, (beta + alpha * same) * alpha_s)
         to_noisy = torch.where(masked, 0.0, alpha * beta_s)
         to_any = torch.where(masked, gamma, beta) * self.num_codes * beta_s
-        choice, code = (row_words(seed, rows, _POSTERIOR_STREAM + i) for i in range(2))
+        choice, code = (row_words(seed, rows, Stream.POSTERIOR + i) for i in range(2))
         # In fp32 the last words would round to the whole mass, and draw a code where `to_any` is 0.
         level = (choice.double() + 0.5) / _WORDS * (to_mask + to_token + to_noisy + to_any)
         drawn = torch.where(level < to_mask + to_token + to_noisy, noisy, self._code(code))

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.ops.noise import row_words
+from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.ranks import sum_over_ranks
 
-_TIME_STREAM = 32  # of the steps' draws
 _WORDS = 2**32
 
 
@@ -56,7 +55,7 @@ class TimestepSampler(nn.Module):
         images = torch.arange(num_images, device=seed.device) + first_image
         probabilities = self.probabilities()
         levels = (probabilities.double() * _WORDS).long().cumsum(0)  # integers: the same sums in any order
-        words = row_words(seed, images, _TIME_STREAM)
+        words = row_words(seed, images, Stream.TIME_STEPS)
         index = torch.searchsorted(levels, words, right=True).clamp(max=self.num_steps - 1)
         return index + 1, probabilities[index]
 

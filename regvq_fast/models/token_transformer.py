@@ -26,9 +26,8 @@ from regvq_fast.models.attention import KeyValueCache, attention
 from regvq_fast.models.model import Model
 from regvq_fast.models.transformer import Block, check_sizes, flat_ids, grid_shape, initialize
 from regvq_fast.models.weights import check_state_dict
-from regvq_fast.ops.noise import row_words
+from regvq_fast.ops.noise import Stream, row_words
 
-_KEPT, _REPLACEMENT, _DROPPED = 3, 4, 5  # streams of `corrupt`'s draws
 _LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
 
 
@@ -176,11 +175,11 @@ class TokenTransformer(Model):
         images = torch.arange(len(tokens), device=tokens.device) + first_image
         if keep < 1.0:
             places = images[:, None] * self.num_tokens + torch.arange(self.num_tokens, device=tokens.device)
-            kept = row_words(seed, places, _KEPT) < int(keep * 2**32)
-            replacements = (row_words(seed, places, _REPLACEMENT) * self.num_codes) >> 32
+            kept = row_words(seed, places, Stream.KEPT_TOKENS) < int(keep * 2**32)
+            replacements = (row_words(seed, places, Stream.REPLACED_TOKENS) * self.num_codes) >> 32
             tokens = torch.where(kept, tokens, replacements)
         if condition_dropout > 0.0:
-            dropped = row_words(seed, images, _DROPPED) < int(condition_dropout * 2**32)
+            dropped = row_words(seed, images, Stream.DROPPED_CONDITIONS) < int(condition_dropout * 2**32)
             condition = condition.masked_fill(dropped[:, None], self.num_classes)
         return tokens, condition
 

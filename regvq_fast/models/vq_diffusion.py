@@ -29,9 +29,7 @@ from regvq_fast.models.attention import attention
 from regvq_fast.models.model import Checkpointed, Model
 from regvq_fast.models.text import TextEncoder, restore_text_encoder
 from regvq_fast.models.transformer import SelfAttention, check_sizes, flat_ids, grid_shape, initialize
-from regvq_fast.ops.noise import row_words
-
-_TEXT_STREAM = 37  # of the draw which captions stay
+from regvq_fast.ops.noise import Stream, row_words
 
 
 class GELU2(nn.Module):
@@ -237,7 +235,7 @@ class VQDiffusion(Model):
         if self.null_text is None:
             raise ValueError(f"captions can't be dropped ({dropout}) without a null condition, which this model lacks")
         images = torch.arange(batch, device=seed.device) + first_image
-        return row_words(seed, images, _TEXT_STREAM)[:, None] >= int(dropout * 2**32)
+        return row_words(seed, images, Stream.DROPPED_CAPTIONS)[:, None] >= int(dropout * 2**32)
 
     def tokenize_text(self, captions: Sequence[str]) -> Tensor:
         """Captions to ids (B, K, W) on the CPU, by the text encoder.

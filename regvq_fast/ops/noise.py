@@ -18,6 +18,25 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
+class Stream:
+    """What :func:`row_words` draws: one stream for each kind of draw, independent of all others.
+
+    A number is a counter's ``c3``, which is 0 in the Gumbel noise. It is part of every result: none may be changed.
+    """
+
+    MASK = 1
+    DEAD_CODES = 2
+    KEPT_TOKENS = 3
+    REPLACED_TOKENS = 4
+    DROPPED_CONDITIONS = 5
+    CONTRASTIVE_PLACES = 16  # and the following, one a layer, up to 31
+    TIME_STEPS = 32
+    CORRUPTION = 33  # and 34: whether to replace a token, and by what
+    POSTERIOR = 35  # and 36, likewise
+    DROPPED_CAPTIONS = 37
+    SAMPLING_STEPS = 38
+
+
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of broadcastable counters.
 
@@ -86,10 +105,7 @@ def row_words(seed: Tensor, rows: Tensor, stream: int) -> Tensor:
     Args:
         seed: 0-dim int64 tensor.
         rows: int64 global row numbers, any shape.
-        stream: from 1 on; the counter's ``c3``, which is 0 in the Gumbel noise. Streams are independent, so each kind
-            of draw has one of its own: 1 the mask, 2 dead codes, 3 to 5 replaced tokens of the autoregressive prior, 16
-            to 31 the contrastive loss's places (one a layer), 32 time steps, 33 to 36 tokens of the diffusion, 37 its
-            captions, 38 seeds of its sampling steps.
+        stream: of :class:`Stream`.
 
     Returns:
         int64 tensor of the shape of ``rows`` holding unsigned 32-bit words.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regvq_fast.ops import assign_codes, segment_sum
-from regvq_fast.ops.noise import row_words
+from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.ops.segment_sum import segment_counts
 from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, straight_through, wide
 from regvq_fast.ranks import gather_rows
@@ -92,7 +92,7 @@ class EMAQuantizer(Quantizer):
             dead = share < threshold
             # A random row a code, no row twice while there are enough.
             numbers = torch.arange(len(rows), device=rows.device)
-            order = row_words(seed, numbers, stream=2).argsort()
+            order = row_words(seed, numbers, Stream.DEAD_CODES).argsort()
             candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
             total = torch.where(dead.unsqueeze(1), candidates * 2 * threshold, total)
             share = torch.where(dead, 2 * threshold, share)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from regvq_fast.ops.noise import row_words
+from regvq_fast.ops.noise import Stream, row_words
 
 MaskMode = Literal["exact", "bernoulli"]
 
@@ -40,7 +40,7 @@ def stochastic_mask(
     if mode not in get_args(MaskMode):
         raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(MaskMode)))}, got {mode!r}")
     rows = torch.arange(batch_size * positions, device=seed.device) + row_offset
-    words = row_words(seed, rows, stream=1)
+    words = row_words(seed, rows, Stream.MASK)
     if mode == "bernoulli":
         return words < int(ratio * 2**32)
     count = math.floor(ratio * positions + 1e-9)  # 0.29 * 100 is a little less than 29

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from regvq_fast.models.model import evaluating
 from regvq_fast.models.vq_diffusion import VQDiffusion
-from regvq_fast.ops.noise import row_words
+from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.sampling.choosing import check_choice, check_guidance, choose_tokens, guide
 from regvq_fast.sampling.common import Progress, capture, check_keep, compiled
-
-_STEP_STREAM = 38  # of the steps' seeds
 
 
 @torch.no_grad()
@@ -124,7 +122,7 @@ def timesteps(num_steps: int, steps: int) -> list[int]:
 
 def _step_seeds(seed: Tensor, steps: int) -> Tensor:
     """Two seeds a step (steps, 2), which no other seed's steps share."""
-    words = row_words(seed, torch.arange(4 * steps, device=seed.device), _STEP_STREAM).view(steps, 2, 2)
+    words = row_words(seed, torch.arange(4 * steps, device=seed.device), Stream.SAMPLING_STEPS).view(steps, 2, 2)
     return words[..., 0] | words[..., 1] << 32
 
 
