@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from regvq_fast.models import TokenTransformer
 from regvq_fast.precision import choose_precision
 from regvq_fast.sampling import sample_autoregressive
+from regvq_fast.training.compilation import maybe_compile
 
 NUM_CLASSES = 151
 SIZES = {"small": Size("cpu", 256, 4, 8, 8), "paper": Size("cuda", 1024, 24, 16, 32)}
@@ -86,8 +87,7 @@ def training_run(size: str, mode: str) -> measuring.Run:
     """A step of training, always on the same batch."""
     network, precision = pick(size, mode).train(), choose_precision("amp" in mode, torch.device(SIZES[size].device))
     loss: Callable[..., Tensor] = taming_loss if mode.startswith("taming") else TokenTransformer.loss
-    if mode.endswith("compile"):
-        loss = torch.compile(loss, fullgraph=True, dynamic=False)
+    loss = maybe_compile(loss, mode.endswith("compile"))
     tokens, condition = make_batch(size)
 
     def value() -> Tensor:

@@ -27,6 +27,7 @@ from regvq_fast.losses.discrete_diffusion import diffusion_terms
 from regvq_fast.models import VQDiffusion, vq_diffusion
 from regvq_fast.precision import choose_precision
 from regvq_fast.sampling.diffusion import sample_diffusion
+from regvq_fast.training.compilation import maybe_compile
 
 SIZES = {"small": Size("cpu", 128, 4, 4, 8, steps=5), "paper": Size("cuda", 1024, 19, 16, 16, steps=100)}
 # By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
@@ -88,7 +89,7 @@ def make_loss(size: str, mode: str) -> Callable[[Tensor, Tensor, Tensor, Tensor]
 
 
 def maybe_compiled(function: Any, mode: str) -> Any:
-    return torch.compile(function, fullgraph=True, dynamic=False) if mode.endswith("compile") else function
+    return maybe_compile(function, mode.endswith("compile"))
 
 
 def loss_run(size: str, mode: str) -> measuring.Run:

@@ -198,6 +198,14 @@ def test_a_target_counts_until_the_device_has_done_the_step(monkeypatch):
     assert log[1::2] == len(log) // 2 * ["synchronize"]
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("l1", 0.6), ("loss", 0.8), ("grad_norm", 0.0)])
+def test_a_compiled_step_with_other_numbers_reports_no_time(name, wrong):
+    expected = {"l1": 0.5, "loss": 0.7, "grad_norm": 4.0, "lr": 1e-4}
+    bench_step.check_compiled(expected | {"loss": 0.71, "grad_norm": 3.5, "lr": 0.0}, expected)
+    with pytest.raises(AssertionError, match=name):
+        bench_step.check_compiled(expected | {name: wrong}, expected)
+
+
 def test_measured_seconds_are_replayed():
     clock = measuring.ReplayClock()
     run = clock.replayed([0.25, 0.5])

@@ -7,6 +7,7 @@ checkpoints load by name. All of them map (B, C, H, W) to (B, C', H', W') and ke
 import itertools
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +17,39 @@ MAX_GROUPS = 32
 MIN_GROUP_CHANNELS = 4
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's, but for :func:`written_out_group_norm` where it is compiled for a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W); under autocast on a GPU in fp32, as torch's."""
+        if not (x.is_cuda and torch.compiler.is_compiling()):
+            return super().forward(x)
+        normalized = written_out_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return normalized if torch.is_autocast_enabled("cuda") else normalized.to(x.dtype)
+
+
+def written_out_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`F.group_norm` for a compiler, in the memory format of its input.
+
+    PyTorch's own takes NCHW on a GPU: compiled, it leaves each result in memory twice, in that layout for backward and
+    in channels_last for the convolution that follows.
+
+    Args:
+        x: (B, C, H, W); computed with in fp32 at least.
+        groups: of channels, which they divide.
+        weight, bias: (C,).
+        eps: added to the variance.
+
+    Returns:
+        (B, C, H, W), float32 for 16-bit input.
+    """
+    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0, keepdim=True)
+    normalized = ((grouped - mean) * torch.rsqrt(variance + eps)).flatten(1, 2)
+    return normalized * weight[:, None, None] + bias[:, None, None]
+
+
+def group_norm(channels: int) -> GroupNorm:
     """GroupNorm with taming's 32 groups, or fewer where they would have under 4 channels each or not divide them.
 
     Taming's own models have 4 channels a group or more. Groups of one channel, which 32 groups of 32 would be, erase
@@ -24,7 +57,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     """
     most = max(1, min(MAX_GROUPS, channels // MIN_GROUP_CHANNELS))
     groups = next(g for g in range(most, 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):

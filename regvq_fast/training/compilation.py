@@ -7,6 +7,11 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# A value that several kernels need, computed from at least so many others, is written to memory rather than computed
+# again in each. With the compiler's 4, backward of the VQ-GAN writes the fp32 gradient between normalization and swish
+# once and reads it three times (docs/training.md, "Speed", has what 8 saves).
+_REALIZE_READS = 8
+
 
 def maybe_compile(function: Function, enabled: bool) -> Function:
     """``function``, compiled as one graph where enabled; a graph break is an error, not a slow-down.
@@ -16,4 +21,7 @@ def maybe_compile(function: Function, enabled: bool) -> Function:
     """
     if not enabled:
         return function
-    return torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[return-value]
+    options: dict[str, Any] | None = None
+    if torch.cuda.is_available():
+        options = {"realize_reads_threshold": _REALIZE_READS}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)  # type: ignore[return-value]

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regvq_fast.models.layers import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
+from regvq_fast.models.layers import (
+    AttnBlock,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    group_norm,
+    written_out_group_norm,
+)
 from regvq_fast.models.vqgan import VQGAN
 
 TAMING_SHAPES = Path(__file__).parent / "data" / "taming_vqgan_imagenet_f16_1024.json"
@@ -113,6 +120,22 @@ def test_weights_on_a_width_that_taming_normalises_otherwise_are_warned_of(model
 def test_group_norm_groups(channels, groups):
     norm = group_norm(channels)
     assert (norm.num_groups, norm.num_channels, norm.eps) == (groups, channels, 1e-6)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_written_out_group_norm(memory_format):
+    """What is compiled for a GPU: the same numbers and gradients, in the memory format that it is given."""
+    shapes = {"x": (3, 12, 5, 4), "weight": (12,), "bias": (12,)}
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
+    x, weight, bias = inputs
+    given = (3 * x + 2).contiguous(memory_format=memory_format)
+    found, expected = written_out_group_norm(given, 4, weight, bias, 1e-6), F.group_norm(given, 4, weight, bias, 1e-6)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=memory_format)
+    upstream = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(out, inputs, upstream, retain_graph=True) for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert written_out_group_norm(given.bfloat16(), 4, weight.float(), bias.float(), 1e-6).dtype == torch.float32
 
 
 @pytest.mark.parametrize("out_channels", [6, 10])
