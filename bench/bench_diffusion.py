@@ -12,7 +12,6 @@ guidance. The network is ours in all of them; in the plain ones its attention is
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 from unittest import mock
 
 import measuring
@@ -88,12 +87,8 @@ def make_loss(size: str, mode: str) -> Callable[[Tensor, Tensor, Tensor, Tensor]
     return loss
 
 
-def maybe_compiled(function: Any, mode: str) -> Any:
-    return maybe_compile(function, mode.endswith("compile"))
-
-
 def loss_run(size: str, mode: str) -> measuring.Run:
-    loss, batch = maybe_compiled(make_loss(size, mode), mode), make_batch(size)
+    loss, batch = maybe_compile(make_loss(size, mode), mode.endswith("compile")), make_batch(size)
     logits = batch["logits"].requires_grad_()
     return lambda: torch.autograd.grad(loss(logits, batch["tokens"], batch["noisy"], batch["t"]), logits)
 
@@ -108,7 +103,7 @@ def training_run(size: str, mode: str) -> measuring.Run:
             logits = prior(noisy, t, text)
         return loss(logits, tokens, noisy, t)
 
-    compiled = maybe_compiled(of_batch, mode)
+    compiled = maybe_compile(of_batch, mode.endswith("compile"))
 
     def value() -> Tensor:
         with written_out(mode):

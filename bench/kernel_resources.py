@@ -207,7 +207,7 @@ def main() -> int:
     for row in rows:
         print("  ".join(str(row[name]).ljust(widths[name]) for name in COLUMNS), *row["problems"], sep="  ")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        records.save(arguments.json, rows)
     bad = [row for row in rows if row["problems"]]
     print(f"{len(rows)} compilations, {len(bad)} with problems")
     return bool(bad)

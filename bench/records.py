@@ -82,7 +82,7 @@ def path_to_write(text: str) -> Path:
     return path
 
 
-def save(path: Path, found: dict[str, Any]) -> None:
+def save(path: Path, found: Any) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ the host while it is captured, fails here as it would on a GPU. ``PRETEND_CAPABI
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import runpy
@@ -24,7 +25,6 @@ from torch.utils.data._utils import pin_memory
 
 CAPABILITY = tuple(map(int, os.environ.get("PRETEND_CAPABILITY", "9.0").split(".")))
 NAME = "Pretend GPU"
-
 
 _WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
@@ -124,10 +124,10 @@ def install() -> None:
 
 def _to_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     size = storage.nbytes()
-    if storage.device.type == "cpu" or not size:
-        return storage if size else torch.UntypedStorage(0)
-    import ctypes
-
+    if storage.device.type == "cpu":
+        return storage
+    if size == 0:
+        return torch.UntypedStorage(0)
     return torch.UntypedStorage.from_buffer(  # type: ignore[attr-defined]
         bytearray(ctypes.string_at(storage.data_ptr(), size)), dtype=torch.uint8
     )
