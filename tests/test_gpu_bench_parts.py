@@ -21,6 +21,8 @@ import torch
 from gpu_cases import Case, WrongResultError
 from gpu_info_nce import InfoNceCase
 
+from regvq_fast.config import override
+
 # ------------------------------------------------------------------------------------------------- processes
 
 
@@ -204,6 +206,21 @@ def test_a_compiled_step_with_other_numbers_reports_no_time(name, wrong):
     bench_step.check_compiled(expected | {"loss": 0.71, "grad_norm": 3.5, "lr": 0.0}, expected)
     with pytest.raises(AssertionError, match=name):
         bench_step.check_compiled(expected | {name: wrong}, expected)
+
+
+def test_what_a_compiled_step_is_compared_with_changes_nothing(monkeypatch):
+    """Its numbers are those of the step that follows, however often it is asked."""
+    tiny = {"batch_size": 2, "image_size": 32, "ch": 32, "ch_mult": (1, 1), "perceptual_weight": 0.0}
+    config = override(bench_step.SIZES["small"], **(bench_step.LIKE_FOR_LIKE | bench_step.REG_VQ | tiny))
+    images = bench_step.make_images(config)
+    before = bench_step.make_task(config, images).record()
+    monkeypatch.setattr(bench_step.VQGANTask, "step", lambda *_: None)
+    task = bench_step.make_task(config, images)
+    numbers = bench_step.plain_numbers(task, images)
+    assert {"l1", "loss", "discriminator", "grad_norm", "grad_norm_discriminator"} <= numbers.keys()
+    assert numbers == {name: before[name] for name in numbers}
+    assert all(p.grad is None for module in task.trained.values() for p in module.parameters())
+    assert bench_step.plain_numbers(task, images) == numbers
 
 
 def test_measured_seconds_are_replayed():
