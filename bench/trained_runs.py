@@ -29,7 +29,7 @@ from regvq_fast.training import prior as prior_training
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of tokens that are masked
 MASKED_IMAGES = 256
 OTHER_CAPTIONS = 1500  # scenes that are read against captions of others
-QUALITY = ("psnr", "ssim", "utilization", "perplexity", "images")
+QUALITY = ("psnr", "ssim", "utilization", "perplexity", "images", "minutes")
 
 
 def read(run: Path, name: str) -> dict[str, Any]:
@@ -64,9 +64,9 @@ def main_job(runs: dict[str, list[Path]]) -> dict[str, Any]:
 
 
 def numbers_of(run: Path) -> dict[str, float]:
-    """Loss and agreement of a prior, by the names of its summary."""
+    """Loss, agreement and time of a prior, by the names of its summary."""
     summary = read(run, "summary.json")
-    kept = {name: value for name, value in summary.items() if name.startswith("loss") or " of " in name}
+    kept = {name: value for name, value in summary.items() if name.startswith(("loss", "minutes")) or " of " in name}
     images = summary["images"]
     return kept | {"images of the loss": images, "images of the agreement": min(images, prior_training.CLASSIFIED)}
 

@@ -115,6 +115,8 @@ class Recorder:
     ) -> None:
         if config.run.out is None or config.optimizer.steps is None:
             raise ValueError("the recorder takes a resolved configuration: run.out and optimizer.steps are needed")
+        self.begun = time.monotonic()
+        """When this process began its part of the run, on the monotonic clock."""
         self.folder = folder = config.run.out
         self.steps = steps = config.optimizer.steps
         self._writes = rank() == 0

@@ -7,6 +7,7 @@ so that it depends neither on how many processes share it nor on where it was in
 
 import hashlib
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -362,6 +363,8 @@ class Task(ABC, Generic[Config]):
                 temporary.write_bytes(weights_to_bytes(self.eval_model.state_dict()))
             rows: dict[str, object] = {"unreadable images": unreadable} if unreadable else {}
             rows |= {"images/s": images_per_second, "peak memory (GiB)": peak_memory(self.device) / 2**30}
+            since = f"minutes since step {self.start}" if self.start else "minutes"
+            rows[since] = (time.monotonic() - recorder.begun) / 60
             rows["model"] = recorder.folder / WEIGHTS
             self.finish(recorder, metrics, rows)
 

@@ -29,7 +29,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert "lambda" not in rows[0]
     assert {"lambda", "discriminator", "generator"} <= rows[2].keys()
     summary = json.loads((out / "summary.json").read_text())
-    assert {"psnr", "ssim", "utilization", "perplexity", "images/s", "peak memory (GiB)"} <= summary.keys()
+    assert {"psnr", "ssim", "utilization", "perplexity", "images/s", "peak memory (GiB)", "minutes"} <= summary.keys()
     pictures = {path.name for path in (out / "pictures").iterdir()}
     assert pictures == {"reconstructions-0000002.png", "reconstructions.png", "codebook.png", "usage.png"}
     for name in pictures:
