@@ -38,6 +38,8 @@ def read(run: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise SystemExit(f"{path} is not there: {run} is no run of train/ that has finished")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if name == "summary.json" and "minutes" not in found:
+        raise SystemExit(f"{path} has no time of the whole run: train it in one go, not with --resume")
     return found
 
 

@@ -172,10 +172,11 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Continue the generators; one that was not saved, of a GPU or of a rank more than there were, stays as it is."""
+    # Copies: torch reads the bytes from where the storage begins, which is rank 0's row.
     if rank() < len(state["cpu"]):
-        torch.set_rng_state(state["cpu"][rank()])
+        torch.set_rng_state(state["cpu"][rank()].clone())
     if device.type == "cuda" and rank() < len(state.get("cuda", ())):
-        torch.cuda.set_rng_state(state["cuda"][rank()], device)
+        torch.cuda.set_rng_state(state["cuda"][rank()].clone(), device)
 
 
 class Checkpoints:

@@ -18,7 +18,8 @@ from tiny_runs import FAST, assert_same_run, checkpoints, records, resume, train
 from regvq_fast import EMAQuantizer, GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import Quantizer
-from regvq_fast.training.checkpoint import Checkpoint, Checkpoints
+from regvq_fast.training import checkpoint
+from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, random_state, set_random_state
 from regvq_fast.training.recorder import Recorder, reason
 from regvq_fast.training.vqgan import VQGANTask
 
@@ -283,3 +284,17 @@ def test_records_wait_for_room_on_the_disk(
 def test_an_error_names_no_temporary_file() -> None:
     assert reason(OSError(errno.ENOSPC, "No space left on device", ".step-4.17.new")) == "No space left on device"
     assert reason(OSError("stalled")) == "stalled"
+
+
+def test_each_rank_continues_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    states, expected = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append(random_state(cpu)["cpu"])
+        expected.append(torch.rand(4))
+    saved = {"cpu": torch.cat(states)}
+    for rank in range(3):
+        monkeypatch.setattr(checkpoint, "rank", lambda rank=rank: rank)
+        set_random_state(saved, cpu)
+        torch.testing.assert_close(torch.rand(4), expected[rank], rtol=0, atol=0)

@@ -83,7 +83,13 @@ def test_sigterm_to_the_launcher_saves_and_a_refusal_is_one_sentence(tmp_path: P
         _, errors = process.communicate(timeout=60)
     assert "stopped by SIGTERM after step" in errors
     assert f"torchrun --nproc-per-node 2 train/vq.py --resume --out {out}" in " ".join(errors.split())
-    assert checkpoints(out)
+    (saved,) = checkpoints(out)
+
+    # Among as many processes as saved it, each with a state of random numbers of its own.
+    steps = int(saved.removeprefix("step-")) + 2
+    resumed = run_on_ranks("--resume", "--out", out, "--steps", steps)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert records(out)[-1]["step"] == steps
 
     again = run_on_ranks(*RUN, "--out", out)
     assert again.returncode == 1
