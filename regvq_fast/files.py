@@ -28,6 +28,15 @@ def check_new_folder(out: Path, remedy: str = "name a new one") -> None:
         raise FileExistsError(f"--out {out} exists and is not an empty folder; {remedy}")
 
 
+def check_writable(out: Path, remedy: str = "name another one") -> None:
+    """Raise OSError unless files can be put into ``out``, a folder or nothing yet; ``remedy`` ends the message."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--out {out} is no folder: {there} is a file; {remedy}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out} can't be written to; {remedy}")
+
+
 def user_cache(name: str) -> Path:
     """The folder of this user's cache for files of one kind: ``$XDG_CACHE_HOME/regvq_fast/NAME``; it may not exist.
 

@@ -128,7 +128,8 @@ def prepare(
     counted.
 
     Raises:
-        ValueError: a setting out of range, a damaged list, or a split without a readable picture.
+        ValueError: a setting out of range, ``out`` a mount point or the current folder, a damaged list, or a split
+            without a readable picture.
         FileExistsError: ``out`` is there, and not empty. FileNotFoundError: a list is missing, or all images of a split
             are, or a field of all of them.
     """
@@ -139,11 +140,14 @@ def prepare(
     if shard_mib < 1:
         raise ValueError(f"--shard-mib must be at least 1, got {shard_mib}")
     check_new_folder(out)
+    out = out.resolve()
+    if out.is_mount() or out == Path.cwd():  # a folder that is made beside it can't take its place
+        raise ValueError(f"--out {out} is a mount point or the current folder: name a new folder in it")
     found = {split: SplitFiles(archive, partition, fields) for split, partition in archive.served.items()}
     for files in found.values():
         files.require()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}")
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.mkdir()
     try:
         splits: dict[str, dict[str, Any]] = {}

@@ -105,8 +105,8 @@ def crop_labels(
     largest = (num_classes or 256) - 1
     if labels.max() > largest or labels.min() < 0:
         raise ValueError(f"class ids of a segmentation map must be in 0..{largest}, got {labels.min()}..{labels.max()}")
-    # Equal shapes up to the rounding of one side to whole pixels.
-    if abs(image.width * picture_size[1] - image.height * picture_size[0]) > max(picture_size):
+    # Equal shapes up to the rounding of a side, of the map or of the picture, to whole pixels.
+    if abs(image.width * picture_size[1] - image.height * picture_size[0]) > max(*picture_size, *image.size):
         raise ValueError(f"a segmentation map of {image.size} does not fit its picture of {picture_size}")
     box = _moved(box, picture_size, Box(0, 0, *image.size))
     return Image.fromarray(labels.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST, box=box)

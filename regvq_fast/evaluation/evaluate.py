@@ -31,7 +31,7 @@ from regvq_fast.evaluation.measurement import Measurement, print_measurements, w
 from regvq_fast.evaluation.metrics import DrawnImages, evaluate_tokenizer, fid_of_samples
 from regvq_fast.evaluation.reconstruction import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
-from regvq_fast.files import atomic_path
+from regvq_fast.files import atomic_path, check_writable
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
@@ -61,7 +61,8 @@ class EvaluateConfig(DrawConfig):
     image_size: int | None = None
     """Pixels a side, where only `images` are evaluated; otherwise the tokenizer's."""
     data: Path | None = None
-    """Folder of images or of tar shards, as for train/vq.py; "scenes": the embedded scenes.
+    """Folder of images or of tar shards, as for train/vq.py; "scenes": the embedded scenes,
+    where nothing is there of that name.
     Not given: what the run was trained on."""
     val_images: int | None = None
     """Use at most so many validation images. Not given: the whole split (of the scenes: 256)."""
@@ -132,6 +133,10 @@ class _Evaluation:
     def __init__(self, config: EvaluateConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.console = Console(quiet=rank() > 0)
+        out = config.out or config.prior_run or config.run or config.images
+        assert out is not None  # checked
+        check_writable(out, "name another folder for evaluation.json with --out")
+        self.out = out
         self.precision = choose_precision(config.amp, device)
         self.workers = default_workers(local_ranks()) if config.workers is None else config.workers
         self.cache = config.cache_dir or default_cache()
@@ -151,7 +156,7 @@ class _Evaluation:
                 raise ValueError(f"{name} needs images of at least {least} pixels a side, these have {size}")
         data = _data_of(config)
         self.dataset = build_dataset(
-            None if data is None or str(data) == SCENES else data,
+            data,
             split="val",
             image_size=size,
             length=config.val_images,
@@ -159,9 +164,9 @@ class _Evaluation:
             fields=() if self.sampler is None else (self.sampler.field,),
         )
         self.drawn = None if config.images is None else DrawnImages(config.images, size)
-        out = config.out or config.prior_run or config.run or config.images
-        assert out is not None  # checked
-        self.out = out
+        for what, images in (("validation", self.dataset), ("drawn", self.drawn)):
+            if self.net is not None and images is not None and len(images) < 2:
+                raise ValueError(f"a Fréchet distance needs at least 2 {what} images, there is {len(images)}")
         self.protocol: dict[str, Any] = {}
         self.results: dict[str, Measurement] = {}
 
@@ -242,7 +247,8 @@ class _Evaluation:
                 drawn = statistics_of(images, reference.net, self.device, tick)
                 facts = {"drawn": str(config.images)}
                 self._keep_frechet("fid_g", reference.distance(drawn), reference, drawn.count, facts)
-        if unreadable := unreadable_images(self.dataset):  # the next images of the list took their places
+        # The next images of the list took their places; a reference that was kept is read no more.
+        if unreadable := max(unreadable_images(self.dataset), reference.unreadable if reference is not None else 0):
             for found in self.results.values():
                 found.protocol["unreadable"] = unreadable
         if rank() == 0:
@@ -297,7 +303,7 @@ class _Evaluation:
 def _data_of(config: EvaluateConfig) -> Path | None:
     """What ``--data`` names, or what the run was trained on; None: the embedded scenes."""
     if config.data is not None:
-        return config.data
+        return None if str(config.data) == SCENES and not config.data.exists() else config.data
     remedy = f"give the images with --data PATH, or --data {SCENES} for the embedded scenes"
     if config.run is not None:
         try:

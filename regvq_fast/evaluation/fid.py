@@ -33,7 +33,7 @@ from regvq_fast.data.samples import Sample
 from regvq_fast.data.scenes import ScenesDataset
 from regvq_fast.data.shards import ImageShards
 from regvq_fast.evaluation.feature_nets import FeatureNet
-from regvq_fast.evaluation.shares import rank_batches, rank_share
+from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
 from regvq_fast.files import atomic_path, user_cache
 from regvq_fast.ranks import any_rank, rank, sum_over_ranks
 
@@ -156,6 +156,8 @@ class Reference:
     """What the images are: :func:`describe_data`."""
     device: torch.device | str = "cpu"
     """Where the network is."""
+    unreadable: int = 0
+    """Images that couldn't be read when they were seen; the next ones of the list took their places."""
 
     def distance(self, other: FeatureStatistics) -> float:
         """Of a set of images whose statistics :func:`statistics_of` made with the same network."""
@@ -194,16 +196,16 @@ def make_reference(
     data = describe_data(dataset) if data is None else data
     identity = {"format": _FORMAT, **data, "features": net.name, "weights": net.hash}
     file = None if cache is None else _cache_file(cache, identity)
-    found = None if file is None else _load(file, identity, net.num_features, device)
+    found, unreadable = (None, 0) if file is None else _load(file, identity, net.num_features, device)
     if any_rank(int(found is None)):  # of one mind: a rank on another machine may not see the file
         images = (batch["image"] for batch in rank_batches(dataset, batch_size, workers, device))
-        found = statistics_of(images, net, device, progress)
+        found, unreadable = statistics_of(images, net, device, progress), unreadable_images(dataset)
         if file is not None and rank() == 0:
-            _save(file, identity, found)
+            _save(file, identity, found, unreadable)
     elif progress is not None:
         progress(len(rank_share(len(dataset))))  # type: ignore[arg-type]
     assert found is not None
-    return Reference(net, found, data, device)
+    return Reference(net, found, data, device, unreadable)
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
@@ -233,8 +235,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
             "resize": "none: composed at this size",
         }
     elif isinstance(dataset, PictureDataset):
-        if isinstance(dataset, ImageShards):  # which of their samples count
-            digest.update(" ".join(sorted(dataset.fields)).encode())
+        digest.update(" ".join(sorted(dataset.fields)).encode())  # a picture without one of them doesn't count
         label = os.path.abspath(dataset.source) if dataset.label == dataset.source else dataset.label
         made = {"data": label, "crop": CROP, "resize": RESIZE}
     else:
@@ -275,27 +276,30 @@ def _text(identity: dict[str, Any]) -> str:
 
 def _load(
     file: Path, identity: dict[str, Any], num_features: int, device: torch.device | str
-) -> FeatureStatistics | None:
-    """The statistics in a file of the cache; None where there are none of just that."""
+) -> tuple[FeatureStatistics | None, int]:
+    """The statistics in a file of the cache, None where there are none of just that, and the number of unreadable
+    images."""
     try:
         with safe_open(file, "pt") as content:
-            if (content.metadata() or {}).get("identity") != _text(identity):
-                return None
+            told = content.metadata() or {}
+            if told.get("identity") != _text(identity):
+                return None, 0
             total, products = content.get_tensor("total").to(device), content.get_tensor("products").to(device)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None, 0
     except (OSError, SafetensorError) as error:
         logger.warning("the statistics in %s are damaged (%s) and computed anew", file, error)
-        return None
+        return None, 0
     if total.shape != (num_features,) or products.shape != (num_features, num_features):
-        return None
-    return FeatureStatistics(identity["images"], total, products)
+        return None, 0
+    return FeatureStatistics(identity["images"], total, products), int(told.get("unreadable", 0))
 
 
-def _save(file: Path, identity: dict[str, Any], statistics: FeatureStatistics) -> None:
+def _save(file: Path, identity: dict[str, Any], statistics: FeatureStatistics, unreadable: int) -> None:
     tensors = {"total": statistics.total.cpu().contiguous(), "products": statistics.products.cpu().contiguous()}
     try:
         with atomic_path(file) as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata={"identity": _text(identity)})
+            told = {"identity": _text(identity), "unreadable": str(unreadable)}
+            safetensors.torch.save_file(tensors, temporary, metadata=told)
     except OSError as error:
         logger.warning("the statistics of %s can't be kept, and are computed each time (%s)", identity["data"], error)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regvq_fast.data.finding import EXTENSIONS, find_files, is_image
-from regvq_fast.data.pictures import opened_image
+from regvq_fast.data.pictures import OVERSAMPLING, opened_image
 from regvq_fast.data.samples import Sample
-from regvq_fast.data.transforms import image_to_tensor
+from regvq_fast.data.transforms import Box, crop_rgb, image_to_tensor, upright_size
 from regvq_fast.evaluation.fid import FeatureStatistics, Reference, statistics_of
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.evaluation.shares import rank_batches, rank_share
@@ -152,7 +152,8 @@ class DrawnImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         with _opened(self.files[index]) as image:
-            return Sample(image=image_to_tensor(image.convert("RGB")))
+            whole = Box(0, 0, *upright_size(image))
+            return Sample(image=image_to_tensor(crop_rgb(image, whole, *image.size, OVERSAMPLING["val"])))
 
 
 def _opened(file: Path) -> AbstractContextManager[Image.Image]:

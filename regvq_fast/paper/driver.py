@@ -115,7 +115,7 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
         raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
     if config.preset != "scenes" and config.data is None:
         raise ValueError(f"--preset {config.preset} needs its images: give their folder with --data PATH")
-    for path in (config.data, config.perceptual_weights, config.contrastive_weights):
+    for path in (config.perceptual_weights, config.contrastive_weights):
         if path is not None and not path.exists():
             raise ValueError(f"there is no {path}")
     rows = experiment.rows[config.scale]
@@ -132,20 +132,18 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
             load_feature_net(config.fid_features)
         if prior != "none":
             _check_prior(config, prior)
+        condition = () if prior == "none" else (_CONDITIONS[prior],)
+        for split in get_args(Split):
+            build_dataset(config.data, split=split, image_size=MIN_IMAGE_SIZE, fields=condition)
     return [row for row in rows if not config.rows or row.name in config.rows or row.key in config.rows]
 
 
 def _check_prior(config: PaperConfig, prior: Literal["ar", "diffusion"]) -> None:
-    """Raise ValueError or OSError where the prior's settings, its condition in the data or its text encoder is missing.
-
-    Builds what the prior will be built of, and lets it go again.
-    """
+    """Raise ValueError or OSError where the prior has no settings for the data, or its text encoder is missing."""
     presets: Mapping[str, ARConfig | DiffusionConfig] = AR_PRESETS if prior == "ar" else DIFFUSION_PRESETS
     preset = recipe(config.preset, config.scale).preset
     if preset not in presets:
         raise ValueError(f"--prior {prior} has no settings for --preset {preset}, only for {', '.join(presets)}")
-    for split in get_args(Split):
-        build_dataset(config.data, split=split, image_size=MIN_IMAGE_SIZE, fields=(_CONDITIONS[prior],))
     settings = presets[preset]
     if isinstance(settings, DiffusionConfig) and settings.model.text_encoder != "words":
         PretrainedTextEncoder(settings.model.text_encoder)

@@ -1,6 +1,7 @@
 """Tables and figures of an experiment, from what its rows left."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -27,6 +28,7 @@ from regvq_fast.paper.experiments import (
     published_dataset,
 )
 from regvq_fast.paper.stages import Pipeline
+from regvq_fast.sampling.images import DrawConfig
 
 Plan = Mapping[Row, Mapping[int, Pipeline]]
 """Of each row the pipeline of each seed."""
@@ -45,7 +47,10 @@ _NAMES = {
 }
 """Columns in their order; None: the metric's own name."""
 _SHARES = frozenset({"utilization", *_AGREEMENT})
-_SAME = ("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256")
+_SAME = (
+    *("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256"),
+    *(item.name for item in dataclasses.fields(DrawConfig) if item.name != "compile"),
+)
 """What numbers that are compared must have in common."""
 
 

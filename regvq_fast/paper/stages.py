@@ -61,9 +61,12 @@ class Pipeline(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError where the folder holds stages of other settings."""
-        record = self.record()
+        record, folders = self.record(), [stage.folder for stage in self.stages]
         for stage in self.stages:
             made = record.get(stage.name, {}).get("settings")
+            own = folders.count(stage.folder) == 1  # metrics lie with what they are of
+            if not stage.result.exists() and not (own and stage.folder.exists()):
+                continue  # it failed before it made anything
             if made is not None and made != list(stage.settings):
                 raise ValueError(
                     f"the {stage.name} in {stage.folder} was made with {' '.join(made) or 'no flags'}, not "
@@ -81,13 +84,15 @@ class Pipeline(NamedTuple):
         Raises:
             StageFailed: its command failed.
         """
-        under = ["--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        # "--": the launcher takes --run of a script for an abbreviation of its own flags.
+        under = ["--standalone", "--nproc-per-node", str(processes), "--"] if processes > 1 else []
         start = [sys.executable, *(["-m", "torch.distributed.run", *under] if under else [])]
         flags = self._flags(stage, how)
         # As one would type it, wherever Python and the scripts are.
         typed = shlex.join([*(["torchrun", *under] if under else ["python"]), f"train/{stage.script}", *flags])
         record = self.record()
-        entry = record.setdefault(stage.name, {"settings": stage.settings, "commands": [], "seconds": 0.0})
+        entry = record.setdefault(stage.name, {"commands": [], "seconds": 0.0})
+        entry["settings"] = stage.settings
         entry["commands"].append(typed)
         before = entry["seconds"]
         self._write(record)
@@ -126,14 +131,17 @@ def _run(command: Sequence[str]) -> int:
 
 @contextmanager
 def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Let the command save its work on SIGINT and SIGTERM, then stop, too."""
+    """Let the command save its work on SIGINT, SIGTERM and a closed terminal's SIGHUP, then stop, too."""
     received: list[int] = []
 
     def handle(number: int, _frame: object) -> None:
         received.append(number)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # which saves what is done
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -141,6 +149,6 @@ def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
             signal.signal(number, handler)
     if received:
         process.wait()
-        if received[-1] == signal.SIGTERM:
-            sys.exit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        if received[-1] == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + received[-1])

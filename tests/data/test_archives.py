@@ -1,5 +1,6 @@
 """The official layouts must be known as such, and serve what their own lists, captions and masks say."""
 
+import errno
 import logging
 import os
 import pickle
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.data import ArchiveDataset, build_dataset, find_archive, training_batches
+from regvq_fast.data import ArchiveDataset, build_dataset, find_archive, pictures, training_batches
 from regvq_fast.data.archives.base import MAP_FOLDER
 
 
@@ -130,6 +131,27 @@ def test_celeba_parts_are_merged_in_order_once(tmp_path):
     assert Image.open(top / MAP_FOLDER / "4.png").size == (16, 16)
     assert np.array_equal(np.asarray(Image.open(top / MAP_FOLDER / "4.png")), expected.numpy())
     assert find_archive(top).read("4.jpg", "segmentation") == (top / MAP_FOLDER / "4.png").read_bytes()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_mask_that_the_storage_fails_to_give_is_not_left_out(tmp_path, monkeypatch, number):
+    trees.celebahq(tmp_path)
+    expected = build(tmp_path, "val", 16, fields=["segmentation"])[0]["segmentation"]
+    shutil.rmtree(tmp_path / "CelebAMask-HQ" / MAP_FOLDER)
+    monkeypatch.setattr(pictures, "_PAUSES", (0.0, 0.0))
+    real, failed = Image.open, []
+
+    def fail_once(file, *rest):
+        if str(file).endswith("_hair.png") and not failed:
+            failed.append(file)
+            raise OSError(number, os.strerror(number))
+        return real(file, *rest)
+
+    monkeypatch.setattr(Image, "open", fail_once)
+    dataset = build(tmp_path, "val", 16, fields=["segmentation"])
+    assert torch.equal(dataset[0]["segmentation"], expected)
+    assert failed
+    assert dataset.unreadable == 0
 
 
 @pytest.mark.parametrize("time", [None, 0])

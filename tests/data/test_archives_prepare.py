@@ -1,9 +1,11 @@
 """``train/data.py`` must say exactly what is missing, and pack what training then reads as it reads the archive."""
 
+import contextlib
 import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import archive_trees as trees
 import numpy as np
@@ -248,6 +250,21 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
         assert message in Told("prepare", top, **options).error
     assert Told("verify", top, out=out).error == f"--out {out} is for prepare; verify writes nothing: leave it out"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cub", "full"]
+
+
+def test_shards_take_the_place_of_an_empty_folder_or_say_before_that_they_cannot(tmp_path, monkeypatch):
+    top, place = trees.cub200(tmp_path / "cub"), tmp_path / "place"
+    place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    refusal = f"--out {place} is a mount point or the current folder: name a new folder in it"
+    with contextlib.chdir(place):
+        assert Told("prepare", top, out=Path()).error == refusal
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path == place)
+        assert Told("prepare", top, out=tmp_path / "link").error == refusal
+    assert not any(place.iterdir())
+    assert Told("prepare", top, out=tmp_path / "link").error == ""
+    assert list(place.glob("train-*.tar"))
 
 
 def test_the_script_ends_with_a_status(tmp_path, monkeypatch, capsys):

@@ -167,6 +167,15 @@ def test_labels_are_cut_like_their_picture_whatever_their_size():
     assert np.asarray(crop_labels(two, Box(0, 0, 4, 4), (4, 4), 2, 2)).tolist() == [[1, 1], [1, 1]]
 
 
+def test_labels_fit_a_picture_whose_sides_are_rounded():
+    """A picture of 3000 x 2003 pixels that was made 256 high has 383 in width, and its map may still be as it was."""
+    labels = Image.new("L", (3000, 2003), 3)
+    assert np.asarray(crop_labels(labels, Box(0, 0, 383, 256), (383, 256), 2, 2)).tolist() == [[3, 3], [3, 3]]
+    for other in ((380, 256), (386, 256)):
+        with pytest.raises(ValueError, match="does not fit its picture"):
+            crop_labels(labels, Box(0, 0, *other), other, 2, 2)
+
+
 def test_labels_that_are_none_are_refused():
     box = Box(0, 0, 8, 8)
     with pytest.raises(ValueError, match="one class id a pixel, this one is RGB"):

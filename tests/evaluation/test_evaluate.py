@@ -1,5 +1,6 @@
 """Whole evaluations of tiny models: their numbers, their protocols, and what is refused before work starts."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -244,6 +246,11 @@ def test_folders_of_drawn_images_that_will_not_do(tmp_path: Path) -> None:
         DrawnImages(tmp_path, 16)
     Image.new("L", (16, 16)).save(tmp_path / "0.png")
     assert DrawnImages(tmp_path, 16)[0]["image"].shape == (3, 16, 16)
+    # As the images they are compared with: 16 bits are scaled, what is transparent is white.
+    Image.fromarray(np.full((16, 16), 128 * 257, dtype=np.uint16)).save(tmp_path / "0.png")
+    assert DrawnImages(tmp_path, 16)[0]["image"].unique().tolist() == [128]
+    Image.new("RGBA", (16, 16), (10, 20, 30, 0)).save(tmp_path / "0.png")
+    assert DrawnImages(tmp_path, 16)[0]["image"].unique().tolist() == [255]
     Image.new("RGB", (16, 24)).save(tmp_path / "1.png")
     with pytest.raises(ValueError, match=r"1.png has 16 x 24 pixels, the validation images 16 x 16"):
         DrawnImages(tmp_path, 16)
@@ -353,6 +360,14 @@ def test_data_is_what_the_run_was_trained_on_and_all_of_its_split(photos: Path, 
     assert found["psnr"].protocol["data"] == str(photos)
     assert (run / "evaluation.json").is_file()
     assert "unreadable" not in found["psnr"].protocol
+    scenes = tmp_path / "scenes"
+    photos.rename(scenes)
+    with contextlib.chdir(tmp_path):  # a folder of that name is one
+        here = save_run(tmp_path / "here", make_tokenizer(), override(config, data=Path("scenes")))
+        for data in (None, Path("scenes")):
+            found = evaluate(EvaluateConfig(run=here, device="cpu", workers=0, data=data))
+            assert found["psnr"].protocol["data"] == str(scenes)
+    scenes.rename(photos)
     few = evaluate(EvaluateConfig(run=run, device="cpu", workers=0, val_images=3))
     assert few["psnr"].protocol["images"] == 3
 
@@ -367,9 +382,18 @@ def test_data_is_what_the_run_was_trained_on_and_all_of_its_split(photos: Path, 
 
 @pytest.mark.usefixtures("tiny_nets")
 def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
-    (photos / "val" / "9.png").write_bytes(b"no image")
+    third = sorted((photos / "val").iterdir())[2]  # neither the first nor the last, which are always read
+    third.with_name(f"{third.stem}-.png").write_bytes(b"no image")
     found = measure(tmp_path / "out", run=runs["vq"], data=photos)
     assert all((number.protocol["images"], number.protocol["unreadable"]) == (7, 1) for number in found.values())
+
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    for k in range(2):
+        Image.new("RGB", (16, 16)).save(drawn / f"{k}.png")
+    for _ in range(2):  # the second time, the statistics of the others come from the cache
+        found = measure(tmp_path / "out", images=drawn, image_size=16, data=photos, cache_dir=tmp_path / "cache")
+        assert found["fid_g"].protocol["unreadable"] == 1
 
 
 @pytest.mark.usefixtures("tiny_nets")
@@ -391,6 +415,7 @@ def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: P
         ({"run": "other", "data": None}, "doesn't say what it was trained on: give the images with --data PATH"),
         ({"run": "vq", "data": Path("nowhere")}, "no such folder: nowhere"),
         ({"run": "vq", "val_images": 0}, "--val-images must be at least 1, got 0"),
+        ({"run": "vq", "val_images": 1}, "a Fréchet distance needs at least 2 validation images, there is 1"),
         ({"run": "vq", "batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"run": "vq", "device": "tpu"}, "--device tpu"),
         ({"prior_run": "ar", "steps": 3}, "--steps is for diffusion priors; this one is autoregressive"),
@@ -407,6 +432,22 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(
     with pytest.raises((ValueError, OSError), match=message):
         measure(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("regvq_fast.evaluation.evaluate.evaluate_tokenizer", lambda *_, **__: pytest.fail("it works"))
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(
+            NotADirectoryError, match=f"--out {out} is no folder: .*file is a file; name another folder"
+        ):
+            measure(out, run=runs["vq"])
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="out can't be written to; name another folder"):
+        measure(tmp_path / "out", run=runs["vq"])
 
 
 def script(*flags: object) -> None:

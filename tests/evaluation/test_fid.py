@@ -206,6 +206,14 @@ def test_shards_are_known_by_their_files_and_fields(tmp_path: Path) -> None:
     assert describe_data(plain)["fingerprint"] != describe_data(captioned)["fingerprint"]
 
 
+def test_a_folder_is_known_by_its_fields(photos: Path) -> None:
+    """A picture without a caption is passed over where captions are asked for."""
+    for file in (photos / "val").iterdir():
+        file.with_suffix(".txt").write_text("black")
+    plain, captioned = (ImageFolder(photos, "val", 16, fields=fields) for fields in ((), ("caption",)))
+    assert describe_data(plain)["fingerprint"] != describe_data(captioned)["fingerprint"]
+
+
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(ValueError, match="the split is empty"):
         make_reference([], TinyNet())  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
 from regvq_fast.evaluation.evaluate import CODE_COUNTS, RESULTS
@@ -195,7 +196,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_the_command_that_saves_its_work_and_end_the_driver(tmp_path, number):
     saved = tmp_path / "saved"
     driver = f"from regvq_fast.paper.stages import _run; _run([{sys.executable!r}, '-c', {CHILD!r}, {str(saved)!r}])"
@@ -205,18 +206,20 @@ def test_signals_reach_the_command_that_saves_its_work_and_end_the_driver(tmp_pa
     os.kill(process.pid, number)  # to this process alone, as kill and a batch system do
     _, error = process.communicate(timeout=30)
     assert time.monotonic() - start < 20
-    assert int(saved.read_text()) == number
+    assert int(saved.read_text()) == (signal.SIGTERM if number == signal.SIGHUP else number)
     assert process.returncode == 128 + number or (number == signal.SIGINT and b"KeyboardInterrupt" in error)
 
 
 def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
     reproduce(table2(tmp_path), SCRIPTS)
     path = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior" / RESULTS
-    found = json.loads(path.read_text())
-    found["fid_r"]["features_sha256"] = "def"
-    path.write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=r"of \+ PCL instead of CL, seed 0, was measured with another features_sha256"):
-        reproduce(table2(tmp_path), SCRIPTS)
+    for fact, value in (("features_sha256", "def"), ("top_p", 0.5)):
+        found = json.loads(path.read_text())
+        other = found | {"fid_r": found["fid_r"] | {fact: value}}
+        path.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=rf"of \+ PCL instead of CL, seed 0, was measured with another {fact}"):
+            reproduce(table2(tmp_path), SCRIPTS)
+        path.write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
         ({"rows": ("Reg-VAE",)}, "table2 has no row 'Reg-VAE'; its rows are 'baseline"),
         ({"preset": "ade20k"}, "--preset ade20k needs its images"),
         ({"data": Path("images")}, "--data images needs the preset of its data set"),
-        ({"preset": "ade20k", "data": Path("nowhere")}, "there is no nowhere"),
+        ({"preset": "ade20k", "data": Path("nowhere")}, "no such folder: nowhere"),
         ({"seeds": ()}, "--seeds must be at least 1"),
         ({"fid_features": "vgg16:nowhere.pth"}, "nowhere.pth"),
         ({"fid_features": "none"}, "--fid-features none leaves nothing to judge a prior by"),
@@ -264,14 +267,33 @@ def test_several_gpus_train_under_torchrun(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "_run", lambda command: commands.append(command) or 1)
     with pytest.raises(ValueError, match="ended with status 1"):
         reproduce(table2(tmp_path, processes=4), SCRIPTS)
-    assert commands[0][1:7] == [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-        str(SCRIPTS / "vq.py"),
-    ]
+    assert commands[0][1:3] == ["-m", "torch.distributed.run"]
+    launched = torch.distributed.run.parse_args([*commands[0][3:], "--run", "runs/vq"])  # as metrics have it
+    assert (launched.nproc_per_node, launched.standalone) == ("4", True)
+    assert launched.training_script == str(SCRIPTS / "vq.py")
+    assert launched.training_script_args[-2:] == ["--run", "runs/vq"]
+
+
+def test_a_command_that_made_nothing_may_be_corrected(scripts, tmp_path, monkeypatch):
+    """The tokenizer's, and that of metrics, which lie in the folder of what they are of."""
+    wrong = {"perceptual_weights": tmp_path}
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_run", lambda command: 1)
+        with pytest.raises(ValueError, match=r"the tokenizer of .* ended with status 1"):
+            reproduce(table2(tmp_path, **wrong), SCRIPTS)
+    reproduce(table2(tmp_path, rows=("vq-gan",)), SCRIPTS)
+    assert not any(str(tmp_path) == flag for command in scripts.commands for flag in command)
+
+    (result,) = (tmp_path / "out" / "runs").rglob(RESULTS)
+    result.unlink()
+    scripts.fails_at = len(scripts.commands) + 1
+    other = {"rows": ("vq-gan",), "fid_features": "vgg16"}
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "load_feature_net", lambda spec: None)
+        with pytest.raises(ValueError, match=r"the metrics with prior of .* ended with"):
+            reproduce(table2(tmp_path, **other), SCRIPTS)
+    reproduce(table2(tmp_path, rows=("vq-gan",)), SCRIPTS)
+    assert result.exists()
 
 
 @pytest.mark.slow

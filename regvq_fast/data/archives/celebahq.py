@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.data.archives.base import Archive
-from regvq_fast.data.pictures import Part
+from regvq_fast.data.pictures import Part, is_of_the_machine
 
 PARTS = tuple(
     "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth".split()
@@ -100,12 +100,14 @@ class CelebAHQ(Archive):
         labels: NDArray[np.uint8] | None = None
         for label, part in enumerate(PARTS, start=1):
             path = f"{self._masks(name)}_{part}.png"
-            if not os.path.exists(path):
-                continue
             try:
                 with Image.open(path) as file:
                     mask = np.asarray(file.convert("L")) > 0
+            except FileNotFoundError:
+                continue
             except OSError as error:
+                if is_of_the_machine(error):
+                    raise
                 raise ValueError(f"the mask {path} can't be read: {error}") from None
             if labels is None:
                 labels = np.zeros(mask.shape, dtype=np.uint8)
