@@ -173,7 +173,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Continue the generators; one that was not saved, of a GPU or of a rank more than there were, stays as it is."""
     if rank() < len(state["cpu"]):
-        torch.set_rng_state(state["cpu"][rank()])
+        torch.set_rng_state(state["cpu"][rank()].clone())  # of a view, it reads from where the storage begins
     if device.type == "cuda" and rank() < len(state.get("cuda", ())):
         torch.cuda.set_rng_state(state["cuda"][rank()], device)
 

@@ -18,7 +18,7 @@ from tiny_runs import FAST, assert_same_run, checkpoints, records, resume, train
 from regvq_fast import EMAQuantizer, GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import Quantizer
-from regvq_fast.training.checkpoint import Checkpoint, Checkpoints
+from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, set_random_state
 from regvq_fast.training.recorder import Recorder, reason
 from regvq_fast.training.vqgan import VQGANTask
 
@@ -172,6 +172,15 @@ def test_what_a_kill_left_is_cleared_away_and_other_ranks_write_nothing(
     assert reader.has(5)
     Checkpoints(tmp_path, keep=1, start=start)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000003"]
+
+
+def test_each_rank_continues_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.Generator().manual_seed(seed).get_state() for seed in range(2)]
+    for rank in (1, 0):
+        monkeypatch.setattr("regvq_fast.training.checkpoint.rank", lambda rank=rank: rank)
+        with torch.random.fork_rng():
+            set_random_state({"cpu": torch.stack(states)}, torch.device("cpu"))
+            assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(rank)))
 
 
 def test_a_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
