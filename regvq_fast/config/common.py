@@ -21,7 +21,8 @@ class OptimizerConfig:
     steps: int | None = None
     """Optimizer steps. Not given: as many as `epochs` makes."""
     epochs: int = 100
-    """Passes over the training images; if given, they replace the preset's steps, unless `steps` is given, too."""
+    """Passes over the training images, of a token cache over one view of each; if given, they replace the preset's
+    steps, unless `steps` is given, too."""
     batch_size: int = 16
     """Images a step."""
     accumulate: int = 1

@@ -134,6 +134,11 @@ class PriorTask(Task[Config]):
         self._encoder = _InParts(self.tokenizer, self.part, compile=self.config.run.compile)
         self._loss = distributed(maybe_compile(self._plain, self.config.run.compile))
 
+    def train_images(self) -> int:
+        """Each once, of however many of its views a cache has the tokens."""
+        cached = isinstance(self.train_set, TokenDataset)
+        return self.train_set.info.train_images if cached else super().train_images()
+
     def default_workers(self) -> int:
         """None for a cache: a batch of it is gathered in less time than a process hands one over."""
         return 0 if self.config.tokens.cache is not None else super().default_workers()

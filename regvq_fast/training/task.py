@@ -80,7 +80,7 @@ class Task(ABC, Generic[Config]):
         """Samples that go through the networks at once, in training and in evaluation."""
         with together(), rank_0_first():  # which may index the data
             self.train_set, self.val_set = self.build_data(config)
-        self.steps = optimizer.steps or math.ceil(optimizer.epochs * len(self.train_set) / self.batch_size)
+        self.steps = optimizer.steps or math.ceil(optimizer.epochs * self.train_images() / self.batch_size)
         # The GPU of a process is not one of its run.
         device = self.device.type if is_torchrun() else str(self.device)
         self.config = override(config, device=device, steps=self.steps)
@@ -190,6 +190,10 @@ class Task(ABC, Generic[Config]):
     def read(self, dataset: Any, indices: Iterable[int]) -> Any:
         """Some samples of a split as a batch."""
         return collate([dataset[index] for index in indices])
+
+    def train_images(self) -> int:
+        """Images that an epoch passes over."""
+        return len(self.train_set)
 
     def default_workers(self) -> int:
         """Processes that load data, where ``--workers`` doesn't say."""

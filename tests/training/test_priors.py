@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
 from torch import Tensor
 
+from regvq_fast.config import ARConfig, override
 from regvq_fast.models import VQGAN
+from regvq_fast.training.autoregressive import ARTask
 from regvq_fast.training.prior import PriorTask
 from regvq_fast.training.task import Task
 
@@ -96,6 +98,15 @@ def test_tokens_made_on_the_fly_train_the_same_prior(
     fit(prior, *flags, "--out", out)
     assert without_clock(records(out)) == without_clock(records(runs[prior]))
     assert (out / "model.safetensors").read_bytes() == (runs[prior] / "model.safetensors").read_bytes()
+
+
+def test_epochs_count_images_whether_their_tokens_are_cached_or_not(cache: Path, tokenizer: Path) -> None:
+    steps = []
+    for tokens in ({"cache": cache}, {"on_the_fly": True, "tokenizer": tokenizer}):
+        shape = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}
+        task = ARTask(override(ARConfig(), epochs=3, batch_size=8, **shape, **tokens))
+        steps.append((task.train_images(), task.steps))
+    assert steps == [(32, 12), (8192, 3072)]
 
 
 def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
