@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import PriorConfig
+from regvq_fast.config import PriorConfig, read_config
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
@@ -88,15 +88,12 @@ class PriorTask(Task[Config]):
 
     def build_data(self, config: Config) -> tuple[Any, Any]:
         tokens, seed = config.tokens, config.run.seed
-        source = tokens.tokenizer
+        source = self._own_tokenizer(config) or tokens.tokenizer
         if source is None and tokens.cache is not None:
             source = Path(read_info(tokens.cache).tokenizer)
+            if not source.exists():
+                raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
         assert source is not None  # checked
-        own = config.run.out / TOKENIZER if config.run.resume and config.run.out else None
-        if own and own.exists() and not source.exists():
-            source = own  # by its hash that of the cache and of the checkpoint, or the run is refused
-        if tokens.tokenizer is None and not source.exists():
-            raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
         self.tokenizer = VQGAN.from_pretrained(source)
         self.tokenizer_hash = weights_hash(self.tokenizer)
         if tokens.cache is not None:
@@ -115,6 +112,17 @@ class PriorTask(Task[Config]):
             build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared),  # type: ignore[arg-type]
             build_dataset(tokens.data, split="val", length=tokens.val_images, **shared),  # type: ignore[arg-type]
         )
+
+    def _own_tokenizer(self, config: Config) -> Path | None:
+        """The one in the folder of a run that is resumed, unless ``--tokenizer`` names another than at first.
+
+        Where that one came from, there may be another by now: its run may have gone on.
+        """
+        out = config.run.out
+        if not config.run.resume or out is None or not (out / TOKENIZER).exists():
+            return None
+        given = config.tokens.tokenizer != read_config(out, type(config)).tokens.tokenizer
+        return None if given else out / TOKENIZER
 
     @property
     def scenes(self) -> bool:

@@ -171,17 +171,23 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
     shutil.copytree(tokenizer, gone)
     fit("ar", "--cache", moved, "--out", tmp_path / "cached")
     fit("ar", "--on-the-fly", "--tokenizer", gone, "--val-images", 10, "--out", tmp_path / "on the fly")
+    other = tmp_path / "other"
+    train(*FAST, "--out", other, "--ch-mult", 1, 1, 2, "--seed", 1, "--steps", 1)
     shutil.rmtree(gone)
+    shutil.copytree(other, gone)  # as one that was trained on
     for run in ("cached", "on the fly"):
         resume(tmp_path / run, "--steps", 5, script="ar.py")
         assert records(tmp_path / run)[-1]["step"] == 5
-    other = tmp_path / "other"
-    train(*FAST, "--out", other, "--ch-mult", 1, 1, 2, "--seed", 1, "--steps", 1)
+    with pytest.raises(SystemExit, match=r"this run has .* as tokenizer, the checkpoint .* has"):
+        resume(tmp_path / "on the fly", "--tokenizer", other, "--steps", 6, script="ar.py")
+    shutil.rmtree(gone)
+    for run in ("cached", "on the fly"):
+        resume(tmp_path / run, "--steps", 6, script="ar.py")
     own = tmp_path / "on the fly" / "tokenizer"
     shutil.rmtree(own)
     VQGAN.from_pretrained(other).save_pretrained(own)
     with pytest.raises(SystemExit, match=r"this run has .* as tokenizer, the checkpoint .* has"):
-        resume(tmp_path / "on the fly", "--steps", 6, script="ar.py")
+        resume(tmp_path / "on the fly", "--steps", 7, script="ar.py")
 
 
 def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:
