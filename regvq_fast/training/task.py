@@ -205,6 +205,10 @@ class Task(ABC, Generic[Config]):
     def before_step(self, step: int) -> None:
         """Set what a step depends on besides weights and data."""
 
+    def scheduled(self) -> list[str]:
+        """What changes from step to step by a schedule over all steps of the run."""
+        return [] if self.config.optimizer.final_lr_fraction == 1 else ["the learning rate"]
+
     def identity(self) -> dict[str, str]:
         """What a configuration doesn't tell of data and losses, and a resumed run must have in common."""
         return {"training images": str(len(self.train_set))}
@@ -330,7 +334,7 @@ class Task(ABC, Generic[Config]):
         """
         if checkpoint.folder is None:
             return
-        checkpoint.check(self.identity(), self.fingerprint, self.steps)
+        checkpoint.check(self.identity(), self.fingerprint, self.steps, self.scheduled())
         state, weights = checkpoint.state, checkpoint.weights
         self.start = checkpoint.step
         self.update.load_state_dict(state, weights)

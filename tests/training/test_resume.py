@@ -224,6 +224,26 @@ def test_a_finished_run_can_go_on_with_more_steps_and_a_lower_learning_rate(
     assert json.loads((out / "config.json").read_text())["optimizer"]["steps"] == 6
 
 
+@pytest.mark.parametrize(
+    ("flags", "scheduled"),
+    [
+        (["--quantizer", "gumbel-vq"], "the learning rate and gumbel-vq's tau"),
+        (["--quantizer", "gumbel-vq", "--final-lr-fraction", 1], "gumbel-vq's tau"),
+        (["--final-lr-fraction", 1], None),
+    ],
+)
+def test_other_steps_are_told_where_a_schedule_depends_on_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[object], scheduled: str | None
+) -> None:
+    train(*FAST, "--out", tmp_path, *flags)
+    resume(tmp_path)
+    assert "from here on" not in capsys.readouterr().out
+    resume(tmp_path, "--steps", 5)
+    said = capsys.readouterr().out
+    assert said.count("from here on") == bool(scheduled)
+    assert said.count(f"--steps is 5 from here on; it was 4: the schedule of {scheduled} spans 5 steps") == bool(scheduled)
+
+
 def test_a_finished_run_that_goes_on_serves_its_newest_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
