@@ -1,7 +1,7 @@
 """What the training of every prior over tokens shares: tokenizer, tokens, likelihood, samples."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,7 +134,8 @@ class PriorTask(Task[Config]):
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._encoder = _InParts(self.tokenizer, self.part)
         self.model = self.build_prior().to(self.device)
-        self.first_samples("tokens")
+        # Tokens made on the way depend on the precision, images don't.
+        self.first_samples("image" if self.config.tokens.cache is None else "tokens")
         self._plain = self.build_loss()
         return {"grad_norm": self.model}
 
@@ -150,12 +151,6 @@ class PriorTask(Task[Config]):
     def default_workers(self) -> int:
         """None for a cache: a batch of it is gathered in less time than a process hands one over."""
         return 0 if self.config.tokens.cache is not None else super().default_workers()
-
-    def read(self, dataset: Any, indices: Iterable[int]) -> TokenBatch:
-        """Some samples, with tokens, on the device where they were made."""
-        if isinstance(dataset, TokenDataset):
-            return dataset.__getitems__(list(indices))
-        return self.tokens_of(super().read(dataset, indices))
 
     def tokens_of(self, batch: Any) -> TokenBatch:
         """The batch as it is, or with tokens in place of its images."""
@@ -225,7 +220,7 @@ class PriorTask(Task[Config]):
 
     def save_pictures(self, path: Path) -> None:
         """Conditions, samples under them, and what the tokenizer makes of the images they are of."""
-        batch = self.read(self.val_set, range(min(_SAMPLES, len(self.val_set))))
+        batch = self.tokens_of(self.read(self.val_set, range(min(_SAMPLES, len(self.val_set)))))
         with self.precision.autocast():
             tokens = self.sample(self.eval_model, batch)
         save_image_grid(path, self.show(batch), self.decode(tokens), self.decode(batch["tokens"]))

@@ -188,7 +188,9 @@ class Task(ABC, Generic[Config]):
         return first
 
     def read(self, dataset: Any, indices: Iterable[int]) -> Any:
-        """Some samples of a split as a batch."""
+        """Some samples of a split as a batch, as the data set has them."""
+        if hasattr(dataset, "__getitems__"):
+            return dataset.__getitems__(list(indices))
         return collate([dataset[index] for index in indices])
 
     def train_images(self) -> int:

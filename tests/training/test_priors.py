@@ -23,6 +23,7 @@ from torch import Tensor
 
 from regvq_fast.config import ARConfig, override
 from regvq_fast.models import VQGAN
+from regvq_fast.precision import Precision
 from regvq_fast.training.autoregressive import ARTask
 from regvq_fast.training.prior import PriorTask
 from regvq_fast.training.task import Task
@@ -32,6 +33,7 @@ PRIOR = (
     "--steps 4 --batch-size 8 --log-every 2 --image-every 3 --device cpu --warmup-steps 2 --width 16 --depth 1 "
     "--heads 2"
 ).split()
+SMALL = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}  # as fields
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,10 +105,24 @@ def test_tokens_made_on_the_fly_train_the_same_prior(
 def test_epochs_count_images_whether_their_tokens_are_cached_or_not(cache: Path, tokenizer: Path) -> None:
     steps = []
     for tokens in ({"cache": cache}, {"on_the_fly": True, "tokenizer": tokenizer}):
-        shape = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}
-        task = ARTask(override(ARConfig(), epochs=3, batch_size=8, **shape, **tokens))
+        task = ARTask(override(ARConfig(), epochs=3, batch_size=8, **SMALL, **tokens))
         steps.append((task.train_images(), task.steps))
     assert steps == [(32, 12), (8192, 3072)]
+
+
+def test_another_precision_makes_other_tokens_but_no_other_images(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Path
+) -> None:
+    tokens, fingerprints = [], []
+    cpu = torch.device("cpu")
+    for dtype in (None, torch.bfloat16):
+        precision = Precision(cpu, dtype, "")
+        monkeypatch.setattr("regvq_fast.training.task.choose_precision", lambda *_, precision=precision: precision)
+        task = ARTask(override(ARConfig(), on_the_fly=True, tokenizer=tokenizer, **SMALL))
+        tokens.append(task.tokens_of(task.read(task.train_set, range(16)))["tokens"])
+        fingerprints.append(task.fingerprint)
+    assert not torch.equal(*tokens)
+    assert len(set(fingerprints)) == 1
 
 
 def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
