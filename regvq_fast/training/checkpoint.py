@@ -70,9 +70,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     """What to tell: checkpoints that were passed over, settings and data that changed."""
 
-    def check(
-        self, identity: Mapping[str, str], fingerprint: str, steps: int, scheduled: Collection[str] = ()
-    ) -> None:
+    def check(self, identity: Mapping[str, str], fingerprint: str, steps: int, scheduled: Collection[str] = ()) -> None:
         """Compare with the run that is to continue, what its configuration doesn't tell.
 
         Args:

@@ -9,14 +9,23 @@ from typing import Any
 
 from regvq_fast.config import Config, TrainConfig, override, parse_config
 from regvq_fast.precision import choose_device
-from regvq_fast.ranks import is_torchrun, local_rank, local_ranks, num_ranks, process_group, rank, texts_of_ranks, together
+from regvq_fast.ranks import (
+    is_torchrun,
+    local_rank,
+    local_ranks,
+    num_ranks,
+    process_group,
+    rank,
+    texts_of_ranks,
+    together,
+)
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
 from regvq_fast.training.memory import find_batch_size, is_out_of_memory, out_of_memory_advice
 from regvq_fast.training.recorder import Recorder, new_run_folder, reason
 from regvq_fast.training.signals import Interrupted, StopSignals
 from regvq_fast.training.task import Metrics, Task
 from regvq_fast.training.throughput import Utilization
-from regvq_fast.training.trace import StepTrace
+from regvq_fast.training.trace import WARM, StepTrace
 
 
 class RunStopped(Exception):
@@ -166,6 +175,11 @@ class _Loop:
         recorder.status("starting")
         milestones = task.compiles_at() if run.compile else {0: "starting"}
         trace = StepTrace(recorder.folder / "trace.json", task.start, run.trace_steps, task.device)
+        if run.trace_steps and (left := task.steps - task.start) <= WARM:
+            recorder.warn(
+                f"--trace-steps {run.trace_steps} leaves no trace: the first {WARM} steps are not traced, and the run "
+                f"has {left} to do"
+            )
         owes_checkpoint = False
         clock = _Clock(task.waited)
         for step in range(task.start, task.steps):

@@ -241,7 +241,9 @@ def test_other_steps_are_told_where_a_schedule_depends_on_them(
     resume(tmp_path, "--steps", 5)
     said = capsys.readouterr().out
     assert said.count("from here on") == bool(scheduled)
-    assert said.count(f"--steps is 5 from here on; it was 4: the schedule of {scheduled} spans 5 steps") == bool(scheduled)
+    assert said.count(f"--steps is 5 from here on; it was 4: the schedule of {scheduled} spans 5 steps") == bool(
+        scheduled
+    )
 
 
 def test_a_finished_run_that_goes_on_serves_its_newest_checkpoint(
