@@ -95,8 +95,8 @@ class Checkpoint:
                 )
         if scheduled and self.steps not in (None, steps):
             self.notes.append(
-                f"--steps is {steps} from here on; it was {self.steps}: the schedule of {' and '.join(scheduled)} spans "
-                f"{steps} steps now"
+                f"--steps is {steps} from here on; it was {self.steps}: the schedule of {' and '.join(scheduled)} "
+                f"spans {steps} steps now"
             )
         if fingerprint != self.state["fingerprint"]:
             self.notes.append(

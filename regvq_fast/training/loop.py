@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regvq_fast.config import Config, TrainConfig, override, parse_config
+from regvq_fast.config import Config, override, parse_config
 from regvq_fast.precision import choose_device
 from regvq_fast.ranks import (
     is_torchrun,
