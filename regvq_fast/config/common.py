@@ -21,12 +21,13 @@ class OptimizerConfig:
     steps: int | None = None
     """Optimizer steps. Not given: as many as `epochs` makes."""
     epochs: int = 100
-    """Passes over the training images; if given, they replace the preset's steps, unless `steps` is given, too."""
+    """Passes over the training images, however many views of each a token cache has.
+    If given, they replace the preset's steps, unless `steps` is given, too."""
     batch_size: int = 16
     """Images a step."""
     accumulate: int = 1
-    """Parts that a step's batch is cut into, to save memory; posterior, lambda and batch norm are of a part then, and
-    vq-vae moves its codes once a part."""
+    """Parts that a step's batch is cut into, to save memory.
+    Posterior, lambda and batch norm are of a part then, and vq-vae moves its codes once a part."""
     lr: float = 1.5e-4
     """Learning rate of AdamW after warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -58,11 +59,12 @@ class RunConfig:
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one. Under torchrun each process takes its own."""
     workers: int | None = None
-    """Processes that load data. Not given: half of the cores, shared by all that train; none on two cores."""
+    """Processes that load data, of each rank.
+    Not given: its share of half of the cores, at most 8; none on two cores, and none for a token cache."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     amp: bool = False
-    """Mixed precision: bf16 where the device has it, else fp16 with loss scaling."""
+    """Mixed precision: bf16 where the device has it, else fp16 with loss scaling on a GPU and fp32 on a CPU."""
     log_every: int = 10
     """Steps between records."""
     image_every: int = 250

@@ -15,7 +15,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +41,8 @@ from regvq_fast.ranks import gather_rows, rank, together
 
 TRAINING, BEST = "training.pt", "best.json"
 
-# Fields that a resumed run may change: none of them changes a training step, and what files hold is compared by itself
-# (Task.identity) ...
+# Fields that a resumed run may change: none of them changes a training step, but for steps and epochs where a schedule
+# depends on them, of which Checkpoint.check tells; what files hold is compared by itself (Task.identity) ...
 _FREE = (
     "out resume device compile workers data cache tokenizer val_images perceptual_weights contrastive_weights steps "
     "epochs log_every image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold "
@@ -65,16 +65,19 @@ class Checkpoint:
     """The checkpoint; None where there is none yet, and the run starts from its beginning."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    """Steps after which the run was to end; None where that is not known."""
     notes: list[str] = field(default_factory=list)
     """What to tell: checkpoints that were passed over, settings and data that changed."""
 
-    def check(self, identity: Mapping[str, str], fingerprint: str, steps: int) -> None:
+    def check(self, identity: Mapping[str, str], fingerprint: str, steps: int, scheduled: Collection[str] = ()) -> None:
         """Compare with the run that is to continue, what its configuration doesn't tell.
 
         Args:
             identity: of the run, see `Task.identity`.
             fingerprint: of its first training samples; another one is a note.
             steps: after which it ends.
+            scheduled: what changes by a schedule over all ``steps``; another number is a note then.
 
         Raises:
             ValueError: the checkpoint is of other data or of other losses, or of a later step than the last one.
@@ -90,6 +93,11 @@ class Checkpoint:
                 raise ValueError(
                     f"this run has {value} {name}, the checkpoint {self.folder} has {saved}: resume with the same"
                 )
+        if scheduled and self.steps not in (None, steps):
+            self.notes.append(
+                f"--steps is {steps} from here on; it was {self.steps}: the schedule of {' and '.join(scheduled)} "
+                f"spans {steps} steps now"
+            )
         if fingerprint != self.state["fingerprint"]:
             self.notes.append(
                 "the first training images differ from those of the checkpoint, of which there are as many: another "
@@ -137,7 +145,8 @@ def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Conf
         raise ValueError(f"{folder / TRAINING} is not a state of training, or damaged ({reason})") from None
     if not isinstance(state, dict) or state.get("step") != step:
         raise ValueError(f"{folder / TRAINING} is not the state of training after step {step}")
-    return Checkpoint(step, folder, weights_from_bytes(contents[WEIGHTS], folder / WEIGHTS), state), config
+    weights = weights_from_bytes(contents[WEIGHTS], folder / WEIGHTS)
+    return Checkpoint(step, folder, weights, state, config.optimizer.steps), config
 
 
 def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]:
@@ -172,11 +181,10 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Continue the generators; one that was not saved, of a GPU or of a rank more than there were, stays as it is."""
-    # Copies: torch reads the bytes from where the storage begins, which is rank 0's row.
     if rank() < len(state["cpu"]):
-        torch.set_rng_state(state["cpu"][rank()].clone())
+        torch.set_rng_state(state["cpu"][rank()].clone())  # of a view, it reads from where the storage begins
     if device.type == "cuda" and rank() < len(state.get("cuda", ())):
-        torch.cuda.set_rng_state(state["cuda"][rank()].clone(), device)
+        torch.cuda.set_rng_state(state["cuda"][rank()], device)
 
 
 class Checkpoints:

@@ -7,16 +7,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from regvq_fast.config import Config, TrainConfig, override, parse_config
+from regvq_fast.config import Config, override, parse_config
 from regvq_fast.precision import choose_device
-from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, process_group, rank, texts_of_ranks, together
+from regvq_fast.ranks import (
+    is_torchrun,
+    local_rank,
+    local_ranks,
+    num_ranks,
+    process_group,
+    rank,
+    texts_of_ranks,
+    together,
+)
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
 from regvq_fast.training.memory import find_batch_size, is_out_of_memory, out_of_memory_advice
 from regvq_fast.training.recorder import Recorder, new_run_folder, reason
 from regvq_fast.training.signals import Interrupted, StopSignals
 from regvq_fast.training.task import Metrics, Task
 from regvq_fast.training.throughput import Utilization
-from regvq_fast.training.trace import StepTrace
+from regvq_fast.training.trace import WARM, StepTrace
 
 
 class RunStopped(Exception):
@@ -35,11 +44,22 @@ class RunStopped(Exception):
 
 def run(task: type[Task[Config]], presets: Mapping[str, Config], description: str) -> None:
     """A training script: parse its command line, train, and leave with a message and a status where that failed."""
-    config: TrainConfig | None = None
+    try:
+        _run(task, presets, description)
+    except KeyboardInterrupt:  # while a run trains, `StopSignals` takes it
+        if local_rank() == 0:
+            print("stopped before the first step", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(task: type[Task[Config]], presets: Mapping[str, Config], description: str) -> None:
     try:
         config = parse_config(presets, sys.argv[1:], description)
+    except (ValueError, OSError) as error:  # each process of a machine finds the same
+        sys.exit(f"error: {error}" if local_rank() == 0 else 1)
+    try:
         device = choose_device(config.run.device)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
     with process_group(device):
         try:
@@ -61,6 +81,8 @@ def run(task: type[Task[Config]], presets: Mapping[str, Config], description: st
 
 def prepare(kind: type[Task[Config]], config: Config) -> tuple[Task[Config], Recorder, Checkpoints]:
     """The parts of a run: new, or with ``--resume`` as they were at its newest checkpoint. Makes the run's folder.
+
+    A finished run that goes on has no final model any more: its newest checkpoint serves until the new end.
 
     Raises:
         ValueError, OSError: what is wrong, in one sentence, and on all ranks; nothing has been written.
@@ -85,6 +107,8 @@ def prepare(kind: type[Task[Config]], config: Config) -> tuple[Task[Config], Rec
         if rank() == 0:
             task.begin(recorder.folder)
         checkpoints = Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
+        if checkpoints.newest and task.start < task.steps:
+            recorder.remove_results()
     return task, recorder, checkpoints
 
 
@@ -151,6 +175,11 @@ class _Loop:
         recorder.status("starting")
         milestones = task.compiles_at() if run.compile else {0: "starting"}
         trace = StepTrace(recorder.folder / "trace.json", task.start, run.trace_steps, task.device)
+        if run.trace_steps and (left := task.steps - task.start) <= WARM:
+            recorder.warn(
+                f"--trace-steps {run.trace_steps} leaves no trace: the first {WARM} steps are not traced, and the run "
+                f"has {left} to do"
+            )
         owes_checkpoint = False
         clock = _Clock(task.waited)
         for step in range(task.start, task.steps):

@@ -1,7 +1,7 @@
 """What the training of every prior over tokens shares: tokenizer, tokens, likelihood, samples."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import PriorConfig
+from regvq_fast.config import PriorConfig, read_config
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
@@ -88,15 +88,12 @@ class PriorTask(Task[Config]):
 
     def build_data(self, config: Config) -> tuple[Any, Any]:
         tokens, seed = config.tokens, config.run.seed
-        source = tokens.tokenizer
+        source = self._own_tokenizer(config) or tokens.tokenizer
         if source is None and tokens.cache is not None:
             source = Path(read_info(tokens.cache).tokenizer)
+            if not source.exists():
+                raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
         assert source is not None  # checked
-        own = config.run.out / TOKENIZER if config.run.resume and config.run.out else None
-        if own and own.exists() and not source.exists():
-            source = own  # by its hash that of the cache and of the checkpoint, or the run is refused
-        if tokens.tokenizer is None and not source.exists():
-            raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
         self.tokenizer = VQGAN.from_pretrained(source)
         self.tokenizer_hash = weights_hash(self.tokenizer)
         if tokens.cache is not None:
@@ -116,6 +113,17 @@ class PriorTask(Task[Config]):
             build_dataset(tokens.data, split="val", length=tokens.val_images, **shared),  # type: ignore[arg-type]
         )
 
+    def _own_tokenizer(self, config: Config) -> Path | None:
+        """The one in the folder of a run that is resumed, unless ``--tokenizer`` names another than at first.
+
+        Where that one came from, there may be another by now: its run may have gone on.
+        """
+        out = config.run.out
+        if not config.run.resume or out is None or not (out / TOKENIZER).exists():
+            return None
+        given = config.tokens.tokenizer != read_config(out, type(config)).tokens.tokenizer
+        return None if given else out / TOKENIZER
+
     @property
     def scenes(self) -> bool:
         """Whether the images are the embedded scenes."""
@@ -126,7 +134,8 @@ class PriorTask(Task[Config]):
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._encoder = _InParts(self.tokenizer, self.part)
         self.model = self.build_prior().to(self.device)
-        self.first_samples("tokens")
+        # Tokens made on the way depend on the precision, images don't.
+        self.first_samples("image" if self.config.tokens.cache is None else "tokens")
         self._plain = self.build_loss()
         return {"grad_norm": self.model}
 
@@ -134,15 +143,14 @@ class PriorTask(Task[Config]):
         self._encoder = _InParts(self.tokenizer, self.part, compile=self.config.run.compile)
         self._loss = distributed(maybe_compile(self._plain, self.config.run.compile))
 
+    def train_images(self) -> int:
+        """Each once, of however many of its views a cache has the tokens."""
+        cached = isinstance(self.train_set, TokenDataset)
+        return self.train_set.info.train_images if cached else super().train_images()
+
     def default_workers(self) -> int:
         """None for a cache: a batch of it is gathered in less time than a process hands one over."""
         return 0 if self.config.tokens.cache is not None else super().default_workers()
-
-    def read(self, dataset: Any, indices: Iterable[int]) -> TokenBatch:
-        """Some samples, with tokens, on the device where they were made."""
-        if isinstance(dataset, TokenDataset):
-            return dataset.__getitems__(list(indices))
-        return self.tokens_of(super().read(dataset, indices))
 
     def tokens_of(self, batch: Any) -> TokenBatch:
         """The batch as it is, or with tokens in place of its images."""
@@ -212,7 +220,7 @@ class PriorTask(Task[Config]):
 
     def save_pictures(self, path: Path) -> None:
         """Conditions, samples under them, and what the tokenizer makes of the images they are of."""
-        batch = self.read(self.val_set, range(min(_SAMPLES, len(self.val_set))))
+        batch = self.tokens_of(self.read(self.val_set, range(min(_SAMPLES, len(self.val_set)))))
         with self.precision.autocast():
             tokens = self.sample(self.eval_model, batch)
         save_image_grid(path, self.show(batch), self.decode(tokens), self.decode(batch["tokens"]))

@@ -22,6 +22,7 @@ from rich.text import Text
 from regvq_fast.config import TrainConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.files import atomic_path, check_new_folder
+from regvq_fast.models.pretrained import WEIGHTS
 from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.version import __version__
@@ -30,6 +31,8 @@ from regvq_fast.version import __version__
 _SHOWN = {"loss": ".3f", "l1": ".3f", "perceptual": ".3f", "kl": ".2f", "lambda": ".2f"}
 
 _SHARES = {"utilization": "codes", "mfu": "MFU"}
+
+_SUMMARY = "summary.json"
 
 
 def new_run_folder(config: TrainConfig) -> Path:
@@ -263,9 +266,15 @@ class Recorder:
                 json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8"
             )
 
+    def remove_results(self) -> None:
+        """Remove what only a run at its end has: its model and its summary."""
+        if self._writes:
+            for name in (WEIGHTS, _SUMMARY):
+                (self.folder / name).unlink(missing_ok=True)
+
     def summarize(self, title: str, rows: Mapping[str, object]) -> None:
         """Save summary.json and print it: numbers as a table, paths below it, whole so that they can be copied."""
-        self.save_json("summary.json", rows)
+        self.save_json(_SUMMARY, rows)
         table = Table(title=Text(title), show_header=False, title_justify="left", min_width=len(title))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")

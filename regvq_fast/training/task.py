@@ -80,7 +80,7 @@ class Task(ABC, Generic[Config]):
         """Samples that go through the networks at once, in training and in evaluation."""
         with together(), rank_0_first():  # which may index the data
             self.train_set, self.val_set = self.build_data(config)
-        self.steps = optimizer.steps or math.ceil(optimizer.epochs * len(self.train_set) / self.batch_size)
+        self.steps = optimizer.steps or math.ceil(optimizer.epochs * self.train_images() / self.batch_size)
         # The GPU of a process is not one of its run.
         device = self.device.type if is_torchrun() else str(self.device)
         self.config = override(config, device=device, steps=self.steps)
@@ -188,8 +188,14 @@ class Task(ABC, Generic[Config]):
         return first
 
     def read(self, dataset: Any, indices: Iterable[int]) -> Any:
-        """Some samples of a split as a batch."""
+        """Some samples of a split as a batch, as the data set has them."""
+        if hasattr(dataset, "__getitems__"):
+            return dataset.__getitems__(list(indices))
         return collate([dataset[index] for index in indices])
+
+    def train_images(self) -> int:
+        """Images that an epoch passes over."""
+        return len(self.train_set)
 
     def default_workers(self) -> int:
         """Processes that load data, where ``--workers`` doesn't say."""
@@ -200,6 +206,10 @@ class Task(ABC, Generic[Config]):
 
     def before_step(self, step: int) -> None:
         """Set what a step depends on besides weights and data."""
+
+    def scheduled(self) -> list[str]:
+        """What changes from step to step by a schedule over all steps of the run."""
+        return [] if self.config.optimizer.final_lr_fraction == 1 else ["the learning rate"]
 
     def identity(self) -> dict[str, str]:
         """What a configuration doesn't tell of data and losses, and a resumed run must have in common."""
@@ -326,7 +336,7 @@ class Task(ABC, Generic[Config]):
         """
         if checkpoint.folder is None:
             return
-        checkpoint.check(self.identity(), self.fingerprint, self.steps)
+        checkpoint.check(self.identity(), self.fingerprint, self.steps, self.scheduled())
         state, weights = checkpoint.state, checkpoint.weights
         self.start = checkpoint.step
         self.update.load_state_dict(state, weights)

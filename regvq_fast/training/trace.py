@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from regvq_fast.files import atomic_path
 from regvq_fast.ranks import rank
 
-_WARM = 3
+WARM = 3
 """Steps before the first that is traced: they compile, choose algorithms and fill caches."""
 
 
@@ -28,7 +28,7 @@ class StepTrace:
 
     def __init__(self, path: Path, first: int, count: int, device: torch.device) -> None:
         self.path = path
-        self._begin, self._end = first + _WARM, first + _WARM + count
+        self._begin, self._end = first + WARM, first + WARM + count
         self._step = first
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._profile = profile(activities=activities) if count and rank() == 0 else None

@@ -21,7 +21,10 @@ from safetensors.torch import load_file
 from tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
 from torch import Tensor
 
+from regvq_fast.config import ARConfig, override
 from regvq_fast.models import VQGAN
+from regvq_fast.precision import Precision
+from regvq_fast.training.autoregressive import ARTask
 from regvq_fast.training.prior import PriorTask
 from regvq_fast.training.task import Task
 
@@ -30,6 +33,7 @@ PRIOR = (
     "--steps 4 --batch-size 8 --log-every 2 --image-every 3 --device cpu --warmup-steps 2 --width 16 --depth 1 "
     "--heads 2"
 ).split()
+SMALL = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}  # as fields
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,6 +102,29 @@ def test_tokens_made_on_the_fly_train_the_same_prior(
     assert (out / "model.safetensors").read_bytes() == (runs[prior] / "model.safetensors").read_bytes()
 
 
+def test_epochs_count_images_whether_their_tokens_are_cached_or_not(cache: Path, tokenizer: Path) -> None:
+    steps = []
+    for tokens in ({"cache": cache}, {"on_the_fly": True, "tokenizer": tokenizer}):
+        task = ARTask(override(ARConfig(), epochs=3, batch_size=8, **SMALL, **tokens))
+        steps.append((task.train_images(), task.steps))
+    assert steps == [(32, 12), (8192, 3072)]
+
+
+def test_another_precision_makes_other_tokens_but_no_other_images(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Path
+) -> None:
+    tokens, fingerprints = [], []
+    cpu = torch.device("cpu")
+    for dtype in (None, torch.bfloat16):
+        precision = Precision(cpu, dtype, "")
+        monkeypatch.setattr("regvq_fast.training.task.choose_precision", lambda *_, precision=precision: precision)
+        task = ARTask(override(ARConfig(), on_the_fly=True, tokenizer=tokenizer, **SMALL))
+        tokens.append(task.tokens_of(task.read(task.train_set, range(16)))["tokens"])
+        fingerprints.append(task.fingerprint)
+    assert not torch.equal(*tokens)
+    assert len(set(fingerprints)) == 1
+
+
 def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
     monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -160,17 +187,23 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
     shutil.copytree(tokenizer, gone)
     fit("ar", "--cache", moved, "--out", tmp_path / "cached")
     fit("ar", "--on-the-fly", "--tokenizer", gone, "--val-images", 10, "--out", tmp_path / "on the fly")
+    other = tmp_path / "other"
+    train(*FAST, "--out", other, "--ch-mult", 1, 1, 2, "--seed", 1, "--steps", 1)
     shutil.rmtree(gone)
+    shutil.copytree(other, gone)  # as one that was trained on
     for run in ("cached", "on the fly"):
         resume(tmp_path / run, "--steps", 5, script="ar.py")
         assert records(tmp_path / run)[-1]["step"] == 5
-    other = tmp_path / "other"
-    train(*FAST, "--out", other, "--ch-mult", 1, 1, 2, "--seed", 1, "--steps", 1)
+    with pytest.raises(SystemExit, match=r"this run has .* as tokenizer, the checkpoint .* has"):
+        resume(tmp_path / "on the fly", "--tokenizer", other, "--steps", 6, script="ar.py")
+    shutil.rmtree(gone)
+    for run in ("cached", "on the fly"):
+        resume(tmp_path / run, "--steps", 6, script="ar.py")
     own = tmp_path / "on the fly" / "tokenizer"
     shutil.rmtree(own)
     VQGAN.from_pretrained(other).save_pretrained(own)
     with pytest.raises(SystemExit, match=r"this run has .* as tokenizer, the checkpoint .* has"):
-        resume(tmp_path / "on the fly", "--steps", 6, script="ar.py")
+        resume(tmp_path / "on the fly", "--steps", 7, script="ar.py")
 
 
 def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:

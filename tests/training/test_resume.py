@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
 from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override
+from regvq_fast.models import VQGAN
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.training.vqgan import VQGANTask
 
@@ -222,6 +224,63 @@ def test_a_finished_run_can_go_on_with_more_steps_and_a_lower_learning_rate(
     assert json.loads((out / "config.json").read_text())["optimizer"]["steps"] == 6
 
 
+@pytest.mark.parametrize(
+    ("flags", "scheduled"),
+    [
+        (["--quantizer", "gumbel-vq"], "the learning rate and gumbel-vq's tau"),
+        (["--quantizer", "gumbel-vq", "--final-lr-fraction", 1], "gumbel-vq's tau"),
+        (["--final-lr-fraction", 1], None),
+    ],
+)
+def test_other_steps_are_told_where_a_schedule_depends_on_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[object], scheduled: str | None
+) -> None:
+    train(*FAST, "--out", tmp_path, *flags)
+    resume(tmp_path)
+    assert "from here on" not in capsys.readouterr().out
+    resume(tmp_path, "--steps", 5)
+    said = capsys.readouterr().out
+    assert said.count("from here on") == bool(scheduled)
+    assert said.count(f"--steps is 5 from here on; it was 4: the schedule of {scheduled} spans 5 steps") == bool(
+        scheduled
+    )
+
+
+def test_a_finished_run_that_goes_on_serves_its_newest_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    train(*FAST, "--out", out)
+    finished = (out / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="--seed is 5 here"):
+        resume(out, "--steps", 6, "--seed", 5)
+    resume(out)
+    assert (out / "model.safetensors").read_bytes() == finished
+    assert (out / "summary.json").exists()
+    in_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        resume(out, "--steps", 6)
+    assert not (out / "model.safetensors").exists()
+    assert not (out / "summary.json").exists()
+    newest = load_file(out / "checkpoints" / "step-0000005" / "model.safetensors")
+    served = VQGAN.from_pretrained(out).state_dict()
+    assert all(torch.equal(served[name], value) for name, value in newest.items())
+
+
+@pytest.mark.parametrize("where", ["prepare", "Recorder.__enter__"])
+def test_ctrl_c_before_the_first_step_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"regvq_fast.training.loop.{where}", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(*FAST, "--out", tmp_path / "run")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped before the first step\n"
+
+
 def test_a_run_that_saved_nothing_starts_from_its_beginning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +316,14 @@ def test_resuming_what_is_no_run_is_one_sentence(
     with pytest.raises(SystemExit, match=f"error: {message}"):
         train(*flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "foreign"]
+
+
+def test_what_every_process_finds_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        resume(tmp_path / "nothing")
+    assert stop.value.code == 1
 
 
 def test_other_images_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,12 @@ def test_a_trace_of_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "traced 2 steps: " in " ".join(capsys.readouterr().out.split())
 
 
+def test_too_few_steps_for_a_trace_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(*FAST, "--out", tmp_path / "run", "--steps", 3, "--trace-steps", 2)
+    assert "--trace-steps 2 leaves no trace: the first 3 steps are not traced, and" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "trace.json").exists()
+
+
 def test_rank_0_alone_traces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("regvq_fast.training.trace.rank", lambda: 1)
     train(*FAST, "--out", tmp_path / "run", "--steps", 5, "--trace-steps", 1)
