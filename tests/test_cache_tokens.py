@@ -201,6 +201,28 @@ def test_other_tokenizers_and_folders_are_refused(scenes: Path, tokenizer: Path,
     assert not (tmp_path / "cache").exists()
 
 
+def test_other_images_under_the_same_path_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    def draw(level: int) -> None:
+        for split in ("train", "val"):
+            (tmp_path / "photos" / split).mkdir(parents=True, exist_ok=True)
+            for k in range(2):
+                Image.new("RGB", (20, 20), (level, k, 0)).save(tmp_path / "photos" / split / f"{k}.png")
+
+    flags = ["--data", tmp_path / "photos", "--views", 1, "--device", "cpu", "--workers", 0]
+    draw(50)
+    made = cache(tokenizer, tmp_path / "cache", *flags)
+    before = contents(made)
+    cache(tokenizer, made, *flags)
+    draw(200)
+    with pytest.raises(SystemExit, match=r"the first images differ from those that .*cache has the tokens of"):
+        cache(tokenizer, made, *flags)
+    assert contents(made) == before
+    # A cache that was made before they were kept goes on, without a word on them.
+    info = json.loads((made / "cache.json").read_text())
+    (made / "cache.json").write_text(json.dumps({k: v for k, v in info.items() if k != "first_images"}))
+    cache(tokenizer, made, *flags)
+
+
 def test_the_largest_token_fits(tmp_path: Path) -> None:
     model = tiny_vqgan(num_codes=65536)
     with torch.no_grad():  # all latents are those of the last code

@@ -71,6 +71,8 @@ class CacheInfo:
     or the cache is not complete."""
     complete: bool = False
     """Whether all shards are there."""
+    first_images: str | None = None
+    """Fingerprint of the first images of both splits; None: of a cache that was made before it was kept."""
     format: int = FORMAT
 
     def samples(self, split: Split) -> int:

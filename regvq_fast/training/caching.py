@@ -1,10 +1,11 @@
 """Encoding a data set once with a trained tokenizer: what ``train/cache_tokens.py`` runs."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 
 from regvq_fast.config.common import check_at_least
 from regvq_fast.console import progress_bar, say
-from regvq_fast.data.loading import build_dataset, default_workers, validation_batches
+from regvq_fast.data.loading import ImageData, build_dataset, collate, default_workers, validation_batches
 from regvq_fast.data.pictures import Crop, Field
 from regvq_fast.data.samples import Sample, Split
 from regvq_fast.data.token_cache import (
@@ -41,6 +42,7 @@ from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.ranks import any_rank, local_ranks, num_ranks, process_group, rank, together
 
 _SPLITS: tuple[Split, ...] = ("train", "val")
+_FIRST_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class _Caching:
             val_images=len(self.datasets["val"]),
             fields=fields,
             shard_samples=config.shard_samples,
+            first_images=_fingerprint(self.datasets.values()),
         )
         self._check_folder()
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -168,7 +171,13 @@ class _Caching:
         if INFO in names:
             saved = read_info(self.folder).settings()
             for name, value in self.info.settings().items():
-                if value != saved[name]:
+                if name == "first_images":
+                    if saved[name] not in (None, value):
+                        raise ValueError(
+                            f"the first images differ from those that {self.folder} has the tokens of (other files, or "
+                            "another version of Pillow?): name another --out"
+                        )
+                elif value != saved[name]:
                     raise ValueError(
                         f"{name} is {value} here but {saved[name]} in {self.folder / INFO}: continue with the same, or "
                         "name another --out"
@@ -286,6 +295,15 @@ class _Caching:
         for row in rows.items():
             table.add_row(*row)
         self.console.print(table)
+
+
+def _fingerprint(datasets: Iterable[ImageData]) -> str:
+    """Of the first images of each: other ones under the same path would be mixed with those that have tokens."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        first = collate([dataset[k] for k in range(min(len(dataset), _FIRST_IMAGES))])["image"]
+        digest.update(first.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 class _Shards(Dataset[Sample]):
