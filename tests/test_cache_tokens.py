@@ -1,5 +1,6 @@
 """Whole runs of train/cache_tokens.py at a tiny size, and what they leave."""
 
+import json
 import re
 import runpy
 import subprocess
