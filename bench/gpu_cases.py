@@ -82,6 +82,7 @@ class Inputs(NamedTuple):
     x: Tensor  # (M, D), leaf
     codebook: Tensor  # (N, D), leaf
     mask: Tensor | None  # (M,)
+    stochastic: Tensor | None  # the rows of the mask, int64
     seed: Tensor  # () int64
     tau: Tensor  # (), type of x: as a tensor on the device it costs nobody a copy
     scale: float
@@ -111,6 +112,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
         x=normal(case.rows, case.width).to(dtype).requires_grad_(trains),
         codebook=normal(case.codes, case.width).to(dtype).requires_grad_(trains),
         mask=mask,
+        stochastic=None if mask is None else mask.nonzero().squeeze(1),
         seed=torch.tensor(123456789, device=device),
         tau=torch.tensor(TAU, dtype=dtype, device=device),
         scale=1 / math.sqrt(case.width),
@@ -155,7 +157,7 @@ def run_ours(case: Case, inputs: Inputs, impl: Any = "auto") -> tuple[Tensor, ..
 def run_plain(case: Case, inputs: Inputs, function: Callable[..., Any]) -> tuple[Tensor, ...]:
     if case.part == "assign":
         return (function(inputs.x, inputs.codebook),)
-    output = function(inputs.x, inputs.codebook, inputs.mask, inputs.tau, inputs.scale)
+    output = function(inputs.x, inputs.codebook, inputs.mask, inputs.stochastic, inputs.tau, inputs.scale)
     gradients = gradients_of(case, inputs, output.quantized, output.posterior)
     return output.indices, output.quantized.detach(), output.posterior.detach(), *gradients
 
@@ -200,7 +202,7 @@ def make_plain(case: Case, inputs: Inputs, compiles: bool) -> TensorRun:
         return partial(run_plain, case, inputs, function)
     # A compiled backward gives its buffers away, and could not run again.
     with torch._functorch.config.patch(donated_buffer=False):
-        output = function(inputs.x, inputs.codebook, inputs.mask, inputs.tau, inputs.scale)
+        output = function(inputs.x, inputs.codebook, inputs.mask, inputs.stochastic, inputs.tau, inputs.scale)
         run = run_backward(case, inputs, output)
         run()
     return run

@@ -49,17 +49,23 @@ def versions() -> dict[str, str | None]:
 
 
 def plain_quantize(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, tau: Tensor | float, scale: float
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    stochastic: Tensor | None,
+    tau: Tensor | float,
+    scale: float,
 ) -> VectorQuantizeOutput:
     """``vector_quantize`` in plain PyTorch, in the cheapest of its forms.
 
     The distances are a product and a bias, which saves cdist's square root and is exact enough in half precision. The
-    noise is drawn as ``F.gumbel_softmax`` draws it, in the type of ``x``. The codebook gradient is "hard", one product
-    less than Algorithm 1's.
+    noise is drawn as ``F.gumbel_softmax`` draws it, in the type of ``x``, but for the rows of the mask alone, whose
+    numbers are ``stochastic`` (int64). The codebook gradient is "hard", one product less than Algorithm 1's.
     """
     noise = None
-    if mask is not None:
-        noise = x.new_empty(len(x), len(codebook)).exponential_().log_().neg_()
+    if stochastic is not None:
+        drawn = x.new_empty(len(stochastic), len(codebook)).exponential_().log_().neg_()
+        noise = x.new_zeros(len(x), len(codebook)).index_copy(0, stochastic, drawn)
     return vector_quantize_reference(
         x,
         codebook,

@@ -141,7 +141,8 @@ def summary(document: Document, ops: Iterable[str] = LIKE_FOR_LIKE) -> str:
         mine, other = own(document, op), LIKE_FOR_LIKE[op][1]
         for case in largest(by_case(document.of(op)), mine):
             ours, baseline = case[mine], case.get(other)
-            peers = {name: against(case, mine, name) for name in rivals(op, case) if case[name].ms}
+            same_job = [name for name in rivals(op, case) if case[name].ms and name not in TWINS]
+            peers = {name: against(case, mine, name) for name in same_job}
             closest = min(peers, key=lambda name: peers[name], default=other)
             rows.append(
                 [
@@ -204,7 +205,9 @@ def where_worse(document: Document) -> str:
                 if twin and twin.mib and peer.mib is not None and peer.mib < twin.mib:
                     better.append(f"takes {number(peer.mib / twin.mib, 2)} of the memory")
                 if better:
-                    found.append(f"- {named(op)}, {peer.part}, {peer.size}: {name} {', '.join(better)}")
+                    of_nearest = op == "vector_quantize" and TWINS.get(name) == "nearest"
+                    ours = "`NearestQuantizer`" if of_nearest else named(op)
+                    found.append(f"- {ours}, {peer.part}, {peer.size}: {name} {', '.join(better)}")
     where = " nowhere." if not found else "\n\n" + "\n".join(found)
     return f"Where ours is slower, or takes more memory, than a peer:{where}"
 
@@ -279,8 +282,10 @@ def main_job(raw: dict[str, Any]) -> str:
             spread(runs, "psnr", lambda value: f"{value:.1f}"),
             spread(runs, "ssim", lambda value: f"{value:.3f}"),
         ]
-        rows.append([f"`{name}`", *used, *quality, spread(runs, metric, lambda value: f"{value:.3f}")])
+        quality.append(spread(runs, metric, lambda value: f"{value:.3f}"))
+        rows.append([f"`{name}`", *used, *quality, spread(runs, "minutes", lambda value: f"{value:.1f}")])
     head = ["quantizer", "codebook utilization", f"perplexity of {first['codes']} codes", "PSNR, dB", "SSIM", metric]
+    head.append("minutes")
     return f"{table(head, rows)}\n\n{measured_on(raw)}"
 
 

@@ -19,10 +19,10 @@ class OptimizerConfig:
     """Optimization."""
 
     steps: int | None = None
-    """Optimizer steps. Not given: as many as `epochs` makes."""
+    """Optimizer steps. None: as many as `epochs` makes."""
     epochs: int = 100
     """Passes over the training images, however many views of each a token cache has.
-    If given, they replace the preset's steps, unless `steps` is given, too."""
+    They count where steps is None, and where they are given and steps is not."""
     batch_size: int = 16
     """Images a step."""
     accumulate: int = 1

@@ -24,8 +24,9 @@ class DataConfig:
     """Images."""
 
     data: Path | None = None
-    """Folder of images or of tar shards (webdataset's layout), searched recursively; or a pattern of shards, in quotes:
-    "shards-{000000..000099}.tar". Not given: the embedded scenes, composed of real photographs."""
+    """Folder of images or of tar shards (webdataset's layout), searched recursively; or a pattern of shards in quotes.
+    An example of a pattern is "shards-{000000..000099}.tar".
+    Not given: the embedded scenes, composed of real photographs."""
     image_size: int = 64
     """Side of the square images, in pixels; a multiple of the down-sampling factor."""
     crop: Literal["random-resized", "center"] = "random-resized"

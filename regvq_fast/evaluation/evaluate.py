@@ -79,7 +79,8 @@ class EvaluateConfig(DrawConfig):
     batch_size: int = 32
     """Images that are computed at once."""
     workers: int | None = None
-    """Processes that load images, of each rank. Not given: half of the cores, none on two cores."""
+    """Processes that load images, of each rank.
+    Not given: its share of half of the cores, at most 8; none on two cores."""
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     amp: bool = False
