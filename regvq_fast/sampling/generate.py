@@ -21,7 +21,7 @@ from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import OVERSAMPLING, opened_image
 from regvq_fast.data.tokens import TokenDataset
-from regvq_fast.data.transforms import Box, center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
+from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
@@ -49,7 +49,8 @@ class SubjectConfig:
     num_images: int = 16
     """Images to draw. Conditions are used in turn."""
     map: Path | None = None
-    """ar: a semantic map, an image file whose pixels are class ids (greyscale or palette)."""
+    """ar: a semantic map, an image file whose pixels are class ids (greyscale or palette).
+    Of one that is not square, the largest square in its middle counts, as of `edit` and `mask`."""
     text: tuple[str, ...] = ()
     """diffusion: one or more captions."""
     data: Path | None = None
@@ -244,9 +245,10 @@ def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, i
 
 
 def _read_ids(path: Path) -> Tensor:
-    """The class ids of a semantic map's pixels, (1, H, W) uint8."""
+    """The class ids of the largest square in the middle of a semantic map, (1, S, S) uint8."""
     with _opened("--map", path) as image:
-        labels = crop_labels(image, Box(0, 0, *image.size), image.size, *image.size)
+        side = min(image.size)
+        labels = crop_labels(image, center_box(*image.size), image.size, side, side)
     return torch.from_numpy(np.array(labels, dtype=np.uint8))[None]
 
 
