@@ -370,6 +370,31 @@ def test_guidance_needs_a_null_condition_that_was_trained(runs: dict[str, Path],
     sample(*flags, "--out", tmp_path / "plain")
 
 
+def test_conditions_are_of_the_cache_that_the_prior_was_trained_on(
+    runs: dict[str, Path], tokenizer: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Another one may have taken its place: with other fields, or of another tokenizer."""
+    run, remade = tmp_path / "run", tmp_path / "cache"
+    shutil.copytree(runs["ar"], run)
+    config = json.loads((run / "config.json").read_text())
+    config["tokens"]["cache"] = str(remade)
+    (run / "config.json").write_text(json.dumps(config))
+    flags = ["--run", run, "--num-images", 1, "--out", tmp_path / "samples"]
+    with pytest.raises(SystemExit, match=rf"{remade} that {run} was trained on is not there: give --data, or --map"):
+        sample(*flags)
+    made = ["--scenes", 4, "--views", 1, "--val-images", 2, "--fields", "caption", "--device", "cpu"]
+    run_script("--tokenizer", tokenizer, "--out", remade, *made, script="cache_tokens.py")
+    with pytest.raises(SystemExit, match=rf"{remade} that {run} was trained on has no segmentation any more: give"):
+        sample(*flags)
+    shutil.rmtree(remade)
+    shutil.copytree(cache, remade)
+    info = json.loads((remade / "cache.json").read_text())
+    (remade / "cache.json").write_text(json.dumps(info | {"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(SystemExit, match=rf"{remade} was made by .* \(SHA-256 000000000000\), not by this tokenizer"):
+        sample(*flags)
+    assert not (tmp_path / "samples").exists()
+
+
 def test_samples_are_not_mixed_with_others(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(SystemExit, match="exists and is not an empty folder"):
