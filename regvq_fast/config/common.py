@@ -232,8 +232,7 @@ def check_common(config: TrainConfig) -> None:
         raise ValueError(
             f"--accumulate must divide --batch-size, got {optimizer.accumulate} and {optimizer.batch_size}"
         )
-    if not -(2**63) <= run.seed < 2**63:
-        raise ValueError(f"--seed must be an integer of 64 bits, got {run.seed}")
+    check_seed(run.seed)
     for section in fields(config):
         for name, value in vars(getattr(config, section.name)).items():
             numbers = value if isinstance(value, tuple) else (value,)
@@ -252,6 +251,12 @@ def check_at_least(least: int, values: Mapping[str, float]) -> None:
     for flag, value in values.items():
         if not value >= least:
             raise ValueError(f"{flag} must {'be at least 1' if least else 'not be negative'}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that no int64 holds."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed must be an integer of 64 bits, got {seed}")
 
 
 def changed_flags(config: object, names: Iterable[str]) -> list[str]:

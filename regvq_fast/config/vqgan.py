@@ -229,4 +229,12 @@ def check_vqgan_config(config: VQGANConfig) -> None:
             f"--image-size {data.image_size} is not a multiple of the down-sampling factor {factor}; "
             f"try {max(factor, round(data.image_size / factor) * factor)}"
         )
+    side, quantizer = data.image_size // factor, config.quantizer
+    stochastic = quantizer.mask_ratio * side**2  # of an image's tokens; "exact" rounds down
+    has_none = stochastic + 1e-9 < 1 if quantizer.mask_mode == "exact" else stochastic == 0
+    if loss.has_contrastive and loss.contrastive_region == "masked" and has_none:
+        raise ValueError(
+            f"--contrastive-region masked needs stochastic tokens, but --mask-ratio {quantizer.mask_ratio:g} gives an "
+            f"image of {side} x {side} tokens none: raise it, or use the region all"
+        )
     check_images(config, data.data)

@@ -103,13 +103,15 @@ def read_info(folder: Path) -> CacheInfo:
     """What a cache's folder says it holds.
 
     Raises:
-        FileNotFoundError: no such folder, or no cache in it. ValueError: its ``cache.json`` is damaged or of another
-        version.
+        FileNotFoundError: no such folder, or no cache in it. NotADirectoryError: it is a file. ValueError: its
+        ``cache.json`` is damaged or of another version.
     """
     path = folder / INFO
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file: give the folder of a token cache")
     if not path.is_file():
         what = f"{folder} has no {INFO}" if folder.is_dir() else f"no such folder: {folder}"
-        raise FileNotFoundError(f"{what}; make a token cache with train/cache_tokens.py --out {folder}")
+        raise FileNotFoundError(f"{what}; make a token cache with train/cache_tokens.py, whose --out is a new folder")
     try:
         values = json.loads(path.read_bytes())
         version = values["format"]

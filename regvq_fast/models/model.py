@@ -60,6 +60,7 @@ class Model(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or no weights in it, or not those of a pre-trained text encoder.
+            NotADirectoryError: it is a file.
             ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it. Or the
                 text encoder needs transformers, which is not installed.
         """
@@ -76,7 +77,7 @@ def read_model(folder: str | os.PathLike[str], *kinds: type[AnyModel]) -> AnyMod
     """The model in a folder, as :meth:`Model.from_pretrained` of whichever of some kinds it is.
 
     Raises:
-        FileNotFoundError, ValueError: as there; a model of none of the kinds.
+        OSError, ValueError: as there; a model of none of the kinds.
     """
     description, weights = read_pretrained(Path(folder))
     name = description.pop("type", "VQGAN")  # whose folders had none at first

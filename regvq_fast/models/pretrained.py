@@ -113,9 +113,11 @@ def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Architecture and weights in a checkpoint's folder, or of a run: its final model, else its newest checkpoint.
 
     Raises:
-        FileNotFoundError: no such folder, or neither weights nor checkpoints in it.
+        FileNotFoundError: no such folder, or neither weights nor checkpoints in it. NotADirectoryError: it is a file.
         ValueError: a file is damaged or not what its name says.
     """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file: give its folder, {folder.parent}")
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     if not (folder / WEIGHTS).exists():

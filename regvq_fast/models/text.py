@@ -121,7 +121,7 @@ class WordEncoder(TextEncoder):
         for row, caption in enumerate(captions):
             words = _WORD.findall(caption.lower())
             if len(words) > self.max_words and not self.truncate:
-                raise _too_long(caption, len(words), "words", self.max_words, "max_words")
+                raise _too_long(caption, len(words), "words", self.max_words)
             hashes = [_hashes(word, self.hashes) for word in words[: self.max_words]]
             ids[row, : len(hashes)] = torch.tensor(hashes) % self.buckets + 1
         return ids
@@ -171,7 +171,7 @@ class PretrainedTextEncoder(TextEncoder):
         if not self.truncate:
             for caption, ids in zip(captions, self._tokenizer(captions)["input_ids"], strict=True):
                 if len(ids) > self.max_tokens:
-                    raise _too_long(caption, len(ids), "tokens", self.max_tokens, "max_tokens")
+                    raise _too_long(caption, len(ids), "tokens", self.max_tokens)
         tokens = self._tokenizer(
             captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
@@ -241,11 +241,11 @@ class _Shared:
         return copy.copy(self)
 
 
-def _too_long(caption: str, length: int, unit: str, limit: int, argument: str) -> ValueError:
+def _too_long(caption: str, length: int, unit: str, limit: int) -> ValueError:
     start = caption if len(caption) <= 60 else f"{caption[:60]}..."
     return ValueError(
-        f"the caption {start!r} has {length} {unit}, over the encoder's {limit}: shorten it, raise {argument} or set "
-        "truncate=True"
+        f"the caption {start!r} has {length} {unit}, over the encoder's {limit}: shorten it (in Python, an encoder "
+        "with truncate=True cuts it)"
     )
 
 

@@ -21,10 +21,11 @@ from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import OVERSAMPLING, opened_image
 from regvq_fast.data.tokens import TokenDataset
-from regvq_fast.data.transforms import Box, center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
+from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
+from regvq_fast.models.weights import weights_hash
 from regvq_fast.pictures import caption_tiles, color_map, save_image_grid, save_images
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.sampling import common
@@ -49,7 +50,8 @@ class SubjectConfig:
     num_images: int = 16
     """Images to draw. Conditions are used in turn."""
     map: Path | None = None
-    """ar: a semantic map, an image file whose pixels are class ids (greyscale or palette)."""
+    """ar: a semantic map, an image file whose pixels are class ids (greyscale or palette).
+    Of one that is not square, the largest square in its middle counts, as of `edit` and `mask`."""
     text: tuple[str, ...] = ()
     """diffusion: one or more captions."""
     data: Path | None = None
@@ -209,17 +211,24 @@ class _Generator:
             kind: type[ARConfig | DiffusionConfig] = ARConfig if self.draws_maps else DiffusionConfig
             trained = read_config(self.config.run, kind)
             tokens, seed = trained.tokens, trained.run.seed
-            if tokens.cache is not None and tokens.cache.exists():
-                cached = TokenDataset(tokens.cache, "val")
-                return cached.__getitems__(list(range(min(count, len(cached))))), f"the cache {tokens.cache}"
             if tokens.cache is not None:
-                raise ValueError(
-                    f"the token cache {tokens.cache} that {self.config.run} was trained on is not there: give --data, "
-                    f"or {'--map' if self.draws_maps else '--text'}"
-                )
+                return self._cached(tokens.cache, count), f"the cache {tokens.cache}"
             data = tokens.data
         dataset = build_dataset(data, split="val", image_size=self.size, length=count, seed=seed, fields=fields)
         return collate([dataset[k] for k in range(min(count, len(dataset)))]), str(data or "the embedded scenes")
+
+    def _cached(self, folder: Path, count: int) -> Any:
+        """At most ``count`` validation samples of the cache that the prior was trained on."""
+        lack = "is not there"
+        if folder.exists():
+            cached = TokenDataset(folder, "val", tokenizer_hash=weights_hash(self.sampler.tokenizer))
+            if self.sampler.field in cached.info.fields:
+                return cached.__getitems__(list(range(min(count, len(cached)))))
+            lack = f"has no {self.sampler.field} any more"
+        raise ValueError(
+            f"the token cache {folder} that {self.config.run} was trained on {lack}: give --data, or "
+            f"{'--map' if self.draws_maps else '--text'}"
+        )
 
     def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
         """Tokens (1, h, w) of the image, and which of them to keep."""
@@ -244,9 +253,10 @@ def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, i
 
 
 def _read_ids(path: Path) -> Tensor:
-    """The class ids of a semantic map's pixels, (1, H, W) uint8."""
+    """The class ids of the largest square in the middle of a semantic map, (1, S, S) uint8."""
     with _opened("--map", path) as image:
-        labels = crop_labels(image, Box(0, 0, *image.size), image.size, *image.size)
+        side = min(image.size)
+        labels = crop_labels(image, center_box(*image.size), image.size, side, side)
     return torch.from_numpy(np.array(labels, dtype=np.uint8))[None]
 
 

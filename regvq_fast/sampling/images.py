@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regvq_fast.config import ARConfig, read_config
+from regvq_fast.config.common import check_seed
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import majority_vote
@@ -76,6 +77,7 @@ class ImageSampler:
         for name, kind in _OF_ONE_KIND.items():
             if getattr(config, name) != getattr(DrawConfig, name) and kind != self.kind:
                 raise ValueError(f"--{name.replace('_', '-')} is for {kind} priors; this one is {self.kind}")
+        check_seed(config.seed)
         check_choice(config.temperature, config.top_k, config.top_p)
         check_guidance(config.guidance)
         if isinstance(prior, VQDiffusion):
@@ -175,8 +177,12 @@ class ImageSampler:
         Raises:
             ValueError: a class id that the prior doesn't know, which ``source`` holds; maps that are too small.
         """
-        if maps.shape[1:] != self.prior.condition_shape:
-            maps = majority_vote(maps, self.prior.condition_shape)
+        shape, least = maps.shape[1:], self.prior.condition_shape
+        if any(side < cells for side, cells in zip(shape, least, strict=False)):
+            given, needed = (" x ".join(map(str, sides)) for sides in (shape, least))
+            raise ValueError(f"{source} gives {given} pixels; the prior needs at least {needed}: take a larger map")
+        if shape != least:
+            maps = majority_vote(maps, least)
         if int(maps.max()) >= self.prior.num_classes:
             raise ValueError(
                 f"{source} holds the class id {int(maps.max())}; the prior knows ids below {self.prior.num_classes}"

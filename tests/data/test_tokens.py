@@ -130,8 +130,10 @@ def test_a_cache_of_another_tokenizer_is_refused(cache: Path) -> None:
 def test_a_folder_without_a_whole_cache_is_refused(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         TokenDataset(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"has no cache.json; make a token cache with train/cache_tokens.py"):
+    with pytest.raises(FileNotFoundError, match=r"has no cache.json; make a .* --out is a new folder"):
         TokenDataset(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"cache.json is a file: give the folder of a token cache"):
+        TokenDataset(cache / "cache.json")
     with pytest.raises(ValueError, match="split must be one of"):
         TokenDataset(cache, "test")
     write_info(cache, dataclasses.replace(INFO, complete=False))

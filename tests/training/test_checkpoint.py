@@ -130,6 +130,8 @@ def test_files_without_checksums_are_checked_by_what_they_say(tmp_path: Path) ->
         VQGAN.from_pretrained(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         VQGAN.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(NotADirectoryError, match=f"model.safetensors is a file: give its folder, {tmp_path / 'model'}"):
+        VQGAN.from_pretrained(weights)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:

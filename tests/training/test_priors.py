@@ -368,9 +368,16 @@ def test_images_of_captions_with_their_states(runs: dict[str, Path], tmp_path: P
         (["--prior", "ar", "--run", "{ar}", "--num-images", "0"], "--num-images must be at least 1, got 0"),
         (["--prior", "ar", "--run", "{ar}", "--edit", "photo.png"], "--edit and --mask go together"),
         (["--prior", "ar", "--run", "{ar}", "--map", "ids.png"], "ids.png holds the class id 16; the prior knows ids"),
-        (["--prior", "ar", "--run", "{ar}", "--map", "small.png"], "2 x 2"),
+        (
+            ["--prior", "ar", "--run", "{ar}", "--map", "small.png"],
+            "--map small.png gives 2 x 2 pixels; the prior needs at least 8",
+        ),
         (["--prior", "ar", "--run", "{ar}", "--map", "colours.png"], "one class id a pixel"),
         (["--prior", "ar", "--run", "{ar}", "--map", "text.png"], "text.png is not an image"),
+        (
+            ["--prior", "ar", "--run", "{ar}", "--seed", str(2**63)],
+            f"--seed must be an integer of 64 bits, got {2**63}",
+        ),
         (["--prior", "ar", "--run", "{ar}", "--top-p", "0"], r"top_p must lie in \(0, 1\]"),
         (["--prior", "diffusion", "--run", "{diffusion}", "--steps", "1000"], "steps"),
         (["--prior", "diffusion", "--run", "{diffusion}", "--text", " "], "empty"),
@@ -387,7 +394,7 @@ def test_what_cannot_be_drawn_is_one_sentence(
     Path("text.png").write_text("no image")
     with pytest.raises(SystemExit, match=message):
         sample(*(flag.format(**runs) for flag in flags), "--out", "samples")
-    assert not Path("samples").exists() or not list(Path("samples").iterdir())
+    assert not Path("samples").exists()
 
 
 def test_guidance_needs_a_null_condition_that_was_trained(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -401,6 +408,31 @@ def test_guidance_needs_a_null_condition_that_was_trained(runs: dict[str, Path],
     with pytest.raises(SystemExit, match=r"--guidance 2 needs the null condition, which .*run was trained without"):
         sample(*flags, "--guidance", 2, "--out", tmp_path / "guided")
     sample(*flags, "--out", tmp_path / "plain")
+
+
+def test_conditions_are_of_the_cache_that_the_prior_was_trained_on(
+    runs: dict[str, Path], tokenizer: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Another one may have taken its place: with other fields, or of another tokenizer."""
+    run, remade = tmp_path / "run", tmp_path / "cache"
+    shutil.copytree(runs["ar"], run)
+    config = json.loads((run / "config.json").read_text())
+    config["tokens"]["cache"] = str(remade)
+    (run / "config.json").write_text(json.dumps(config))
+    flags = ["--run", run, "--num-images", 1, "--out", tmp_path / "samples"]
+    with pytest.raises(SystemExit, match=rf"{remade} that {run} was trained on is not there: give --data, or --map"):
+        sample(*flags)
+    made = ["--scenes", 4, "--views", 1, "--val-images", 2, "--fields", "caption", "--device", "cpu"]
+    run_script("--tokenizer", tokenizer, "--out", remade, *made, script="cache_tokens.py")
+    with pytest.raises(SystemExit, match=rf"{remade} that {run} was trained on has no segmentation any more: give"):
+        sample(*flags)
+    shutil.rmtree(remade)
+    shutil.copytree(cache, remade)
+    info = json.loads((remade / "cache.json").read_text())
+    (remade / "cache.json").write_text(json.dumps(info | {"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(SystemExit, match=rf"{remade} was made by .* \(SHA-256 000000000000\), not by this tokenizer"):
+        sample(*flags)
+    assert not (tmp_path / "samples").exists()
 
 
 def test_samples_are_not_mixed_with_others(runs: dict[str, Path], tmp_path: Path) -> None:
