@@ -3,6 +3,8 @@
 import functools
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -79,16 +81,21 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
         return
     if command.out is None:
         raise ValueError("prepare needs a folder for the shards: name a new one with --out")
-    prepare(
-        archive,
-        command.out,
-        fields,
-        size=command.size,
-        quality=command.quality,
-        shard_mib=command.shard_mib,
-        workers=workers,
-        console=console,
-    )
+    # What is half-made is removed, as after Ctrl-C.
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        prepare(
+            archive,
+            command.out,
+            fields,
+            size=command.size,
+            quality=command.quality,
+            shard_mib=command.shard_mib,
+            workers=workers,
+            console=console,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _archive(command: DataCommand) -> Archive:

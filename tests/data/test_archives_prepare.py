@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from regvq_fast.config import run_script
-from regvq_fast.data import ArchiveDataset, ImageShards, build_dataset, find_archive
+from regvq_fast.data import ArchiveDataset, ImageShards, build_dataset, find_archive, preparing
 from regvq_fast.data.preparing import DataCommand, manage_data
 
 
@@ -222,6 +224,17 @@ def test_missing_images_are_counted_and_a_field_that_nobody_has_is_an_error(tmp_
     splits = json.loads((out / "regvq-data.json").read_bytes())["splits"]
     assert [splits[split]["missing"] for split in ("train", "val")] == [1, 0]
     assert ImageShards(out, "train", 16).label == str(out)  # which reads the manifest
+
+
+def test_nothing_half_made_is_left_by_a_cluster_that_ends_the_job(tmp_path, monkeypatch):
+    top = trees.cub200(tmp_path / "cub")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(preparing, "write_shards", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or [Path()])
+    with pytest.raises(SystemExit) as ended:
+        Told("prepare", top, out=tmp_path / "out")
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cub"]
 
 
 def test_one_of_several_archives_is_named_by_dataset(tmp_path, monkeypatch):
