@@ -171,6 +171,7 @@ def test_a_run_that_stopped_goes_on_from_its_shards(
         (["--views", "0"], "--views must be at least 1, got 0"),
         (["--scenes", "0"], "--scenes must be at least 1, got 0"),
         (["--workers", "-1"], "--workers must not be negative, got -1"),
+        (["--seed", str(2**64)], f"--seed must be an integer of 64 bits, got {2**64}"),
         (["--device", "tpu"], "--device tpu"),
         (["--data", "nowhere", "--scenes", "10"], "--scenes 10 is for the embedded scenes, not for --data nowhere"),
     ],

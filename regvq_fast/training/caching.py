@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.data import Dataset
 
-from regvq_fast.config.common import check_at_least
+from regvq_fast.config.common import check_at_least, check_seed
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import ImageData, build_dataset, collate, default_workers, validation_batches
 from regvq_fast.data.pictures import Crop, Field
@@ -109,6 +109,7 @@ def _check(config: CacheConfig) -> None:
     }
     check_at_least(1, {flag: value for flag, value in counts.items() if value is not None})
     check_at_least(0, {"--workers": config.workers or 0})
+    check_seed(config.seed)
     if config.scenes is not None and config.data is not None:
         raise ValueError(f"--scenes {config.scenes} is for the embedded scenes, not for --data {config.data}")
     if config.out.exists() and not config.out.is_dir():
