@@ -160,7 +160,7 @@ def _find_shards(source: str) -> tuple[Path, list[Path]]:
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise FileNotFoundError(f"{len(missing)} of the {len(shards)} shards of {source} are missing: {names}")
-    return Path(re.split("[{}]", source)[0] + "x").parent, shards
+    return Path(os.path.commonpath([shard.parent for shard in shards])), shards
 
 
 def _own_shards(root: Path, shards: Sequence[Path], split: Split) -> list[Path]:

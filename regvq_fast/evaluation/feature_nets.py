@@ -25,7 +25,7 @@ INCEPTION_WEIGHTS = RemoteWeights(
 )
 """Those of the original FID (TensorFlow, 2015-12-05), as torch-fidelity has them."""
 
-_CHOICES = "inception, inception:PATH, vgg16, vgg16:PATH, random-vgg16"
+_CHOICES = "inception, inception:PATH, vgg16, vgg16:PATH, random-vgg16, none"
 _INSTALL = (
     'the Inception features of FID need torch-fidelity: run pip install -e ".[fid]" in the checkout, or give other '
     "features with --fid-features vgg16:PATH"

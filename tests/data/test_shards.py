@@ -258,6 +258,13 @@ def test_one_split_alone_is_divided_by_hash_whatever_the_packing(tmp_path):
     assert sorted(training + held_out[0]) == list(range(60))
 
 
+def test_a_pattern_of_absolute_paths_has_splits_too(tmp_path):
+    for split, level in (("train", 1), ("val", 2)):
+        write_shards([sample(level)], f"{tmp_path}/{split}-%d.tar")
+    pattern = f"{{{tmp_path}/train,{tmp_path}/val}}-0.tar"
+    assert [levels(ImageShards(pattern, split, 8)) for split in ("train", "val")] == [[1], [2]]
+
+
 def test_what_data_stands_for(both):
     options = {"split": "val", "image_size": 8, "length": 2}
     for source in ("shards", "shards/s-{000..002}.tar", "shards/s-000.tar"):
