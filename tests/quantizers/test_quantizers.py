@@ -346,6 +346,18 @@ def test_vq_vae_without_revival_leaves_codes_that_are_never_selected_where_they_
     assert float((fresh.embedding.weight.detach() - before)[unused].norm(dim=1).min()) < 1e-5
 
 
+@pytest.mark.parametrize(("decay", "steps", "dead_threshold"), [(0.0, 2, 0.0), (0.8, 80, 0.0), (0.8, 80, 1e-30)])
+def test_vq_vae_codes_stay_where_they_are_when_their_averages_have_faded(decay, steps, dead_threshold) -> None:
+    quantizer = EMAQuantizer(2, 1, decay=decay, dead_threshold=dead_threshold)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([[0.0], [1000.0]]))
+        quantizer.start_from_embedding()
+    z = torch.tensor([0.0, 1.0, 0.0, 1.0]).view(1, 1, 2, 2)
+    for step in range(steps):
+        quantizer(z, seed(step))
+    assert quantizer.embedding.weight.detach().view(-1).tolist() == pytest.approx([0.5, 1000], rel=1e-4)
+
+
 def test_vq_vae_keeps_codes_that_were_loaded() -> None:
     codes = torch.randn(N, D)
     quantizer = EMAQuantizer(N, D, decay=0.99)
