@@ -51,7 +51,7 @@ class ProbabilisticContrastiveLoss(nn.Module):
                 raise ValueError(f"{name} must be at least 2, for there to be negatives, got {value}")
         if region not in ("all", "masked"):
             raise ValueError(f"region must be 'all' or 'masked', got {region!r}")
-        if layer_weights is not None and (min(layer_weights, default=0) < 0 or sum(layer_weights) <= 0):
+        if layer_weights is not None and not (min(layer_weights, default=0) >= 0 and sum(layer_weights) > 0):
             raise ValueError(f"layer_weights must not be negative, nor all 0, got {tuple(layer_weights)}")
         if not tau > 0:
             raise ValueError(f"tau must be greater than 0, got {tau}")

@@ -58,8 +58,8 @@ class Quantizer(nn.Module):
         return self.embedding.weight
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes of a token map: (B, H, W) int64 -> (B, D, H, W)."""
-        return self.codes()[indices].permute(0, 3, 1, 2)
+        """Codes of a token map, in the module's type: (B, H, W) int64 -> (B, D, H, W)."""
+        return self.codes()[indices].permute(0, 3, 1, 2).to(self.embedding.weight.dtype)
 
     def set_progress(self, fraction: float) -> None:
         """Called with the part of training done, 0 to 1, before each step; schedules override it."""

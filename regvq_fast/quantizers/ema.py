@@ -49,7 +49,7 @@ class EMAQuantizer(Quantizer):
         super().__init__(num_codes, code_dim)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        if commitment < 0 or dead_threshold < 0:
+        if not (commitment >= 0 and dead_threshold >= 0):
             raise ValueError(f"commitment and dead_threshold must not be negative, got {commitment}, {dead_threshold}")
         self.decay, self.commitment, self.dead_threshold = decay, commitment, dead_threshold
         self.embedding.weight.requires_grad_(False)
@@ -108,6 +108,5 @@ def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], 
     """Codes that are about to be loaded without averages, as from taming's checkpoints, are live."""
     codes = state_dict.get(f"{prefix}embedding.weight")
     if codes is not None and f"{prefix}cluster_share" not in state_dict:
-        num_codes = quantizer.num_codes
-        state_dict[f"{prefix}cluster_share"] = torch.full((num_codes,), 1 / num_codes)
-        state_dict[f"{prefix}cluster_sum"] = codes.detach() / num_codes
+        state_dict[f"{prefix}cluster_share"] = codes.new_full((quantizer.num_codes,), 1 / quantizer.num_codes)
+        state_dict[f"{prefix}cluster_sum"] = codes.detach() / quantizer.num_codes

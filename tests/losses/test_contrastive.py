@@ -190,6 +190,7 @@ def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
         ({"region": "sky"}, "region must be 'all' or 'masked', got 'sky'"),
         ({"layer_weights": (1.0, -1.0)}, "must not be negative"),
         ({"layer_weights": (0.0, 0.0)}, "nor all 0"),
+        ({"layer_weights": (1.0, float("nan"))}, "must not be negative, nor all 0, got .*nan"),
     ],
 )
 def test_bad_settings_are_refused(arguments: dict, message: str) -> None:

@@ -116,9 +116,9 @@ def test_a_module_of_another_type_computes_in_fp32_or_fp64_with_its_rounded_code
     out, out_wide = rounded(z, seed()), expected(z_wide, seed())
     assert out.quantized.dtype == out.loss.dtype == out.perturbation.dtype == wide
     assert torch.equal(out.indices, out_wide.indices)
-    if not isinstance(quantizer, RegularizedQuantizer) or quantizer.logits != "cosine":  # normalises in its type
-        assert torch.equal(out.quantized, out_wide.quantized)
-        assert torch.equal(out.loss, out_wide.loss)
+    assert torch.equal(out.quantized, out_wide.quantized)
+    assert torch.equal(out.loss, out_wide.loss)
+    assert rounded.lookup(out.indices).dtype == dtype
     (out.quantized.square().mean() + out.loss).backward()
     assert z.grad is not None
     assert z.grad.dtype == dtype
@@ -264,6 +264,7 @@ def test_reg_vq_loss_is_the_weighted_kl_of_its_scope(scope: str, groups: int) ->
         ({"tau": 0.0}, "tau must be greater than 0, got 0"),
         ({"logit_std": -1.0}, "logit_std must be greater than 0, got -1"),
         ({"prior_weight": -0.1}, "prior_weight must not be negative, got -0.1"),
+        ({"prior_weight": math.nan}, "prior_weight must not be negative, got nan"),
         ({"logits": "dot"}, "logits must be one of 'distance', 'linear', 'cosine', got 'dot'"),
         ({"mask_mode": "random"}, "mask_mode must be one of 'exact', 'bernoulli', got 'random'"),
         ({"prior_scope": "images"}, "prior_scope must be one of 'image', 'batch', 'global', got 'images'"),
@@ -368,6 +369,12 @@ def test_vq_vae_keeps_codes_that_were_loaded() -> None:
     assert float((quantizer.embedding.weight.detach() - codes).norm(dim=1).median()) < 0.1
 
 
+def test_vq_vae_averages_of_assigned_codes_have_their_type() -> None:
+    quantizer = EMAQuantizer(N, D)
+    quantizer.load_state_dict({"embedding.weight": torch.randn(N, D).double()}, strict=False, assign=True)
+    assert {value.dtype for value in quantizer.state_dict().values()} == {torch.float64}
+
+
 def test_vq_vae_takes_codes_for_loaded_only_where_they_were() -> None:
     pair = torch.nn.ModuleList([EMAQuantizer(N, D), EMAQuantizer(N, D)])
     trained = EMAQuantizer(N, D)
@@ -384,7 +391,7 @@ def test_vq_vae_takes_codes_for_loaded_only_where_they_were() -> None:
 
 def test_gumbel_vq_anneals_its_temperature_without_recompiling() -> None:
     torch._dynamo.reset()
-    quantizer = GumbelQuantizer(N, D, tau_start=1.0, tau_end=0.25)
+    quantizer = GumbelQuantizer(N, D, tau_start=1, tau_end=0.25)  # a whole number, as configurations write it
     compiled = torch.compile(quantizer, backend="eager", fullgraph=True)
     taus = []
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -408,10 +415,14 @@ def test_gumbel_vq_samples_every_position_as_torch_does_and_has_the_kl_of_its_so
     ("build", "arguments", "message"),
     [
         (NearestQuantizer, {"commitment": -1.0}, "commitment must not be negative, got -1.0"),
+        (NearestQuantizer, {"commitment": math.nan}, "commitment must not be negative, got nan"),
         (EMAQuantizer, {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         (EMAQuantizer, {"dead_threshold": -0.5}, "dead_threshold must not be negative, got 0.25, -0.5"),
+        (EMAQuantizer, {"dead_threshold": math.nan}, "dead_threshold must not be negative, got 0.25, nan"),
+        (EMAQuantizer, {"commitment": math.nan}, "commitment and dead_threshold must not be negative, got nan, 0.1"),
         (GumbelQuantizer, {"tau_end": 0.0}, "tau_start and tau_end must be greater than 0, got 1.0 and 0.0"),
         (GumbelQuantizer, {"kl_weight": -1.0}, "kl_weight must not be negative, got -1.0"),
+        (GumbelQuantizer, {"kl_weight": math.nan}, "kl_weight must not be negative, got nan"),
     ],
 )
 def test_baselines_refuse_bad_settings(build: type[Quantizer], arguments: dict, message: str) -> None:
