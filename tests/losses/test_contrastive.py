@@ -233,3 +233,13 @@ def test_reconstruction_loss_sums_its_weighted_terms_and_skips_those_of_weight_0
     pixels = ReconstructionLoss(shared, Distance(), contrastive, perceptual_weight=0, contrastive_weight=0)
     assert set(pixels(*arguments)[1]) == {"l1"}
     assert shared.calls == 4
+
+
+def test_reconstruction_loss_of_weights_0_is_0_whatever_the_pixels() -> None:
+    weights = {"l1_weight": 0, "perceptual_weight": 0, "contrastive_weight": 0}
+    reconstruction = torch.full((2, 3, 8, 8), torch.inf, requires_grad=True)
+    nothing = ReconstructionLoss(_Features(), _Features(), None, **weights)
+    loss, terms = nothing(torch.zeros(2, 3, 8, 8), reconstruction, torch.rand(2, 2, 2), SEED)
+    (gradient,) = torch.autograd.grad(loss, reconstruction)
+    assert loss.item() == gradient.abs().max().item() == 0
+    assert terms["l1"].item() == torch.inf
