@@ -1,6 +1,7 @@
 """Products on the host's side: cuBLAS, fp32 results of 16-bit matrices, fp32 without TF32, and in what chunks."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -33,16 +34,33 @@ def image_chunks(num_images: int, length: int, rows: int) -> list[tuple[slice, s
     ]
 
 
+class _Exact:
+    """The threads that multiply without TF32, and what the process had chosen before the first of them."""
+
+    lock = threading.Lock()
+    threads = 0
+    chosen = "none"
+
+
 @contextlib.contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
     """Products of fp32 matrices in fp32, whatever precision the process has chosen: TF32 would change indices."""
-    matmul = torch.backends.cuda.matmul
-    if device.type != "cuda" or matmul.fp32_precision in ("none", "ieee"):
+    if device.type != "cuda":
         yield
         return
-    chosen = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
+    matmul = torch.backends.cuda.matmul
+    with _Exact.lock:
+        if _Exact.threads == 0:
+            _Exact.chosen = matmul.fp32_precision
+            if _Exact.chosen not in ("none", "ieee"):
+                matmul.fp32_precision = "ieee"
+        _Exact.threads += 1
     try:
         yield
     finally:
-        matmul.fp32_precision = chosen
+        with _Exact.lock:
+            _Exact.threads -= 1
+            if _Exact.threads == 0 and _Exact.chosen not in ("none", "ieee"):
+                matmul.fp32_precision = "none"  # reads as what a wider setting says: the choice, if it was made there
+                if matmul.fp32_precision != _Exact.chosen:
+                    matmul.fp32_precision = _Exact.chosen

@@ -62,7 +62,15 @@ def vector_quantize_backward(
     """Gradients of (x, codebook, weight, bias) in their types; None for those that nobody needs.
 
     indices (M,) int64 and lse (M,) fp32 are the forward's.
+
+    Raises:
+        RuntimeError: the forward kept no lse.
     """
+    if len(lse) != len(x):
+        raise RuntimeError(
+            "vector_quantize kept nothing for a backward, since no input required a gradient where it was called: "
+            "for gradients under torch.func.vmap give impl='eager'"
+        )
     x, codebook, grad_quantized = x.contiguous(), codebook.contiguous(), grad_quantized.contiguous()
     keys = codebook if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()

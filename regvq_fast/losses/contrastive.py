@@ -51,7 +51,7 @@ class ProbabilisticContrastiveLoss(nn.Module):
                 raise ValueError(f"{name} must be at least 2, for there to be negatives, got {value}")
         if region not in ("all", "masked"):
             raise ValueError(f"region must be 'all' or 'masked', got {region!r}")
-        if layer_weights is not None and (min(layer_weights, default=0) < 0 or sum(layer_weights) <= 0):
+        if layer_weights is not None and not (min(layer_weights, default=0) >= 0 and sum(layer_weights) > 0):
             raise ValueError(f"layer_weights must not be negative, nor all 0, got {tuple(layer_weights)}")
         if not tau > 0:
             raise ValueError(f"tau must be greater than 0, got {tau}")
@@ -155,12 +155,15 @@ class ProbabilisticContrastiveLoss(nn.Module):
             return words.topk(self.num_patches, dim=1).indices
         if self.max_places is None or length <= self.max_places:
             return None
-        stride = math.ceil(math.sqrt(length / self.max_places))
-        # A map narrower than that stride gives one line of places, which may need a larger one along it.
-        down, across = (min(side, max(stride, math.ceil(side / self.max_places))) for side in (height, width))
+        down = across = math.ceil(math.sqrt(length / self.max_places))
+        while math.ceil(height / down) * math.ceil(width / across) > self.max_places:
+            down = across = down + 1
+        if down >= max(height, width):  # a single place would have no negatives: two of the longer side
+            down, across = (math.ceil(height / 2), width) if height > width else (height, math.ceil(width / 2))
+        # The shift goes round the map's edge, so that it reaches every place.
         shift = row_words(seed, torch.arange(2, device=x.device), stream)
-        ys = torch.arange(height // down, device=x.device) * down + shift[0] % down
-        xs = torch.arange(width // across, device=x.device) * across + shift[1] % across
+        ys = (torch.arange(0, height, down, device=x.device) + shift[0]) % height
+        xs = (torch.arange(0, width, across, device=x.device) + shift[1]) % width
         return (ys[:, None] * width + xs[None, :]).flatten().expand(batch, -1)
 
 

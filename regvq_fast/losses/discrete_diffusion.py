@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regvq_fast.ops.noise import Stream, row_words
 
@@ -233,7 +234,7 @@ def diffusion_terms(
     """The variational bound's terms at the steps t (see the module's text).
 
     In fp32, or fp64 where the logits are. Memory beyond the logits and their gradient is O(B L) when compiled, and a
-    few temporary copies of the logits when not. Deterministic.
+    few temporary copies of the logits when not. Deterministic. Double backward is not supported.
 
     Args:
         transition: the chain.
@@ -319,6 +320,7 @@ class _TokenSums(torch.autograd.Function):
         return log_sum, soft_sum, at_token, at_noisy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits, tokens, noisy, tilt, log_r, log_sum = ctx.saved_tensors
         of_log_sum, of_soft_sum, at_token, at_noisy = gradients

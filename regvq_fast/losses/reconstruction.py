@@ -10,7 +10,7 @@ class ReconstructionLoss(nn.Module):
     """``l1_weight * L1 + perceptual_weight * LPIPS + contrastive_weight * PCL`` of an image and its reconstruction.
 
     The feature network runs once on each of the two, and both losses read its maps; a contrastive loss with a network
-    of its own adds that. Terms of weight 0, or without a module, cost nothing.
+    of its own adds that. Terms of weight 0, or without a module, cost nothing, but for the L1 that is recorded.
 
     Args:
         features: images (B, 3, H, W) in [-1, 1] -> list of feature maps; frozen.
@@ -56,8 +56,10 @@ class ReconstructionLoss(nn.Module):
             seed, first_image: of the contrastive loss's sampled places.
             mask: (B, h, w) bool, the stochastic tokens, for a contrastive loss of the masked region.
         """
-        l1 = F.l1_loss(reconstruction.float(), images)
-        loss, terms = self.l1_weight * l1, {"l1": l1.detach()}
+        l1 = F.l1_loss(reconstruction.float() if self.l1_weight > 0 else reconstruction.detach().float(), images)
+        # The sum of no values is 0, and its gradient too, though a pixel be inf.
+        loss = self.l1_weight * l1 if self.l1_weight > 0 else reconstruction[:0].float().sum()
+        terms = {"l1": l1.detach()}
         original: list[Tensor] = []
         reconstructed: list[Tensor] = []
         shares_trunk = self.contrastive is not None and self.contrastive_features is None

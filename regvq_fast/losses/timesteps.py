@@ -30,6 +30,8 @@ class TimestepSampler(nn.Module):
         super().__init__()
         if num_steps < 2:
             raise ValueError(f"num_steps must be at least 2, got {num_steps}")
+        if not warm_up >= 0:
+            raise ValueError(f"warm_up must not be negative, got {warm_up}")
         if not 0 < decay < 1 or not 0 < uniform <= 1:
             raise ValueError(f"decay must lie in (0, 1) and uniform in (0, 1], got {decay} and {uniform}")
         self.num_steps, self.warm_up, self.decay, self.uniform = num_steps, warm_up, decay, uniform

@@ -58,8 +58,8 @@ class Quantizer(nn.Module):
         return self.embedding.weight
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes of a token map: (B, H, W) int64 -> (B, D, H, W)."""
-        return self.codes()[indices].permute(0, 3, 1, 2)
+        """Codes of a token map, in the module's type: (B, H, W) int64 -> (B, D, H, W)."""
+        return self.codes()[indices].permute(0, 3, 1, 2).to(self.embedding.weight.dtype)
 
     def set_progress(self, fraction: float) -> None:
         """Called with the part of training done, 0 to 1, before each step; schedules override it."""
@@ -109,7 +109,7 @@ def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
     Called before the losses of the rows it saves a copy of them: backward comes to it last, and adds its gradient to
     the losses' instead of adding theirs to its own, which belongs to the decoder.
     """
-    return rows + (codes - rows).detach()
+    return codes.detach() + (rows - rows.detach())
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ class EMAQuantizer(Quantizer):
         code_dim: D.
         decay: of the running averages.
         commitment: weight of ``mean |z - sg(q)|^2``.
-        dead_threshold: see above; 0 leaves dead codes alone.
+        dead_threshold: see above; 0 leaves dead codes where they are.
 
     Raises:
         ValueError: a setting that is out of range.
@@ -49,7 +49,7 @@ class EMAQuantizer(Quantizer):
         super().__init__(num_codes, code_dim)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        if commitment < 0 or dead_threshold < 0:
+        if not (commitment >= 0 and dead_threshold >= 0):
             raise ValueError(f"commitment and dead_threshold must not be negative, got {commitment}, {dead_threshold}")
         self.decay, self.commitment, self.dead_threshold = decay, commitment, dead_threshold
         self.embedding.weight.requires_grad_(False)
@@ -87,6 +87,7 @@ class EMAQuantizer(Quantizer):
         batch_sum = segment_sum(rows, indices, self.num_codes) / len(rows)
         share = wide(self.cluster_share).lerp(batch_share, 1 - self.decay)
         total = wide(self.cluster_sum).lerp(batch_sum, 1 - self.decay)
+        faded = share < 1e-5 / self.num_codes  # on the way to 0 / 0: such a code stays where it is
         if self.dead_threshold > 0:
             threshold = self.dead_threshold / self.num_codes
             dead = share < threshold
@@ -96,15 +97,16 @@ class EMAQuantizer(Quantizer):
             candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
             total = torch.where(dead.unsqueeze(1), candidates * 2 * threshold, total)
             share = torch.where(dead, 2 * threshold, share)
+            faded &= ~dead
         self.cluster_share.copy_(share)
         self.cluster_sum.copy_(total)
-        self.embedding.weight.copy_(total / share.clamp(min=1e-5 / self.num_codes).unsqueeze(1))
+        codes = torch.where(faded.unsqueeze(1), wide(self.embedding.weight), total / share.unsqueeze(1))
+        self.embedding.weight.copy_(codes)
 
 
 def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Codes that are about to be loaded without averages, as from taming's checkpoints, are live."""
     codes = state_dict.get(f"{prefix}embedding.weight")
     if codes is not None and f"{prefix}cluster_share" not in state_dict:
-        num_codes = quantizer.num_codes
-        state_dict[f"{prefix}cluster_share"] = torch.full((num_codes,), 1 / num_codes)
-        state_dict[f"{prefix}cluster_sum"] = codes.detach() / num_codes
+        state_dict[f"{prefix}cluster_share"] = codes.new_full((quantizer.num_codes,), 1 / quantizer.num_codes)
+        state_dict[f"{prefix}cluster_sum"] = codes.detach() / quantizer.num_codes

@@ -39,11 +39,11 @@ class GumbelQuantizer(Quantizer):
         super().__init__(num_codes, code_dim)
         if not (tau_start > 0 and tau_end > 0):
             raise ValueError(f"tau_start and tau_end must be greater than 0, got {tau_start} and {tau_end}")
-        if kl_weight < 0:
+        if not kl_weight >= 0:
             raise ValueError(f"kl_weight must not be negative, got {kl_weight}")
         self.tau_start, self.tau_end, self.kl_weight = tau_start, tau_end, kl_weight
         self.proj = nn.Linear(code_dim, num_codes)
-        self.register_buffer("tau", torch.tensor(tau_start))
+        self.register_buffer("tau", torch.tensor(float(tau_start)))
 
     def set_progress(self, fraction: float) -> None:
         # A tensor, so that a compiled step reads each value without recompiling.

@@ -25,7 +25,7 @@ class NearestQuantizer(Quantizer):
 
     def __init__(self, num_codes: int, code_dim: int, *, commitment: float = 0.25) -> None:
         super().__init__(num_codes, code_dim)
-        if commitment < 0:
+        if not commitment >= 0:
             raise ValueError(f"commitment must not be negative, got {commitment}")
         self.commitment = commitment
         torch.nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)

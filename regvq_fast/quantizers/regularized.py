@@ -77,7 +77,7 @@ class RegularizedQuantizer(Quantizer):
         for name, value in (("tau", tau), ("logit_std", logit_std)):
             if not value > 0:
                 raise ValueError(f"{name} must be greater than 0, got {value}")
-        if prior_weight < 0:
+        if not prior_weight >= 0:
             raise ValueError(f"prior_weight must not be negative, got {prior_weight}")
         self.logits = logits
         self.mask_ratio, self.mask_mode, self.tau = mask_ratio, mask_mode, tau
@@ -96,7 +96,7 @@ class RegularizedQuantizer(Quantizer):
             nn.init.zeros_(self.proj.bias)
 
     def codes(self) -> Tensor:
-        return F.normalize(self.embedding.weight, dim=1) if self.logits == "cosine" else self.embedding.weight
+        return F.normalize(wide(self.embedding.weight), dim=1) if self.logits == "cosine" else self.embedding.weight
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):

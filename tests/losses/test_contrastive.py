@@ -105,14 +105,18 @@ def test_dense_loss_of_a_large_map_takes_a_strided_sub_grid_that_every_seed_shif
     assert {shifts[loss] for loss in losses} == set(shifts.values())
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 100), (2, 50), (100, 1), (50, 3), (3, 3)])
-def test_the_sub_grid_of_a_narrow_map_has_places_within_it_and_no_more_than_allowed(height: int, width: int) -> None:
-    module = ProbabilisticContrastiveLoss(num_patches=None, max_places=8)
-    for value in range(20):
+@pytest.mark.parametrize("max_places", [2, 3, 4, 8])
+@pytest.mark.parametrize(("height", "width"), [(1, 100), (2, 50), (100, 1), (50, 3), (3, 3), (5, 5), (7, 7)])
+def test_a_sub_grid_has_two_places_at_least_and_no_more_than_allowed(height: int, width: int, max_places: int) -> None:
+    module = ProbabilisticContrastiveLoss(num_patches=None, max_places=max_places)
+    reached = set()
+    for value in range(40):
         places = module._places(0, torch.zeros(2, 1, height, width), None, torch.tensor(value), 0)
         assert places is not None
-        assert 1 <= places.shape[1] == len(places[0].unique()) <= 8
+        assert 2 <= places.shape[1] == len(places[0].unique()) <= max_places
         assert 0 <= int(places.min()) <= int(places.max()) < height * width
+        reached.update(places[0].tolist())
+    assert height * width > 9 or len(reached) == height * width
 
 
 def test_masked_region_is_equation_3_of_the_masked_places_among_all_negatives() -> None:
@@ -190,6 +194,7 @@ def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
         ({"region": "sky"}, "region must be 'all' or 'masked', got 'sky'"),
         ({"layer_weights": (1.0, -1.0)}, "must not be negative"),
         ({"layer_weights": (0.0, 0.0)}, "nor all 0"),
+        ({"layer_weights": (1.0, float("nan"))}, "must not be negative, nor all 0, got .*nan"),
     ],
 )
 def test_bad_settings_are_refused(arguments: dict, message: str) -> None:
@@ -228,3 +233,13 @@ def test_reconstruction_loss_sums_its_weighted_terms_and_skips_those_of_weight_0
     pixels = ReconstructionLoss(shared, Distance(), contrastive, perceptual_weight=0, contrastive_weight=0)
     assert set(pixels(*arguments)[1]) == {"l1"}
     assert shared.calls == 4
+
+
+def test_reconstruction_loss_of_weights_0_is_0_whatever_the_pixels() -> None:
+    weights = {"l1_weight": 0, "perceptual_weight": 0, "contrastive_weight": 0}
+    reconstruction = torch.full((2, 3, 8, 8), torch.inf, requires_grad=True)
+    nothing = ReconstructionLoss(_Features(), _Features(), None, **weights)
+    loss, terms = nothing(torch.zeros(2, 3, 8, 8), reconstruction, torch.rand(2, 2, 2), SEED)
+    (gradient,) = torch.autograd.grad(loss, reconstruction)
+    assert loss.item() == gradient.abs().max().item() == 0
+    assert terms["l1"].item() == torch.inf

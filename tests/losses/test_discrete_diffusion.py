@@ -189,6 +189,14 @@ def test_gradient_is_that_of_the_log_posteriors_kl(chain: MaskAndReplace) -> Non
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_double_backward_is_refused() -> None:
+    chain, logits, tokens, noisy, t = hard_case()
+    loss = diffusion_terms(chain, logits.requires_grad_(), tokens, noisy, t).bound.sum()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_backward_keeps_the_logits_and_nothing_else_of_their_size() -> None:
     chain, logits, tokens, noisy, t = hard_case()
     kept: list[Tensor] = []

@@ -68,7 +68,14 @@ def test_history_takes_all_ranks_terms_at_once(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(alone.history, torch.tensor([(1 - 0.9**4) * 5, 0, (1 - 0.9**2) * 4]))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"decay": 1.0}, "decay"), ({"uniform": 0.0}, "uniform")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decay": 1.0}, "decay"),
+        ({"uniform": 0.0}, "uniform"),
+        ({"warm_up": -5}, "warm_up must not be negative, got -5"),
+    ],
+)
 def test_impossible_samplers_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TimestepSampler(4, **arguments)

@@ -66,7 +66,7 @@ def test_quantized_maps_are_the_codes_of_the_indices(quantizer: Quantizer) -> No
     for module in (quantizer.train(), quantizer.eval()):
         before = quantizer.codes().detach().clone()  # the EMA codebook moves after the look-up
         out = module(maps(), seed())
-        torch.testing.assert_close(out.quantized, before[out.indices].permute(0, 3, 1, 2))
+        assert torch.equal(out.quantized, before[out.indices].permute(0, 3, 1, 2))
 
 
 def test_evaluation_takes_the_best_code_everywhere_and_changes_nothing(quantizer: Quantizer) -> None:
@@ -116,9 +116,9 @@ def test_a_module_of_another_type_computes_in_fp32_or_fp64_with_its_rounded_code
     out, out_wide = rounded(z, seed()), expected(z_wide, seed())
     assert out.quantized.dtype == out.loss.dtype == out.perturbation.dtype == wide
     assert torch.equal(out.indices, out_wide.indices)
-    if not isinstance(quantizer, RegularizedQuantizer) or quantizer.logits != "cosine":  # normalises in its type
-        assert torch.equal(out.quantized, out_wide.quantized)
-        assert torch.equal(out.loss, out_wide.loss)
+    assert torch.equal(out.quantized, out_wide.quantized)
+    assert torch.equal(out.loss, out_wide.loss)
+    assert rounded.lookup(out.indices).dtype == dtype
     (out.quantized.square().mean() + out.loss).backward()
     assert z.grad is not None
     assert z.grad.dtype == dtype
@@ -264,6 +264,7 @@ def test_reg_vq_loss_is_the_weighted_kl_of_its_scope(scope: str, groups: int) ->
         ({"tau": 0.0}, "tau must be greater than 0, got 0"),
         ({"logit_std": -1.0}, "logit_std must be greater than 0, got -1"),
         ({"prior_weight": -0.1}, "prior_weight must not be negative, got -0.1"),
+        ({"prior_weight": math.nan}, "prior_weight must not be negative, got nan"),
         ({"logits": "dot"}, "logits must be one of 'distance', 'linear', 'cosine', got 'dot'"),
         ({"mask_mode": "random"}, "mask_mode must be one of 'exact', 'bernoulli', got 'random'"),
         ({"prior_scope": "images"}, "prior_scope must be one of 'image', 'batch', 'global', got 'images'"),
@@ -346,6 +347,18 @@ def test_vq_vae_without_revival_leaves_codes_that_are_never_selected_where_they_
     assert float((fresh.embedding.weight.detach() - before)[unused].norm(dim=1).min()) < 1e-5
 
 
+@pytest.mark.parametrize(("decay", "steps", "dead_threshold"), [(0.0, 2, 0.0), (0.8, 80, 0.0), (0.8, 80, 1e-30)])
+def test_vq_vae_codes_stay_where_they_are_when_their_averages_have_faded(decay, steps, dead_threshold) -> None:
+    quantizer = EMAQuantizer(2, 1, decay=decay, dead_threshold=dead_threshold)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([[0.0], [1000.0]]))
+        quantizer.start_from_embedding()
+    z = torch.tensor([0.0, 1.0, 0.0, 1.0]).view(1, 1, 2, 2)
+    for step in range(steps):
+        quantizer(z, seed(step))
+    assert quantizer.embedding.weight.detach().view(-1).tolist() == pytest.approx([0.5, 1000], rel=1e-4)
+
+
 def test_vq_vae_keeps_codes_that_were_loaded() -> None:
     codes = torch.randn(N, D)
     quantizer = EMAQuantizer(N, D, decay=0.99)
@@ -354,6 +367,12 @@ def test_vq_vae_keeps_codes_that_were_loaded() -> None:
     # A step of the average at most (at share 60 / 60 it would be a fifth of the way), not a replacement.
     assert float((quantizer.embedding.weight.detach() - codes).norm(dim=1).max()) < 1.0
     assert float((quantizer.embedding.weight.detach() - codes).norm(dim=1).median()) < 0.1
+
+
+def test_vq_vae_averages_of_assigned_codes_have_their_type() -> None:
+    quantizer = EMAQuantizer(N, D)
+    quantizer.load_state_dict({"embedding.weight": torch.randn(N, D).double()}, strict=False, assign=True)
+    assert {value.dtype for value in quantizer.state_dict().values()} == {torch.float64}
 
 
 def test_vq_vae_takes_codes_for_loaded_only_where_they_were() -> None:
@@ -372,7 +391,7 @@ def test_vq_vae_takes_codes_for_loaded_only_where_they_were() -> None:
 
 def test_gumbel_vq_anneals_its_temperature_without_recompiling() -> None:
     torch._dynamo.reset()
-    quantizer = GumbelQuantizer(N, D, tau_start=1.0, tau_end=0.25)
+    quantizer = GumbelQuantizer(N, D, tau_start=1, tau_end=0.25)  # a whole number, as configurations write it
     compiled = torch.compile(quantizer, backend="eager", fullgraph=True)
     taus = []
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -396,10 +415,14 @@ def test_gumbel_vq_samples_every_position_as_torch_does_and_has_the_kl_of_its_so
     ("build", "arguments", "message"),
     [
         (NearestQuantizer, {"commitment": -1.0}, "commitment must not be negative, got -1.0"),
+        (NearestQuantizer, {"commitment": math.nan}, "commitment must not be negative, got nan"),
         (EMAQuantizer, {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         (EMAQuantizer, {"dead_threshold": -0.5}, "dead_threshold must not be negative, got 0.25, -0.5"),
+        (EMAQuantizer, {"dead_threshold": math.nan}, "dead_threshold must not be negative, got 0.25, nan"),
+        (EMAQuantizer, {"commitment": math.nan}, "commitment and dead_threshold must not be negative, got nan, 0.1"),
         (GumbelQuantizer, {"tau_end": 0.0}, "tau_start and tau_end must be greater than 0, got 1.0 and 0.0"),
         (GumbelQuantizer, {"kl_weight": -1.0}, "kl_weight must not be negative, got -1.0"),
+        (GumbelQuantizer, {"kl_weight": math.nan}, "kl_weight must not be negative, got nan"),
     ],
 )
 def test_baselines_refuse_bad_settings(build: type[Quantizer], arguments: dict, message: str) -> None:
