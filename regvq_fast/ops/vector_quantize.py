@@ -105,7 +105,8 @@ def vector_quantize(
         :class:`VectorQuantizeOutput`. Its posterior and perturbation are float64 where ``x`` is.
 
     Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Double backward,
-    forward-mode differentiation (its tangents are silently 0) and the transforms of torch.func are not supported.
+    forward-mode differentiation (its tangents are silently 0) and the transforms of torch.func, but for vmap with
+    impl="eager", are not supported.
 
     Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64), whatever PyTorch's float32 matmul precision: TF32
     would change indices. The gradients' products of fp32 inputs follow that setting, as any other product of a model
