@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import operator
 import os
 from typing import Literal
 
@@ -92,12 +93,16 @@ def check_scalar(name: str, value: Tensor, x: Tensor, *, floating: bool = False)
         raise ValueError(f"{name} is on {value.device} but x on {x.device}; move them to one device")
 
 
-def check_row_offset(value: int | Tensor, x: Tensor) -> None:
-    """Raise unless ``value`` is an int or a 0-dim int64 tensor on the device of ``x``."""
-    if isinstance(value, Tensor):
-        check_scalar("row_offset", value, x)
-    elif not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"row_offset must be an int or a 0-dim int64 tensor, got {value!r}")
+def whole_number(name: str, value: int, kind: str = "an int") -> int:
+    """``value`` as an int, if it is a whole number of any type, NumPy's say, that int64 holds; raise if not."""
+    if not isinstance(value, (int, torch.SymInt)):  # index() would fix a dynamic number
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be {kind}, got {value!r}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into int64, got {value}")
+    return value
 
 
 class NonFiniteError(ValueError, FloatingPointError):

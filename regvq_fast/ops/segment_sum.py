@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from regvq_fast.ops._common import Impl, check_matrix, compute_dtype, on_device_of, resolve_impl
+from regvq_fast.ops._common import Impl, check_matrix, compute_dtype, on_device_of, resolve_impl, whole_number
 
 
 def segment_counts(indices: Tensor, num_segments: int) -> Tensor:
@@ -42,6 +42,7 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
         raise ValueError(f"indices must have shape {tuple(values.shape[:1])}, a row's each, got {tuple(indices.shape)}")
     if indices.device != values.device:
         raise ValueError(f"indices are on {indices.device} but values on {values.device}; move them to one device")
+    num_segments = whole_number("num_segments", num_segments)
     if num_segments < 0:
         raise ValueError(f"num_segments must not be negative, got {num_segments}")
     chosen = resolve_impl(impl, values.device, values.dtype)

@@ -38,7 +38,8 @@ def softmax_statistics(
     Numerics: scores are multiplied in fp32, whatever PyTorch's float32 matmul precision, since small temperatures
     magnify their error; the gradients' products follow that setting.
 
-    Gradients: to ``x``, ``keys`` and ``bias``, from both. Double backward is not supported.
+    Gradients: to ``x``, ``keys`` and ``bias``, from both. Double backward, forward-mode differentiation (its
+    tangents are silently 0) and the transforms of torch.func are not supported.
 
     Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^20 scores (2^24 on CUDA;
     at least 64 rows). Plain PyTorch on every device.

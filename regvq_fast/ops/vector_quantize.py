@@ -27,16 +27,17 @@ from regvq_fast.ops._common import (
     check_like,
     check_matrix,
     check_positive,
-    check_row_offset,
     check_scalar,
     compute_dtype,
     on_device_of,
     resolve_impl,
+    whole_number,
 )
 from regvq_fast.ops.vector_quantize_eager import vector_quantize_backward_eager, vector_quantize_eager
 
 CodebookGrad = Literal["soft", "hard", "none"]
 _CODEBOOK_GRADS = ("soft", "hard", "none")
+_MAX_MASKED_ROWS = 2**31 - 1  # whose numbers the kernels order as int32
 
 
 class VectorQuantizeOutput(NamedTuple):
@@ -103,8 +104,9 @@ def vector_quantize(
     Returns:
         :class:`VectorQuantizeOutput`. Its posterior and perturbation are float64 where ``x`` is.
 
-    Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Double backward is
-    not supported.
+    Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Double backward,
+    forward-mode differentiation (its tangents are silently 0) and the transforms of torch.func, but for vmap with
+    impl="eager", are not supported.
 
     Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64), whatever PyTorch's float32 matmul precision: TF32
     would change indices. The gradients' products of fp32 inputs follow that setting, as any other product of a model
@@ -125,8 +127,16 @@ def vector_quantize(
             the device: they propagate).
         TypeError: types that don't fit.
     """
+    groups = whole_number("groups", groups)
+    if not isinstance(row_offset, Tensor):
+        row_offset = whole_number("row_offset", row_offset, "an int or a 0-dim int64 tensor")
     _check_arguments(x, codebook, weight, bias, scale, mask, seed, row_offset, tau, groups, codebook_grad)
     chosen = resolve_impl(impl, x.device, x.dtype)
+    if chosen == "triton" and mask is not None and mask.numel() > _MAX_MASKED_ROWS:
+        raise ValueError(
+            f"the kernels take at most {_MAX_MASKED_ROWS} rows with a mask, got {mask.numel()}: split them, each "
+            "part with its row_offset, or use impl='eager'"
+        )
     leaves = (x, codebook, weight, bias)
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     # What the forward may keep for the backward: the kernels' log-sum-exps, or few scores.
@@ -197,7 +207,8 @@ def _check_arguments(
             raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
     if seed is not None:
         check_scalar("seed", seed, x)
-    check_row_offset(row_offset, x)
+    if isinstance(row_offset, Tensor):
+        check_scalar("row_offset", row_offset, x)
     check_positive("scale", scale)
     if isinstance(tau, Tensor):
         check_scalar("tau", tau, x, floating=True)

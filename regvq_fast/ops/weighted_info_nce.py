@@ -53,7 +53,8 @@ def weighted_info_nce(
     Returns:
         (B, L) float32 (float64 for float64 inputs). Sum it over an image for Eq. 3, average it for Eq. 2.
 
-    Gradients: to ``query`` and ``key``. Double backward is not supported.
+    Gradients: to ``query`` and ``key``. Double backward, forward-mode differentiation (its tangents are silently 0) and
+    the transforms of torch.func are not supported.
 
     Numerics: similarities, sums and the result in fp32, whatever PyTorch's float32 matmul precision; the gradients'
     products of fp32 inputs follow that setting, as any other product of a model does. The kernels multiply the

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,9 @@ QUANTIZE = {
     ),
     "row_offset is a fraction": ({"row_offset": 1.5}, TypeError, "row_offset must be an int or .*int64.*got 1.5"),
     "row_offset is int32": ({"row_offset": torch.tensor(3).int()}, TypeError, "row_offset must be .*int32"),
+    "row_offset beyond int64": ({"row_offset": 2**63}, ValueError, f"row_offset must fit into int64, got {2**63}"),
+    "groups is a fraction": ({"groups": 2.0}, TypeError, "groups must be an int, got 2.0"),
+    "groups is None": ({"groups": None}, TypeError, "groups must be an int, got None"),
     "scale nan": ({"scale": NAN}, ValueError, "scale must be greater than 0, got nan"),
     "tau 0": ({"tau": 0.0}, ValueError, "tau must be greater than 0, got 0.0"),
     "tau negative": ({"tau": -0.5}, ValueError, "tau must be greater than 0, got -0.5"),
@@ -205,6 +209,7 @@ SUM = {
     ),
     "index too large": ({"indices": torch.tensor([0, 4, 1])}, ValueError, r"indices must be in \[0, 4\), got 0 to 4"),
     "index negative": ({"indices": torch.tensor([0, -1, 1])}, ValueError, r"indices must be in \[0, 4\), got -1 to 1"),
+    "segments are a fraction": ({"num_segments": 2.0}, TypeError, "num_segments must be an int, got 2.0"),
     "segments negative": ({"num_segments": -1}, ValueError, "num_segments must not be negative, got -1"),
     "unknown impl": ({"impl": "fast"}, ValueError, "impl must be one of .*got 'fast'"),
 }
@@ -215,6 +220,14 @@ def test_segment_sum_names_what_is_wrong(case):
     changed, error, message = SUM[case]
     with pytest.raises(error, match=message):
         segment_sum(**{"values": torch.ones(3, 2), "indices": torch.arange(3), "num_segments": 4} | changed)
+
+
+def test_whole_numbers_may_be_numpys():
+    x, codebook = torch.randn(6, 4), torch.randn(5, 4)
+    noise = {"mask": MASK, "seed": SEED}
+    given = vector_quantize(x, codebook, row_offset=np.int64(3), groups=np.int32(2), **noise)
+    assert all(map(torch.equal, given, vector_quantize(x, codebook, row_offset=3, groups=2, **noise)))
+    assert segment_sum(x, torch.arange(6), np.int64(6)).equal(x)
 
 
 def test_under_autocast_types_may_differ_but_fp64_needs_fp64():

@@ -233,3 +233,16 @@ def test_the_kernels_are_part_of_one_graph():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for value, expected in zip(gradients(compiled), gradients(step), strict=True):
         torch.testing.assert_close(value, expected)
+
+
+@needs_kernels
+def test_more_masked_rows_than_int32_numbers_are_refused():
+    few, many = (torch.empty((), device=DEVICE, dtype=dtype) for dtype in (torch.float16, torch.bool))
+    with pytest.raises(ValueError, match="at most 2147483647 rows with a mask, got 2147483648: split them"):
+        vector_quantize(
+            few.expand(2**31, 1),
+            few.expand(1, 1),
+            mask=many.expand(2**31),
+            seed=torch.tensor(1, device=DEVICE),
+            impl="triton",
+        )
