@@ -109,7 +109,7 @@ def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
     Called before the losses of the rows it saves a copy of them: backward comes to it last, and adds its gradient to
     the losses' instead of adding theirs to its own, which belongs to the decoder.
     """
-    return codes.detach() + (rows - rows.detach())
+    return rows + (codes - rows).detach()
 
 
 def draw_seed(device: torch.device) -> Tensor:
