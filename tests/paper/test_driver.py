@@ -199,7 +199,9 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_the_command_that_saves_its_work_and_end_the_driver(tmp_path, number):
     saved = tmp_path / "saved"
-    driver = f"from regvq_fast.paper.stages import _run; _run([{sys.executable!r}, '-c', {CHILD!r}, {str(saved)!r}])"
+    # Where nohup runs the tests, SIGHUP is ignored, and so it is by what they start.
+    driver = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from regvq_fast.paper.stages import _run; "
+    driver += f"_run([{sys.executable!r}, '-c', {CHILD!r}, {str(saved)!r}])"
     process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     start = time.monotonic()
