@@ -1,6 +1,5 @@
 """Metrics of trained models over a whole validation split, each with its protocol: what ``train/evaluate.py`` runs."""
 
-import dataclasses
 import platform
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, together
-from regvq_fast.sampling.images import DrawConfig, ImageSampler
+from regvq_fast.sampling.images import DRAW_SETTINGS, DrawConfig, ImageSampler
 from regvq_fast.version import __version__
 
 RESULTS = "evaluation.json"
@@ -61,8 +60,8 @@ class EvaluateConfig(DrawConfig):
     image_size: int | None = None
     """Pixels a side, where only `images` are evaluated; otherwise the tokenizer's."""
     data: Path | None = None
-    """Folder of images or of tar shards, as for train/vq.py; "scenes": the embedded scenes,
-    where nothing is there of that name.
+    """Folder of images or of tar shards, as for train/vq.py.
+    "scenes": the embedded scenes, where nothing is there of that name.
     Not given: what the run was trained on."""
     val_images: int | None = None
     """Use at most so many validation images. Not given: the whole split (of the scenes: 256)."""
@@ -114,9 +113,7 @@ def _check(config: EvaluateConfig) -> None:
     tokenizer = config.run or config.prior_run
     if config.prior_run is not None and config.images is not None:
         raise ValueError("--prior-run draws images and --images brings them: give one of the two")
-    # Speed is no setting: it may be given of any run.
-    drawing = [item.name for item in dataclasses.fields(DrawConfig) if item.name != "compile"]
-    if config.prior_run is None and (flags := changed_flags(config, drawing)):
+    if config.prior_run is None and (flags := changed_flags(config, DRAW_SETTINGS)):
         raise ValueError(f"{flags[0]} says how a prior draws: give its run with --prior-run")
     if tokenizer is None and config.images is None:
         raise ValueError("there is nothing to evaluate: give --run, --prior-run or --images")

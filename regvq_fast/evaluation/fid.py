@@ -196,16 +196,17 @@ def make_reference(
     data = describe_data(dataset) if data is None else data
     identity = {"format": _FORMAT, **data, "features": net.name, "weights": net.hash}
     file = None if cache is None else _cache_file(cache, identity)
-    found, unreadable = (None, 0) if file is None else _load(file, identity, net.num_features, device)
+    found = None if file is None else _load(file, identity, net.num_features, device)
     if any_rank(int(found is None)):  # of one mind: a rank on another machine may not see the file
         images = (batch["image"] for batch in rank_batches(dataset, batch_size, workers, device))
-        found, unreadable = statistics_of(images, net, device, progress), unreadable_images(dataset)
+        found = statistics_of(images, net, device, progress), unreadable_images(dataset)
         if file is not None and rank() == 0:
-            _save(file, identity, found, unreadable)
+            _save(file, identity, *found)
     elif progress is not None:
         progress(len(rank_share(len(dataset))))  # type: ignore[arg-type]
     assert found is not None
-    return Reference(net, found, data, device, unreadable)
+    statistics, unreadable = found
+    return Reference(net, statistics, data, device, unreadable)
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
@@ -276,22 +277,21 @@ def _text(identity: dict[str, Any]) -> str:
 
 def _load(
     file: Path, identity: dict[str, Any], num_features: int, device: torch.device | str
-) -> tuple[FeatureStatistics | None, int]:
-    """The statistics in a file of the cache, None where there are none of just that, and the number of unreadable
-    images."""
+) -> tuple[FeatureStatistics, int] | None:
+    """The statistics in a file of the cache and the number of unreadable images; None where it isn't just of that."""
     try:
         with safe_open(file, "pt") as content:
             told = content.metadata() or {}
             if told.get("identity") != _text(identity):
-                return None, 0
+                return None
             total, products = content.get_tensor("total").to(device), content.get_tensor("products").to(device)
     except (FileNotFoundError, NotADirectoryError):
-        return None, 0
+        return None
     except (OSError, SafetensorError) as error:
         logger.warning("the statistics in %s are damaged (%s) and computed anew", file, error)
-        return None, 0
+        return None
     if total.shape != (num_features,) or products.shape != (num_features, num_features):
-        return None, 0
+        return None
     return FeatureStatistics(identity["images"], total, products), int(told.get("unreadable", 0))
 
 

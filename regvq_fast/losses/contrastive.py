@@ -155,10 +155,11 @@ class ProbabilisticContrastiveLoss(nn.Module):
             return words.topk(self.num_patches, dim=1).indices
         if self.max_places is None or length <= self.max_places:
             return None
-        down = across = math.ceil(math.sqrt(length / self.max_places))
-        while math.ceil(height / down) * math.ceil(width / across) > self.max_places:
-            down = across = down + 1
-        if down >= max(height, width):  # a single place would have no negatives: two of the longer side
+        stride = math.ceil(math.sqrt(length / self.max_places))
+        while math.ceil(height / stride) * math.ceil(width / stride) > self.max_places:
+            stride += 1
+        down = across = stride
+        if stride >= max(height, width):  # a single place would have no negatives: two of the longer side
             down, across = (math.ceil(height / 2), width) if height > width else (height, math.ceil(width / 2))
         # The shift goes round the map's edge, so that it reaches every place.
         shift = row_words(seed, torch.arange(2, device=x.device), stream)

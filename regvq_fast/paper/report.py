@@ -1,7 +1,6 @@
 """Tables and figures of an experiment, from what its rows left."""
 
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -28,7 +27,7 @@ from regvq_fast.paper.experiments import (
     published_dataset,
 )
 from regvq_fast.paper.stages import Pipeline
-from regvq_fast.sampling.images import DrawConfig
+from regvq_fast.sampling.images import DRAW_SETTINGS
 
 Plan = Mapping[Row, Mapping[int, Pipeline]]
 """Of each row the pipeline of each seed."""
@@ -47,10 +46,8 @@ _NAMES = {
 }
 """Columns in their order; None: the metric's own name."""
 _SHARES = frozenset({"utilization", *_AGREEMENT})
-_SAME = (
-    *("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256"),
-    *(item.name for item in dataclasses.fields(DrawConfig) if item.name != "compile"),
-)
+_PROTOCOL = ("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256")
+_SAME = (*_PROTOCOL, *DRAW_SETTINGS)
 """What numbers that are compared must have in common."""
 
 

@@ -54,6 +54,10 @@ class DrawConfig:
     """Compile the prior's step with torch.compile: for many images."""
 
 
+DRAW_SETTINGS = tuple(item.name for item in fields(DrawConfig) if item.name != "compile")
+"""Fields that decide what is drawn: speed is none of them."""
+
+
 class ImageSampler:
     """A prior and its tokenizer, which draw images.
 
