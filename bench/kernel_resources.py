@@ -86,7 +86,7 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
                 with parts(number):
                     for masked, needs_lse in itertools.product((mask, None), (True, False)):
                         vector_quantize.vector_quantize_forward(
-                            x, codebook, None, None, masked, seed, tau, zero, 1.0, 1, needs_lse
+                            x, codebook, None, None, masked, seed, tau, tau, zero, 1, needs_lse
                         )
                     assign_codes.assign_codes_forward(x, codebook)
                     for weight in (weights, None):
@@ -94,8 +94,8 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
             with parts(2):
                 for masked, groups, linear in itertools.product((mask, None), (1, 4), (None, codebook)):
                     vector_quantize_backward.vector_quantize_backward(
-                        x, torch.zeros(groups, codes), x, codebook, linear, None, masked, seed, indices, tau, zero, lse,
-                        1.0, "hard", True, True,
+                        x, torch.zeros(groups, codes), x, codebook, linear, None, masked, seed, indices, tau, tau, zero, lse,
+                        "hard", True, True,
                     )  # fmt: skip
                 weighted_info_nce.weighted_info_nce_backward(
                     weights, query, query, weights, weights, 0.07, False, False

@@ -18,5 +18,5 @@ def assign_codes_forward(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tenso
     indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     column = column_term(codebook, False, None, -0.5)
     no_noise, no_more = (None, None, None, None), (None, None, None, None)
-    run_sweep("assign_codes", x, codebook, codebook, column, 1.0, no_noise, (None, indices, *no_more), 1)
+    run_sweep("assign_codes", x, codebook, codebook, column, 1.0, None, no_noise, (None, indices, *no_more), 1)
     return indices

@@ -69,6 +69,7 @@ def probabilities_kernel(
     seed_ptr,  # () int64, where NOISE
     row_offset_ptr,  # () int64, where NOISE
     tau_ptr,  # () floating point, where NOISE
+    scale_ptr,  # () floating point
     p_ptr,  # (rows of the chunk, N)
     shares_ptr,  # (rows of the chunk, 2, parts) fp32: shares of sum p dP and of sum p
     first_row,
@@ -101,6 +102,7 @@ def probabilities_kernel(
     if D <= BK and not GIVEN:  # tiles that stay
         x = load_rows(x_ptr, rows, inside, 0, D, BK)
         grad_quantized = load_rows(grad_quantized_ptr, rows, inside, 0, D, BK)
+    factor *= tl.load(scale_ptr).to(tl.float32)
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
     share = tl.zeros([BM], tl.float32)
     p_sum = tl.zeros([BM], tl.float32)
@@ -148,6 +150,7 @@ def grad_scores_kernel(
     order_ptr,  # (M,) int32, where NOISE
     mask_ptr,  # (M,) bool, where NOISE
     tau_ptr,  # () floating point, where NOISE
+    scale_ptr,  # () floating point
     magnitude_ptr,  # () fp32, where SCALED
     p_ptr,  # (rows of the chunk, N)
     grad_scores_ptr,  # (rows of the chunk, N): f dS, over the magnitude where SCALED
@@ -173,7 +176,7 @@ def grad_scores_kernel(
 ):
     rows, inside, stochastic = _tile_rows(order_ptr, mask_ptr, first_row, end_row, tl.program_id(0), NOISE, BM)
     buffer_row = (rows - first_row)[:, None] * num_codes  # [BM, 1]
-    row_factor = tl.full([BM], 1.0, tl.float32) * (factor / p_scale)
+    row_factor = tl.full([BM], 1.0, tl.float32) * (factor * tl.load(scale_ptr).to(tl.float32) / p_scale)
     if NOISE:
         row_factor = tl.where(stochastic, row_factor / tl.load(tau_ptr).to(tl.float32), row_factor)
     if SCALED:

@@ -142,6 +142,7 @@ def _vector_quantize_fwd_kernel(
     seed_ptr,  # () int64, where NOISE
     row_offset_ptr,  # () int64, where NOISE
     tau_ptr,  # () floating point, where NOISE
+    scale_ptr,  # () floating point, unless ASSIGN
     quantized_ptr,  # (M, D)
     indices_ptr,  # (M,) int64
     best_indices_ptr,  # (M,) int64
@@ -189,6 +190,8 @@ def _vector_quantize_fwd_kernel(
         noise_rows = rows
         inverse_t = tl.full([BM], 1.0, tl.float32)
         any_noise = False
+    if not ASSIGN:
+        factor *= tl.load(scale_ptr).to(tl.float32)
     # A tile that stays is loaded here, once for both sweeps.
     x = load_rows(x_ptr, rows, inside, 0, D, BK) if D <= BK and not GIVEN else inside
     best, best_code, top, top_code, lse_max, lse_sum = _sweep(
@@ -278,6 +281,7 @@ def run_sweep(
     codebook: torch.Tensor,
     column: torch.Tensor,
     factor: float,
+    scale: torch.Tensor | None,  # (), None for 1
     noise: tuple[torch.Tensor | None, ...],  # mask, seed, row_offset, tau
     outputs: tuple[torch.Tensor | None, ...],  # quantized, indices, best_indices, perturbation, lse, counts
     group_rows: int,
@@ -317,7 +321,7 @@ def run_sweep(
                 with without_tf32(x.device):
                     scores = product_fp32(x[start:end], keys.t())
             _vector_quantize_fwd_kernel[(triton.cdiv(end - start, tile.BM) * num_parts,)](
-                x, keys, codebook, column, scores, order, *noise, *outputs, part_values, part_indices,
+                x, keys, codebook, column, scores, order, *noise, scale, *outputs, part_values, part_indices,
                 start, end, num_rows, num_codes, part_codes, num_parts, group_rows, factor,
                 GIVEN=given, SPLIT=split, PRECISION=schedules.precision(x.dtype), **flags, **tile.options(),
             )  # fmt: skip

@@ -118,12 +118,14 @@ def order_rows(mask: torch.Tensor, window: int) -> torch.Tensor:
 def _column_kernel(
     codes_ptr,  # (N, D): the codes of distance logits
     bias_ptr,  # (N,): linear logits'; read where LINEAR and HAS_BIAS
+    scale_ptr,  # () floating point, where SCALED
     column_ptr,  # (N,) fp32
     num_codes,
     factor,
     D: tl.constexpr,
     LINEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -136,23 +138,32 @@ def _column_kernel(
             column += tl.sum(z * z, axis=1)
     elif HAS_BIAS:
         column = tl.load(bias_ptr + code, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        factor *= tl.load(scale_ptr).to(tl.float32)
     tl.store(column_ptr + code, column * factor, mask=inside)
 
 
-def column_term(codebook: torch.Tensor, linear: bool, bias: torch.Tensor | None, factor: float) -> torch.Tensor:
-    """What a code's logit has besides its product: ``factor * |z_n|^2``, linear: ``factor * b_n``; (N,) fp32."""
+def column_term(
+    codebook: torch.Tensor, linear: bool, bias: torch.Tensor | None, factor: float, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Per-code bias of the logits, (N,) fp32: ``factor * scale * |z_n|^2``, linear: ``factor * b_n``.
+
+    scale () is a tensor on the device, or None for 1; linear logits have theirs in the product alone.
+    """
     num_codes, width = codebook.shape
     column = torch.empty(num_codes, dtype=torch.float32, device=codebook.device)
     block = 32
     _column_kernel[(triton.cdiv(num_codes, block),)](
         codebook,
         codebook if bias is None else bias,
+        scale,
         column,
         num_codes,
         factor,
         D=width,
         LINEAR=linear,
         HAS_BIAS=bias is not None,
+        SCALED=scale is not None and not linear,
         BN=block,
         BK=min(128, triton.next_power_of_2(width)),
         num_warps=4,

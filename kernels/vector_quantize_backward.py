@@ -52,9 +52,9 @@ def vector_quantize_backward(
     seed: torch.Tensor | None,
     indices: torch.Tensor,
     tau: torch.Tensor,
+    scale: torch.Tensor,
     row_offset: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
     codebook_grad: str,
     needs_x: bool,
     needs_codes: bool,
@@ -81,8 +81,8 @@ def vector_quantize_backward(
     # Each chunk reads and writes the codes' gradients: as few of them as 2 KiB a code and buffer allow.
     least = schedules.MIN_CHUNK_ROWS * (1 if given or dtype == torch.float32 else 2)
     chunk = schedules.equal_chunks(num_rows, schedules.chunk_rows(num_codes, least))
-    factor = scale * (2.0 if weight is None else 1.0)
-    column = column_term(codebook, weight is not None, bias, LOG2_E * (-scale if weight is None else 1.0))
+    factor = 2.0 if weight is None else 1.0  # times the scale, which is on the device
+    column = column_term(codebook, weight is not None, bias, LOG2_E * (-1.0 if weight is None else 1.0), scale)
     group_rows = num_rows if grad_posterior is None else max(1, num_rows // grad_posterior.shape[0])
     if grad_posterior is not None:
         grad_posterior = grad_posterior.to(torch.float32).contiguous() / group_rows
@@ -90,7 +90,7 @@ def vector_quantize_backward(
     magnitude, p_scale = None, 1.0
     if dtype == torch.float16:
         p_scale = FP16_SCALE
-        magnitude = _magnitude(grad_quantized, grad_posterior, codebook, tau, factor)
+        magnitude = _magnitude(grad_quantized, grad_posterior, codebook, tau, factor * scale)
     flags = {
         "D": width,
         "NOISE": mask is not None,
@@ -120,7 +120,7 @@ def vector_quantize_backward(
         shares = x.new_empty(end - start, 2, num_parts, dtype=torch.float32)
         probabilities_kernel[(triton.cdiv(end - start, tile.BM) * num_parts,)](
             x, keys, codebook, column, grad_quantized, grad_posterior, scores, products, lse,
-            order, mask, seed, row_offset, tau, p, shares,
+            order, mask, seed, row_offset, tau, scale, p, shares,
             start, end, num_codes, part, num_parts, group_rows, factor * LOG2_E, p_scale,
             LINEAR=weight is not None, **flags, **tile.options(),
         )  # fmt: skip
@@ -141,7 +141,7 @@ def vector_quantize_backward(
         column_shares = column.new_empty(grid[0], num_codes) if needs_column else None
         grad_scores_kernel[grid](
             codebook, grad_quantized, grad_posterior, products, row_sums,
-            order, mask, tau, magnitude, p, grad_scores, column_shares,
+            order, mask, tau, scale, magnitude, p, grad_scores, column_shares,
             start, end, num_codes, part, group_rows, p_scale, factor,
             SCALED=magnitude is not None, COLUMN=needs_column, **flags, **tile.options(),
         )  # fmt: skip
@@ -195,7 +195,7 @@ def vector_quantize_backward(
         grad_codes = torch.zeros_like(codebook)
     else:
         grad_codes = (grad_lookup if lookup_factor == 1 else grad_lookup.mul_(lookup_factor)).to(dtype)
-    grad_bias = None if grad_column is None else (grad_column / factor).to(dtype)
+    grad_bias = None if grad_column is None else (grad_column / (factor * scale)).to(dtype)
     return grad_x, grad_codes, grad_keys.to(dtype), grad_bias
 
 
@@ -204,7 +204,7 @@ def _magnitude(
     grad_posterior: torch.Tensor | None,
     codebook: torch.Tensor,
     tau: torch.Tensor,
-    factor: float,
+    factor: torch.Tensor,
 ) -> torch.Tensor:
     """What f dS is divided by, () fp32, so that it fills fp16: |f dS| <= f max |dP| / t, and max |dP| from norms."""
 
@@ -215,4 +215,4 @@ def _magnitude(
     bound = largest_norm(grad_quantized) * largest_norm(codebook)
     if grad_posterior is not None:
         bound = bound + grad_posterior.abs().max()
-    return (bound / tau.to(torch.float32).clamp(max=1.0)).clamp(min=1e-20) * (factor * 2.0**-15)
+    return (bound / tau.to(torch.float32).clamp(max=1.0)).clamp(min=1e-20) * (factor.to(torch.float32) * 2.0**-15)

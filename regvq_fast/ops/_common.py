@@ -105,6 +105,13 @@ def whole_number(name: str, value: int, kind: str = "an int") -> int:
     return value
 
 
+def as_scalar(value: float | Tensor, x: Tensor) -> Tensor:
+    """Return a number as a 0-dim tensor on the device of ``x`` (fp64 if it was a float), without a gradient."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return torch.full((), value, dtype=torch.float64, device=x.device)
+
+
 class NonFiniteError(ValueError, FloatingPointError):
     """An input holds nan or inf."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from regvq_fast.ops import _common
 from regvq_fast.ops._common import (
     Impl,
+    as_scalar,
     check_finite,
     check_like,
     check_matrix,
@@ -61,7 +62,7 @@ def vector_quantize(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     mask: Tensor | None = None,
     seed: Tensor | None = None,
     row_offset: int | Tensor = 0,
@@ -86,14 +87,14 @@ def vector_quantize(
         codebook: (N, D) codes, type and device of ``x``.
         weight: (N, D) or None. None: distance logits. Given: linear logits, a predicted token distribution.
         bias: (N,) or None, with ``weight`` only.
-        scale: factor of the logits, > 0; a number, no tensor: it gets no gradient.
+        scale: factor of the logits, > 0: a float, or a 0-dim floating-point tensor on the device of ``x``, which can
+            change from call to call without recompiling. No gradient.
         mask: (...) bool or None, leading shape of ``x``: the stochastic rows. None: no row is.
         seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; draw it outside the op.
         row_offset: number of the first row in the global batch: the noise of a row depends on
             (seed, row_offset + row, code) alone. An int, or a 0-dim int64 tensor on the device of ``x``, which
             can change without recompiling.
-        tau: Gumbel-softmax temperature of the stochastic rows' gradient, > 0: a float, or a 0-dim floating-point
-            tensor on the device of ``x``, which an annealing schedule can fill without recompiling. No gradient.
+        tau: Gumbel-softmax temperature of the stochastic rows' gradient, > 0; a float or a tensor, as ``scale``.
         groups: G; consecutive groups of M / G rows have a posterior each. 1: the batch's, B: one an image.
         codebook_grad: gradient of the look-up to the codes. "soft": ``p^T dQ`` (Algorithm 1). "hard":
             ``dQ`` to the selected code (``gumbel_softmax(hard=True)`` then matmul). "none": nothing through the
@@ -123,8 +124,8 @@ def vector_quantize(
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
-            ``x``, ``codebook``, ``weight`` or ``bias``, or a ``tau`` tensor that isn't > 0 (on CUDA looking would stop
-            the device: they propagate).
+            ``x``, ``codebook``, ``weight`` or ``bias``, or a ``scale`` or ``tau`` tensor that isn't > 0 (on CUDA
+            looking would stop the device: they propagate).
         TypeError: types that don't fit.
     """
     groups = whole_number("groups", groups)
@@ -148,9 +149,9 @@ def vector_quantize(
         bias,
         None if mask is None else mask.reshape(-1),
         seed,
-        tau.detach() if isinstance(tau, Tensor) else torch.full((), tau, dtype=torch.float64, device=x.device),
+        as_scalar(tau, x),
+        as_scalar(scale, x),
         row_offset if isinstance(row_offset, Tensor) else torch.full((), row_offset, device=x.device),
-        float(scale),
         groups,
         codebook_grad,
         keeps,
@@ -171,7 +172,7 @@ def _check_arguments(
     codebook: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
     row_offset: int | Tensor,
@@ -209,11 +210,13 @@ def _check_arguments(
         check_scalar("seed", seed, x)
     if isinstance(row_offset, Tensor):
         check_scalar("row_offset", row_offset, x)
-    check_positive("scale", scale)
-    if isinstance(tau, Tensor):
-        check_scalar("tau", tau, x, floating=True)
-    else:
-        check_positive("tau", tau)
+    for name, value in (("scale", scale), ("tau", tau)):
+        if isinstance(value, Tensor):
+            check_scalar(name, value, x, floating=True)
+            if value.requires_grad:
+                raise TypeError(f"{name} gets no gradient, but it requires one: give {name}.detach()")
+        else:
+            check_positive(name, value)
     num_rows = x.numel() // max(1, x.shape[-1])
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
@@ -237,8 +240,8 @@ def _vector_quantize(
     mask: Tensor | None,
     seed: Tensor | None,
     tau: Tensor,
+    scale: Tensor,
     row_offset: Tensor,
-    scale: float,
     groups: int,
     codebook_grad: str,
     keeps: bool,
@@ -250,9 +253,10 @@ def _vector_quantize(
     for name, value in (("x", x), ("codebook", codebook), ("weight", weight), ("bias", bias)):
         if value is not None:
             check_finite(name, value)
-    if tau.device.type == "cpu":
+    if x.device.type == "cpu":
         check_positive("tau", tau.item())
-    arguments = (x, codebook, weight, bias, mask, seed, tau, row_offset, scale, groups)
+        check_positive("scale", scale.item())
+    arguments = (x, codebook, weight, bias, mask, seed, tau, scale, row_offset, groups)
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize import vector_quantize_forward
 
@@ -270,8 +274,8 @@ def _(
     mask: Tensor | None,
     seed: Tensor | None,
     tau: Tensor,
+    scale: Tensor,
     row_offset: Tensor,
-    scale: float,
     groups: int,
     codebook_grad: str,
     keeps: bool,
@@ -307,23 +311,23 @@ def _vector_quantize_backward(
     seed: Tensor | None,
     indices: Tensor,
     tau: Tensor,
+    scale: Tensor,
     row_offset: Tensor,
     kept: Tensor,
-    scale: float,
     codebook_grad: str,
     impl: str,
     needs_x: bool,
     needs_codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs."""
-    tensors = (grad_quantized, grad_posterior, x, codebook, weight, bias, mask, seed, indices, tau, row_offset)
+    tensors = (grad_quantized, grad_posterior, x, codebook, weight, bias, mask, seed, indices, tau, scale, row_offset)
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
 
         with on_device_of(x):
-            grads = vector_quantize_backward(*tensors, kept, scale, codebook_grad, needs_x, needs_codes)
+            grads = vector_quantize_backward(*tensors, kept, codebook_grad, needs_x, needs_codes)
     else:
-        grads = vector_quantize_backward_eager(*tensors, kept, scale, codebook_grad, needs_x, needs_codes)
+        grads = vector_quantize_backward_eager(*tensors, kept, codebook_grad, needs_x, needs_codes)
     grad_x, grad_codebook, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
     return grad_x, grad_codebook, grad_weight, grad_bias
 
@@ -340,9 +344,9 @@ def _(
     seed: Tensor | None,
     indices: Tensor,
     tau: Tensor,
+    scale: Tensor,
     row_offset: Tensor,
     kept: Tensor,
-    scale: float,
     codebook_grad: str,
     impl: str,
     needs_x: bool,
@@ -360,16 +364,16 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, tau, row_offset, scale, _, codebook_grad, _, impl = inputs
+    x, codebook, weight, bias, mask, seed, tau, scale, row_offset, _, codebook_grad, _, impl = inputs
     indices, kept = output[2], output[5]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau, row_offset, kept)
-    ctx.arguments = (scale, codebook_grad, impl)
+    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau, scale, row_offset, kept)
+    ctx.arguments = (codebook_grad, impl)
 
 
 def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, indices, tau, row_offset, kept = ctx.saved_tensors
+    x, codebook, weight, bias, mask, seed, indices, tau, scale, row_offset, kept = ctx.saved_tensors
     if grad_quantized is None:
         if grad_posterior is None:
             return (None,) * 13
@@ -386,6 +390,7 @@ def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyp
         seed,
         indices,
         tau,
+        scale,
         row_offset,
         kept,
         *ctx.arguments,

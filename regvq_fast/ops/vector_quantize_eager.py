@@ -20,7 +20,7 @@ class _Logits:
         codebook: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        scale: float,
+        scale: Tensor,
         dtype: torch.dtype,
     ) -> None:
         # Contiguous, as the gradients are that take their layout from here: the fake kernels promise it.
@@ -28,16 +28,16 @@ class _Logits:
         self.is_distance = weight is None
         if weight is None:  # |x|^2 is constant in a row: it drops out of argmax and softmax
             self.keys = self.codebook
-            self.factor = 2.0 * scale
+            self.factor = 2.0 * scale.to(dtype)
             self.column = self.codebook.square().sum(1).mul_(-scale)  # [N]
         else:
             self.keys = weight.to(dtype).contiguous()
-            self.factor = scale
+            self.factor = scale.to(dtype)
             self.column = self.keys.new_zeros(len(self.keys)) if bias is None else bias.to(dtype)
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
         with without_tf32(x.device):
-            return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor, out=out)  # [rows, N]
+            return torch.addmm(self.column, x * self.factor, self.keys.t(), out=out)  # [rows, N]
 
 
 def _tiles(num_rows: int, num_codes: int, device: torch.device) -> list[slice]:
@@ -76,8 +76,8 @@ def vector_quantize_eager(
     mask: Tensor | None,
     seed: Tensor | None,
     tau: Tensor,
+    scale: Tensor,
     row_offset: Tensor,
-    scale: float,
     groups: int,
     keeps_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -123,9 +123,9 @@ def vector_quantize_backward_eager(
     seed: Tensor | None,
     indices: Tensor,
     tau: Tensor,
+    scale: Tensor,
     row_offset: Tensor,
     kept: Tensor,
-    scale: float,
     codebook_grad: str,
     needs_x: bool,
     needs_codes: bool,
@@ -193,7 +193,7 @@ def vector_quantize_backward_eager(
     if codebook_grad == "hard":
         grad_lookup += segment_sum_eager(grad_quantized.to(dtype), indices, num_codes)
     if logits.is_distance:
-        grad_keys.addcmul_(grad_column.unsqueeze(1), logits.codebook, value=-logits.factor)
+        grad_keys.addcmul_((grad_column * -logits.factor).unsqueeze(1), logits.codebook)
         return grad_x, grad_keys.to(codebook.dtype), None, None
     assert weight is not None
     grad_bias = None if bias is None else grad_column.to(bias.dtype)

@@ -28,9 +28,9 @@ def features(dtype=torch.float32):
 def test_opcheck_vector_quantize(logits, mask, codebook_grad, keeps):
     inputs = make_inputs(logits, mask, 8, 5, 3, torch.float32)
     tensors = [inputs.get(name) for name in ("x", "codebook", "weight", "bias", "mask", "seed")]
-    tau = torch.tensor(0.9)
+    tau, scale = torch.tensor(0.9), torch.tensor(1.5)
     offset, kept = torch.tensor(7), torch.randn(8 if keeps else 0, 5)
-    forward = (*tensors, tau, offset, 1.5, 2, codebook_grad, keeps, "eager")
+    forward = (*tensors, tau, scale, offset, 2, codebook_grad, keeps, "eager")
     torch.library.opcheck(torch.ops.regvq.vector_quantize, forward)
     detached = [None if t is None else t.detach() for t in tensors]
     grads = torch.randn(8, 3), torch.randn(2, 5)
@@ -38,7 +38,7 @@ def test_opcheck_vector_quantize(logits, mask, codebook_grad, keeps):
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*grads, *detached, indices, tau, offset, kept, 1.5, codebook_grad, "eager", needs_x, needs_codes),
+            (*grads, *detached, indices, tau, scale, offset, kept, codebook_grad, "eager", needs_x, needs_codes),
         )
 
 
@@ -58,17 +58,17 @@ def test_opcheck_the_other_ops(dtype):
                 torch.library.opcheck(torch.ops.regvq.weighted_info_nce_backward, (*tensors, 0.07, "eager", *needs))
 
 
-def training_step(inputs, tau, groups=2):
+def training_step(inputs, tau, groups=2, scale=1.0):
     """Quantizer between ordinary PyTorch on both sides, as in a model."""
     x, codebook = inputs["x"] * 1.5, inputs["codebook"]
-    output = vector_quantize(x, codebook, mask=inputs["mask"], seed=inputs["seed"], tau=tau, groups=groups)
+    output = vector_quantize(x, codebook, mask=inputs["mask"], seed=inputs["seed"], tau=tau, groups=groups, scale=scale)
     prior = (output.posterior * output.posterior.clamp(min=1e-9).log()).sum()
     contrast = weighted_info_nce(x.unflatten(0, (2, -1)), output.quantized.unflatten(0, (2, -1)))
     return output.quantized.square().sum() + prior + contrast.sum(), output.indices, assign_codes(x, codebook)
 
 
-def step_and_gradients(step, inputs, tau):
-    loss, *indices = step(inputs, tau)
+def step_and_gradients(step, inputs, tau, scale=1.0):
+    loss, *indices = step(inputs, tau, scale=scale)
     return [loss.detach(), *torch.autograd.grad(loss, (inputs["x"], inputs["codebook"])), *indices]
 
 
@@ -89,16 +89,16 @@ def test_inductor_compiles_a_whole_training_step_and_agrees_with_eager():
     assert_close(step_and_gradients(compiled, transposed, tau), step_and_gradients(training_step, inputs, tau))
 
 
-def test_neither_tau_nor_the_seed_nor_the_number_of_rows_recompiles():
+def test_neither_tau_nor_scale_nor_the_seed_nor_the_number_of_rows_recompiles():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(training_step, fullgraph=True, backend=counter)
     for num_rows, tau, seed in ((20, 0.9, 3), (20, 0.5, 4), (34, 0.4, 5), (48, 0.3, 6)):
         inputs = make_inputs(num_rows=num_rows, dtype=torch.float32) | {"seed": torch.tensor(seed)}
         for name in ("x", "mask"):
             torch._dynamo.mark_dynamic(inputs[name], 0)
-        temperature = torch.tensor(tau)
-        results = step_and_gradients(compiled, inputs, temperature)
-        assert_close(results, step_and_gradients(training_step, inputs, temperature))
+        values = torch.tensor(tau), torch.tensor(2 * tau)
+        results = step_and_gradients(compiled, inputs, *values)
+        assert_close(results, step_and_gradients(training_step, inputs, *values))
     assert counter.frame_count == 1
 
 

@@ -79,8 +79,10 @@ QUANTIZE = {
     "scale trains": (
         {"scale": torch.nn.Parameter(torch.tensor(2.0))},
         TypeError,
-        "scale must be a number, since it gets no gradient, got a Parameter",
+        "scale gets no gradient",
     ),
+    "scale tensor 0": ({"scale": torch.tensor(0.0)}, ValueError, "scale must be greater than 0, got 0"),
+    "tau trains": ({"tau": torch.nn.Parameter(torch.tensor(0.5))}, TypeError, "tau gets no gradient"),
     "row_offset is a fraction": ({"row_offset": 1.5}, TypeError, "row_offset must be an int or .*int64.*got 1.5"),
     "row_offset is int32": ({"row_offset": torch.tensor(3).int()}, TypeError, "row_offset must be .*int32"),
     "row_offset beyond int64": ({"row_offset": 2**63}, ValueError, f"row_offset must fit into int64, got {2**63}"),

@@ -84,6 +84,8 @@ def test_the_smallest_of_identical_codes_wins(logits, mask, codes_of_a_part, sch
     """Within a tile, across tiles and across parts; where there is noise, with logits so huge that it drowns."""
     parts = set_parts(monkeypatch, codes_of_a_part)
     inputs = frozen(make_inputs(logits, mask, 70, 50, 8, torch.float32))
+    for name in {"x", "codebook", "weight", "bias"} & inputs.keys():
+        inputs[name] = torch.round(8 * inputs[name]) / 8  # sums are exact, in any order
     codes = torch.randint(50, (300,), generator=torch.Generator().manual_seed(0))
     inputs |= {name: inputs[name][codes] for name in ("codebook", "weight", "bias") if name in inputs}
     scale = 1e12 if mask == "all" else 1.0
@@ -105,8 +107,8 @@ def test_a_row_of_nan_disturbs_no_other_and_gets_a_code_that_exists(schedule):
     inputs["mask"][3:5] = torch.tensor([True, False])
     broken = inputs["x"].clone()
     broken[3:5] = torch.nan
-    tau, row_offset = torch.tensor(0.9, device=DEVICE), torch.tensor(0, device=DEVICE)
-    arguments = (inputs["codebook"], None, None, inputs["mask"], inputs["seed"], tau, row_offset, 1.0, 1, True)
+    tau, scale, row_offset = (torch.tensor(value, device=DEVICE) for value in (0.9, 1.0, 0))
+    arguments = (inputs["codebook"], None, None, inputs["mask"], inputs["seed"], tau, scale, row_offset, 1, True)
     with kernels(schedule):
         expected, results = (vector_quantize_forward(x, *arguments) for x in (inputs["x"], broken))
     others = torch.arange(40, device=DEVICE).sub(3.5).abs() > 1
@@ -205,8 +207,8 @@ def test_opcheck():
     inputs = make_inputs("linear with bias", "random", 8, 5, 3, torch.float32)
     inputs = {name: value.detach().to(DEVICE).requires_grad_(value.requires_grad) for name, value in inputs.items()}
     tensors = [inputs[name] for name in ("x", "codebook", "weight", "bias", "mask", "seed")]
-    tau, offset = torch.tensor(0.9, device=DEVICE), torch.tensor(7, device=DEVICE)
-    forward = (*tensors, tau, offset, 1.5, 2, "hard", True, "triton")
+    tau, scale, offset = (torch.tensor(value, device=DEVICE) for value in (0.9, 1.5, 7))
+    forward = (*tensors, tau, scale, offset, 2, "hard", True, "triton")
     torch.library.opcheck(torch.ops.regvq.vector_quantize, forward)
     detached = [value.detach() for value in tensors]
     _, _, indices, _, _, lse = torch.ops.regvq.vector_quantize(*detached, *forward[6:])
@@ -214,7 +216,7 @@ def test_opcheck():
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*grads, *detached, indices, tau, offset, lse, 1.5, "hard", "triton", needs_x, needs_codes),
+            (*grads, *detached, indices, tau, scale, offset, lse, "hard", "triton", needs_x, needs_codes),
         )
 
 
