@@ -94,8 +94,8 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
             with parts(2):
                 for masked, groups, linear in itertools.product((mask, None), (1, 4), (None, codebook)):
                     vector_quantize_backward.vector_quantize_backward(
-                        x, torch.zeros(groups, codes), x, codebook, linear, None, masked, seed, indices, tau, tau, zero, lse,
-                        "hard", True, True,
+                        x, torch.zeros(groups, codes), x, codebook, linear, None, masked, seed, indices, tau, tau,
+                        zero, lse, "hard", True, True,
                     )  # fmt: skip
                 weighted_info_nce.weighted_info_nce_backward(
                     weights, query, query, weights, weights, 0.07, False, False

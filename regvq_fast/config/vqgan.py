@@ -71,12 +71,12 @@ class QuantizerConfig:
     """Size of the codebook, N."""
     code_dim: int = 32
     """Channels of a code, D."""
-    logits: Literal["distance", "linear", "cosine"] = "distance"
-    """reg-vq: what scores a code."""
-    logit_std: float = 4.0
-    """reg-vq: standard deviation of the untrained logits over the codes; the Gumbel noise's is 1.28."""
+    logits: Literal["cosine", "distance", "linear"] = "cosine"
+    """reg-vq: distance of normalised latents and codes, of both as they are, or a predicted distribution (paper)."""
+    perturbed: float = 0.6
+    """reg-vq: fraction of stochastic positions that take another code; the logit scale is held to it."""
     mask_ratio: float = 0.4
-    """reg-vq: share of positions that are selected with noise."""
+    """reg-vq: fraction of positions that are selected with noise."""
     mask_mode: Literal["exact", "bernoulli"] = "exact"
     """reg-vq: exactly that share of every image, or each position with that probability."""
     tau: float = 0.9

@@ -191,10 +191,7 @@ def describe_quantizer(quantizer: "Quantizer") -> dict[str, Any]:
     if _quantizers().get(kind) is not type(quantizer):
         raise ValueError(f"only this library's quantizers can be described in {CONFIG}, not {type(quantizer)}")
     names = inspect.signature(type(quantizer)).parameters
-    arguments = {name: getattr(quantizer, name) for name in names if name != "logit_std"}
-    if "logit_std" in names:  # it decides the initial codes, which the weights replace, and the scale
-        arguments["scale"] = quantizer.scale
-    return {"type": kind, **arguments}
+    return {"type": kind, **{name: getattr(quantizer, name) for name in names}}
 
 
 def restore_quantizer(description: Mapping[str, Any]) -> "Quantizer":
@@ -203,12 +200,7 @@ def restore_quantizer(description: Mapping[str, Any]) -> "Quantizer":
     Raises:
         ValueError: not such a description.
     """
-    arguments = dict(description)
-    scale = arguments.pop("scale", None)
-    quantizer = restore("quantizer", _quantizers(), arguments)
-    if scale is not None:
-        quantizer.scale = scale
-    return quantizer
+    return restore("quantizer", _quantizers(), description)
 
 
 def _quantizers() -> dict[str, type["Quantizer"]]:

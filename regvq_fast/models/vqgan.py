@@ -231,22 +231,13 @@ class VQGAN(Model):
         return VQGANOutput(self.decoder.conv_out(features), features.detach(), quantizer)
 
     @torch.no_grad()
-    def standardize_latents(self, images: Tensor) -> None:
-        """Rescale `quant_conv` so that the latents of these images have mean 0 and variance 1 in every channel.
-
-        A data-dependent initialisation (Salimans and Kingma, 2016) for quantizers whose logits count on it; a fresh
-        encoder's latents are many times smaller, and Gumbel noise would drown their logits.
+    def initialize_quantizer(self, images: Tensor) -> None:
+        """Fit the quantizer of a new model to the model's latents of these images, where it needs such a start.
 
         Raises:
             ValueError: a single position in all; otherwise as `encode`.
         """
-        latents = self.encode(images).float()
-        if latents[:, 0].numel() < 2:
-            raise ValueError(f"one latent has no variance: give more or larger images than {tuple(images.shape)}")
-        std, mean = torch.std_mean(latents, dim=(0, 2, 3))
-        std = std.clamp(min=1e-6)
-        self.quant_conv.weight.div_(std.view(-1, 1, 1, 1))
-        self.quant_conv.bias.sub_(mean).div_(std)  # type: ignore[union-attr]
+        self.quantize.initialize(self.encode(images))
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:

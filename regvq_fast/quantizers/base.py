@@ -28,9 +28,6 @@ class QuantizerOutput(NamedTuple):
 class Quantizer(nn.Module):
     """A codebook of ``num_codes`` codes of ``code_dim`` channels; subclasses define ``forward``."""
 
-    expects_unit_variance = False
-    """Whether a fresh quantizer counts on encoder outputs of mean 0 and variance 1 in every channel."""
-
     def __init__(self, num_codes: int, code_dim: int) -> None:
         super().__init__()
         if num_codes < 1 or code_dim < 1:
@@ -52,6 +49,9 @@ class Quantizer(nn.Module):
             ValueError: maps of another shape, or none; on a CPU nan or inf in them.
         """
         raise NotImplementedError
+
+    def initialize(self, z: Tensor) -> None:
+        """Fit a new quantizer to the first latents (B, D, H, W) of a new encoder; some need no such start."""
 
     def codes(self) -> Tensor:
         """(N, D) the codes that indices stand for."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from regvq_fast.ops import softmax_statistics, vector_quantize
 from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, wide
+from regvq_fast.quantizers.statistics import softmax_of_some_rows
 
 
 class GumbelQuantizer(Quantizer):
@@ -72,6 +73,10 @@ class GumbelQuantizer(Quantizer):
                 entropy, _ = softmax_statistics(rows, weight, bias)
                 kl = math.log(self.num_codes) - entropy
                 loss, metrics["kl"] = self.kl_weight * kl, kl.detach()
+            if self.training:
+                some = rows.detach().unflatten(0, (z.shape[0], -1))
+                metrics["entropy"], metrics["largest_p"] = softmax_of_some_rows(some, weight.detach(), bias.detach())
+                metrics["perturbed"] = (out.indices != out.best_indices).float().mean()
             return QuantizerOutput(
                 self._to_maps(out.quantized, z),
                 self._to_maps(out.indices, z),

@@ -12,30 +12,45 @@ from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.vector_quantize import CodebookGrad
 from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, wide
 from regvq_fast.quantizers.mask import MaskMode, stochastic_mask
+from regvq_fast.quantizers.statistics import softmax_of_some_rows
+from regvq_fast.ranks import mean_over_ranks
 
-LogitKind = Literal["distance", "linear", "cosine"]
+LogitKind = Literal["cosine", "distance", "linear"]
+
+_RATE = 0.1
+"""Change of the log of the scale in a step, over the error of the perturbed fraction."""
+_MAX_LOG_SCALE = 30.0
+"""Where degenerate logits (equal codes) would take the scale out of fp32's range."""
+_JITTER = 0.1
+"""Standard deviation, in each channel, of what is added to the latents that become codes, which have 1."""
+_FITTED_ROWS = 512
+"""Latents that the first scale is fitted to."""
 
 
 class RegularizedQuantizer(Quantizer):
     """Stochastic-mask quantization with a straight-through softmax gradient and a prior-distribution regularizer.
 
-    A fresh quantizer must neither pick codes at random nor ignore its noise, whatever its logits. So one number sets
-    the scale of all three kinds: ``logit_std``, the standard deviation over the codes of a fresh row's logits, to be
-    read against the Gumbel noise's own 1.28. It counts on encoder outputs of unit variance, which
-    ``VQGAN.standardize_latents`` gives a fresh model. All codes start on one sphere, so that none is the nearest of
-    every row:
+    How much the noise changes depends on the scale of the logits, and what scale is right changes with the codebook's
+    size and while the encoder learns. So the scale is no setting: it is a buffer that a slow controller moves in every
+    training step, such that noise would give a fraction ``perturbed`` of the rows another code than their best one. A
+    row sampled from ``p = softmax(s)`` takes another code with probability ``1 - max p``, which is measured on a few
+    rows of every image; the mask and the noise itself play no part in it.
 
-    - "distance" (default): ``-scale |x - z|^2``, codes of norm sqrt(D), ``scale = logit_std / (2 sqrt(D))``;
-    - "linear": ``x . w + b``, w ~ N(0, logit_std^2 / D), a predicted token distribution beside the codebook;
-    - "cosine": the same for x and z of length 1, so ``2 scale cos(x, z)`` and a constant,
-      ``scale = logit_std sqrt(D) / 2``; the codes are the normalised embeddings.
+    - "cosine" (default): ``-scale |x - z|^2`` of latents and codes that are divided by their root mean square, so that
+      each has length sqrt(D);
+    - "distance": the same of latents and codes as they are;
+    - "linear": ``scale (x . w + b)``, a predicted token distribution beside the codebook, as in the paper.
+
+    Call :meth:`initialize` once on a new model: it makes codes of latents. Without it the codes start at random, in
+    directions that latents don't have, and distances between them say little about images.
 
     Args:
         num_codes: N.
         code_dim: D.
-        logits: "distance", "linear" or "cosine".
-        logit_std: see above.
-        mask_ratio: share of stochastic positions in training.
+        logits: "cosine", "distance" or "linear".
+        perturbed: fraction of stochastic rows that take another code than their best one, in (0, 1); of few codes at
+            most three quarters of 1 - 1 / N, what uniform selection gives.
+        mask_ratio: fraction of stochastic positions in training.
         mask_mode: "exact" (floor(ratio * H * W) an image) or "bernoulli".
         tau: Gumbel-softmax temperature of the stochastic rows' gradient.
         prior_weight: weight of the KL divergence between posterior and uniform prior, per nat.
@@ -46,15 +61,17 @@ class RegularizedQuantizer(Quantizer):
         ValueError: a setting that is out of range, or none of the known ones.
     """
 
-    expects_unit_variance = True
+    log_scale: Tensor
+    shift: Tensor
+    gain: Tensor
 
     def __init__(
         self,
         num_codes: int,
         code_dim: int,
         *,
-        logits: LogitKind = "distance",
-        logit_std: float = 4.0,
+        logits: LogitKind = "cosine",
+        perturbed: float = 0.6,
         mask_ratio: float = 0.4,
         mask_mode: MaskMode = "exact",
         tau: float = 0.9,
@@ -72,45 +89,100 @@ class RegularizedQuantizer(Quantizer):
         for name, (choice, known) in choices.items():
             if choice not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
+        if not 0 < perturbed < 1:
+            raise ValueError(f"perturbed must be between 0 and 1, got {perturbed}")
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
-        for name, value in (("tau", tau), ("logit_std", logit_std)):
-            if not value > 0:
-                raise ValueError(f"{name} must be greater than 0, got {value}")
+        if not tau > 0:
+            raise ValueError(f"tau must be greater than 0, got {tau}")
         if not prior_weight >= 0:
             raise ValueError(f"prior_weight must not be negative, got {prior_weight}")
-        self.logits = logits
+        self.logits, self.perturbed = logits, perturbed
         self.mask_ratio, self.mask_mode, self.tau = mask_ratio, mask_mode, tau
         self.prior_weight, self.prior_scope = prior_weight, prior_scope
         self.codebook_grad = codebook_grad
-        with torch.no_grad():
-            self.embedding.weight.copy_(math.sqrt(code_dim) * F.normalize(self.embedding.weight, dim=1))
-        if logits == "distance":
-            self.scale = logit_std / (2 * math.sqrt(code_dim))
-        elif logits == "cosine":
-            self.scale = logit_std * math.sqrt(code_dim) / 2
-        else:
-            self.scale = 1.0
+        self._target = min(perturbed, 0.75 * (1 - 1 / num_codes))
+        if logits == "linear":
             self.proj = nn.Linear(code_dim, num_codes)
-            nn.init.normal_(self.proj.weight, std=logit_std / math.sqrt(code_dim))
-            nn.init.zeros_(self.proj.bias)
+        self._set_codes(torch.randn(num_codes, code_dim))
+        # Logits of a standard deviation of 4 over random codes, to start from.
+        self.register_buffer("log_scale", torch.tensor(math.log(4 if logits == "linear" else 2 / math.sqrt(code_dim))))
+        self.register_buffer("shift", torch.zeros(code_dim))
+        self.register_buffer("gain", torch.ones(code_dim))
+
+    @torch.no_grad()
+    def _set_codes(self, directions: Tensor) -> None:
+        """Let codes (N, D), and with linear logits their weights, have these directions.
+
+        Adam moves a code by the learning rate in each channel, whatever its length: cosines see an embedding of length
+        1 turn sqrt(D) times as fast as one of length sqrt(D).
+        """
+        directions = F.normalize(directions, dim=1)
+        length = 1.0 if self.logits == "cosine" else math.sqrt(self.code_dim)
+        self.embedding.weight.copy_(length * directions)
+        if self.logits == "linear":  # the best code is the nearest one, until they have learned otherwise
+            self.proj.weight.copy_(directions)
+            self.proj.bias.zero_()
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor) -> None:
+        """Fit a new quantizer to latents (B, D, H, W) of an encoder that is new itself.
+
+        Their channels get mean 0 and variance 1 by a fixed shift and gain, codes become latents chosen at random
+        (PyTorch's global generator of the CPU) with a little noise, and the scale that at which the noise perturbs as
+        many rows as it should.
+
+        Raises:
+            ValueError: a single position, which has no variance; otherwise as :meth:`forward`.
+        """
+        rows = self._to_rows(z)
+        if len(rows) < 2:
+            raise ValueError(f"one latent has no variance: give more than there are in {tuple(z.shape)}")
+        std, mean = torch.std_mean(rows, dim=0)
+        self.shift.copy_(mean)
+        self.gain.copy_(1 / std.clamp(min=1e-6))
+        rows = self._standardized(rows)
+        # Half of the latents become codes, each as often as it takes; the others don't have a code of their own.
+        order = torch.randperm(len(rows)).to(rows.device)
+        half, others = order[: len(rows) // 2], order[len(rows) // 2 :][:_FITTED_ROWS]
+        chosen = rows[half.repeat(-(-self.num_codes // len(half)))[: self.num_codes]]
+        self._set_codes(chosen + _JITTER * torch.randn(chosen.shape).to(rows))
+        low, high = -_MAX_LOG_SCALE, _MAX_LOG_SCALE
+        for _ in range(40):  # 1 - max p falls with the scale
+            self.log_scale.fill_((low + high) / 2)
+            _, largest = softmax_of_some_rows(rows[others], *self._linear_form())
+            low, high = ((low + high) / 2, high) if 1 - largest > self._target else (low, (low + high) / 2)
+
+    def _standardized(self, rows: Tensor) -> Tensor:
+        """Rows (M, D) as the logits take them."""
+        rows = (rows - wide(self.shift)) * wide(self.gain)
+        return _root_mean_square_norm(rows) if self.logits == "cosine" else rows
 
     def codes(self) -> Tensor:
-        return F.normalize(wide(self.embedding.weight), dim=1) if self.logits == "cosine" else self.embedding.weight
+        return _root_mean_square_norm(wide(self.embedding.weight)) if self.logits == "cosine" else self.embedding.weight
+
+    def _scale(self) -> Tensor:
+        return wide(self.log_scale).exp()
+
+    def _linear_form(self) -> tuple[Tensor, Tensor]:
+        """Weight (N, D) and bias (N,) of the logits as a linear map, up to a constant of each row; no gradient."""
+        scale = self._scale()
+        if self.logits == "linear":
+            return wide(self.proj.weight.detach()) * scale, wide(self.proj.bias.detach()) * scale
+        codes = wide(self.codes().detach())
+        return 2 * scale * codes, -scale * codes.square().sum(1)
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._to_rows(z)
+            rows = self._standardized(self._to_rows(z))
             batch, _, height, width = z.shape
-            if self.logits == "cosine":
-                rows = F.normalize(rows, dim=1)
             mask = None
             if self.training and self.mask_ratio > 0:
                 seed = draw_seed(z.device) if seed is None else seed
                 mask = stochastic_mask(
                     batch, height * width, self.mask_ratio, seed, mode=self.mask_mode, row_offset=row_offset
                 )
-            linear = self.logits == "linear"
+            linear, scale = self.logits == "linear", self._scale()
             # Only in training do all ranks come here together.
             scope = "batch" if self.prior_scope == "global" and not self.training else self.prior_scope
             groups = posterior_groups(scope, batch)
@@ -118,8 +190,8 @@ class RegularizedQuantizer(Quantizer):
                 rows,
                 wide(self.codes()),
                 weight=wide(self.proj.weight) if linear else None,
-                bias=wide(self.proj.bias) if linear else None,
-                scale=self.scale,
+                bias=wide(self.proj.bias) * scale if linear else None,
+                scale=scale,
                 mask=mask,
                 seed=seed,
                 row_offset=row_offset,
@@ -128,21 +200,40 @@ class RegularizedQuantizer(Quantizer):
                 codebook_grad=self.codebook_grad,
             )
             posterior, ranks = scoped_posterior(out.posterior, scope)
-            kl = prior_kl(posterior, len(rows) // groups * ranks)
+            kl = prior_kl(posterior, rows.shape[0] // groups * ranks)
+            metrics = {"kl": kl.detach()}
             if mask is None:
                 mask = torch.zeros_like(out.indices, dtype=torch.bool)
-            perturbed = (out.indices != out.best_indices).float().sum() / mask.sum().clamp(min=1)
+            if self.training:
+                metrics |= self._control(rows.detach().unflatten(0, (batch, -1)))
+                moved = (out.indices != out.best_indices).sum()
+                metrics["perturbed"] = moved / mask.sum().clamp(min=1)
             return QuantizerOutput(
                 self._to_maps(out.quantized, z),
                 self._to_maps(out.indices, z),
                 self.prior_weight * kl,
-                {"kl": kl.detach(), "perturbed": perturbed},
+                metrics,
                 self._to_maps(out.perturbation, z),
                 self._to_maps(mask, z),
             )
 
+    @torch.no_grad()
+    def _control(self, rows: Tensor) -> dict[str, Tensor]:
+        """Move the scale by what the softmax of these rows (B, H*W, D) is off its target; return what was found."""
+        entropy, largest = softmax_of_some_rows(rows, *self._linear_form())
+        found = {"entropy": entropy, "largest_p": largest, "logit_scale": self._scale()}
+        error = 1 - mean_over_ranks(largest) - self._target
+        self.log_scale.add_(_RATE * error).clamp_(-_MAX_LOG_SCALE, _MAX_LOG_SCALE)
+        return found
+
     def extra_repr(self) -> str:
         return (
-            f"{super().extra_repr()}, logits={self.logits!r}, scale={self.scale:.4g}, mask_ratio={self.mask_ratio}, "
-            f"tau={self.tau}, prior_weight={self.prior_weight}, prior_scope={self.prior_scope!r}"
+            f"{super().extra_repr()}, logits={self.logits!r}, perturbed={self.perturbed}, "
+            f"mask_ratio={self.mask_ratio}, tau={self.tau}, prior_weight={self.prior_weight}, "
+            f"prior_scope={self.prior_scope!r}"
         )
+
+
+def _root_mean_square_norm(rows: Tensor) -> Tensor:
+    """Rows (M, D) divided by their root mean square: of length sqrt(D)."""
+    return math.sqrt(rows.shape[1]) * F.normalize(rows, dim=1)

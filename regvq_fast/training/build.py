@@ -27,7 +27,7 @@ def build_quantizer(config: QuantizerConfig) -> Quantizer:
         config.num_codes,
         config.code_dim,
         logits=config.logits,
-        logit_std=config.logit_std,
+        perturbed=config.perturbed,
         mask_ratio=config.mask_ratio,
         mask_mode=config.mask_mode,
         tau=config.tau,

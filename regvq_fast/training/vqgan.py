@@ -60,8 +60,7 @@ class VQGANTask(Task[VQGANConfig]):
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         self.discriminator = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         first = self.first_samples("image")
-        if self.model.quantize.expects_unit_variance:
-            self.model.standardize_latents(to_float(first.to(device)))
+        self.model.initialize_quantizer(to_float(first.to(device)))
         reconstruction_loss, self.facts = build_reconstruction_loss(config.loss)
         self.reconstruction_loss = reconstruction_loss.to(  # type: ignore[call-overload]
             device, memory_format=torch.channels_last

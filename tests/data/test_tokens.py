@@ -278,7 +278,7 @@ def tiny_vqgan() -> VQGAN:
     quantizer = NearestQuantizer(32, 4)
     model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
     scenes = ScenesDataset("train", 16)
-    model.standardize_latents(collate([scenes[k] for k in range(8)])["image"] / 127.5 - 1)
+    model.initialize_quantizer(collate([scenes[k] for k in range(8)])["image"] / 127.5 - 1)
     torch.nn.init.normal_(quantizer.embedding.weight)
     return model
 

@@ -49,7 +49,7 @@ def make_tokenizer(seed: int = 0, num_codes: int = CODES) -> VQGAN:
     torch.manual_seed(seed)
     quantizer = NearestQuantizer(num_codes, 4)
     model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
-    model.standardize_latents(to_float(val_batch(8)["image"]))
+    model.initialize_quantizer(to_float(val_batch(8)["image"]))
     nn.init.normal_(quantizer.embedding.weight)
     return model.eval()
 

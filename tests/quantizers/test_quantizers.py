@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from regvq_fast.losses.prior import prior_kl
-from regvq_fast.ops import vector_quantize
 from regvq_fast.quantizers import (
     EMAQuantizer,
     GumbelQuantizer,
@@ -23,7 +22,7 @@ N, D = 24, 8
 BUILDERS = {
     "reg-vq": lambda: RegularizedQuantizer(N, D),
     "reg-vq-linear": lambda: RegularizedQuantizer(N, D, logits="linear"),
-    "reg-vq-cosine": lambda: RegularizedQuantizer(N, D, logits="cosine"),
+    "reg-vq-distance": lambda: RegularizedQuantizer(N, D, logits="distance"),
     "gumbel-vq": lambda: GumbelQuantizer(N, D),
     "vq-gan": lambda: NearestQuantizer(N, D),
     "vq-vae": lambda: EMAQuantizer(N, D),
@@ -205,40 +204,123 @@ def test_every_position_is_masked_equally_often() -> None:
 def test_reg_vq_split_over_ranks_selects_the_same_codes() -> None:
     quantizer = RegularizedQuantizer(N, D)
     z = maps(batch=4)
-    whole = quantizer(z, seed())
-    halves = [quantizer(z[:2], seed()), quantizer(z[2:], seed(), 2 * 20)]
+    whole = copy.deepcopy(quantizer)(z, seed())
+    halves = [copy.deepcopy(quantizer)(z[k : k + 2], seed(), k * 20) for k in (0, 2)]
     assert torch.equal(whole.indices, torch.cat([h.indices for h in halves]))
 
 
-@pytest.mark.parametrize("logits", ["distance", "linear", "cosine"])
-@pytest.mark.parametrize(("num_codes", "code_dim"), [(64, 8), (256, 32), (1024, 256), (8192, 64), (8192, 256)])
-def test_fresh_reg_vq_neither_samples_at_random_nor_ignores_its_noise(
-    logits: str, num_codes: int, code_dim: int
-) -> None:
+LOGITS = ["cosine", "distance", "linear"]
+
+
+def latents(code_dim: int, batch: int = 4, seed: int = 0) -> Tensor:
+    """Maps as a new encoder makes them: small, off the origin, of far fewer directions than channels."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(6, code_dim, generator=torch.Generator().manual_seed(9))
+    values = torch.randn(batch, 8, 8, 6, generator=generator) @ directions
+    return (0.1 * values + 0.3).permute(0, 3, 1, 2)
+
+
+def scores_of(quantizer: RegularizedQuantizer, z: Tensor) -> Tensor:
+    """(M, N), by the definition of each kind of logits."""
+    rows = (quantizer._to_rows(z) - quantizer.shift) * quantizer.gain
+    scale = quantizer.log_scale.exp()
+    if quantizer.logits == "linear":
+        return scale * quantizer.proj(rows)
+    if quantizer.logits == "cosine":
+        rows = rows / rows.square().mean(1, keepdim=True).sqrt()
+    return -scale * torch.cdist(rows, quantizer.codes()).square()
+
+
+@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize(("num_codes", "code_dim"), [(64, 8), (256, 32), (1024, 256), (8192, 64), (16384, 8)])
+def test_noise_moves_as_many_rows_of_a_new_quantizer_as_it_should(logits: str, num_codes: int, code_dim: int) -> None:
     torch.manual_seed(0)
     quantizer = RegularizedQuantizer(num_codes, code_dim, logits=logits, mask_ratio=1.0)
-    z = torch.randn(4, code_dim, 8, 8)
+    quantizer.initialize(latents(code_dim))
+    z = latents(code_dim, seed=1)
     out = quantizer(z, seed())
-    assert 0.2 < float(out.metrics["perturbed"]) < 0.95
-    # Random codes would lie at rank N/2 of the row's logits on average; sampled ones lie near the top.
-    rows = quantizer._to_rows(z)
-    rows = torch.nn.functional.normalize(rows, dim=1) if logits == "cosine" else rows
-    scores = quantizer.proj(rows) if logits == "linear" else rows @ quantizer.codes().t()
-    rank = (scores > scores.gather(1, out.indices.view(-1, 1))).float().sum(1)
-    assert float(rank.mean()) < 0.1 * num_codes
+    assert 0.45 < float(out.metrics["perturbed"]) < 0.75
+    # What a row that is sampled moves by is far below the distance of two random codes.
+    codes = quantizer.codes().detach()
+    between = 2 * (codes - codes.mean(0)).square().sum(1).mean()
+    assert float(out.perturbation.mean() / between) < 0.5
 
 
-@pytest.mark.parametrize("logits", ["distance", "linear", "cosine"])
-def test_fresh_logits_spread_as_logit_std_says(logits: str) -> None:
+@pytest.mark.parametrize("logits", LOGITS)
+def test_metrics_are_those_of_the_softmax_of_the_scores(logits: str) -> None:
     torch.manual_seed(0)
-    quantizer = RegularizedQuantizer(1024, 64, logits=logits, logit_std=3.0)
-    rows = torch.randn(256, 64)
-    if logits == "linear":
-        scores = quantizer.scale * quantizer.proj(rows)
-    else:
-        rows = torch.nn.functional.normalize(rows, dim=1) if logits == "cosine" else rows
-        scores = -quantizer.scale * torch.cdist(rows, quantizer.codes()).square()
-    assert float(scores.detach().std(1).mean()) == pytest.approx(3.0, rel=0.05)
+    quantizer = RegularizedQuantizer(40, 16, logits=logits)
+    quantizer.initialize(latents(16))
+    z = latents(16, seed=1)[:, :, :2, :4]  # eight positions an image: all of them are looked at
+    p = scores_of(quantizer, z).detach().softmax(1)
+    scale = quantizer.log_scale.exp().item()
+    metrics = quantizer(z, seed()).metrics
+    torch.testing.assert_close(metrics["largest_p"], p.amax(1).mean())
+    torch.testing.assert_close(metrics["entropy"], -(p * p.log()).sum(1).mean())
+    assert metrics["logit_scale"].item() == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize("factor", [0.02, 50.0])
+def test_the_scale_finds_back_to_where_noise_means_something(logits: str, factor: float) -> None:
+    """Whatever an encoder does to its latents."""
+    torch.manual_seed(0)
+    quantizer = RegularizedQuantizer(128, 16, logits=logits)
+    quantizer.initialize(latents(16))
+    quantizer.log_scale.add_(math.log(factor))
+    z = latents(16, seed=1)
+    before = float(quantizer(z, seed()).metrics["largest_p"])
+    assert abs(1 - before - 0.6) > 0.2
+    for step in range(200):
+        metrics = quantizer(z, seed(step)).metrics
+    assert 1 - float(metrics["largest_p"]) == pytest.approx(0.6, abs=0.02)
+    assert float(metrics["perturbed"]) == pytest.approx(0.6, abs=0.15)
+
+
+def test_the_scale_stands_still_in_evaluation_and_without_a_mask_it_is_controlled_all_the_same() -> None:
+    quantizer = RegularizedQuantizer(N, D, mask_ratio=0)
+    before = quantizer.log_scale.clone()
+    quantizer.eval()(maps())
+    assert torch.equal(quantizer.log_scale, before)
+    metrics = quantizer.train()(maps()).metrics
+    assert not torch.equal(quantizer.log_scale, before)
+    assert metrics["perturbed"] == 0
+
+
+@pytest.mark.parametrize("num_codes", [2, 3])
+def test_few_codes_leave_the_scale_finite(num_codes: int) -> None:
+    """Noise can't give three of five rows another one of two codes."""
+    torch.manual_seed(0)
+    quantizer = RegularizedQuantizer(num_codes, D)
+    quantizer.initialize(maps())
+    for step in range(100):
+        quantizer(maps(), seed(step))
+    assert abs(float(quantizer.log_scale)) < 10
+
+
+def test_equal_codes_leave_the_scale_in_range() -> None:
+    quantizer = RegularizedQuantizer(N, D)
+    with torch.no_grad():
+        quantizer.embedding.weight.fill_(1.0)
+    for step in range(2000):
+        quantizer._control(torch.randn(2, 3, D, generator=torch.Generator().manual_seed(step)))
+    assert torch.isfinite(quantizer(maps(), seed()).quantized).all()
+
+
+def test_initialize_makes_codes_of_latents_and_gives_their_channels_unit_variance() -> None:
+    torch.manual_seed(0)
+    z = latents(16)
+    quantizer = RegularizedQuantizer(32, 16, logits="distance")
+    quantizer.initialize(z)
+    rows = quantizer._standardized(quantizer._to_rows(z))
+    torch.testing.assert_close(rows.std(0), torch.ones(16))
+    cosine = torch.nn.functional.cosine_similarity(quantizer.codes()[:, None], rows[None], dim=2).amax(1)
+    assert cosine.min().item() > 0.9
+    many = RegularizedQuantizer(1000, 16)  # more codes than latents
+    many.initialize(z)
+    assert len(many.embedding.weight.unique(dim=0)) == 1000
+    with pytest.raises(ValueError, match="one latent"):
+        quantizer.initialize(z[:1, :, :1, :1])
 
 
 def test_no_fresh_code_is_nearest_to_every_small_input() -> None:
@@ -251,9 +333,8 @@ def test_no_fresh_code_is_nearest_to_every_small_input() -> None:
 def test_reg_vq_loss_is_the_weighted_kl_of_its_scope(scope: str, groups: int) -> None:
     quantizer = RegularizedQuantizer(N, D, prior_weight=0.5, prior_scope=scope, mask_ratio=0)
     out = quantizer(maps())
-    posterior = vector_quantize(
-        quantizer._to_rows(maps()), quantizer.codes(), scale=quantizer.scale, groups=groups
-    ).posterior
+    indices = scores_of(quantizer.eval(), maps()).argmax(1).view(groups, -1)
+    posterior = torch.stack([torch.bincount(group, minlength=N) / len(group) for group in indices])
     torch.testing.assert_close(out.loss, 0.5 * prior_kl(posterior, rows=60 // groups))
 
 
@@ -262,10 +343,12 @@ def test_reg_vq_loss_is_the_weighted_kl_of_its_scope(scope: str, groups: int) ->
     [
         ({"mask_ratio": 1.5}, "mask_ratio must be between 0 and 1, got 1.5"),
         ({"tau": 0.0}, "tau must be greater than 0, got 0"),
-        ({"logit_std": -1.0}, "logit_std must be greater than 0, got -1"),
+        ({"perturbed": 0.0}, "perturbed must be between 0 and 1, got 0"),
+        ({"perturbed": 1.0}, "perturbed must be between 0 and 1, got 1"),
+        ({"perturbed": math.nan}, "perturbed must be between 0 and 1, got nan"),
         ({"prior_weight": -0.1}, "prior_weight must not be negative, got -0.1"),
         ({"prior_weight": math.nan}, "prior_weight must not be negative, got nan"),
-        ({"logits": "dot"}, "logits must be one of 'distance', 'linear', 'cosine', got 'dot'"),
+        ({"logits": "dot"}, "logits must be one of 'cosine', 'distance', 'linear', got 'dot'"),
         ({"mask_mode": "random"}, "mask_mode must be one of 'exact', 'bernoulli', got 'random'"),
         ({"prior_scope": "images"}, "prior_scope must be one of 'image', 'batch', 'global', got 'images'"),
         ({"codebook_grad": "firm"}, "codebook_grad must be one of 'soft', 'hard', 'none', got 'firm'"),

@@ -48,7 +48,7 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     "quantizer",
     [
-        RegularizedQuantizer(8, 4, logit_std=3.7, tau=0.5),
+        RegularizedQuantizer(8, 4, perturbed=0.3, tau=0.5),
         RegularizedQuantizer(8, 4, logits="linear"),
         RegularizedQuantizer(8, 4, logits="cosine", prior_scope="image"),
         GumbelQuantizer(8, 4, tau_start=2.0),
