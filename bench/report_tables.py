@@ -269,7 +269,6 @@ def step_memory(raw: dict[str, Any]) -> str:
 
 def main_job(raw: dict[str, Any]) -> str:
     first = next(iter(raw["runs"].values()))[0]
-    metric = next(name for name in first if name.startswith("perceptual"))
 
     def spread(runs: list[dict[str, Any]], name: str, form: Callable[[float], str]) -> str:
         values = [run[name] for run in runs]
@@ -282,11 +281,36 @@ def main_job(raw: dict[str, Any]) -> str:
             spread(runs, "psnr", lambda value: f"{value:.1f}"),
             spread(runs, "ssim", lambda value: f"{value:.3f}"),
         ]
-        quality.append(spread(runs, metric, lambda value: f"{value:.3f}"))
         rows.append([f"`{name}`", *used, *quality, spread(runs, "minutes", lambda value: f"{value:.1f}")])
-    head = ["quantizer", "codebook utilization", f"perplexity of {first['codes']} codes", "PSNR, dB", "SSIM", metric]
-    head.append("minutes")
+    head = ["quantizer", "codebook utilization", f"perplexity of {first['codes']} codes", "PSNR, dB", "SSIM", "minutes"]
     return f"{table(head, rows)}\n\n{measured_on(raw)}"
+
+
+def noise(raw: dict[str, Any]) -> str:
+    """What noise does to the selection, a row for each size of the codebook."""
+    rows = []
+    for run in raw["runs"]:
+        softmax = run["softmax"]
+        history = [" / ".join(form(record[name]) for record in softmax) for name, form in NOISE_HISTORY.items()]
+        ratio = run["squared distance moved, over that of two random codes"]
+        psnr = f"{run['PSNR of best codes']:.2f} / {run['PSNR of sampled codes']:.2f}"
+        frechet = f"{run['Frechet distance of best codes']:.0f} / {run['Frechet distance of sampled codes']:.0f}"
+        used = f"{percent(run['utilization'])}, {run['perplexity']:.0f}"
+        sizes = [str(run["num_codes"]), str(run["code_dim"]), run["logits"], str(run["seed"])]
+        rows.append([*sizes, *history, used, psnr, frechet, f"{ratio:.2f}"])
+    head = ["N", "D", "logits", "seed", "entropy, nats", "largest p", "perturbed", "codes used, perplexity"]
+    head += ["PSNR, dB, best / sampled", "FD, best / sampled", "distance moved"]
+    first = raw["runs"][0]
+    more = f"{first['steps']} steps of 16 images of {first['image size']} px"
+    more += f"; FD: {first['features']}, {first['images']} images"
+    return f"{table(head, rows)}\n\n{measured_on(raw, more)}"
+
+
+NOISE_HISTORY: dict[str, Callable[[float], str]] = {
+    "entropy": lambda value: f"{value:.1f}",
+    "largest_p": lambda value: f"{value:.2f}",
+    "perturbed": lambda value: percent(value, 0),
+}
 
 
 def priors_measured(raw: dict[str, Any], cells: str) -> str:
@@ -340,6 +364,7 @@ def swapped(raw: dict[str, Any]) -> str:
 # What other files hold: section, file, function.
 OTHERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "main-job": ("cpu-main-job.json", main_job),
+    "noise": ("cpu-noise.json", noise),
     "agreement": ("cpu-priors.json", agreement),
     "swapped": ("cpu-integrations.json", swapped),
     "step-memory": ("cpu-step.json", step_memory),

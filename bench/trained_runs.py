@@ -2,16 +2,18 @@
 
     python bench/trained_runs.py main-job --reg-vq runs/a runs/b runs/c --vq-gan runs/d runs/e runs/f --json FILE
     python bench/trained_runs.py priors --vq runs/vq --ar runs/ar --diffusion runs/diffusion --json FILE
+    python bench/trained_runs.py noise --runs runs/n256 runs/n1024 --fid-features vgg16:PATH --json FILE
 
-The pages have bench/results/cpu-main-job.json and cpu-priors.json. Numbers are those of the runs' summaries; of the
-diffusion prior, what its captions tell it is measured here, in two minutes. Run it on the checkout that trained them.
+The pages have bench/results/cpu-main-job.json, cpu-priors.json and cpu-noise.json. Numbers are those of the runs'
+summaries and records. Measured here are, of a diffusion prior, what its captions tell it, and of tokenizers, what
+reconstructions lose where every code is sampled. Run it on the checkout that trained them.
 """
 
 import argparse
 import datetime
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import machine
 import records
@@ -21,13 +23,18 @@ import torch.nn.functional as F
 from regvq_fast.data import ScenesDataset, TokenDataset
 from regvq_fast.data.loading import collate
 from regvq_fast.data.scenes import CLASSES
+from regvq_fast.data.transforms import to_float, to_uint8
 from regvq_fast.evaluation.agreement import RegionClassifier
 from regvq_fast.evaluation.captions import caption_accuracy
+from regvq_fast.evaluation.feature_nets import load_feature_net
+from regvq_fast.evaluation.fid import FeatureStatistics, frechet_distance
 from regvq_fast.models import VQGAN, VQDiffusion
+from regvq_fast.quantizers import RegularizedQuantizer
 from regvq_fast.training import prior as prior_training
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of tokens that are masked
 MASKED_IMAGES = 256
+SAMPLED_IMAGES = 1024
 OTHER_CAPTIONS = 1500  # scenes that are read against captions of others
 QUALITY = ("psnr", "ssim", "utilization", "perplexity", "images", "minutes")
 
@@ -121,6 +128,68 @@ def priors(vq: Path, ar: Path, diffusion: Path) -> dict[str, Any]:
     }
 
 
+def records_of(run: Path) -> list[dict[str, Any]]:
+    """The softmax of a run's logits: its first, middle and last record of training."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [record for record in map(json.loads, lines) if record["split"] == "train"]
+    names = ("step", "entropy", "largest_p", "perturbed", "logit_scale")
+    return [{name: record[name] for name in names} for record in (found[0], found[len(found) // 2], found[-1])]
+
+
+@torch.no_grad()
+def sampled(run: Path, features: str) -> dict[str, Any]:
+    """Reconstructions of the best codes beside those of codes that are sampled at every position."""
+    model, net = VQGAN.from_pretrained(run).eval(), load_feature_net(features)
+    quantizer = cast(RegularizedQuantizer, model.quantize)
+    scenes = ScenesDataset("val", model.image_size, SAMPLED_IMAGES)
+    originals, kinds = FeatureStatistics.zeros(net.num_features), ("best", "sampled")
+    statistics = {kind: FeatureStatistics.zeros(net.num_features) for kind in kinds}
+    psnr: dict[str, list[float]] = {kind: [] for kind in kinds}
+    moved, distance = [], []
+    quantizer.mask_ratio, scale = 1.0, quantizer.log_scale.clone()
+    for first in range(0, SAMPLED_IMAGES, 64):
+        batch = collate([scenes[k] for k in range(first, first + 64)])["image"]
+        originals.add(net(batch))
+        z = model.encode(to_float(batch))
+        outputs = {
+            "best": quantizer.eval()(z),
+            "sampled": quantizer.train()(z, torch.tensor(0), first * z[0, 0].numel()),
+        }
+        quantizer.log_scale.copy_(scale)  # training would move it
+        for kind, output in outputs.items():
+            images = to_uint8(model.eval().decode(output.quantized))
+            statistics[kind].add(net(images))
+            error = (images.float() - batch.float()).square().mean((1, 2, 3)) / 255**2
+            psnr[kind] += (-10 * error.log10()).tolist()
+        moved.append((outputs["best"].indices != outputs["sampled"].indices).float().mean())
+        distance.append(outputs["sampled"].perturbation.mean())
+    codes = quantizer.codes()
+    between = 2 * (codes - codes.mean(0)).square().sum(1).mean()  # two random codes, squared
+    return {
+        **{f"PSNR of {kind} codes": sum(psnr[kind]) / SAMPLED_IMAGES for kind in kinds},
+        **{f"Frechet distance of {kind} codes": frechet_distance(originals, statistics[kind]) for kind in kinds},
+        "tokens moved": float(torch.stack(moved).mean()),
+        "squared distance moved, over that of two random codes": float(torch.stack(distance).mean() / between),
+        "features": net.name,
+        "images": SAMPLED_IMAGES,
+    }
+
+
+def noise(runs: list[Path], features: str) -> dict[str, Any]:
+    """What noise does to reg-vq, from first step to last, in runs of several sizes of the codebook."""
+    found = []
+    for run in runs:
+        config = read(run, "config.json")
+        settings = {name: config["quantizer"][name] for name in ("num_codes", "code_dim", "logits")}
+        told = {
+            "seed": config["run"]["seed"],
+            "steps": config["optimizer"]["steps"],
+            "image size": config["data"]["image_size"],
+        }
+        found.append(settings | told | tokenizer(run) | {"softmax": records_of(run)} | sampled(run, features))
+    return {"runs": found}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -130,7 +199,10 @@ def parse() -> argparse.Namespace:
     both = kinds.add_parser("priors", help="a run of train/ar.py and one of train/diffusion.py, and their tokenizer")
     for name in ("vq", "ar", "diffusion"):
         both.add_argument(f"--{name}", type=Path, required=True, metavar="RUN")
-    for each in (job, both):
+    noisy = kinds.add_parser("noise", help="runs of train/vq.py with reg-vq, of several sizes of the codebook")
+    noisy.add_argument("--runs", type=Path, nargs="+", required=True, metavar="RUN")
+    noisy.add_argument("--fid-features", required=True, help="as of train/evaluate.py")
+    for each in (job, both, noisy):
         each.add_argument("--json", type=records.path_to_write, required=True, metavar="FILE", help="file to write")
     return parser.parse_args()
 
@@ -140,6 +212,8 @@ def main() -> None:
     where = {"machine": machine.describe_cpu() | machine.describe_software(), "date": str(datetime.date.today())}
     if given.kind == "main-job":
         found = main_job({"reg-vq": given.reg_vq, "vq-gan": given.vq_gan})
+    elif given.kind == "noise":
+        found = noise(given.runs, given.fid_features)
     else:
         found = priors(given.vq, given.ar, given.diffusion)
     records.save(given.json, where | found)

@@ -78,10 +78,10 @@ def test_presets_pass_their_own_checks(preset: str) -> None:
 
 def test_a_contrastive_loss_of_masked_places_needs_masked_places() -> None:
     """Without one it would be 0 in every step."""
-    config = override(VQGANConfig(), contrastive_region="masked")  # 8 x 8 tokens
-    for fitting in ({"mask_ratio": 1 / 64}, {"mask_ratio": 0.01, "mask_mode": "bernoulli"}):
+    config = override(VQGANConfig(), contrastive_region="masked")  # 16 x 16 tokens
+    for fitting in ({"mask_ratio": 1 / 256}, {"mask_ratio": 0.01, "mask_mode": "bernoulli"}):
         check_vqgan_config(override(config, **fitting))
     check_vqgan_config(override(config, mask_ratio=0.0, contrastive="none"))
-    for mode, ratio in (("exact", 0.0), ("bernoulli", 0.0), ("exact", 0.015)):
-        with pytest.raises(ValueError, match=f"--mask-ratio {ratio:g} gives an image of 8 x 8 tokens none: raise it"):
+    for mode, ratio in (("exact", 0.0), ("bernoulli", 0.0), ("exact", 0.003)):
+        with pytest.raises(ValueError, match=f"--mask-ratio {ratio:g} gives an image of 16 x 16 tokens none: raise it"):
             check_vqgan_config(override(config, mask_ratio=ratio, mask_mode=mode))

@@ -10,6 +10,10 @@ A run leaves its resolved configuration, tokenizer, metrics, pictures, checkpoin
 runs/...); train/sample.py draws images from it.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+
 from regvq_fast.config import AR_PRESETS
 from regvq_fast.training.autoregressive import ARTask
 from regvq_fast.training.loop import run

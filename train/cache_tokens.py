@@ -8,6 +8,10 @@ The cache holds the first --views epochs of the training stream and the validati
 cache whose run was stopped.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+
 from regvq_fast.config import run_script
 from regvq_fast.training.caching import CacheConfig, cache_tokens
 

@@ -7,6 +7,10 @@
 Training reads the archives' folders as they are: --data data/CUB_200_2011. docs/data.md has addresses, layouts, splits.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+
 from regvq_fast.config import run_script
 from regvq_fast.data.preparing import DataCommand, manage_data
 

@@ -8,6 +8,10 @@
 Writes evaluation.json: each number beside the protocol it was measured by.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+
 from regvq_fast.config import run_script
 from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
 

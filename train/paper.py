@@ -9,6 +9,10 @@ runs/paper, gets the table beside the paper's numbers as Markdown, CSV and JSON,
 trained.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+
 from functools import partial
 from pathlib import Path
 

@@ -8,6 +8,10 @@
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+
 from regvq_fast.config import run_script
 from regvq_fast.sampling.generate import SampleConfig, generate
 

@@ -10,6 +10,10 @@
 A run leaves its resolved configuration, metrics, pictures, checkpoints and weights in --out (default: runs/...).
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+
 from regvq_fast.config import VQGAN_PRESETS
 from regvq_fast.training.loop import run
 from regvq_fast.training.vqgan import VQGANTask

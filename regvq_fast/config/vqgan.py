@@ -43,7 +43,7 @@ class ModelConfig:
 
     ch: int = 32
     """Base width of encoder and decoder."""
-    ch_mult: tuple[int, ...] = (1, 1, 2, 4)
+    ch_mult: tuple[int, ...] = (1, 1, 2)
     """Width of each level over the base; one down-sampling by 2 between levels."""
     num_res_blocks: int = 1
     """Residual blocks a level (the decoder has one more)."""
@@ -120,7 +120,8 @@ class LossConfig:
     perceptual_net: Literal["vgg16", "vgg19"] = "vgg16"
     """Feature network of the perceptual distance."""
     perceptual_weights: Path | None = None
-    """Weights file of that network (torchvision names). Not given: torch hub cache, download, else random weights."""
+    """Weights file of that network (torchvision names), or "random". Default: torch hub cache, else a download.
+    Without any, runs of the preset scenes leave out the losses that need them."""
     disc_weight: float = 0.8
     """Weight of the adversarial loss, on top of its adaptive factor."""
     disc_start: int | None = None
@@ -173,7 +174,7 @@ def _paper(preset: PresetName, epochs: int) -> VQGANConfig:
 
 VQGAN_PRESETS: dict[str, VQGANConfig] = {
     # A few minutes on two CPU cores: a small model takes a larger learning rate (docs/sweeps.md).
-    "scenes": VQGANConfig(optimizer=OptimizerConfig(steps=400, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1)),
+    "scenes": VQGANConfig(optimizer=OptimizerConfig(steps=600, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1)),
     "ade20k": _paper("ade20k", epochs=100),
     "celebahq": _paper("celebahq", epochs=60),
     "cub200": _paper("cub200", epochs=300),

@@ -31,6 +31,7 @@ from regvq_fast.evaluation.metrics import DrawnImages, evaluate_tokenizer, fid_o
 from regvq_fast.evaluation.reconstruction import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
 from regvq_fast.files import atomic_path, check_writable
+from regvq_fast.models.features import NoWeightsError
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
@@ -72,7 +73,8 @@ class EvaluateConfig(DrawConfig):
     """"inception" or "inception:PATH" (FID, with torch-fidelity's network), "vgg16" or "vgg16:PATH", "random-vgg16";
     "none": no Fréchet distance."""
     perceptual_weights: Path | None = None
-    """Weights of VGG-16 for LPIPS. Not given: ImageNet's, from the torch hub cache or a download."""
+    """Weights of VGG-16 for LPIPS, or "random". Not given: ImageNet's, from the torch hub cache or a download; without
+    them no perceptual distance."""
     cache_dir: Path | None = None
     """Folder that keeps the statistics of data sets. Not given: ~/.cache/regvq_fast/fid."""
     batch_size: int = 32
@@ -146,7 +148,7 @@ class _Evaluation:
         self.perceptual: PerceptualDistance | None = None
         if self.tokenizer is not None:
             self.tokenizer.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.perceptual = self._load_perceptual().to(device)
+            self.perceptual = self._load_perceptual()
         size = config.image_size if self.tokenizer is None else self.tokenizer.image_size
         assert size is not None  # checked
         for name, least in self._least_sizes():
@@ -181,10 +183,12 @@ class _Evaluation:
             )
         return own
 
-    def _load_perceptual(self) -> PerceptualDistance:
-        with warnings.catch_warnings():  # its name says that weights are random
-            warnings.simplefilter("ignore")
-            return PerceptualDistance(self.config.perceptual_weights)
+    def _load_perceptual(self) -> PerceptualDistance | None:
+        try:
+            return PerceptualDistance(self.config.perceptual_weights).to(self.device)
+        except NoWeightsError as error:
+            say(self.console, "left out", f'perceptual distance: {error}; give --perceptual-weights PATH, or "random"')
+            return None
 
     def _least_sizes(self) -> Iterator[tuple[str, int]]:
         if self.tokenizer is not None:
@@ -276,19 +280,18 @@ class _Evaluation:
         }
 
     def _keep_reconstruction(self, metrics: ReconstructionMetrics) -> None:
-        assert self.perceptual is not None
         codes = {"codes": len(metrics.code_counts)}
-        network = {"network": self.perceptual.trunk.label, "network_sha256": self.perceptual.hash}
-        rows: dict[str, tuple[str, float | None, dict[str, Any]]] = {
+        rows: dict[str, tuple[str, float, dict[str, Any]]] = {
             "psnr": ("PSNR (dB)", metrics.psnr, {"of": "8-bit images, mean over images"}),
             "ssim": ("SSIM", metrics.ssim, {"of": "8-bit images, Gaussian windows of 11 pixels wholly inside"}),
-            "perceptual": (self.perceptual.name, metrics.perceptual, network),
             "utilization": ("codebook utilization", metrics.utilization, codes),
             "perplexity": ("codebook perplexity", metrics.perplexity, codes),
         }
+        if self.perceptual is not None and metrics.perceptual is not None:
+            network = {"network": self.perceptual.trunk.label, "network_sha256": self.perceptual.hash}
+            rows["perceptual"] = (self.perceptual.name, metrics.perceptual, network)
         for key, (name, value, facts) in rows.items():
-            if value is not None:
-                self.results[key] = Measurement(name, value, self.protocol | facts)
+            self.results[key] = Measurement(name, value, self.protocol | facts)
 
     def _keep_frechet(self, key: str, value: float, reference: Reference, samples: int, facts: dict[str, Any]) -> None:
         net, count = reference.net, reference.statistics.count

@@ -4,7 +4,6 @@ What is measured with a network must say which: each has a name and the hash of 
 """
 
 import tempfile
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from regvq_fast.data.transforms import to_float
 from regvq_fast.losses.perceptual import LPIPS
-from regvq_fast.models.features import VGGFeatures, load_vgg_features
+from regvq_fast.models.features import NoWeightsError, VGGFeatures, load_vgg_features
 from regvq_fast.models.weights import RemoteWeights, find_weights, read_state_dict, sha256_of, weights_hash
 
 INCEPTION_WEIGHTS = RemoteWeights(
@@ -175,15 +174,12 @@ def load_feature_net(spec: str) -> FeatureNet:
         return InceptionFeatureNet(path)
     if kind == "random-vgg16":
         return VGGFeatureNet(VGGFeatures("vgg16", ("relu5_3",)))
-    with warnings.catch_warnings():  # random weights, which it would warn of, are refused
-        warnings.simplefilter("ignore")
-        trunk = load_vgg_features("vgg16", path, layers=("relu5_3",))
-    if not trunk.pretrained:
+    try:
+        return VGGFeatureNet(load_vgg_features("vgg16", path, layers=("relu5_3",)))
+    except NoWeightsError as error:
         raise OSError(
-            "no ImageNet weights of VGG-16 in the torch hub cache, and none to download: give a file with "
-            "--fid-features vgg16:PATH, or random-vgg16 for random features, named so"
-        )
-    return VGGFeatureNet(trunk)
+            f"{error}: give a file with --fid-features vgg16:PATH, or random-vgg16 for random features, named so"
+        ) from None
 
 
 class PerceptualDistance(nn.Module):
@@ -192,11 +188,7 @@ class PerceptualDistance(nn.Module):
     It computes as a :class:`FeatureNet` does.
 
     Args:
-        weights: of VGG-16, a file. None: ImageNet's, from the torch hub cache or a download, else random ones with a
-            warning.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: it can't be read or doesn't fit.
+        weights: as in :func:`regvq_fast.models.load_vgg_features`, which raises the errors.
     """
 
     min_size = 16

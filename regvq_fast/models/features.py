@@ -5,7 +5,6 @@ State-dict names and tensor layouts are torchvision's (`features.{i}.weight`, `f
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -24,6 +23,12 @@ IMAGENET_WEIGHTS = {
     "vgg16": RemoteWeights("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
     "vgg19": RemoteWeights("https://download.pytorch.org/models/vgg19-dcbb9e9d.pth", "dcbb9e9d"),
 }
+RANDOM = Path("random")
+"""Stands for random weights of a fixed seed, where a weights file can be named."""
+
+
+class NoWeightsError(OSError):
+    """No file of pre-trained weights was given, none is in the cache, and none could be downloaded."""
 
 
 class VGGFeatures(nn.Module):
@@ -142,35 +147,34 @@ class VGGFeatures(nn.Module):
 def load_vgg_features(
     net: VGGName, weights: Path | None = None, *, layers: Sequence[str] = DEFAULT_LAYERS, download: bool = True
 ) -> VGGFeatures:
-    """A VGG feature network with the best weights to be had.
-
-    In this order: the file `weights`; torchvision's ImageNet weights from the torch hub cache or a download, which
-    gives up within seconds where there is no network; random weights of a fixed seed, with a warning. The result's
-    `source`, `pretrained` and `label` say which.
+    """Return a VGG feature network with pre-trained weights, or with random ones where these are asked for.
 
     Args:
         net: "vgg16" or "vgg19".
-        weights: a .safetensors, .pth or .pt file with torchvision's names, float32 or half precision.
+        weights: a .safetensors, .pth or .pt file with torchvision's names, fp32 or half precision; or `RANDOM`. None:
+            torchvision's ImageNet weights, from the torch hub cache or a download, which gives up within seconds where
+            there is no network.
         layers: as in `VGGFeatures`.
         download: whether the network may be used.
 
+    Returns:
+        The network; its `source`, `pretrained` and `label` name the weights.
+
     Raises:
         FileNotFoundError: `weights` is no file.
+        NoWeightsError: no `weights` given, nothing in the cache, and no download.
         ValueError: a file that was found can't be read or doesn't fit; the message names it and what is wrong.
     """
     trunk = VGGFeatures(net, layers)
+    if weights == RANDOM:
+        return trunk
     remote = IMAGENET_WEIGHTS[net]
     try:
         path, source = find_weights(remote, weights, download=download)
     except OSError as error:
         if weights is not None:
             raise
-        warnings.warn(
-            f"no pre-trained {net} weights ({error}): using a network with random weights of a fixed seed. Losses "
-            "and metrics that depend on it are not comparable with published ones; give a weights file to avoid this.",
-            stacklevel=2,
-        )
-        return trunk
+        raise NoWeightsError(f"no ImageNet weights of {net} ({error})") from None
     state_dict = read_state_dict(path)
     try:
         trunk.load_torchvision_state_dict(state_dict)

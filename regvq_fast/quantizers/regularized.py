@@ -18,7 +18,7 @@ from regvq_fast.ranks import mean_over_ranks
 LogitKind = Literal["cosine", "distance", "linear"]
 
 _RATE = 0.1
-"""Change of the log of the scale in a step, over the error of the perturbed fraction."""
+"""Change of the log of the scale in a step, over the error of the perturbed fraction in the step before."""
 _MAX_LOG_SCALE = 30.0
 """Where degenerate logits (equal codes) would take the scale out of fp32's range."""
 _JITTER = 0.1
@@ -34,12 +34,14 @@ class RegularizedQuantizer(Quantizer):
     size and while the encoder learns. So the scale is no setting: it is a buffer that a slow controller moves in every
     training step, such that noise would give a fraction ``perturbed`` of the rows another code than their best one. A
     row sampled from ``p = softmax(s)`` takes another code with probability ``1 - max p``, which is measured on a few
-    rows of every image; the mask and the noise itself play no part in it.
+    rows of every image; the mask and the noise itself play no part in it. Micro-batches of a step, which have one
+    seed, have one scale.
 
     - "cosine" (default): ``-scale |x - z|^2`` of latents and codes that are divided by their root mean square, so that
       each has length sqrt(D);
-    - "distance": the same of latents and codes as they are;
-    - "linear": ``scale (x . w + b)``, a predicted token distribution beside the codebook, as in the paper.
+    - "linear": ``scale (x . w + b)``, a predicted token distribution beside the codebook, as in the paper; of such
+      latents, and with such codes;
+    - "distance": ``-scale |x - z|^2`` of latents and codes as they are.
 
     Call :meth:`initialize` once on a new model: it makes codes of latents. Without it the codes start at random, in
     directions that latents don't have, and distances between them say little about images.
@@ -62,6 +64,9 @@ class RegularizedQuantizer(Quantizer):
     """
 
     log_scale: Tensor
+    error: Tensor
+    micro_batches: Tensor
+    last_seed: Tensor
     shift: Tensor
     gain: Tensor
 
@@ -107,6 +112,9 @@ class RegularizedQuantizer(Quantizer):
         self._set_codes(torch.randn(num_codes, code_dim))
         # Logits of a standard deviation of 4 over random codes, to start from.
         self.register_buffer("log_scale", torch.tensor(math.log(4 if logits == "linear" else 2 / math.sqrt(code_dim))))
+        self.register_buffer("error", torch.zeros(()))  # of the step, the mean over its micro-batches so far
+        self.register_buffer("micro_batches", torch.zeros(()), persistent=False)
+        self.register_buffer("last_seed", torch.zeros(()))
         self.register_buffer("shift", torch.zeros(code_dim))
         self.register_buffer("gain", torch.ones(code_dim))
 
@@ -114,11 +122,11 @@ class RegularizedQuantizer(Quantizer):
     def _set_codes(self, directions: Tensor) -> None:
         """Let codes (N, D), and with linear logits their weights, have these directions.
 
-        Adam moves a code by the learning rate in each channel, whatever its length: cosines see an embedding of length
-        1 turn sqrt(D) times as fast as one of length sqrt(D).
+        Adam moves a code by the learning rate in each channel, whatever its length: of embeddings that are normalised
+        before use, those of length 1 turn sqrt(D) times as fast as those of length sqrt(D).
         """
         directions = F.normalize(directions, dim=1)
-        length = 1.0 if self.logits == "cosine" else math.sqrt(self.code_dim)
+        length = math.sqrt(self.code_dim) if self.logits == "distance" else 1.0
         self.embedding.weight.copy_(length * directions)
         if self.logits == "linear":  # the best code is the nearest one, until they have learned otherwise
             self.proj.weight.copy_(directions)
@@ -156,10 +164,11 @@ class RegularizedQuantizer(Quantizer):
     def _standardized(self, rows: Tensor) -> Tensor:
         """Rows (M, D) as the logits take them."""
         rows = (rows - wide(self.shift)) * wide(self.gain)
-        return _root_mean_square_norm(rows) if self.logits == "cosine" else rows
+        return rows if self.logits == "distance" else _root_mean_square_norm(rows)
 
     def codes(self) -> Tensor:
-        return _root_mean_square_norm(wide(self.embedding.weight)) if self.logits == "cosine" else self.embedding.weight
+        codes = self.embedding.weight
+        return codes if self.logits == "distance" else _root_mean_square_norm(wide(codes))
 
     def _scale(self) -> Tensor:
         return wide(self.log_scale).exp()
@@ -176,12 +185,14 @@ class RegularizedQuantizer(Quantizer):
         with torch.autocast(z.device.type, enabled=False):
             rows = self._standardized(self._to_rows(z))
             batch, _, height, width = z.shape
-            mask = None
-            if self.training and self.mask_ratio > 0:
+            mask, found = None, {}
+            if self.training:
                 seed = draw_seed(z.device) if seed is None else seed
-                mask = stochastic_mask(
-                    batch, height * width, self.mask_ratio, seed, mode=self.mask_mode, row_offset=row_offset
-                )
+                found = self._control(rows.detach().unflatten(0, (batch, -1)), seed)
+                if self.mask_ratio > 0:
+                    mask = stochastic_mask(
+                        batch, height * width, self.mask_ratio, seed, mode=self.mask_mode, row_offset=row_offset
+                    )
             linear, scale = self.logits == "linear", self._scale()
             # Only in training do all ranks come here together.
             scope = "batch" if self.prior_scope == "global" and not self.training else self.prior_scope
@@ -201,11 +212,10 @@ class RegularizedQuantizer(Quantizer):
             )
             posterior, ranks = scoped_posterior(out.posterior, scope)
             kl = prior_kl(posterior, rows.shape[0] // groups * ranks)
-            metrics = {"kl": kl.detach()}
             if mask is None:
                 mask = torch.zeros_like(out.indices, dtype=torch.bool)
+            metrics = {"kl": kl.detach(), **found}
             if self.training:
-                metrics |= self._control(rows.detach().unflatten(0, (batch, -1)))
                 moved = (out.indices != out.best_indices).sum()
                 metrics["perturbed"] = moved / mask.sum().clamp(min=1)
             return QuantizerOutput(
@@ -218,13 +228,23 @@ class RegularizedQuantizer(Quantizer):
             )
 
     @torch.no_grad()
-    def _control(self, rows: Tensor) -> dict[str, Tensor]:
-        """Move the scale by what the softmax of these rows (B, H*W, D) is off its target; return what was found."""
+    def _control(self, rows: Tensor, seed: Tensor) -> dict[str, Tensor]:
+        """Where a new step begins, move the scale by the error of the last one; measure the softmax of these rows.
+
+        Args:
+            rows: (B, H*W, D) of this micro-batch.
+            seed: of the step. Its last byte is kept, which 16 bits hold: where two seeds share it, the scale moves a
+                step later.
+        """
+        byte = (seed & 0xFF).to(self.last_seed.dtype)
+        is_new = byte != self.last_seed
+        self.log_scale.add_(torch.where(is_new, _RATE * self.error, 0)).clamp_(-_MAX_LOG_SCALE, _MAX_LOG_SCALE)
+        self.last_seed.copy_(byte)
         entropy, largest = softmax_of_some_rows(rows, *self._linear_form())
-        found = {"entropy": entropy, "largest_p": largest, "logit_scale": self._scale()}
         error = 1 - mean_over_ranks(largest) - self._target
-        self.log_scale.add_(_RATE * error).clamp_(-_MAX_LOG_SCALE, _MAX_LOG_SCALE)
-        return found
+        self.micro_batches.copy_(torch.where(is_new, 1, self.micro_batches + 1))
+        self.error.copy_(torch.where(is_new, error, self.error + (error - self.error) / self.micro_batches))
+        return {"entropy": entropy, "largest_p": largest, "logit_scale": self._scale()}
 
     def extra_repr(self) -> str:
         return (

@@ -1,7 +1,6 @@
 """From a configuration to its parts."""
 
-import warnings
-from pathlib import Path
+from dataclasses import replace
 
 from torch import nn
 
@@ -10,7 +9,7 @@ from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.losses.reconstruction import ReconstructionLoss
 from regvq_fast.models.discriminator import PatchDiscriminator
-from regvq_fast.models.features import VGGFeatures, VGGName, load_vgg_features
+from regvq_fast.models.features import NoWeightsError, VGGName, load_vgg_features
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.quantizers import EMAQuantizer, GumbelQuantizer, NearestQuantizer, Quantizer, RegularizedQuantizer
 
@@ -58,17 +57,44 @@ def build_discriminator(config: VQGANConfig) -> PatchDiscriminator:
     return PatchDiscriminator(filters=model.disc_filters, num_layers=model.disc_layers, norm=model.disc_norm)
 
 
-def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, dict[str, str]]:
-    """The losses that need no discriminator, and what to tell about the feature networks behind them."""
+def build_reconstruction_loss(
+    config: LossConfig, *, optional: bool = True
+) -> tuple[ReconstructionLoss, LossConfig, dict[str, str]]:
+    """Build the losses that need no discriminator.
+
+    Args:
+        config: the losses that are asked for.
+        optional: leave out those whose feature network has no weights on this machine.
+
+    Returns:
+        The losses, the configuration that they have, and run metadata about the feature networks behind them.
+
+    Raises:
+        NoWeightsError: no weights, and the losses are not optional. Otherwise as :func:`load_vgg_features`.
+    """
     facts: dict[str, str] = {}
     features: nn.Module = nn.Identity()
     perceptual: nn.Module = nn.Identity()
-    if config.perceptual_weight > 0 or (config.has_contrastive and not config.has_own_contrastive_net):
-        features = _load(config.perceptual_net, config.perceptual_weights, "perceptual", facts)
-        perceptual = LPIPS(features)
-        facts["perceptual"] = f"{perceptual.name}, weights: {features.source}"
-    contrastive = None
+    shares = config.has_contrastive and not config.has_own_contrastive_net
+    if config.perceptual_weight > 0 or shares:
+        try:
+            features = load_vgg_features(config.perceptual_net, config.perceptual_weights)
+            perceptual = LPIPS(features)
+            facts["perceptual"] = f"{perceptual.name}, weights: {features.source}"
+        except NoWeightsError as error:
+            terms = "perceptual and contrastive losses" if shares else "perceptual loss"
+            facts["left out"] = _left_out(error, terms, "--perceptual-weights", optional)
+            config = replace(config, perceptual_weight=0.0, contrastive="none" if shares else config.contrastive)
     contrastive_features = None
+    if config.has_own_contrastive_net:
+        net: VGGName = "vgg19" if config.contrastive_net == "vgg19" else "vgg16"
+        try:
+            contrastive_features = load_vgg_features(net, config.contrastive_weights)
+            facts["contrastive"] = f"{contrastive_features.label}, weights: {contrastive_features.source}"
+        except NoWeightsError as error:
+            facts["left out, too"] = _left_out(error, "contrastive loss", "--contrastive-weights", optional)
+            config = replace(config, contrastive="none")
+    contrastive = None
     if config.has_contrastive:
         contrastive = ProbabilisticContrastiveLoss(
             weighted=config.contrastive == "pcl",
@@ -77,9 +103,6 @@ def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, d
             region=config.contrastive_region,
             layer_weights=config.contrastive_layer_weights or None,
         )
-        if config.has_own_contrastive_net:
-            net: VGGName = "vgg19" if config.contrastive_net == "vgg19" else "vgg16"
-            contrastive_features = _load(net, config.contrastive_weights, "contrastive", facts)
     loss = ReconstructionLoss(
         features,
         perceptual,
@@ -89,15 +112,14 @@ def build_reconstruction_loss(config: LossConfig) -> tuple[ReconstructionLoss, d
         perceptual_weight=config.perceptual_weight,
         contrastive_weight=config.contrastive_weight,
     )
-    return loss, facts
+    return loss, config, facts
 
 
-def _load(net: VGGName, weights: Path | None, role: str, facts: dict[str, str]) -> VGGFeatures:
-    """A feature network; the warning about random weights becomes a fact that the run shows and keeps."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        features = load_vgg_features(net, weights)
-    facts[role] = f"{features.label}, weights: {features.source}"
-    if not features.pretrained:
-        facts[f"{role} warning"] = " ".join(str(w.message) for w in caught)
-    return features
+def _left_out(error: NoWeightsError, terms: str, flag: str, optional: bool) -> str:
+    """Report that the terms are left out, or raise where they must not be."""
+    if not optional:
+        raise NoWeightsError(
+            f"this preset trains with {terms}, but there are {error}: give a file with {flag}, or leave them out with "
+            "--perceptual-weight 0 --contrastive none"
+        )
+    return f'{terms}: {error}; {flag} takes a file, or "random"'

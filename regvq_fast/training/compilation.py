@@ -13,6 +13,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _REALIZE_READS = 8
 
 
+# Steps of a CPU's run that compilation, one to three minutes of it, pays for: it takes about a tenth off a step of the
+# scenes' preset (docs/training.md).
+CPU_STEPS = 5000
+
+
+def worth_compiling(asked: bool, device: torch.device, steps: int) -> tuple[bool, str]:
+    """Return whether a run of so many steps compiles, and why not if it was asked to."""
+    if asked and device.type == "cpu" and steps < CPU_STEPS:
+        return False, f"off: on a CPU it takes longer than it saves in {steps} steps ({CPU_STEPS} and more compile)"
+    return asked, ""
+
+
 def maybe_compile(function: Function, enabled: bool) -> Function:
     """``function``, compiled as one graph where enabled; a graph break is an error, not a slow-down.
 

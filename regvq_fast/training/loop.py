@@ -173,7 +173,7 @@ class _Loop:
     def run(self, stop: StopSignals) -> None:
         task, recorder, run = self.task, self.recorder, self.config
         recorder.status("starting")
-        milestones = task.compiles_at() if run.compile else {0: "starting"}
+        milestones = task.compiles_at() if task.compiles else {0: "starting"}
         trace = StepTrace(recorder.folder / "trace.json", task.start, run.trace_steps, task.device)
         if run.trace_steps and (left := task.steps - task.start) <= WARM:
             recorder.warn(
@@ -187,7 +187,7 @@ class _Loop:
             if step and run.eval_every and step % run.eval_every == 0:
                 self._evaluate(stop)
                 clock.restart()
-            if run.compile and (step in milestones or step == task.start):
+            if task.compiles and (step in milestones or step == task.start):
                 recorder.status(milestones[step if step in milestones else 0])
             self.training = True
             with trace:

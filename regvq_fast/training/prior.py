@@ -140,8 +140,8 @@ class PriorTask(Task[Config]):
         return {"grad_norm": self.model}
 
     def distribute(self) -> None:
-        self._encoder = _InParts(self.tokenizer, self.part, compile=self.config.run.compile)
-        self._loss = distributed(maybe_compile(self._plain, self.config.run.compile))
+        self._encoder = _InParts(self.tokenizer, self.part, compile=self.compiles)
+        self._loss = distributed(maybe_compile(self._plain, self.compiles))
 
     def train_images(self) -> int:
         """Each once, of however many of its views a cache has the tokens."""

@@ -24,6 +24,7 @@ from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
 from regvq_fast.precision import choose_device, choose_precision, configure_backends
 from regvq_fast.ranks import is_torchrun, local_ranks, num_ranks, rank, rank_0_first, texts_of_ranks, together
 from regvq_fast.training.checkpoint import Checkpoint, random_state, set_random_state
+from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.memory import peak_memory
 from regvq_fast.training.optimization import learning_rate
 from regvq_fast.training.recorder import Recorder
@@ -86,6 +87,7 @@ class Task(ABC, Generic[Config]):
         self.config = override(config, device=device, steps=self.steps)
         self.workers = self.default_workers() if run.workers is None else run.workers
 
+        self.compiles, compiling = worth_compiling(run.compile, self.device, self.steps)
         configure_backends(self.device, run.deterministic)
         self.precision = choose_precision(run.amp, self.device)
         self.facts: dict[str, str] = {}
@@ -113,7 +115,7 @@ class Task(ABC, Generic[Config]):
         """Steps done before this process."""
         self._step = 0
         self.lr = 0.0
-        self.facts = self._describe() | self.facts
+        self.facts = self._describe() | ({"compilation": compiling} if compiling else {}) | self.facts
 
     # ------------------------------------------------------------------------------------------- what a subclass says
 

@@ -1,6 +1,7 @@
 """Training of the VQ-GAN: the task of ``train/vq.py``."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ class VQGANTask(Task[VQGANConfig]):
         self.discriminator = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         first = self.first_samples("image")
         self.model.initialize_quantizer(to_float(first.to(device)))
-        reconstruction_loss, self.facts = build_reconstruction_loss(config.loss)
+        reconstruction_loss, losses, self.facts = build_reconstruction_loss(
+            config.loss, optional=config.run.preset == "scenes"
+        )
+        self.config = replace(config, loss=losses)  # a resumed run has the same losses, whatever it finds then
         self.reconstruction_loss = reconstruction_loss.to(  # type: ignore[call-overload]
             device, memory_format=torch.channels_last
         )
@@ -77,7 +81,7 @@ class VQGANTask(Task[VQGANConfig]):
             self.reconstruction_loss,
             self.precision,
             disc_weight=self.config.loss.disc_weight,
-            compile=self.config.run.compile,
+            compile=self.compiles,
         )
 
     def describe(self) -> dict[str, str]:

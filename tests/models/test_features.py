@@ -1,7 +1,5 @@
 """The VGG feature networks, and the order in which their weights are looked for."""
 
-import warnings
-
 import pytest
 import safetensors.torch
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from regvq_fast.models import features
-from regvq_fast.models.features import VGGFeatures, load_vgg_features
+from regvq_fast.models.features import RANDOM, NoWeightsError, VGGFeatures, load_vgg_features
 from regvq_fast.models.weights import RemoteWeights, sha256_of
 
 # torchvision's `features` indices of all convolutions and of the five outputs (its configurations D and E).
@@ -205,11 +203,8 @@ def test_weights_from_the_cache(checkpoint, empty_cache):
 
 
 @pytest.mark.parametrize(("download", "reason"), [(False, "downloads are switched off"), (True, "can't reach http")])
-def test_random_weights_with_one_warning(download, reason):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        network = load_vgg_features("vgg19", layers=SMALL, download=download)
-    assert len(caught) == 1
-    assert reason in str(caught[0].message)
-    assert "random weights of a fixed seed" in str(caught[0].message)
+def test_absent_weights_are_an_error_and_random_ones_have_to_be_asked_for(download, reason):
+    with pytest.raises(NoWeightsError, match=f"vgg19.*{reason}"):
+        load_vgg_features("vgg19", layers=SMALL, download=download)
+    network = load_vgg_features("vgg19", RANDOM, layers=SMALL, download=download)
     assert (network.source, network.pretrained, network.label) == ("random(seed 0)", False, "random VGG-19")

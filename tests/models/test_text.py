@@ -175,6 +175,7 @@ def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
 ) -> None:
     """Compiled as one graph, with averaged weights, and resumed: train/diffusion.py --preset coco --compile."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("regvq_fast.training.compilation.CPU_STEPS", 0)
     monkeypatch.setattr("regvq_fast.training.prior.FITTED_TO", 128)
     quantizer = NearestQuantizer(16, 4)
     shape = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}

@@ -145,6 +145,7 @@ def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
     fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "parts")
     assert sizes == {4, 2}
     monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr("regvq_fast.training.compilation.CPU_STEPS", 0)
     fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "compiled", "--compile")
     assert len(compiled) == 2
     for run in ("parts", "compiled"):
@@ -229,6 +230,7 @@ def test_a_step_is_one_graph(
     monkeypatch: pytest.MonkeyPatch, runs: dict[str, Path], cache: Path, tmp_path: Path, prior: str
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("regvq_fast.training.compilation.CPU_STEPS", 0)
     fit(prior, "--cache", cache, "--out", tmp_path / "run", "--compile")
     for row, eager in zip(records(tmp_path / "run"), records(runs[prior]), strict=True):
         assert row["loss"] == pytest.approx(eager["loss"], rel=1e-4)

@@ -1,6 +1,7 @@
 """Whole runs of train/vq.py at a tiny size, in this process."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +9,24 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import FAST, checkpoints, records, train, without_clock
+from tiny_runs import FAST, checkpoints, records, resume, train, without_clock
 
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
+from regvq_fast.models import VGGFeatures, weights
+from regvq_fast.training import build
 from regvq_fast.training.build import build_model
+from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.vqgan import VQGANTask
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train("--out", out, "--amp", "--disc-start", 2)
+    train("--out", out, "--amp", "--disc-start", 2, "--perceptual-weights", "random")
     config = json.loads((out / "config.json").read_text())
     assert config["quantizer"]["num_codes"] == 16
     assert config["architecture"]["quantizer"]["type"] == "RegularizedQuantizer"
     assert config["facts"]["discriminator"] == "from step 2 of 4 on"
-    assert "random" in config["facts"]["perceptual"] or "ImageNet" in config["facts"]["perceptual"]
+    assert config["facts"]["perceptual"] == "perceptual distance (random VGG-16), weights: random(seed 0)"
     rows = records(out)
     assert [(row["split"], row["step"]) for row in rows] == [("train", 1), ("train", 2), ("train", 4), ("val", 4)]
     assert {"loss", "l1", "perceptual", "contrastive", "kl", "utilization", "perplexity", "lr"} <= rows[0].keys()
@@ -50,6 +54,46 @@ def test_every_quantizer_trains_with_discriminator_averages_and_accumulation(tmp
     losses = [row["l1"] for row in records(out) if row["split"] == "train"]
     assert losses[-1] < losses[0]
     assert json.loads((out / "summary.json").read_text())["quantizer"] == quantizer
+
+
+def test_losses_without_weights_are_left_out_but_not_of_a_preset_of_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(weights, "download_file", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 2)
+    assert not {"perceptual", "contrastive"} & records(out)[0].keys()
+    left_out = json.loads((out / "config.json").read_text())["facts"]["left out"]
+    assert "perceptual and contrastive losses" in left_out
+    assert "no network" in left_out
+    # A resumed run has the same losses, though there are weights now.
+    monkeypatch.setattr(build, "load_vgg_features", lambda net, _: VGGFeatures(net))
+    resume(out, "--steps", 4)
+    assert not {"perceptual", "contrastive"} & records(out)[-2].keys()
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(weights, "download_file", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    loss = VQGAN_PRESETS["ade20k"].loss
+    with pytest.raises(OSError, match=r"no network.*--perceptual-weights.*--contrastive none"):
+        build.build_reconstruction_loss(loss, optional=False)
+    loss = replace(loss, perceptual_weights=Path("random"))
+    with pytest.raises(OSError, match=r"vgg19.*--contrastive-weights"):
+        build.build_reconstruction_loss(loss, optional=False)
+    _, built, facts = build.build_reconstruction_loss(loss)
+    assert (built.perceptual_weight, built.contrastive) == (1.0, "none")
+    assert "contrastive loss" in facts["left out, too"]
+
+
+def test_short_runs_on_a_cpu_say_why_they_do_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    train("--out", tmp_path / "run", *FAST, "--steps", 2, "--compile")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["run"]["compile"]
+    assert "off: on a CPU" in config["facts"]["compilation"]
+    assert worth_compiling(True, torch.device("cuda"), 2) == (True, "")
+    assert worth_compiling(True, torch.device("cpu"), 10**6) == (True, "")
+    assert worth_compiling(False, torch.device("cpu"), 2) == (False, "")
 
 
 def test_a_seed_decides_a_run_to_the_last_bit(tmp_path: Path) -> None:
@@ -218,7 +262,7 @@ def test_runs_do_not_mix(tmp_path: Path) -> None:
 def test_presets_build(preset: str) -> None:
     with torch.device("meta"):
         model = build_model(VQGAN_PRESETS[preset])
-    factor = 8 if preset == "scenes" else 16
+    factor = 4 if preset == "scenes" else 16
     assert model.downsampling_factor == factor
     assert VQGAN_PRESETS[preset].run.preset == preset
 
