@@ -174,7 +174,7 @@ def load_vgg_features(
     except OSError as error:
         if weights is not None:
             raise
-        raise NoWeightsError(f"no ImageNet weights of {net} ({error})") from None
+        raise NoWeightsError(f"no ImageNet weights of {net.replace('vgg', 'VGG-')} ({error})") from None
     state_dict = read_state_dict(path)
     try:
         trunk.load_torchvision_state_dict(state_dict)

@@ -78,7 +78,7 @@ def test_losses_without_weights_are_left_out_but_not_of_a_preset_of_the_paper(
     with pytest.raises(OSError, match=r"no network.*--perceptual-weights.*--contrastive none"):
         build.build_reconstruction_loss(loss, optional=False)
     loss = replace(loss, perceptual_weights=Path("random"))
-    with pytest.raises(OSError, match=r"vgg19.*--contrastive-weights"):
+    with pytest.raises(OSError, match=r"VGG-19.*--contrastive-weights"):
         build.build_reconstruction_loss(loss, optional=False)
     _, built, facts = build.build_reconstruction_loss(loss)
     assert (built.perceptual_weight, built.contrastive) == (1.0, "none")
