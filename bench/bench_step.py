@@ -1,6 +1,6 @@
 """The whole training step, beside that of taming-transformers at the same sizes, discriminator included.
 
-pytest bench/bench_step.py -k small                     on the CPU: the scenes' model, 4 images of 64 pixels
+pytest bench/bench_step.py -k small                     on the CPU: a small model, 4 images of 64 pixels
 pytest bench/bench_step.py -k paper                     on a GPU: the paper's model and batch, 40 images of 256 pixels
 pytest bench/bench_step.py -s -k target                 only the claims, whose steps take turns; prints their numbers
 
@@ -32,10 +32,13 @@ from regvq_fast.models.features import VGGFeatures
 from regvq_fast.precision import choose_precision
 from regvq_fast.training import build
 from regvq_fast.training import task as training_task
+from regvq_fast.training.compilation import CPU_STEPS
 from regvq_fast.training.vqgan import VQGANTask
 
 SIZES = {
-    "small": override(VQGAN_PRESETS["scenes"], device="cpu", batch_size=4, disc_start=0),
+    "small": override(
+        VQGAN_PRESETS["scenes"], device="cpu", batch_size=4, ch_mult=(1, 1, 2, 4), steps=CPU_STEPS, disc_start=0
+    ),
     "paper": override(VQGAN_PRESETS["ade20k"], device="cuda", preset="scenes", steps=1000, disc_start=0),
 }
 LIKE_FOR_LIKE: dict[str, Any] = {"quantizer": "vq-gan", "contrastive": "none", "amp": False, "compile": False}

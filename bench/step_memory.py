@@ -21,7 +21,9 @@ import torch
 
 from regvq_fast.config import VQGAN_PRESETS, override
 
-MODEL = override(VQGAN_PRESETS["scenes"], batch_size=16, image_size=128, disc_start=0, compile=False)
+MODEL = override(
+    VQGAN_PRESETS["scenes"], batch_size=16, image_size=128, ch_mult=(1, 1, 2, 4), disc_start=0, compile=False
+)
 FLAGS: dict[str, dict[str, Any]] = {
     "": {},
     "--amp": {"amp": True},
