@@ -298,7 +298,7 @@ def test_counting_operations_changes_nothing(
         ("diffusion", ["--cache", "{cache}", "--on-the-fly"], "exclude each other"),
         ("diffusion", ["--cache", "{cache}", "--data", "photos"], "--data photos is for --on-the-fly"),
         ("diffusion", ["--cache", "{cache}", "--val-images", "7"], "--val-images 7 is for --on-the-fly"),
-        ("ar", ["--cache", "{cache}", "--crop", "center"], "--crop center is for --on-the-fly"),
+        ("ar", ["--cache", "{cache}", "--crop", "random-resized"], "--crop random-resized is for --on-the-fly"),
         ("ar", ["--cache", "{cache}", "--no-flip"], "--no-flip is for --on-the-fly: the cache {cache} was made of"),
         ("ar", ["--cache", "{cache}", "--tokenizer", "{other}"], "not by this tokenizer"),
         (
