@@ -1,7 +1,11 @@
 """What commands say while they work: facts, progress, and warnings that need saying once."""
 
 import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +20,8 @@ from rich.progress import (
 from rich.text import Text
 
 from regvq_fast.ranks import num_ranks
+
+_LINE_EVERY = 10.0  # seconds, without a terminal
 
 
 def say(console: Console, name: str, value: str) -> None:
@@ -42,6 +48,34 @@ def progress_bar(console: Console, *more: ProgressColumn) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def stage(progress: Progress, name: str, **fields: Any) -> Iterator[Callable[[int, int], None]]:
+    """One more bar for a stage of long work; without a terminal, a line every 10 seconds.
+
+    Args:
+        progress: shows the bar until the block ends.
+        name: of the stage and of what it counts, as "sampling, positions".
+        fields: of the columns of `progress` that need them.
+
+    Yields:
+        A function that takes how many are done, and of how many.
+    """
+    console, last = progress.console, time.monotonic()
+    task = progress.add_task(name, total=None, **fields)
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        progress.update(task, completed=done, total=total)
+        if not console.is_terminal and time.monotonic() - last >= _LINE_EVERY:
+            console.print(f"{name} {done}/{total}", highlight=False, markup=False, soft_wrap=True)
+            last = time.monotonic()
+
+    try:
+        yield update
+    finally:
+        progress.remove_task(task)
 
 
 @cache

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,37 @@ def test_other_images_under_the_same_path_are_refused(tokenizer: Path, tmp_path:
     cache(tokenizer, made, *flags)
 
 
+def test_crops_are_central_unless_asked_for(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{k}.png")
+        (tmp_path / "photos" / f"{k}.txt").write_text("one\ntwo\nthree")
+    flags = ["--data", tmp_path / "photos", "--device", "cpu", "--workers", 0]
+    plain = read_info(cache(tokenizer, tmp_path / "plain", *flags))
+    assert (plain.crop, plain.flip, plain.views) == ("center", True, 2)
+    assert read_info(cache(tokenizer, tmp_path / "captions", *flags, "--fields", "caption")).views == 4
+    out = cache(tokenizer, tmp_path / "random", *flags, "--crop", "random-resized")
+    assert read_info(out).crop == "random-resized"
+    assert TokenDataset(out).info == read_info(out)  # as one of an earlier version
+    with pytest.raises(SystemExit, match=r"crop is center here but random-resized in"):
+        cache(tokenizer, out, *flags)
+    model, images = tiny_vqgan(), ImageFolder(tmp_path / "photos", "train", 16, crop="center")
+    first = collate([images[k] for k in range(len(images))])
+    expected = tokenize_batch(model, first)["tokens"]
+    assert torch.equal(TokenDataset(tmp_path / "plain").__getitems__(range(len(images)))["tokens"], expected)
+
+
+def test_crops_say_nothing_of_scenes(scenes: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """A cache of scenes that an earlier version left goes on, whichever crop it recorded."""
+    out = shutil.copytree(scenes, tmp_path / "cache")
+    info = json.loads((out / "cache.json").read_text())
+    (out / "cache.json").write_text(json.dumps(info | {"crop": "random-resized"}))
+    (out / "val-000000.safetensors").unlink()
+    cache(tokenizer, out, *SCENES)
+    assert contents(out)["val-000000.safetensors"] == contents(scenes)["val-000000.safetensors"]
+
+
 def test_the_largest_token_fits(tmp_path: Path) -> None:
     model = tiny_vqgan(num_codes=65536)
     with torch.no_grad():  # all latents are those of the last code
@@ -263,7 +295,7 @@ def test_images_with_captions_and_maps(tokenizer: Path, tmp_path: Path, capsys: 
     assert TokenDataset(plain)[0].keys() == {"tokens"}
     assert read_info(plain).num_classes is None
     assert read_info(out).num_classes == 8
-    images, tokens, model = ImageFolder(photos, "train", 16), TokenDataset(out), tiny_vqgan()
+    images, tokens, model = ImageFolder(photos, "train", 16, crop="center"), TokenDataset(out), tiny_vqgan()
     assert len(tokens) == 2 * len(images)
     for index in range(len(tokens)):
         sample = tokens[index]

@@ -29,8 +29,8 @@ class TokensConfig:
     Not given: the one that the cache names."""
     data: Path | None = None
     """on the fly: folder of images, or tar shards. Not given: the embedded scenes."""
-    crop: Crop = "random-resized"
-    """on the fly: training crop of a folder's images."""
+    crop: Crop = "center"
+    """on the fly: training crop of a folder's images; center is that of FID's reference images."""
     flip: bool = True
     """on the fly: mirror half of the training images of a folder."""
     val_images: int = 512

@@ -90,6 +90,8 @@ class CacheInfo:
     def settings(self) -> dict[str, Any]:
         """What must not change between the runs that fill a cache. The tokenizer's path may: its hash stands for it."""
         free = {"tokenizer", "num_classes", "complete"}
+        if self.data is None:
+            free |= {"crop", "flip"}  # without effect on scenes
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 

@@ -35,7 +35,8 @@ _SHRINKAGE = 0.2
 """Share of the common covariance in that of each class."""
 _RIDGE = 1e-2
 """Added to variances, those of all regions being 1."""
-_CHUNK = 128
+_CHUNK = 32
+"""Images at a time: the statistics of 128 take 0.12 s in chunks of 32, 0.26 s in one, since caches hold those."""
 
 
 class RegionAgreement(NamedTuple):
@@ -82,10 +83,11 @@ class RegionClassifier(nn.Module):
         samples: int = 2048,
         num_classes: int = 16,
         reconstruct: Callable[[Tensor], Tensor] | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> Self:
         """The classifier of a data set with ``segmentation``, of its samples 0 to ``samples - 1``; on the CPU.
 
-        Deterministic, if ``reconstruct`` is. 2048 scenes of 64 pixels take 30 seconds on one core.
+        Deterministic, if ``reconstruct`` is. 2048 scenes of 64 pixels take 10 seconds on one core.
 
         Args:
             dataset: of images, training split.
@@ -93,6 +95,7 @@ class RegionClassifier(nn.Module):
             num_classes: C.
             reconstruct: images (B, 3, H, W) uint8 to what a tokenizer makes of them, uint8 on any device: each class
                 has a distribution of these, too. Samples of a prior are then judged by what its tokenizer can show.
+            progress: called with the number of samples done and ``samples``.
 
         Raises:
             ValueError: a class has fewer than two regions in these samples; or as :func:`region_statistics`.
@@ -101,13 +104,17 @@ class RegionClassifier(nn.Module):
         generator = torch.Generator().manual_seed(0)
         for first in range(0, samples, _CHUNK):
             batch = collate([dataset[index] for index in range(first, min(first + _CHUNK, samples))])
+            _check(batch["image"], batch["segmentation"], num_classes)
+            member = region_members(batch["segmentation"], num_classes)
             versions = list(_versions(batch["image"], generator))
             if reconstruct is not None:
                 versions.append(reconstruct(batch["image"]).cpu())
             for k, images in enumerate(versions):
                 if k == len(moments):
                     moments.append(_Moments(num_classes))
-                moments[k].add(region_statistics(images, batch["segmentation"], num_classes))
+                moments[k].add(_statistics(images, member))
+            if progress is not None:
+                progress(first + len(batch["image"]), samples)
         few = torch.nonzero(moments[0].count < 2)[:, 0].tolist()
         if few:
             raise ValueError(f"classes {few} have fewer than two regions in {samples} samples: give more of them")
@@ -246,6 +253,11 @@ def region_statistics(images: Tensor, maps: Tensor, num_classes: int) -> Regions
     Raises:
         TypeError: not uint8. ValueError: sizes that don't belong together, or a class id of ``num_classes`` or more.
     """
+    _check(images, maps, num_classes)
+    return _statistics(images, region_members(maps, num_classes))
+
+
+def _check(images: Tensor, maps: Tensor, num_classes: int) -> None:
     if images.dtype != torch.uint8 or maps.dtype != torch.uint8:
         raise TypeError(f"images and maps must be uint8, got {images.dtype} and {maps.dtype}")
     if images.ndim != 4 or images.shape[1] != 3 or maps.shape != (len(images), *images.shape[2:]):
@@ -254,7 +266,9 @@ def region_statistics(images: Tensor, maps: Tensor, num_classes: int) -> Regions
         )
     if maps.numel() and maps.max() >= num_classes:
         raise ValueError(f"maps hold the class {int(maps.max())}, the classifier knows {num_classes}")
-    member = region_members(maps, num_classes)
+
+
+def _statistics(images: Tensor, member: "Members") -> Regions:
     large = member.any.mean(dim=(2, 3)) >= _MIN_SHARE
     return Regions(large.nonzero()[:, 1], describe(images, member.sure)[large])
 

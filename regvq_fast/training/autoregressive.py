@@ -12,6 +12,7 @@ from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.pictures import color_map
 from regvq_fast.sampling import sample_autoregressive
+from regvq_fast.sampling.common import Progress
 from regvq_fast.training.prior import PriorTask
 
 _MAX_CLASSES = 256
@@ -65,8 +66,8 @@ class ARTask(PriorTask[ARConfig]):
     def validation_loss(self, model: TokenTransformer, first_image: int, *inputs: Tensor) -> Tensor:
         return model.loss(*inputs)
 
-    def sample(self, model: TokenTransformer, batch: TokenBatch) -> Tensor:
-        return sample_autoregressive(model, *self.condition(batch), seed=self.config.run.seed)
+    def sample(self, model: TokenTransformer, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
+        return sample_autoregressive(model, *self.condition(batch), seed=self.config.run.seed, progress=progress)
 
     def show(self, batch: TokenBatch) -> Tensor:
         size = self.tokenizer.image_size

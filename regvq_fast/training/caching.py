@@ -55,12 +55,13 @@ class CacheConfig:
     """Folder of the cache. One that a run began with the same settings is completed."""
     data: Path | None = None
     """Folder of images or of tar shards, as for train/vq.py. Not given: the embedded scenes."""
-    views: int = 4
-    """Epochs of the training stream to keep, each with its own crops and flips (or scenes)."""
+    views: int | None = None
+    """Epochs of the training stream to keep, each with its own flips and captions, or scenes.
+    Not given: 4; 2 of images without captions."""
     fields: tuple[Literal["segmentation", "caption"], ...] = ()
     """What to keep beside tokens. Not given: both of the scenes, none of images."""
-    crop: Crop = "random-resized"
-    """Training crop of images."""
+    crop: Crop = "center"
+    """Training crop of images; center is that of FID's reference images."""
     flip: bool = True
     """Mirror half of the training images."""
     scenes: int | None = None
@@ -68,7 +69,7 @@ class CacheConfig:
     val_images: int = 512
     """Most validation images to keep."""
     seed: int = 0
-    """Decides order, crops, flips and scenes."""
+    """Decides order, flips, random crops, captions and scenes."""
     shard_samples: int = 4096
     """Samples a file; what a run that is stopped loses at most."""
     batch_size: int = 64
@@ -156,7 +157,7 @@ class _Caching:
             seed=config.seed,
             crop=config.crop,
             flip=config.flip,
-            views=config.views,
+            views=config.views or (4 if config.data is None or "caption" in fields else 2),
             train_images=len(self.datasets["train"]),
             val_images=len(self.datasets["val"]),
             fields=fields,

@@ -17,6 +17,7 @@ from regvq_fast.models.text import PretrainedTextEncoder, TextEncoder, WordEncod
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.pictures import caption_tiles
 from regvq_fast.sampling import sample_diffusion
+from regvq_fast.sampling.common import Progress
 from regvq_fast.training.prior import PriorTask
 
 _SAMPLING_STEPS = 25  # of pictures
@@ -72,9 +73,9 @@ class DiffusionTask(PriorTask[DiffusionConfig]):
         terms = diffusion_terms(model.transition, model(noisy, t, text), tokens, noisy, t)
         return (terms.bound / probability).mean()
 
-    def sample(self, model: VQDiffusion, batch: TokenBatch) -> Tensor:
+    def sample(self, model: VQDiffusion, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
         steps = min(_SAMPLING_STEPS, model.num_steps)
-        return sample_diffusion(model, batch["caption"], seed=self.config.run.seed, steps=steps)
+        return sample_diffusion(model, batch["caption"], seed=self.config.run.seed, steps=steps, progress=progress)
 
     def show(self, batch: TokenBatch) -> Tensor:
         size = self.tokenizer.image_size

@@ -120,15 +120,14 @@ def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
             because the results could not be written.
     """
     loop = _Loop(task, recorder, checkpoints)
-    with StopSignals() as stop:
+    with StopSignals(lambda: loop.remedy) as stop:
         try:
             loop.run(stop)
         except Interrupted as signal:
             loop.save()
+            during = "" if loop.training else ", during an evaluation"
             raise RunStopped(
-                f"stopped by {signal} after step {loop.done} of {task.steps}; to continue from {loop.newest}: "
-                f"{loop.command}",
-                signal.exit_code,
+                f"stopped by {signal} after step {loop.done} of {task.steps}{during}; {loop.remedy}", signal.exit_code
             ) from None
         except FloatingPointError as error:
             raise RunStopped(
@@ -143,9 +142,7 @@ def fit(task: Task[Any], recorder: Recorder, checkpoints: Checkpoints) -> None:
                 why = _last_line(error)
             else:
                 raise
-            raise RunStopped(
-                f"stopped after step {loop.done}: {why}; to continue from {loop.newest}: {loop.command}", shared=False
-            ) from error
+            raise RunStopped(f"stopped after step {loop.done}: {why}; {loop.remedy}", shared=False) from error
 
 
 def _last_line(error: Exception) -> str:
@@ -169,6 +166,10 @@ class _Loop:
     def newest(self) -> str:
         path = self.checkpoints.newest
         return "the beginning" if path is None else path.name
+
+    @property
+    def remedy(self) -> str:
+        return f"to continue from {self.newest}: {self.command}"
 
     def run(self, stop: StopSignals) -> None:
         task, recorder, run = self.task, self.recorder, self.config
@@ -215,9 +216,10 @@ class _Loop:
             if done % run.image_every == 0 and done < task.steps:
                 with recorder.surviving_a_full_disk("pictures/"):
                     if rank() == 0:
-                        path = recorder.picture(task.picture, done)
-                        task.save_pictures(path)
-                        recorder.show_picture(path, done)
+                        with stop.abandonable():
+                            path = recorder.picture(task.picture, done)
+                            task.save_pictures(path)
+                            recorder.show_picture(path, done)
                 clock.restart()
             self._position = recorder.metrics_bytes
             owes_checkpoint |= run.checkpoint_every > 0 and done % run.checkpoint_every == 0
@@ -230,13 +232,15 @@ class _Loop:
         self.save()
         recorder.status("evaluating")
         metrics = self._evaluate(stop)
+        stop.check()
         try:
-            task.conclude(recorder, metrics, clock.average)
+            task.conclude(recorder, metrics, clock.average, stop.abandonable())
         except OSError as error:
             raise RunStopped(
                 f"all steps are done, but the results could not be written ({reason(error)}); make room, then: "
                 f"{self.command}"
             ) from None
+        stop.check()
 
     def save(self) -> bool:
         """Save a checkpoint of the steps done, unless there is one; a disk that won't take it is a warning."""
@@ -259,8 +263,15 @@ class _Loop:
 
     def _evaluate(self, stop: StopSignals) -> Metrics:
         self.training = False
-        # Ranks may have different numbers of batches: they agree on signals before and after.
-        metrics = self.task.evaluate(progress=stop.check if num_ranks() == 1 else None)
+        images = len(self.task.val_set)
+        with self.recorder.stage("evaluating, images") as show:
+
+            def progress(done: int) -> None:
+                show(min(done * num_ranks(), images), images)
+                if num_ranks() == 1:  # ranks may have different numbers of batches: they agree on signals afterwards
+                    stop.check()
+
+            metrics = self.task.evaluate(progress=progress)
         values = metrics.scalars()
         self.recorder.record(self.done, values, prefix="val")
         if self.config.checkpoint_every and self.checkpoints.is_best(values) and self.save():

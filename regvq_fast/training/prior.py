@@ -24,6 +24,7 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.pictures import save_image_grid
 from regvq_fast.ranks import sum_over_ranks
+from regvq_fast.sampling.common import Progress
 from regvq_fast.sampling.images import decode_tokens
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recorder import Recorder
@@ -31,8 +32,10 @@ from regvq_fast.training.step import distributed, synchronized
 from regvq_fast.training.task import Task
 
 _SAMPLES = 8  # of a picture
-CLASSIFIED = 128  # scenes whose regions are classified ...
-FITTED_TO = 2048  # ... by what these many taught
+CLASSIFIED = 128
+"""Validation scenes whose regions are classified."""
+FITTED_TO = 768
+"""Training scenes that the classifier of regions is fitted to; the accuracy of 2048 (docs/priors.md)."""
 
 Config = TypeVar("Config", bound=PriorConfig)
 
@@ -73,8 +76,8 @@ class PriorTask(Task[Config]):
         """The condition on the device, ready to be cut into parts along its first dimension."""
 
     @abstractmethod
-    def sample(self, model: Any, batch: TokenBatch) -> Tensor:
-        """Tokens (B, h, w) that a model draws under the conditions of a batch."""
+    def sample(self, model: Any, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
+        """Sample tokens (B, h, w) under the conditions of a batch; ``progress`` as in the samplers."""
 
     @abstractmethod
     def show(self, batch: TokenBatch) -> Tensor:
@@ -216,7 +219,8 @@ class PriorTask(Task[Config]):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 of tokens (B, h, w)."""
-        return decode_tokens(self.tokenizer, tokens.to(self.device), self.precision)
+        parts = tokens.to(self.device).split(self.part)
+        return torch.cat([decode_tokens(self.tokenizer, part, self.precision) for part in parts])
 
     def save_pictures(self, path: Path) -> None:
         """Conditions, samples under them, and what the tokenizer makes of the images they are of."""
@@ -231,11 +235,11 @@ class PriorTask(Task[Config]):
         recorder.show_picture(path, self.steps)
         numbers: dict[str, object] = {"loss (nats a token)": metrics.loss, "images": metrics.images}
         if self.scenes:
-            numbers |= self.agreement()
+            numbers |= self.agreement(recorder)
         recorder.summarize(f"{recorder.folder}", numbers | dict(rows) | {"samples": path})
 
     @torch.no_grad()
-    def agreement(self) -> Mapping[str, float]:
+    def agreement(self, recorder: Recorder) -> Mapping[str, float]:
         """How well scenes, their reconstructions and samples show what their conditions say.
 
         What classes look like is learned from scenes and from their reconstructions.
@@ -243,12 +247,13 @@ class PriorTask(Task[Config]):
         size, cache = self.tokenizer.image_size, getattr(self.val_set, "info", None)
         seed = cache.seed if cache else self.config.run.seed
         training = ScenesDataset("train", size, seed=seed)
-        classifier = RegionClassifier.fit(training, FITTED_TO, len(CLASSES), reconstruct=self._reconstruct)
+        with recorder.stage("fitting a classifier, scenes") as show:
+            classifier = RegionClassifier.fit(training, FITTED_TO, len(CLASSES), self._reconstruct, show)
         scenes = ScenesDataset("val", size, len(self.val_set), seed)
         real = collate([scenes[k] for k in range(min(CLASSIFIED, len(scenes)))])
-        batch = tokenize_batch(self.tokenizer, real, self.device)
-        with self.precision.autocast():
-            samples = self.decode(self.sample(self.eval_model, batch))
+        batch = tokenize_batch(_InParts(self.tokenizer, self.part), real, self.device)
+        with recorder.stage("sampling, steps") as show, self.precision.autocast():
+            samples = self.decode(self.sample(self.eval_model, batch, show))
         images = {"scenes": real["image"], "reconstructions": self.decode(batch["tokens"]), "samples": samples}
         return {
             f"{measure} of {name}": value

@@ -8,7 +8,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regvq_fast.config import TrainConfig
-from regvq_fast.console import progress_bar, say
+from regvq_fast.console import progress_bar, say, stage
 from regvq_fast.files import atomic_path, check_new_folder
 from regvq_fast.models.pretrained import WEIGHTS
 from regvq_fast.ranks import rank
@@ -187,6 +187,10 @@ class Recorder:
         self._progress.update(self._task, status=text)
         if not self.console.is_terminal:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Show progress of an evaluation below that of the steps: `regvq_fast.console.stage`."""
+        return stage(self._progress, name, status="")
 
     def warn(self, text: str) -> None:
         """One line that stands out and stays."""

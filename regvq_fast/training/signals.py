@@ -1,9 +1,10 @@
-"""SIGINT and SIGTERM as a wish to stop, which a run fulfils between two steps."""
+"""Requests to stop a run by SIGINT or SIGTERM, handled between steps."""
 
 import os
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -21,14 +22,23 @@ class Interrupted(Exception):
         """What shells report for a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
 
 
+class _Abandoned(BaseException):
+    """Raised by the signal handler; a BaseException, so that no library takes it for an error of its own."""
+
+
 class StopSignals:
     """Inside the block the first signal is only noted; the second one ends the process at once.
 
     Outside of the main thread, where Python takes no signals, it does nothing.
+
+    Args:
+        remedy: how to continue after a second signal, asked for when it arrives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remedy: Callable[[], str]) -> None:
+        self._remedy = remedy
         self._received: int | None = None
+        self._abandonable = False
         self._previous: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
@@ -51,11 +61,33 @@ class StopSignals:
         if received := any_rank(self._received or 0):
             raise Interrupted(received)
 
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Leave the block at the first signal, wherever it is; the next `check`, of all ranks, raises Interrupted.
+
+        For work of one rank that can be repeated.
+        """
+        self._abandonable = True
+        try:
+            yield
+        except _Abandoned:
+            pass
+        finally:
+            self._abandonable = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked child, which inherited the handler: its parent stops it
             return
-        if self._received is not None:
+        first = self._received is None
+        if first:
+            self._received = number
+            message = "stopping after this step or batch; a second signal stops at once"
+        else:
+            message = f"stopped at once; {self._remedy()}"
+        if not (first and self._abandonable):
+            with suppress(OSError):  # not print(): a signal can come in the middle of another one
+                os.write(2, f"\n{message}\n".encode())
+        if not first:
             raise SystemExit(128 + number)
-        self._received = number
-        with suppress(OSError):  # not print(): a signal can come in the middle of another one
-            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+        if self._abandonable:
+            raise _Abandoned

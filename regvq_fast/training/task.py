@@ -10,6 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol
 
@@ -365,10 +366,12 @@ class Task(ABC, Generic[Config]):
         """This rank's share of the validation split, in batches."""
         return rank_batches(self.val_set, self.part, self.workers, self.device)
 
-    def conclude(self, recorder: Recorder, metrics: Metrics, images_per_second: float) -> None:
-        """Save the model and what else the run leaves, and print the summary."""
+    def conclude(
+        self, recorder: Recorder, metrics: Metrics, images_per_second: float, work: AbstractContextManager[object]
+    ) -> None:
+        """Save the model and what else the run leaves, and print the summary: on rank 0, within ``work``."""
         unreadable = sum(map(unreadable_images, (self.train_set, self.val_set)))
-        with together():
+        with together(), work:
             if rank() > 0:
                 return
             with atomic_path(recorder.folder / WEIGHTS) as temporary:

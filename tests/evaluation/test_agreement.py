@@ -52,7 +52,10 @@ def test_confusions_of_parts_add_up(classifier, validation) -> None:
 
 def test_fitting_is_deterministic_and_state_is_whole(classifier) -> None:
     scenes = ScenesDataset("train", 64)
-    a, b = (RegionClassifier.fit(scenes, samples=96).state_dict() for _ in range(2))
+    counted: list[tuple[int, int]] = []
+    progress = (None, lambda *done: counted.append(done))
+    a, b = (RegionClassifier.fit(scenes, samples=90, progress=each).state_dict() for each in progress)
+    assert counted == [(32, 90), (64, 90), (90, 90)]
     assert all(torch.equal(a[name], b[name]) for name in a)
     restored = RegionClassifier(16, *classifier.centers.shape)
     restored.load_state_dict(copy.deepcopy(classifier.state_dict()))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from regvq_fast.models import VQGAN
 from regvq_fast.precision import Precision
 from regvq_fast.training.autoregressive import ARTask
 from regvq_fast.training.prior import PriorTask
+from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.task import Task
 
 PRIORS = {"ar": "ar.py", "diffusion": "diffusion.py"}
@@ -38,7 +40,7 @@ SMALL = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}  # as fields
 
 @pytest.fixture(scope="module", autouse=True)
 def few_regions() -> Iterator[None]:
-    """The classifier of regions takes half a minute to fit to 2048 scenes: here it gets enough for every class."""
+    """The classifier of regions takes twelve seconds to fit to 768 scenes: here it gets enough for every class."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("regvq_fast.training.prior.FITTED_TO", 128)
         yield
@@ -140,7 +142,7 @@ def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
         return tokenize(model, images)
 
     monkeypatch.setattr(VQGAN, "tokenize", watched)
-    monkeypatch.setattr(PriorTask, "agreement", lambda _: {})  # it looks at images of its own
+    monkeypatch.setattr(PriorTask, "agreement", lambda *_: {})  # it looks at images of its own
     flags = ["--on-the-fly", "--tokenizer", tokenizer, "--val-images", 10]
     fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "parts")
     assert sizes == {4, 2}
@@ -176,10 +178,53 @@ def test_a_resumed_run_equals_one_without_a_break(
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.parametrize(("stage", "prior"), [("fit", "ar"), ("sample", "ar"), ("sample", "diffusion")])
+def test_a_signal_ends_the_closing_evaluation_which_resuming_repeats(
+    monkeypatch: pytest.MonkeyPatch,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    prior: str,
+) -> None:
+    out = shutil.copytree(runs[prior], tmp_path / "run")
+    (out / "summary.json").unlink()
+    counted = []
+
+    class Interrupting(Recorder):
+        @contextmanager
+        def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+            def update(done: int, total: int) -> None:
+                counted.append((done, total))
+                os.kill(os.getpid(), signal.SIGINT)
+
+            with super().stage(name) as show:
+                yield update if name.startswith({"fit": "fitting", "sample": "sampling"}[stage]) else show
+
+    with monkeypatch.context() as patch:
+        patch.setattr("regvq_fast.training.loop.Recorder", Interrupting)
+        with pytest.raises(SystemExit) as stop:
+            resume(out, script=PRIORS[prior])
+    assert stop.value.code == 128 + signal.SIGINT
+    assert len(counted) == 1
+    assert counted[0][0] < counted[0][1]
+    script = f"train/{PRIORS[prior]}"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"stopped by SIGINT after step 4 of 4, during an evaluation; to continue from step-0000004: "
+        f"python {script} --resume --out {out}"
+    )
+    assert not (out / "summary.json").exists()
+    resume(out, script=PRIORS[prior])
+    again, whole = (json.loads((folder / "summary.json").read_text()) for folder in (out, runs[prior]))
+    assert [value for name, value in again.items() if " of " in name] == [
+        value for name, value in whole.items() if " of " in name
+    ]
+
+
 def test_a_resumed_run_has_its_tokenizer_with_it(
     monkeypatch: pytest.MonkeyPatch, cache: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(PriorTask, "agreement", lambda _: {})
+    monkeypatch.setattr(PriorTask, "agreement", lambda *_: {})
     moved, gone = shutil.copytree(cache, tmp_path / "moved"), tmp_path / "gone"
     info = json.loads((moved / "cache.json").read_text())
     (moved / "cache.json").write_text(json.dumps(info | {"tokenizer": str(gone)}))
@@ -255,7 +300,7 @@ def test_counting_operations_changes_nothing(
         ("diffusion", ["--cache", "{cache}", "--on-the-fly"], "exclude each other"),
         ("diffusion", ["--cache", "{cache}", "--data", "photos"], "--data photos is for --on-the-fly"),
         ("diffusion", ["--cache", "{cache}", "--val-images", "7"], "--val-images 7 is for --on-the-fly"),
-        ("ar", ["--cache", "{cache}", "--crop", "center"], "--crop center is for --on-the-fly"),
+        ("ar", ["--cache", "{cache}", "--crop", "random-resized"], "--crop random-resized is for --on-the-fly"),
         ("ar", ["--cache", "{cache}", "--no-flip"], "--no-flip is for --on-the-fly: the cache {cache} was made of"),
         ("ar", ["--cache", "{cache}", "--tokenizer", "{other}"], "not by this tokenizer"),
         (

@@ -117,16 +117,40 @@ def test_a_signal_ends_the_step_saves_a_checkpoint_and_says_how_to_go_on(
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
 
     in_step(monkeypatch, 2, twice)
     with pytest.raises(SystemExit) as stop:
-        train(*FAST, "--out", tmp_path / "run")
+        train(*FAST, "--out", tmp_path / "run", "--checkpoint-every", 2)
     assert stop.value.code == 143
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert checkpoints(tmp_path / "run") == ["step-0000002"]
+    assert list(filter(None, capfd.readouterr().err.splitlines()))[-2:] == [
+        "stopping after this step or batch; a second signal stops at once",
+        f"stopped at once; to continue from step-0000002: python train/vq.py --resume --out {tmp_path / 'run'}",
+    ]
+
+
+def test_pictures_are_abandoned_at_a_signal(monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    save_pictures = VQGANTask.save_pictures
+
+    def interrupted(task: VQGANTask, path: Path) -> None:
+        monkeypatch.setattr(VQGANTask, "save_pictures", save_pictures)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal did not end the sampling of pictures")
+
+    monkeypatch.setattr(VQGANTask, "save_pictures", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(*FAST, *RUN, "--out", out)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert checkpoints(out) == ["step-0000002"]
+    resume(out)
+    assert_same_run(whole, out)
 
 
 def test_an_evaluation_that_a_signal_cuts_short_is_done_after_resuming(
