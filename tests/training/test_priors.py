@@ -508,6 +508,30 @@ def test_finished_runs_become_results(
         assert "nan" not in table(found)
 
 
+def test_noise_of_a_tokenizer_is_measured_beside_its_records(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "noise.json"
+    monkeypatch.setattr(trained_runs, "SAMPLED_IMAGES", 64)
+    flags = ["noise", "--runs", tokenizer, "--fid-features", "random-vgg16", "--json", out]
+    monkeypatch.setattr(sys, "argv", ["trained_runs.py", *map(str, flags)])
+    with pytest.warns(UserWarning, match="too few"):
+        trained_runs.main()
+    (found,) = json.loads(out.read_text())["runs"]
+    assert [record["step"] for record in found["softmax"]] == [1, 2, 4]
+    assert 0 < found["tokens moved"] < 1
+    assert 0 < found["squared distance moved, over that of two random codes"] < 1
+    assert found["PSNR of sampled codes"] != found["PSNR of best codes"]
+    before, summary = (
+        json.loads((tokenizer / "config.json").read_text()),
+        json.loads((tokenizer / "summary.json").read_text()),
+    )
+    assert found["num_codes"] == before["quantizer"]["num_codes"]
+    assert found["psnr"] == summary["psnr"]
+    row = report_tables.noise(json.loads(out.read_text())).splitlines()[2]
+    assert "nan" not in row
+
+
 def test_runs_of_other_seeds_or_quantizers_are_not_compared(tokenizer: Path) -> None:
     with pytest.raises(SystemExit, match="--vq-gan got runs of"):
         trained_runs.main_job({"reg-vq": [tokenizer], "vq-gan": [tokenizer]})
