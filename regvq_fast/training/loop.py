@@ -228,7 +228,6 @@ class _Loop:
                 clock.restart()
             stop.check()
         self.save()
-        recorder.status("evaluating")
         metrics = self._evaluate(stop)
         try:
             task.conclude(recorder, metrics, clock.average)
@@ -259,10 +258,11 @@ class _Loop:
 
     def _evaluate(self, stop: StopSignals) -> Metrics:
         self.training = False
+        self.recorder.status("evaluating")
         # Ranks may have different numbers of batches: they agree on signals before and after.
         metrics = self.task.evaluate(progress=stop.check if num_ranks() == 1 else None)
         values = metrics.scalars()
-        self.recorder.record(self.done, values, prefix="val")
+        self.recorder.record_evaluation(self.done, values)
         if self.config.checkpoint_every and self.checkpoints.is_best(values) and self.save():
             with self.recorder.surviving_a_full_disk("best.json"):
                 self.checkpoints.mark_best(values)
