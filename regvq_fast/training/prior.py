@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regvq_fast.config import PriorConfig, read_config
 from regvq_fast.data.loading import build_dataset, collate
-from regvq_fast.data.pictures import Field
+from regvq_fast.data.pictures import Field, left_out_note
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.token_cache import read_info
@@ -165,7 +165,8 @@ class PriorTask(Task[Config]):
         height, width = self.tokenizer.token_shape
         source = f"token cache {tokens.cache}" if tokens.cache else f"{self.train_set.label}, on the fly"
         return {
-            "tokens": f"{source}: {len(self.train_set)} training samples, {len(self.val_set)} for validation",
+            "tokens": f"{source}: {len(self.train_set):,} training samples, {len(self.val_set):,} for validation"
+            f"{left_out_note(self.train_set, self.val_set)}",
             "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
         }
 
