@@ -80,6 +80,10 @@ class PriorTask(Task[Config]):
     def show(self, batch: TokenBatch) -> Tensor:
         """The conditions of a batch as pictures (B, 3, H, W) uint8."""
 
+    def legend(self, batch: TokenBatch) -> dict[int, str]:
+        """Names of the class ids in the pictures of the conditions."""
+        return {}
+
     @abstractmethod
     def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
         """How well images (B, 3, H, W) uint8 show what the conditions of these scenes say."""
@@ -224,7 +228,8 @@ class PriorTask(Task[Config]):
         batch = self.tokens_of(self.read(self.val_set, range(min(_SAMPLES, len(self.val_set)))))
         with self.precision.autocast():
             tokens = self.sample(self.eval_model, batch)
-        save_image_grid(path, self.show(batch), self.decode(tokens), self.decode(batch["tokens"]))
+        images = self.decode(tokens), self.decode(batch["tokens"])
+        save_image_grid(path, self.show(batch), *images, legend=self.legend(batch))
 
     def finish(self, recorder: Recorder, metrics: LikelihoodMetrics, rows: Mapping[str, object]) -> None:
         path = recorder.picture(self.picture)

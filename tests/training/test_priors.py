@@ -78,6 +78,9 @@ def test_a_run_leaves_all_that_its_users_need(runs: dict[str, Path], prior: str)
         *"config.json metrics.jsonl summary.json model.safetensors tokenizer checkpoints pictures tensorboard".split()
     }
     assert {path.name for path in (out / "pictures").iterdir()} == {"samples.png", "samples-0000003.png"}
+    with Image.open(out / "pictures" / "samples.png") as image:
+        stacks = 3 * 128 + 2 * 2 if prior == "ar" else 3 * 192 + 2 * 2
+        assert (image.height > stacks + 2 * 8) == (prior == "ar"), "maps have a legend"
     rows = records(out)
     assert [row["step"] for row in rows] == [1, 2, 4, 4]
     assert rows[-1]["split"] == "val"
