@@ -328,6 +328,7 @@ def test_images_under_their_semantic_maps(runs: dict[str, Path], tmp_path: Path)
     for name in names:  # in batches of two as in one of five
         assert np.array_equal(pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name))
     assert pixels(tmp_path / "a" / "00000.png").shape == (32, 32, 3)
+    assert pixels(tmp_path / "a" / "grid.png").shape[0] >= 8 + 2 * 128 + 2 + 8 + 20, "a legend is below"
     assert not np.array_equal(pixels(tmp_path / "a" / "00000.png"), pixels(tmp_path / "a" / "00001.png"))
 
 
