@@ -2,21 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from regvq_fast.ranks import num_ranks
@@ -29,41 +21,68 @@ def say(console: Console, name: str, value: str) -> None:
     console.print(Text.assemble((f"{name:>18}  ", "bold"), value), soft_wrap=True)
 
 
-def progress_bar(console: Console, *more: ProgressColumn) -> Progress:
-    """The bar of long work: what, how many of how many, the time that it took and that is left.
+class Items:
+    """Items on one line; those that do not fit are dropped from the right.
 
     Args:
-        console: where it is drawn, if that is a terminal.
-        more: columns to its right.
+        items: may be replaced while the line is displayed.
+    """
+
+    def __init__(self, items: Sequence[str] = ()) -> None:
+        self.items = items
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = (Text(" · ".join(self.items[:count])) for count in range(len(self.items), 1, -1))
+        first = Text("".join(self.items[:1]), no_wrap=True, overflow="ellipsis")
+        yield next((line for line in lines if line.cell_len <= options.max_width), first)
+
+
+class _Progress(Progress):
+    below: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below is not None:
+            yield self.below
+
+
+def progress_bar(console: Console, below: RenderableType | None = None) -> Progress:
+    """Return a bar of long work: counter, bar, time elapsed and time left, in this order on one line.
+
+    Args:
+        console: where it is displayed, if that is a terminal.
+        below: shown on the lines below it.
     """
     ranks = f" (rank 0 of {num_ranks()})" if num_ranks() > 1 else ""
-    return Progress(
+    # Columns of text keep their width: only the bar adapts to the terminal.
+    progress = _Progress(
         TextColumn(f"[bold]{{task.description}}{ranks}"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("left"),
-        TimeRemainingColumn(),
-        *more,
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
         disable=not console.is_terminal,
+        expand=True,
     )
+    progress.below = below
+    return progress
 
 
 @contextmanager
-def stage(progress: Progress, name: str, **fields: Any) -> Iterator[Callable[[int, int], None]]:
+def stage(progress: Progress, name: str) -> Iterator[Callable[[int, int], None]]:
     """One more bar for a stage of long work; without a terminal, a line every 10 seconds.
 
     Args:
         progress: shows the bar until the block ends.
         name: of the stage and of what it counts, as "sampling, positions".
-        fields: of the columns of `progress` that need them.
 
     Yields:
         A function that takes how many are done, and of how many.
     """
     console, last = progress.console, time.monotonic()
-    task = progress.add_task(name, total=None, **fields)
+    task = progress.add_task(name, total=None)
 
     def update(done: int, total: int) -> None:
         nonlocal last

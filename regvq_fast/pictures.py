@@ -2,8 +2,8 @@
 
 import math
 import os
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,9 @@ _SMALLEST_TILE = 128
 """Pixels; smaller pictures are enlarged by a whole factor so that theirs can be made out."""
 
 
-def save_image_grid(path: str | os.PathLike[str], *kinds: Tensor, columns: int = 8) -> None:
+def save_image_grid(
+    path: str | os.PathLike[str], *kinds: Tensor, columns: int = 8, legend: Mapping[int, str] | None = None
+) -> None:
     """Save a grid of stacks of images that belong together: image k of the first kind above that of the second ...
 
     Args:
@@ -29,6 +31,7 @@ def save_image_grid(path: str | os.PathLike[str], *kinds: Tensor, columns: int =
         kinds: one or more of (B, 3, H, W), uint8 or floating in -1..1 (clamped), on any device; enlarged to one width,
             by whole factors.
         columns: stacks side by side.
+        legend: names of class ids, shown below the grid with the colours of :func:`color_map`.
 
     Raises:
         ValueError: shapes that don't go together or are not (B, 3, H, W) with B >= 1.
@@ -45,7 +48,10 @@ def save_image_grid(path: str | os.PathLike[str], *kinds: Tensor, columns: int =
     seam = torch.full((count, 3, 2, width), _BACKGROUND, dtype=torch.uint8)
     parts = [part for images in kinds for part in (seam, enlarge(as_uint8(images), width // images.shape[3]))]
     tiles = torch.cat(parts[1:], dim=2)
-    save_picture(path, arrange(tiles, min(columns, len(tiles)), gutter=8))
+    grid = arrange(tiles, min(columns, len(tiles)), gutter=8)
+    if legend:
+        grid = torch.cat([grid, _legend(legend, grid.shape[2])], dim=1)
+    save_picture(path, grid)
 
 
 def save_images(folder: Path, images: Tensor, first: int = 0) -> None:
@@ -55,16 +61,46 @@ def save_images(folder: Path, images: Tensor, first: int = 0) -> None:
 
 
 def caption_tiles(captions: Sequence[str], size: int) -> Tensor:
-    """Captions as pictures (B, 3, size, size) uint8; long ones are cut off."""
-    tiles = []
-    for caption in captions:
-        tile = Image.new("RGB", (size, size), (_BACKGROUND,) * 3)
-        draw = ImageDraw.Draw(tile)
-        font = ImageFont.load_default(size=max(9, size // 12))
-        letters = max(1, int(size / draw.textlength("n", font=font)))
-        draw.multiline_text((2, 2), "\n".join(textwrap.wrap(caption, letters)), fill=(0, 0, 0), font=font, spacing=2)
-        tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
-    return torch.stack(tiles)
+    """Captions as pictures (B, 3, H, size) uint8, wrapped; H is at least ``size``, more if the longest needs it."""
+    font_size = max(9, size // 12)
+    texts = ["\n".join(_wrap(caption, size - 4, font_size)) for caption in captions]
+    height = max(size, *(_text_size(text, font_size)[1] + 4 for text in texts))
+    return torch.stack([text_tile(text, size, height, font_size) for text in texts])
+
+
+def text_tile(text: str, width: int, height: int, font_size: int) -> Tensor:
+    """Text at the upper left of a white picture, (3, height, width) uint8; what does not fit is cut off."""
+    tile = Image.new("RGB", (width, height), (_BACKGROUND,) * 3)
+    ImageDraw.Draw(tile).multiline_text((2, 2), text, fill=(0, 0, 0), font=_font(font_size), spacing=2)
+    return torch.from_numpy(np.array(tile)).permute(2, 0, 1)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def _text_size(text: str, font_size: int) -> tuple[int, int]:
+    """Width and height in pixels."""
+    draw = ImageDraw.Draw(Image.new("1", (1, 1)))
+    _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font=_font(font_size), spacing=2)
+    return math.ceil(right), math.ceil(bottom)
+
+
+def _wrap(text: str, width: int, font_size: int) -> list[str]:
+    """Lines of at most ``width`` pixels, broken between words, and within a word that is longer than a line."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".lstrip()
+        if _text_size(joined, font_size)[0] <= width:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and _text_size(lines[-1] + letter, font_size)[0] > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]
 
 
 def color_map(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -77,11 +113,38 @@ def color_map(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
     Returns:
         (B, 3, H, W) uint8, on the CPU.
     """
+    ids = F.interpolate(segmentation.cpu().float().unsqueeze(1), shape, mode="nearest").squeeze(1).long()
+    return _palette()[ids].permute(0, 3, 1, 2).contiguous()
+
+
+def legend_of(segmentation: Tensor, names: Sequence[str] = ()) -> dict[int, str]:
+    """Return the class ids that occur in semantic maps with their names, or with their numbers where names end."""
+    ids: list[int] = segmentation.unique().tolist()
+    return {k: names[k] if k < len(names) else str(k) for k in ids}
+
+
+@cache
+def _palette() -> Tensor:
+    """(256, 3) uint8 colours by class id."""
     hues = np.arange(256) * 0.61803398875 % 1  # the golden ratio keeps neighbouring ids apart
     values = 0.95 - 0.35 * (np.arange(256) % 3) / 2
-    palette = torch.from_numpy((hsv_to_rgb(np.stack([hues, np.full(256, 0.65), values], 1)) * 255).astype(np.uint8))
-    ids = F.interpolate(segmentation.cpu().float().unsqueeze(1), shape, mode="nearest").squeeze(1).long()
-    return palette[ids].permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy((hsv_to_rgb(np.stack([hues, np.full(256, 0.65), values], 1)) * 255).astype(np.uint8))
+
+
+def _legend(names: Mapping[int, str], width: int) -> Tensor:
+    """Colours and names in columns, (3, H, width) uint8; names are cut only where one alone is wider than the grid."""
+    font_size, swatch, margin = 14, 14, 8
+    row = 20
+    cell = min(width - 2 * margin, max(_text_size(name, font_size)[0] for name in names.values()) + swatch + 20)
+    columns = max(1, (width - 2 * margin) // cell)
+    height = math.ceil(len(names) / columns) * row + margin
+    picture = torch.full((3, height, width), _BACKGROUND, dtype=torch.uint8)
+    for k, (label, name) in enumerate(names.items()):
+        top, left = k // columns * row, margin + k % columns * cell
+        picture[:, top : top + swatch, left : left + swatch] = _palette()[label][:, None, None]
+        text = text_tile(name, cell - swatch - 4, row, font_size)
+        picture[:, top : top + row - 2, left + swatch + 4 : left + cell] = text[:, 2:]
+    return picture
 
 
 def as_uint8(images: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
+"""The progress bar keeps counter, bar and time left at any width."""
+
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from regvq_fast.console import progress_bar, stage
+from regvq_fast.console import Items, progress_bar, stage
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -26,3 +29,37 @@ def test_a_stage_has_a_bar_on_a_terminal_and_a_line_every_ten_seconds_elsewhere(
         assert "sampling, steps" in written.getvalue()
     else:
         assert written.getvalue().splitlines() == ["sampling, steps 4/8", "sampling, steps 8/8"]
+
+
+ITEMS = ["loss 0.123", "l1 0.123", "utilization 100 %", "1,234 images/s", "perceptual 0.123", "kl 0.12", "lambda 0.75"]
+
+
+def rendered(items, width: int, monkeypatch, world_size: int = 1) -> list[str]:
+    monkeypatch.setattr("regvq_fast.console.num_ranks", lambda: world_size)
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    progress = progress_bar(console, Items(items))
+    progress.add_task("step", total=1_000_000, completed=654_321)
+    with console.capture() as capture:
+        console.print(progress.get_renderable())
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_counter_bar_and_time_left_stay_whole(monkeypatch, width, world_size):
+    if width == 60 and world_size > 1:
+        pytest.skip("too narrow for the name of the rank")
+    bar, items = rendered(ITEMS, width, monkeypatch, world_size)
+    assert re.fullmatch(r"step( \(rank 0 of 8\))?  654321/1000000 [━╸╺]{5,} +0:00:00 left -:--:--", bar.strip())
+    assert len(bar) <= width
+    shown = items.strip().split(" · ")
+    assert shown == ITEMS[: len(shown)], "items are dropped whole, from the right"
+    room = width - len(" · ".join(ITEMS[: len(shown) + 1]))
+    assert len(shown) == len(ITEMS) or room < 0
+    assert len(shown) == {60: 4, 80: 5, 120: 7}[width]
+
+
+def test_a_single_item_is_cut_with_an_ellipsis(monkeypatch):
+    _, line = rendered(["compiling " * 12], 80, monkeypatch)
+    assert len(line) == 80
+    assert line.endswith("…")

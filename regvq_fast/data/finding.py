@@ -2,13 +2,18 @@
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from regvq_fast.data.samples import Split
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 """What counts as an image file, in either case."""
+OTHER_FORMATS = frozenset(
+    ".arw .avif .cr2 .dng .exr .hdr .heic .heif .ico .jfif .jp2 .jpe .jxl .nef .pgm .ppm .psd .svg .tga".split()
+)
+"""Image files that are left out; counted so that nobody misses them without a hint."""
 CAPTION_SUFFIX = ".txt"
 SEGMENTATION_SUFFIX = ".seg.png"
 """A class id at each pixel of the picture of the same name: never a picture itself."""
@@ -29,18 +34,47 @@ def name_hash(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
-def find_files(folder: str | os.PathLike[str], suffixes: Iterable[str]) -> list[str]:
+def find_files(
+    folder: str | os.PathLike[str], suffixes: Iterable[str], left_out: Counter[str] | None = None
+) -> list[str]:
     """Paths of the files under ``folder`` whose names end in one of the suffixes, in either case; sorted.
 
     Links to folders are followed, each folder once; names that begin with a dot are left out.
+
+    Args:
+        folder: see above.
+        suffixes: see above.
+        left_out: counts dangling links and images of other formats, by reason (:func:`left_out_text`).
     """
     endings = tuple(suffixes)
-    return sorted(
-        os.path.join(current, name)
-        for current, names in _walk(folder)
-        for name in names
-        if name.lower().endswith(endings)
+    found: list[str] = []
+    left_out = Counter() if left_out is None else left_out
+    for current, names, dangling in _walk(folder):
+        found += (os.path.join(current, name) for name in names if name.lower().endswith(endings))
+        left_out["dangling link"] += dangling
+        left_out.update(suffix for name in names if (suffix := file_suffix(name)) in OTHER_FORMATS)
+    return sorted(found)
+
+
+def file_suffix(name: str) -> str:
+    """Return the last suffix of a file name, in lower case."""
+    return os.path.splitext(name)[1].lower()
+
+
+def left_out_text(reasons: Mapping[str, int]) -> str:
+    """Return counts by reason as `3 files (2 dangling links, 1 .avif)`; empty if there are none.
+
+    Args:
+        reasons: a suffix, "unreadable", or a noun in the singular.
+    """
+    counts = sorted(
+        ((count, reason) for reason, count in reasons.items() if count), key=lambda found: (-found[0], found[1])
     )
+    if not counts:
+        return ""
+    listed = ", ".join(f"{count:,} {reason}{'s' if count > 1 and ' ' in reason else ''}" for count, reason in counts)
+    total = sum(count for count, _ in counts)
+    return f"{total:,} file{'s' if total > 1 else ''} ({listed})"
 
 
 def holds_shards(path: str | os.PathLike[str]) -> bool:
@@ -52,7 +86,7 @@ def holds_shards(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     if not path.is_dir():
         return str(path).lower().endswith(SHARD_SUFFIXES)
-    for _, names in _walk(path):
+    for _, names, _ in _walk(path):
         if any(map(is_image, names)):
             return False
         if any(name.lower().endswith(SHARD_SUFFIXES) for name in names):
@@ -60,8 +94,8 @@ def holds_shards(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each folder from ``folder`` down, with the names of its files."""
+def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], int]]:
+    """Each folder from ``folder`` down, with the names of its files and the number of dangling links."""
     entered: set[tuple[int, int]] = set()
     pending = [os.fspath(folder)]
     while pending:
@@ -70,7 +104,7 @@ def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
         if (status.st_dev, status.st_ino) in entered:  # a link back up, or a second way to the same folder
             continue
         entered.add((status.st_dev, status.st_ino))
-        files, folders = [], []
+        files, folders, dangling = [], [], 0
         with os.scandir(current) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
@@ -79,6 +113,8 @@ def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
                     folders.append(entry.path)
                 elif entry.is_file():
                     files.append(entry.name)
-        yield current, files
+                else:
+                    dangling += entry.is_symlink()
+        yield current, files, dangling
         # Sorted: which of two links to one folder is followed must not depend on the file system's order.
         pending += sorted(folders, reverse=True)

@@ -1,6 +1,7 @@
 """Any folder of images as a data set."""
 
 import os
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -71,7 +72,8 @@ class ImageFolder(PictureDataset):
     def _find(self, folder: Path) -> list[str]:
         """Paths of the images with all fields, sorted; at least one."""
         suffixes = [FIELD_SUFFIXES[field] for field in self.fields]
-        found = find_files(folder, [*EXTENSIONS, *suffixes])
+        left_out = self.left_out[os.fspath(folder)] = Counter[str]()
+        found = find_files(folder, [*EXTENSIONS, *suffixes], left_out)
         images = [file for file in found if is_image(file)]
         if not images:
             kinds = " ".join(sorted(extension.removeprefix(".") for extension in EXTENSIONS))

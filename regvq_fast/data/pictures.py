@@ -6,7 +6,8 @@ import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from regvq_fast.data.finding import CAPTION_SUFFIX, SEGMENTATION_SUFFIX
+from regvq_fast.data.finding import CAPTION_SUFFIX, SEGMENTATION_SUFFIX, left_out_text
 from regvq_fast.data.manifest import mirrored_ids, read_manifest
 from regvq_fast.data.samples import Sample, Split, check_index, check_split, sample_random, shuffled_position
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, random_box, upright_size
@@ -100,6 +101,8 @@ class PictureDataset(Dataset[Sample], ABC):
         self.seed = seed
         self.limit = limit
         self.fields = frozenset(fields)
+        self.left_out: dict[str, Mapping[str, int]] = {}
+        """Files that look like images but are not used: number by reason, by folder or shard."""
         self._maps_fit = False  # must maps have the size of their images, rather than their shape alone?
         manifest = read_manifest(self.source)
         self.num_classes: int | None = len(manifest.classes) or None if manifest else None
@@ -226,6 +229,16 @@ class PictureDataset(Dataset[Sample], ABC):
                 if not self.unreadable_flags[position]:
                     self.unreadable_flags[position] = True
                     logger.warning("skipped unreadable image %s (%s)", self._name(position), why_unreadable(error))
+
+
+def left_out_note(*splits: object) -> str:
+    """Return `; left out: 3 files (...)` of the splits of a data set; empty if nothing is known to be left out."""
+    datasets = [split for split in splits if isinstance(split, PictureDataset)]
+    places = {place: reasons for dataset in datasets for place, reasons in dataset.left_out.items()}
+    # Both splits may have searched the same place: it counts once.
+    reasons = sum(map(Counter, places.values()), Counter(unreadable=sum(dataset.unreadable for dataset in datasets)))
+    text = left_out_text(reasons)
+    return text and f"; left out: {text}"
 
 
 @contextmanager

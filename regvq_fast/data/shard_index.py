@@ -1,9 +1,11 @@
 """Where each sample lies in a tar file, read once from its headers and kept."""
 
 import hashlib
+import json
 import logging
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,15 @@ from rich.console import Console
 from rich.progress import track
 
 from regvq_fast.console import warn_once
-from regvq_fast.data.finding import CAPTION_SUFFIX, EXTENSIONS, SEGMENTATION_SUFFIX, name_hash
+from regvq_fast.data.finding import (
+    CAPTION_SUFFIX,
+    EXTENSIONS,
+    OTHER_FORMATS,
+    SEGMENTATION_SUFFIX,
+    file_suffix,
+    is_image,
+    name_hash,
+)
 from regvq_fast.files import atomic_path, user_cache
 
 logger = logging.getLogger("regvq_fast")
@@ -27,7 +37,7 @@ PLACE = np.dtype([("offset", np.int64), ("size", np.int64)])
 ENTRY = np.dtype([("hash", np.uint32), ("image", PLACE), ("caption", PLACE), ("segmentation", PLACE)])
 """A sample; the hash is of its image's name."""
 
-_VERSION = 1
+_VERSION = 2
 _THREADS = 8
 _MANY = 8
 """So many shards to index are worth a progress bar."""
@@ -42,6 +52,8 @@ class ShardIndex(NamedTuple):
     """(count,) of type ENTRY."""
     damage: str
     """What is wrong with the rest of the file; empty where it is whole."""
+    left_out: Mapping[str, int]
+    """Members that look like images but are not used, by reason; as of a folder."""
 
 
 class _Record(NamedTuple):
@@ -115,7 +127,7 @@ def read_index(path: Path) -> ShardIndex:
     """
     images: list[tuple[str, str, int, int]] = []
     companions: dict[str, dict[str, tuple[int, int]]] = {CAPTION_SUFFIX: {}, SEGMENTATION_SUFFIX: {}}
-    damage = ""
+    damage, left_out = "", Counter[str]()
     with path.open("rb") as file:
         _refuse_compression(path, file.read(8))
         length = file.seek(0, os.SEEK_END)
@@ -130,13 +142,20 @@ def read_index(path: Path) -> ShardIndex:
                     name = member.name.removeprefix("./")
                     head, _, base = name.rpartition("/")
                     key, dot, rest = base.partition(".")
-                    if not key or not member.isreg():
+                    if not key:
+                        continue
+                    if not member.isreg():
+                        left_out["tar link"] += is_image(name) and (member.issym() or member.islnk())
                         continue
                     key, suffix = f"{head}/{key}", dot + rest.lower()
                     if suffix in companions:
                         companions[suffix][key] = (member.offset_data, member.size)
                     elif suffix in EXTENSIONS:
                         images.append((key, name, member.offset_data, member.size))
+                    elif (last := file_suffix(base)) in OTHER_FORMATS:
+                        left_out[last] += 1
+                    elif is_image(base):
+                        left_out["dotted name"] += 1
                 else:
                     damage = _missing_end(file, archive.offset)
         except (tarfile.TarError, ValueError) as error:
@@ -151,7 +170,7 @@ def read_index(path: Path) -> ShardIndex:
         )
         for key, name, offset, size in images
     ]
-    return ShardIndex(np.array(rows, dtype=ENTRY), damage)
+    return ShardIndex(np.array(rows, dtype=ENTRY), damage, left_out)
 
 
 def _refuse_compression(path: Path, start: bytes) -> None:
@@ -203,10 +222,11 @@ def _load_cache(file: Path) -> dict[str, _Record]:
             if int(arrays["version"]) != _VERSION:
                 return {}
             parts = np.split(arrays["entries"], np.cumsum(arrays["counts"])[:-1])
-            names, damages, stamps = (arrays[name].tolist() for name in ("names", "damages", "stamps"))
+            columns = ("names", "stamps", "damages", "left_out")
+            rows = zip(*(arrays[name].tolist() for name in columns), parts, strict=True)
         return {
-            name: _Record((size, time), ShardIndex(entries, damage))
-            for name, (size, time), entries, damage in zip(names, stamps, parts, damages, strict=True)
+            name: _Record((size, time), ShardIndex(entries, damage, json.loads(reasons)))
+            for name, (size, time), damage, reasons, entries in rows
         }
     except Exception:  # missing or damaged, which can make the readers raise anything: it is made anew
         return {}
@@ -224,6 +244,7 @@ def _save_cache(folder: Path, records: Mapping[str, _Record]) -> None:
                     names=np.array(list(records), dtype=np.str_),
                     stamps=np.array([record.stamp for record in records.values()], dtype=np.int64),
                     damages=np.array([index.damage for index in indexes], dtype=np.str_),
+                    left_out=np.array([json.dumps(index.left_out) for index in indexes], dtype=np.str_),
                     counts=np.array([len(index.entries) for index in indexes], dtype=np.int64),
                     entries=np.concatenate([index.entries for index in indexes]),
                 )

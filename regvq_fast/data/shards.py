@@ -75,7 +75,9 @@ class ImageShards(PictureDataset):
         root, shards = _find_shards(self.source)
         own = _own_shards(root, shards, split)
         self.shards: Sequence[Path] = own or shards
-        entries, ends = self._complete_entries(load_indexes(self.shards))
+        indexes = load_indexes(self.shards)
+        self.left_out = {str(shard): index.left_out for shard, index in zip(self.shards, indexes, strict=True)}
+        entries, ends = self._complete_entries(indexes)
         chosen = self._choose(None if own else entries["hash"], len(entries))
         self._ends = np.searchsorted(chosen, ends)  # where each shard's samples end in the split's list
         parts: tuple[Part, ...] = ("image", *self.fields)

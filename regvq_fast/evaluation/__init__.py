@@ -4,7 +4,12 @@ from regvq_fast.evaluation.codebook import CodebookUsage
 from regvq_fast.evaluation.feature_nets import FeatureNet, PerceptualDistance, load_feature_net
 from regvq_fast.evaluation.fid import Reference, frechet_distance, make_reference, statistics_of
 from regvq_fast.evaluation.metrics import DrawnImages, TokenizerMetrics, evaluate_tokenizer, fid_of_samples
-from regvq_fast.evaluation.pictures import save_codebook_mosaic, save_reconstruction_grid, save_usage_histogram
+from regvq_fast.evaluation.pictures import (
+    save_codebook_mosaic,
+    save_labelled_rows,
+    save_reconstruction_grid,
+    save_usage_histogram,
+)
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
 
 __all__ = [
@@ -22,6 +27,7 @@ __all__ = [
     "load_feature_net",
     "make_reference",
     "save_codebook_mosaic",
+    "save_labelled_rows",
     "save_reconstruction_grid",
     "save_usage_histogram",
     "statistics_of",

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regvq_fast.evaluation.codebook import perplexity, utilization
 from regvq_fast.files import atomic_path
-from regvq_fast.pictures import arrange, as_uint8, enlarge, save_image_grid, save_picture
+from regvq_fast.pictures import arrange, as_uint8, enlarge, save_image_grid, save_picture, text_tile
 
 
 def save_reconstruction_grid(
@@ -34,6 +34,29 @@ def save_reconstruction_grid(
             f"{tuple(reconstructions.shape)}"
         )
     save_image_grid(path, originals, reconstructions, columns=columns)
+
+
+def save_labelled_rows(path: str | os.PathLike[str], rows: Mapping[str, Tensor]) -> None:
+    """Save rows of images, each with its label at its left.
+
+    Args:
+        path: of the picture; its suffix gives the format.
+        rows: (B, 3, H, W) by label, uint8 or floating in -1..1 (clamped), on any device, all of one shape; small ones
+            are enlarged by a whole factor. A label may have several lines of about 18 letters.
+
+    Raises:
+        ValueError: no rows, or rows whose shapes differ or are not (B, 3, H, W) with B >= 1.
+    """
+    shapes = {tuple(images.shape) for images in rows.values()}
+    shape = next(iter(shapes), ())
+    if len(shapes) != 1 or len(shape) != 4 or shape[1] != 3 or not shape[0]:
+        raise ValueError(f"rows must have one shape (B, 3, H, W), B >= 1, got {sorted(shapes)}")
+    scale = max(1, math.ceil(96 / shape[3]))
+    gutter, strips = 4, []
+    for label, images in rows.items():
+        strip = arrange(enlarge(as_uint8(images), scale), shape[0], gutter)
+        strips.append(torch.cat([text_tile(label, 150, strip.shape[1], font_size=16), strip], dim=2))
+    save_picture(path, torch.cat(strips, dim=1))
 
 
 def save_codebook_mosaic(

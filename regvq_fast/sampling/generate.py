@@ -20,13 +20,15 @@ from regvq_fast.config.prior import ARConfig, DiffusionConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import OVERSAMPLING, opened_image
+from regvq_fast.data.scenes import CLASSES
+from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
 from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.weights import weights_hash
-from regvq_fast.pictures import caption_tiles, color_map, save_image_grid, save_images
+from regvq_fast.pictures import caption_tiles, color_map, legend_of, save_image_grid, save_images
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.sampling import common
 from regvq_fast.sampling.images import DrawConfig, ImageSampler, Prior
@@ -104,7 +106,7 @@ def generate(config: SampleConfig) -> None:
             images.append(drawn[: max(0, _GRID - start)])
             start += count
     grid = torch.cat(images)
-    save_image_grid(config.out / "grid.png", *generator.show(len(grid)), grid)
+    save_image_grid(config.out / "grid.png", *generator.show(len(grid)), grid, legend=generator.legend(len(grid)))
     if generator.states:
         save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
         say(console, "strip", str(config.out / "strip.png"))
@@ -175,6 +177,20 @@ class _Generator:
             whole = self.sampler.decode(tokens).cpu()
             rows.append(torch.where(self._enlarged(kept), whole, whole // 2 + 127).expand(count, -1, -1, -1))
         return rows
+
+    def legend(self, count: int) -> dict[int, str]:
+        """Names of the class ids in the maps of the first ``count`` images."""
+        conditions = self._chosen(range(count))
+        return legend_of(conditions, self._class_names()) if isinstance(conditions, Tensor) else {}
+
+    def _class_names(self) -> tuple[str, ...]:
+        """The classes that the prior was trained on; none unless it is known to be the embedded scenes'."""
+        try:
+            tokens = read_config(self.config.run, ARConfig).tokens
+            data = tokens.data if tokens.cache is None else read_info(tokens.cache).data
+        except (ValueError, OSError):  # neither configuration nor cache is needed to sample
+            return ()
+        return CLASSES if data is None else ()
 
     def strip(self) -> Tensor:
         """Some states of the first image, from masked (grey) to done."""

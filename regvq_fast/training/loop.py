@@ -230,7 +230,6 @@ class _Loop:
                 clock.restart()
             stop.check()
         self.save()
-        recorder.status("evaluating")
         metrics = self._evaluate(stop)
         stop.check()
         try:
@@ -263,6 +262,7 @@ class _Loop:
 
     def _evaluate(self, stop: StopSignals) -> Metrics:
         self.training = False
+        self.recorder.status("evaluating")
         images = len(self.task.val_set)
         with self.recorder.stage("evaluating, images") as show:
 
@@ -273,7 +273,7 @@ class _Loop:
 
             metrics = self.task.evaluate(progress=progress)
         values = metrics.scalars()
-        self.recorder.record(self.done, values, prefix="val")
+        self.recorder.record_evaluation(self.done, values)
         if self.config.checkpoint_every and self.checkpoints.is_best(values) and self.save():
             with self.recorder.surviving_a_full_disk("best.json"):
                 self.checkpoints.mark_best(values)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regvq_fast.config import PriorConfig, read_config
 from regvq_fast.data.loading import build_dataset, collate
-from regvq_fast.data.pictures import Field
+from regvq_fast.data.pictures import Field, left_out_note
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
 from regvq_fast.data.token_cache import read_info
@@ -82,6 +82,10 @@ class PriorTask(Task[Config]):
     @abstractmethod
     def show(self, batch: TokenBatch) -> Tensor:
         """The conditions of a batch as pictures (B, 3, H, W) uint8."""
+
+    def legend(self, batch: TokenBatch) -> dict[int, str]:
+        """Names of the class ids in the pictures of the conditions."""
+        return {}
 
     @abstractmethod
     def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
@@ -168,7 +172,8 @@ class PriorTask(Task[Config]):
         height, width = self.tokenizer.token_shape
         source = f"token cache {tokens.cache}" if tokens.cache else f"{self.train_set.label}, on the fly"
         return {
-            "tokens": f"{source}: {len(self.train_set)} training samples, {len(self.val_set)} for validation",
+            "tokens": f"{source}: {len(self.train_set):,} training samples, {len(self.val_set):,} for validation"
+            f"{left_out_note(self.train_set, self.val_set)}",
             "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
         }
 
@@ -227,7 +232,8 @@ class PriorTask(Task[Config]):
         batch = self.tokens_of(self.read(self.val_set, range(min(_SAMPLES, len(self.val_set)))))
         with self.precision.autocast():
             tokens = self.sample(self.eval_model, batch)
-        save_image_grid(path, self.show(batch), self.decode(tokens), self.decode(batch["tokens"]))
+        images = self.decode(tokens), self.decode(batch["tokens"])
+        save_image_grid(path, self.show(batch), *images, legend=self.legend(batch))
 
     def finish(self, recorder: Recorder, metrics: LikelihoodMetrics, rows: Mapping[str, object]) -> None:
         path = recorder.picture(self.picture)

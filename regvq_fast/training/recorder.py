@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,22 +15,17 @@ from typing import Any, Self
 
 import torch
 from rich.console import Console
-from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from regvq_fast.config import TrainConfig
-from regvq_fast.console import progress_bar, say, stage
+from regvq_fast.console import Items, progress_bar, say, stage
 from regvq_fast.files import atomic_path, check_new_folder
 from regvq_fast.models.pretrained import WEIGHTS
 from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
+from regvq_fast.training.units import evaluation_items, progress_items, result
 from regvq_fast.version import __version__
-
-# Names in the progress line, in this order, with their formats; everything else is in the files.
-_SHOWN = {"loss": ".3f", "l1": ".3f", "perceptual": ".3f", "kl": ".2f", "lambda": ".2f"}
-
-_SHARES = {"utilization": "codes", "mfu": "MFU"}
 
 _SUMMARY = "summary.json"
 
@@ -151,8 +146,11 @@ class Recorder:
         self._resuming = start is not None
         self._failing: set[str] = set()
         self._tensorboard: Any = None
-        self._progress = progress_bar(self.console, TextColumn("{task.fields[status]}", markup=False))
-        self._task = self._progress.add_task("step", total=steps, completed=self._start, status="starting")
+        self._num_codes: int | None = self.description.get("quantizer", {}).get("num_codes")
+        self._below = Items()
+        self._trained: Sequence[str] = ()  # numbers of the last training record
+        self._progress = progress_bar(self.console, self._below)
+        self._task = self._progress.add_task("step", total=steps, completed=self._start)
 
     def __enter__(self) -> Self:
         if not self._writes:
@@ -183,14 +181,22 @@ class Recorder:
         self._progress.update(self._task, completed=step)
 
     def status(self, text: str) -> None:
-        """What the bar says the run is doing; its own line where there is no terminal."""
-        self._progress.update(self._task, status=text)
+        """Show what the run is doing below the bar; without a terminal on a line of its own."""
+        self._show([text])
         if not self.console.is_terminal:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._print(text)
+
+    def _show(self, items: Sequence[str]) -> None:
+        self._below.items = items
+        self._progress.refresh()
+
+    def _print(self, text: str) -> None:
+        """Print a line that stays; a file gets it unbroken, a terminal wraps it between words."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
     def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Show progress of an evaluation below that of the steps: `regvq_fast.console.stage`."""
-        return stage(self._progress, name, status="")
+        return stage(self._progress, name)
 
     def warn(self, text: str) -> None:
         """One line that stands out and stays."""
@@ -219,7 +225,7 @@ class Recorder:
             self._lines.sync()
 
     def record(self, step: int, values: Mapping[str, float | str], prefix: str = "train") -> None:
-        """Write numbers of a step to metrics.jsonl and TensorBoard; those of training also to the progress line."""
+        """Write numbers of a step to metrics.jsonl and TensorBoard, and the main ones of training below the bar."""
         if self._lines is None:
             return
         with self.surviving_a_full_disk("metrics.jsonl"):
@@ -227,11 +233,17 @@ class Recorder:
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         self._draw(lambda board: [board.add_scalar(f"{prefix}/{name}", value, step) for name, value in numbers.items()])
         if prefix == "train":
-            parts = [f"{name} {numbers[name]:{style}}" for name, style in _SHOWN.items() if name in numbers]
-            parts += [f"{numbers['images_per_second']:.1f} images/s"]
-            parts += [f"{label} {numbers[name]:.0%}" for name, label in _SHARES.items() if name in numbers]
-            line = " · ".join(parts)
-            self.status(line if self.console.is_terminal else f"step {step}/{self.steps}  {line}")
+            self._trained = progress_items(values)
+            self._show(self._trained)
+            if not self.console.is_terminal:
+                self._print(f"step {step}/{self.steps}  {' · '.join(self._trained)}")
+
+    def record_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the numbers of an evaluation as :meth:`record` does, and print the main ones on a line that stays."""
+        self.record(step, values, prefix="val")
+        items = evaluation_items(values, self._num_codes)
+        self._print(f"step {step}/{self.steps}  evaluation: {' · '.join(items)}")
+        self._show(self._trained)
 
     def picture(self, name: str, step: int | None = None) -> Path:
         """Path of a picture in the run folder."""
@@ -277,7 +289,7 @@ class Recorder:
                 (self.folder / name).unlink(missing_ok=True)
 
     def summarize(self, title: str, rows: Mapping[str, object]) -> None:
-        """Save summary.json and print it: numbers as a table, paths below it, whole so that they can be copied."""
+        """Save summary.json and print it: numbers with their units as a table, below it whole paths, to be copied."""
         self.save_json(_SUMMARY, rows)
         table = Table(title=Text(title), show_header=False, title_justify="left", min_width=len(title))
         table.add_column(style="bold", no_wrap=True)
@@ -285,7 +297,7 @@ class Recorder:
         for name, value in rows.items():
             if isinstance(value, Path):
                 continue
-            table.add_row(Text(name), Text(f"{value:.4g}" if isinstance(value, float) else str(value)))
+            table.add_row(*map(Text, result(name, value, self._num_codes)))
         self._progress.stop()
         self.console.print(table)
         for name, value in rows.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from regvq_fast.config import VQGANConfig, check_vqgan_config
 from regvq_fast.data.loading import ImageData, build_dataset
+from regvq_fast.data.pictures import left_out_note
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
@@ -88,8 +89,10 @@ class VQGANTask(Task[VQGANConfig]):
         config = self.config
         height, width = self.model.token_shape
         quantizer = self.model.quantize
+        images = f"{len(self.train_set):,} training images, {len(self.val_set):,} validation images"
+        note = left_out_note(self.train_set, self.val_set)
         return {
-            "data": f"{self.train_set.label}, {len(self.val_set)} validation images of {config.data.image_size} px",
+            "data": f"{self.train_set.label}: {images} of {config.data.image_size} px{note}",
             "tokens": f"{height} x {width} an image",
             "quantizer": f"{type(quantizer).__name__}({quantizer.extra_repr()})",
             "discriminator": self._discriminator_joins(),

@@ -335,3 +335,24 @@ def test_spawned_workers_share_what_they_find(tmp_path):
     loader = DataLoader(dataset, batch_size=3, num_workers=1, collate_fn=collate, multiprocessing_context="spawn")
     assert [level(batch) for batch in loader] == [40 // 3]  # 0, and 20 for itself and its neighbour
     assert dataset.unreadable == 1
+
+
+def test_images_that_a_folder_leaves_out_are_counted_once_by_reason(folder):
+    for name in ("gone.png", "a/gone"):
+        (folder / name).symlink_to(folder / "nowhere")
+    for name in ("b/1.AVIF", "2.jfif", "3.jpe", "4.jpe", "notes.json", "5.txt", ".hidden.avif"):
+        (folder / name).write_bytes(b"")
+    splits = [ImageFolder(folder, split, 8) for split in ("train", "val")]
+    assert pictures.left_out_note(*splits) == ("; left out: 6 files (2 .jpe, 2 dangling links, 1 .avif, 1 .jfif)")
+    assert pictures.left_out_note(object()) == ""
+
+
+def test_unreadable_images_and_folders_of_both_splits_are_left_out(tmp_path):
+    for split in ("train", "val"):
+        for k in range(3):
+            write(tmp_path / split / f"{k}.png")
+        (tmp_path / split / "0.png").write_bytes(b"not an image")
+        (tmp_path / split / "3.avif").write_bytes(b"")
+    splits = [ImageFolder(tmp_path, split, 8) for split in ("train", "val")]
+    assert pictures.left_out_note(*splits) == "; left out: 4 files (2 .avif, 2 unreadable)"
+    assert pictures.left_out_note(ImageFolder(tmp_path / "val", "train", 8, limit=1)).startswith("; left out: ")

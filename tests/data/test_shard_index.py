@@ -30,8 +30,9 @@ def reads(monkeypatch):
 
 def test_entries_say_where_the_parts_are(tmp_path):
     shard, *_ = pack(tmp_path)
-    entries, damage = read_index(shard)
+    entries, damage, left_out = read_index(shard)
     assert damage == ""
+    assert not left_out
     assert len(entries) == 2
     with tarfile.open(shard) as archive:
         for entry, key in zip(entries, ("00", "01"), strict=True):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from regvq_fast.data import ImageFolder, ImageShards, build_dataset, training_batches, write_shards
 from regvq_fast.data.loading import collate
+from regvq_fast.data.pictures import left_out_note
 from regvq_fast.data.shards import expand_braces
 
 FIELDS = ("caption", "segmentation")
@@ -380,3 +381,21 @@ def test_a_training_set_logs_nothing_of_sound_shards(both, caplog):
     with caplog.at_level(logging.WARNING, logger="regvq_fast"):
         levels(ImageShards(both / "shards", "train", 8, fields=FIELDS))
     assert caplog.messages == []
+
+
+def test_images_that_shards_leave_out_are_counted_and_kept_in_the_index(tmp_path):
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as archive:
+        for name in ("1.png", "2.png", "22.05.jpg", "3.avif", "4.JPE", "1.seg.png", "1.txt", "1.json", ".5.avif"):
+            data = encoded(9)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, kind in (("6.png", tarfile.LNKTYPE), ("7.png", tarfile.SYMTYPE), ("notes", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "1.png"
+            archive.addfile(member)
+    for _ in range(2):  # the second time from the index in the folder
+        splits = [ImageShards(shard, split, 8) for split in ("train", "val")]
+        note = "; left out: 5 files (2 tar links, 1 .avif, 1 .jpe, 1 dotted name)"
+        assert left_out_note(*splits) == note

@@ -7,9 +7,11 @@ from PIL import Image
 
 from regvq_fast.evaluation.pictures import (
     save_codebook_mosaic,
+    save_labelled_rows,
     save_reconstruction_grid,
     save_usage_histogram,
 )
+from regvq_fast.pictures import caption_tiles, color_map, legend_of, save_image_grid
 
 
 def read(path) -> np.ndarray:
@@ -115,3 +117,52 @@ def test_a_histogram_leaves_pyplot_alone(tmp_path):
     save_usage_histogram(tmp_path / "usage.png", torch.ones(4), "four")
     assert pyplot.get_fignums() == figures
     assert dict(matplotlib.rcParams) == settings
+
+
+def test_a_legend_lists_the_classes_that_occur_with_their_colours(tmp_path):
+    maps = torch.tensor([[[0, 0], [2, 2]], [[2, 2], [5, 5]]])
+    names = ("astronaut", "bricks", "cameraman")
+    legend = legend_of(maps, names)
+    assert legend == {0: "astronaut", 2: "cameraman", 5: "5"}
+    for name, shown in (("plain", None), ("legend", legend)):
+        save_image_grid(tmp_path / f"{name}.png", color_map(maps, (128, 128)), legend=shown)
+    plain, picture = read(tmp_path / "plain.png"), read(tmp_path / "legend.png")
+    assert np.array_equal(picture[: len(plain)], plain)
+    below = picture[len(plain) :]
+    assert len(below) >= 20
+    colours = {tuple(colour) for colour in color_map(maps, (2, 2)).permute(0, 2, 3, 1).reshape(-1, 3).tolist()}
+    assert len(colours) == 3
+    found = {tuple(colour) for colour in below.reshape(-1, 3).tolist()}
+    assert colours <= found
+    assert (0, 0, 0) in found, "names are text"
+
+
+def test_captions_are_shown_whole():
+    def ink(tile):
+        return int((tile.min(dim=0).values < 128).sum())
+
+    word = "description"
+    short, long, unbroken = (caption_tiles([text], 192)[0] for text in (word, " ".join([word] * 60), word * 60))
+    assert short.shape == (3, 192, 192)
+    for tile in (long, unbroken):
+        assert tile.shape[1] > 192
+        assert ink(tile) == pytest.approx(60 * ink(short), rel=0.1)
+        assert (tile[:, -2:] == 255).all()
+        assert (tile[:, :, -1:] == 255).all()
+    assert caption_tiles([word, " ".join([word] * 60)], 192).shape == (2, *long.shape)
+    assert caption_tiles([""], 192).shape == (1, 3, 192, 192)
+
+
+def test_rows_have_their_labels_at_their_left(tmp_path):
+    save_labelled_rows(tmp_path / "rows.png", {"originals": flat([10, 20], 48), "": flat([110, 120], 48)})
+    picture = read(tmp_path / "rows.png")
+    label, images = picture[:, :150], picture[:, 150:]
+    top, bottom = np.split(label, 2)
+    assert top.min() < 100
+    assert (bottom == 255).all()
+    centres = images[[4 + 48, 104 + 4 + 48]][:, [4 + 48, 100 + 4 + 48], 0]
+    assert centres.tolist() == [[10, 20], [110, 120]]
+    with pytest.raises(ValueError, match="rows must have one shape"):
+        save_labelled_rows(tmp_path / "rows.png", {"a": flat([10], 48), "b": flat([10], 32)})
+    with pytest.raises(ValueError, match="rows must have one shape"):
+        save_labelled_rows(tmp_path / "rows.png", {})

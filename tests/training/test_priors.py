@@ -80,6 +80,9 @@ def test_a_run_leaves_all_that_its_users_need(runs: dict[str, Path], prior: str)
         *"config.json metrics.jsonl summary.json model.safetensors tokenizer checkpoints pictures tensorboard".split()
     }
     assert {path.name for path in (out / "pictures").iterdir()} == {"samples.png", "samples-0000003.png"}
+    with Image.open(out / "pictures" / "samples.png") as image:
+        stacks = 3 * 128 + 2 * 2 if prior == "ar" else 3 * 192 + 2 * 2
+        assert (image.height > stacks + 2 * 8) == (prior == "ar"), "maps have a legend"
     rows = records(out)
     assert [row["step"] for row in rows] == [1, 2, 4, 4]
     assert rows[-1]["split"] == "val"
@@ -372,6 +375,7 @@ def test_images_under_their_semantic_maps(runs: dict[str, Path], tmp_path: Path)
     for name in names:  # in batches of two as in one of five
         assert np.array_equal(pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name))
     assert pixels(tmp_path / "a" / "00000.png").shape == (32, 32, 3)
+    assert pixels(tmp_path / "a" / "grid.png").shape[0] >= 8 + 2 * 128 + 2 + 8 + 20, "a legend is below"
     assert not np.array_equal(pixels(tmp_path / "a" / "00000.png"), pixels(tmp_path / "a" / "00001.png"))
 
 

@@ -131,8 +131,13 @@ def make_photos(photos: Path) -> Path:
 def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos")
     (photos / "train" / "broken.png").write_bytes(b"not an image")
+    (photos / "val" / "9.avif").write_bytes(b"")
     train("--data", photos, "--out", tmp_path / "run", *FAST, "--steps", 6)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["unreadable images"] == 1
+    told = json.loads((tmp_path / "run" / "config.json").read_text())["facts"]["data"]
+    assert (
+        told == f"{photos}: 7 training images, 6 validation images of 32 px; left out: 2 files (1 .avif, 1 unreadable)"
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
