@@ -122,4 +122,5 @@ def _left_out(error: NoWeightsError, terms: str, flag: str, optional: bool) -> s
             f"this preset trains with {terms}, but there are {error}: give a file with {flag}, or leave them out with "
             "--perceptual-weight 0 --contrastive none"
         )
-    return f'{terms}: {error}; {flag} takes a file, or "random"'
+    what = str(error).partition(" (")[0]  # without the reason: one line
+    return f'{terms}: {what} here; {flag} takes a file, or "random"'
