@@ -112,6 +112,8 @@ def install() -> None:
 
     # The memory is the host's: nothing needs copying to be written to a file, pinned, or read by the interpreter.
     torch.UntypedStorage.cpu = _to_host  # type: ignore[method-assign]
+    copy_tensor = Tensor.__deepcopy__  # of buffers: by their storage, which PyTorch for CPUs can't make on a GPU
+    Tensor.__deepcopy__ = lambda self, memo: self.clone() if self.is_cuda else copy_tensor(self, memo)  # type: ignore
     pin_memory.pin_memory = lambda data, device=None: data  # type: ignore[assignment]
     from triton.runtime import interpreter
 
