@@ -287,7 +287,7 @@ def main_job(raw: dict[str, Any]) -> str:
 
 
 def noise(raw: dict[str, Any]) -> str:
-    """What noise does to the selection, a row for each size of the codebook."""
+    """Table of the softmax and of sampled reconstructions, a row a run."""
     rows = []
     for run in raw["runs"]:
         softmax = run["softmax"]

@@ -176,7 +176,7 @@ def sampled(run: Path, features: str) -> dict[str, Any]:
 
 
 def noise(runs: list[Path], features: str) -> dict[str, Any]:
-    """What noise does to reg-vq, from first step to last, in runs of several sizes of the codebook."""
+    """Softmax during training and sampled reconstructions of reg-vq runs of several codebook sizes."""
     found = []
     for run in runs:
         config = read(run, "config.json")
