@@ -139,7 +139,7 @@ def _vq_diffusion_b(preset: PresetName) -> DiffusionConfig:
 
 
 DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
-    # About ten minutes on two CPU cores. So few steps see each kind of noise too seldom to learn from the bound alone
+    # For two CPU cores. So few steps see each kind of noise too seldom to learn from the bound alone
     # (docs/failed-ideas.md).
     "scenes": DiffusionConfig(
         model=DiffusionModelConfig(auxiliary_weight=0.1),
