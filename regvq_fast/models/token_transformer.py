@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.models.attention import KeyValueCache, attention
 from regvq_fast.models.model import Model
-from regvq_fast.models.transformer import Block, check_sizes, flat_ids, grid_shape, initialize
+from regvq_fast.models.transformer import Block, check_sizes, flat_ids, grid_shape, grid_sinusoids, initialize
 from regvq_fast.models.weights import check_state_dict
 from regvq_fast.ops.noise import Stream, row_words
 
@@ -92,6 +92,11 @@ class TokenTransformer(Model):
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_codes, bias=False)
         self.apply(initialize)
+        # The position that predicts a token starts like the position of the map that shows it: attention from one to
+        # the other need not be found by chance (docs/priors.md).
+        with torch.no_grad():
+            self.pos_emb[0, : self.condition_length] = grid_sinusoids(self.condition_shape, width)
+            self.pos_emb[0, self.condition_length - 1 : -1] = grid_sinusoids(self.token_shape, width)
 
     # ----------------------------------------------------------------------------------------------------- training
 

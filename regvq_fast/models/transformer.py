@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.models.model import Checkpointed
@@ -62,6 +63,25 @@ def initialize(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=_INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def grid_sinusoids(shape: tuple[int, int], width: int) -> Tensor:
+    """Return first embeddings (h * w, C) of the positions of a grid, with the mean square of `initialize`'s.
+
+    Half of the channels depend on the row, half on the column: sines and cosines of its fraction of the height or
+    width, from half a period over the grid to half a period a position.
+    """
+    bands = max(1, width // 4)
+    frequency = math.pi * max(shape) ** torch.linspace(0, 1, bands)
+
+    def waves(length: int) -> Tensor:  # (length, 2 * bands)
+        angle = ((torch.arange(length) + 0.5) / length)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    rows, columns = (waves(length) for length in shape)
+    grid = torch.cat([rows[:, None].expand(-1, shape[1], -1), columns.expand(shape[0], -1, -1)], dim=2)
+    # Times sqrt(2): a wave's mean square is 1/2.
+    return _INIT_STD * math.sqrt(2) * F.pad(grid, (0, max(0, width - 4 * bands)))[..., :width].flatten(0, 1)
 
 
 def check_sizes(sizes: Mapping[str, int], dropout: float = 0.0) -> None:

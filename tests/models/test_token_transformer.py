@@ -178,6 +178,15 @@ def gradients(model, value):
     return torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
 
 
+def test_positions_of_a_token_and_of_the_map_begin_alike():
+    model = TokenTransformer(CODES, CLASSES, token_shape=(3, 4), width=64, depth=1, heads=1)
+    positions = model.pos_emb[0].detach()
+    of_map, of_tokens = positions[:12], positions[11:-1]  # token 0 is predicted where the last of the map is read
+    # Dot products, which attention begins with, are largest at the same position of the other grid.
+    assert (of_tokens[1:-1] @ of_map.T).argmax(1).tolist() == [*range(1, 11)]
+    assert positions[:-1].square().mean().sqrt().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_loss_is_the_mean_cross_entropy(model):
     tokens, condition = make_batch()
     inputs = (tokens + 1) % CODES

@@ -110,9 +110,11 @@ def test_what_is_done_is_not_run_again_and_experiments_share_it(scripts, tmp_pat
     assert len(scripts.commands) == 8
     reproduce(table2(tmp_path, seeds=(0, 1)), SCRIPTS)
     assert len(scripts.commands) == 16
-    # The sweep of masking ratios has Reg-VQ at 40 %, without a prior: its tokenizer is there.
-    reproduce(PaperConfig("masking", out=tmp_path / "out", rows=("reg-vq", "reg-vq-mask-0"), fid_features=NET), SCRIPTS)
-    assert scripts.scripts[16:] == ["vq.py", "evaluate.py", "evaluate.py"]
+    # The sweep of masking ratios has 40 % and 20 % here, without a prior: the first tokenizer is there.
+    reproduce(table2(tmp_path, rows=("reg-vq-no-contrast",)), SCRIPTS)
+    rows = ("reg-vq-no-contrast", "reg-vq-mask-0.2-no-contrast")
+    reproduce(PaperConfig("masking", out=tmp_path / "out", rows=rows, fid_features=NET), SCRIPTS)
+    assert scripts.scripts[20:] == ["vq.py", "evaluate.py", "evaluate.py"]
 
 
 def test_a_row_that_failed_goes_on_where_it_stopped(scripts, tmp_path):
