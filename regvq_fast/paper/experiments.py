@@ -218,7 +218,7 @@ def recipe(preset: PresetName, scale: Scale) -> Recipe:
     if scale == "tiny":
         # Table 2 has to end within 40 minutes on two CPU cores. At 64 px that leaves 300 steps, after which most runs
         # can't tell white from red yet, and the seed decides more than the row (docs/failed-ideas.md).
-        prior: tuple[str, ...] = ("--steps", "800", "--eval-every", "200")
+        prior: tuple[str, ...] = ("--steps", "600", "--eval-every", "200")
         return Recipe(
             "scenes",
             # train/evaluate.py has all validation images.

@@ -46,7 +46,11 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
     stages = {name: pipeline.by_name() for name, pipeline in pipelines.items()}
     config = read_config(next(iter(stages.values()))["tokenizer"].folder, VQGANConfig)
     size = config.data.image_size
-    samplers = {name: _sampler(of_row["prior"], device) for name, of_row in stages.items() if "prior" in of_row}
+    samplers = {
+        name: _sampler(of_row["prior"], device)
+        for name, of_row in stages.items()
+        if "prior" in of_row and of_row["prior"].result.exists()
+    }
     fields = sorted({sampler.field for sampler in samplers.values()})
     dataset: Any = build_dataset(
         config.data.data, split="val", image_size=size, length=images, seed=0, fields=tuple(fields)
@@ -60,7 +64,9 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
         folder = of_row["tokenizer"].folder
         model = VQGAN.from_pretrained(folder).to(device)
         rebuilt[name] = _reconstruct(model, shown["image"], device)
-        counts[name] = _counts(pipelines[name].stages[-1])
+        measured = pipelines[name].measured()
+        assert measured is not None
+        counts[name] = _counts(measured)
         codebooks[name] = folder / "pictures" / "codebook.png"
     save_rows(_named(stem, "reconstructions"), rebuilt)
     save_codebooks(_named(stem, "codebooks"), codebooks, counts)
@@ -174,13 +180,13 @@ def _reconstruct(model: VQGAN, images: Tensor, device: torch.device) -> Tensor:
     return to_uint8(model(to_float(images.to(device))).reconstruction).cpu()
 
 
-def _counts(metrics: Stage) -> Tensor:
+def _counts(metrics: Path) -> Tensor:
     """How often each code was selected when the row was measured, (N,)."""
-    path = metrics.result.with_name(CODE_COUNTS)
+    path = metrics.with_name(CODE_COUNTS)
     try:
         return torch.tensor(json.loads(path.read_bytes()))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: delete {metrics.result}, and measure the row again") from None
+        raise FileNotFoundError(f"{path} is missing: delete {metrics}, and measure the row again") from None
 
 
 def _used(counts: Tensor) -> str:

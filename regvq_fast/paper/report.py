@@ -82,7 +82,7 @@ class Report:
         self.experiment, self.name, self.preset, self.out, self.plan = experiment, name, preset, out, plan
 
     def measured(self) -> dict[Row, dict[int, dict[str, dict[str, Any]]]]:
-        """Of each row that is done, by seed and metric: name, value and protocol.
+        """Return name, value and protocol by row, seed and metric; a prior that is not done leaves its metrics out.
 
         Raises:
             ValueError: numbers of different protocols.
@@ -90,8 +90,7 @@ class Report:
         found: dict[Row, dict[int, dict[str, dict[str, Any]]]] = {}
         for row, by_seed in self.plan.items():
             for seed, pipeline in by_seed.items():
-                result = pipeline.stages[-1].result
-                if result.exists():
+                if result := pipeline.measured():
                     found.setdefault(row, {})[seed] = json.loads(result.read_bytes()) | _agreement(result.parent)
         first: dict[tuple[str, str], Any] = {}
         for row, seeds in found.items():

@@ -51,6 +51,11 @@ class Pipeline(NamedTuple):
     def by_name(self) -> dict[str, Stage]:
         return {stage.name: stage for stage in self.stages}
 
+    def measured(self) -> Path | None:
+        """Return the file of metrics: with those of the prior, else of the tokenizer alone; None if neither is done."""
+        paths = self.stages[-1].result, self.stages[0].folder / self.stages[-1].result.name
+        return next((path for path in paths if path.exists()), None)
+
     def record(self) -> dict[str, Any]:
         """What is written down of each stage, by its name: settings, commands (of one that was
         interrupted, several) and seconds."""

@@ -60,7 +60,8 @@ class Scripts:
         if script == "evaluate.py":
             (out / RESULTS).write_text(json.dumps(evaluation(len(self.commands))))
         elif script != "cache_tokens.py":
-            (out / "summary.json").write_text(json.dumps({"agreement of samples": 0.25}))
+            summary = {} if script == "vq.py" else {"agreement of samples": 0.25}
+            (out / "summary.json").write_text(json.dumps(summary))
         return 0
 
     @property
@@ -183,6 +184,17 @@ def test_a_table_has_all_that_is_there_whatever_is_run(scripts, tmp_path):
         ("baseline (VQ-GAN)", "0"),
         ("+ PCL instead of CL", "0"),
         ("+ PCL instead of CL", "1"),
+    ]
+
+
+def test_a_seed_without_its_prior_counts_where_it_was_measured(scripts, tmp_path):
+    reproduce(table2(tmp_path, rows=("reg-vq",)), SCRIPTS)
+    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(1,), prior="none"), SCRIPTS)
+    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(0, 1), report_only=True), SCRIPTS)
+    lines = list(csv.DictReader((tmp_path / "out" / "table2.csv").open()))
+    assert [(line["seed"], line["fid_r"] != "", line["agreement of samples"]) for line in lines] == [
+        ("0", True, "0.25"),
+        ("1", True, ""),
     ]
 
 
