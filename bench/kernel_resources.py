@@ -92,10 +92,11 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
                     for weight in (weights, None):
                         weighted_info_nce.weighted_info_nce_forward(query, query, weight, 0.07)
             with parts(2):
-                for masked, groups, linear in itertools.product((mask, None), (1, 4), (None, codebook)):
+                kinds = ((None, "soft"), (None, "hard"), (codebook, "hard"))
+                for masked, groups, (linear, codebook_grad) in itertools.product((mask, None), (1, 4), kinds):
                     vector_quantize_backward.vector_quantize_backward(
                         x, torch.zeros(groups, codes), x, codebook, linear, None, masked, seed, indices, tau, tau,
-                        zero, lse, "hard", True, True,
+                        zero, lse, codebook_grad, True, True,
                     )  # fmt: skip
                 weighted_info_nce.weighted_info_nce_backward(
                     weights, query, query, weights, weights, 0.07, False, False
@@ -161,7 +162,7 @@ def compile_call(call: Call) -> dict[str, Any]:
         problems.append(f"spills {stack + local} bytes")
     if shared > SHARED_LIMIT[architecture]:
         problems.append(f"{shared} bytes of shared memory, {SHARED_LIMIT[architecture]} are there")
-    multiplies = not constants.get("GIVEN", True)
+    multiplies = not constants.get("HAS_SCORES", constants.get("GIVEN", True))
     if multiplies and architecture < 80:
         problems.append("a product of its own below sm_80")
     if multiplies and architecture >= 80 and TENSOR_CORE.get(architecture, "mma.sync") not in ptx:

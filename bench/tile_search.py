@@ -1,7 +1,7 @@
 """Time a kernel in many tiles on a GPU: how the pinned tiles of ``kernels/schedules.py`` are found.
 
-    python bench/tile_search.py grad_scores                         N = 1024 and 8192, bf16, D = 256
-    python bench/tile_search.py probabilities assign_codes --codes 8192 --width 64 --dtype float16 --out tiles.json
+    python bench/tile_search.py vector_quantize_backward            N = 1024 and 8192, bf16, D = 256
+    python bench/tile_search.py vector_quantize assign_codes --codes 8192 --width 64 --dtype float16 --out tiles.json
 
 Tried are the pinned tile and its neighbours, and those with other steps over the channels: 135 at most. All are
 compiled first, on every core; then they are timed one after the other as CUDA graphs, launches hidden. A tile that
@@ -36,7 +36,7 @@ from regvq_fast.kernels.schedules import Tile
 NO_CUDA = "bench/tile_search.py measures on a CUDA GPU, and PyTorch finds none on this machine."
 STEPS = (64, 128, 256)  # BK
 # Those that the benchmarks' cases launch: distance logits, one posterior.
-KERNELS = tuple(name for name in schedules.KERNELS if not name.endswith(("_linear", "_grouped")))
+KERNELS = tuple(name for name in schedules.KERNELS if not name.endswith("_heavy"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,13 +68,8 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     80: {
         "vector_quantize": (_STAYING | {None: Tile(128, 64, 64, 8, 2)}, _SMALLER),
         "assign_codes": (_STAYING, {None: Tile(64, 64, 32, 4, 3)}),
-        "probabilities": (_TWO_PRODUCTS, _SMALLER),
-        "probabilities_linear": (_TWO_PRODUCTS, _SMALLER),
-        "grad_scores": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALLER),
-        "grad_scores_grouped": (
-            _STAYING | {256: Tile(128, 32, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)},
-            _SMALLER,
-        ),
+        "vector_quantize_backward": (_TWO_PRODUCTS, _SMALLER),
+        "vector_quantize_backward_heavy": (_TWO_PRODUCTS, _SMALLER),
         "weighted_info_nce": (_STAYING, _SMALLER),
         "weighted_info_nce_backward": (_STAYING, _SMALLER),
     },
@@ -82,10 +77,8 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     86: {
         "vector_quantize": (_STEPPING, _SMALLER),
         "assign_codes": (_STEPPING, {None: Tile(64, 64, 32, 4, 3)}),
-        "probabilities": (_STEPPING, _SMALLER),
-        "probabilities_linear": (_STEPPING, _SMALLER),
-        "grad_scores": (_STEPPING, _SMALLER),
-        "grad_scores_grouped": (_STEPPING, _SMALLER),
+        "vector_quantize_backward": (_STEPPING, _SMALLER),
+        "vector_quantize_backward_heavy": (_STEPPING, _SMALLER),
         "weighted_info_nce": ({128: Tile(64, 64, 128, 8, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
         "weighted_info_nce_backward": (_STEPPING, _SMALLER),
     },
@@ -95,25 +88,21 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
             {128: Tile(128, 128, 128, 8, 3), 256: Tile(128, 128, 256, 8, 2), None: Tile(128, 64, 64, 8, 3)},
             {None: Tile(64, 64, 32, 4, 3)},
         ),
-        "probabilities": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
-        "probabilities_linear": ({256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALL),
-        "grad_scores": ({64: Tile(128, 64, 64, 8, 3), None: Tile(128, 64, 64, 4, 4)}, _SMALL),
-        "grad_scores_grouped": (_STAYING, _SMALL),
+        "vector_quantize_backward": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
+        "vector_quantize_backward_heavy": ({256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALL),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
         "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
     },
     100: {
         "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL_DEEP),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
-        "probabilities": (
+        "vector_quantize_backward": (
             _NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)},
             _SMALL_DEEP,
         ),
-        "probabilities_linear": (_NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, _SMALL),
-        "grad_scores": ({256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)}, {None: Tile(64, 64, 32, 4, 2)}),
-        "grad_scores_grouped": (
-            {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)},
-            {None: Tile(64, 64, 32, 4, 2)},
+        "vector_quantize_backward_heavy": (
+            _NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)},
+            _SMALL,
         ),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, _SMALL),
         "weighted_info_nce_backward": (_STAYING, _SMALL),
@@ -123,10 +112,8 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
 _CHUNKED: dict[str, Tile] = {
     "vector_quantize": Tile(16, 128, 16, 4, 2),
     "assign_codes": Tile(16, 128, 16, 4, 2),
-    "probabilities": Tile(32, 128, 16, 8, 1),
-    "probabilities_linear": Tile(32, 128, 16, 8, 1),
-    "grad_scores": Tile(32, 128, 16, 8, 1),
-    "grad_scores_grouped": Tile(32, 128, 16, 8, 1),
+    "vector_quantize_backward": Tile(32, 128, 16, 8, 1),
+    "vector_quantize_backward_heavy": Tile(32, 128, 16, 8, 1),
     "weighted_info_nce": Tile(16, 128, 16, 4, 2),
     "weighted_info_nce_backward": Tile(16, 128, 16, 4, 2),
 }

@@ -112,12 +112,13 @@ def vector_quantize(
     Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64), whatever PyTorch's float32 matmul precision: TF32
     would change indices. The gradients' products of fp32 inputs follow that setting, as any other product of a model
     does. The kernels multiply the scores of fp32 as three TF32 products, fp16 and bf16 as they are, and round
-    probabilities and score gradients to 16 bits for 16-bit inputs, as their products would. The smallest code wins an
+    probabilities and their gradients to 16 bits for 16-bit inputs, as their products would. The smallest code wins an
     exact tie. "eager" takes probabilities under 1e-26 as 0 in backward. Deterministic: two calls give the same bits.
     Autocast: floating-point inputs are cast to fp32.
 
     Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each part where the codes are
-    split; backward 12 N D and two buffers of max(2^25, 512 N) scores at most, from sm_80 on at 16 bits of
+    split; backward 4 N (D + 8), as much again for a "hard" look-up or linear logits, and for a chunk of rows 16 (16-bit
+    inputs: 12) (D + 8) a row and two buffers of max(2^25, 512 N) scores at most, from sm_80 on at 16 bits of
     max(2^25, 1024 N) (those of M N if that is less), in the type of ``x``. Below sm_80 also an fp32 buffer of
     max(2^25, 512 N) scores forward, two backward. Eager: O((M + N) * D) plus a fixed number of tiles of about 2^20
     scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^21.

@@ -172,10 +172,8 @@ sys.exit(kernel_resources.main())
 NAMES = {
     "vector_quantize": "vector_quantize_fwd",
     "assign_codes": "vector_quantize_fwd ASSIGN",
-    "probabilities": "probabilities",
-    "probabilities_linear": "probabilities LINEAR",
-    "grad_scores": "grad_scores ONE_GROUP",
-    "grad_scores_grouped": "grad_scores",
+    "vector_quantize_backward": "vector_quantize_bwd ONE_GROUP",
+    "vector_quantize_backward_heavy": "vector_quantize_bwd LINEAR",
     "weighted_info_nce": "weighted_info_nce_fwd",
     "weighted_info_nce_backward": "weighted_info_nce_bwd",
 }
@@ -191,10 +189,12 @@ def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores
     compiled, multiply = set(), set()
     for row in json.loads(Path(table).read_text()):
         flags = row["flags"].split()
-        telling = ("ASSIGN", "LINEAR", *(["ONE_GROUP"] if row["kernel"] == "grad_scores" else []))
-        name = " ".join([row["kernel"], *(flag for flag in telling if flag in flags)])
+        telling = [flag for flag in ("ASSIGN", "LINEAR") if flag in flags]
+        if row["kernel"] == "vector_quantize_bwd" and not telling and "ONE_GROUP" in flags:
+            telling = ["ONE_GROUP"]
+        name = " ".join([row["kernel"], *telling])
         compiled.add((row["sm"], row["type"], name, row["tile"]))
-        if name in NAMES.values() and "GIVEN" not in flags:
+        if name in NAMES.values() and not {"GIVEN", "HAS_SCORES"} & set(flags):
             multiply.add((row["sm"], name))
     assert multiply == {(architecture, name) for architecture in (80, 90, 100) for name in NAMES.values()}
     for architecture in COMPILED:
@@ -223,8 +223,8 @@ def test_every_variant_of_a_sweep_and_of_its_join_is_compiled(architecture):
     for kernel, flags in {
         "vector_quantize_fwd": ("ASSIGN", "NOISE", "LSE", "SPLIT"),
         "join_parts": ("ASSIGN", "NOISE", "LSE"),
-        "probabilities": ("LINEAR", "NOISE", "ONE_GROUP"),
-        "grad_scores": ("NOISE", "ONE_GROUP"),
+        "vector_quantize_bwd": ("LINEAR", "NOISE", "ONE_GROUP"),
+        "row_gradients": ("NOISE", "SOFT"),
         "weighted_info_nce_fwd": ("WEIGHTED", "SPLIT"),
         "weighted_info_nce_join": ("WEIGHTED",),
     }.items():

@@ -54,7 +54,7 @@ def test_each_tile_is_launched_on_the_call_as_it_is(monkeypatch):
         return run
 
     monkeypatch.setattr(Search, "prepare", prepare)
-    search, launched = Search("grad_scores", 70, 16, "float32"), []
+    search, launched = Search("vector_quantize_backward", 70, 16, "float32"), []
 
     def clock(run):
         run()  # an error would be seen
@@ -66,7 +66,7 @@ def test_each_tile_is_launched_on_the_call_as_it_is(monkeypatch):
     assert launched == tiles
     assert list(times.items()) == [(tiles[2], 1 / 3), (tiles[1], 1 / 2), (tiles[0], 1.0)]  # fastest first
     text = tile_search.report(search, times, {tiles[0]: "spills 4 registers"}, tiles[1])
-    assert text.splitlines()[0] == "grad_scores: forward+backward, N=70, D=16, float32"
+    assert text.splitlines()[0] == "vector_quantize_backward: forward+backward, N=70, D=16, float32"
     assert text.count("<- pinned") == 1
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -80,7 +80,7 @@ def test_a_tile_that_fails_says_why(monkeypatch):
         raise RuntimeError("out of resources: shared memory\nmore")
 
     monkeypatch.setattr(Search, "prepare", prepare)
-    search = Search("grad_scores", 71, 16, "float32")
+    search = Search("vector_quantize_backward", 71, 16, "float32")
     reason = tile_search.try_tile(search, search.tiles("cpu")[0], "cpu")
     assert reason == "RuntimeError: out of resources: shared memory"
 
@@ -89,6 +89,6 @@ def test_a_tile_that_fails_says_why(monkeypatch):
 def test_without_cuda_it_says_so_and_exits_with_2():
     script = Path(tile_search.__file__)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, script, "grad_scores"]
+    command = [sys.executable, script, "vector_quantize_backward"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [tile_search.NO_CUDA])
