@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from regvq_fast.models.layers import MAX_GROUPS, MIN_GROUP_CHANNELS, Downsample, Level, Middle, Upsample, group_norm
 from regvq_fast.models.model import Model, evaluating
 from regvq_fast.models.pretrained import describe_quantizer, restore_quantizer
+from regvq_fast.models.transformer import flat_ids
 from regvq_fast.models.weights import check_state_dict
 
 if TYPE_CHECKING:
     from regvq_fast.quantizers import Quantizer, QuantizerOutput
+
+_LARGEST_PIXEL = 10.0  # images in [0, 255] are taken for what they are, normal noise passes
 
 
 class Encoder(nn.Module):
@@ -198,15 +201,28 @@ class VQGAN(Model):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) in [-1, 1] to latents (B, D, h, w), not yet quantized.
 
+        Images are computed in the type of the weights, or in autocast's.
+
         Raises:
+            TypeError: images that are not floating point.
             ValueError: not four dimensions, another number of channels, or a side that is not a multiple of
-                `downsampling_factor`.
+                `downsampling_factor`; on a CPU, values far outside [-1, 1].
         """
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be floating point in [-1, 1], got {images.dtype}: divide by 127.5, subtract 1"
+            )
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images must be (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
         self._check_multiple("image height", images.shape[2])
         self._check_multiple("image width", images.shape[3])
-        return self.quant_conv(self.encoder(images))
+        if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
+            largest = images.detach().abs().max().item()
+            if largest > _LARGEST_PIXEL:
+                raise ValueError(
+                    f"images must lie in [-1, 1], got values up to {largest:g}: divide by 127.5, subtract 1"
+                )
+        return self.quant_conv(self.encoder(self._in_type_of_weights(images)))
 
     def decode(self, quantized: Tensor) -> Tensor:
         """Quantized latents (B, D, h, w) to images (B, in_channels, H, W), not clamped."""
@@ -218,7 +234,13 @@ class VQGAN(Model):
         With it the gradient of the last layer's weight, which the adaptive weight of the adversarial loss needs,
         follows from a gradient at the reconstruction alone, without a walk through the decoder.
         """
-        return self.decoder.features(self.post_quant_conv(quantized))
+        return self.decoder.features(self.post_quant_conv(self._in_type_of_weights(quantized)))
+
+    def _in_type_of_weights(self, value: Tensor) -> Tensor:
+        """Cast images or quantized latents, which are fp32 at least, for a model in 16 bits; autocast casts itself."""
+        if torch.is_autocast_enabled(value.device.type):
+            return value
+        return value.to(self.last_layer.dtype)
 
     def forward(self, images: Tensor, *quantizer_args: Any) -> VQGANOutput:
         """Images (B, in_channels, H, W) in [-1, 1] to their reconstruction; raises as `encode`.
@@ -253,13 +275,12 @@ class VQGAN(Model):
         """Tokens (B, h, w) int64 in [0, num_codes) to images (B, in_channels, H, W), without dropout.
 
         Raises:
-            ValueError: not three dimensions.
+            ValueError: not three dimensions; on a CPU, tokens that name no code.
             TypeError: not int64.
         """
         if indices.ndim != 3:
             raise ValueError(f"indices must be (B, h, w), got {tuple(indices.shape)}")
-        if indices.dtype != torch.int64:
-            raise TypeError(f"indices must be int64, got {indices.dtype}")
+        flat_ids("indices", indices, (indices.shape[1], indices.shape[2]), self.quantize.num_codes)
         with evaluating(self):
             return self.decode(self.quantize.lookup(indices))
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import numbers
 import operator
 import os
 from typing import Literal
@@ -109,6 +110,8 @@ def as_scalar(value: float | Tensor, x: Tensor) -> Tensor:
     """Return a number as a 0-dim tensor on the device of ``x`` (fp64 if it was a float), without a gradient."""
     if isinstance(value, Tensor):
         return value.detach()
+    if torch.compiler.is_compiling():  # a product takes a number that changes; full() would compile one graph a value
+        return torch.ones((), dtype=torch.float64, device=x.device) * value
     return torch.full((), value, dtype=torch.float64, device=x.device)
 
 
@@ -123,22 +126,43 @@ def check_positive(name: str, value: float) -> None:
             f"{name} must be a number, since it gets no gradient, got a {type(value).__name__}: give {name}.item(), or "
             f"to train it multiply the inputs instead and leave {name} fixed"
         )
-    if not value > 0:
-        raise ValueError(f"{name} must be greater than 0, got {value}")
-    if math.isinf(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    # A number that torch.compile treats as dynamic is compared, and nothing else: math.isinf would break the graph.
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not _is_real(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be greater than 0 and finite, got {value}")
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """Raise if ``value`` (CPU) holds nan or inf. CUDA tensors pass unchecked: looking would stop the device."""
-    if value.device.type != "cpu" or not value.numel():
-        return
+def _is_real(value: object) -> bool:
+    """Whether it is a number of another library, such as NumPy's."""
+    return isinstance(value, numbers.Real)
+
+
+def check_finite(name: str, value: Tensor | None) -> float:
+    """Raise if ``value`` (CPU) holds nan or inf; return the largest magnitude in it.
+
+    CUDA tensors pass unchecked, with a magnitude of 0: looking would stop the device.
+    """
+    if value is None or value.device.type != "cpu" or not value.numel():
+        return 0.0
     # One pass, in which nan wins over all numbers; isfinite(value).all() takes ten times as long.
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(value)):
+    smallest, largest = (extreme.item() for extreme in torch.aminmax(value))
+    if not math.isfinite(smallest) or not math.isfinite(largest):
         bad = (~torch.isfinite(value)).nonzero()
         where = tuple(bad[0].tolist())
         raise NonFiniteError(
             f"{name} has {len(bad)} non-finite value(s), the first is {value[where].item()} at {where}"
+        )
+    return max(-smallest, largest)
+
+
+def check_overflow(bound: float, dtype: torch.dtype, names: str) -> None:
+    """Raise if scores up to ``bound`` may overflow the type they are computed in: indices would be wrong without it."""
+    most = torch.finfo(dtype).max
+    if not bound <= most:
+        raise ValueError(
+            f"scores may reach {bound:.1e}, more than {str(dtype).removeprefix('torch.')} holds ({most:.1e}): make "
+            f"{names} smaller, or give float64"
         )
 
 

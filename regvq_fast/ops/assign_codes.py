@@ -9,6 +9,7 @@ from regvq_fast.ops._common import (
     check_finite,
     check_like,
     check_matrix,
+    check_overflow,
     compute_dtype,
     on_device_of,
     resolve_impl,
@@ -33,7 +34,7 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
     least 64 rows).
 
     Raises:
-        ValueError: shapes or devices that don't fit; on a CPU nan or inf in an input.
+        ValueError: shapes or devices that don't fit; on a CPU nan or inf in an input, or scores that may overflow.
         TypeError: types that don't fit.
     """
     check_matrix("x", x, ndim=None)
@@ -63,8 +64,8 @@ def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
 
 @torch.library.custom_op("regvq::assign_codes", mutates_args=())
 def _assign_codes(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    check_finite("x", x)
-    check_finite("codebook", codebook)
+    rows, codes = check_finite("x", x), check_finite("codebook", codebook)
+    check_overflow(x.shape[1] * codes * (rows + codes), compute_dtype(x), "x or the codes")
     if impl == "triton":
         from regvq_fast.kernels.assign_codes import assign_codes_forward
 

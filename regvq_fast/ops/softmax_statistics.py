@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from regvq_fast.kernels.products import without_tf32
-from regvq_fast.ops._common import check_like, check_matrix, check_positive, compute_dtype, rows_per_tile
+from regvq_fast.ops._common import (
+    check_finite,
+    check_like,
+    check_matrix,
+    check_overflow,
+    check_positive,
+    compute_dtype,
+    rows_per_tile,
+)
 
 
 def softmax_statistics(
@@ -45,7 +53,8 @@ def softmax_statistics(
     at least 64 rows). Plain PyTorch on every device.
 
     Raises:
-        ValueError: shapes, devices or values that don't fit; no rows.
+        ValueError: shapes, devices or values that don't fit; no rows; on a CPU also nan or inf, or scores that may
+            overflow.
         TypeError: types that don't fit.
     """
     check_matrix("x", x)
@@ -123,6 +132,9 @@ def _softmax_statistics_backward_eager(
 
 @torch.library.custom_op("regvq::softmax_statistics", mutates_args=())
 def _softmax_statistics(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    largest = [check_finite(name, value) for name, value in (("x", x), ("keys", keys), ("bias", bias))]
+    bound = (x.shape[1] * largest[0] * largest[1] + largest[2] + 1) / min(1.0, temperature)
+    check_overflow(bound, compute_dtype(x), "x, keys, bias or 1 / temperature")
     return _softmax_statistics_eager(x, keys, bias, temperature)
 
 

@@ -27,6 +27,7 @@ from regvq_fast.ops._common import (
     check_finite,
     check_like,
     check_matrix,
+    check_overflow,
     check_positive,
     check_scalar,
     compute_dtype,
@@ -125,8 +126,9 @@ def vector_quantize(
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
-            ``x``, ``codebook``, ``weight`` or ``bias``, or a ``scale`` or ``tau`` tensor that isn't > 0 (on CUDA
-            looking would stop the device: they propagate).
+            ``x``, ``codebook``, ``weight`` or ``bias``, a ``scale`` or ``tau`` tensor that isn't > 0, or magnitudes
+            whose scores may overflow fp32 (on CUDA looking would stop the device: nan propagates, and overflow gives
+            wrong indices).
         TypeError: types that don't fit.
     """
     groups = whole_number("groups", groups)
@@ -251,12 +253,10 @@ def _vector_quantize(
     """The five outputs, and for the backward of the same ``impl`` what the forward keeps: the kernels the rows'
     log-sum-exp (M,), eager the noisy scores over their temperature (M, N); empty unless ``keeps``.
     """
-    for name, value in (("x", x), ("codebook", codebook), ("weight", weight), ("bias", bias)):
-        if value is not None:
-            check_finite(name, value)
+    tensors = {"x": x, "codebook": codebook, "weight": weight, "bias": bias}
+    largest = {name: check_finite(name, value) for name, value in tensors.items()}
     if x.device.type == "cpu":
-        check_positive("tau", tau.item())
-        check_positive("scale", scale.item())
+        _check_values(largest, x, tau.item(), scale.item())
     arguments = (x, codebook, weight, bias, mask, seed, tau, scale, row_offset, groups)
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize import vector_quantize_forward
@@ -264,6 +264,16 @@ def _vector_quantize(
         with on_device_of(x):
             return vector_quantize_forward(*arguments, keeps)
     return vector_quantize_eager(*arguments, keeps)
+
+
+def _check_values(largest: dict[str, float], x: Tensor, tau: float, scale: float) -> None:
+    """Raise unless tau and scale are positive, and scores and perturbations of such magnitudes fit their type."""
+    check_positive("tau", tau)
+    check_positive("scale", scale)
+    codes = largest["codebook"]
+    products = x.shape[1] * (2 * largest["x"] * max(codes, largest["weight"]) + 4 * codes**2)
+    bound = (max(1.0, scale) * products + 2 * scale + largest["bias"]) / min(1.0, tau)
+    check_overflow(bound, compute_dtype(x), "x, the codes, scale or 1 / tau")
 
 
 @_vector_quantize.register_fake

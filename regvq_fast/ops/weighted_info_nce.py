@@ -21,6 +21,7 @@ from regvq_fast.ops._common import (
     check_finite,
     check_like,
     check_matrix,
+    check_overflow,
     check_positive,
     compute_dtype,
     on_device_of,
@@ -71,8 +72,8 @@ def weighted_info_nce(
     2^21.
 
     Raises:
-        ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input, or a negative weight
-            (on CUDA looking would stop the device).
+        ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input, a negative
+            weight, or similarities that may overflow (on CUDA looking would stop the device).
         TypeError: types that don't fit.
     """
     check_matrix("query", query, ndim=3)
@@ -178,9 +179,9 @@ def _weighted_info_nce(
     negatives (the kernels' in log 2) and the negatives' share of that sum. Then eager's similarities (B, L, L), the
     weights in those of the positives; empty unless ``keeps``.
     """
-    for name, value in (("query", query), ("key", key), ("weight", weight)):
-        if value is not None:
-            check_finite(name, value)
+    largest = [check_finite(name, value) for name, value in (("query", query), ("key", key), ("weight", weight))]
+    bound = (query.shape[2] * largest[0] * largest[1] + 1) / min(1.0, tau)
+    check_overflow(bound, compute_dtype(query), "query, key or 1 / tau")
     if weight is not None and weight.device.type == "cpu" and (weight < 0).any():
         raise ValueError(f"weight must not be negative, got {weight.min().item()}")
     if impl == "triton":

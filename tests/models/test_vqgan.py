@@ -18,6 +18,7 @@ from regvq_fast.models.layers import (
     written_out_group_norm,
 )
 from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.quantizers import NearestQuantizer, RegularizedQuantizer
 
 TAMING_SHAPES = Path(__file__).parent / "data" / "taming_vqgan_imagenet_f16_1024.json"
 TINY = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,), "z_channels": 6}
@@ -338,3 +339,26 @@ def test_bad_indices(model):
         model.decode_indices(torch.zeros(8, 8, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"int64, got torch.float32"):
         model.decode_indices(torch.zeros(1, 8, 8))
+    for token in (-1, 12):
+        with pytest.raises(ValueError, match=rf"indices must lie in \[0, 12\).*{token}"):
+            model.decode_indices(torch.full((1, 8, 8), token))
+
+
+def test_images_that_are_no_floats_in_the_range_are_refused(model, images):
+    with pytest.raises(ValueError, match=r"images must lie in \[-1, 1\], got values up to"):
+        model.tokenize(images * 255)
+    with pytest.raises(TypeError, match=r"floating point.*torch.uint8"):
+        model.tokenize((images.abs() * 127).to(torch.uint8))
+
+
+@pytest.mark.parametrize("quantizer", [RegularizedQuantizer, NearestQuantizer])
+def test_a_model_in_bfloat16_takes_images_in_fp32(quantizer):
+    model = VQGAN(quantizer(12, 4), **TINY).to(torch.bfloat16)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    tokens = model.tokenize(images)
+    assert model.decode_indices(tokens).dtype == torch.bfloat16
+    model.initialize_quantizer(images)
+    output = model(images, torch.tensor(1))
+    assert output.reconstruction.dtype == torch.bfloat16
+    output.reconstruction.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.decoder.parameters())

@@ -5,8 +5,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from vq_cases import LOGITS, copy_leaves, make_inputs
 
-from regvq_fast.ops import assign_codes, vector_quantize, weighted_info_nce
+from regvq_fast.ops import assign_codes, softmax_statistics, vector_quantize, weighted_info_nce
 from regvq_fast.ops._common import compute_dtype
+from regvq_fast.quantizers import RegularizedQuantizer
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,35 @@ def test_neither_tau_nor_scale_nor_the_seed_nor_the_number_of_rows_recompiles():
         results = step_and_gradients(compiled, inputs, *values)
         assert_close(results, step_and_gradients(training_step, inputs, *values))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_may_change_from_call_to_call(dynamic):
+    inputs, (query, key, weight) = make_inputs(dtype=torch.float32), features()
+
+    def quantize(number):
+        return vector_quantize(**inputs, tau=number, scale=number).quantized
+
+    def others(number):
+        return weighted_info_nce(query, key, weight, tau=number), softmax_statistics(
+            query[0], key[0], temperature=number
+        )
+
+    for function, graphs in ((quantize, 1 if dynamic else 2), (others, None)):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counter)
+        for number in (0.9, 0.7, 0.5, 0.3):
+            torch.testing.assert_close(compiled(number), function(number))
+        assert graphs is None or counter.frame_count <= graphs  # a number is fixed at first, dynamic from the second on
+
+
+def test_a_quantizer_is_exported_with_a_dynamic_batch():
+    quantizer = RegularizedQuantizer(16, 8).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(quantizer, (torch.randn(4, 8, 2, 2),), dynamic_shapes={"z": {0: batch}}).module()
+    z = torch.randn(7, 8, 2, 2)
+    assert torch.equal(exported(z).indices, quantizer(z).indices)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
