@@ -97,11 +97,11 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL_DEEP),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
         "vector_quantize_backward": (
-            _NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)},
+            _NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(64, 64, 64, 8, 3)},
             _SMALL_DEEP,
         ),
         "vector_quantize_backward_heavy": (
-            _NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(128, 64, 64, 8, 3)},
+            _NARROW | {256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)},
             _SMALL,
         ),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, _SMALL),
