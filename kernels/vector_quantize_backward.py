@@ -414,7 +414,7 @@ def vector_quantize_backward(
             grad_lookup /= scales[0]
     grad_codebook = torch.zeros_like(codebook) if grad_lookup is None else grad_lookup.to(dtype)
     grad_bias = None if bias is None else (grad_codes[:, width] / (factor * scale)).to(dtype)
-    return grad_x, grad_codebook, grad_codes[:, :width].to(dtype), grad_bias
+    return grad_x, grad_codebook, grad_codes[:, :width].to(dtype).contiguous(), grad_bias
 
 
 def _fp16_scales(

@@ -206,7 +206,7 @@ class VQGAN(Model):
         Raises:
             TypeError: images that are not floating point.
             ValueError: not four dimensions, another number of channels, or a side that is not a multiple of
-                `downsampling_factor`; on a CPU, values far outside [-1, 1].
+                `downsampling_factor`.
         """
         if not images.is_floating_point():
             raise TypeError(
@@ -216,12 +216,6 @@ class VQGAN(Model):
             raise ValueError(f"images must be (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
         self._check_multiple("image height", images.shape[2])
         self._check_multiple("image width", images.shape[3])
-        if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
-            largest = images.detach().abs().max().item()
-            if largest > _LARGEST_PIXEL:
-                raise ValueError(
-                    f"images must lie in [-1, 1], got values up to {largest:g}: divide by 127.5, subtract 1"
-                )
         return self.quant_conv(self.encoder(self._in_type_of_weights(images)))
 
     def decode(self, quantized: Tensor) -> Tensor:
@@ -265,8 +259,16 @@ class VQGAN(Model):
     def tokenize(self, images: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) in [-1, 1] to tokens (B, h, w) int64.
 
-        No noise, mask or dropout, whatever mode the model is in. Raises as `encode`.
+        No noise, mask or dropout, whatever mode the model is in. Raises as `encode`, and ValueError for values far
+        outside [-1, 1], which a CPU looks for.
         """
+        looks = images.device.type == "cpu" and images.is_floating_point() and not torch.compiler.is_compiling()
+        if looks and images.numel():
+            largest = images.abs().max().item()
+            if largest > _LARGEST_PIXEL:
+                raise ValueError(
+                    f"images must lie in [-1, 1], got values up to {largest:g}: divide by 127.5, subtract 1"
+                )
         with evaluating(self):
             return self.quantize(self.encode(images)).indices
 

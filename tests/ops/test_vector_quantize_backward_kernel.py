@@ -215,7 +215,7 @@ def test_other_tiles_change_nothing(schedule, monkeypatch):
         assert torch.equal(results[name], whole[name]), name
     assert_gradients(results, inputs, **case.settings())
     pinned = {key: schedules.tile(*key[:4], key[5]) for key in schedules._tuned}
-    assert {key[0] for key in pinned} == {"vector_quantize", "vector_quantize_backward"}
+    assert {key[0] for key in pinned} == {"vector_quantize", "vector_quantize_backward_heavy"}
     assert all(tile != pinned[key] for key, tile in schedules._tuned.items())
 
 
