@@ -36,7 +36,7 @@ def test_two_ranks_take_the_steps_of_one(two_ranks: dict[str, list], quantizer: 
     for alone, together in zip(one[2], two[2], strict=True):
         assert alone.keys() == together.keys()
         for name, value in alone.items():
-            assert together[name] == pytest.approx(value, rel=1e-2, abs=1e-4), name
+            assert together[name] == pytest.approx(value, rel=0.1, abs=1e-3), name
     assert one[2][-1]["lambda"] > 0
 
 
