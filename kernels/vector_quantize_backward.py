@@ -203,7 +203,7 @@ def _row_gradients_kernel(
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """What belongs to rows once delta is known: dx, and what p and w are multiplied by for the codes' gradients."""
+    """Compute dx and the right sides of the codes' gradients, once delta of each row is known."""
     position = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     num_rows = (end_row - first_row).to(tl.int64)
     row_mask = position < num_rows

@@ -134,7 +134,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def _is_real(value: object) -> bool:
-    """Whether it is a number of another library, such as NumPy's."""
+    """Return whether it is a number of another library, such as NumPy's."""
     return isinstance(value, numbers.Real)
 
 

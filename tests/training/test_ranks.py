@@ -25,18 +25,18 @@ def assert_same(one: list, two: list) -> None:
         assert alone.keys() == together.keys()
         for name, value in alone.items():
             difference = (together[name] - value).abs().max()
-            # Adam makes steps of up to the learning rate of gradients that are all rounding: more on some processors.
-            assert difference <= 1e-3 * max(1.0, float(value.abs().max())), f"{name}: {difference}"
+            # An Intel Xeon: 2e-4 after five steps, of which the first agrees to 1e-6. An AMD EPYC: within 1e-5.
+            assert difference <= 3e-4 * max(1.0, float(value.abs().max())), f"{name}: {difference}"
 
 
 @pytest.mark.parametrize("quantizer", ["reg-vq", "vq-vae"])
 def test_two_ranks_take_the_steps_of_one(two_ranks: dict[str, list], quantizer: str) -> None:
     one, two = train_on_ranks.train(Case(quantizer)), two_ranks[quantizer]
     assert_same(one, two)
-    for alone, together in zip(one[2], two[2], strict=True):
+    for step, (alone, together) in enumerate(zip(one[2], two[2], strict=True)):
         assert alone.keys() == together.keys()
         for name, value in alone.items():
-            assert together[name] == pytest.approx(value, rel=0.1, abs=1e-3), name
+            assert together[name] == pytest.approx(value, rel=2e-2 if step else 1e-4, abs=1e-5), name
     assert one[2][-1]["lambda"] > 0
 
 
