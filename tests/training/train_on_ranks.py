@@ -1,8 +1,9 @@
-"""Some training steps, alone or on several ranks of one run. Rank 0 writes weights and numbers of each case.
+"""Some training steps, alone or on several ranks of one run. Rank 0 writes weights and metrics of each case.
 
 python -m torch.distributed.run --nproc-per-node 2 train_on_ranks.py FOLDER
 """
 
+import copy
 import functools
 import sys
 from pathlib import Path
@@ -37,8 +38,12 @@ CASES = {
 }
 
 
-def train(case: Case) -> list:
-    """Weights of model and discriminator, and the numbers of each step; the same on every rank."""
+def train(case: Case) -> list[dict[str, dict]]:
+    """Return state of model and discriminator and the metrics after each step, the same on every rank.
+
+    Each step takes other images and another seed, but starts from the same weights: in a longer run some row comes so
+    close to two codes, or some activation to 0, that a rounding decides it, and weights then differ by 1e-4.
+    """
     device = torch.device("cpu")
     torch.manual_seed(0)
     quantizer = RegularizedQuantizer(16, 4, prior_scope="image" if case.by_image else "global", prior_weight=0.5)
@@ -54,8 +59,12 @@ def train(case: Case) -> list:
         step = VQGANStep(model, discriminator, loss, Precision(device, None, ""), compile=case.compile)
     optimizers = [torch.optim.SGD(module.parameters(), lr=1e-2) for module in (model, discriminator)]
     generator = torch.Generator().manual_seed(1)
-    numbers = []
+    modules = {"model": model, "discriminator": discriminator}
+    start = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+    results: list[dict[str, dict]] = []
     for number in range(STEPS):
+        for name, module in modules.items():
+            module.load_state_dict(start[name])
         images = torch.rand(BATCH, 3, 16, 16, generator=generator) * 2 - 1
         size = BATCH // num_ranks()
         mine = images[rank() * size : (rank() + 1) * size]
@@ -68,11 +77,12 @@ def train(case: Case) -> list:
                 loss_scale=1 / case.parts,
                 synchronize=k == case.parts - 1,
             )
-        numbers.append({name: float(mean_over_ranks(value.float())) for name, value in metrics.items()})
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return [model.state_dict(), discriminator.state_dict(), numbers]
+        results.append({name: copy.deepcopy(module.state_dict()) for name, module in modules.items()})
+        results[-1]["metrics"] = {name: float(mean_over_ranks(value.float())) for name, value in metrics.items()}
+    return results
 
 
 def main() -> None:
