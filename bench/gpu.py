@@ -216,7 +216,7 @@ def evaluate_targets(report: dict[str, Any], half: str) -> list[dict[str, Any]]:
 
 def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
     """A report without measurements, and what reads the GPU's clocks."""
-    from regvq_fast.kernels import schedules
+    from regvq_fast.dispatch import is_chunked
 
     driver, read_state, problem = nvml.gpu_state()
     if problem:
@@ -233,7 +233,7 @@ def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
             "info_nce_rows": gpu_info_nce.ROWS,
             "info_nce_tau": gpu_info_nce.TAU,
             "repeats": REPEATS,
-            "default_schedule": schedules.schedule(torch.device("cuda")),
+            "default_schedule": "chunked" if is_chunked(torch.device("cuda")) else "fused",
         },
         "state_before": read_state(),
         "tests": None,

@@ -46,16 +46,10 @@ Call = dict[str, Any]
 def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
     """The distinct kernel calls that the ops make on an architecture."""
     import torch
-    import triton
     from triton.runtime.jit import JITFunction
 
-    from regvq_fast.kernels import (
-        assign_codes,
-        schedules,
-        vector_quantize,
-        vector_quantize_backward,
-        weighted_info_nce,
-    )
+    from regvq_fast import dispatch
+    from regvq_fast.kernels import assign_codes, vector_quantize, vector_quantize_backward, weighted_info_nce
 
     calls: dict[str, Call] = {}
 
@@ -63,15 +57,11 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
         call = describe(kernel, args, options) | {"sm": architecture, "type": dtype_name, "D": width}
         calls.setdefault(json.dumps(call, sort_keys=True, default=str), call)
 
-    def parts(number: int) -> Any:
-        """Codes and keys in that many parts, whatever the tile and the GPU."""
+    def splits(number: int) -> Any:
+        """So many splits of codes and keys, whatever the tile and the GPU."""
+        return mock.patch.object(dispatch, "_num_splits", return_value=number)
 
-        def part_codes(num_rows: int, num_codes: int, tile: schedules.Tile, *_: Any) -> int:
-            return triton.cdiv(triton.cdiv(num_codes, number), tile.BN) * tile.BN
-
-        return mock.patch.object(schedules, "part_codes", part_codes)
-
-    capability = mock.patch.object(schedules, "capability", return_value=architecture)
+    capability = mock.patch.object(dispatch, "capability", return_value=architecture)
     with mock.patch.object(JITFunction, "run", record), capability:
         types = (torch.float16, torch.float32) + ((torch.bfloat16,) if architecture >= 80 else ())
         for dtype, width in itertools.product(types, widths):
@@ -82,22 +72,21 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
             tau = torch.ones((), dtype=torch.float64)
             indices, lse = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
             query, weights = torch.zeros(1, 256, width, dtype=dtype), torch.zeros(1, 256)
+            inputs = dispatch.Inputs(x, codebook, None, None, None, seed, tau, tau, zero, 1, "soft")
             for number in (2, 1):
-                with parts(number):
+                with splits(number):
                     for masked, needs_lse in itertools.product((mask, None), (True, False)):
-                        vector_quantize.vector_quantize_forward(
-                            x, codebook, None, None, masked, seed, tau, tau, zero, 1, needs_lse
-                        )
+                        vector_quantize.vector_quantize_forward(inputs._replace(mask=masked), needs_lse)
                     assign_codes.assign_codes_forward(x, codebook)
                     for weight in (weights, None):
                         weighted_info_nce.weighted_info_nce_forward(query, query, weight, 0.07)
-            with parts(2):
+            with splits(2):
                 kinds = ((None, "soft"), (None, "hard"), (codebook, "hard"))
                 for masked, groups, (linear, codebook_grad) in itertools.product((mask, None), (1, 4), kinds):
+                    case = inputs._replace(mask=masked, groups=groups, weight=linear, codebook_grad=codebook_grad)
                     vector_quantize_backward.vector_quantize_backward(
-                        x, torch.zeros(groups, codes), x, codebook, linear, None, masked, seed, indices, tau, tau,
-                        zero, lse, codebook_grad, True, True,
-                    )  # fmt: skip
+                        case, x, torch.zeros(groups, codes), indices, lse, True, True
+                    )
                 weighted_info_nce.weighted_info_nce_backward(
                     weights, query, query, weights, weights, 0.07, False, False
                 )
@@ -162,7 +151,7 @@ def compile_call(call: Call) -> dict[str, Any]:
         problems.append(f"spills {stack + local} bytes")
     if shared > SHARED_LIMIT[architecture]:
         problems.append(f"{shared} bytes of shared memory, {SHARED_LIMIT[architecture]} are there")
-    multiplies = not constants.get("HAS_SCORES", constants.get("GIVEN", True))
+    multiplies = not constants.get("HAS_SCORES", True)
     if multiplies and architecture < 80:
         problems.append("a product of its own below sm_80")
     if multiplies and architecture >= 80 and TENSOR_CORE.get(architecture, "mma.sync") not in ptx:

@@ -1,4 +1,4 @@
-"""Time a kernel in many tiles on a GPU: how the pinned tiles of ``kernels/schedules.py`` are found.
+"""Time a kernel in many tiles on a GPU: how the pinned tiles of ``regvq_fast/dispatch.py`` are found.
 
     python bench/tile_search.py vector_quantize_backward            N = 1024 and 8192, bf16, D = 256
     python bench/tile_search.py vector_quantize assign_codes --codes 8192 --width 64 --dtype float16 --out tiles.json
@@ -13,11 +13,12 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -29,14 +30,16 @@ import torch
 from gpu_cases import Case
 from gpu_info_nce import InfoNceCase
 from peers import TensorRun
+from triton.runtime.jit import JITFunction
 
-from regvq_fast.kernels import schedules
-from regvq_fast.kernels.schedules import Tile
+from regvq_fast import dispatch
+from regvq_fast.dispatch import Tile
+from regvq_fast.kernels import vector_quantize, vector_quantize_backward, weighted_info_nce
 
 NO_CUDA = "bench/tile_search.py measures on a CUDA GPU, and PyTorch finds none on this machine."
 STEPS = (64, 128, 256)  # BK
 # Those that the benchmarks' cases launch: distance logits, one posterior.
-KERNELS = tuple(name for name in schedules.KERNELS if not name.endswith("_heavy"))
+KERNELS = tuple(name for name in dispatch.KERNELS if not name.endswith("_heavy"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Search:
         return run
 
     def tiles(self, device: str) -> list[Tile]:
-        pinned = schedules.tile(self.kernel, "fused", getattr(torch, self.dtype), self.width, torch.device(device))
-        around = schedules.neighbours(pinned)
+        pinned = dispatch.pinned_tile(self.kernel, getattr(torch, self.dtype), self.width, torch.device(device))
+        around = neighbours(pinned)
         stepping = [
             dataclasses.replace(tile, BK=step)
             for step in STEPS
@@ -75,18 +78,20 @@ class Search:
 
 
 @contextmanager
-def launching(kernel: str, instead: Callable[[Callable[[Tile], Any]], Any]) -> Iterator[None]:
-    """Inside, the first launch of ``kernel`` is handed to ``instead`` before it is made as usual."""
-    waiting = [instead]
+def launched_with(kernel: str, tile: Tile) -> Iterator[None]:
+    """Inside, ``kernel`` is launched with ``tile`` instead of its pinned one."""
 
-    def run(name: str, how: str, dtype: Any, width: int, codes: int, device: Any, launch: Callable[[Tile], Any]) -> Any:
-        if name == kernel and waiting:
-            waiting.pop()(launch)
-        return launch(schedules.tile(name, how, dtype, width, device))
+    names = []
 
-    with mock.patch.object(schedules, "run", run):
+    def chosen(name: str, *inputs: Any) -> Tile:
+        names.append(name)
+        return tile if name == kernel else dispatch.pinned_tile(name, *inputs)
+
+    with ExitStack() as stack:
+        for module in (vector_quantize, vector_quantize_backward, weighted_info_nce):
+            stack.enter_context(mock.patch.object(module, "pinned_tile", chosen))
         yield
-    assert not waiting, f"the op does not launch {kernel} here"
+    assert kernel in names, f"the op does not launch {kernel} here"
 
 
 @functools.lru_cache(maxsize=1)
@@ -96,43 +101,48 @@ def _prepared(search: Search, device: str) -> TensorRun:
 
 def try_tile(search: Search, tile: Tile, device: str) -> str:
     """Why a tile can't be used, "" if it can. It is compiled, and is on disk for other processes."""
-    from triton.runtime.jit import JITFunction
-
     spills = []
     launch_kernel = JITFunction.run
 
     def record(self: Any, *args: Any, **options: Any) -> Any:
         compiled = launch_kernel(self, *args, **options)
-        if options.get("BM") == tile.BM:  # not the small kernels beside
+        if options.get("BK") == tile.BK and options.get("BM") == tile.BM:  # not the small kernels beside
             spills.append(compiled.n_spills or 0)
         return compiled
 
-    def launch_once(launch: Callable[[Tile], Any]) -> None:
-        with mock.patch.object(JITFunction, "run", record):
-            launch(tile)
-            torch.cuda.synchronize()
-
     try:
         run = _prepared(search, device)
-        with launching(search.kernel, launch_once):
+        with launched_with(search.kernel, tile), mock.patch.object(JITFunction, "run", record):
             run()
+            torch.cuda.synchronize()
     except Exception as error:  # too many registers, too much shared memory: whatever it is, the tile is out
         return f"{type(error).__name__}: {error}".splitlines()[0][:120]
     return f"spills {max(spills)} registers" if any(spills) else ""
 
 
 def time_tiles(search: Search, tiles: list[Tile], device: str, clock: Callable[[Callable[[], Any]], float]) -> Any:
-    """Milliseconds by tile, fastest first."""
+    """Milliseconds of the op by tile, fastest first: what differs between two tiles is the kernel's."""
     times: dict[Tile, float] = {}
-
-    def measure(launch: Callable[[Tile], Any]) -> None:
-        for tile in tiles:
-            times[tile] = clock(functools.partial(launch, tile))
-
     run = search.prepare(device)
-    with launching(search.kernel, measure):
-        run()
+    for tile in tiles:
+        with launched_with(search.kernel, tile):
+            times[tile] = clock(run)
     return dict(sorted(times.items(), key=lambda pair: pair[1]))
+
+
+def neighbours(pinned: Tile) -> list[Tile]:
+    """The pinned tile first, then those with half or twice its rows, codes, warps, and one stage more or fewer."""
+    shapes = itertools.product(
+        (pinned.BM, pinned.BM // 2, pinned.BM * 2),
+        (pinned.BN, pinned.BN // 2, pinned.BN * 2),
+        (pinned.num_warps, pinned.num_warps // 2, pinned.num_warps * 2),
+        (pinned.num_stages, pinned.num_stages - 1, pinned.num_stages + 1),
+    )
+    return [
+        Tile(BM, BN, pinned.BK, warps, stages)
+        for BM, BN, warps, stages in shapes
+        if 16 <= BM <= 256 and 16 <= BN <= 256 and 2 <= warps <= 16 and 1 <= stages <= 5
+    ]
 
 
 def report(search: Search, times: dict[Tile, float], bad: dict[Tile, str], pinned: Tile) -> str:

@@ -24,7 +24,7 @@ libdevice's take about 18 instructions each, and the noise two of them an elemen
 import triton
 import triton.language as tl
 
-from regvq_fast.kernels.constants import INTERPRETED, LN_2
+from regvq_fast.kernels.utils import INTERPRETED, LN_2
 
 _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)

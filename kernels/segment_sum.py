@@ -24,21 +24,22 @@ def _segment_sum_kernel(
     BD: tl.constexpr,
 ):
     code = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BD + tl.arange(0, BD)
+    channel = tl.program_id(1) * BD + tl.arange(0, BD)
     end = tl.load(ends_ptr + code)
     start = tl.load(ends_ptr + code - 1, mask=code > 0, other=0)
     total = tl.zeros([BD], tl.float32)
     for first in range(start, end, BM):
-        place = first + tl.arange(0, BM)
-        rows = tl.load(order_ptr + place, mask=place < end, other=0)
-        inside = (place < end)[:, None] & (column < D)[None, :]
-        values = tl.load(values_ptr + rows[:, None] * D + column[None, :], mask=inside, other=0.0)
+        position = first + tl.arange(0, BM)
+        row_mask = position < end
+        rows = tl.load(order_ptr + position, mask=row_mask, other=0)
+        both = row_mask[:, None] & (channel < D)[None, :]
+        values = tl.load(values_ptr + rows[:, None] * D + channel[None, :], mask=both, other=0.0)
         total += tl.sum(values.to(tl.float32), axis=0)
-    tl.store(out_ptr + code * D + column, total, mask=column < D)
+    tl.store(out_ptr + code * D + channel, total, mask=channel < D)
 
 
 def segment_sum(values: torch.Tensor, indices: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Sums by code in fp32.
+    """Return the sums by code in fp32.
 
     Args:
         values: (M, D) fp16, bf16 or fp32.

@@ -2,21 +2,263 @@
 
 Reg-VQ (Zhang et al., CVPR 2023), section 3.2 and Algorithm 1. Per row m, over the codes n,
 
-    s[m,n] = factor * x_m . k_n + column[n]        k the codes, factor 2 scale, column -scale |z_n|^2   (distance)
-                                                   k the weight, factor scale, column b_n               (linear)
+    s[m,n] = factor * scale * x_m . k_n + bias[n]      distance:  k the codes,  factor 2, bias -scale |z_n|^2
+                                                       linear:    k the weight, factor 1, bias b_n
     best_index = argmax s,    index = argmax (s + g) on stochastic rows,    lse = log sum exp ((s + g) / t)
 
-with everything in units of log 2. The posterior is the counts of the selections over the rows of a group. How the sweep
-goes, and that it is deterministic, is in ``sweep.py``. Memory beyond that sweep's: a number a code, the counts (G, N).
+with everything in units of log 2. The posterior counts the selections over the rows of a group.
+
+A program sweeps the codes for BM rows: no score leaves its registers. Rows are ordered by the mask, so that only tiles
+with a stochastic row sample noise. Where rows alone don't fill the GPU the codes are split, and a second kernel
+combines the splits in their order. ``assign_codes`` is the same sweep without noise, softmax and look-up.
+
+Deterministic: no reduction depends on the order in which programs run (the selections' counts are integers). Memory:
+no M x N tensor; per code its bias; the counts (G, N); per row the order and, where the codes are split, six numbers a
+split. The ``chunked`` schedule has a buffer of scores for each chunk of rows.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from regvq_fast.kernels.constants import LOG2_E
-from regvq_fast.kernels.sweep import run_sweep
-from regvq_fast.kernels.tiles import column_term
+from regvq_fast.dispatch import (
+    NOISY_WAVES,
+    ORDER_WINDOW,
+    Inputs,
+    chunk_rows,
+    codes_per_split,
+    dot_precision,
+    is_chunked,
+    pinned_tile,
+)
+from regvq_fast.kernels.noise import gumbel_tile
+from regvq_fast.kernels.utils import (
+    LOG2_E,
+    code_bias,
+    load_noise_rows,
+    load_rows,
+    multiply,
+    order_rows,
+    product,
+    running_argmax,
+)
+from regvq_fast.matmul import product_fp32, without_tf32
+
+# Codes of a split at least: every split loads its rows, and combining them costs a kernel. Tiles with noise take
+# several times as long as the others: smaller splits let the others fill in.
+MIN_SPLIT_CODES = 2048
+MIN_NOISY_SPLIT_CODES = 256
+
+
+@triton.jit
+def _write_rows(
+    rows,  # [BM] int64
+    row_mask,  # [BM]
+    index,  # [BM] int32
+    best_index,  # [BM] int32
+    codes_ptr,
+    quantized_ptr,
+    indices_ptr,
+    best_indices_ptr,
+    perturbation_ptr,
+    counts_ptr,
+    num_codes,
+    group_rows,
+    D: tl.constexpr,
+    NOISE: tl.constexpr,
+    ASSIGN: tl.constexpr,
+):
+    """Write the selected codes of BM rows, their indices, the perturbation, and count them."""
+    tl.store(indices_ptr + rows, index.to(tl.int64), mask=row_mask)
+    if not ASSIGN:
+        tl.store(best_indices_ptr + rows, best_index.to(tl.int64), mask=row_mask)
+        tl.atomic_add(counts_ptr + (rows // group_rows) * num_codes + index, 1, mask=row_mask, sem="relaxed")
+        perturbation = tl.zeros(rows.shape, tl.float32)
+        BD: tl.constexpr = 64 if D > 32 else 32
+        for first_channel in range(0, D, BD):
+            channel = first_channel + tl.arange(0, BD)
+            z = load_rows(codes_ptr, index.to(tl.int64), row_mask, first_channel, D, BD)
+            address = quantized_ptr + rows[:, None] * D + channel[None, :]
+            tl.store(address, z, mask=row_mask[:, None] & (channel < D)[None, :])
+            if NOISE:
+                best = load_rows(codes_ptr, best_index.to(tl.int64), row_mask, first_channel, D, BD)
+                difference = z.to(tl.float32) - best.to(tl.float32)
+                perturbation += tl.sum(difference * difference, axis=1)
+        tl.store(perturbation_ptr + rows, perturbation, mask=row_mask)
+
+
+@triton.jit
+def _vector_quantize_fwd_kernel(
+    x_ptr,  # (M, D)
+    logit_weight_ptr,  # (N, D): the codes, or the weight of linear logits
+    codes_ptr,  # (N, D)
+    code_bias_ptr,  # (N,) fp32, in log 2
+    scores_ptr,  # (rows of the chunk, N) fp32: x k^T, where HAS_SCORES
+    order_ptr,  # (M,) int32 row numbers, where NOISE
+    mask_ptr,  # (M,) bool, where NOISE
+    seed_ptr,  # () int64, where NOISE
+    row_offset_ptr,  # () int64, where NOISE
+    tau_ptr,  # () floating point, where NOISE
+    scale_ptr,  # () floating point, unless ASSIGN
+    quantized_ptr,  # (M, D)
+    indices_ptr,  # (M,) int64
+    best_indices_ptr,  # (M,) int64
+    perturbation_ptr,  # (M,) fp32
+    lse_ptr,  # (M,) fp32, in log 2
+    counts_ptr,  # (G, N) int32
+    split_values_ptr,  # (splits, 4, M) fp32, where SPLIT
+    split_indices_ptr,  # (splits, 2, M) int32, where SPLIT
+    first_row,
+    end_row,
+    num_rows,
+    num_codes,
+    split_codes,  # codes of a split, a multiple of BN
+    num_splits,
+    group_rows,
+    factor,
+    D: tl.constexpr,
+    NOISE: tl.constexpr,
+    LSE: tl.constexpr,
+    ASSIGN: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    # All splits of a tile of rows are neighbours: stochastic tiles, the first and the longest, begin first.
+    split = tl.program_id(0) % num_splits
+    rows = first_row + (tl.program_id(0) // num_splits).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    row_mask = rows < end_row
+    if NOISE:
+        rows, stochastic, inverse_t = load_noise_rows(order_ptr, mask_ptr, tau_ptr, rows, row_mask)
+        any_noise = tl.max(stochastic.to(tl.int32)) != 0
+        noise_rows, seed = rows + tl.load(row_offset_ptr), tl.load(seed_ptr)
+    else:
+        inverse_t = tl.full([BM], 1.0, tl.float32)
+    if not ASSIGN:
+        factor *= tl.load(scale_ptr).to(tl.float32)
+    if D <= BK and not HAS_SCORES:
+        x = load_rows(x_ptr, rows, row_mask, 0, D, BK)  # a tile that stays
+
+    best_max = tl.full([BM], float("-inf"), tl.float32)
+    best_index = tl.zeros([BM], tl.int32)
+    noisy_max, noisy_index = best_max, best_index
+    lse_max = best_max
+    lse_sum = tl.zeros([BM], tl.float32)
+    first_code = split * split_codes
+    for first in range(first_code, tl.minimum(first_code + split_codes, num_codes), BN):
+        code = first + tl.arange(0, BN)
+        col_mask = code < num_codes
+        if HAS_SCORES:
+            address = scores_ptr + (rows - first_row)[:, None] * num_codes + code[None, :]
+            scores = tl.load(address, mask=row_mask[:, None] & col_mask[None, :], other=0.0)
+        elif D <= BK:
+            k = load_rows(logit_weight_ptr, code.to(tl.int64), col_mask, 0, D, BK)
+            scores = multiply(x, k, tl.zeros([BM, BN], tl.float32), PRECISION)
+        else:
+            scores = product(
+                x_ptr, rows, row_mask, logit_weight_ptr, code.to(tl.int64), col_mask, D, BM, BN, BK, PRECISION
+            )  # [BM, BN]
+        bias = tl.load(code_bias_ptr + code, mask=col_mask, other=float("-inf"))
+        scores = scores * factor + bias[None, :]
+        tile_max = tl.max(scores, axis=1)
+        best_max, best_index = running_argmax(best_max, best_index, tile_max, scores, first, BN)
+        if NOISE:
+            if any_noise:
+                noise = gumbel_tile(first, noise_rows, seed, BN)
+                scores = tl.where(stochastic[:, None], scores + noise, scores)
+                tile_max = tl.max(scores, axis=1)
+                noisy_max, noisy_index = running_argmax(noisy_max, noisy_index, tile_max, scores, first, BN)
+        if LSE:
+            new_max = tl.maximum(lse_max, tile_max * inverse_t)
+            terms = tl.exp2(scores * inverse_t[:, None] - new_max[:, None])
+            lse_sum = lse_sum * tl.exp2(lse_max - new_max) + tl.sum(terms, axis=1)
+            lse_max = new_max
+    if NOISE:
+        noisy_max = tl.where(stochastic, noisy_max, best_max)
+        noisy_index = tl.where(stochastic, noisy_index, best_index)
+    else:
+        noisy_index = best_index
+
+    if SPLIT:
+        values = split_values_ptr + split.to(tl.int64) * 4 * num_rows + rows
+        indices = split_indices_ptr + split.to(tl.int64) * 2 * num_rows + rows
+        tl.store(values, best_max, mask=row_mask)
+        tl.store(indices, best_index, mask=row_mask)
+        if NOISE:
+            tl.store(values + num_rows, noisy_max, mask=row_mask)
+            tl.store(indices + num_rows, noisy_index, mask=row_mask)
+        if LSE:
+            tl.store(values + 2 * num_rows, lse_max, mask=row_mask)
+            tl.store(values + 3 * num_rows, lse_sum, mask=row_mask)
+    else:
+        _write_rows(
+            rows, row_mask, noisy_index, best_index, codes_ptr, quantized_ptr, indices_ptr, best_indices_ptr,
+            perturbation_ptr, counts_ptr, num_codes, group_rows, D, NOISE, ASSIGN,
+        )  # fmt: skip
+        if LSE:
+            tl.store(lse_ptr + rows, lse_max + tl.log2(lse_sum), mask=row_mask)
+
+
+@triton.jit
+def _combine_splits_kernel(
+    codes_ptr,
+    quantized_ptr,
+    indices_ptr,
+    best_indices_ptr,
+    perturbation_ptr,
+    lse_ptr,
+    counts_ptr,
+    split_values_ptr,  # (splits, 4, M) fp32
+    split_indices_ptr,  # (splits, 2, M) int32
+    num_rows,
+    num_codes,
+    num_splits,
+    group_rows,
+    D: tl.constexpr,
+    NOISE: tl.constexpr,
+    LSE: tl.constexpr,
+    ASSIGN: tl.constexpr,
+    BM: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    row_mask = rows < num_rows
+    best_max = tl.full([BM], float("-inf"), tl.float32)
+    best_index = tl.zeros([BM], tl.int32)
+    noisy_max, noisy_index = best_max, best_index
+    lse_max = best_max
+    lse_sum = tl.zeros([BM], tl.float32)
+    values, indices = split_values_ptr + rows, split_indices_ptr + rows
+    for _ in range(num_splits):
+        value = tl.load(values, mask=row_mask, other=0.0)
+        # Strictly better: the earlier split has the smaller codes.
+        best_index = tl.where(value > best_max, tl.load(indices, mask=row_mask, other=0), best_index)
+        best_max = tl.where(value > best_max, value, best_max)
+        if NOISE:
+            value = tl.load(values + num_rows, mask=row_mask, other=0.0)
+            index = tl.load(indices + num_rows, mask=row_mask, other=0)
+            noisy_index = tl.where(value > noisy_max, index, noisy_index)
+            noisy_max = tl.where(value > noisy_max, value, noisy_max)
+        if LSE:
+            split_max = tl.load(values + 2 * num_rows, mask=row_mask, other=0.0)
+            split_sum = tl.load(values + 3 * num_rows, mask=row_mask, other=1.0)
+            new_max = tl.maximum(lse_max, split_max)
+            lse_sum = lse_sum * tl.exp2(lse_max - new_max) + split_sum * tl.exp2(split_max - new_max)
+            lse_max = new_max
+        values += 4 * num_rows
+        indices += 2 * num_rows
+    if not NOISE:
+        noisy_index = best_index
+    _write_rows(
+        rows, row_mask, noisy_index, best_index, codes_ptr, quantized_ptr, indices_ptr, best_indices_ptr,
+        perturbation_ptr, counts_ptr, num_codes, group_rows, D, NOISE, ASSIGN,
+    )  # fmt: skip
+    if LSE:
+        tl.store(lse_ptr + rows, lse_max + tl.log2(lse_sum), mask=row_mask)
 
 
 @triton.jit
@@ -27,56 +269,106 @@ def _posterior_kernel(
     group_rows,
     BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
-    counts = tl.load(counts_ptr + place, mask=inside, other=0).to(tl.float32)
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    counts = tl.load(counts_ptr + element, mask=element < size, other=0).to(tl.float32)
     # A correctly rounded quotient; PyTorch multiplies with a number's rounded inverse.
-    share = tl.div_rn(counts, tl.full([BLOCK], group_rows, tl.float32))
-    tl.store(posterior_ptr + place, share, mask=inside)
+    fraction = tl.div_rn(counts, tl.full([BLOCK], group_rows, tl.float32))
+    tl.store(posterior_ptr + element, fraction, mask=element < size)
 
 
-def vector_quantize_forward(
+class Outputs(NamedTuple):
+    """Where a sweep writes, row by row; ``assign_codes`` has indices alone."""
+
+    quantized: torch.Tensor | None
+    indices: torch.Tensor
+    best_indices: torch.Tensor | None
+    perturbation: torch.Tensor | None
+    lse: torch.Tensor | None
+    counts: torch.Tensor | None
+
+
+def sweep_codes(
     x: torch.Tensor,
+    logit_weight: torch.Tensor,
     codebook: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    tau: torch.Tensor,
-    scale: torch.Tensor,
-    row_offset: torch.Tensor,
-    groups: int,
-    needs_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(quantized, posterior, indices, best_indices, perturbation, lse) of checked arguments, as the public op's.
+    bias: torch.Tensor,
+    factor: float,
+    outputs: Outputs,
+    a: Inputs | None = None,
+    group_rows: int = 1,
+) -> None:
+    """Launch the sweep for contiguous arguments, chunk by chunk where the products come from cuBLAS.
+
+    ``a`` holds scale and noise of ``vector_quantize``; None is ``assign_codes``.
+    """
+    (num_rows, width), num_codes, device = x.shape, codebook.shape[0], x.device
+    if outputs.counts is not None:
+        outputs.counts.zero_()
+    if num_rows == 0:
+        return
+    mask, seed, row_offset, tau, scale = (None,) * 5 if a is None else (a.mask, a.seed, a.row_offset, a.tau, a.scale)
+    mask = None if mask is None else mask.contiguous()
+    chunked = is_chunked(device)
+    step = min(num_rows, chunk_rows(num_codes)) if chunked else num_rows
+    order = None if mask is None else order_rows(mask, min(step, ORDER_WINDOW))
+    tile = pinned_tile("assign_codes" if a is None else "vector_quantize", x.dtype, width, device)
+    least = MIN_SPLIT_CODES if order is None or chunked else MIN_NOISY_SPLIT_CODES
+    waves = 1 if order is None else NOISY_WAVES
+    split_codes = codes_per_split(step, num_codes, tile, least, device, waves)
+    num_splits = triton.cdiv(num_codes, split_codes)
+    split_values = split_indices = None
+    if num_splits > 1:
+        split_values = x.new_empty(num_splits, 4, num_rows, dtype=torch.float32)
+        split_indices = x.new_empty(num_splits, 2, num_rows, dtype=torch.int32)
+    flags = {"D": width, "NOISE": order is not None, "LSE": outputs.lse is not None, "ASSIGN": a is None}
+    for start in range(0, num_rows, step):
+        end = min(start + step, num_rows)
+        scores = None
+        if chunked:
+            with without_tf32(device):
+                scores = product_fp32(x[start:end], logit_weight.t())
+        _vector_quantize_fwd_kernel[(triton.cdiv(end - start, tile.BM) * num_splits,)](
+            x, logit_weight, codebook, bias, scores, order, mask, seed, row_offset, tau, scale,
+            *outputs, split_values, split_indices,
+            start, end, num_rows, num_codes, split_codes, num_splits, group_rows, factor,
+            HAS_SCORES=chunked, SPLIT=num_splits > 1, PRECISION=dot_precision(x.dtype),
+            **flags, **tile.options(),
+        )  # fmt: skip
+    if num_splits > 1:
+        _combine_splits_kernel[(triton.cdiv(num_rows, 32),)](
+            codebook, *outputs, split_values, split_indices, num_rows, num_codes, num_splits, group_rows,
+            BM=32, num_warps=4, enable_fp_fusion=True, **flags,
+        )  # fmt: skip
+
+
+def logit_form(a: Inputs) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Return k (N, D), the factor of scale * x . k, and the per-code bias (N,) in log 2; the backward's as well."""
+    if a.weight is None:
+        return a.codebook, 2.0, code_bias(a.codebook, -LOG2_E, a.scale)
+    bias = None if a.bias is None else a.bias.contiguous()
+    return a.weight.contiguous(), 1.0, code_bias(a.codebook, LOG2_E, linear=True, bias=bias)
+
+
+def vector_quantize_forward(a: Inputs, needs_lse: bool) -> tuple[torch.Tensor, ...]:
+    """Return (quantized, posterior, indices, best_indices, perturbation, lse) of checked arguments.
 
     lse (M,) fp32 is the log-sum-exp of a row's scores over their temperature, in log 2, which backward needs; empty
     unless ``needs_lse``.
     """
-    x, codebook = x.contiguous(), codebook.contiguous()
-    keys = codebook if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    num_rows, num_codes = x.shape[0], codebook.shape[0]
-    indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
-    best_indices, perturbation = torch.empty_like(indices), x.new_empty(num_rows, dtype=torch.float32)
-    quantized, lse = torch.empty_like(x), perturbation.new_empty(num_rows if needs_lse else 0)
-    counts = torch.empty(groups, num_codes, dtype=torch.int32, device=x.device)
-    group_rows = max(1, num_rows // groups)
-    run_sweep(
-        "vector_quantize",
-        x,
-        keys,
-        codebook,
-        column_term(codebook, weight is not None, bias, LOG2_E * (1.0 if weight is not None else -1.0), scale),
-        LOG2_E * (1.0 if weight is not None else 2.0),
-        scale,
-        (mask, seed, row_offset, tau),
-        (quantized, indices, best_indices, perturbation, lse, counts),
-        group_rows,
-    )
+    a = a._replace(x=a.x.contiguous(), codebook=a.codebook.contiguous())
+    (num_rows, _), num_codes = a.x.shape, a.codebook.shape[0]
+    indices = torch.empty(num_rows, dtype=torch.int64, device=a.x.device)
+    perturbation = a.x.new_empty(num_rows, dtype=torch.float32)
+    lse = torch.empty_like(perturbation) if needs_lse else None
+    counts = torch.empty(a.groups, num_codes, dtype=torch.int32, device=a.x.device)
+    quantized, best_indices = torch.empty_like(a.x), torch.empty_like(indices)
+    outputs = Outputs(quantized, indices, best_indices, perturbation, lse, counts)
+    logit_weight, factor, bias = logit_form(a)
+    group_rows = max(1, num_rows // a.groups)
+    sweep_codes(a.x, logit_weight, a.codebook, bias, factor * LOG2_E, outputs, a, group_rows)
     posterior = torch.empty_like(counts, dtype=torch.float32)
     _posterior_kernel[(triton.cdiv(counts.numel(), 1024),)](
         counts, posterior, counts.numel(), group_rows, BLOCK=1024, num_warps=4, enable_fp_fusion=True
     )
+    lse = perturbation.new_empty(0) if lse is None else lse
     return quantized, posterior, indices, best_indices, perturbation, lse

@@ -30,20 +30,29 @@ max(2^25, 512 N) scores at most (``fused`` at 16 bits: max(2^25, 1024 N)), in th
 fp32), and O((M + N) D).
 """
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 
-from regvq_fast.kernels import schedules
-from regvq_fast.kernels.constants import FP16_SCALE, LOG2_E
+from regvq_fast.dispatch import (
+    MIN_CHUNK_ROWS,
+    NOISY_WAVES,
+    ORDER_WINDOW,
+    Inputs,
+    chunk_rows,
+    codes_per_split,
+    dot_precision,
+    equal_chunks,
+    is_chunked,
+    pinned_tile,
+)
 from regvq_fast.kernels.noise import gumbel_tile
-from regvq_fast.kernels.products import product_fp32, without_tf32
 from regvq_fast.kernels.segment_sum import segment_sum
-from regvq_fast.kernels.tiles import column_term, load_rows, multiply, order_rows, product
+from regvq_fast.kernels.utils import FP16_SCALE, LOG2_E, load_noise_rows, load_rows, multiply, order_rows, product
+from regvq_fast.kernels.vector_quantize import logit_form
+from regvq_fast.matmul import product_fp32, without_tf32
 
-# Codes of a split at least: splits only add up their partial sums of r.
+# Codes of a split at least: splits only add their partial sums of r.
 MIN_SPLIT_CODES = 256
 
 
@@ -60,16 +69,16 @@ def _posterior_gradient(
     if ONE_GROUP:
         return tl.load(grad_posterior_ptr + code, mask=code < num_codes, other=0.0)
     else:
-        place = grad_posterior_ptr + groups[:, None] * num_codes + code
-        return tl.load(place, mask=row_mask[:, None] & (code < num_codes), other=0.0)
+        address = grad_posterior_ptr + groups[:, None] * num_codes + code
+        return tl.load(address, mask=row_mask[:, None] & (code < num_codes), other=0.0)
 
 
 @triton.jit
 def _vector_quantize_bwd_kernel(
     x_ptr,  # (M, D)
-    keys_ptr,  # (N, D): the codes, or the weight where LINEAR
+    logit_weight_ptr,  # (N, D): the codes, or the weight where LINEAR
     codes_ptr,  # (N, D)
-    column_ptr,  # (N,) fp32 per-code bias of the logits, in log 2
+    code_bias_ptr,  # (N,) fp32, in log 2
     grad_quantized_ptr,  # (M, D)
     grad_posterior_ptr,  # (G, N) fp32 over R, where POSTERIOR
     indices_ptr,  # (M,) int64
@@ -111,11 +120,9 @@ def _vector_quantize_bwd_kernel(
     row_mask = position < end_row - first_row
     rows = first_row + position
     if NOISE:
-        rows = tl.load(order_ptr + rows, mask=row_mask, other=0).to(tl.int64)
-        stochastic = tl.load(mask_ptr + rows, mask=row_mask, other=0) != 0
+        rows, stochastic, inverse_t = load_noise_rows(order_ptr, mask_ptr, tau_ptr, rows, row_mask)
         any_noise = tl.max(stochastic.to(tl.int32)) != 0
         noise_rows, seed = rows + tl.load(row_offset_ptr), tl.load(seed_ptr)
-        inverse_t = tl.where(stochastic, 1.0 / tl.load(tau_ptr).to(tl.float32), 1.0)
     if SCALED:
         p_scale, w_scale = tl.load(scales_ptr), tl.load(scales_ptr + 1)
     else:
@@ -126,9 +133,9 @@ def _vector_quantize_bwd_kernel(
 
     index = tl.load(indices_ptr + rows, mask=row_mask, other=0)
     guess = tl.zeros([BM], tl.float32)
-    for first_column in range(0, D, BK):
-        grad = load_rows(grad_quantized_ptr, rows, row_mask, first_column, D, BK).to(tl.float32)
-        guess += tl.sum(grad * load_rows(codes_ptr, index, row_mask, first_column, D, BK).to(tl.float32), axis=1)
+    for first_channel in range(0, D, BK):
+        grad = load_rows(grad_quantized_ptr, rows, row_mask, first_channel, D, BK).to(tl.float32)
+        guess += tl.sum(grad * load_rows(codes_ptr, index, row_mask, first_channel, D, BK).to(tl.float32), axis=1)
     if POSTERIOR:
         guess += tl.sum(
             _posterior_gradient(grad_posterior_ptr, groups, row_mask, index[:, None], num_codes, ONE_GROUP), axis=1
@@ -146,18 +153,18 @@ def _vector_quantize_bwd_kernel(
         both = row_mask[:, None] & col_mask[None, :]
         wide_code = code.to(tl.int64)
         if HAS_SCORES:
-            place = (rows - first_row)[:, None] * num_codes + code[None, :]
-            scores = tl.load(scores_ptr + place, mask=both, other=0.0)
-            grad = tl.load(products_ptr + place, mask=both, other=0.0)
+            offset = (rows - first_row)[:, None] * num_codes + code[None, :]
+            scores = tl.load(scores_ptr + offset, mask=both, other=0.0)
+            grad = tl.load(products_ptr + offset, mask=both, other=0.0)
         elif D <= BK:
             z = load_rows(codes_ptr, wide_code, col_mask, 0, D, BK)
-            key = load_rows(keys_ptr, wide_code, col_mask, 0, D, BK) if LINEAR else z
-            scores = multiply(x, key, tl.zeros([BM, BN], tl.float32), PRECISION)
+            k = load_rows(logit_weight_ptr, wide_code, col_mask, 0, D, BK) if LINEAR else z
+            scores = multiply(x, k, tl.zeros([BM, BN], tl.float32), PRECISION)
             grad = multiply(grad_quantized, z, tl.zeros([BM, BN], tl.float32), PRECISION)
         else:
-            scores = product(x_ptr, rows, row_mask, keys_ptr, wide_code, col_mask, D, BM, BN, BK, PRECISION)
+            scores = product(x_ptr, rows, row_mask, logit_weight_ptr, wide_code, col_mask, D, BM, BN, BK, PRECISION)
             grad = product(grad_quantized_ptr, rows, row_mask, codes_ptr, wide_code, col_mask, D, BM, BN, BK, PRECISION)
-        scores = scores * factor + tl.load(column_ptr + code, mask=col_mask, other=float("-inf"))[None, :]
+        scores = scores * factor + tl.load(code_bias_ptr + code, mask=col_mask, other=float("-inf"))[None, :]
         if NOISE:
             if any_noise:
                 noise = gumbel_tile(first, noise_rows, seed, BN)
@@ -166,21 +173,21 @@ def _vector_quantize_bwd_kernel(
         if POSTERIOR:
             grad += _posterior_gradient(grad_posterior_ptr, groups, row_mask, code[None, :], num_codes, ONE_GROUP)
         w = p * (grad - guess[:, None])
-        place = position[:, None] * num_codes + code[None, :]
-        tl.store(p_ptr + place, (p * p_scale).to(p_ptr.dtype.element_ty), mask=both)
-        tl.store(w_ptr + place, (w * w_scale).to(w_ptr.dtype.element_ty), mask=both)
+        offset = position[:, None] * num_codes + code[None, :]
+        tl.store(p_ptr + offset, (p * p_scale).to(p_ptr.dtype.element_ty), mask=both)
+        tl.store(w_ptr + offset, (w * w_scale).to(w_ptr.dtype.element_ty), mask=both)
         p_sum += tl.sum(p, axis=1)
         w_sum += tl.sum(w, axis=1)
-    place = sums_ptr + position * 2 * num_splits + split
-    tl.store(place, p_sum, mask=row_mask)
-    tl.store(place + num_splits, w_sum, mask=row_mask)
+    sums = sums_ptr + position * 2 * num_splits + split
+    tl.store(sums, p_sum, mask=row_mask)
+    tl.store(sums + num_splits, w_sum, mask=row_mask)
 
 
 @triton.jit
 def _row_gradients_kernel(
     x_ptr,  # (M, D)
     grad_quantized_ptr,  # (M, D), where SOFT
-    keys_sums_ptr,  # (2, rows of the chunk, D) fp32: p k and w k, where NEEDS_X
+    sums_of_k_ptr,  # (2, rows of the chunk, D) fp32: p k and w k, where NEEDS_X
     sums_ptr,  # (rows of the chunk, 2, splits) fp32: partial sums of p and of w
     order_ptr,  # (M,) int32, where NOISE
     mask_ptr,  # (M,) bool, where NOISE
@@ -210,42 +217,41 @@ def _row_gradients_kernel(
     rows = first_row + position
     row_factor = tl.full([BM], 1.0, tl.float32) * (factor * tl.load(scale_ptr).to(tl.float32))
     if NOISE:
-        rows = tl.load(order_ptr + rows, mask=row_mask, other=0).to(tl.int64)
-        stochastic = tl.load(mask_ptr + rows, mask=row_mask, other=0) != 0
-        row_factor = tl.where(stochastic, row_factor / tl.load(tau_ptr).to(tl.float32), row_factor)
+        rows, _, inverse_t = load_noise_rows(order_ptr, mask_ptr, tau_ptr, rows, row_mask)
+        row_factor *= inverse_t
     p_sum = tl.zeros([BM], tl.float32)
     w_sum = tl.zeros([BM], tl.float32)
     for split in range(num_splits):
-        place = sums_ptr + position * 2 * num_splits + split
-        p_sum += tl.load(place, mask=row_mask, other=1.0)
-        w_sum += tl.load(place + num_splits, mask=row_mask, other=0.0)
+        sums = sums_ptr + position * 2 * num_splits + split
+        p_sum += tl.load(sums, mask=row_mask, other=1.0)
+        w_sum += tl.load(sums + num_splits, mask=row_mask, other=0.0)
     delta = w_sum / p_sum
-    column = tl.program_id(1) * BD + tl.arange(0, BD)
-    inside = row_mask[:, None] & (column < D)[None, :]
-    place = rows[:, None] * D + column[None, :]
+    channel = tl.program_id(1) * BD + tl.arange(0, BD)
+    both = row_mask[:, None] & (channel < D)[None, :]
+    offset = rows[:, None] * D + channel[None, :]
     if NEEDS_X:
-        sums = position[:, None] * D + column[None, :]
-        of_p = tl.load(keys_sums_ptr + sums, mask=inside, other=0.0)
-        of_w = tl.load(keys_sums_ptr + num_rows * D + sums, mask=inside, other=0.0)
+        in_chunk = position[:, None] * D + channel[None, :]
+        p_k = tl.load(sums_of_k_ptr + in_chunk, mask=both, other=0.0)
+        w_k = tl.load(sums_of_k_ptr + num_rows * D + in_chunk, mask=both, other=0.0)
         if SCALED:
-            of_p /= tl.load(scales_ptr)
-            of_w /= tl.load(scales_ptr + 1)
-        grad_x = row_factor[:, None] * (of_w - delta[:, None] * of_p)
-        tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+            p_k /= tl.load(scales_ptr)
+            w_k /= tl.load(scales_ptr + 1)
+        grad_x = row_factor[:, None] * (w_k - delta[:, None] * p_k)
+        tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=both)
     if NEEDS_CODES:
-        # Column D is a channel that is 1 in every row: it sums f dS.
-        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        for_w = row_factor[:, None] * tl.where((column == D)[None, :], 1.0, x)
+        # Channel D is 1 in every row: it sums f dS.
+        x = tl.load(x_ptr + offset, mask=both, other=0.0).to(tl.float32)
+        for_w = row_factor[:, None] * tl.where((channel == D)[None, :], 1.0, x)
         for_p = -delta[:, None] * for_w
         if SOFT:
-            for_p += tl.load(grad_quantized_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            for_p += tl.load(grad_quantized_ptr + offset, mask=both, other=0.0).to(tl.float32)
         if SCALED:
             for_p *= tl.load(scales_ptr + 2)
             for_w *= tl.load(scales_ptr + 3)
-        wide = position[:, None] * W + column[None, :]
-        inside = row_mask[:, None] & (column < W)[None, :]
-        tl.store(right_ptr + wide, for_p.to(right_ptr.dtype.element_ty), mask=inside)
-        tl.store(right_ptr + num_rows * W + wide, for_w.to(right_ptr.dtype.element_ty), mask=inside)
+        in_chunk = position[:, None] * W + channel[None, :]
+        both = row_mask[:, None] & (channel < W)[None, :]
+        tl.store(right_ptr + in_chunk, for_p.to(right_ptr.dtype.element_ty), mask=both)
+        tl.store(right_ptr + num_rows * W + in_chunk, for_w.to(right_ptr.dtype.element_ty), mask=both)
 
 
 @triton.jit
@@ -262,35 +268,26 @@ def _code_gradients_kernel(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dZ of distance logits."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
-    start = place // D * W
-    z = tl.load(codes_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(sums_ptr + start + place % D, mask=inside, other=0.0)
-    grad -= tl.load(sums_ptr + start + D, mask=inside, other=0.0) * z
+    """Compute dZ of distance logits."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_range = element < size
+    start = element // D * W
+    z = tl.load(codes_ptr + element, mask=in_range, other=0.0).to(tl.float32)
+    grad = tl.load(sums_ptr + start + element % D, mask=in_range, other=0.0)
+    grad -= tl.load(sums_ptr + start + D, mask=in_range, other=0.0) * z
     if SCALED:
         grad *= tl.load(scales_ptr + 4)
     if LOOKUP:
-        grad += tl.load(lookup_ptr + place, mask=inside, other=0.0)
-    tl.store(grad_codes_ptr + place, grad.to(grad_codes_ptr.dtype.element_ty), mask=inside)
+        grad += tl.load(lookup_ptr + element, mask=in_range, other=0.0)
+    tl.store(grad_codes_ptr + element, grad.to(grad_codes_ptr.dtype.element_ty), mask=in_range)
 
 
 def vector_quantize_backward(
+    a: Inputs,
     grad_quantized: torch.Tensor,
     grad_posterior: torch.Tensor | None,
-    x: torch.Tensor,
-    codebook: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    seed: torch.Tensor | None,
     indices: torch.Tensor,
-    tau: torch.Tensor,
-    scale: torch.Tensor,
-    row_offset: torch.Tensor,
     lse: torch.Tensor,
-    codebook_grad: str,
     needs_x: bool,
     needs_codes: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -301,108 +298,85 @@ def vector_quantize_backward(
     Raises:
         RuntimeError: the forward kept no lse.
     """
-    if len(lse) != len(x):
+    if len(lse) != len(a.x):
         raise RuntimeError(
             "vector_quantize kept nothing for a backward, since no input required a gradient where it was called: "
             "for gradients under torch.func.vmap give impl='eager'"
         )
-    x, codebook, grad_quantized = x.contiguous(), codebook.contiguous(), grad_quantized.contiguous()
-    keys = codebook if weight is None else weight.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    (num_rows, width), num_codes, dtype = x.shape, codebook.shape[0], x.dtype
-    linear, soft = weight is not None, codebook_grad == "soft"
-    how = schedules.schedule(x.device)
-    chunked = how == "chunked"
-    # Each chunk reads and writes the codes' gradients: as few of them as 2 KiB a code and buffer allow.
-    least = schedules.MIN_CHUNK_ROWS * (1 if chunked or dtype == torch.float32 else 2)
-    chunk = max(1, min(num_rows, schedules.equal_chunks(num_rows, schedules.chunk_rows(num_codes, least))))
-    factor = 1.0 if linear else 2.0  # times the scale, which is on the device
-    column = column_term(
-        codebook, linear, None if bias is None else bias.contiguous(), LOG2_E if linear else -LOG2_E, scale
+    a = a._replace(
+        x=a.x.contiguous(),
+        codebook=a.codebook.contiguous(),
+        mask=None if a.mask is None else a.mask.contiguous(),
     )
-    group_rows = num_rows if grad_posterior is None else max(1, num_rows // grad_posterior.shape[0])
+    grad_quantized = grad_quantized.contiguous()
+    (num_rows, width), num_codes, dtype, device = a.x.shape, a.codebook.shape[0], a.x.dtype, a.x.device
+    linear, soft = a.weight is not None, a.codebook_grad == "soft"
+    logit_weight, factor, bias = logit_form(a)
+    group_rows = max(1, num_rows // a.groups)
     if grad_posterior is not None:
         grad_posterior = grad_posterior.to(torch.float32).contiguous() / group_rows
-    order = None if mask is None else order_rows(mask, min(chunk, schedules.ORDER_WINDOW))
-    scales = None
-    if dtype == torch.float16:
-        scales = _fp16_scales(x, grad_quantized, grad_posterior, codebook, tau, factor * scale)
-    # A product's right side has a column more for the bias, and stays aligned.
-    wide = width if linear and bias is None else triton.cdiv(width + 1, 8) * 8
-    shared = {"D": width, "NOISE": mask is not None, "SCALED": scales is not None}
-    one_group = grad_posterior is not None and grad_posterior.shape[0] == 1
-    flags = {
-        **shared,
-        "LINEAR": linear,
-        "POSTERIOR": grad_posterior is not None,
-        "ONE_GROUP": one_group,
-        "HAS_SCORES": chunked,
-        "PRECISION": schedules.precision(dtype),
-    }
+    several_groups = grad_posterior is not None and a.groups > 1
+    scales = _fp16_scales(a, grad_quantized, grad_posterior, factor) if dtype == torch.float16 else None
 
-    def sweep(
-        start: int,
-        end: int,
-        scores: torch.Tensor | None,
-        products: torch.Tensor | None,
-        buffers: torch.Tensor,
-        tile: schedules.Tile,
-    ) -> torch.Tensor:
-        """Fill the buffers (2, rows, N) with p and w; return their partial sums (rows, 2, splits)."""
-        waves = 1 if order is None else schedules.NOISY_WAVES
-        split_codes = schedules.part_codes(end - start, num_codes, tile, MIN_SPLIT_CODES, x.device, waves)
-        num_splits = triton.cdiv(num_codes, split_codes)
-        sums = x.new_empty(end - start, 2, num_splits, dtype=torch.float32)
-        _vector_quantize_bwd_kernel[(triton.cdiv(end - start, tile.BM) * num_splits,)](
-            x, keys, codebook, column, grad_quantized, grad_posterior, indices, lse, scores, products,
-            order, mask, seed, row_offset, tau, scale, scales, buffers[0], buffers[1], sums,
-            start, end, num_codes, split_codes, num_splits, group_rows, factor * LOG2_E, **flags, **tile.options(),
-        )  # fmt: skip
-        return sums
-
+    chunked = is_chunked(device)
     # Linear logits need a tile of weights more, several posteriors one of their gradients.
-    heavy = linear or (grad_posterior is not None and not one_group)
-    kernel = "vector_quantize_backward_heavy" if heavy else "vector_quantize_backward"
-    kind = (num_codes, triton.next_power_of_2(chunk), *flags.values())
-    grad_x = torch.empty_like(x) if needs_x else None
+    heavy = "_heavy" if linear or several_groups else ""
+    tile = pinned_tile(f"vector_quantize_backward{heavy}", dtype, width, device)
+    # Each chunk reads and writes the codes' gradients: as few of them as 2 KiB a code and buffer allow.
+    least = MIN_CHUNK_ROWS * (1 if chunked or dtype == torch.float32 else 2)
+    chunk = max(1, min(num_rows, equal_chunks(num_rows, chunk_rows(num_codes, least))))
+    order = None if a.mask is None else order_rows(a.mask, min(chunk, ORDER_WINDOW))
+    waves = 1 if order is None else NOISY_WAVES
+    flags = {"D": width, "NOISE": order is not None, "SCALED": scales is not None}
+    # A product's right side has a column more for the bias, and stays aligned.
+    wide = width if linear and a.bias is None else triton.cdiv(width + 1, 8) * 8
+
+    grad_x = torch.empty_like(a.x) if needs_x else None
     grad_codes = grad_lookup = None
-    memory = x.new_empty(2 * chunk * num_codes)
+    memory = a.x.new_empty(2 * chunk * num_codes)
     for start in range(0, num_rows, chunk):
         end = min(start + chunk, num_rows)
         rows = end - start
-        buffers = memory[: 2 * rows * num_codes].view(2, rows, num_codes)
+        p_and_w = memory[: 2 * rows * num_codes].view(2, rows, num_codes)
         scores = products = None
         if chunked:
-            with without_tf32(x.device):
-                scores = product_fp32(x[start:end], keys.t())
-                products = product_fp32(grad_quantized[start:end], codebook.t())
-        sums = schedules.run(
-            kernel, how, dtype, width, kind, x.device, partial(sweep, start, end, scores, products, buffers)
-        )
-        keys_sums = product_fp32(buffers.flatten(0, 1), keys) if needs_x else None
-        right = x.new_empty(2, rows, wide) if needs_codes else None
+            with without_tf32(device):
+                scores = product_fp32(a.x[start:end], logit_weight.t())
+                products = product_fp32(grad_quantized[start:end], a.codebook.t())
+        split_codes = codes_per_split(rows, num_codes, tile, MIN_SPLIT_CODES, device, waves)
+        num_splits = triton.cdiv(num_codes, split_codes)
+        sums = lse.new_empty(rows, 2, num_splits)
+        _vector_quantize_bwd_kernel[(triton.cdiv(rows, tile.BM) * num_splits,)](
+            a.x, logit_weight, a.codebook, bias, grad_quantized, grad_posterior, indices, lse, scores, products,
+            order, a.mask, a.seed, a.row_offset, a.tau, a.scale, scales, p_and_w[0], p_and_w[1], sums,
+            start, end, num_codes, split_codes, num_splits, group_rows, factor * LOG2_E,
+            LINEAR=linear, POSTERIOR=grad_posterior is not None, ONE_GROUP=not several_groups, HAS_SCORES=chunked,
+            PRECISION=dot_precision(dtype), **flags, **tile.options(),
+        )  # fmt: skip
+        sums_of_k = product_fp32(p_and_w.flatten(0, 1), logit_weight) if needs_x else None
+        right = a.x.new_empty(2, rows, wide) if needs_codes else None
         _row_gradients_kernel[(triton.cdiv(rows, 32), triton.cdiv(wide if needs_codes else width, 64))](
-            x, grad_quantized, keys_sums, sums, order, mask, tau, scale, scales, grad_x, right,
-            start, end, sums.shape[2], factor, W=wide, SOFT=soft and not linear, NEEDS_X=needs_x,
-            NEEDS_CODES=needs_codes, BM=32, BD=64, num_warps=4, enable_fp_fusion=True, **shared,
+            a.x, grad_quantized, sums_of_k, sums, order, a.mask, a.tau, a.scale, scales, grad_x, right,
+            start, end, num_splits, factor, W=wide, SOFT=soft and not linear, NEEDS_X=needs_x,
+            NEEDS_CODES=needs_codes, BM=32, BD=64, num_warps=4, enable_fp_fusion=True, **flags,
         )  # fmt: skip
         if right is not None:
-            grad_codes = product_fp32(buffers.flatten(0, 1).t(), right.flatten(0, 1), grad_codes)
+            grad_codes = product_fp32(p_and_w.flatten(0, 1).t(), right.flatten(0, 1), grad_codes)
             if linear and soft:  # the look-up's codes are not the logits' weights: a sum of its own
                 grads = grad_quantized[start:end] if order is None else grad_quantized[order[start:end]]
-                grad_lookup = product_fp32(buffers[0].t(), grads, grad_lookup)
+                grad_lookup = product_fp32(p_and_w[0].t(), grads, grad_lookup)
 
     if not needs_codes:
         return grad_x, None, None, None
     if grad_codes is None:  # no rows
-        grad_weight, grad_bias = (None if tensor is None else torch.zeros_like(tensor) for tensor in (weight, bias))
-        return grad_x, torch.zeros_like(codebook), grad_weight, grad_bias
-    if codebook_grad == "hard":
+        grad_weight, grad_bias = (None if leaf is None else torch.zeros_like(leaf) for leaf in (a.weight, a.bias))
+        return grad_x, torch.zeros_like(a.codebook), grad_weight, grad_bias
+    if a.codebook_grad == "hard":
         grad_lookup = segment_sum(grad_quantized, indices, num_codes)
     if not linear:
-        grad_codebook = torch.empty_like(codebook)
-        _code_gradients_kernel[(triton.cdiv(codebook.numel(), 1024),)](
-            grad_codes, grad_lookup, codebook, scales, grad_codebook, codebook.numel(),
+        grad_codebook = torch.empty_like(a.codebook)
+        _code_gradients_kernel[(triton.cdiv(a.codebook.numel(), 1024),)](
+            grad_codes, grad_lookup, a.codebook, scales, grad_codebook, a.codebook.numel(),
             D=width, W=wide, LOOKUP=grad_lookup is not None, SCALED=scales is not None,
             BLOCK=1024, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -412,20 +386,15 @@ def vector_quantize_backward(
         if soft:
             assert grad_lookup is not None
             grad_lookup /= scales[0]
-    grad_codebook = torch.zeros_like(codebook) if grad_lookup is None else grad_lookup.to(dtype)
-    grad_bias = None if bias is None else (grad_codes[:, width] / (factor * scale)).to(dtype)
+    grad_codebook = torch.zeros_like(a.codebook) if grad_lookup is None else grad_lookup.to(dtype)
+    grad_bias = None if a.bias is None else (grad_codes[:, width] / (factor * a.scale)).to(dtype)
     return grad_x, grad_codebook, grad_codes[:, :width].to(dtype).contiguous(), grad_bias
 
 
 def _fp16_scales(
-    x: torch.Tensor,
-    grad_quantized: torch.Tensor,
-    grad_posterior: torch.Tensor | None,
-    codebook: torch.Tensor,
-    tau: torch.Tensor,
-    factor: torch.Tensor,
+    a: Inputs, grad_quantized: torch.Tensor, grad_posterior: torch.Tensor | None, factor: float
 ) -> torch.Tensor:
-    """Return what fp16 copies are kept times, so that they fill fp16: (5,) fp32.
+    """Return what fp16 copies are multiplied by, so that they fill fp16: (5,) fp32.
 
     Of p, of w, of their right sides in the codes' gradients, and what these gradients are multiplied by in the end.
     |w| <= 2 max |dP|, which norms bound; then |f x / t| and |dQ - f delta x / t| follow with |delta| <= 2 max |dP|.
@@ -436,12 +405,12 @@ def _fp16_scales(
         return norms.max() if len(norms) else norms.new_zeros(())
 
     grad_norm = largest_norm(grad_quantized)
-    most = 2 * grad_norm * largest_norm(codebook)
+    most = 2 * grad_norm * largest_norm(a.codebook)
     if grad_posterior is not None:
         most = most + 2 * grad_posterior.abs().max()
     most = most.clamp(min=1e-20)
-    by_temperature = factor.to(torch.float32) / tau.to(torch.float32).clamp(max=1.0)
-    right = (grad_norm + most * by_temperature * largest_norm(x).clamp(min=1.0)).clamp(min=1e-20)
+    by_temperature = (factor * a.scale).to(torch.float32) / a.tau.to(torch.float32).clamp(max=1.0)
+    right = (grad_norm + most * by_temperature * largest_norm(a.x).clamp(min=1.0)).clamp(min=1e-20)
     p_scale = torch.full_like(most, FP16_SCALE)
     return torch.stack(
         [p_scale, FP16_SCALE / most, FP16_SCALE / right, FP16_SCALE * most / right, right / FP16_SCALE**2]

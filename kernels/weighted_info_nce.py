@@ -6,17 +6,17 @@ Reg-VQ (Zhang et al., CVPR 2023), section 3.3. In each image, over its L positio
     loss_i = log(    e^{a_ii} +       sum_{j != i} e^{a_ij}) - a_ii             (Eq. 2: without weights)
 
 Forward sweeps the keys for BM queries and adds up the negatives online, in units of log 2. The positive is picked out
-of its tile and joins them last, everything over e^{a_ii}: a weight of 0 is no special case, and neither the loss nor
+of its tile and added last, everything over e^{a_ii}: a weight of 0 is no special case, and neither the loss nor
 the positive's gradient is a small difference of large numbers. Where the queries alone don't fill the GPU the keys are
-split in parts, and a second kernel joins the parts in their order. Kept for backward, a row each:
+split, and a second kernel combines the splits in their order. Kept for backward, a row each:
 
     lse_i   = log(L w_i e^{a_ii} + sum_{j != i} e^{a_ij})                       (Eq. 2: 1 for L w_i)
-    share_i = sum_{j != i} e^{a_ij - lse_i}                                     the negatives' share of that sum
+    fraction_i = sum_{j != i} e^{a_ij - lse_i}                                     the negatives' fraction of that sum
 
 Backward, with g the gradient of the losses, takes a chunk of keys of one image, or several small images, at a time. A
 sweep writes t, the gradient of a, in the type of the inputs, to which a tensor-core product would round it anyway:
 
-    t_ij = g_i e^{a_ij - lse_i} (j != i),    t_ii = -g_i share_i
+    t_ij = g_i e^{a_ij - lse_i} (j != i),    t_ii = -g_i fraction_i
     dk_j = (1/tau) sum_i t_ij q_i,    dq_i = (1/tau) sum_j t_ij k_j
 
 A chunk has all queries, so its dk is complete at once: the usual call, where only the keys train, costs two products
@@ -25,77 +25,75 @@ t is kept relative to the largest |g| and times 2^15: fp16 has no room for proba
 after a loss scale.
 
 Deterministic: every element has one writer, every sum a fixed order. Memory beyond inputs and outputs: forward three
-numbers a row and part where the keys are split; backward one chunk, max(2^25, 512 L) elements at most in the type of
+numbers a row and split where the keys are split; backward one chunk, max(2^25, 512 L) elements at most in the type of
 the inputs, its dk in fp32, and dq in fp32 where it is wanted. ``chunked`` has a buffer of as many similarities in fp32
 besides, forward and backward.
 """
 
 import math
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-from regvq_fast.kernels import schedules
-from regvq_fast.kernels.constants import FP16_SCALE, LN_2, LOG2_E
-from regvq_fast.kernels.products import image_chunks, product_fp32, without_tf32
-from regvq_fast.kernels.tiles import load_rows, multiply, product
+from regvq_fast.dispatch import Tile, chunk_rows, codes_per_split, dot_precision, is_chunked, pinned_tile
+from regvq_fast.kernels.utils import FP16_SCALE, LN_2, LOG2_E, load_rows, multiply, product
+from regvq_fast.matmul import image_chunks, product_fp32, without_tf32
 
 # What the maximum over no key is, finite: 2^(-inf - _LOWEST) is 0.
 _LOWEST = tl.constexpr(-1e30)
 _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
-# Keys of a part at least. Joining parts costs the forward a kernel.
-MIN_PART_KEYS = 256
+# Keys of a split at least. Combining splits costs the forward a kernel.
+MIN_SPLIT_KEYS = 256
 
 
 @triton.jit
 def _products(
-    a,  # [BM, BK]: a tile that stays, where D <= BK and not GIVEN
+    a,  # [BM, BK]: a tile that stays, where D <= BK and not HAS_SCORES
     a_ptr,  # (B L, C)
     a_rows,  # [BM] int64
-    a_inside,  # [BM] bool
+    a_mask,  # [BM] bool
     b_ptr,  # (B L, C)
     b_rows,  # [BN] int64
-    b_inside,  # [BN] bool
-    products_ptr,  # fp32, where GIVEN
+    b_mask,  # [BN] bool
+    products_ptr,  # fp32, where HAS_SCORES
     products_start,  # int64
-    place,  # [BM, BN] int32: a tile of rows lies within 2^31 elements
+    offset,  # [BM, BN] int32: a tile of rows lies within 2^31 elements
     D: tl.constexpr,
-    GIVEN: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
     """Some rows of a times some rows of b -> [BM, BN] fp32; multiplied here or read, as the schedule has it."""
-    if GIVEN:
-        return tl.load(products_ptr + products_start + place, mask=a_inside[:, None] & b_inside[None, :], other=0.0)
+    if HAS_SCORES:
+        return tl.load(products_ptr + products_start + offset, mask=a_mask[:, None] & b_mask[None, :], other=0.0)
     elif D <= BK:
-        b = load_rows(b_ptr, b_rows, b_inside, 0, D, BK)
+        b = load_rows(b_ptr, b_rows, b_mask, 0, D, BK)
         return multiply(a, b, tl.zeros([BM, BN], tl.float32), PRECISION)
     else:
-        return product(a_ptr, a_rows, a_inside, b_ptr, b_rows, b_inside, D, BM, BN, BK, PRECISION)
+        return product(a_ptr, a_rows, a_mask, b_ptr, b_rows, b_mask, D, BM, BN, BK, PRECISION)
 
 
 @triton.jit
 def _write_rows(
     rows,  # [BM] int64, of B L
-    inside,  # [BM]
+    row_mask,  # [BM]
     positive,  # [BM] fp32: q_i . k_i
-    top,  # [BM] fp32: the largest a_ij of the negatives, in log 2
-    total,  # [BM] fp32: the sum of the negatives' e^{a_ij}, over that of the largest
+    negative_max,  # [BM] fp32: the largest a_ij of the negatives, in log 2
+    negative_sum,  # [BM] fp32: the sum of the negatives' e^{a_ij}, over that of the largest
     weight_ptr,  # (B, L) fp32, where WEIGHTED
     loss_ptr,  # (B, L) fp32
     lse_ptr,  # (B, L) fp32, in log 2
-    share_ptr,  # (B, L) fp32
+    negative_fraction_ptr,  # (B, L) fp32
     length,
     factor,  # log2(e) / tau
     WEIGHTED: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Join the positive to the negatives of BM rows: everything over e^{a_ii}, in log 2."""
-    log_negative = tl.log2(total) + (top - positive * factor)
+    """Combine the positive with the negatives of BM rows: everything over e^{a_ii}, in log 2."""
+    log_negative = tl.log2(negative_sum) + (negative_max - positive * factor)
     log_positive = tl.zeros([BM], tl.float32)
     log_length = log_positive
     if WEIGHTED:
@@ -104,35 +102,35 @@ def _write_rows(
         log_negative -= log_length
         # Without negatives a weight of 0 leaves nothing to sum: the smallest normal number keeps its logarithm finite.
         smallest = tl.where(wide_length == 1.0, _SMALLEST, 0.0)
-        weight = tl.load(weight_ptr + rows, mask=inside, other=1.0)
+        weight = tl.load(weight_ptr + rows, mask=row_mask, other=1.0)
         log_positive = tl.log2(tl.where(weight == 0.0, smallest, weight))
     largest = tl.maximum(log_positive, log_negative)
     loss = largest + tl.log2(tl.exp2(log_positive - largest) + tl.exp2(log_negative - largest))
-    tl.store(loss_ptr + rows, loss * LN_2, mask=inside)
-    tl.store(lse_ptr + rows, loss + log_length + positive * factor, mask=inside)
-    tl.store(share_ptr + rows, tl.exp2(log_negative - loss), mask=inside)
+    tl.store(loss_ptr + rows, loss * LN_2, mask=row_mask)
+    tl.store(lse_ptr + rows, loss + log_length + positive * factor, mask=row_mask)
+    tl.store(negative_fraction_ptr + rows, tl.exp2(log_negative - loss), mask=row_mask)
 
 
 @triton.jit
 def _weighted_info_nce_fwd_kernel(
     query_ptr,  # (B, L, C)
     key_ptr,  # (B, L, C)
-    products_ptr,  # (images of the chunk, rows of the chunk, L) fp32: q k^T where GIVEN
+    products_ptr,  # (images of the chunk, rows of the chunk, L) fp32: q k^T where HAS_SCORES
     weight_ptr,  # (B, L) fp32, where WEIGHTED
     loss_ptr,  # (B, L) fp32
     lse_ptr,  # (B, L) fp32, in log 2
-    share_ptr,  # (B, L) fp32
-    parts_ptr,  # (parts, 3, B L) fp32, where SPLIT
+    negative_fraction_ptr,  # (B, L) fp32
+    splits_ptr,  # (splits, 3, B L) fp32, where SPLIT
     first_image,
     first_row,
     num_rows,  # of an image, in the chunk
     length,
     num_all,  # B L
-    part_keys,  # keys of a part, a multiple of BN
+    split_keys,  # keys of a split, a multiple of BN
     factor,
     D: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    GIVEN: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -142,52 +140,52 @@ def _weighted_info_nce_fwd_kernel(
     tiles = tl.cdiv(num_rows, BM)
     image, start = tl.program_id(0) // tiles, first_row + tl.program_id(0) % tiles * BM
     row = start + tl.arange(0, BM)
-    inside = row < first_row + num_rows
+    row_mask = row < first_row + num_rows
     image_start = (first_image + image).to(tl.int64) * length
     rows = image_start + row
     products_start = (image.to(tl.int64) * num_rows + (start - first_row)) * length
     buffer_row = (tl.arange(0, BM) * length)[:, None]  # [BM, 1]
     # A tile that stays.
-    query = load_rows(query_ptr, rows, inside, 0, D, BK) if D <= BK and not GIVEN else inside
+    query = load_rows(query_ptr, rows, row_mask, 0, D, BK) if D <= BK and not HAS_SCORES else row_mask
     positive = tl.zeros([BM], tl.float32)
-    top, total = tl.full([BM], _LOWEST, tl.float32), positive
-    first_key = tl.program_id(1) * part_keys
-    for first in range(first_key, tl.minimum(first_key + part_keys, length), BN):
+    negative_max, negative_sum = tl.full([BM], _LOWEST, tl.float32), positive
+    first_key = tl.program_id(1) * split_keys
+    for first in range(first_key, tl.minimum(first_key + split_keys, length), BN):
         key = first + tl.arange(0, BN)
-        valid = key < length
+        col_mask = key < length
         products = _products(
-            query, query_ptr, rows, inside, key_ptr, image_start + key, valid,
-            products_ptr, products_start, buffer_row + key[None, :], D, GIVEN, PRECISION, BM, BN, BK,
+            query, query_ptr, rows, row_mask, key_ptr, image_start + key, col_mask,
+            products_ptr, products_start, buffer_row + key[None, :], D, HAS_SCORES, PRECISION, BM, BN, BK,
         )  # fmt: skip
         # Few tiles hold positives or reach beyond the last key; the others skip what that costs.
         if (first + BN > length) | ((first < start + BM) & (first + BN > start)):
             negative = row[:, None] != key[None, :]
             positive += tl.sum(tl.where(negative, 0.0, products), axis=1)
-            products = tl.where(negative & valid[None, :], products, float("-inf"))
-        new_top = tl.maximum(top, tl.max(products, axis=1) * factor)
-        terms = tl.exp2(products * factor - new_top[:, None])
-        total = total * tl.exp2(top - new_top) + tl.sum(terms, axis=1)
-        top = new_top
+            products = tl.where(negative & col_mask[None, :], products, float("-inf"))
+        new_max = tl.maximum(negative_max, tl.max(products, axis=1) * factor)
+        terms = tl.exp2(products * factor - new_max[:, None])
+        negative_sum = negative_sum * tl.exp2(negative_max - new_max) + tl.sum(terms, axis=1)
+        negative_max = new_max
     if SPLIT:
-        part = parts_ptr + tl.program_id(1).to(tl.int64) * 3 * num_all + rows
-        tl.store(part, positive, mask=inside)
-        tl.store(part + num_all, top, mask=inside)
-        tl.store(part + num_all + num_all, total, mask=inside)
+        split = splits_ptr + tl.program_id(1).to(tl.int64) * 3 * num_all + rows
+        tl.store(split, positive, mask=row_mask)
+        tl.store(split + num_all, negative_max, mask=row_mask)
+        tl.store(split + num_all + num_all, negative_sum, mask=row_mask)
     else:
         _write_rows(
-            rows, inside, positive, top, total, weight_ptr, loss_ptr, lse_ptr, share_ptr,
+            rows, row_mask, positive, negative_max, negative_sum, weight_ptr, loss_ptr, lse_ptr, negative_fraction_ptr,
             length, factor, WEIGHTED, BM,
         )  # fmt: skip
 
 
 @triton.jit
-def _weighted_info_nce_join_kernel(
+def _weighted_info_nce_combine_kernel(
     weight_ptr,  # (B, L) fp32, where WEIGHTED
     loss_ptr,  # (B, L) fp32
     lse_ptr,  # (B, L) fp32, in log 2
-    share_ptr,  # (B, L) fp32
-    parts_ptr,  # (parts, 3, B L) fp32
-    num_parts,
+    negative_fraction_ptr,  # (B, L) fp32
+    splits_ptr,  # (splits, 3, B L) fp32
+    num_splits,
     num_all,
     length,
     factor,
@@ -195,22 +193,22 @@ def _weighted_info_nce_join_kernel(
     BM: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    inside = rows < num_all
+    row_mask = rows < num_all
     positive = tl.zeros([BM], tl.float32)
-    top, total = tl.full([BM], _LOWEST, tl.float32), positive
-    part = parts_ptr + rows
-    for _ in range(num_parts):
-        positive += tl.load(part, mask=inside, other=0.0)  # 0 in all parts but one
-        part += num_all
-        part_top = tl.load(part, mask=inside, other=0.0)
-        part += num_all
-        part_total = tl.load(part, mask=inside, other=0.0)
-        part += num_all
-        new_top = tl.maximum(top, part_top)
-        total = total * tl.exp2(top - new_top) + part_total * tl.exp2(part_top - new_top)
-        top = new_top
+    negative_max, negative_sum = tl.full([BM], _LOWEST, tl.float32), positive
+    split = splits_ptr + rows
+    for _ in range(num_splits):
+        positive += tl.load(split, mask=row_mask, other=0.0)  # 0 in all splits but one
+        split += num_all
+        split_max = tl.load(split, mask=row_mask, other=0.0)
+        split += num_all
+        split_sum = tl.load(split, mask=row_mask, other=0.0)
+        split += num_all
+        new_max = tl.maximum(negative_max, split_max)
+        negative_sum = negative_sum * tl.exp2(negative_max - new_max) + split_sum * tl.exp2(split_max - new_max)
+        negative_max = new_max
     _write_rows(
-        rows, inside, positive, top, total, weight_ptr, loss_ptr, lse_ptr, share_ptr,
+        rows, row_mask, positive, negative_max, negative_sum, weight_ptr, loss_ptr, lse_ptr, negative_fraction_ptr,
         length, factor, WEIGHTED, BM,
     )  # fmt: skip
 
@@ -219,19 +217,19 @@ def _weighted_info_nce_join_kernel(
 def _weighted_info_nce_bwd_kernel(
     query_ptr,  # (B, L, C)
     key_ptr,  # (B, L, C)
-    products_ptr,  # (images of the chunk, L, keys of the chunk) fp32: q k^T where GIVEN
+    products_ptr,  # (images of the chunk, L, keys of the chunk) fp32: q k^T where HAS_SCORES
     grad_loss_ptr,  # (B, L) fp32
     lse_ptr,  # (B, L) fp32, in log 2
-    share_ptr,  # (B, L) fp32
+    negative_fraction_ptr,  # (B, L) fp32
     grad_scores_ptr,  # (images of the chunk, L, keys of the chunk): t
     first_image,
     first_key,
     num_keys,  # of an image, in the chunk
     length,
-    part_keys,  # keys of a part, a multiple of BN
+    split_keys,  # keys of a split, a multiple of BN
     factor,
     D: tl.constexpr,
-    GIVEN: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -240,80 +238,75 @@ def _weighted_info_nce_bwd_kernel(
     tiles = tl.cdiv(length, BM)
     image, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BM
     row = start + tl.arange(0, BM)
-    inside = row < length
+    row_mask = row < length
     image_start = (first_image + image).to(tl.int64) * length
     rows = image_start + row
     buffer_start = (image.to(tl.int64) * length + start) * num_keys
     buffer_row = (tl.arange(0, BM) * num_keys)[:, None]  # [BM, 1]
-    lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
-    grad = tl.load(grad_loss_ptr + rows, mask=inside, other=0.0)
-    grad_positive = -grad * tl.load(share_ptr + rows, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=row_mask, other=0.0)
+    grad = tl.load(grad_loss_ptr + rows, mask=row_mask, other=0.0)
+    grad_positive = -grad * tl.load(negative_fraction_ptr + rows, mask=row_mask, other=0.0)
     # A tile that stays.
-    query = load_rows(query_ptr, rows, inside, 0, D, BK) if D <= BK and not GIVEN else inside
-    first_column = tl.program_id(1) * part_keys
-    for column in range(first_column, tl.minimum(first_column + part_keys, num_keys), BN):
+    query = load_rows(query_ptr, rows, row_mask, 0, D, BK) if D <= BK and not HAS_SCORES else row_mask
+    first_column = tl.program_id(1) * split_keys
+    for column in range(first_column, tl.minimum(first_column + split_keys, num_keys), BN):
         columns = column + tl.arange(0, BN)
-        valid = columns < num_keys
+        col_mask = columns < num_keys
         key = first_key + columns
-        place = buffer_row + columns[None, :]
+        offset = buffer_row + columns[None, :]
         products = _products(
-            query, query_ptr, rows, inside, key_ptr, image_start + key, valid,
-            products_ptr, buffer_start, place, D, GIVEN, PRECISION, BM, BN, BK,
+            query, query_ptr, rows, row_mask, key_ptr, image_start + key, col_mask,
+            products_ptr, buffer_start, offset, D, HAS_SCORES, PRECISION, BM, BN, BK,
         )  # fmt: skip
         scores = tl.exp2(products * factor - lse[:, None]) * grad[:, None]
         first = first_key + column
         if (first < start + BM) & (first + BN > start):
             scores = tl.where(row[:, None] == key[None, :], grad_positive[:, None], scores)
         scores = scores.to(grad_scores_ptr.dtype.element_ty)
-        tl.store(grad_scores_ptr + buffer_start + place, scores, mask=inside[:, None] & valid[None, :])
+        tl.store(grad_scores_ptr + buffer_start + offset, scores, mask=row_mask[:, None] & col_mask[None, :])
 
 
-def _num_tiles(images: slice, rows: slice, tile: schedules.Tile) -> int:
-    """Tiles of rows in a chunk; one holds rows of one image."""
+def _num_tiles(images: slice, rows: slice, tile: Tile) -> int:
+    """Return the tiles of rows in a chunk; one holds rows of one image."""
     return (images.stop - images.start) * triton.cdiv(rows.stop - rows.start, tile.BM)
 
 
 def weighted_info_nce_forward(
     query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor | None, tau: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, lse, share), each (B, L) fp32, of checked arguments as the public op's."""
+    """Return (loss, lse, negative_fraction), each (B, L) fp32, of checked arguments as the public op's."""
     (num_images, length, width), device, dtype = query.shape, query.device, query.dtype
     loss = torch.empty(num_images, length, dtype=torch.float32, device=device)
-    lse, share = torch.empty_like(loss), torch.empty_like(loss)
+    lse, negative_fraction = torch.empty_like(loss), torch.empty_like(loss)
     if loss.numel() == 0:
-        return loss, lse, share
+        return loss, lse, negative_fraction
     if width == 0:  # similarities of 0, as a channel of zeros gives them
         query = key = query.new_zeros(num_images, length, 1)
     query, key = query.contiguous(), key.contiguous()
     weight = None if weight is None else weight.to(torch.float32).contiguous()
-    how = schedules.schedule(device)
-    chunks = image_chunks(num_images, length, schedules.chunk_rows(length) if how == "chunked" else loss.numel())
-
-    def sweep(tile: schedules.Tile) -> None:
-        rows_at_once = _num_tiles(*chunks[0], tile) * tile.BM
-        part_keys = schedules.part_codes(rows_at_once, length, tile, MIN_PART_KEYS, device)
-        num_parts = triton.cdiv(length, part_keys)
-        parts = loss.new_empty(num_parts, 3, loss.numel()) if num_parts > 1 else None
-        for images, rows in chunks:
-            products = None
-            if how == "chunked":
-                with without_tf32(device):
-                    products = product_fp32(query[images, rows], key[images].mT)
-            _weighted_info_nce_fwd_kernel[(_num_tiles(images, rows, tile), num_parts)](
-                query, key, products, weight, loss, lse, share, parts,
-                images.start, rows.start, rows.stop - rows.start, length, loss.numel(), part_keys, LOG2_E / tau,
-                D=query.shape[2], WEIGHTED=weight is not None, GIVEN=products is not None, SPLIT=parts is not None,
-                PRECISION=schedules.precision(dtype), **tile.options(),
-            )  # fmt: skip
-        if parts is not None:
-            _weighted_info_nce_join_kernel[(triton.cdiv(loss.numel(), 128),)](
-                weight, loss, lse, share, parts, num_parts, loss.numel(), length, LOG2_E / tau,
-                WEIGHTED=weight is not None, BM=128, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-
-    kind = (length, num_images, weight is not None)
-    schedules.run("weighted_info_nce", how, dtype, width, kind, device, sweep)
-    return loss, lse, share
+    chunked, num_rows = is_chunked(device), loss.numel()
+    tile = pinned_tile("weighted_info_nce", dtype, width, device)
+    chunks = image_chunks(num_images, length, chunk_rows(length) if chunked else num_rows)
+    split_keys = codes_per_split(_num_tiles(*chunks[0], tile) * tile.BM, length, tile, MIN_SPLIT_KEYS, device)
+    num_splits = triton.cdiv(length, split_keys)
+    splits = loss.new_empty(num_splits, 3, num_rows) if num_splits > 1 else None
+    for images, rows in chunks:
+        products = None
+        if chunked:
+            with without_tf32(device):
+                products = product_fp32(query[images, rows], key[images].mT)
+        _weighted_info_nce_fwd_kernel[(_num_tiles(images, rows, tile), num_splits)](
+            query, key, products, weight, loss, lse, negative_fraction, splits,
+            images.start, rows.start, rows.stop - rows.start, length, num_rows, split_keys, LOG2_E / tau,
+            D=query.shape[2], WEIGHTED=weight is not None, HAS_SCORES=chunked, SPLIT=splits is not None,
+            PRECISION=dot_precision(dtype), **tile.options(),
+        )  # fmt: skip
+    if splits is not None:
+        _weighted_info_nce_combine_kernel[(triton.cdiv(num_rows, 128),)](
+            weight, loss, lse, negative_fraction, splits, num_splits, num_rows, length, LOG2_E / tau,
+            WEIGHTED=weight is not None, BM=128, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return loss, lse, negative_fraction
 
 
 def weighted_info_nce_backward(
@@ -321,12 +314,15 @@ def weighted_info_nce_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     lse: torch.Tensor,
-    share: torch.Tensor,
+    negative_fraction: torch.Tensor,
     tau: float,
     needs_query: bool,
     needs_key: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of (query, key) in their types; None for one that nobody needs. lse and share are the forward's."""
+    """Return gradients of (query, key) in their types; None for one that nobody needs.
+
+    lse and negative_fraction, each (B, L) fp32, are the forward's.
+    """
     (num_images, length, width), device, dtype = query.shape, query.device, query.dtype
     query, key, grad_loss = query.contiguous(), key.contiguous(), grad_loss.contiguous()
     grad_query = torch.zeros(query.shape, dtype=torch.float32, device=device) if needs_query else None
@@ -339,30 +335,26 @@ def weighted_info_nce_backward(
         grad_loss, magnitude = grad_loss * (FP16_SCALE / largest), largest * (1 / (FP16_SCALE * tau))
     elif dtype == torch.bfloat16:  # has room for it: the product itself writes the gradient
         grad_loss, magnitude = grad_loss * magnitude, 1.0
-    how = schedules.schedule(device)
-
-    def make_grad_scores(
-        images: slice, keys: slice, products: torch.Tensor | None, grad_scores: torch.Tensor, tile: schedules.Tile
-    ) -> None:
-        tiles = _num_tiles(images, slice(0, length), tile)
-        num_keys = keys.stop - keys.start
-        part_keys = schedules.part_codes(tiles * tile.BM, num_keys, tile, MIN_PART_KEYS, device)
-        _weighted_info_nce_bwd_kernel[(tiles, triton.cdiv(num_keys, part_keys))](
-            query, key, products, grad_loss, lse, share, grad_scores,
-            images.start, keys.start, num_keys, length, part_keys, LOG2_E / tau,
-            D=width, GIVEN=products is not None, PRECISION=schedules.precision(dtype), **tile.options(),
-        )  # fmt: skip
-
+    chunked, tile = (
+        is_chunked(device),
+        pinned_tile("weighted_info_nce_backward", dtype, width, device),
+    )
     buffer = None
-    for images, keys in image_chunks(num_images, length, schedules.chunk_rows(length)):
-        shape = (images.stop - images.start, length, keys.stop - keys.start)
+    for images, keys in image_chunks(num_images, length, chunk_rows(length)):
+        num_keys = keys.stop - keys.start
+        shape = (images.stop - images.start, length, num_keys)
         buffer = query.new_empty(math.prod(shape)) if buffer is None else buffer  # the first chunk is the largest
         grad_scores, products = buffer[: math.prod(shape)].view(shape), None
-        if how == "chunked":
+        if chunked:
             with without_tf32(device):
                 products = product_fp32(query[images], key[images, keys].mT)
-        launch = partial(make_grad_scores, images, keys, products, grad_scores)
-        schedules.run("weighted_info_nce_backward", how, dtype, width, (length, num_images), device, launch)
+        num_tiles = _num_tiles(images, slice(0, length), tile)
+        split_keys = codes_per_split(num_tiles * tile.BM, num_keys, tile, MIN_SPLIT_KEYS, device)
+        _weighted_info_nce_bwd_kernel[(num_tiles, triton.cdiv(num_keys, split_keys))](
+            query, key, products, grad_loss, lse, negative_fraction, grad_scores,
+            images.start, keys.start, num_keys, length, split_keys, LOG2_E / tau,
+            D=width, HAS_SCORES=chunked, PRECISION=dot_precision(dtype), **tile.options(),
+        )  # fmt: skip
         if grad_key is not None and dtype == torch.bfloat16:
             torch.bmm(grad_scores.mT, query[images], out=grad_key[images, keys])
         elif grad_key is not None:

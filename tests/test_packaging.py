@@ -145,7 +145,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: Distributions, name: st
     modules = [path for folder in ("regvq_fast", "kernels") for path in (ROOT / folder).rglob("*.py")]
     relative = {path.relative_to(ROOT).as_posix() for path in modules if "__pycache__" not in path.parts}
     expected = {path if path.startswith("regvq_fast/") else f"regvq_fast/{path}" for path in relative}
-    assert contents(built.wheels[name]).keys() == expected | {"regvq_fast/py.typed"}
+    assert contents(built.wheels[name]).keys() == expected | {"regvq_fast/py.typed", "regvq_fast/kernels/noise.c"}
 
 
 def test_sdist_builds_the_same_wheel(built: Distributions) -> None:

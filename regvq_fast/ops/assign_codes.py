@@ -3,23 +3,14 @@
 import torch
 from torch import Tensor
 
-from regvq_fast.kernels.products import without_tf32
-from regvq_fast.ops._common import (
-    Impl,
-    check_finite,
-    check_like,
-    check_matrix,
-    check_overflow,
-    compute_dtype,
-    on_device_of,
-    resolve_impl,
-    row_argmax,
-    rows_per_tile,
-)
+from regvq_fast.dispatch import Impl, on_device_of, resolve_impl
+from regvq_fast.matmul import compute_dtype, without_tf32
+from regvq_fast.ops.tiling import row_argmax, rows_per_tile
+from regvq_fast.ops.validation import check_finite, check_like, check_matrix, check_overflow
 
 
 def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
-    """Index of the nearest code, without a gradient. Equivalent to ``torch.cdist(x, codebook).argmin(-1)``.
+    """Return the index of the nearest code, without a gradient. Equivalent to ``torch.cdist(x, codebook).argmin(-1)``.
 
     Args:
         x: (..., D) fp16, bf16, fp32 or fp64.
@@ -29,7 +20,7 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
     Returns:
         (...) int64; the smallest code wins an exact tie. Deterministic. Autocast: inputs are cast to fp32.
 
-    Memory beyond inputs and output: Triton 4 N bytes, and 24 M for each part where codes are split (below sm_80 also
+    Memory beyond inputs and output: Triton 4 N bytes, and 24 M for each split of the codes (below sm_80 also
     a buffer of max(2^25, 512 N) fp32 scores); eager O((M + N) * D) plus one tile of about 2^20 scores (2^24 on CUDA; at
     least 64 rows).
 
@@ -43,27 +34,27 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
     if codebook.numel() == 0:
         raise ValueError(f"codebook has no codes or no channels, shape {tuple(codebook.shape)}")
     chosen = resolve_impl(impl, x.device, x.dtype)
-    indices = torch.ops.regvq.assign_codes(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), chosen)
+    indices = _assign_codes_op(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), chosen)
     return indices.reshape(x.shape[:-1])
 
 
 def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
     dtype = compute_dtype(x)
     codes = codebook.to(dtype)
-    column = codes.square().sum(1).mul_(-0.5)  # argmin |x - z|^2 = argmax x.z - |z|^2 / 2
+    code_bias = codes.square().sum(1).mul_(-0.5)  # argmin |x - z|^2 = argmax x.z - |z|^2 / 2
     indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
     step = rows_per_tile(len(codes), x.device)
     buffer = codes.new_empty(min(step, len(x)), len(codes))
     for start in range(0, len(x), step):
         rows = x[start : start + step].to(dtype)
         with without_tf32(x.device):
-            scores = torch.addmm(column, rows, codes.t(), out=buffer[: len(rows)])
+            scores = torch.addmm(code_bias, rows, codes.t(), out=buffer[: len(rows)])
         indices[start : start + step] = row_argmax(scores)
     return indices
 
 
 @torch.library.custom_op("regvq::assign_codes", mutates_args=())
-def _assign_codes(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
+def _assign_codes_op(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
     rows, codes = check_finite("x", x), check_finite("codebook", codebook)
     check_overflow(x.shape[1] * codes * (rows + codes), compute_dtype(x), "x or the codes")
     if impl == "triton":
@@ -74,10 +65,10 @@ def _assign_codes(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
     return _assign_codes_eager(x, codebook)
 
 
-@_assign_codes.register_fake
+@_assign_codes_op.register_fake
 def _(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
 for _device_type in ("cpu", "cuda"):
-    _assign_codes.register_autocast(_device_type, torch.float32)
+    _assign_codes_op.register_autocast(_device_type, torch.float32)

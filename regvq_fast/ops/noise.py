@@ -6,16 +6,25 @@ Noise is a function of ``(seed, global row, code)`` and of nothing else. The lay
 
 and the four words of one call belong to four adjacent codes. With ``c0`` depending on the column only and ``c1``,
 ``c2`` on the row only, the first two of the ten rounds separate into row and column parts: they run on vectors, and
-only eight rounds touch all pairs. ``kernels/noise.py`` computes the same bits in Triton.
+only eight rounds touch all pairs. ``kernels/noise.py`` computes the same bits in Triton, ``kernels/noise.c`` on CPUs
+where a C compiler is found.
 """
+
+import ctypes
+import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from regvq_fast.native import library
 
 _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+_SOURCE = Path(__file__).parents[1] / "kernels" / "noise.c"
+_NATIVE_ELEMENTS = 1 << 20  # of a thread at least: starting one takes as long as about 1 % of its work
 
 
 class Stream:
@@ -70,7 +79,10 @@ def gumbel_from_words(words: Tensor) -> Tensor:
     *upper* tail of the noise, the one that argmax selects, and it is resolved to the last bit. Words that round to
     ``v = 1`` are taken as ``1 - 2^-24``.
     """
-    v = words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return _gumbel_from_uniform(words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24))
+
+
+def _gumbel_from_uniform(v: Tensor) -> Tensor:
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
@@ -83,8 +95,10 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
         num_codes: N.
 
     Returns:
-        (R, N) float32. Temporary memory: about 3 times the result.
+        (R, N) float32. Temporary memory: about 3 times the result; none in C.
     """
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and (native := library(_SOURCE)):
+        return _gumbel_from_uniform(_native_uniform(native, seed, rows, num_codes))
     blocks = torch.arange((num_codes + 3) // 4, device=rows.device)
     words = philox4x32(
         blocks[None, :],
@@ -97,6 +111,28 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
     for i, word in enumerate(words):
         noise[..., i] = word
     return gumbel_from_words(noise).view(len(rows), 4 * len(blocks))[:, :num_codes]
+
+
+def _native_uniform(native: ctypes.CDLL, seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
+    """Return ``v`` of :func:`gumbel_from_words` for some rows over all codes, (R, N) float32."""
+    rows, key = rows.contiguous(), ctypes.c_int64(int(seed))
+    uniform = torch.empty(len(rows), num_codes)
+
+    def fill(part: tuple[Tensor, Tensor]) -> None:
+        numbers, out = part
+        pointers = ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(out.data_ptr())
+        sizes = ctypes.c_int64(len(numbers)), ctypes.c_int64(num_codes)
+        native.regvq_uniform(key, pointers[0], *sizes, pointers[1])
+
+    num_threads = max(1, min(torch.get_num_threads(), uniform.numel() // _NATIVE_ELEMENTS, len(rows)))
+    parts = list(zip(rows.tensor_split(num_threads), uniform.tensor_split(num_threads), strict=True))
+    threads = [threading.Thread(target=fill, args=(part,)) for part in parts[1:]]  # ctypes releases the GIL
+    for thread in threads:
+        thread.start()
+    fill(parts[0])
+    for thread in threads:
+        thread.join()
+    return uniform
 
 
 def row_words(seed: Tensor, rows: Tensor, stream: int) -> Tensor:

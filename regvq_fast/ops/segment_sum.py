@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from regvq_fast.ops._common import Impl, check_matrix, compute_dtype, on_device_of, resolve_impl, whole_number
+from regvq_fast.dispatch import Impl, on_device_of, resolve_impl
+from regvq_fast.matmul import compute_dtype
+from regvq_fast.ops.validation import check_matrix, whole_number
 
 
 def segment_counts(indices: Tensor, num_segments: int) -> Tensor:
@@ -31,8 +33,8 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
         O(M + N).
 
     Raises:
-        ValueError: shapes or devices that don't fit; on a CPU also an index out of range (on CUDA looking would stop
-            the device: what its row adds to is undefined).
+        ValueError: shapes or devices that don't fit; on a CPU also an index out of range (on CUDA checking would
+            force a synchronization: what its row adds to is undefined).
         TypeError: types that don't fit.
     """
     check_matrix("values", values)
@@ -46,7 +48,7 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
     if num_segments < 0:
         raise ValueError(f"num_segments must not be negative, got {num_segments}")
     chosen = resolve_impl(impl, values.device, values.dtype)
-    return torch.ops.regvq.segment_sum(values.detach(), indices, num_segments, chosen)
+    return _segment_sum_op(values.detach(), indices, num_segments, chosen)
 
 
 def segment_sum_eager(values: Tensor, indices: Tensor, num_segments: int) -> Tensor:
@@ -58,7 +60,7 @@ def segment_sum_eager(values: Tensor, indices: Tensor, num_segments: int) -> Ten
 
 
 @torch.library.custom_op("regvq::segment_sum", mutates_args=())
-def _segment_sum(values: Tensor, indices: Tensor, num_segments: int, impl: str) -> Tensor:
+def _segment_sum_op(values: Tensor, indices: Tensor, num_segments: int, impl: str) -> Tensor:
     if indices.device.type == "cpu" and indices.numel():
         smallest, largest = (int(extreme) for extreme in torch.aminmax(indices))
         if smallest < 0 or largest >= num_segments:
@@ -71,6 +73,6 @@ def _segment_sum(values: Tensor, indices: Tensor, num_segments: int, impl: str) 
     return segment_sum_eager(values, indices, num_segments)
 
 
-@_segment_sum.register_fake
+@_segment_sum_op.register_fake
 def _(values: Tensor, indices: Tensor, num_segments: int, impl: str) -> Tensor:
     return values.new_empty(num_segments, values.shape[1])

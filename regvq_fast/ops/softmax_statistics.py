@@ -10,16 +10,9 @@ softmax's (a constant in a row drops out). Rows go through in tiles, whose score
 import torch
 from torch import Tensor
 
-from regvq_fast.kernels.products import without_tf32
-from regvq_fast.ops._common import (
-    check_finite,
-    check_like,
-    check_matrix,
-    check_overflow,
-    check_positive,
-    compute_dtype,
-    rows_per_tile,
-)
+from regvq_fast.matmul import compute_dtype, without_tf32
+from regvq_fast.ops.tiling import rows_per_tile
+from regvq_fast.ops.validation import check_finite, check_like, check_matrix, check_overflow, check_positive
 
 
 def softmax_statistics(
@@ -66,7 +59,7 @@ def softmax_statistics(
         check_matrix("bias", bias, keys.shape[0], ndim=1)
         check_like("bias", bias, "x", x)
     check_positive("temperature", temperature)
-    return torch.ops.regvq.softmax_statistics(x, keys, bias, float(temperature))
+    return _forward_op(x, keys, bias, float(temperature))
 
 
 class _Tiles:
@@ -131,14 +124,14 @@ def _softmax_statistics_backward_eager(
 
 
 @torch.library.custom_op("regvq::softmax_statistics", mutates_args=())
-def _softmax_statistics(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _forward_op(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     largest = [check_finite(name, value) for name, value in (("x", x), ("keys", keys), ("bias", bias))]
     bound = (x.shape[1] * largest[0] * largest[1] + largest[2] + 1) / min(1.0, temperature)
     check_overflow(bound, compute_dtype(x), "x, keys, bias or 1 / temperature")
     return _softmax_statistics_eager(x, keys, bias, temperature)
 
 
-@_softmax_statistics.register_fake
+@_forward_op.register_fake
 def _(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x)
     return x.new_empty((), dtype=dtype), x.new_empty(keys.shape[0], dtype=dtype)
@@ -148,7 +141,7 @@ def _(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple
 
 
 @torch.library.custom_op("regvq::softmax_statistics_backward", mutates_args=())
-def _softmax_statistics_backward(
+def _backward_op(
     grad_entropy: Tensor,
     grad_mean: Tensor,
     x: Tensor,
@@ -164,7 +157,7 @@ def _softmax_statistics_backward(
     return grad_x, grad_keys, grad_bias
 
 
-@_softmax_statistics_backward.register_fake
+@_backward_op.register_fake
 def _(
     grad_entropy: Tensor,
     grad_mean: Tensor,
@@ -191,13 +184,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad_entropy, grad_mean):  # type: ignore[no-untyped-def]
     needs_x, *needs_keys = ctx.needs_input_grad[:3]
-    grads = torch.ops.regvq.softmax_statistics_backward(
-        grad_entropy, grad_mean, *ctx.saved_tensors, ctx.temperature, needs_x, any(needs_keys)
-    )
+    grads = _backward_op(grad_entropy, grad_mean, *ctx.saved_tensors, ctx.temperature, needs_x, any(needs_keys))
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
 
 
-_softmax_statistics.register_autograd(_backward, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 for _device_type in ("cpu", "cuda"):
-    _softmax_statistics.register_autocast(_device_type, torch.float32)
-    _softmax_statistics_backward.register_autocast(_device_type, torch.float32)
+    _forward_op.register_autocast(_device_type, torch.float32)
+    _backward_op.register_autocast(_device_type, torch.float32)

@@ -12,7 +12,7 @@ R = M / G rows.
 
 The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
 and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
-tile's scores and draws its noise again. (Eager PyTorch keeps up to 2^21 scores, where recomputing saves little.)
+tile's scores and its noise. (The PyTorch fallback keeps up to 2^24 scores.)
 """
 
 from typing import Literal, NamedTuple
@@ -20,9 +20,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from regvq_fast.ops import _common
-from regvq_fast.ops._common import (
-    Impl,
+from regvq_fast.dispatch import INPUTS_SCHEMA, Impl, Inputs, on_device_of, resolve_impl
+from regvq_fast.matmul import compute_dtype
+from regvq_fast.ops.tiling import may_keep
+from regvq_fast.ops.validation import (
     as_scalar,
     check_finite,
     check_like,
@@ -30,12 +31,9 @@ from regvq_fast.ops._common import (
     check_overflow,
     check_positive,
     check_scalar,
-    compute_dtype,
-    on_device_of,
-    resolve_impl,
     whole_number,
 )
-from regvq_fast.ops.vector_quantize_eager import vector_quantize_backward_eager, vector_quantize_eager
+from regvq_fast.ops.vector_quantize_fallback import vector_quantize_backward_eager, vector_quantize_eager
 
 CodebookGrad = Literal["soft", "hard", "none"]
 _CODEBOOK_GRADS = ("soft", "hard", "none")
@@ -43,7 +41,7 @@ _MAX_MASKED_ROWS = 2**31 - 1  # whose numbers the kernels order as int32
 
 
 class VectorQuantizeOutput(NamedTuple):
-    """What :func:`vector_quantize` returns; leading dimensions as those of ``x``."""
+    """Result of :func:`vector_quantize`; leading dimensions as those of ``x``."""
 
     quantized: Tensor
     """(M, D) x.dtype, straight-through gradient."""
@@ -91,7 +89,7 @@ def vector_quantize(
         scale: factor of the logits, > 0: a float, or a 0-dim floating-point tensor on the device of ``x``, which can
             change from call to call without recompiling. No gradient.
         mask: (...) bool or None, leading shape of ``x``: the stochastic rows. None: no row is.
-        seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; draw it outside the op.
+        seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; sample it outside the op.
         row_offset: number of the first row in the global batch: the noise of a row depends on
             (seed, row_offset + row, code) alone. An int, or a 0-dim int64 tensor on the device of ``x``, which
             can change without recompiling.
@@ -117,18 +115,18 @@ def vector_quantize(
     exact tie. "eager" takes probabilities under 1e-26 as 0 in backward. Deterministic: two calls give the same bits.
     Autocast: floating-point inputs are cast to fp32.
 
-    Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each part where the codes are
-    split; backward 4 N (D + 8), as much again for a "hard" look-up or linear logits, and for a chunk of rows 16 (16-bit
+    Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each split of the codes;
+    backward 4 N (D + 8), as much again for a "hard" look-up or linear logits, and for a chunk of rows 16 (16-bit
     inputs: 12) (D + 8) a row and two buffers of max(2^25, 512 N) scores at most, from sm_80 on at 16 bits of
     max(2^25, 1024 N) (those of M N if that is less), in the type of ``x``. Below sm_80 also an fp32 buffer of
     max(2^25, 512 N) scores forward, two backward. Eager: O((M + N) * D) plus a fixed number of tiles of about 2^20
-    scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^21.
+    scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^24.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
             ``x``, ``codebook``, ``weight`` or ``bias``, a ``scale`` or ``tau`` tensor that isn't > 0, or magnitudes
-            whose scores may overflow fp32 (on CUDA looking would stop the device: nan propagates, and overflow gives
-            wrong indices).
+            whose scores may overflow fp32 (on CUDA checking would force a synchronization: nan propagates, and
+            overflow gives wrong indices).
         TypeError: types that don't fit.
     """
     groups = whole_number("groups", groups)
@@ -143,9 +141,9 @@ def vector_quantize(
         )
     leaves = (x, codebook, weight, bias)
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    # What the forward may keep for the backward: the kernels' log-sum-exps, or few scores.
-    keeps = trains and (chosen == "triton" or x.numel() // x.shape[-1] * codebook.shape[0] <= _common.KEPT_ELEMENTS)
-    quantized, posterior, indices, best_indices, perturbation, _ = torch.ops.regvq.vector_quantize(
+    # The forward may keep for the backward: the kernels' log-sum-exps, or the fallback's scores.
+    keeps = trains and (chosen == "triton" or may_keep(x.numel() // x.shape[-1] * codebook.shape[0]))
+    a = Inputs(
         x.reshape(-1, x.shape[-1]),
         codebook,
         weight,
@@ -157,9 +155,8 @@ def vector_quantize(
         row_offset if isinstance(row_offset, Tensor) else torch.full((), row_offset, device=x.device),
         groups,
         codebook_grad,
-        keeps,
-        chosen,
     )
+    quantized, posterior, indices, best_indices, perturbation, _ = _forward_op(*a, keeps, chosen)
     rows = x.shape[:-1]
     return VectorQuantizeOutput(
         quantized.reshape(x.shape),
@@ -234,184 +231,116 @@ def _check_arguments(
 # ------------------------------------------------------------------------------------------------------- forward
 
 
-@torch.library.custom_op("regvq::vector_quantize", mutates_args=())
-def _vector_quantize(
-    x: Tensor,
-    codebook: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    tau: Tensor,
-    scale: Tensor,
-    row_offset: Tensor,
-    groups: int,
-    codebook_grad: str,
-    keeps: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five outputs, and for the backward of the same ``impl`` what the forward keeps: the kernels the rows'
-    log-sum-exp (M,), eager the noisy scores over their temperature (M, N); empty unless ``keeps``.
+@torch.library.custom_op(
+    "regvq::vector_quantize",
+    mutates_args=(),
+    schema=f"({INPUTS_SCHEMA}, bool keeps, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward_op(*arguments):  # type: ignore[no-untyped-def]
+    """Return the five outputs, and what the backward of the same ``impl`` needs: the rows' log-sum-exp (M,) of the
+    kernels, the noisy scores over their temperature (M, N) of the fallback; empty unless ``keeps``.
     """
-    tensors = {"x": x, "codebook": codebook, "weight": weight, "bias": bias}
-    largest = {name: check_finite(name, value) for name, value in tensors.items()}
-    if x.device.type == "cpu":
-        _check_values(largest, x, tau.item(), scale.item())
-    arguments = (x, codebook, weight, bias, mask, seed, tau, scale, row_offset, groups)
+    *inputs, keeps, impl = arguments
+    a = Inputs(*inputs)
+    _check_values(a)
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize import vector_quantize_forward
 
-        with on_device_of(x):
-            return vector_quantize_forward(*arguments, keeps)
-    return vector_quantize_eager(*arguments, keeps)
+        with on_device_of(a.x):
+            return vector_quantize_forward(a, keeps)
+    return vector_quantize_eager(a, keeps)
 
 
-def _check_values(largest: dict[str, float], x: Tensor, tau: float, scale: float) -> None:
-    """Raise unless tau and scale are positive, and scores and perturbations of such magnitudes fit their type."""
+def _check_values(a: Inputs) -> None:
+    """Raise for non-finite values, or magnitudes whose scores or perturbations may overflow; on a CPU alone."""
+    x, codes, weight, bias = (check_finite(name, getattr(a, name)) for name in ("x", "codebook", "weight", "bias"))
+    if a.x.device.type != "cpu":
+        return
+    tau, scale = a.tau.item(), a.scale.item()
     check_positive("tau", tau)
     check_positive("scale", scale)
-    codes = largest["codebook"]
-    products = x.shape[1] * (2 * largest["x"] * max(codes, largest["weight"]) + 4 * codes**2)
-    bound = (max(1.0, scale) * products + 2 * scale + largest["bias"]) / min(1.0, tau)
-    check_overflow(bound, compute_dtype(x), "x, the codes, scale or 1 / tau")
+    products = a.x.shape[1] * (2 * x * max(codes, weight) + 4 * codes**2)
+    bound = (max(1.0, scale) * products + 2 * scale + bias) / min(1.0, tau)
+    check_overflow(bound, compute_dtype(a.x), "x, the codes, scale or 1 / tau")
 
 
-@_vector_quantize.register_fake
-def _(
-    x: Tensor,
-    codebook: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    tau: Tensor,
-    scale: Tensor,
-    row_offset: Tensor,
-    groups: int,
-    codebook_grad: str,
-    keeps: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_codes = x.shape[0], codebook.shape[0]  # len() would fix a dynamic size
-    kept_rows = num_rows if keeps else 0
-    indices = x.new_empty(num_rows, dtype=torch.int64)
+@_forward_op.register_fake
+def _(*arguments):  # type: ignore[no-untyped-def]
+    *inputs, keeps, impl = arguments
+    a = Inputs(*inputs)
+    num_rows, num_codes = a.x.shape[0], a.codebook.shape[0]  # len() would fix a dynamic size
+    dtype, kept_rows = compute_dtype(a.x), num_rows if keeps else 0
+    indices = a.x.new_empty(num_rows, dtype=torch.int64)
     return (
-        codebook.new_empty(num_rows, codebook.shape[1]),
-        x.new_empty(groups, num_codes, dtype=compute_dtype(x)),
+        a.codebook.new_empty(num_rows, a.codebook.shape[1]),
+        a.x.new_empty(a.groups, num_codes, dtype=dtype),
         indices,
         torch.empty_like(indices),
-        x.new_empty(num_rows, dtype=compute_dtype(x)),
-        x.new_empty(kept_rows, dtype=torch.float32)
-        if impl == "triton"
-        else x.new_empty(kept_rows, num_codes, dtype=compute_dtype(x)),
+        a.x.new_empty(num_rows, dtype=dtype),
+        a.x.new_empty(kept_rows, dtype=dtype) if impl == "triton" else a.x.new_empty(kept_rows, num_codes, dtype=dtype),
     )
 
 
 # ------------------------------------------------------------------------------------------------------ backward
 
 
-@torch.library.custom_op("regvq::vector_quantize_backward", mutates_args=())
-def _vector_quantize_backward(
-    grad_quantized: Tensor,
-    grad_posterior: Tensor | None,
-    x: Tensor,
-    codebook: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    indices: Tensor,
-    tau: Tensor,
-    scale: Tensor,
-    row_offset: Tensor,
-    kept: Tensor,
-    codebook_grad: str,
-    impl: str,
-    needs_x: bool,
-    needs_codes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs."""
-    tensors = (grad_quantized, grad_posterior, x, codebook, weight, bias, mask, seed, indices, tau, scale, row_offset)
+@torch.library.custom_op(
+    "regvq::vector_quantize_backward",
+    mutates_args=(),
+    schema=f"({INPUTS_SCHEMA}, Tensor grad_quantized, Tensor? grad_posterior, Tensor indices, Tensor kept, "
+    "bool needs_x, bool needs_codes, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_op(*arguments):  # type: ignore[no-untyped-def]
+    """Return the gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs."""
+    num_inputs, impl = len(Inputs._fields), arguments[-1]
+    a, upstream = Inputs(*arguments[:num_inputs]), arguments[num_inputs:-1]
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
 
-        with on_device_of(x):
-            grads = vector_quantize_backward(*tensors, kept, codebook_grad, needs_x, needs_codes)
+        with on_device_of(a.x):
+            grads = vector_quantize_backward(a, *upstream)
     else:
-        grads = vector_quantize_backward_eager(*tensors, kept, codebook_grad, needs_x, needs_codes)
-    grad_x, grad_codebook, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
-    return grad_x, grad_codebook, grad_weight, grad_bias
+        grads = vector_quantize_backward_eager(a, *upstream)
+    return tuple(a.x.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@_vector_quantize_backward.register_fake
-def _(
-    grad_quantized: Tensor,
-    grad_posterior: Tensor | None,
-    x: Tensor,
-    codebook: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    indices: Tensor,
-    tau: Tensor,
-    scale: Tensor,
-    row_offset: Tensor,
-    kept: Tensor,
-    codebook_grad: str,
-    impl: str,
-    needs_x: bool,
-    needs_codes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def like(value: Tensor | None, needed: bool) -> Tensor:
-        if value is None or not needed:
-            return x.new_empty(0)
-        return torch.empty_like(value, memory_format=torch.contiguous_format)
-
-    return like(x, needs_x), like(codebook, needs_codes), like(weight, needs_codes), like(bias, needs_codes)
+@_backward_op.register_fake
+def _(*arguments):  # type: ignore[no-untyped-def]
+    leaves, (needs_x, needs_codes, _) = arguments[:4], arguments[-3:]
+    needed = (needs_x, needs_codes, needs_codes, needs_codes)
+    return tuple(
+        torch.empty_like(leaf, memory_format=torch.contiguous_format)
+        if needs and leaf is not None
+        else leaves[0].new_empty(0)
+        for leaf, needs in zip(leaves, needed, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------------------------ autograd and autocast
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, tau, scale, row_offset, _, codebook_grad, _, impl = inputs
+    *tensors, ctx.groups, ctx.codebook_grad, _, ctx.impl = inputs
     indices, kept = output[2], output[5]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, weight, bias, mask, seed, indices, tau, scale, row_offset, kept)
-    ctx.arguments = (codebook_grad, impl)
+    ctx.save_for_backward(*tensors, indices, kept)
 
 
 def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyped-def]
-    x, codebook, weight, bias, mask, seed, indices, tau, scale, row_offset, kept = ctx.saved_tensors
+    *tensors, indices, kept = ctx.saved_tensors
+    a = Inputs._make((*tensors, ctx.groups, ctx.codebook_grad))
+    no_grads = (None,) * (len(Inputs._fields) + 2)
     if grad_quantized is None:
         if grad_posterior is None:
-            return (None,) * 13
-        grad_quantized = codebook.new_zeros(x.shape[0], codebook.shape[1])
-    needs_x, *needs_codes = ctx.needs_input_grad[:4]
-    grads = torch.ops.regvq.vector_quantize_backward(
-        grad_quantized,
-        grad_posterior,
-        x,
-        codebook,
-        weight,
-        bias,
-        mask,
-        seed,
-        indices,
-        tau,
-        scale,
-        row_offset,
-        kept,
-        *ctx.arguments,
-        needs_x,
-        any(needs_codes),
-    )
-    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:4], strict=True)), *(None,) * 9
+            return no_grads
+        grad_quantized = a.codebook.new_zeros(a.x.shape[0], a.codebook.shape[1])
+    needed = ctx.needs_input_grad[:4]
+    grads = _backward_op(*a, grad_quantized, grad_posterior, indices, kept, needed[0], any(needed[1:]), ctx.impl)
+    return *(grad if needs else None for grad, needs in zip(grads, needed, strict=True)), *no_grads[4:]
 
 
-_vector_quantize.register_autograd(_backward, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 for _device_type in ("cpu", "cuda"):
-    _vector_quantize.register_autocast(_device_type, torch.float32)
-    _vector_quantize_backward.register_autocast(_device_type, torch.float32)
+    _forward_op.register_autocast(_device_type, torch.float32)
+    _backward_op.register_autocast(_device_type, torch.float32)

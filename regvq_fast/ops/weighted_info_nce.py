@@ -14,20 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from regvq_fast.kernels.products import image_chunks, without_tf32
-from regvq_fast.ops import _common
-from regvq_fast.ops._common import (
-    Impl,
-    check_finite,
-    check_like,
-    check_matrix,
-    check_overflow,
-    check_positive,
-    compute_dtype,
-    on_device_of,
-    resolve_impl,
-    rows_per_tile,
-)
+from regvq_fast.dispatch import Impl, on_device_of, resolve_impl
+from regvq_fast.matmul import compute_dtype, image_chunks, without_tf32
+from regvq_fast.ops.tiling import may_keep, rows_per_tile
+from regvq_fast.ops.validation import check_finite, check_like, check_matrix, check_overflow, check_positive
 
 
 def weighted_info_nce(
@@ -64,16 +54,16 @@ def weighted_info_nce(
     single position has no negatives: its loss is ``log w`` (0 without weight; w = 0 counts as the smallest normal
     number there) and its gradient 0.
 
-    Memory beyond inputs and output. Both keep 8 B L bytes for the backward. Triton: forward 12 B L bytes for each part
-    where the keys are split; backward one buffer of max(2^25, 512 L) similarities at most, in the type of ``query``,
+    Memory beyond inputs and output. Both keep 8 B L bytes for the backward. Triton: forward 12 B L bytes for each split
+    of the keys; backward one buffer of max(2^25, 512 L) similarities at most, in the type of ``query``,
     and gradients in fp32: a chunk of the keys', all of the queries' where these train. Below sm_80 also an fp32 buffer
     of as many similarities, forward and backward. Eager: O(B * L * C) plus a fixed number of tiles of about 2^20
     similarities (2^24 on CUDA; at least 64 rows); until the backward, B L^2 similarities where that is no more than
-    2^21.
+    2^24.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input, a negative
-            weight, or similarities that may overflow (on CUDA looking would stop the device).
+            weight, or similarities that may overflow (on CUDA checking would force a synchronization).
         TypeError: types that don't fit.
     """
     check_matrix("query", query, ndim=3)
@@ -91,11 +81,11 @@ def weighted_info_nce(
     check_positive("tau", tau)
     chosen = resolve_impl(impl, query.device, query.dtype)
     trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    keeps = trains and chosen == "eager" and query.shape[0] * query.shape[1] ** 2 <= _common.KEPT_ELEMENTS
-    return torch.ops.regvq.weighted_info_nce(query, key, weight, float(tau), keeps, chosen)[0]
+    keeps = trains and chosen == "eager" and may_keep(query.shape[0] * query.shape[1] ** 2)
+    return _forward_op(query, key, weight, float(tau), keeps, chosen)[0]
 
 
-# ---------------------------------------------------------------------------------------------------- eager twin
+# ---------------------------------------------------------------------------------------------------- PyTorch fallback
 
 
 def _tiles(query: Tensor) -> list[tuple[slice, slice]]:
@@ -128,7 +118,7 @@ def _weighted_info_nce_eager(
     kept = query.new_empty(query.shape[0] if keeps else 0, query.shape[1], query.shape[1], dtype=dtype)
     log_positive, log_negative = _log_factors(weight, query.shape[1], dtype)
     loss = torch.empty(query.shape[:2], dtype=dtype, device=query.device)
-    lse, share = torch.empty_like(loss), torch.empty_like(loss)
+    lse, negative_fraction = torch.empty_like(loss), torch.empty_like(loss)
     for images, rows in _tiles(query):
         a = _similarities(query, key, images, rows, tau, out=kept[images, rows] if keeps else None)
         diagonal = a.diagonal(rows.start, 1, 2)
@@ -137,8 +127,8 @@ def _weighted_info_nce_eager(
             diagonal += log_positive[images, rows] - log_negative
         lse[images, rows] = a.logsumexp(2)
         loss[images, rows] = lse[images, rows] + log_negative - positive
-        share[images, rows] = (diagonal - lse[images, rows]).expm1_().neg_()
-    return loss, lse, share, kept
+        negative_fraction[images, rows] = (diagonal - lse[images, rows]).expm1_().neg_()
+    return loss, lse, negative_fraction, kept
 
 
 def _weighted_info_nce_backward_eager(
@@ -146,7 +136,7 @@ def _weighted_info_nce_backward_eager(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    share: Tensor,
+    negative_fraction: Tensor,
     kept: Tensor,
     tau: float,
     needs_query: bool,
@@ -159,7 +149,7 @@ def _weighted_info_nce_backward_eager(
         a = kept[images, rows] if len(kept) else _similarities(query, key, images, rows, tau)
         a = torch.sub(a, lse[images, rows].unsqueeze(2), out=None if len(kept) else a)
         a.clamp_(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
-        a.diagonal(rows.start, 1, 2).copy_(-share[images, rows])
+        a.diagonal(rows.start, 1, 2).copy_(-negative_fraction[images, rows])
         a *= (grad_loss[images, rows].to(dtype) / tau).unsqueeze(2)
         if grad_query is not None:
             grad_query[images, rows] = torch.bmm(a, key[images].to(dtype)).to(query.dtype)
@@ -172,11 +162,11 @@ def _weighted_info_nce_backward_eager(
 
 
 @torch.library.custom_op("regvq::weighted_info_nce", mutates_args=())
-def _weighted_info_nce(
+def _forward_op(
     query: Tensor, key: Tensor, weight: Tensor | None, tau: float, keeps: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of every row, (B, L): the loss, and for the backward of the same ``impl`` the log-sum-exp over the factor of the
-    negatives (the kernels' in log 2) and the negatives' share of that sum. Then eager's similarities (B, L, L), the
+    negatives (the kernels' in log 2) and the negatives' fraction of that sum. Then eager's similarities (B, L, L), the
     weights in those of the positives; empty unless ``keeps``.
     """
     largest = [check_finite(name, value) for name, value in (("query", query), ("key", key), ("weight", weight))]
@@ -192,7 +182,7 @@ def _weighted_info_nce(
     return _weighted_info_nce_eager(query, key, weight, tau, keeps)
 
 
-@_weighted_info_nce.register_fake
+@_forward_op.register_fake
 def _(
     query: Tensor, key: Tensor, weight: Tensor | None, tau: float, keeps: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -206,12 +196,12 @@ def _(
 
 
 @torch.library.custom_op("regvq::weighted_info_nce_backward", mutates_args=())
-def _weighted_info_nce_backward(
+def _backward_op(
     grad_loss: Tensor,
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    share: Tensor,
+    negative_fraction: Tensor,
     kept: Tensor,
     tau: float,
     impl: str,
@@ -223,20 +213,24 @@ def _weighted_info_nce_backward(
         from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_backward
 
         with on_device_of(query):
-            grads = weighted_info_nce_backward(grad_loss, query, key, lse, share, tau, needs_query, needs_key)
+            grads = weighted_info_nce_backward(
+                grad_loss, query, key, lse, negative_fraction, tau, needs_query, needs_key
+            )
     else:
-        grads = _weighted_info_nce_backward_eager(grad_loss, query, key, lse, share, kept, tau, needs_query, needs_key)
+        grads = _weighted_info_nce_backward_eager(
+            grad_loss, query, key, lse, negative_fraction, kept, tau, needs_query, needs_key
+        )
     grad_query, grad_key = (query.new_empty(0) if grad is None else grad for grad in grads)
     return grad_query, grad_key
 
 
-@_weighted_info_nce_backward.register_fake
+@_backward_op.register_fake
 def _(
     grad_loss: Tensor,
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    share: Tensor,
+    negative_fraction: Tensor,
     kept: Tensor,
     tau: float,
     impl: str,
@@ -260,13 +254,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     needs_query, needs_key = ctx.needs_input_grad[:2]
-    grad_query, grad_key = torch.ops.regvq.weighted_info_nce_backward(
-        grad_loss, *ctx.saved_tensors, ctx.tau, ctx.impl, needs_query, needs_key
-    )
+    grad_query, grad_key = _backward_op(grad_loss, *ctx.saved_tensors, ctx.tau, ctx.impl, needs_query, needs_key)
     return grad_query if needs_query else None, grad_key if needs_key else None, None, None, None, None
 
 
-_weighted_info_nce.register_autograd(_backward, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 for _device_type in ("cpu", "cuda"):
-    _weighted_info_nce.register_autocast(_device_type, torch.float32)
-    _weighted_info_nce_backward.register_autocast(_device_type, torch.float32)
+    _forward_op.register_autocast(_device_type, torch.float32)
+    _backward_op.register_autocast(_device_type, torch.float32)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.ops._common import compute_dtype
+from regvq_fast.matmul import compute_dtype
 
 
 class QuantizerOutput(NamedTuple):

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from regvq_fast.dispatch import Tile
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -60,18 +62,23 @@ def kernels(schedule: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
-def set_parts(monkeypatch: pytest.MonkeyPatch, codes: int) -> list[int]:
-    """Let every sweep go over parts of so many codes, in whole tiles; the list will hold the parts of each sweep."""
-    from regvq_fast.kernels import schedules
+def patch_dispatch(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> None:
+    """Replace a name of ``regvq_fast.dispatch`` there and in every kernel's module that has imported it."""
+    for module in ("vector_quantize", "vector_quantize_backward", "assign_codes", "weighted_info_nce"):
+        monkeypatch.setattr(f"regvq_fast.kernels.{module}.{name}", value, raising=False)
+    monkeypatch.setattr(f"regvq_fast.dispatch.{name}", value)
 
+
+def set_split(monkeypatch: pytest.MonkeyPatch, codes: int) -> list[int]:
+    """Let every split have so many codes, in whole tiles; the list will hold the number of splits of each sweep."""
     numbers = []
 
-    def part_codes(num_rows: int, num_codes: int, tile: schedules.Tile, *_: Any) -> int:
-        part = math.ceil(min(codes, num_codes) / tile.BN) * tile.BN
-        numbers.append(math.ceil(num_codes / part))
-        return part
+    def codes_per_split(num_rows: int, num_codes: int, tile: Tile, *_: Any) -> int:
+        split_codes = math.ceil(min(codes, num_codes) / tile.BN) * tile.BN
+        numbers.append(math.ceil(num_codes / split_codes))
+        return split_codes
 
-    monkeypatch.setattr(schedules, "part_codes", part_codes)
+    patch_dispatch(monkeypatch, "codes_per_split", codes_per_split)
     return numbers
 
 

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from regvq_fast.kernels.constants import LN_2
 from regvq_fast.kernels.noise import gumbel_from_words, noise_words
+from regvq_fast.kernels.utils import LN_2
 
 # BM rows, BN codes (a multiple of 4), warps.
 CONFIG = {"BM": 16, "BN": 128, "num_warps": 4, "enable_fp_fusion": True}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regvq_fast.ops import _common, assign_codes, vector_quantize
+from regvq_fast.ops import assign_codes, tiling, vector_quantize
 
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,8 +51,8 @@ def test_leading_dimensions_strides_and_tiles_do_not_matter(monkeypatch):
     expected = assign_codes(x, codebook)
     assert torch.equal(assign_codes(x.view(2, 60, 6), codebook), expected.view(2, 60))
     assert torch.equal(assign_codes(x.t().contiguous().t(), codebook.t().contiguous().t()), expected)
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
     assert torch.equal(assign_codes(x, codebook), expected)
 
 
@@ -71,14 +71,14 @@ def test_inputs_that_train_get_no_gradient():
 
 @pytest.mark.parametrize("num_columns", [1, 511, 512, 513, 575, 1000, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("least", [0, _common._ARGMAX_SCORES])
+@pytest.mark.parametrize("least", [0, tiling._ARGMAX_SCORES])
 def test_the_first_of_equal_maxima_is_found(monkeypatch, num_columns, dtype, least):
-    monkeypatch.setattr(_common, "_ARGMAX_SCORES", least)  # small searches and large ones
+    monkeypatch.setattr(tiling, "_ARGMAX_SCORES", least)  # small searches and large ones
     generator = torch.Generator().manual_seed(num_columns)
     scores = torch.randint(-3, 4, (50, num_columns), generator=generator).to(dtype)  # many equals
     scores[0] = -torch.inf
     scores[1, -1] = 5.0
-    found = _common.row_argmax(scores)
+    found = tiling.row_argmax(scores)
     first = [row.tolist().index(row.max()) for row in scores]
     assert found.tolist() == first
-    assert torch.equal(_common.row_argmax(scores.t().contiguous().t()), found)  # as they may lie in memory
+    assert torch.equal(tiling.row_argmax(scores.t().contiguous().t()), found)  # as they may lie in memory

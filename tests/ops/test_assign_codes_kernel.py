@@ -10,7 +10,7 @@ from kernel_cases import (
     kernels,
     needs_kernels,
     pass_in_the_interpreter,
-    set_parts,
+    set_split,
     surrounded,
 )
 
@@ -86,14 +86,14 @@ def test_tiny_and_huge_inputs(size, schedule):
 
 @needs_kernels
 @every_schedule
-@pytest.mark.parametrize("codes_of_a_part", [1 << 20, 64])
-def test_the_smallest_of_identical_codes_wins(codes_of_a_part, schedule, monkeypatch):
+@pytest.mark.parametrize("codes_of_a_split", [1 << 20, 64])
+def test_the_smallest_of_identical_codes_wins(codes_of_a_split, schedule, monkeypatch):
     """Within a tile, across tiles and across parts."""
-    parts = set_parts(monkeypatch, codes_of_a_part)
+    parts = set_split(monkeypatch, codes_of_a_split)
     x, distinct = (torch.round(8 * value) / 8 for value in random_inputs(150, 50, 9))  # exact sums, in any order
     codes = torch.randint(50, (500,), generator=torch.Generator().manual_seed(0))
     indices = assigned(x, distinct[codes], schedule)
-    assert [number > 1 for number in parts] == [codes_of_a_part == 64]
+    assert [number > 1 for number in parts] == [codes_of_a_split == 64]
     assert_nearest(indices, x, distinct[codes])
     first = torch.stack([(codes == code).int().argmax() for code in range(50)])
     assert torch.equal(first[codes[indices]], indices)
@@ -102,7 +102,7 @@ def test_the_smallest_of_identical_codes_wins(codes_of_a_part, schedule, monkeyp
 @needs_kernels
 @every_schedule
 def test_chunks_strides_and_leading_dimensions_do_not_matter(schedule, monkeypatch):
-    from regvq_fast.kernels import schedules
+    from regvq_fast import dispatch
 
     x, codebook = random_inputs(300, 130, 6)
     expected = assigned(x, codebook, schedule)
@@ -110,8 +110,8 @@ def test_chunks_strides_and_leading_dimensions_do_not_matter(schedule, monkeypat
     assert torch.equal(assigned(x.t().contiguous().t(), codebook.t().contiguous().t(), schedule), expected)
     every_other = (torch.stack([value, value], -1)[..., 0] for value in (x, codebook))
     assert torch.equal(assigned(*every_other, schedule), expected)
-    monkeypatch.setattr(schedules, "CHUNK_SCORES", 1)
-    monkeypatch.setattr(schedules, "MIN_CHUNK_ROWS", 128)
+    monkeypatch.setattr(dispatch, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(dispatch, "MIN_CHUNK_ROWS", 128)
     assert torch.equal(assigned(x, codebook, schedule), expected)
 
 

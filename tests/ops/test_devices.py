@@ -6,7 +6,8 @@ import pytest
 import torch
 from kernel_cases import DEVICE, if_kernels_are_elsewhere, kernels, needs_kernels, pass_in_the_interpreter
 
-from regvq_fast.ops import _common, assign_codes, segment_sum, vector_quantize, weighted_info_nce
+from regvq_fast import dispatch
+from regvq_fast.ops import assign_codes, segment_sum, vector_quantize, weighted_info_nce
 
 pytest.importorskip("triton")
 
@@ -72,5 +73,5 @@ def test_every_launch_is_made_in_the_context_of_the_tensors_device(op, launches)
 
 
 def test_on_a_cpu_nothing_happens():
-    with _common.on_device_of(X):
+    with dispatch.on_device_of(X):
         pass

@@ -16,7 +16,7 @@ from kernel_cases import in_a_new_process, without_interpreter
 
 pytest.importorskip("triton")
 
-from regvq_fast.kernels import schedules
+from regvq_fast import dispatch
 
 BENCH = str(Path(__file__).parents[2] / "bench")
 CPU = torch.device("cpu")
@@ -30,55 +30,54 @@ ARCHITECTURES = (70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 def on(monkeypatch):
     """``on(90)``: as if the device were an sm_90."""
     monkeypatch.delenv("REGVQ_SCHEDULE", raising=False)
-    return lambda architecture: monkeypatch.setattr(schedules, "capability", lambda device: architecture)
+    return lambda architecture: monkeypatch.setattr(dispatch, "capability", lambda device: architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_schedule_follows_from_the_architecture(architecture, on, monkeypatch):
     on(architecture)
     fused = architecture >= 80
-    assert schedules.schedule(CPU) == ("fused" if fused else "chunked")
+    assert dispatch.is_chunked(CPU) is not fused
     monkeypatch.setenv("REGVQ_SCHEDULE", "chunked")
-    assert schedules.schedule(CPU) == "chunked"
+    assert dispatch.is_chunked(CPU)
     monkeypatch.setenv("REGVQ_SCHEDULE", "fused")
     if fused:
-        assert schedules.schedule(CPU) == "fused"
+        assert not dispatch.is_chunked(CPU)
     else:
         with pytest.raises(ValueError, match=r"REGVQ_SCHEDULE=fused needs .* sm_80 or newer"):
-            schedules.schedule(CPU)
+            dispatch.is_chunked(CPU)
 
 
 def test_an_unknown_schedule_is_an_error(monkeypatch):
     monkeypatch.setenv("REGVQ_SCHEDULE", "best")
     with pytest.raises(ValueError, match="REGVQ_SCHEDULE must be fused or chunked, got 'best'"):
-        schedules.schedule(CPU)
+        dispatch.is_chunked(CPU)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_there_is_a_tile_for_everything(architecture, on):
     on(architecture)
-    how = schedules.schedule(CPU)
-    for kernel in schedules.KERNELS:
+    for kernel in dispatch.KERNELS:
         for dtype in TYPES:
             for width in (1, 15, 16, 17, 64, 100, 128, 129, 256, 257, 512, 513, 4096):
-                tile = schedules.tile(kernel, how, dtype, width, CPU)
+                tile = dispatch.pinned_tile(kernel, dtype, width, CPU)
                 # tl.dot takes 16 and more of each, tl.arange powers of two; the noise comes in fours of codes.
                 assert min(tile.BM, tile.BN, tile.BK) >= 16
                 assert all(math.log2(extent).is_integer() for extent in (tile.BM, tile.BN, tile.BK, tile.num_warps))
                 assert tile.options()["enable_fp_fusion"] is True
-                assert schedules.chunk_rows(1024) % tile.BM == 0
-                if how == "fused":
+                assert dispatch.chunk_rows(1024) % tile.BM == 0
+                if not dispatch.is_chunked(CPU):
                     assert max(16, width) > tile.BK // 2  # no more zeros than channels
 
 
 @pytest.mark.parametrize("num_codes", [1, 1000, 1024, 16384, 65536, 1_000_000])
 def test_chunks_are_whole_tiles_of_a_bounded_number_of_scores(num_codes):
-    rows = schedules.chunk_rows(num_codes)
+    rows = dispatch.chunk_rows(num_codes)
     assert rows % 128 == 0
-    assert rows * num_codes <= max(schedules.CHUNK_SCORES, schedules.MIN_CHUNK_ROWS * num_codes)
+    assert rows * num_codes <= max(dispatch.CHUNK_SCORES, dispatch.MIN_CHUNK_ROWS * num_codes)
     assert (
-        rows + (128 if rows <= schedules.ORDER_WINDOW else schedules.ORDER_WINDOW)
-    ) * num_codes > schedules.CHUNK_SCORES
+        rows + (128 if rows <= dispatch.ORDER_WINDOW else dispatch.ORDER_WINDOW)
+    ) * num_codes > dispatch.CHUNK_SCORES
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -90,52 +89,52 @@ def test_chunks_are_whole_tiles_of_a_bounded_number_of_scores(num_codes):
     least=st.sampled_from((64, 256, 2048)),
 )
 def test_parts_are_whole_tiles_that_cover_the_codes(num_rows, num_codes, rows_of_a_tile, codes_of_a_tile, least):
-    tile = schedules.Tile(rows_of_a_tile, codes_of_a_tile, 64, 4, 2)
-    part = schedules.part_codes(num_rows, num_codes, tile, least, CPU)
-    assert part == schedules.part_codes(num_rows, num_codes, tile, least, CPU)
+    tile = dispatch.Tile(rows_of_a_tile, codes_of_a_tile, 64, 4, 2)
+    part = dispatch.codes_per_split(num_rows, num_codes, tile, least, CPU)
+    assert part == dispatch.codes_per_split(num_rows, num_codes, tile, least, CPU)
     assert part % codes_of_a_tile == 0
     assert min(least, num_codes) <= part < num_codes + codes_of_a_tile  # the last part may have fewer
 
 
 def test_codes_are_split_only_where_rows_leave_processors_idle():
-    tile = schedules.Tile(64, 64, 64, 4, 2)
+    tile = dispatch.Tile(64, 64, 64, 4, 2)
     processors = 8  # of what isn't a GPU
-    assert schedules.part_codes(64 * processors, 8192, tile, 256, CPU) == 8192
-    assert schedules.part_codes(64, 8192, tile, 256, CPU) == 8192 // processors
-    assert schedules.part_codes(64, 255, tile, 256, CPU) == 256
+    assert dispatch.codes_per_split(64 * processors, 8192, tile, 256, CPU) == 8192
+    assert dispatch.codes_per_split(64, 8192, tile, 256, CPU) == 8192 // processors
+    assert dispatch.codes_per_split(64, 255, tile, 256, CPU) == 256
 
 
 def test_where_programs_are_unequal_parts_make_more_waves():
-    tile = schedules.Tile(64, 64, 64, 4, 2)
+    tile = dispatch.Tile(64, 64, 64, 4, 2)
     processors = 8  # of what isn't a GPU
-    assert schedules.part_codes(64 * processors, 8192, tile, 64, CPU, waves=4) == 8192 // 4
-    assert schedules.part_codes(64, 8192, tile, 64, CPU, waves=4) == 320  # 29 of 32 programs, in whole tiles
-    assert schedules.part_codes(64 * 8 * processors, 8192, tile, 64, CPU, waves=4) == 8192  # they are there already
+    assert dispatch.codes_per_split(64 * processors, 8192, tile, 64, CPU, waves=4) == 8192 // 4
+    assert dispatch.codes_per_split(64, 8192, tile, 64, CPU, waves=4) == 320  # 29 of 32 programs, in whole tiles
+    assert dispatch.codes_per_split(64 * 8 * processors, 8192, tile, 64, CPU, waves=4) == 8192  # they are there already
 
 
 def test_the_search_for_parts_is_made_once_for_a_kind_of_call():
-    tile = schedules.Tile(64, 64, 64, 4, 2)
-    schedules.part_codes(64 * 9, 262144, tile, 256, CPU)
-    searched = schedules._num_parts.cache_info().misses
-    schedules.part_codes(64 * 9, 262144, tile, 256, CPU)
-    assert schedules._num_parts.cache_info().misses == searched
+    tile = dispatch.Tile(64, 64, 64, 4, 2)
+    dispatch.codes_per_split(64 * 9, 262144, tile, 256, CPU)
+    searched = dispatch._num_splits.cache_info().misses
+    dispatch.codes_per_split(64 * 9, 262144, tile, 256, CPU)
+    assert dispatch._num_splits.cache_info().misses == searched
 
 
 @pytest.mark.parametrize("num_codes", [1, 3, 16, 200])
 def test_chunks_of_several_windows_are_whole_windows(num_codes):
-    most = schedules.chunk_rows(num_codes)
-    assert most > schedules.ORDER_WINDOW
+    most = dispatch.chunk_rows(num_codes)
+    assert most > dispatch.ORDER_WINDOW
     for num_rows in (most - 1, most + 1, 5 * most // 2):
-        chunk = schedules.equal_chunks(num_rows, most)
+        chunk = dispatch.equal_chunks(num_rows, most)
         assert chunk <= most
-        assert chunk % schedules.ORDER_WINDOW == 0 or chunk < schedules.ORDER_WINDOW
+        assert chunk % dispatch.ORDER_WINDOW == 0 or chunk < dispatch.ORDER_WINDOW
 
 
 def test_chunks_are_equal_and_no_larger_than_allowed():
-    assert schedules.equal_chunks(10240, 4096) == 3456
-    assert schedules.equal_chunks(0, 4096) == 128
+    assert dispatch.equal_chunks(10240, 4096) == 3456
+    assert dispatch.equal_chunks(0, 4096) == 128
     for num_rows in (1, 127, 129, 4096, 4097, 100_000):
-        chunk = schedules.equal_chunks(num_rows, 4096)
+        chunk = dispatch.equal_chunks(num_rows, 4096)
         assert chunk % 128 == 0
         assert chunk <= 4096
         assert -(-num_rows // chunk) == -(-num_rows // 4096)
@@ -194,7 +193,7 @@ def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores
             telling = ["ONE_GROUP"]
         name = " ".join([row["kernel"], *telling])
         compiled.add((row["sm"], row["type"], name, row["tile"]))
-        if name in NAMES.values() and not {"GIVEN", "HAS_SCORES"} & set(flags):
+        if name in NAMES.values() and "HAS_SCORES" not in flags:
             multiply.add((row["sm"], name))
     assert multiply == {(architecture, name) for architecture in (80, 90, 100) for name in NAMES.values()}
     for architecture in COMPILED:
@@ -222,11 +221,11 @@ def test_every_variant_of_a_sweep_and_of_its_join_is_compiled(architecture):
 
     for kernel, flags in {
         "vector_quantize_fwd": ("ASSIGN", "NOISE", "LSE", "SPLIT"),
-        "join_parts": ("ASSIGN", "NOISE", "LSE"),
+        "combine_splits": ("ASSIGN", "NOISE", "LSE"),
         "vector_quantize_bwd": ("LINEAR", "NOISE", "ONE_GROUP"),
         "row_gradients": ("NOISE", "SOFT"),
         "weighted_info_nce_fwd": ("WEIGHTED", "SPLIT"),
-        "weighted_info_nce_join": ("WEIGHTED",),
+        "weighted_info_nce_combine": ("WEIGHTED",),
     }.items():
         assert variants(kernel, *flags) == all_of(*flags), kernel
 
@@ -241,8 +240,8 @@ def test_an_architecture_that_nobody_knows_is_named():
 
 def pinned(architecture: int) -> set[tuple[int, str, str, str]]:
     """The table's tiles for an architecture, as rows of the report."""
-    chunked = {kernel: ({None: tile}, {None: tile}) for kernel, tile in schedules._CHUNKED.items()}
-    table = chunked if architecture == 70 else schedules._FUSED[architecture]
+    chunked = {kernel: ({None: tile}, {None: tile}) for kernel, tile in dispatch._CHUNKED.items()}
+    table = chunked if architecture == 70 else dispatch._FUSED[architecture]
     return {
         (architecture, dtype, NAMES[kernel], f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.num_warps} s{tile.num_stages}")
         for kernel, tiles_by_type in table.items()

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from regvq_fast.kernels.products import without_tf32
+from regvq_fast.matmul import without_tf32
 from regvq_fast.ops import assign_codes, softmax_statistics, vector_quantize, weighted_info_nce
 
 X, KEYS = torch.randn(20, 4), torch.randn(6, 4)
 CALLS = {
     "assign_codes": lambda: assign_codes(X, KEYS),
     "softmax_statistics": lambda: softmax_statistics(X, KEYS, temperature=0.01),
-    "vector_quantize_eager": lambda: vector_quantize(X, KEYS),
+    "vector_quantize_fallback": lambda: vector_quantize(X, KEYS),
     "weighted_info_nce": lambda: weighted_info_nce(X[None], X[None]),
 }
 

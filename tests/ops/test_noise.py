@@ -1,11 +1,14 @@
 """Philox words against Random123's known answers; the noise as a function of (seed, row, code) alone; its law."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from torch import Tensor
 
+from regvq_fast import native
+from regvq_fast.ops import noise
 from regvq_fast.ops.noise import gumbel_from_words, gumbel_noise, philox4x32, row_words
 
 WORD = 1 << 32
@@ -180,3 +183,47 @@ def test_the_global_generator_is_left_untouched():
     state = torch.get_rng_state()
     gumbel_noise(seed_of(1), torch.arange(4), 10)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# -------------------------------------------------------------------------------------------------------- in C
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch):
+    """Call it to have noise from PyTorch alone."""
+    return lambda: monkeypatch.setattr(noise, "library", lambda source: None)
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+@pytest.mark.parametrize("num_codes", [1, 3, 255, 256, 257, 1000])
+def test_noise_in_c_is_that_of_pytorch_to_the_bit(num_codes, without_a_compiler, monkeypatch):
+    assert native.library(noise._SOURCE) is not None
+    monkeypatch.setattr(noise, "_NATIVE_ELEMENTS", 1)  # several threads, however small
+    rows = torch.tensor([5, 0, 2**32 - 1, 2**40 + 3, -1, 77])[::2]  # not contiguous
+    seeds = [seed_of(value) for value in (0, -5, 2**62 + 12345)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        in_c = [gumbel_noise(seed, rows, num_codes) for seed in seeds]
+    finally:
+        torch.set_num_threads(before)
+    without_a_compiler()
+    for seed, found in zip(seeds, in_c, strict=True):
+        assert torch.equal(found, gumbel_noise(seed, rows, num_codes))
+
+
+def test_without_a_compiler_there_is_no_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert native.library.__wrapped__(noise._SOURCE) is None
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken = tmp_path / "broken.c"
+    broken.write_text("this is not C")
+    assert native.library.__wrapped__(broken) is None
+    assert not list(tmp_path.rglob("*.so"))

@@ -5,8 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from vq_cases import LOGITS, copy_leaves, make_inputs
 
+from regvq_fast.matmul import compute_dtype
 from regvq_fast.ops import assign_codes, softmax_statistics, vector_quantize, weighted_info_nce
-from regvq_fast.ops._common import compute_dtype
 from regvq_fast.quantizers import RegularizedQuantizer
 
 
@@ -39,7 +39,7 @@ def test_opcheck_vector_quantize(logits, mask, codebook_grad, keeps):
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*grads, *detached, indices, tau, scale, offset, kept, codebook_grad, "eager", needs_x, needs_codes),
+            (*detached, tau, scale, offset, 2, codebook_grad, *grads, indices, kept, needs_x, needs_codes, "eager"),
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regvq_fast.ops import _common, softmax_statistics
+from regvq_fast.ops import softmax_statistics, tiling
 
 
 def plain(x, keys, bias=None, *, temperature=1.0):
@@ -31,8 +31,8 @@ def test_by_hand():
 @pytest.mark.parametrize("tile_rows", [16, 64])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_values_and_gradients_are_those_of_the_whole_matrix(has_bias, tile_rows, monkeypatch):
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", tile_rows)
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", tile_rows)
     inputs = leaves()[: 3 if has_bias else 2]
     found, expected = softmax_statistics(*inputs, temperature=0.6), plain(*inputs, temperature=0.6)
     torch.testing.assert_close(found, expected)

@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 import tile_search
 from tile_search import Search
 
-from regvq_fast.kernels import schedules
+from regvq_fast import dispatch
+from regvq_fast.kernels import vector_quantize_backward
 from regvq_fast.ops import vector_quantize
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_this_file_passes_in_the_interpreter():
 def test_the_pinned_tile_comes_first_and_all_are_possible(kernel):
     search = Search(kernel, 1024, 256, "bfloat16")
     tiles = search.tiles("cpu")
-    assert tiles[0] == schedules.tile(kernel, "fused", torch.bfloat16, 256, CPU)
+    assert tiles[0] == dispatch.pinned_tile(kernel, torch.bfloat16, 256, CPU)
     assert len(set(tiles)) == len(tiles) > 20
     assert {tile.BK for tile in tiles} == {64, 128, 256}
     assert search.case.name.startswith(("forward+backward", "assign", "InfoNCE forward+backward"))
@@ -58,7 +59,7 @@ def test_each_tile_is_launched_on_the_call_as_it_is(monkeypatch):
 
     def clock(run):
         run()  # an error would be seen
-        launched.append(run.args[-1])
+        launched.append(vector_quantize_backward.pinned_tile("vector_quantize_backward"))
         return 1.0 / len(launched)
 
     tiles = search.tiles("cpu")[:3]

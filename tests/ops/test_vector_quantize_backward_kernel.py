@@ -1,7 +1,5 @@
 """The Triton backward of ``vector_quantize`` by error budget against fp64; without a GPU in Triton's interpreter."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
@@ -15,7 +13,8 @@ from kernel_cases import (
     kernels,
     needs_kernels,
     pass_in_the_interpreter,
-    set_parts,
+    patch_dispatch,
+    set_split,
 )
 from vq_cases import LEAVES, LOGITS, MASKS, assert_same, copy_leaves, make_inputs, outputs_and_gradients
 from vq_kernel_cases import (
@@ -28,6 +27,7 @@ from vq_kernel_cases import (
     kernel_results,
 )
 
+from regvq_fast.dispatch import Tile
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.reference import vector_quantize_reference
 
@@ -39,12 +39,10 @@ CODEBOOK_GRADS = ("soft", "hard", "none")
 
 
 def small_parts_and_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Parts of 64 codes and chunks of 128 rows, as large calls have larger ones; the list is ``set_parts``'s."""
-    from regvq_fast.kernels import schedules
-
-    monkeypatch.setattr(schedules, "CHUNK_SCORES", 1)
-    monkeypatch.setattr(schedules, "MIN_CHUNK_ROWS", 128)
-    return set_parts(monkeypatch, 64)
+    """Set splits of 64 codes and chunks of 128 rows, as large calls have larger ones; the list is ``set_split``'s."""
+    patch_dispatch(monkeypatch, "CHUNK_SCORES", 1)
+    patch_dispatch(monkeypatch, "MIN_CHUNK_ROWS", 128)
+    return set_split(monkeypatch, 64)
 
 
 @if_kernels_are_elsewhere
@@ -182,16 +180,16 @@ def test_parts_of_the_codes_and_chunks_of_the_rows_change_nothing(schedule, dtyp
 @every_schedule
 def test_rows_are_ordered_in_windows_that_chunks_are_multiples_of(schedule, monkeypatch):
     """Ranking takes the square of a window's length."""
-    from regvq_fast.kernels import schedules, sweep, tiles, vector_quantize_backward
+    from regvq_fast import dispatch, sweep, tiles, vector_quantize_backward
 
     case = Case(700, 20, 9, groups=7)
     inputs = case.inputs(1)
     windows = []
     for module in (sweep, vector_quantize_backward):
         monkeypatch.setattr(module, "order_rows", lambda *args: windows.append(args[1]) or tiles.order_rows(*args))
-    monkeypatch.setattr(schedules, "ORDER_WINDOW", 128)
-    monkeypatch.setattr(schedules, "CHUNK_SCORES", 1)
-    monkeypatch.setattr(schedules, "MIN_CHUNK_ROWS", 300)
+    monkeypatch.setattr(dispatch, "ORDER_WINDOW", 128)
+    monkeypatch.setattr(dispatch, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(dispatch, "MIN_CHUNK_ROWS", 300)
     results = kernel_results(inputs, schedule, **case.settings())
     assert windows == [128, 128]
     assert_outputs(results, inputs, **case.settings())
@@ -201,22 +199,16 @@ def test_rows_are_ordered_in_windows_that_chunks_are_multiples_of(schedule, monk
 @needs_kernels
 @every_schedule
 def test_other_tiles_change_nothing(schedule, monkeypatch):
-    """As ``REGVQ_AUTOTUNE`` finds them; here the smallest tile is the fastest, one that fits everywhere."""
-    from regvq_fast.kernels import schedules
-
     case = Case(70, 70, 20, groups=2)
     inputs = case.inputs()
     whole = kernel_results(inputs, schedule, **case.settings())
-    monkeypatch.setattr(schedules, "milliseconds", lambda launch: math.prod(vars(launch.args[-1]).values()))
-    monkeypatch.setattr(schedules, "_tuned", {})
-    monkeypatch.setenv("REGVQ_AUTOTUNE", "1")
+    launched = []
+    patch_dispatch(monkeypatch, "pinned_tile", lambda kernel, *_: launched.append(kernel) or Tile(16, 32, 16, 4, 1))
     results = kernel_results(inputs, schedule, **case.settings())
     for name in OUTPUTS:
         assert torch.equal(results[name], whole[name]), name
     assert_gradients(results, inputs, **case.settings())
-    pinned = {key: schedules.tile(*key[:4], key[5]) for key in schedules._tuned}
-    assert {key[0] for key in pinned} == {"vector_quantize", "vector_quantize_backward_heavy"}
-    assert all(tile != pinned[key] for key, tile in schedules._tuned.items())
+    assert launched == ["vector_quantize", "vector_quantize_backward_heavy"]
 
 
 @needs_kernels

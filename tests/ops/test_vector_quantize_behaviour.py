@@ -17,7 +17,7 @@ from vq_cases import (
     plain_low_precision,
 )
 
-from regvq_fast.ops import _common, vector_quantize
+from regvq_fast.ops import tiling, vector_quantize
 from regvq_fast.ops.noise import gumbel_noise
 from regvq_fast.ops.reference import vector_quantize_reference
 
@@ -83,9 +83,9 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
 def test_neither_tiles_nor_kept_scores_change_anything(monkeypatch, logits, elements, kept, codebook_grad):
     inputs = make_inputs(logits, num_rows=150, mask="random")
     expected = outputs_and_gradients(vector_quantize, inputs, groups=3, codebook_grad=codebook_grad)
-    monkeypatch.setattr(_common, "KEPT_ELEMENTS", kept)
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", elements)
-    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
     results = outputs_and_gradients(vector_quantize, inputs, groups=3, codebook_grad=codebook_grad)
     for name in ("quantized", "indices", "best_indices", "posterior", "perturbation"):
         assert torch.equal(results[name], expected[name])
@@ -95,10 +95,10 @@ def test_neither_tiles_nor_kept_scores_change_anything(monkeypatch, logits, elem
 def test_tiles_of_mixed_rows_as_on_a_gpu_give_the_same_result(monkeypatch):
     inputs = make_inputs(num_rows=150, mask="random")
     expected = outputs_and_gradients(vector_quantize, inputs, groups=3, tau=0.3)
-    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 0)
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1600)
-    module = sys.modules["regvq_fast.ops.vector_quantize_eager"]
-    monkeypatch.setattr(module, "_rows_to_draw", lambda stochastic: torch.arange(len(stochastic)))
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1600)
+    module = sys.modules["regvq_fast.ops.vector_quantize_fallback"]
+    monkeypatch.setattr(module, "_order_rows", lambda mask: (torch.arange(len(mask)), len(mask)))
     results = outputs_and_gradients(vector_quantize, inputs, groups=3, tau=0.3)
     assert torch.equal(results["indices"], expected["indices"])
     assert_same(results, expected)
@@ -269,8 +269,8 @@ def test_only_few_scores_are_kept_for_the_backward(monkeypatch, logits):
             vector_quantize(**inputs)
         return max(saved)
 
-    assert largest_saved() == 500 * 400 <= _common.KEPT_ELEMENTS
-    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 500 * 400 - 1)
+    assert largest_saved() == 500 * 400 <= tiling.KEPT_ELEMENTS
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 500 * 400 - 1)
     assert largest_saved() == 500 * 8
 
 
@@ -295,14 +295,15 @@ def peak_of_allocations(function) -> int:
     return peak
 
 
-def test_temporary_memory_does_not_grow_with_the_rows():
+def test_temporary_memory_does_not_grow_with_the_rows(monkeypatch):
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)  # as in calls of more scores
+
     def peak(num_rows):
         inputs = make_inputs(num_rows=num_rows, num_codes=4096, width=4, dtype=torch.float32)
         return peak_of_allocations(lambda: outputs_and_gradients(vector_quantize, inputs))
 
-    assert _common.KEPT_ELEMENTS < 1024 * 4096
     small, large = peak(1024), peak(4096)
-    tile = 4 * _common.TILE_ELEMENTS
+    tile = 4 * tiling.TILE_ELEMENTS
     assert tile < small < 8 * tile
     assert large - small < tile  # (M, D) and (M,) tensors; one more of (M, N) would be 12 tiles
 

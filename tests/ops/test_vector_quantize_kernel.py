@@ -11,7 +11,7 @@ from kernel_cases import (
     kernels,
     needs_kernels,
     pass_in_the_interpreter,
-    set_parts,
+    set_split,
 )
 from vq_cases import SEED, assert_same, copy_leaves, frozen, make_inputs
 from vq_kernel_cases import CASES, OUTPUTS, Case, assert_outputs, kernel_results
@@ -78,11 +78,11 @@ def test_a_row_is_the_same_in_any_batch(schedule):
 @every_schedule
 @pytest.mark.parametrize("mask", ["no mask", "all"])
 @pytest.mark.parametrize(
-    ("logits", "codes_of_a_part"), [("distance", 1 << 20), ("distance", 64), ("linear with bias", 64)]
+    ("logits", "codes_of_a_split"), [("distance", 1 << 20), ("distance", 64), ("linear with bias", 64)]
 )
-def test_the_smallest_of_identical_codes_wins(logits, mask, codes_of_a_part, schedule, monkeypatch):
+def test_the_smallest_of_identical_codes_wins(logits, mask, codes_of_a_split, schedule, monkeypatch):
     """Within a tile, across tiles and across parts; where there is noise, with logits so huge that it drowns."""
-    parts = set_parts(monkeypatch, codes_of_a_part)
+    parts = set_split(monkeypatch, codes_of_a_split)
     inputs = frozen(make_inputs(logits, mask, 70, 50, 8, torch.float32))
     for name in {"x", "codebook", "weight", "bias"} & inputs.keys():
         inputs[name] = torch.round(8 * inputs[name]) / 8  # sums are exact, in any order
@@ -90,7 +90,7 @@ def test_the_smallest_of_identical_codes_wins(logits, mask, codes_of_a_part, sch
     inputs |= {name: inputs[name][codes] for name in ("codebook", "weight", "bias") if name in inputs}
     scale = 1e12 if mask == "all" else 1.0
     results = kernel_results(inputs, schedule, scale=scale)
-    assert [number > 1 for number in parts] == [codes_of_a_part == 64]
+    assert [number > 1 for number in parts] == [codes_of_a_split == 64]
     assert_outputs(results, inputs, scale=scale)
     first = torch.stack([(codes == code).int().argmax() for code in range(50)])
     for name in ("indices", "best_indices"):
@@ -101,6 +101,7 @@ def test_the_smallest_of_identical_codes_wins(logits, mask, codes_of_a_part, sch
 @every_schedule
 def test_a_row_of_nan_disturbs_no_other_and_gets_a_code_that_exists(schedule):
     """On a GPU nobody looks for nan in the inputs."""
+    from regvq_fast.dispatch import Inputs
     from regvq_fast.kernels.vector_quantize import vector_quantize_forward
 
     inputs = {name: value.to(DEVICE) for name, value in frozen(Case(40, 70, 9).inputs()).items()}
@@ -108,9 +109,9 @@ def test_a_row_of_nan_disturbs_no_other_and_gets_a_code_that_exists(schedule):
     broken = inputs["x"].clone()
     broken[3:5] = torch.nan
     tau, scale, row_offset = (torch.tensor(value, device=DEVICE) for value in (0.9, 1.0, 0))
-    arguments = (inputs["codebook"], None, None, inputs["mask"], inputs["seed"], tau, scale, row_offset, 1, True)
+    others = (inputs["codebook"], None, None, inputs["mask"], inputs["seed"], tau, scale, row_offset, 1, "soft")
     with kernels(schedule):
-        expected, results = (vector_quantize_forward(x, *arguments) for x in (inputs["x"], broken))
+        expected, results = (vector_quantize_forward(Inputs(x, *others), True) for x in (inputs["x"], broken))
     others = torch.arange(40, device=DEVICE).sub(3.5).abs() > 1
     for place in (0, 2, 3, 4, 5):  # all but the posterior
         assert torch.equal(results[place][others], expected[place][others])
@@ -216,7 +217,7 @@ def test_opcheck():
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*grads, *detached, indices, tau, scale, offset, lse, "hard", "triton", needs_x, needs_codes),
+            (*detached, tau, scale, offset, 2, "hard", *grads, indices, lse, needs_x, needs_codes, "triton"),
         )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regvq_fast.ops import _common, weighted_info_nce
+from regvq_fast.ops import tiling, weighted_info_nce
 from regvq_fast.ops.reference import weighted_info_nce_reference
 
 SHAPES = [(1, 1, 1), (2, 2, 3), (3, 17, 5), (1, 40, 8)]
@@ -58,9 +58,9 @@ def test_by_hand():
 @pytest.mark.parametrize("tau", [0.01, 0.07, 1.0])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kept", [0, _common.KEPT_ELEMENTS])
+@pytest.mark.parametrize("kept", [0, tiling.KEPT_ELEMENTS])
 def test_values_and_gradients_equal_autograd_of_the_reference(monkeypatch, kept, shape, weights, tau):
-    monkeypatch.setattr(_common, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", kept)
     inputs = make_inputs(shape, weights)
     results = loss_and_gradients(weighted_info_nce, *inputs, tau=tau)
     assert_same(results, loss_and_gradients(weighted_info_nce_reference, *inputs, tau=tau))
@@ -197,10 +197,10 @@ def test_tiles_and_strides_do_not_matter(monkeypatch):
     expected = loss_and_gradients(weighted_info_nce, query, key, weight)
     strided = [value.detach().mT.contiguous().mT.requires_grad_() for value in (query, key)]
     assert_same(loss_and_gradients(weighted_info_nce, *strided, weight.t().contiguous().t()), expected)
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
-    for kept in (_common.KEPT_ELEMENTS, 0):
-        monkeypatch.setattr(_common, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
+    for kept in (tiling.KEPT_ELEMENTS, 0):
+        monkeypatch.setattr(tiling, "KEPT_ELEMENTS", kept)
         assert_same(loss_and_gradients(weighted_info_nce, query, key, weight), expected)
 
 
@@ -219,8 +219,8 @@ def test_only_few_similarities_are_kept_for_the_backward(monkeypatch):
             weighted_info_nce(*inputs)
         return max(saved)
 
-    assert largest_saved() == 2 * 300 * 300 <= _common.KEPT_ELEMENTS
-    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 2 * 300 * 300 - 1)
+    assert largest_saved() == 2 * 300 * 300 <= tiling.KEPT_ELEMENTS
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 2 * 300 * 300 - 1)
     assert largest_saved() == 2 * 300 * 4
 
 

@@ -14,6 +14,7 @@ from kernel_cases import (
     kernels,
     needs_kernels,
     pass_in_the_interpreter,
+    patch_dispatch,
     surrounded,
 )
 from test_weighted_info_nce import make_inputs
@@ -254,13 +255,12 @@ def test_equal_features_give_the_logarithm_of_the_length_and_no_gradient(value, 
 @every_schedule
 @pytest.mark.parametrize(("shape", "chunk"), [((2, 140, 20), 48), ((5, 17, 20), 40), ((1, 190, 20), 128)])
 def test_chunks_and_parts_of_keys_change_nothing_but_the_rounding(shape, chunk, schedule, monkeypatch):
-    from regvq_fast.kernels import schedules
     from regvq_fast.kernels import weighted_info_nce as module
 
     inputs = make_inputs(shape, "with zeros", torch.float32)
     expected = kernel_results(inputs, schedule)
-    monkeypatch.setattr(schedules, "chunk_rows", lambda length: chunk)
-    monkeypatch.setattr(schedules, "part_codes", lambda rows, keys, tile, least, device: tile.BN)
+    patch_dispatch(monkeypatch, "chunk_rows", lambda length: chunk)
+    patch_dispatch(monkeypatch, "codes_per_split", lambda rows, keys, tile, least, device: tile.BN)
     assert len(module.image_chunks(*shape[:2], chunk)) > 1
     found = kernel_results(inputs, schedule)
     assert_within_budget(found, inputs)

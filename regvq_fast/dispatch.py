@@ -1,33 +1,33 @@
-"""Which way a product goes and in what tiles: the one table, by architecture, type, width and number of codes.
+"""How a call runs: in Triton's kernels or in PyTorch, by which schedule, in what tiles.
 
-Two schedules compute the same function:
+Two schedules compute the same function in the same kernels:
 
 - ``fused``: the kernels multiply tiles with ``tl.dot`` on the tensor cores and use the product where it is. From
   sm_80 on.
 - ``chunked``: cuBLAS multiplies a chunk of rows into a buffer and the kernels read it there. Below sm_80, where
-  Triton's ``tl.dot`` has no tensor cores, and wherever it measures better.
+  Triton's ``tl.dot`` has no tensor cores. ``REGVQ_SCHEDULE=fused|chunked`` overrides the choice, to measure one
+  against the other.
 
-Tiles are pinned, so that a call costs no search and gives the same bits in every process. ``REGVQ_AUTOTUNE=1`` searches
-the neighbours of the pinned ones instead, once for each kind of call; ``REGVQ_SCHEDULE=fused|chunked`` overrides
-the schedule, to measure one against the other.
-
-On sm_90 the tiles of 16-bit inputs with D = 256 (InfoNCE: C = 128 and 512) are the fastest without spills of those
-tried on an H200. All others follow from counting registers and shared memory, and from the resource reports of
-ahead-of-time compilation (``python bench/kernel_resources.py``).
+Tiles are pinned in one table, so that a call costs no search and gives the same bits in every process.
+``python bench/tile_search.py`` times their neighbours on a GPU. On sm_90 the tiles of 16-bit inputs with D = 256
+(InfoNCE: C = 128 and 512) are the fastest without spills of those tried on an H200. All others follow from counting
+registers and shared memory, and from the resource reports of ahead-of-time compilation
+(``python bench/kernel_resources.py``).
 """
 
-import contextlib
 import functools
-import itertools
+import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
-import triton
 
-T = TypeVar("T")
+Impl = Literal["auto", "triton", "eager"]
+
+_IMPLS = ("auto", "triton", "eager")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when the kernels are imported
 
 # Scores of a chunk of rows in backward, in all and at least in rows: two buffers of half precision (fused), or two of
 # fp32 more (chunked). Large enough for full-speed products, a fixed number of MiB whatever M. A chunk of few rows would
@@ -37,6 +37,28 @@ MIN_CHUNK_ROWS = 512
 # Rows that are ordered together at most: stochastic tiles begin first, and ranking a window takes its length squared.
 # Larger chunks are whole windows.
 ORDER_WINDOW = 1 << 16
+
+
+class Inputs(NamedTuple):
+    """Checked arguments of ``vector_quantize``, on their way to the kernels or the PyTorch fallback."""
+
+    x: torch.Tensor  # (M, D)
+    codebook: torch.Tensor  # (N, D)
+    weight: torch.Tensor | None  # (N, D), of linear logits
+    bias: torch.Tensor | None  # (N,), of linear logits
+    mask: torch.Tensor | None  # (M,) bool
+    seed: torch.Tensor | None  # () int64
+    tau: torch.Tensor  # () floating point
+    scale: torch.Tensor  # () floating point
+    row_offset: torch.Tensor  # () int64
+    groups: int
+    codebook_grad: str
+
+
+INPUTS_SCHEMA = (  # as torch.library spells them
+    "Tensor x, Tensor codebook, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? seed, Tensor tau, Tensor scale, "
+    "Tensor row_offset, int groups, str codebook_grad"
+)
 
 
 @dataclass(frozen=True)
@@ -120,16 +142,41 @@ _CHUNKED: dict[str, Tile] = {
 KERNELS = tuple(_CHUNKED)
 
 
+def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> Literal["triton", "eager"]:
+    """Return the implementation that runs: the single place that decides it."""
+    if impl not in _IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLS))}, got {impl!r}")
+    if impl == "eager":
+        return "eager"
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and _HAS_TRITON and dtype != torch.float64 else "eager"
+    if not _HAS_TRITON:
+        raise ValueError("impl='triton' needs the package triton: pip install triton, or use impl='auto'")
+    if dtype == torch.float64:
+        raise ValueError("impl='triton' has no float64: use impl='eager', or fp32, bf16 or fp16")
+    if device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"impl='triton' runs on CUDA tensors, got {device}: use impl='auto', or set TRITON_INTERPRET=1 before "
+            "Python starts to run the kernels in Triton's interpreter"
+        )
+    return "triton"
+
+
+def on_device_of(x: torch.Tensor) -> torch.cuda.device_of:
+    """Make the device of ``x`` the current one, on which Triton launches; no effect for a tensor of the CPU."""
+    return torch.cuda.device_of(x)
+
+
 def capability(device: torch.device) -> int:
-    """Compute capability as one number, 90 for sm_90; that of the interpreter, which runs on a CPU, is 90."""
+    """Return the compute capability as one number, 90 for sm_90; 90 too for the interpreter, which runs on a CPU."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def schedule(device: torch.device) -> str:
-    """The schedule of a device's kernels, "fused" or "chunked"."""
+def is_chunked(device: torch.device) -> bool:
+    """Return whether a device's kernels take the ``chunked`` schedule."""
     wanted = os.environ.get("REGVQ_SCHEDULE", "")
     if wanted not in ("", "fused", "chunked"):
         raise ValueError(f"REGVQ_SCHEDULE must be fused or chunked, got {wanted!r}")
@@ -138,12 +185,12 @@ def schedule(device: torch.device) -> str:
             "REGVQ_SCHEDULE=fused needs tensor cores that Triton can use, sm_80 or newer, and this GPU is "
             f"sm_{capability(device)}: leave it unset"
         )
-    return wanted or ("fused" if capability(device) >= 80 else "chunked")
+    return wanted == "chunked" if wanted else capability(device) < 80
 
 
-def tile(kernel: str, how: str, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
-    """The pinned tile of one of :data:`KERNELS` under a schedule, for inputs of a type and D = ``width`` channels."""
-    if how == "chunked":
+def pinned_tile(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
+    """Return the tile of one of :data:`KERNELS` for inputs of a type and D = ``width`` channels."""
+    if is_chunked(device):
         return _CHUNKED[kernel]
     architecture = capability(device)
     small_memory = architecture in (86, 87, 89) or architecture >= 120
@@ -153,81 +200,32 @@ def tile(kernel: str, how: str, dtype: torch.dtype, width: int, device: torch.de
     if width >= chosen.BK:
         return chosen
     # No wider than the matrix; 16 channels are the least of a product.
-    return replace(chosen, BK=max(16, triton.next_power_of_2(width)))
-
-
-_tuned: dict[tuple[object, ...], Tile] = {}
-
-
-def run(
-    kernel: str,
-    how: str,
-    dtype: torch.dtype,
-    width: int,
-    kind: tuple[object, ...],
-    device: torch.device,
-    launch: Callable[[Tile], T],
-) -> T:
-    """``launch`` a kernel with its pinned tile or, with ``REGVQ_AUTOTUNE=1``, with the fastest of the neighbours.
-
-    ``kind`` is what else decides which one that is: sizes and flags of the call. The search calls ``launch`` any number
-    of times, and synchronises: warm up before a CUDA graph is captured.
-    """
-    chosen = tile(kernel, how, dtype, width, device)
-    wanted = os.environ.get("REGVQ_AUTOTUNE", "")
-    if wanted not in ("", "0", "1"):
-        raise ValueError(f"REGVQ_AUTOTUNE must be 0 or 1, got {wanted!r}")
-    if wanted == "1":
-        key = (kernel, how, dtype, width, kind, device)
-        if key not in _tuned:
-            times = {}
-            for candidate in neighbours(chosen):
-                with contextlib.suppress(triton.runtime.errors.OutOfResources, triton.CompilationError):
-                    times[candidate] = milliseconds(functools.partial(launch, candidate))
-            _tuned[key] = min(times, key=lambda tile: times[tile])
-        chosen = _tuned[key]
-    return launch(chosen)
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of a call on the GPU."""
-    return triton.testing.do_bench(run, return_mode="median")
-
-
-def neighbours(pinned: Tile) -> list[Tile]:
-    """The pinned tile first, then those with half or twice its rows, codes, warps, and one stage more or fewer."""
-    shapes = itertools.product(
-        (pinned.BM, pinned.BM // 2, pinned.BM * 2),
-        (pinned.BN, pinned.BN // 2, pinned.BN * 2),
-        (pinned.num_warps, pinned.num_warps // 2, pinned.num_warps * 2),
-        (pinned.num_stages, pinned.num_stages - 1, pinned.num_stages + 1),
-    )
-    return [
-        Tile(BM, BN, pinned.BK, warps, stages)
-        for BM, BN, warps, stages in shapes
-        if 16 <= BM <= 256 and 16 <= BN <= 256 and 2 <= warps <= 16 and 1 <= stages <= 5
-    ]
+    return replace(chosen, BK=max(16, 1 << (width - 1).bit_length()))
 
 
 def chunk_rows(num_codes: int, least: int | None = None) -> int:
-    """Rows of a chunk, ``least`` of them or more (None: as the table says); a multiple of every tile."""
+    """Return the rows of a chunk, ``least`` (None: MIN_CHUNK_ROWS) or more; a multiple of every tile."""
     rows = max(least or MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes)
     return rows // _unit(rows) * _unit(rows)
 
 
 def equal_chunks(num_rows: int, most: int) -> int:
-    """Rows of a chunk so that none is much smaller than the others; a multiple of every tile, at most ``most``."""
-    rows = triton.cdiv(num_rows, max(1, triton.cdiv(num_rows, most)))
-    return min(most, max(1, triton.cdiv(rows, _unit(rows))) * _unit(rows))
+    """Return the rows of chunks of about equal size, at most ``most``; a multiple of every tile."""
+    rows = _ceil_div(num_rows, max(1, _ceil_div(num_rows, most)))
+    return min(most, max(1, _ceil_div(rows, _unit(rows))) * _unit(rows))
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _unit(rows: int) -> int:
-    """What a chunk of about so many rows is a multiple of: of every tile, and of the windows where it has several."""
+    """Return the rows that a chunk of about ``rows`` is a multiple of: of a tile, or of a window if it has several."""
     return 128 if rows <= ORDER_WINDOW else ORDER_WINDOW
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies: fp32 as three TF32 products, which keep 21 bits and more; 16 bits as they are."""
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return how ``tl.dot`` multiplies: fp32 as three TF32 products, which keep 21 bits or more; 16 bits directly."""
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
@@ -236,21 +234,21 @@ def precision(dtype: torch.dtype) -> str:
 NOISY_WAVES = 4
 
 
-def part_codes(num_rows: int, num_codes: int, tile: Tile, least: int, device: torch.device, waves: int = 1) -> int:
-    """Codes that one program sweeps, a multiple of BN: all of them, unless rows alone leave the GPU partly idle.
+def codes_per_split(num_rows: int, num_codes: int, tile: Tile, least: int, device: torch.device, waves: int = 1) -> int:
+    """Return how many codes a split has, a multiple of BN: all of them, unless rows alone leave the GPU partly idle.
 
-    The fewest parts, of ``least`` codes at least, whose programs come in ``waves`` waves or more that are full to nine
+    The fewest splits, of ``least`` codes at least, whose programs come in ``waves`` waves or more that are full to nine
     tenths on average.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-    parts = _num_parts(triton.cdiv(num_rows, tile.BM), max(1, num_codes // least), waves, processors)
-    return triton.cdiv(triton.cdiv(num_codes, parts), tile.BN) * tile.BN
+    splits = _num_splits(_ceil_div(num_rows, tile.BM), max(1, num_codes // least), waves, processors)
+    return _ceil_div(_ceil_div(num_codes, splits), tile.BN) * tile.BN
 
 
 @functools.lru_cache(1024)  # a search, on every call of an op and chunk
-def _num_parts(programs: int, most: int, waves: int, processors: int) -> int:
-    def fullness(parts: int) -> float:
-        return programs * parts / (max(waves, triton.cdiv(programs * parts, processors)) * processors)
+def _num_splits(programs: int, most: int, waves: int, processors: int) -> int:
+    def fullness(splits: int) -> float:
+        return programs * splits / (max(waves, _ceil_div(programs * splits, processors)) * processors)
 
-    enough = next((parts for parts in range(1, most + 1) if fullness(parts) >= 0.9), None)
+    enough = next((splits for splits in range(1, most + 1) if fullness(splits) >= 0.9), None)
     return enough or max(range(1, most + 1), key=fullness)

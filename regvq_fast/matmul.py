@@ -1,4 +1,4 @@
-"""Products on the host's side: cuBLAS, fp32 results of 16-bit matrices, fp32 without TF32, and in what chunks."""
+"""Products of matrices outside the kernels: fp32 results of 16-bit inputs, fp32 without TF32, and in what chunks."""
 
 import contextlib
 import threading
@@ -7,8 +7,13 @@ from collections.abc import Iterator
 import torch
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return fp64 for fp64, and fp32 for every other type: what scores are computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def product_fp32(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
-    """``a @ b`` of (., K) and (K, .), or of batches of them, accumulated and returned in fp32; a new tensor.
+    """Return ``a @ b`` of (., K) and (K, .), or of batches of them, accumulated and returned in fp32; a new tensor.
 
     ``total``, a fp32 matrix of the result's shape, is added; its memory may be the result's.
     """
@@ -25,7 +30,7 @@ def product_fp32(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None = 
 
 
 def image_chunks(num_images: int, length: int, rows: int) -> list[tuple[slice, slice]]:
-    """(images, rows) of every chunk of at most ``rows`` rows: some of one image, or all of several small ones."""
+    """Return (images, rows) of chunks of at most ``rows`` rows: some of one image, or all of several small ones."""
     images = max(1, rows // max(1, length))
     return [
         (slice(image, min(image + images, num_images)), slice(start, min(start + rows, length)))
@@ -44,7 +49,7 @@ class _Exact:
 
 @contextlib.contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
-    """Products of fp32 matrices in fp32, whatever precision the process has chosen: TF32 would change indices."""
+    """Multiply fp32 matrices in fp32, whatever precision the process has chosen: TF32 would change indices."""
     if device.type != "cuda":
         yield
         return

@@ -1,0 +1,190 @@
+"""The PyTorch fallback of ``vector_quantize``: the same mathematics and noise bits in PyTorch, in tiles of rows.
+
+It runs on CPUs, in float64, and wherever Triton is missing.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regvq_fast.dispatch import Inputs
+from regvq_fast.matmul import compute_dtype, without_tf32
+from regvq_fast.ops.noise import gumbel_noise
+from regvq_fast.ops.segment_sum import segment_counts, segment_sum_eager
+from regvq_fast.ops.tiling import row_argmax, rows_per_tile
+
+
+class _Logits:
+    """Scores of row tiles, ``factor * x k^T + code_bias``; both logit kinds are this one product."""
+
+    def __init__(self, a: Inputs) -> None:
+        self.dtype = compute_dtype(a.x)
+        # Contiguous, as the gradients are that take their layout from here: the fake kernels promise it.
+        self.codebook = a.codebook.to(self.dtype).contiguous()  # [N, D]
+        self.is_distance = a.weight is None
+        if a.weight is None:  # |x|^2 is constant in a row: it drops out of argmax and softmax
+            self.weight = self.codebook
+            self.factor = 2.0 * a.scale.to(self.dtype)
+            self.code_bias = self.codebook.square().sum(1).mul_(-a.scale)  # [N]
+        else:
+            self.weight = a.weight.to(self.dtype).contiguous()
+            self.factor = a.scale.to(self.dtype)
+            self.code_bias = self.weight.new_zeros(len(self.weight)) if a.bias is None else a.bias.to(self.dtype)
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        with without_tf32(x.device):
+            return torch.addmm(self.code_bias, x * self.factor, self.weight.t(), out=out)  # [rows, N]
+
+
+class _Tile(NamedTuple):
+    """Rows that go through together: all with noise, or all without."""
+
+    rows: Tensor
+    """Their numbers, (rows,) int64."""
+    slice: slice
+    """Where they stand in the order of all rows."""
+    noisy: bool
+
+
+def _order_rows(mask: Tensor) -> tuple[Tensor, int]:
+    """Return row numbers (M,), the stochastic ones first, and how many rows get noise: on a GPU all."""
+    rows = torch.arange(len(mask), device=mask.device)
+    if mask.device.type == "cuda":  # counting the stochastic rows would force a synchronization
+        return rows, len(rows)
+    stochastic = rows[mask]
+    return torch.cat([stochastic, rows[~mask]]), len(stochastic)
+
+
+def _tiles(a: Inputs) -> list[_Tile]:
+    """Return tiles of all rows, the stochastic ones first: only their scores pay for noise."""
+    num_rows, step = len(a.x), rows_per_tile(len(a.codebook), a.x.device)
+    order, num_noisy = (torch.arange(num_rows, device=a.x.device), 0) if a.mask is None else _order_rows(a.mask)
+    bounds = [*range(0, num_noisy, step), *range(num_noisy, num_rows, step), num_rows]
+    return [_Tile(order[start:end], slice(start, end), start < num_noisy) for start, end in itertools.pairwise(bounds)]
+
+
+def _most_rows(tiles: list[_Tile]) -> int:
+    return max((len(tile.rows) for tile in tiles), default=0)
+
+
+def _temperatures(a: Inputs, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return t of some rows, (rows, 1)."""
+    if a.mask is None:
+        return torch.ones(len(rows), 1, dtype=dtype, device=a.x.device)
+    return torch.where(a.mask[rows], a.tau, 1.0).to(dtype).unsqueeze(1)
+
+
+def _add_noise(a: Inputs, scores: Tensor, rows: Tensor) -> Tensor:
+    """Add the noise of some rows to their scores (rows, N), in place."""
+    assert a.seed is not None
+    assert a.mask is not None
+    noise = gumbel_noise(a.seed, rows + a.row_offset, scores.shape[1])
+    return scores.addcmul_(noise.to(scores.dtype), a.mask[rows].to(scores.dtype).unsqueeze(1))
+
+
+def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (quantized, posterior, indices, best_indices, perturbation, kept) of checked arguments.
+
+    kept: (s + mask g) / t for the backward, (M, N), in the order of the tiles, if ``keeps_scores``; else empty.
+    """
+    num_rows, num_codes = len(a.x), len(a.codebook)
+    logits = _Logits(a)
+    indices = torch.empty(num_rows, dtype=torch.int64, device=a.x.device)
+    best_indices = torch.empty_like(indices)
+    kept = logits.weight.new_empty(num_rows if keeps_scores else 0, num_codes)
+    tiles = _tiles(a)
+    buffer = None if keeps_scores else logits.weight.new_empty(_most_rows(tiles), num_codes)
+    for tile in tiles:
+        out = kept[tile.slice] if buffer is None else buffer[: len(tile.rows)]
+        scores = logits(a.x[tile.rows].to(logits.dtype), out=out)
+        best = row_argmax(scores)
+        best_indices[tile.rows] = best
+        if tile.noisy:
+            best = row_argmax(_add_noise(a, scores, tile.rows))
+            if keeps_scores:
+                scores.div_(_temperatures(a, tile.rows, logits.dtype))
+        indices[tile.rows] = best
+    quantized = a.codebook[indices]
+    perturbation = (logits.codebook[indices] - logits.codebook[best_indices]).square_().sum(1)
+    group_rows = max(1, num_rows // a.groups)
+    group_of_row = torch.arange(num_rows, device=a.x.device).div_(group_rows, rounding_mode="floor")
+    counts = segment_counts(group_of_row * num_codes + indices, a.groups * num_codes)
+    posterior = counts.view(a.groups, num_codes).to(logits.dtype).div_(group_rows)
+    return quantized, posterior, indices, best_indices, perturbation, kept
+
+
+def vector_quantize_backward_eager(
+    a: Inputs,
+    grad_quantized: Tensor,
+    grad_posterior: Tensor | None,
+    indices: Tensor,
+    kept: Tensor,
+    needs_x: bool,
+    needs_codes: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return gradients of (x, codebook, weight, bias) in their types; None for those that nobody needs.
+
+    With dP = dQ Z^T + dA / R and dS = p * (dP - sum_k p dP) / t, K the logit weight (N, D) and f its factor:
+    dx = f dS K, dK = f dS^T x, bias gradient = sum_m dS; distance logits chain the bias into the codes.
+    """
+    num_rows, num_codes = len(a.x), len(a.codebook)
+    logits = _Logits(a)
+    dtype = logits.dtype
+    soft = a.codebook_grad == "soft" and needs_codes
+    grad_x = torch.empty_like(a.x, memory_format=torch.contiguous_format) if needs_x else None
+    grad_weight = torch.zeros_like(logits.weight) if needs_codes else a.x.new_empty(0)  # [N, D]
+    # The look-up's gradient. With distance logits the codes are the logit weight, and both sums are one.
+    grad_lookup = grad_weight if logits.is_distance or not needs_codes else torch.zeros_like(logits.codebook)
+    grad_bias = logits.code_bias.new_zeros(num_codes)  # [N], sum over m of dS
+    if grad_posterior is not None:
+        group_rows = max(1, num_rows // a.groups)
+        grad_posterior = grad_posterior.to(dtype) / group_rows  # [G, N]
+    tiles = _tiles(a)
+    buffers = logits.weight.new_empty(2, _most_rows(tiles), num_codes)
+    for tile in tiles:
+        rows, both = tile.rows, buffers[:, : len(tile.rows)]
+        p, grad = both.unbind()
+        # dS keeps its 1 / t until it meets x and the logit weight, which are narrower than it.
+        x_tile, grad_tile, t = a.x[rows].to(dtype), grad_quantized[rows].to(dtype), _temperatures(a, rows, dtype)
+        if len(kept):
+            scores = kept[tile.slice]
+        else:
+            scores = logits(x_tile, out=grad)
+            if tile.noisy:
+                _add_noise(a, scores, rows).div_(t)
+        # Probabilities under 1e-26 become 0: on a CPU subnormal numbers would make softmax and the products below
+        # several times slower. The clamp keeps them out of softmax (e^-60 < 1e-26), the threshold out of p.
+        torch.clamp(scores, min=scores.amax(1, keepdim=True) - 60, out=grad)
+        torch.threshold_(torch.softmax(grad, 1, out=p), 1e-26, 0.0)
+        # dP, with the posterior's gradient as a bias of its columns.
+        torch.mm(grad_tile, logits.codebook.t(), out=grad)
+        if grad_posterior is not None:
+            if len(grad_posterior) == 1:
+                grad += grad_posterior
+            else:
+                grad += grad_posterior[rows // group_rows]
+        torch._softmax_backward_data(grad, p, 1, dtype, grad_input=grad)
+        if grad_x is not None:
+            grad_x[rows] = torch.mm(grad, logits.weight).mul_(logits.factor / t).to(a.x.dtype)
+        if needs_codes:
+            grad_bias.addmv_(grad.t(), 1 / t.squeeze(1))
+            x_tile = x_tile * (logits.factor / t)
+            if soft and logits.is_distance:
+                grad_weight.addmm_(both.flatten(0, 1).t(), torch.cat([grad_tile, x_tile]))
+            else:
+                grad_weight.addmm_(grad.t(), x_tile)
+                if soft:
+                    grad_lookup.addmm_(p.t(), grad_tile)
+
+    if not needs_codes:
+        return grad_x, None, None, None
+    if a.codebook_grad == "hard":
+        grad_lookup += segment_sum_eager(grad_quantized.to(dtype), indices, num_codes)
+    if logits.is_distance:
+        grad_weight.addcmul_((grad_bias * -logits.factor).unsqueeze(1), logits.codebook)
+        return grad_x, grad_weight.to(a.codebook.dtype), None, None
+    assert a.weight is not None
+    bias = None if a.bias is None else grad_bias.to(a.bias.dtype)
+    return grad_x, grad_lookup.to(a.codebook.dtype), grad_weight.to(a.weight.dtype), bias
