@@ -12,6 +12,15 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def score_dtype(x: torch.Tensor, codebook: torch.Tensor, fp32: bool = False) -> torch.dtype:
+    """Return the type in which rows from ``x`` are multiplied with codes; sums are in fp32 at least in any case.
+
+    On a GPU the 16 bits of ``x``, for its tensor cores, unless ``fp32``. A CPU would gain nothing by it.
+    """
+    takes_16_bits = x.is_cuda and x.dtype.itemsize == 2 and codebook.dtype != torch.float64 and not fp32
+    return x.dtype if takes_16_bits else compute_dtype(codebook)
+
+
 def product_fp32(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``a @ b`` of (., K) and (K, .), or of batches of them, accumulated and returned in fp32; a new tensor.
 

@@ -87,6 +87,8 @@ class QuantizerConfig:
     """reg-vq: the posterior of each image, of the batch, or of the batches of all ranks."""
     codebook_grad: Literal["soft", "hard", "none"] = "soft"
     """reg-vq: gradient of the look-up to the codes (Algorithm 1: soft)."""
+    fp32_scores: bool = False
+    """Multiply latents and codes in fp32 on a GPU under --amp, too (default: in 16 bits, summed in fp32)."""
     collapse_threshold: float = 0.1
     """Warn where steps between two records use less than this share of the codes that uniform use would; 0: never."""
 

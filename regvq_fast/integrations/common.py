@@ -2,7 +2,11 @@
 
 import inspect
 
+import torch
 from torch import Tensor, nn
+
+from regvq_fast.matmul import score_dtype
+from regvq_fast.ops import assign_codes
 
 
 class Adapter(nn.Module):
@@ -12,7 +16,17 @@ class Adapter(nn.Module):
     keeps. So parameters, buffers, hooks, options and all other methods stay as they are, ``isinstance`` and
     ``super()`` lead to the library's class, copies and pickles are swapped as well, and nothing of the library needs
     to be imported here.
+
+    On a GPU rows and codes are multiplied in the type of the rows, 16 bits under autocast, unless ``fp32_scores``.
     """
+
+    fp32_scores = False
+
+    def _nearest_codes(self, rows: Tensor, codebook: Tensor) -> Tensor:
+        """Return indices (M,) of the nearest of codes (N, D), for rows (M, D)."""
+        dtype = score_dtype(rows, codebook, self.fp32_scores)
+        with torch.autocast(rows.device.type, enabled=False):
+            return assign_codes(rows.to(dtype), codebook.to(dtype))
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.integrations.common import Adapter, to_rows
+from regvq_fast.matmul import score_dtype
 from regvq_fast.ops import softmax_statistics, vector_quantize
 
 
@@ -35,7 +36,9 @@ class IndexPropagationQuantize(Adapter):
         with torch.autocast(z.device.type, enabled=False):
             codebook = self.embedding.weight  # [N, D]
             rows = to_rows(z).to(codebook.dtype)
-            out = vector_quantize(rows, codebook, weight=codebook, codebook_grad="hard")
+            dtype = score_dtype(z, codebook, self.fp32_scores)
+            codes = codebook.to(dtype)
+            out = vector_quantize(rows.to(dtype), codes, weight=codes, codebook_grad="hard")
             codes = self.embedding(out.indices)
             loss = ((out.quantized - rows) ** 2).mean() + ((codes.detach() - rows) ** 2).mean()
             loss = loss + self.beta * ((codes - rows.detach()) ** 2).mean()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from regvq_fast.integrations.common import Adapter, to_rows
-from regvq_fast.ops import assign_codes
 
 
 class NearestCode(Adapter):
@@ -21,7 +20,7 @@ class NearestCode(Adapter):
     def _nearest(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
         """z (B, D, H, W) -> codes (B, D, H, W), loss, (None, None, indices); these (B * H * W,), options aside."""
         rows = to_rows(z)
-        indices = assign_codes(rows.flatten(0, 2), self.embedding.weight)
+        indices = self._nearest_codes(rows.flatten(0, 2), self.embedding.weight)
         quantized, loss = codes_and_loss(rows, self.embedding(indices).view(rows.shape), self.beta, self.legacy)
         if self.remap is not None:
             indices = self.remap_to_used(indices.view(len(z), -1)).reshape(-1, 1)

@@ -27,7 +27,7 @@ class Acceleration(NamedTuple):
     """Class and the reason, by module."""
 
 
-def accelerate(model: nn.Module) -> Acceleration:
+def accelerate(model: nn.Module, *, fp32_scores: bool = False) -> Acceleration:
     """Swap the look-up of the quantizers that are known, in place: no M x N matrix of distances or one-hot rows.
 
     Known are taming-transformers' ``VectorQuantizer2``, ``VectorQuantizer`` and ``GumbelQuantize``, diffusers'
@@ -38,6 +38,8 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     Args:
         model: a model with such quantizers in it, or a quantizer.
+        fp32_scores: multiply rows and codes in fp32 under autocast on a GPU, too; by default that is done in autocast's
+            16 bits, summed in fp32, as the libraries' own products are (vector-quantize-pytorch's are in fp32 always).
 
     Returns:
         What was swapped, and what was left alone and why.
@@ -71,6 +73,8 @@ def accelerate(model: nn.Module) -> Acceleration:
         )
     for module, adapter in chosen:
         adapter.swap(module)
+        if fp32_scores:
+            module.fp32_scores = True  # type: ignore[assignment]
     return Acceleration(swapped, left_alone)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from regvq_fast.integrations.common import Adapter, to_rows
 from regvq_fast.integrations.nearest import NearestCode, codes_and_loss
-from regvq_fast.ops import assign_codes, softmax_statistics, vector_quantize
+from regvq_fast.matmul import score_dtype
+from regvq_fast.ops import softmax_statistics, vector_quantize
 from regvq_fast.quantizers.base import draw_seed
 
 
@@ -37,7 +38,7 @@ class VectorQuantizer(Adapter):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """z (B, D, H, W) -> codes, loss, (perplexity, one-hot rows (M, N), indices (M, 1))."""
         rows = to_rows(z)
-        indices = assign_codes(rows.flatten(0, 2), self.embedding.weight)
+        indices = self._nearest_codes(rows.flatten(0, 2), self.embedding.weight)
         quantized, loss = codes_and_loss(rows, self.embedding(indices).view(rows.shape), self.beta, legacy=True)
         one_hot = rows.new_zeros(len(indices), self.n_e).scatter_(1, indices.unsqueeze(1), 1)
         share = one_hot.mean(0)
@@ -84,11 +85,12 @@ class GumbelQuantize(Adapter):
         with torch.autocast(z.device.type, enabled=False):
             rows = to_rows(z).to(self.embed.weight.dtype)
             weight = self.proj.weight.flatten(1)  # [N, D]
+            dtype = score_dtype(z, weight, self.fp32_scores)
             out = vector_quantize(
-                rows,
-                self.embed.weight,
-                weight=weight,
-                bias=self.proj.bias,
+                rows.to(dtype),
+                self.embed.weight.to(dtype),
+                weight=weight.to(dtype),
+                bias=None if self.proj.bias is None else self.proj.bias.to(dtype),
                 mask=torch.ones(rows.shape[:3], dtype=torch.bool, device=z.device),
                 seed=draw_seed(z.device),
                 tau=self.temperature if temp is None else temp,

@@ -5,18 +5,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.matmul import compute_dtype
+from regvq_fast.matmul import compute_dtype, score_dtype
 
 
 class QuantizerOutput(NamedTuple):
     """What a quantizer returns for feature maps (B, D, H, W)."""
 
     quantized: Tensor
-    """(B, D, H, W) float32 (float64 from a float64 module), with the quantizer's gradient to its input."""
+    """(B, D, H, W) with the quantizer's gradient to its input: float32 (float64 from a float64 module); of reg-vq and
+    gumbel-vq on a GPU in the type of the scores' products."""
     indices: Tensor
     """(B, H, W) int64, the selected codes."""
     loss: Tensor
-    """0-dim, of the type of ``quantized``: weighted sum of the quantizer's own losses."""
+    """0-dim float32 or float64: weighted sum of the quantizer's own losses."""
     metrics: dict[str, Tensor]
     """0-dim, detached, for logging."""
     perturbation: Tensor
@@ -26,7 +27,14 @@ class QuantizerOutput(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """A codebook of ``num_codes`` codes of ``code_dim`` channels; subclasses define ``forward``."""
+    """A codebook of ``num_codes`` codes of ``code_dim`` channels; subclasses define ``forward``.
+
+    On a GPU rows and codes are multiplied in the type of the maps, 16 bits under autocast, and summed in fp32. Set
+    ``fp32_scores`` to multiply them in fp32. Parameters, losses, averages and statistics are in fp32 in any case, and
+    so is everything on a CPU.
+    """
+
+    fp32_scores = False
 
     def __init__(self, num_codes: int, code_dim: int) -> None:
         super().__init__()
@@ -38,8 +46,6 @@ class Quantizer(nn.Module):
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         """Select a code for each position of z (B, D, H, W).
-
-        In fp32, whatever autocast says and though the module itself be cast to 16 bits; in fp64 in a float64 module.
 
         In evaluation that is the best code everywhere. In training, quantizers that draw take the ``seed`` (0-dim
         int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
@@ -66,6 +72,10 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+
+    def _score_dtype(self, z: Tensor) -> torch.dtype:
+        """Return the type in which rows of z are multiplied with codes."""
+        return score_dtype(z, self.embedding.weight, self.fp32_scores)
 
     def _to_rows(self, z: Tensor) -> Tensor:
         """(B, D, H, W) -> (B*H*W, D) of the type of :func:`wide`; no copy for channels_last fp32 maps."""

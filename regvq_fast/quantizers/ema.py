@@ -68,9 +68,9 @@ class EMAQuantizer(Quantizer):
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._to_rows(z)
+            rows, dtype = self._to_rows(z), self._score_dtype(z)
             codebook = wide(self.embedding.weight)
-            indices = assign_codes(rows, codebook)
+            indices = assign_codes(rows.to(dtype), codebook.to(dtype))
             codes = F.embedding(indices, codebook)
             quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes)

@@ -52,16 +52,16 @@ class GumbelQuantizer(Quantizer):
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._to_rows(z)
+            rows, dtype = self._to_rows(z), self._score_dtype(z)
             weight, bias = wide(self.proj.weight), wide(self.proj.bias)
             mask = torch.full(rows.shape[:1], self.training, dtype=torch.bool, device=z.device)
             if self.training and seed is None:
                 seed = draw_seed(z.device)
             out = vector_quantize(
-                rows,
-                wide(self.embedding.weight),
-                weight=weight,
-                bias=bias,
+                rows.to(dtype),
+                self.embedding.weight.to(dtype),
+                weight=weight.to(dtype),
+                bias=bias.to(dtype),
                 mask=mask if self.training else None,
                 seed=seed,
                 row_offset=row_offset,

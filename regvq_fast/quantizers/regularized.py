@@ -193,15 +193,15 @@ class RegularizedQuantizer(Quantizer):
                     mask = stochastic_mask(
                         batch, height * width, self.mask_ratio, seed, mode=self.mask_mode, row_offset=row_offset
                     )
-            linear, scale = self.logits == "linear", self._scale()
+            linear, scale, dtype = self.logits == "linear", self._scale(), self._score_dtype(z)
             # Only in training do all ranks come here together.
             scope = "batch" if self.prior_scope == "global" and not self.training else self.prior_scope
             groups = posterior_groups(scope, batch)
             out = vector_quantize(
-                rows,
-                wide(self.codes()),
-                weight=wide(self.proj.weight) if linear else None,
-                bias=wide(self.proj.bias) * scale if linear else None,
+                rows.to(dtype),
+                wide(self.codes()).to(dtype),
+                weight=self.proj.weight.to(dtype) if linear else None,
+                bias=(wide(self.proj.bias) * scale).to(dtype) if linear else None,
                 scale=scale,
                 mask=mask,
                 seed=seed,

@@ -15,7 +15,13 @@ from regvq_fast.quantizers import EMAQuantizer, GumbelQuantizer, NearestQuantize
 
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer:
-    """The quantizer of that name; the reg-vq settings concern reg-vq alone."""
+    """Build the quantizer of that name; the reg-vq settings concern reg-vq alone."""
+    quantizer = _new_quantizer(config)
+    quantizer.fp32_scores = config.fp32_scores
+    return quantizer
+
+
+def _new_quantizer(config: QuantizerConfig) -> Quantizer:
     if config.quantizer == "vq-gan":
         return NearestQuantizer(config.num_codes, config.code_dim)
     if config.quantizer == "vq-vae":

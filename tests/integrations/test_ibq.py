@@ -7,7 +7,7 @@ from same_steps import assert_same_steps, largest_tensor
 from torch import nn
 
 from regvq_fast.integrations import accelerate
-from regvq_fast.ops import _common
+from regvq_fast.ops import tiling
 
 MAPS = (3, 8, 5, 4)  # B, D, H, W
 CODES = 64
@@ -57,9 +57,9 @@ IndexPropagationQuantize.__module__ = "src.IBQ.modules.vqvae.quantize"
 
 @pytest.fixture(autouse=True)
 def _several_tiles(monkeypatch):
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
-    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)
     torch.manual_seed(0)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from regvq_fast.integrations import accelerate
 from regvq_fast.integrations import taming as adapters
-from regvq_fast.ops import _common
+from regvq_fast.ops import tiling
 from regvq_fast.ops.noise import gumbel_noise
 
 pytest.importorskip("einops")
@@ -70,8 +70,8 @@ def test_gumbel_quantize_with_the_same_noise(options, training, monkeypatch):
 
     monkeypatch.setattr(F, "gumbel_softmax", known_noise)
     monkeypatch.setattr(adapters, "draw_seed", lambda device: seed)
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)  # several tiles of rows
-    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)  # several tiles of rows
+    monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
     quantizer = quantize.GumbelQuantize(MAPS[1], MAPS[1], CODES, **options).train(training)
     assert_same_steps(quantizer, torch.randn(MAPS))
     assert_same_steps(quantizer, torch.randn(MAPS), temp=0.8)
@@ -108,9 +108,9 @@ def test_options_that_are_not_covered(options, reason):
 
 @pytest.mark.parametrize("name", ["VectorQuantizer2", "GumbelQuantize"])
 def test_nothing_is_as_large_as_the_distances(name, monkeypatch):
-    monkeypatch.setattr(_common, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(_common, "_MIN_TILE_ROWS", 16)
-    monkeypatch.setattr(_common, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)
     width, codes = 8, 256
     z = torch.randn(4, width, 8, 8)  # 256 rows
     arguments = (width, width, codes) if name == "GumbelQuantize" else (codes, width, 0.25)
