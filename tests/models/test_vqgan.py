@@ -288,6 +288,15 @@ def test_compiles_without_a_graph_break(model, images):
     assert torch.equal(tokens, compiled.quantizer.indices)
 
 
+def test_features_have_the_type_that_the_last_convolution_computes_in(model, images):
+    """Though a GPU normalizes in fp32 under autocast."""
+    model, images = model.float(), images.float()
+    model.decoder.norm_out.register_forward_hook(lambda module, inputs, output: output.float())
+    assert model(images).features.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).features.dtype == torch.bfloat16
+
+
 def test_bfloat16_autocast(model, images):
     model, images = model.float(), images.float()
     expected = model.decode(model.encode(images))
