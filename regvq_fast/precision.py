@@ -11,8 +11,11 @@ from regvq_fast.ranks import is_torchrun, local_rank, local_ranks
 def choose_device(name: str) -> torch.device:
     """The device a flag names; "auto" is a GPU where there is one, and under torchrun the GPU of this process.
 
+    A GPU with a number becomes the current one: kernels, cuBLAS's workspace and random states are those of device 0
+    otherwise.
+
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here, or a GPU that this build of PyTorch has no kernels for.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +31,23 @@ def choose_device(name: str) -> torch.device:
         if (device.index or 0) >= (count := torch.cuda.device_count()):
             needed = f" and {local_ranks()} processes need one each" if is_torchrun() else ""
             raise ValueError(f"--device {name}: this machine shows {count} CUDA device(s) to PyTorch{needed}")
+        _check_build(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
+
+
+def _check_build(device: torch.device) -> None:
+    built = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    if not built:  # a build for CPUs or for ROCm
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < min(built):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} is an sm_{major}{minor}, but PyTorch {torch.__version__} is built "
+            f"for sm_{min(built)} and newer only; install a build for CUDA 12.6: "
+            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+        )
 
 
 def inference_device(name: str) -> torch.device:

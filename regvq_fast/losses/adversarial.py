@@ -7,6 +7,10 @@ from torch.nn.grad import conv2d_weight
 
 from regvq_fast.ranks import mean_over_ranks
 
+_LOG2_SUM = 9
+"""A channel's gradient is scaled to an absolute sum of 2^8 to 2^9. In fp16, features up to 127 then can't overflow the
+weight's gradient, and for 40 images of 256 px the mean over pixels stays above 2^-14, the smallest normal number."""
+
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """``(mean relu(1 - real) + mean relu(1 + fake)) / 2`` of logits of any shape; 0-dim float32."""
@@ -31,24 +35,27 @@ def adaptive_weight(
 
     ``lambda = clamp(|dL_rec/dW| / (|dL_gan/dW| + 1e-4), 0, 1e4)``. The gradients of W are formed from the two
     gradients at the reconstruction and the convolution's input: nothing behind the last layer is walked for them. In a
-    distributed run they are the means over the ranks, and so is lambda the whole batch's.
+    distributed run they are the means over the ranks, and so is lambda the whole batch's. One convolution in the type
+    of the features forms both, each channel scaled to fit fp16.
 
     Args:
         features: (B, C, H, W) input of the convolution.
         weight: (3, C, k, k) its weight W.
         grad_reconstruction: (B, 3, H, W) gradient of the reconstruction losses at the reconstruction.
         grad_adversarial: (B, 3, H, W) gradient of the generator loss there.
-        grad_scale: factor that both gradients carry; divided out behind the convolution, since in fp16 the gradients of
-            an image's mean error would be 0 without it.
+        grad_scale: factor that both gradients carry, divided out of their norms.
         padding: of the convolution, whose stride is 1.
 
     Returns:
         0-dim float32, without a gradient.
     """
-    features = features.detach()
-    gradients = [
-        conv2d_weight(features, weight.shape, grad.to(features.dtype), padding=padding).float()
-        for grad in (grad_reconstruction, grad_adversarial)
-    ]
-    norms = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1) / grad_scale
+    gradients = torch.cat((grad_reconstruction, grad_adversarial), dim=1)  # one read of the features for both
+    sums = torch.linalg.vector_norm(gradients, 1, dim=(0, 2, 3))
+    # Powers of two, so that scaling rounds nothing; the limit keeps them finite for a sum near 0.
+    shift = (_LOG2_SUM - torch.frexp(sums).exponent).clamp(max=100)[:, None, None]
+    scaled = torch.ldexp(gradients, shift).to(features.dtype)
+    shape = (len(sums), *weight.shape[1:])
+    by_weight = conv2d_weight(features.detach(), shape, scaled, padding=padding).float()
+    by_weight = torch.ldexp(by_weight, -shift[..., None]).reshape(2, -1)
+    norms = mean_over_ranks(by_weight).norm(dim=1) / grad_scale
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4)

@@ -133,7 +133,10 @@ def _xformers() -> ModuleType | None:
     # Imported at the first use on a GPU, since it warns loudly where there is none.
     try:
         import xformers.ops
-    except ImportError:
+    except Exception as error:  # a build for another PyTorch may raise anything: OSError, RuntimeError, AttributeError
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "xformers"):  # which is to have none
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            warnings.warn(f"PyTorch's attention instead of xformers', which fails to import: {reason}", stacklevel=2)
         return None
     return xformers.ops
 

@@ -216,7 +216,7 @@ class VQGAN(Model):
             raise ValueError(f"images must be (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
         self._check_multiple("image height", images.shape[2])
         self._check_multiple("image width", images.shape[3])
-        return self.quant_conv(self.encoder(self._in_type_of_weights(images)))
+        return self.quant_conv(self.encoder(self._as_convolved(images)))
 
     def decode(self, quantized: Tensor) -> Tensor:
         """Quantized latents (B, D, h, w) to images (B, in_channels, H, W), not clamped."""
@@ -228,13 +228,13 @@ class VQGAN(Model):
         With it the gradient of the last layer's weight, which the adaptive weight of the adversarial loss needs,
         follows from a gradient at the reconstruction alone, without a walk through the decoder.
         """
-        return self.decoder.features(self.post_quant_conv(self._in_type_of_weights(quantized)))
+        return self.decoder.features(self.post_quant_conv(self._as_convolved(quantized)))
 
-    def _in_type_of_weights(self, value: Tensor) -> Tensor:
-        """Cast images or quantized latents, which are fp32 at least, for a model in 16 bits; autocast casts itself."""
-        if torch.is_autocast_enabled(value.device.type):
-            return value
-        return value.to(self.last_layer.dtype)
+    def _as_convolved(self, value: Tensor) -> Tensor:
+        """Cast to the type that convolutions compute in: autocast's, or that of the weights."""
+        kind = value.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        return value.to(torch.get_autocast_dtype(kind) if autocast else self.last_layer.dtype)
 
     def forward(self, images: Tensor, *quantizer_args: Any) -> VQGANOutput:
         """Images (B, in_channels, H, W) in [-1, 1] to their reconstruction; raises as `encode`.
@@ -242,7 +242,8 @@ class VQGAN(Model):
         Further arguments (seed, row_offset) go to the quantizer.
         """
         quantizer = self.quantize(self.encode(images), *quantizer_args)
-        features = self.decoder_features(quantizer.quantized)
+        # Autocast's GroupNorm is fp32 on a GPU: cast once here, the features leave a compiled graph at half the size.
+        features = self._as_convolved(self.decoder_features(quantizer.quantized))
         # Detached: a compiled backward would carry a gradient of zeros for it otherwise, as large as the map.
         return VQGANOutput(self.decoder.conv_out(features), features.detach(), quantizer)
 

@@ -1,4 +1,6 @@
+import pytest
 import torch
+from torch.nn.grad import conv2d_weight
 
 from regvq_fast.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
 
@@ -23,13 +25,24 @@ def test_adaptive_weight_is_the_ratio_of_the_last_layers_gradients() -> None:
     assert not weight.requires_grad
 
 
-def test_gradients_too_small_for_fp16_are_weighed_by_their_scale() -> None:
-    torch.manual_seed(0)
-    features, weight = torch.randn(1, 4, 8, 8), torch.zeros(3, 4, 3, 3)
-    large, small = 1e-2 * torch.randn(1, 3, 8, 8), 1e-2 * torch.randn(1, 3, 8, 8)
-    expected = adaptive_weight(features, weight, large, small)
-    scaled = adaptive_weight(features.half(), weight, 2.0**10 * large, 2.0**10 * small, grad_scale=2.0**10)
-    torch.testing.assert_close(scaled, expected, rtol=1e-2, atol=0)
+@pytest.mark.parametrize("grad_scale", [1.0, 2.0**16])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)], ids=str
+)
+def test_adaptive_weight_neither_overflows_nor_underflows(
+    dtype: torch.dtype, tolerance: float, grad_scale: float
+) -> None:
+    """Against fp64: a gradient whose sum exceeds fp16 when scaled, and one below fp16's smallest number."""
+    generator = torch.Generator().manual_seed(0)
+    features = 8 + torch.randn(2, 8, 64, 64, generator=generator)
+    same_sign = torch.full((2, 3, 64, 64), 1 / 24576)
+    tiny = 2e-8 * torch.rand(2, 3, 64, 64, generator=generator)
+    shape = (3, 8, 3, 3)
+    rec, adv = (conv2d_weight(features.double(), shape, grad.double(), padding=1).norm() for grad in (same_sign, tiny))
+    found = adaptive_weight(
+        features.to(dtype), torch.zeros(shape), grad_scale * same_sign, grad_scale * tiny, grad_scale=grad_scale
+    )
+    torch.testing.assert_close(found.double(), rec / (adv + 1e-4), rtol=tolerance, atol=0)
 
 
 def test_adaptive_weight_is_clamped_where_the_adversarial_gradient_vanishes() -> None:

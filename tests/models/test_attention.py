@@ -1,6 +1,10 @@
 """Attention: the formula, both implementations, one graph, and what it refuses."""
 
+import functools
 import math
+import sys
+import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -112,3 +116,29 @@ def test_where_xformers_has_no_kernel_pytorchs_attention_goes_on(monkeypatch):
         assert torch.equal(attention(query, query, query, causal=True), expected)
     assert torch.equal(attention(query, query, query, causal=True), expected)
     assert asked == [True]  # the second call didn't ask again
+
+
+@pytest.fixture
+def load_xformers():
+    """`_xformers`, as if xformers had not been looked for yet; afterwards all is as before."""
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
+            del sys.modules[name]
+        yield functools.cache(module._xformers.__wrapped__)
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError", "RuntimeError", "AttributeError"])
+def test_where_xformers_fails_to_import_pytorchs_attention_goes_on(monkeypatch, tmp_path, load_xformers, error):
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").touch()
+    (tmp_path / "xformers" / "ops.py").write_text(f"raise {error}('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match=f"fails to import: {error}: undefined symbol$") as caught:
+        assert [load_xformers() for _ in range(2)] == [None, None]
+    assert len(caught) == 1
+
+
+def test_no_xformers_is_no_warning(monkeypatch, load_xformers):
+    monkeypatch.setattr(sys, "path", [])
+    with warnings.catch_warnings(action="error"):
+        assert load_xformers() is None

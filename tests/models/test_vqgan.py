@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from regvq_fast.models.layers import (
     AttnBlock,
@@ -137,6 +138,41 @@ def test_written_out_group_norm(memory_format):
     gradients = [torch.autograd.grad(out, inputs, upstream, retain_graph=True) for out in (found, expected)]
     torch.testing.assert_close(*gradients)
     assert written_out_group_norm(given.bfloat16(), 4, weight.float(), bias.float(), 1e-6).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)], ids=str)
+def test_written_out_group_norm_keeps_its_precision_far_from_zero(dtype, tolerance):
+    """A mean of 100 standard deviations; bf16 rounds the input and its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = (100 + torch.randn(2, 32, 16, 16, generator=generator)).to(dtype)
+    weight, bias = torch.randn(2, 32, generator=generator)
+    upstream = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    results = []
+    for norm, kind in ((written_out_group_norm, None), (F.group_norm, torch.float64)):
+        inputs = [value.to(kind or value.dtype, copy=True).requires_grad_() for value in (x, weight, bias)]
+        out = norm(inputs[0], 8, *inputs[1:], 1e-6).double()
+        results.append([out, *(g.double() for g in torch.autograd.grad(out, inputs, upstream))])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_written_out_group_norm_reduces_each_channel_by_itself():
+    """All other reductions of a map read it in strides."""
+
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((3, 12, 5, 4), (12,), (12,))]
+
+    def gradients(x, weight, bias):
+        return torch.autograd.grad(written_out_group_norm(x, 4, weight, bias, 1e-6).sin().sum(), (x, weight, bias))
+
+    aten = torch.ops.aten
+    reductions = [
+        node.args[1]
+        for node in make_fx(gradients, tracing_mode="fake")(*inputs).graph.nodes
+        if node.target in (aten.var_mean.correction, aten.mean.dim, aten.sum.dim_IntList)
+        and node.args[0].meta["val"].numel() == inputs[0].numel()
+    ]
+    assert len(reductions) >= 4
+    assert all(dims == [2, 3] for dims in reductions)
 
 
 @pytest.mark.parametrize("out_channels", [6, 10])
@@ -286,6 +322,15 @@ def test_compiles_without_a_graph_break(model, images):
     torch.testing.assert_close(compiled.reconstruction, model(images).reconstruction)
     tokens = torch.compile(model.tokenize, fullgraph=True, backend="eager")(images)
     assert torch.equal(tokens, compiled.quantizer.indices)
+
+
+def test_features_have_the_type_that_the_last_convolution_computes_in(model, images):
+    """Though a GPU normalizes in fp32 under autocast."""
+    model, images = model.float(), images.float()
+    model.decoder.norm_out.register_forward_hook(lambda module, inputs, output: output.float())
+    assert model(images).features.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).features.dtype == torch.bfloat16
 
 
 def test_bfloat16_autocast(model, images):

@@ -94,6 +94,7 @@ def install() -> None:
         "current_device": 0,
         "get_device_name": NAME,
         "get_device_capability": CAPABILITY,
+        "get_arch_list": [],
         "get_device_properties": properties,
         "is_bf16_supported": CAPABILITY >= (8, 0),
         "max_memory_allocated": 0,

@@ -7,7 +7,7 @@ import torch
 from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
 from regvq_fast.paper import PaperConfig, reproduce
 from regvq_fast.paper.report import Report
-from regvq_fast.precision import choose_precision
+from regvq_fast.precision import choose_device, choose_precision
 from regvq_fast.sampling.generate import SampleConfig, generate
 from regvq_fast.training.caching import CacheConfig, cache_tokens
 
@@ -43,6 +43,42 @@ def test_a_gpu_without_bf16_takes_fp16(
     precision = choose_precision(True, GPU)
     assert precision.dtype == dtype
     assert "the GPU" in precision.reason
+
+
+@pytest.fixture
+def two_v100s(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine that has them; the devices that have been made current."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    return current
+
+
+@pytest.mark.parametrize("local_rank", [None, 1])
+def test_the_device_chosen_is_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, two_v100s: list[torch.device], local_rank: int | None
+) -> None:
+    """Otherwise kernels, workspaces and random states are those of device 0."""
+    if local_rank is not None:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+            monkeypatch.setenv(name, str(local_rank))
+    device = choose_device("cuda:1" if local_rank is None else "cuda")
+    assert two_v100s == [device] == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("built", [["sm_75", "sm_80", "sm_90a", "compute_120"], ["sm_50", "sm_70", "sm_90"], []])
+def test_a_gpu_older_than_the_build_of_pytorch_is_refused(
+    monkeypatch: pytest.MonkeyPatch, two_v100s: list[torch.device], built: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    if "sm_75" not in built:
+        assert choose_device("cuda:0") == torch.device("cuda:0")
+        return
+    with pytest.raises(ValueError, match=r"Tesla V100 is an sm_70, .* sm_75 and newer only; .*whl/cu126$"):
+        choose_device("cuda:0")
+    assert not two_v100s
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One training step against the textbook: separate backward passes through everything."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -131,6 +132,26 @@ def test_any_number_of_parts_compiles_once() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for first in range(10):
             compiled(images(), torch.tensor(5), torch.full((), 64 * first))
+
+
+def test_compiled_networks_have_no_graph_break_and_do_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
+    step = VQGANStep(*build_parts(), Precision(torch.device("cpu"), torch.bfloat16, "test"), compile=True)
+    batch = images().contiguous(memory_format=torch.channels_last)
+
+    def run(seed: int) -> None:
+        number, scale = torch.tensor(2 * seed), torch.tensor(2.0**seed)
+        step(batch, torch.tensor(seed), first_image=number, loss_scale=scale, adversarial=seed >= 2)
+
+    for seed in range(3):
+        run(seed)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # Autoencoder, losses, and the discriminator with and without gradients of its weights.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(3)
 
 
 def test_a_quantizer_without_a_loss_of_its_own_trains() -> None:
