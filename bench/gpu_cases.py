@@ -21,9 +21,7 @@ PARTS = ("forward+backward", "forward", "assign")
 LEAVES = ("dx", "dcodebook")
 MASK_RATIO = 0.4
 TAU = 0.9
-# Trained-like latents: codes in groups of this size, within so many dimensions, whichever D is. CONTRACTION is the
-# spread of a group's codes, of that of the groups; USE makes the k-th code's use proportional to k^-USE.
-GROUP, DIMENSIONS, CONTRACTION, USE, SHARPNESS = 16, 8, 0.2, 0.4, 37.0
+DIMENSIONS = 5  # of trained-like latents, whichever D is
 FRESH_SEED = 987654321
 
 # Largest deviation of a gradient, of its largest element. 16-bit probabilities are rounded once, and so is the result.
@@ -122,7 +120,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
     if case.latents == "random":
         x, codebook, scale = normal(case.rows, case.width), normal(case.codes, case.width), 1 / math.sqrt(case.width)
     else:
-        x, codebook, scale = *trained_like(case, generator), SHARPNESS / case.width
+        x, codebook, scale = trained_like(case, generator)
     return Inputs(
         x=x.to(dtype).requires_grad_(trains),
         codebook=codebook.to(dtype).requires_grad_(trains),
@@ -136,22 +134,19 @@ def make_inputs(case: Case, device: str) -> Inputs:
     )
 
 
-def trained_like(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows and codes whose softmax is that of trained models, see docs/benchmarks.md."""
+def trained_like(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Rows, codes and logit scale whose softmax is that of trained models, see docs/benchmarks.md."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=generator.device)
 
-    groups = math.ceil(case.codes / GROUP)
-    codes = normal(groups, 1, DIMENSIONS) + CONTRACTION * normal(groups, GROUP, DIMENSIONS)
-    order = torch.randperm(groups * GROUP, generator=generator, device=generator.device)[: case.codes]
-    codes = codes.flatten(0, 1)[order]
-    use = torch.arange(1.0, case.codes + 1, device=generator.device) ** -USE
+    codes, spacing = normal(case.codes, DIMENSIONS), case.codes ** (-1 / DIMENSIONS)
+    use = torch.arange(1.0, case.codes + 1, device=generator.device) ** -0.4
     chosen = use.multinomial(case.rows, replacement=True, generator=generator)
-    x = codes[chosen] + CONTRACTION / 2 * normal(case.rows, DIMENSIONS)
+    x = codes[chosen] + 2 * spacing * normal(case.rows, DIMENSIONS)
     # Orthonormal: distances are the same at any width but for the factor.
     basis = math.sqrt(case.width / DIMENSIONS) * torch.linalg.qr(normal(case.width, DIMENSIONS))[0].t()
-    return x @ basis, codes @ basis
+    return x @ basis, codes @ basis, 0.226 * DIMENSIONS / case.width / spacing**2
 
 
 # ------------------------------------------------------------------------------------------------------- competitors

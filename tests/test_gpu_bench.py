@@ -221,7 +221,7 @@ def test_trained_like_latents_have_the_softmax_of_trained_models(codes, width):
     noisy = log_p + gumbel_noise(inputs.seed, torch.arange(2048), codes)
     perturbed = float((noisy.argmax(1) != log_p.argmax(1)).float().mean())
     assert (entropy, largest, perturbed) == (
-        pytest.approx(2.0, abs=0.1),
+        pytest.approx(2.1, abs=0.15),
         *(pytest.approx(p, abs=0.03) for p in (0.4, 0.6)),
     )
     assert codebook.square().mean() == pytest.approx(1, abs=0.15)
