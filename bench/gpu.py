@@ -68,7 +68,7 @@ class Meter(Protocol):
 
 
 def first_cases(half: str) -> list[Case | InfoNceCase]:
-    """What matters most: time may run out. ``half``: the GPU's main 16-bit type."""
+    """Most important cases, since time may run out. ``half``: the GPU's main 16-bit type."""
     step, forward, _ = gpu_cases.PARTS
     sizes = [
         (width, codes, dtype) for width in (256, 64, 32, 8) for codes in (8192, 1024) for dtype in (half, "float32")
@@ -79,7 +79,7 @@ def first_cases(half: str) -> list[Case | InfoNceCase]:
 
 
 def other_cases(half: str) -> list[Case | InfoNceCase]:
-    """What is measured in the time that is left: assignments, InfoNCE, other sizes and types."""
+    """Cases for the time that is left: assignments, InfoNCE, other sizes and types."""
     step, forward, assign = gpu_cases.PARTS
     types = (half, "float32")
     narrow = [Case(part, n, dtype, width=16) for n in (8192, 1024) for dtype in types for part in (step, forward)]
@@ -96,7 +96,7 @@ def other_cases(half: str) -> list[Case | InfoNceCase]:
 
 
 def competitors(case: Case | InfoNceCase, inputs: Any) -> dict[str, Callable[[], TensorRun]]:
-    """Those of the case; packages take part in vector quantization at D = 256 alone, which saves time."""
+    """Competitors of a case. Packages take part in vector quantization at D = 256 only, to save time."""
     makers: dict[str, Callable[[], TensorRun]] = OPS[type(case)].competitors(case, inputs)
     if case.op == "vector_quantize" and case.width != Case.width:
         return {name: makers[name] for name in ("matmul", "ours", "eager", "compiled")}

@@ -207,16 +207,11 @@ def make_ours(case: Case, inputs: Inputs) -> TensorRun:
     return partial(run_ours, case, inputs)
 
 
-_compiled: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
-
-
 def make_plain(case: Case, inputs: Inputs, compiles: bool) -> TensorRun:
     function: Callable[..., Any] = peers.plain_assign if case.part == "assign" else peers.plain_quantize
     again = case.part == "backward"
-    if compiles:
-        if (function, again) not in _compiled:  # forward and backward of a size come out of one compilation
-            _compiled[function, again] = peers.compiled(function)
-        function = _compiled[function, again]
+    if compiles:  # forward and backward of a size come out of one compilation
+        function = peers.compiled(function, again)
     if not again:
         return partial(run_plain, case, inputs, function)
     # A compiled backward gives its buffers away, and could not run again.

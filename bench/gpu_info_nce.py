@@ -120,17 +120,12 @@ def make_ours(case: InfoNceCase, inputs: InfoNceInputs, weight: Tensor | None, i
     return make_run(case, inputs, call)
 
 
-_compiled: dict[bool, Callable[..., Tensor]] = {}
-
-
 def make_plain(case: InfoNceCase, inputs: InfoNceInputs, compiles: bool) -> TensorRun:
     """The plain expression, with weights in the type of the features."""
     function: Callable[..., Tensor] = peers.plain_info_nce
     again = case.part == "backward"
-    if compiles:
-        if again not in _compiled:  # forward and backward of a size come out of one compilation
-            _compiled[again] = peers.compiled(function)
-        function = _compiled[again]
+    if compiles:  # forward and backward of a size come out of one compilation
+        function = peers.compiled(function, again)
     call = partial(function, inputs.query, inputs.key, inputs.weight.to(inputs.query.dtype), tau=TAU)
     if not again:
         return make_run(case, inputs, call)

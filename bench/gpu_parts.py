@@ -97,7 +97,7 @@ def run_benchmarks(script: str, limit: float) -> tuple[list[dict[str, Any]], dic
 
 
 def search_tiles(limit: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What the tile search has found of each kernel within ``limit`` seconds, and how it went."""
+    """Run the tile search for at most ``limit`` seconds; return the tiles of each kernel, and how it went."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiles.json"
         done = run_python([TILES, "--out", str(path)], limit)

@@ -4,6 +4,7 @@ Each function gives a run: a call without arguments that returns tensors without
 answer other questions than ours does, which the docstrings say; none of them is needed to run the rest.
 """
 
+import functools
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -103,8 +104,9 @@ def plain_assign(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.addmm(codebook.square().sum(1).mul(-0.5), x, codebook.t()).argmax(1)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` by ``torch.compile``, anew for each size."""
+@functools.cache
+def compiled(function: Callable[..., Any], again: bool) -> Callable[..., Any]:
+    """Compile ``function``, anew for each size; ``again``: for backwards that run more than once."""
     # Past this number of sizes it would run uncompiled, or refuse.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=False, fullgraph=True)

@@ -135,7 +135,7 @@ def op_of(op: str, part: str) -> str:
 
 
 def part_of(info: dict[str, Any]) -> str:
-    """The part of a case, with what sets it apart from the usual one."""
+    """Part of a case, with its unusual settings."""
     part: str = info["part"]
     if part == "assign":
         return part

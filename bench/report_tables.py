@@ -73,7 +73,7 @@ def source(document: Document, page_depth: int) -> str:
 
 
 def old_baselines(document: Document) -> str:
-    """What sets the baselines apart in results from before they had the codebook gradient of ours."""
+    """Label results from before the baselines had the codebook gradient of ours."""
     runs = [*document.raw.get("cases", []), *(entry["extra_info"] for entry in document.raw.get("benchmarks", []))]
     if not document.of("vector_quantize") or any("codebook_grad" in run for run in runs):
         return ""
