@@ -78,7 +78,7 @@ def measured(op: ModuleType, case: Any, names: tuple[str, ...]) -> dict[str, mea
     """Of each competitor of a case what was measured, or why nothing was; kept for their own tests to tell."""
     torch.manual_seed(0)
     inputs = op.make_inputs(case, DEVICE)
-    truth, makers = op.truth_of(case, inputs), op.competitors(case, inputs, ours=("ours",))
+    truth, makers = op.truth_of(case, inputs), op.competitors(case, inputs)
 
     def examine(name: str, run: peers.TensorRun) -> dict[str, Any]:
         found = op.examine(case, inputs, truth, name, run)

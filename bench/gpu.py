@@ -1,16 +1,16 @@
-"""Measure the ops on a GPU, against PyTorch and other packages: one command, within 8 minutes.
+"""Measure the ops on a GPU, against PyTorch and other packages, within a limit of seconds.
 
-    python bench/gpu.py                      the tests of the ops, then every case; bench/results/gpu-NAME.json
-    python bench/gpu.py --out other.json
-    python bench/gpu.py --quick              no tests, the cases of the targets in one type: a few minutes
+    python bench/gpu.py                      everything; bench/results/gpu-NAME.json
+    python bench/gpu.py --limit 1500         in at most 25 minutes instead of 580 seconds
+    python bench/gpu.py --quick              the first cases alone: vector_quantize by N and D
 
-In this order, each within its part of the time: tests/ops, whose kernels run natively on CUDA, while other processes
-compile the training steps; the cases that targets are about; the whole training step; the steps and the sampling of the
-priors; all other cases. A result is compared with the eager twin's in fp64, and a wrong one gets no time; then all
-competitors take turns. The JSON is written after every case, the tables come last. Competitors that are missing, don't
-compile or run out of memory are named as such and stop nobody. To have all: ``pip install -e ".[bench,test]"``, ``pip
-install --no-deps taming-transformers-rom1504`` and ``pip install flash-kmeans inf-cl``. ``python bench/report.py`` then
-puts the numbers into README.md and docs.
+In this order, each within its fraction of the time: vector_quantize at N = 8192 and 1024 over D, in 16 bits and fp32;
+tests/ops, whose kernels run natively on CUDA, while other processes compile the training steps; the whole training
+step; the steps and the sampling of the priors; all other cases; a search for faster tiles. A result is compared with
+the eager twin's in fp64, and a wrong one gets no time; then all competitors take turns. The JSON is written after every
+case, the tables come last. Competitors that are missing, don't compile or run out of memory are named as such and stop
+nobody. To have all: ``pip install -e ".[bench,test]"``, ``pip install --no-deps taming-transformers-rom1504`` and ``pip
+install flash-kmeans inf-cl``. ``python bench/report.py`` then puts the numbers into README.md and docs.
 
 Exits with 0; 1 if a test failed or a result of ours was wrong or failed; 2 without CUDA.
 """
@@ -24,7 +24,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -47,11 +46,11 @@ from peers import TensorRun
 
 from regvq_fast import nvml
 
-LIMIT = 460.0  # seconds in all, up to the tables: no case begins that would not be ready by then
-TEST_LIMIT = 150.0  # of these at most for the tests and for compiling the steps
-# Of these for the training step and the priors, in their order; what they leave goes to the cases after them.
-STEP_LIMITS = dict(zip(gpu_parts.STEPS, (85.0, 70.0, 55.0), strict=True))
-CASE_LIMIT = 3.0  # of these for the turns of a case
+LIMIT = 580.0  # seconds in all, up to the tables: no case begins that would not be ready by then
+# Of these at most; what they leave goes to the cases that come last.
+FIRST, TESTS = 0.4, 0.25
+STEPS = dict(zip(gpu_parts.STEPS, (0.15, 0.1, 0.1), strict=True))
+CASE_LIMIT = 3.0  # seconds of the turns of a case
 REPEATS = 30
 # Who knows the cases of an op: make_inputs, competitors, truth_of and examine.
 OPS: dict[type, ModuleType] = {Case: gpu_cases, InfoNceCase: gpu_info_nce}
@@ -68,29 +67,40 @@ class Meter(Protocol):
 # ------------------------------------------------------------------------------------------------------------- cases
 
 
-def target_cases(half: str) -> list[Case | InfoNceCase]:
-    """What the targets are about, which is measured first: time may run out. ``half``: the GPU's main 16-bit type."""
-    first = [Case(part, 8192, half) for part in gpu_cases.PARTS]
-    first += [Case("forward+backward", 1024, half, graph=True), Case("forward+backward", 262144, half, masked=False)]
-    step, lengths = "forward+backward", (4096, 16384, 65536)
-    long = [(65536, 64), *((length, width) for length in lengths for width in (512, 128))]
-    return [*first, *(InfoNceCase(step, *size, half) for size in long)]
+def first_cases(half: str) -> list[Case | InfoNceCase]:
+    """Most important cases, since time may run out. ``half``: the GPU's main 16-bit type."""
+    step, forward, _ = gpu_cases.PARTS
+    sizes = [
+        (width, codes, dtype) for width in (256, 64, 32, 8) for codes in (8192, 1024) for dtype in (half, "float32")
+    ]
+    cases = [Case(part, codes, dtype, width=width) for width, codes, dtype in sizes for part in (step, forward)]
+    trained = [Case(step, codes, half, latents="trained-like") for codes in (8192, 1024)]
+    return [Case(step, 1024, half, graph=True), *cases, *trained, Case(step, 8192, half, codebook_grad="hard")]
 
 
 def other_cases(half: str) -> list[Case | InfoNceCase]:
-    """What is measured in the time that is left: other sizes and types, forward passes."""
-    targets = target_cases(half)
-    other = "float16" if half == "bfloat16" else None
-    sizes = [Case(part, codes, half) for codes in (16384, 1024, 65536) for part in gpu_cases.PARTS]
-    types = [Case(part, 8192, dtype) for dtype in (other, "float32") if dtype for part in gpu_cases.PARTS]
-    small = [Case(part, codes, half) for codes in (4096, 512) for part in gpu_cases.PARTS]
-    graphs = [case for case in targets if isinstance(case, Case) and case.graph]
-    rest = [replace(case, dtype=other) for case in graphs + sizes + small if other]
-    forward = [replace(case, part="forward") for case in targets if isinstance(case, InfoNceCase)]
-    short = [(length, width) for length in (1024, 256) for width in (512, 128)]
-    contrastive_rest = forward + [InfoNceCase(part, *size, half) for size in short for part in gpu_info_nce.PARTS]
-    widths = [Case(part, 8192, half, width=width) for width in (64, 512) for part in gpu_cases.PARTS]
-    return [*sizes, *contrastive_rest, *widths, *types, *small, *rest]
+    """Cases for the time that is left: assignments, InfoNCE, other sizes and types."""
+    step, forward, assign = gpu_cases.PARTS
+    types = (half, "float32")
+    narrow = [Case(part, n, dtype, width=16) for n in (8192, 1024) for dtype in types for part in (step, forward)]
+    assignments = [Case(assign, n, dtype, width=d) for n in (8192, 1024) for d in (256, 64) for dtype in types]
+    lengths = [(65536, 64), *((length, width) for length in (4096, 16384, 65536) for width in (512, 128))]
+    lengths += [(length, width) for length in (1024, 256) for width in (512, 128)]
+    contrastive = [InfoNceCase(part, *size, half) for part in gpu_info_nce.PARTS for size in lengths]
+    large = [Case(part, 65536, dtype) for dtype in types for part in gpu_cases.PARTS]
+    large.append(Case(step, 262144, half, masked=False))
+    rest = [Case(part, n, half) for n in (16384, 4096, 512) for part in gpu_cases.PARTS]
+    rest += [Case(part, 8192, half, width=512) for part in gpu_cases.PARTS]
+    rest += [Case(part, 8192, "float16") for part in gpu_cases.PARTS if half != "float16"]
+    return [*narrow, *assignments, *contrastive, *large, *rest]
+
+
+def competitors(case: Case | InfoNceCase, inputs: Any) -> dict[str, Callable[[], TensorRun]]:
+    """Competitors of a case. Packages take part in vector quantization at D = 256 only, to save time."""
+    makers: dict[str, Callable[[], TensorRun]] = OPS[type(case)].competitors(case, inputs)
+    if case.op == "vector_quantize" and case.width != Case.width:
+        return {name: makers[name] for name in ("matmul", "ours", "eager", "compiled")}
+    return makers
 
 
 def measure_case(
@@ -183,7 +193,7 @@ def measure_cases(
     measured: Callable[[dict[str, Any]], None],
 ) -> None:
     """Measure each case, as long as it would be ready in time, into the report."""
-    durations = [0.0]
+    durations, inputs = [0.0], None
     for case in cases:
         measuring.release_memory()
         now = time.perf_counter()
@@ -191,33 +201,19 @@ def measure_cases(
             report["not_measured"][case.name] = OUT_OF_TIME
             continue
         try:
-            op = OPS[type(case)]
-            inputs = op.make_inputs(case, "cuda")
-            entry = measure_case(case, inputs, op.competitors(case, inputs), meter)
+            inputs = OPS[type(case)].make_inputs(case, "cuda")
+            entry = measure_case(case, inputs, competitors(case, inputs), meter)
+            report["cases"].append(entry | {"state": read_state()})
         except Exception as error:  # not a competitor's fault: the GPU is too small, or beyond use
             report["not_measured"][case.name] = _describe(error)
-            continue
-        report["cases"].append(entry | {"state": read_state()})
-        del inputs
+        inputs = None
         durations.append(time.perf_counter() - now)
         measured(report)
         print(f"{report['seconds']:.0f} s: {case.name}", flush=True)
 
 
-def evaluate_targets(report: dict[str, Any], half: str) -> list[dict[str, Any]]:
-    """All of them; those of what was not measured are open."""
-    names = {entry["case"] for entry in report["cases"]}
-    open_cases = [entry(case, {}) for case in target_cases(half) if case.name not in names]
-    cases = report["cases"] + open_cases
-    return gpu_report.evaluate_targets(cases, report["method"]["default_schedule"]) + gpu_report.step_targets(
-        report["benchmarks"]
-    )
-
-
 def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
     """A report without measurements, and what reads the GPU's clocks."""
-    from regvq_fast.dispatch import is_chunked
-
     driver, read_state, problem = nvml.gpu_state()
     if problem:
         print(problem)
@@ -233,7 +229,6 @@ def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
             "info_nce_rows": gpu_info_nce.ROWS,
             "info_nce_tau": gpu_info_nce.TAU,
             "repeats": REPEATS,
-            "default_schedule": "chunked" if is_chunked(torch.device("cuda")) else "fused",
         },
         "state_before": read_state(),
         "tests": None,
@@ -243,6 +238,7 @@ def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
         "benchmarks": [],
         "parts": {},
         "targets": [],
+        "tiles": [],
         "not_measured": {},
     }
     return report, read_state
@@ -256,21 +252,19 @@ def save(report: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON to write; default bench/results/gpu-NAME.json")
-    parser.add_argument("--quick", action="store_true", help="no tests, few cases")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all, default %(default)g")
+    parser.add_argument("--quick", action="store_true", help="only the first cases, neither tests nor steps")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
         return 2
     begin = time.perf_counter()
+    end = begin + options.limit
     for name in ("TRITON_INTERPRET", "REGVQ_SCHEDULE"):  # before the kernels are imported, and for the tests as well
         os.environ.pop(name, None)
     report, read_state = new_report(options.quick)
     gpu = re.sub(r"[^a-z0-9]+", "-", report["machine"]["gpu"].lower())
     path = options.out or machine.ROOT / "bench" / "results" / f"gpu-{gpu}.json"
-    if not options.quick:
-        report["tests"], report["compilation"] = gpu_parts.run_tests(TEST_LIMIT)
-        print(f"tests/ops: {report['tests']}\ncompiling the steps: {report['compilation']}", flush=True)
-
     meter = measuring.DeviceMeter()
     report["method"]["flushed_mib"] = meter.flushed_mib
     # bf16 is emulated below sm_80.
@@ -281,23 +275,27 @@ def main(arguments: list[str] | None = None) -> int:
 
     def measured(report: dict[str, Any]) -> None:
         report["seconds"] = round(time.perf_counter() - begin, 1)
-        report["targets"] = evaluate_targets(report, half)
+        report["targets"] = gpu_report.evaluate_targets(report["cases"], report["machine"]["gpu"])
+        report["targets"] += gpu_report.step_targets(report["benchmarks"])
         save(report, path)  # after everything: what is measured stays, whatever comes
 
-    if options.quick:
-        measure_cases(target_cases(half), report, meter, begin + LIMIT, read_state, measured)
-    else:
-        until = begin + LIMIT - sum(STEP_LIMITS.values())
-        measure_cases(target_cases(half), report, meter, until, read_state, measured)
-        for script, limit in STEP_LIMITS.items():
-            measuring.release_memory()
-            entries, report["parts"][script] = gpu_parts.run_benchmarks(
-                script, min(limit, begin + LIMIT - time.perf_counter())
-            )
+    def run_cases(cases: list[Case | InfoNceCase], until: float) -> None:
+        measure_cases(cases, report, meter, until, read_state, measured)
+
+    run_cases(first_cases(half), end if options.quick else begin + FIRST * options.limit)
+    if not options.quick:
+        measuring.release_memory()
+        report["tests"], report["compilation"] = gpu_parts.run_tests(TESTS * options.limit)
+        print(f"tests/ops: {report['tests']}\ncompiling the steps: {report['compilation']}", flush=True)
+        for script, fraction in STEPS.items():
+            limit = min(fraction * options.limit, end - time.perf_counter())
+            entries, report["parts"][script] = gpu_parts.run_benchmarks(script, limit)
             report["benchmarks"] += entries
             measured(report)
             print(f"{report['seconds']:.0f} s: {script} {report['parts'][script]}", flush=True)
-        measure_cases(other_cases(half), report, meter, begin + LIMIT, read_state, measured)
+        run_cases(other_cases(half), end)
+        measuring.release_memory()
+        report["tiles"], report["parts"][gpu_parts.TILES] = gpu_parts.search_tiles(end - time.perf_counter())
     measured(report)
     with contextlib.suppress(ValueError):  # another drive has no relative path
         path = path.resolve().relative_to(Path.cwd())

@@ -1,14 +1,14 @@
 """The vector quantization cases of the benchmarks: their inputs, who competes, and the gate of the results."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import measuring
 import peers
+import records
 import torch
 from peers import TensorRun
 from torch import Tensor
@@ -18,11 +18,10 @@ from regvq_fast.ops.noise import gumbel_noise
 from regvq_fast.ops.vector_quantize import VectorQuantizeOutput
 
 PARTS = ("forward+backward", "forward", "assign")
-SCHEDULES = ("fused", "chunked")
-OURS = (*SCHEDULES, "ours")  # the last one is what users get
 LEAVES = ("dx", "dcodebook")
 MASK_RATIO = 0.4
 TAU = 0.9
+DIMENSIONS = 5  # of trained-like latents, whichever D is
 FRESH_SEED = 987654321
 
 # Largest deviation of a gradient, of its largest element. 16-bit probabilities are rounded once, and so is the result.
@@ -46,12 +45,15 @@ class Case:
     graph: bool = False  # as a CUDA graph
     rows: int = 10240
     width: int = 256
+    latents: str = "random"  # or "trained-like"
+    codebook_grad: Literal["soft", "hard"] = "soft"
     op: ClassVar[str] = "vector_quantize"
 
     @property
     def products(self) -> int:
-        """Products of M x N x D that the part can't do without: the forward's, and backward's five."""
-        return {"forward+backward": 6, "backward": 5}.get(self.part, 1)
+        """Products of M x N x D that the part can't do without: the forward's one, and four or five backward."""
+        backward = 5 if self.codebook_grad == "soft" else 4  # the fifth is p^T dQ
+        return {"forward+backward": 1 + backward, "backward": backward}.get(self.part, 1)
 
     @property
     def flops(self) -> int:
@@ -59,15 +61,22 @@ class Case:
 
     @property
     def name(self) -> str:
-        extras = "" if self.masked or self.part == "assign" else ", no noise"
         rows = "" if self.rows == Case.rows else f"M={self.rows}, "
         width = "" if self.width == Case.width else f", D={self.width}"
-        return f"{self.part}{', graph' if self.graph else ''}{extras}, {rows}N={self.codes}{width}, {self.dtype}"
+        return f"{records.part_of({'part': self.part} | self.describe())}, {rows}N={self.codes}{width}, {self.dtype}"
 
     def describe(self) -> dict[str, Any]:
         """What the report knows the case by, besides what all cases have."""
         masked = self.masked and self.part != "assign"
-        return {"rows": self.rows, "codes": self.codes, "width": self.width, "masked": masked, "graph": self.graph}
+        return {
+            "rows": self.rows,
+            "codes": self.codes,
+            "width": self.width,
+            "masked": masked,
+            "graph": self.graph,
+            "latents": self.latents,
+            "codebook_grad": self.codebook_grad,
+        }
 
     @property
     def bytes(self) -> int:
@@ -99,7 +108,7 @@ class Truth(NamedTuple):
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
-    """Rows and codes of unit variance, and logits of standard deviation 2, which leave no softmax one-sided."""
+    """Rows and codes of unit variance. Random ones have logits of standard deviation 2: no softmax is one-sided."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
@@ -108,17 +117,36 @@ def make_inputs(case: Case, device: str) -> Inputs:
 
     trains = case.part != "assign"
     mask = torch.rand(case.rows, generator=generator, device=device) < MASK_RATIO if case.masked and trains else None
+    if case.latents == "random":
+        x, codebook, scale = normal(case.rows, case.width), normal(case.codes, case.width), 1 / math.sqrt(case.width)
+    else:
+        x, codebook, scale = trained_like(case, generator)
     return Inputs(
-        x=normal(case.rows, case.width).to(dtype).requires_grad_(trains),
-        codebook=normal(case.codes, case.width).to(dtype).requires_grad_(trains),
+        x=x.to(dtype).requires_grad_(trains),
+        codebook=codebook.to(dtype).requires_grad_(trains),
         mask=mask,
         stochastic=None if mask is None else mask.nonzero().squeeze(1),
         seed=torch.tensor(123456789, device=device),
         tau=torch.tensor(TAU, dtype=dtype, device=device),
-        scale=1 / math.sqrt(case.width),
+        scale=scale,
         grad_quantized=normal(case.rows, case.width).to(dtype),
         grad_posterior=case.rows * normal(1, case.codes),  # over M rows, comparable to the other one
     )
+
+
+def trained_like(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
+    """Rows, codes and logit scale whose softmax is that of trained models, see docs/benchmarks.md."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device)
+
+    codes, spacing = normal(case.codes, DIMENSIONS), case.codes ** (-1 / DIMENSIONS)
+    use = torch.arange(1.0, case.codes + 1, device=generator.device) ** -0.4
+    chosen = use.multinomial(case.rows, replacement=True, generator=generator)
+    x = codes[chosen] + 2 * spacing * normal(case.rows, DIMENSIONS)
+    # Orthonormal: distances are the same at any width but for the factor.
+    basis = math.sqrt(case.width / DIMENSIONS) * torch.linalg.qr(normal(case.width, DIMENSIONS))[0].t()
+    return x @ basis, codes @ basis, 0.226 * DIMENSIONS / case.width / spacing**2
 
 
 # ------------------------------------------------------------------------------------------------------- competitors
@@ -132,7 +160,7 @@ def gradients_of(case: Case, inputs: Inputs, quantized: Tensor, posterior: Tenso
     return torch.autograd.grad([quantized, posterior], leaves, upstream, retain_graph=again)
 
 
-def call_ours(inputs: Inputs, impl: Any = "auto") -> VectorQuantizeOutput:
+def call_ours(case: Case, inputs: Inputs, impl: Any = "auto") -> VectorQuantizeOutput:
     """The public op. The seed is drawn outside, as in training."""
     return vector_quantize(
         inputs.x,
@@ -141,6 +169,7 @@ def call_ours(inputs: Inputs, impl: Any = "auto") -> VectorQuantizeOutput:
         mask=inputs.mask,
         seed=inputs.seed,
         tau=inputs.tau,
+        codebook_grad=case.codebook_grad,
         impl=impl,
     )
 
@@ -149,15 +178,20 @@ def run_ours(case: Case, inputs: Inputs, impl: Any = "auto") -> tuple[Tensor, ..
     """Outputs of the public op and gradients, no graph behind them."""
     if case.part == "assign":
         return (assign_codes(inputs.x, inputs.codebook, impl=impl),)
-    output = call_ours(inputs, impl)
+    output = call_ours(case, inputs, impl)
     gradients = gradients_of(case, inputs, output.quantized, output.posterior)
     return *(value.detach() for value in output), *gradients
+
+
+def call_plain(case: Case, inputs: Inputs, function: Callable[..., VectorQuantizeOutput]) -> VectorQuantizeOutput:
+    arguments = (inputs.mask, inputs.stochastic, inputs.tau, inputs.scale, case.codebook_grad)
+    return function(inputs.x, inputs.codebook, *arguments)
 
 
 def run_plain(case: Case, inputs: Inputs, function: Callable[..., Any]) -> tuple[Tensor, ...]:
     if case.part == "assign":
         return (function(inputs.x, inputs.codebook),)
-    output = function(inputs.x, inputs.codebook, inputs.mask, inputs.stochastic, inputs.tau, inputs.scale)
+    output = call_plain(case, inputs, function)
     gradients = gradients_of(case, inputs, output.quantized, output.posterior)
     return output.indices, output.quantized.detach(), output.posterior.detach(), *gradients
 
@@ -167,42 +201,22 @@ def run_backward(case: Case, inputs: Inputs, output: VectorQuantizeOutput) -> Te
     return partial(gradients_of, case, inputs, output.quantized, output.posterior)
 
 
-def on_schedule(how: str, device: torch.device, run: TensorRun) -> TensorRun:
-    """``run`` on one of our schedules, which its calls look up."""
-    if how == "fused" and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        raise peers.SkippedError("Triton has no tensor cores below sm_80")
-
-    def scheduled() -> tuple[Tensor, ...]:
-        os.environ["REGVQ_SCHEDULE"] = how
-        try:
-            return run()
-        finally:
-            del os.environ["REGVQ_SCHEDULE"]
-
-    return scheduled
-
-
-def make_ours(case: Case, inputs: Inputs, how: str) -> TensorRun:
-    alone = case.part == "backward"
-    run = run_backward(case, inputs, call_ours(inputs)) if alone else partial(run_ours, case, inputs)
-    return run if how == "ours" else on_schedule(how, inputs.x.device, run)
-
-
-_compiled: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
+def make_ours(case: Case, inputs: Inputs) -> TensorRun:
+    if case.part == "backward":
+        return run_backward(case, inputs, call_ours(case, inputs))
+    return partial(run_ours, case, inputs)
 
 
 def make_plain(case: Case, inputs: Inputs, compiles: bool) -> TensorRun:
     function: Callable[..., Any] = peers.plain_assign if case.part == "assign" else peers.plain_quantize
     again = case.part == "backward"
-    if compiles:
-        if (function, again) not in _compiled:  # forward and backward of a size come out of one compilation
-            _compiled[function, again] = peers.compiled(function)
-        function = _compiled[function, again]
+    if compiles:  # forward and backward of a size come out of one compilation
+        function = peers.compiled(function, again)
     if not again:
         return partial(run_plain, case, inputs, function)
     # A compiled backward gives its buffers away, and could not run again.
     with torch._functorch.config.patch(donated_buffer=False):
-        output = function(inputs.x, inputs.codebook, inputs.mask, inputs.stochastic, inputs.tau, inputs.scale)
+        output = call_plain(case, inputs, function)
         run = run_backward(case, inputs, output)
         run()
     return run
@@ -214,7 +228,7 @@ def make_matmul(inputs: Inputs) -> TensorRun:
     return lambda: (x @ codes,)
 
 
-def names(case: Case, ours: tuple[str, ...] = SCHEDULES) -> tuple[str, ...]:
+def names(case: Case) -> tuple[str, ...]:
     """Who takes part in a case."""
     if case.graph:
         others: tuple[str, ...] = ()
@@ -222,16 +236,16 @@ def names(case: Case, ours: tuple[str, ...] = SCHEDULES) -> tuple[str, ...]:
         others = ("vqp nearest", "flash-kmeans")
     else:  # "nearest" is our own quantizer without noise, for the packages'
         others = ("nearest", "vqp nearest", "taming nearest", "vqp gumbel")
-    return "matmul", *ours, "eager", "compiled", *others
+    return "matmul", "ours", "eager", "compiled", *others
 
 
-def competitors(case: Case, inputs: Inputs, ours: tuple[str, ...] = SCHEDULES) -> dict[str, Callable[[], TensorRun]]:
+def competitors(case: Case, inputs: Inputs) -> dict[str, Callable[[], TensorRun]]:
     """By name, functions that make the runs, and may raise instead."""
     grad = inputs.grad_quantized if case.part.endswith("backward") else None
     arguments, again = (inputs.x, inputs.codebook, grad), case.part == "backward"
     package = partial(peers.lucidrains, *arguments, again=again)
     makers: dict[str, Callable[[], TensorRun]] = {
-        **{how: partial(make_ours, case, inputs, how) for how in ours},
+        "ours": partial(make_ours, case, inputs),
         "eager": partial(make_plain, case, inputs, False),
         "compiled": partial(make_plain, case, inputs, True),
         "nearest": partial(peers.nearest_quantizer, *arguments, again=again),
@@ -242,8 +256,8 @@ def competitors(case: Case, inputs: Inputs, ours: tuple[str, ...] = SCHEDULES) -
         "matmul": partial(make_matmul, inputs),
     }
     if case.graph:
-        makers |= {name: partial(_make_graphed, makers[name]) for name in (*ours, "eager", "compiled")}
-    return {name: makers[name] for name in names(case, ours)}
+        makers |= {name: partial(_make_graphed, makers[name]) for name in ("ours", "eager", "compiled")}
+    return {name: makers[name] for name in names(case)}
 
 
 def _make_graphed(make: Callable[[], TensorRun]) -> TensorRun:
@@ -258,10 +272,10 @@ def _make_graphed(make: Callable[[], TensorRun]) -> TensorRun:
 def examine(case: Case, inputs: Inputs, truth: Truth, name: str, run: TensorRun) -> dict[str, float]:
     """Raises where ours is wrong. Others answer by their own rules: how many of their nearest codes are fp64's."""
     results = run()
-    if name in OURS:
+    if name == "ours":
         check(case, inputs, truth, results)
         if case.graph:
-            check_replay(case, inputs, run, make_ours(case, inputs, name))
+            check_replay(case, inputs, run, make_ours(case, inputs))
     elif case.part == "assign" and name != "matmul":
         return {"agreement": float((results[0] == truth.indices).double().mean())}
     return {}

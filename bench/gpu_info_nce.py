@@ -5,16 +5,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
-import gpu_cases
 import peers
 import torch
 import torch.nn.functional as F
-from gpu_cases import GRADIENT_TOLERANCE, MASK_RATIO, OURS, SCHEDULES, require
+from gpu_cases import GRADIENT_TOLERANCE, MASK_RATIO, require
 from peers import TensorRun
 from torch import Tensor
 
 from regvq_fast.ops import weighted_info_nce
-from regvq_fast.ops.reference import weighted_info_nce_reference
 
 PARTS = ("forward+backward", "forward")
 TAU = 0.07
@@ -122,17 +120,12 @@ def make_ours(case: InfoNceCase, inputs: InfoNceInputs, weight: Tensor | None, i
     return make_run(case, inputs, call)
 
 
-_compiled: dict[bool, Callable[..., Tensor]] = {}
-
-
 def make_plain(case: InfoNceCase, inputs: InfoNceInputs, compiles: bool) -> TensorRun:
-    """The plain expression. Weights in the type of the features keep its L x L matrices in that type: its cheapest."""
-    function: Callable[..., Tensor] = weighted_info_nce_reference
+    """The plain expression, with weights in the type of the features."""
+    function: Callable[..., Tensor] = peers.plain_info_nce
     again = case.part == "backward"
-    if compiles:
-        if again not in _compiled:  # forward and backward of a size come out of one compilation
-            _compiled[again] = peers.compiled(function)
-        function = _compiled[again]
+    if compiles:  # forward and backward of a size come out of one compilation
+        function = peers.compiled(function, again)
     call = partial(function, inputs.query, inputs.key, inputs.weight.to(inputs.query.dtype), tau=TAU)
     if not again:
         return make_run(case, inputs, call)
@@ -153,29 +146,22 @@ def make_matmul(inputs: InfoNceInputs) -> TensorRun:
     return lambda: (torch.bmm(query, key),)
 
 
-def names(case: InfoNceCase, ours: tuple[str, ...] = SCHEDULES) -> tuple[str, ...]:
-    """Who takes part in a case; "vanilla" is ours without weights, on the schedule that users get, for inf-cl."""
-    return "matmul", *ours, "vanilla", "eager", "compiled", "inf-cl"
+def names(case: InfoNceCase) -> tuple[str, ...]:
+    """Who takes part in a case; "vanilla" is ours without weights, for inf-cl."""
+    return "matmul", "ours", "vanilla", "eager", "compiled", "inf-cl"
 
 
-def competitors(
-    case: InfoNceCase, inputs: InfoNceInputs, ours: tuple[str, ...] = SCHEDULES
-) -> dict[str, Callable[[], TensorRun]]:
+def competitors(case: InfoNceCase, inputs: InfoNceInputs) -> dict[str, Callable[[], TensorRun]]:
     """By name, functions that make the runs, and may raise instead."""
-
-    def scheduled(how: str) -> TensorRun:
-        run = make_ours(case, inputs, inputs.weight)
-        return run if how == "ours" else gpu_cases.on_schedule(how, inputs.query.device, run)
-
     makers: dict[str, Callable[[], TensorRun]] = {
-        **{how: partial(scheduled, how) for how in ours},
+        "ours": partial(make_ours, case, inputs, inputs.weight),
         "vanilla": partial(make_ours, case, inputs, None),
         "eager": partial(make_plain, case, inputs, False),
         "compiled": partial(make_plain, case, inputs, True),
         "inf-cl": partial(make_inf_cl, case, inputs),
         "matmul": partial(make_matmul, inputs),
     }
-    return {name: makers[name] for name in names(case, ours)}
+    return {name: makers[name] for name in names(case)}
 
 
 # -------------------------------------------------------------------------------------------------------------- gate
@@ -214,7 +200,7 @@ def examine(
     results, dtype = run(), inputs.query.dtype
     if name == "matmul":
         return {}
-    expected, is_ours = truth.vanilla if name in ("vanilla", "inf-cl") else truth.weighted, name in (*OURS, "vanilla")
+    expected, is_ours = truth.vanilla if name in ("vanilla", "inf-cl") else truth.weighted, name in ("ours", "vanilla")
     if case.part == "backward":
         if is_ours:
             check_gradients(dtype, expected[1:], results)

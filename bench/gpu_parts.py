@@ -20,6 +20,7 @@ from typing import Any
 
 import machine
 
+TILES = "bench/tile_search.py"
 STEPS = ("bench/bench_step.py", "bench/bench_autoregressive.py", "bench/bench_diffusion.py")
 # What needs no GPU is left to continuous integration.
 TESTS = ["tests/ops", "--ignore=tests/ops/test_kernel_resources.py"]
@@ -28,13 +29,17 @@ STUCK = 40  # seconds of one test or benchmark after which it says where it is
 
 
 def run_pytest(arguments: list[str], limit: float, **variables: str) -> tuple[str, int | None, float]:
-    """What pytest says, its exit code, None where it was stopped after ``limit`` seconds, and the seconds it took."""
+    return run_python(["-m", "pytest", *arguments], limit, **variables)
+
+
+def run_python(arguments: list[str], limit: float, **variables: str) -> tuple[str, int | None, float]:
+    """Output of a process, its exit code, None where it was stopped after ``limit`` seconds, and its seconds."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | variables
     environment.pop("PYTEST_XDIST_WORKER", None)  # in a worker of somebody's tests pytest-benchmark measures nothing
     begin = time.perf_counter()
     # A group of their own: what tests have started must not go on beside what is timed next.
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *arguments],
+        [sys.executable, *arguments],
         cwd=machine.ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -89,6 +94,15 @@ def run_benchmarks(script: str, limit: float) -> tuple[list[dict[str, Any]], dic
     # A process that is stopped may leave half a line.
     entries = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return entries, read_part(output, code, seconds) | {"measured": len(entries)}
+
+
+def search_tiles(limit: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run the tile search for at most ``limit`` seconds; return the tiles of each kernel, and how it went."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiles.json"
+        done = run_python([TILES, "--out", str(path)], limit)
+        found = json.loads(path.read_text(encoding="utf-8"))["searches"] if path.exists() else []
+    return found, read_part(*done) | {"measured": len(found)}
 
 
 def read_part(output: str, code: int | None, seconds: float) -> dict[str, Any]:

@@ -17,14 +17,14 @@ def pairs(op: ModuleType, cases: Sequence[C], device: str, compiled: Sequence[C]
         op: module of the cases, ``gpu_cases`` or ``gpu_info_nce``.
         compiled: the few.
     """
-    every = [(case, name) for case in cases for name in op.names(case, ours=("ours",))]
+    every = [(case, name) for case in cases for name in op.names(case)]
     return [(case, name) for case, name in every if name != "compiled" or device == "cuda" or case in compiled]
 
 
 def claim_as_fast_in_a_tenth_of_the_memory(op: ModuleType, case: Any) -> None:
     """Ours beside eager PyTorch on a CPU, taking turns. It measures time: run it on an idle machine."""
     inputs = op.make_inputs(case, "cpu")
-    truth, makers = op.truth_of(case, inputs), op.competitors(case, inputs, ours=("ours",))
+    truth, makers = op.truth_of(case, inputs), op.competitors(case, inputs)
     runs = {name: makers[name]() for name in ("ours", "eager")}
     op.examine(case, inputs, truth, "ours", runs["ours"])
     seconds = measuring.medians(dict(runs))

@@ -4,7 +4,9 @@ Each function gives a run: a call without arguments that returns tensors without
 answer other questions than ours does, which the docstrings say; none of them is needed to run the rest.
 """
 
+import functools
 import importlib.metadata
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,6 @@ import torch
 from torch import Tensor
 
 from regvq_fast import NearestQuantizer
-from regvq_fast.ops.reference import vector_quantize_reference
 from regvq_fast.ops.vector_quantize import VectorQuantizeOutput
 
 TensorRun = Callable[[], tuple[Tensor, ...]]
@@ -55,28 +56,47 @@ def plain_quantize(
     stochastic: Tensor | None,
     tau: Tensor | float,
     scale: float,
+    codebook_grad: str,
 ) -> VectorQuantizeOutput:
-    """``vector_quantize`` in plain PyTorch, in the cheapest of its forms.
+    """``vector_quantize`` in plain PyTorch, in the type of ``x`` and in the cheapest of its forms.
 
-    The distances are a product and a bias, which saves cdist's square root and is exact enough in half precision. The
-    noise is drawn as ``F.gumbel_softmax`` draws it, in the type of ``x``, but for the rows of the mask alone, whose
-    numbers are ``stochastic`` (int64). The codebook gradient is "hard", one product less than Algorithm 1's.
+    Distances are one product with a bias and without ``|x|^2``, noise is sampled for the rows of the mask alone
+    (``stochastic``, their int64 numbers), the look-up gathers codes, and scores change in place.
     """
-    noise = None
-    if stochastic is not None:
-        drawn = x.new_empty(len(stochastic), len(codebook)).exponential_().log_().neg_()
-        noise = x.new_zeros(len(x), len(codebook)).index_copy(0, stochastic, drawn)
-    return vector_quantize_reference(
-        x,
-        codebook,
-        weight=2 * codebook,
-        bias=-scale * codebook.square().sum(1),
-        scale=scale,
-        mask=mask,
-        noise=noise,
-        tau=tau,
-        codebook_grad="hard",
+    scores = torch.addmm(-scale * codebook.square().sum(1), x, codebook.t(), alpha=2 * scale)
+    best_indices = indices = scores.argmax(1)
+    if mask is not None and stochastic is not None:
+        noise = x.new_empty(len(stochastic), len(codebook)).exponential_().log_().neg_()
+        if torch.compiler.is_compiling():  # of 16 bits, index_add would not be fused
+            scores = scores + torch.zeros_like(scores).index_copy(0, stochastic, noise)
+        else:
+            scores.index_add_(0, stochastic, noise)
+        indices = scores.argmax(1)
+        scores.div_(torch.where(mask, tau, 1.0).to(x.dtype).unsqueeze(1))
+    p = scores.softmax(1)
+    soft = p @ (codebook if codebook_grad == "soft" else codebook.detach())
+    chosen = codebook[indices]
+    hard = chosen.detach() if codebook_grad == "soft" else chosen
+    counts = torch.zeros(len(codebook), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    counts.index_add_(0, indices, torch.ones_like(indices, dtype=counts.dtype))
+    mean = p.mean(0)
+    return VectorQuantizeOutput(
+        quantized=hard + (soft - soft.detach()),
+        posterior=(counts / len(x) + (mean - mean.detach())).unsqueeze(0),
+        indices=indices,
+        best_indices=best_indices,
+        perturbation=(chosen - codebook[best_indices]).detach().square().sum(1),
     )
+
+
+def plain_info_nce(query: Tensor, key: Tensor, weight: Tensor, tau: float) -> Tensor:
+    """``weighted_info_nce`` in plain PyTorch, in the type of the features: one L x L matrix an image."""
+    constant = math.log(query.shape[1])
+    scores = torch.bmm(query / tau, key.mT)
+    diagonal = scores.diagonal(dim1=1, dim2=2)
+    positive = diagonal.clone()
+    diagonal.add_(weight.log() + constant)
+    return scores.logsumexp(2) - constant - positive
 
 
 def plain_assign(x: Tensor, codebook: Tensor) -> Tensor:
@@ -84,8 +104,9 @@ def plain_assign(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.addmm(codebook.square().sum(1).mul(-0.5), x, codebook.t()).argmax(1)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` by ``torch.compile``, anew for each size."""
+@functools.cache
+def compiled(function: Callable[..., Any], again: bool) -> Callable[..., Any]:
+    """Compile ``function``, anew for each size; ``again``: for backwards that run more than once."""
     # Past this number of sizes it would run uncompiled, or refuse.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=False, fullgraph=True)

@@ -19,7 +19,7 @@ HOLDS = {"benchmarks", "cases"}  # a file of benchmarks has one of them
 
 # Competitors in the order of the tables; others of a case come after them.
 PEERS = ("eager", "compiled", "vqp nearest", "taming nearest", "vqp gumbel", "flash-kmeans", "inf-cl")
-# Ours: by schedule or as users get it, and as users get it what others compute, without weights, without noise.
+# Ours: by schedule (in older results) or as users get it, and what others compute, without weights, without noise.
 OURS = ("fused", "chunked", "ours", "vanilla", "nearest")
 TWINS = {"inf-cl": "vanilla", "vqp nearest": "nearest", "taming nearest": "nearest"}
 
@@ -83,7 +83,9 @@ def path_to_write(text: str) -> Path:
 
 
 def save(path: Path, found: Any) -> None:
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    part = path.with_suffix(".part")  # a process that is stopped while it writes leaves the file as it was
+    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def load(path: Path) -> Document:
@@ -132,6 +134,17 @@ def op_of(op: str, part: str) -> str:
     return "assign_codes" if part == "assign" else op
 
 
+def part_of(info: dict[str, Any]) -> str:
+    """Part of a case, with its unusual settings."""
+    part: str = info["part"]
+    if part == "assign":
+        return part
+    part += ", CUDA graph" if info.get("graph") else ""
+    part += "" if info.get("masked", True) else ", no noise"
+    part += ", trained-like" if info.get("latents") == "trained-like" else ""
+    return part + (", hard codebook gradient" if info.get("codebook_grad") == "hard" else "")
+
+
 def sizes_of(info: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     if info["op"] == "weighted_info_nce" and "width" in info:
         info = info | {"channels": info["width"], "width": None}
@@ -143,7 +156,7 @@ def from_benchmark(entry: dict[str, Any]) -> Record:
     info = entry["extra_info"]
     return Record(
         op=op_of(info["op"], info["part"]),
-        part=info["part"],
+        part=part_of(info),
         sizes=sizes_of(info),
         detail=info.get("dtype") or info["detail"],
         competitor=info["competitor"],
@@ -159,14 +172,12 @@ def from_benchmark(entry: dict[str, Any]) -> Record:
 def from_cases(cases: Iterable[dict[str, Any]]) -> Iterable[Record]:
     """Of ``bench/gpu.py``'s cases."""
     for case in cases:
-        part = case["part"] + (", CUDA graph" if case.get("graph") else "")
-        part += "" if case.get("masked", True) or case["part"] == "assign" else ", no noise"
         matmul = case["results"].get("matmul", {}).get("ms")
         for name, result in case["results"].items():
             ms = result.get("ms")
             yield Record(
                 op=op_of(case["op"], case["part"]),
-                part=part,
+                part=part_of(case),
                 sizes=sizes_of(case),
                 detail=case["dtype"],
                 competitor=name,

@@ -61,7 +61,7 @@ class Search:
     def prepare(self, device: str) -> TensorRun:
         """A call of the op, warm, that launches the kernel."""
         op: Any = gpu_info_nce if isinstance(self.case, InfoNceCase) else gpu_cases
-        run: TensorRun = op.competitors(self.case, op.make_inputs(self.case, device), ours=("fused",))["fused"]()
+        run: TensorRun = op.competitors(self.case, op.make_inputs(self.case, device))["ours"]()
         run()
         return run
 
@@ -157,7 +157,7 @@ def report(search: Search, times: dict[Tile, float], bad: dict[Tile, str], pinne
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="+", choices=KERNELS, metavar="KERNEL", help=", ".join(KERNELS))
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"default: all; {', '.join(KERNELS)}")
     parser.add_argument("--codes", nargs="+", type=int, default=[1024, 8192], help="N; of InfoNCE, L")
     parser.add_argument("--width", nargs="+", type=int, default=[256], help="D; of InfoNCE, C")
     parser.add_argument(
@@ -165,11 +165,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=records.path_to_write, help="JSON to write")
     options = parser.parse_args(arguments)
+    if unknown := set(options.kernels) - set(KERNELS):
+        parser.error(f"no such kernel: {', '.join(sorted(unknown))}; choose from {', '.join(KERNELS)}")
     if not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
         return 2
     sizes = [(codes, width, dtype) for codes in options.codes for width in options.width for dtype in options.dtype]
-    searches = [Search(kernel, *size) for kernel in options.kernels for size in sizes]
+    searches = [Search(kernel, *size) for kernel in options.kernels or KERNELS for size in sizes]
     jobs = [(search, tile) for search in searches for tile in search.tiles("cuda")]
     spawn = multiprocessing.get_context("spawn")  # CUDA doesn't survive a fork
     workers = max(1, (os.cpu_count() or 2) - 1)

@@ -1,5 +1,6 @@
 """``bench/gpu.py`` as far as a CPU can tell: its gate, how it measures, its report and exit codes."""
 
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from gpu_info_nce import InfoNceCase
 
 from regvq_fast import nvml
 from regvq_fast.ops import vector_quantize
+from regvq_fast.ops.noise import gumbel_noise
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = Case("forward+backward", 24, "float32", rows=96, width=8)
@@ -108,29 +110,27 @@ def test_a_measured_case_holds_every_competitor_and_what_became_of_it():
 
     wrong = (gpu_cases.truth_of(ASSIGN, inputs).indices + 1) % 24
     makers = gpu_cases.competitors(ASSIGN, inputs)
-    makers = {name: makers[name] for name in ("fused", "eager", "matmul")}
-    makers |= {"chunked": lambda: lambda: (wrong,), "absent": absent, "too large": too_large, "broken": broken}
+    makers = {name: makers[name] for name in ("eager", "matmul")}
+    makers |= {"ours": lambda: lambda: (wrong,), "absent": absent, "too large": too_large, "broken": broken}
     entry = gpu.measure_case(ASSIGN, inputs, makers, FakeMeter(), repeats=3)
     results = entry["results"]
     assert {name: result["status"] for name, result in results.items()} == {
-        "fused": "ok",
         "eager": "ok",
         "matmul": "ok",
-        "chunked": "wrong",
+        "ours": "wrong",
         "absent": "skipped",
         "too large": "out of memory",
         "broken": "failed",
     }
     assert results["absent"]["reason"] == "peer is not installed: pip install peer"
     assert results["broken"]["reason"] == "ZeroDivisionError: division by zero"
-    # Turns of three: 1, 4, 7 ms, then 2, 5, 8, then 3, 6, 9.
-    assert [results[name]["ms"] for name in ("fused", "eager", "matmul")] == [4, 5, 6]
-    assert results["fused"]["host_ms"] == 5
-    assert results["fused"]["extra_mib"] == 7
+    # Turns of two: 1, 3, 5 ms, then 2, 4, 6.
+    assert [results[name]["ms"] for name in ("eager", "matmul")] == [3, 4]
+    assert results["eager"]["host_ms"] == 5
+    assert results["eager"]["extra_mib"] == 7
     assert results["eager"]["agreement"] == 1
-    assert results["fused"]["tflops"] == pytest.approx(2 * 96 * 24 * 8 / 4e-3 / 1e12)
-    assert "ms" not in results["chunked"]
-    assert not {"REGVQ_SCHEDULE"} & os.environ.keys()
+    assert results["eager"]["tflops"] == pytest.approx(2 * 96 * 24 * 8 / 3e-3 / 1e12)
+    assert "ms" not in results["ours"]
     json.dumps(entry)
 
 
@@ -148,10 +148,10 @@ def test_a_competitor_that_runs_out_of_memory_beside_the_others_has_no_time():
         return run
 
     makers = gpu_cases.competitors(ASSIGN, inputs)
-    entry = gpu.measure_case(ASSIGN, inputs, {"fused": makers["fused"], "eager": make}, FakeMeter(), repeats=4)
+    entry = gpu.measure_case(ASSIGN, inputs, {"ours": makers["ours"], "eager": make}, FakeMeter(), repeats=4)
     assert entry["results"]["eager"]["status"] == "out of memory"
     assert "ms" not in entry["results"]["eager"]
-    assert entry["results"]["fused"]["repeats"] == 4
+    assert entry["results"]["ours"]["repeats"] == 4
 
 
 def test_an_outcome_keeps_no_tensors_of_what_failed():
@@ -168,18 +168,63 @@ def test_an_outcome_keeps_no_tensors_of_what_failed():
     assert held[0]() is None
 
 
-def test_plain_pytorch_computes_what_the_op_computes():
-    """Without noise the baseline's codes and, with the same codebook gradient, its gradients are the op's."""
-    case = Case("forward+backward", 24, "float64", masked=False, rows=96, width=8)
+@pytest.mark.parametrize("codebook_grad", ["soft", "hard"])
+def test_plain_pytorch_computes_what_the_op_computes(codebook_grad):
+    """Without noise the baseline's codes are the op's, and its gradients those of the same codebook gradient."""
+    case = Case("forward+backward", 24, "float64", masked=False, rows=96, width=8, codebook_grad=codebook_grad)
     inputs = gpu_cases.make_inputs(case, "cpu")
     indices, quantized, posterior, *gradients = gpu_cases.run_plain(case, inputs, peers.plain_quantize)
-    output = vector_quantize(inputs.x, inputs.codebook, scale=inputs.scale, codebook_grad="hard")
+    output = vector_quantize(inputs.x, inputs.codebook, scale=inputs.scale, codebook_grad=codebook_grad)
     expected = gpu_cases.gradients_of(case, inputs, output.quantized, output.posterior)
     assert torch.equal(indices, output.indices)
     torch.testing.assert_close(quantized, output.quantized.detach())
     torch.testing.assert_close(posterior, output.posterior.detach())
     for ours, plain in zip(expected, gradients, strict=True):
         torch.testing.assert_close(plain, ours, rtol=1e-9, atol=1e-9)
+
+
+def test_plain_gradients_under_noise_are_those_of_its_softmax(monkeypatch):
+    """By finite differences in fp64, with the same noise each time: temperatures and noise stand where they should."""
+    case = Case("forward+backward", 6, "float64", rows=5, width=3)
+    inputs = gpu_cases.make_inputs(case, "cpu")
+    mask = torch.tensor([True, False, True, True, False])
+    noise = -torch.rand(3, 6, dtype=torch.float64).log().neg().log()
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.copy_((-noise).exp()))
+
+    def soft(x, codebook):
+        output = peers.plain_quantize(x, codebook, mask, mask.nonzero().squeeze(1), inputs.tau, inputs.scale, "soft")
+        return output.quantized, output.posterior
+
+    def literal(x, codebook):
+        full = torch.zeros(5, 6, dtype=torch.float64).index_copy(0, mask.nonzero().squeeze(1), noise)
+        scores = -inputs.scale * (x.unsqueeze(1) - codebook).square().sum(2) + full
+        p = (scores / torch.where(mask, inputs.tau, 1.0).unsqueeze(1)).softmax(1)
+        return p @ codebook, p.mean(0, keepdim=True)
+
+    leaves = (inputs.x, inputs.codebook)
+    upstream = (inputs.grad_quantized, inputs.grad_posterior.double())
+    for found, expected in zip(
+        *(torch.autograd.grad(run(*leaves), leaves, upstream) for run in (soft, literal)), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("codes", [1024, 8192])
+@pytest.mark.parametrize("width", [8, 256])
+def test_trained_like_latents_have_the_softmax_of_trained_models(codes, width):
+    case = Case("forward", codes, "bfloat16", rows=2048, width=width, latents="trained-like")
+    inputs = gpu_cases.make_inputs(case, "cpu")
+    x, codebook = inputs.x.detach().float(), inputs.codebook.detach().float()
+    log_p = (-inputs.scale * torch.cdist(x, codebook).square()).log_softmax(1)
+    entropy = float(-(log_p.exp() * log_p).sum(1).mean())
+    largest = float(log_p.exp().amax(1).mean())
+    noisy = log_p + gumbel_noise(inputs.seed, torch.arange(2048), codes)
+    perturbed = float((noisy.argmax(1) != log_p.argmax(1)).float().mean())
+    assert (entropy, largest, perturbed) == (
+        pytest.approx(2.1, abs=0.15),
+        *(pytest.approx(p, abs=0.03) for p in (0.4, 0.6)),
+    )
+    assert codebook.square().mean() == pytest.approx(1, abs=0.15)
 
 
 def test_plain_noise_is_gumbel_noise():
@@ -190,7 +235,7 @@ def test_plain_noise_is_gumbel_noise():
     codebook[0] = 0
     mask, tau = torch.ones(rows, dtype=torch.bool), torch.tensor(0.9)
     mask[::2] = False
-    output = peers.plain_quantize(torch.zeros(rows, 1), codebook, mask, mask.nonzero().squeeze(1), tau, 1.0)
+    output = peers.plain_quantize(torch.zeros(rows, 1), codebook, mask, mask.nonzero().squeeze(1), tau, 1.0, "soft")
     assert not output.indices[::2].any()
     share = float((output.indices[1::2] == 0).float().mean())
     expected = 1 / (1 + 15 * math.exp(-2))
@@ -211,19 +256,32 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_the_order_of_the_cases():
-    """Targets of vector quantization, of InfoNCE, then the rest."""
-    targets, others = gpu.target_cases("bfloat16"), gpu.other_cases("bfloat16")
-    assert [type(case) for case in targets] == [*5 * [Case], *7 * [InfoNceCase]]
-    cases = targets + others
+    """Small and usual sizes in both types, then assignments and InfoNCE, then large ones; no name twice."""
+    first, others = gpu.first_cases("bfloat16"), gpu.other_cases("bfloat16")
+    cases = first + others
     assert len(set(cases)) == len(cases) == len({case.name for case in cases})
-    cases = [case for case in cases if isinstance(case, Case)]
-    plain = [case for case in cases if not case.graph and case.masked and case.width == 256]
-    parts = {(case.part, case.codes) for case in plain if case.dtype == "bfloat16"}
-    assert parts == {(part, codes) for part in gpu_cases.PARTS for codes in (512, 1024, 4096, 8192, 16384, 65536)}
-    assert {case.codes for case in cases if case.dtype == "float32"} == {8192}
-    assert {case.width for case in cases} == {64, 256, 512}
-    assert {case.dtype for case in gpu.target_cases("float16") + gpu.other_cases("float16")} == {"float16", "float32"}
+    usual = [case for case in first if not case.graph and case.latents == "random" and case.codebook_grad == "soft"]
+    parts, types = ("forward+backward", "forward"), ("bfloat16", "float32")
+    sizes = itertools.product(parts, (1024, 8192), types, (8, 32, 64, 256))
+    assert {(case.part, case.codes, case.dtype, case.width) for case in usual} == set(sizes)
+    assert {case.latents for case in first} == {"random", "trained-like"}
+    assert {case.codebook_grad for case in first} == {"soft", "hard"}
+    large = next(k for k, case in enumerate(others) if isinstance(case, Case) and case.codes >= 65536)
+    before, after = others[:large], others[large:]
+    assert {case.width for case in before if isinstance(case, Case)} >= {16, 64, 256}
+    assert {type(case) for case in after} == {Case}
+    assert {65536, 262144} <= {case.codes for case in after}
+    assert {case.dtype for case in gpu.first_cases("float16") + gpu.other_cases("float16")} == {"float16", "float32"}
     assert Case("forward+backward", 8192, "bfloat16").flops == 6 * 2 * 10240 * 8192 * 256
+
+
+def test_packages_take_part_at_one_width():
+    names = {}
+    for width in (64, 256):
+        case = Case("forward+backward", 24, "float32", rows=96, width=width)
+        names[width] = set(gpu.competitors(case, gpu_cases.make_inputs(case, "cpu")))
+    assert names[64] == {"matmul", "ours", "eager", "compiled"}
+    assert names[256] == set(gpu_cases.names(case))
 
 
 def test_throttle_reasons_by_name():
@@ -258,15 +316,16 @@ def test_without_cuda_it_says_so_and_exits_with_2():
 
 @pytest.fixture
 def pretend_gpu(monkeypatch, tmp_path):
-    """Runs main as on a GPU, on four small cases, with two competitors and without tests; returns code and report."""
-    pytest.importorskip("triton")  # it knows the schedules
+    """Runs main as on a GPU, on four small cases, with three competitors; returns code and report."""
     small = [STEP, ASSIGN, Case("forward", 24, "float32", rows=96, width=8), CONTRAST]
 
     def on_cpu(op):
-        make_inputs, competitors, names = op.make_inputs, op.competitors, ("fused", "eager", "matmul")
+        make_inputs, competitors, names = op.make_inputs, op.competitors, ("ours", "eager", "matmul", "compiled")
         monkeypatch.setattr(op, "make_inputs", lambda case, device: make_inputs(case, "cpu"))
         monkeypatch.setattr(
-            op, "competitors", lambda case, inputs: {name: competitors(case, inputs)[name] for name in names}
+            op,
+            "competitors",
+            lambda case, inputs: {name: competitors(case, inputs)[name.replace("compiled", "eager")] for name in names},
         )
 
     on_cpu(gpu_cases)
@@ -279,13 +338,13 @@ def pretend_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(measuring, "DeviceMeter", lambda: SimpleNamespace(**_members(FakeMeter()), flushed_mib=256))
     monkeypatch.setattr(gpu, "square_product_tflops", lambda meter, dtype: 700.0)
     monkeypatch.setattr(gpu, "copy_tb_per_s", lambda meter: 4.0)
-    monkeypatch.setattr(gpu, "target_cases", lambda half: small)
+    monkeypatch.setattr(gpu, "first_cases", lambda half: small)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # main takes both out of the environment
     monkeypatch.setenv("REGVQ_SCHEDULE", "chunked")
     path = tmp_path / "new" / "results.json"
 
-    def run():
-        return gpu.main(["--quick", "--out", str(path)]), json.loads(path.read_text())
+    def run(*flags):
+        return gpu.main([*(flags or ["--quick"]), "--out", str(path)]), json.loads(path.read_text())
 
     return run
 
@@ -305,13 +364,48 @@ def test_the_report_of_a_whole_run(pretend_gpu, capsys):
     ]
     assert [entry["op"] for entry in report["cases"]] == [*3 * ["vector_quantize"], "weighted_info_nce"]
     assert {"command", "date", "machine", "packages", "method", "tests", "targets", "seconds"} <= report.keys()
-    assert report["method"]["default_schedule"] == "fused"
     assert report["machine"]["driver"] == "1.2"
     assert report["machine"]["torch"] == torch.__version__
     assert report["cases"][0]["state"] == {"sm_mhz": 1980}
-    assert report["cases"][0]["results"]["fused"]["status"] == "ok"
+    assert report["cases"][0]["results"]["ours"]["status"] == "ok"
     assert report["packages"].keys() == set(peers.PACKAGES)
     assert capsys.readouterr().out.endswith("tests/ops: not run\n")
+
+
+def test_everything_runs_in_its_order(pretend_gpu, monkeypatch):
+    order = []
+    rest = Case("assign", 32, "float32", rows=96, width=8)
+    measure_case = gpu.measure_case
+    monkeypatch.setattr(gpu, "measure_case", lambda case, *more: order.append(case.name) or measure_case(case, *more))
+    monkeypatch.setattr(gpu, "other_cases", lambda half: [rest])
+    passed = {"status": "passed", "counts": {}}, {"status": "done", "told": []}
+    done = {"status": "done", "seconds": 1.0, "told": [], "measured": 0}
+    parts = gpu.gpu_parts
+    monkeypatch.setattr(parts, "run_tests", lambda limit: order.append("tests") or passed)
+    monkeypatch.setattr(parts, "run_benchmarks", lambda script, limit: order.append(script) or ([], done))
+    monkeypatch.setattr(parts, "search_tiles", lambda limit: order.append(parts.TILES) or ([{"kernel": "a"}], done))
+    code, report = pretend_gpu("--limit", "600")
+    first = [STEP, ASSIGN, Case("forward", 24, "float32", rows=96, width=8), CONTRAST]
+    assert code == 0
+    assert order == [*(case.name for case in first), "tests", *parts.STEPS, rest.name, parts.TILES]
+    assert (report["tests"], report["tiles"]) == (passed[0], [{"kernel": "a"}])
+    # Narrow rows have targets in every type; ours, eager and compiled are about as fast here.
+    assert {target["what"] for target in report["targets"]} == {"times as fast as eager", "times as fast as compiled"}
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has_measured(pretend_gpu, monkeypatch, tmp_path):
+    measure_case = gpu.measure_case
+
+    def stopped(case, *more):
+        if case == ASSIGN:
+            raise KeyboardInterrupt
+        return measure_case(case, *more)
+
+    monkeypatch.setattr(gpu, "measure_case", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pretend_gpu()
+    report = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert [entry["case"] for entry in report["cases"]] == [STEP.name]
 
 
 def test_a_wrong_op_makes_the_run_fail(pretend_gpu, monkeypatch, capsys):
@@ -326,18 +420,16 @@ def test_a_wrong_op_makes_the_run_fail(pretend_gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu_cases, "run_ours", wrong)
     code, report = pretend_gpu()
     assert code == 1
-    assert [entry["results"]["fused"]["status"] for entry in report["cases"]] == ["wrong", "ok", "wrong", "ok"]
-    assert "PROBLEM: forward, M=96, N=24, D=8, float32, fused wrong: " in capsys.readouterr().out
+    assert [entry["results"]["ours"]["status"] for entry in report["cases"]] == ["wrong", "ok", "wrong", "ok"]
+    assert "PROBLEM: forward, M=96, N=24, D=8, float32, ours wrong: " in capsys.readouterr().out
 
 
-def test_no_case_begins_after_the_time_limit(pretend_gpu, monkeypatch):
-    monkeypatch.setattr(gpu, "LIMIT", -1)
-    code, report = pretend_gpu()
+def test_no_case_begins_after_the_time_limit(pretend_gpu):
+    code, report = pretend_gpu("--quick", "--limit", "-1")
     assert code == 0
     assert report["cases"] == []
     assert set(report["not_measured"].values()) == {gpu_report.OUT_OF_TIME}
-    assert "training step, amp and compile" in {target["case"] for target in report["targets"]}
-    assert {target["met"] for target in report["targets"]} == {None}
+    assert report["targets"] == []
 
 
 def test_a_case_that_cannot_be_set_up_is_named_and_the_others_go_on(pretend_gpu, monkeypatch):

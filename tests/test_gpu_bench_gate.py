@@ -128,7 +128,7 @@ class Replay:
 
 def test_a_replay_follows_the_seed():
     inputs = gpu_cases.make_inputs(STEP, "cpu")
-    call = gpu_cases.make_ours(STEP, inputs, "fused")
+    call = gpu_cases.make_ours(STEP, inputs)
     gpu_cases.check_replay(STEP, inputs, Replay(inputs), call)
     assert inputs.seed.item() == 123456789
 
@@ -137,7 +137,7 @@ def test_a_replay_follows_the_seed():
 def test_a_replay_that_does_not_follow_the_seed_is_refused(wrong):
     inputs = gpu_cases.make_inputs(STEP, "cpu")
     replay = Replay(inputs, stale=wrong == "keeps its seed", shift=int(wrong == "has another seed"))
-    call = gpu_cases.make_ours(STEP, inputs, "fused")
+    call = gpu_cases.make_ours(STEP, inputs)
     other = gpu_cases.run_ours(STEP, inputs)
     message = "new seed differ from a call's" if wrong == "differs from a call" else "indices differ from those of fp64"
     with pytest.raises(WrongResultError, match=message):
