@@ -59,7 +59,7 @@ def test_each_tile_is_launched_on_the_call_as_it_is(monkeypatch):
 
     def clock(run):
         run()  # an error would be seen
-        launched.append(vector_quantize_backward.pinned_tile("vector_quantize_backward"))
+        launched.append(vector_quantize_backward.pinned_tile("vector_quantize_backward", torch.float32, 16, CPU))
         return 1.0 / len(launched)
 
     tiles = search.tiles("cpu")[:3]
