@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from regvq_fast.dispatch import Impl, on_device_of, resolve_impl
 from regvq_fast.matmul import compute_dtype, without_tf32
@@ -72,3 +73,10 @@ def _(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
 
 for _device_type in ("cpu", "cuda"):
     _assign_codes_op.register_autocast(_device_type, torch.float32)
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+@register_flop_formula(torch.ops.regvq.assign_codes)
+def _(x: torch.Size, codebook: torch.Size, *_: object, **__: object) -> int:
+    return 2 * x[0] * codebook[0] * x[1]

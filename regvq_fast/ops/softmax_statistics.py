@@ -9,6 +9,7 @@ softmax's (a constant in a row drops out). Rows go through in tiles, whose score
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from regvq_fast.matmul import compute_dtype, without_tf32
 from regvq_fast.ops.tiling import rows_per_tile
@@ -192,3 +193,17 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 for _device_type in ("cpu", "cuda"):
     _forward_op.register_autocast(_device_type, torch.float32)
     _backward_op.register_autocast(_device_type, torch.float32)
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+@register_flop_formula(torch.ops.regvq.softmax_statistics)
+def _(x: torch.Size, keys: torch.Size, *_: object, **__: object) -> int:
+    return 2 * x[0] * keys[0] * x[1]
+
+
+@register_flop_formula(torch.ops.regvq.softmax_statistics_backward)
+def _(
+    grad_entropy: torch.Size, grad_mean: torch.Size, x: torch.Size, keys: torch.Size, *_: object, **__: object
+) -> int:
+    return 2 * 2 * x[0] * keys[0] * x[1]

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from regvq_fast.dispatch import INPUTS_SCHEMA, Impl, Inputs, on_device_of, resolve_impl
 from regvq_fast.matmul import compute_dtype
@@ -344,3 +345,15 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 for _device_type in ("cpu", "cuda"):
     _forward_op.register_autocast(_device_type, torch.float32)
     _backward_op.register_autocast(_device_type, torch.float32)
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+@register_flop_formula(torch.ops.regvq.vector_quantize)
+def _(x: torch.Size, codebook: torch.Size, *_: object, **__: object) -> int:
+    return 2 * x[0] * codebook[0] * x[1]  # the scores
+
+
+@register_flop_formula(torch.ops.regvq.vector_quantize_backward)
+def _(x: torch.Size, codebook: torch.Size, *_: object, **__: object) -> int:
+    return 5 * 2 * x[0] * codebook[0] * x[1]  # scores, dP, dS k, dS^T x, p^T dQ

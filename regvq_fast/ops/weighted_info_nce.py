@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from regvq_fast.dispatch import Impl, on_device_of, resolve_impl
 from regvq_fast.matmul import compute_dtype, image_chunks, without_tf32
@@ -262,3 +263,15 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 for _device_type in ("cpu", "cuda"):
     _forward_op.register_autocast(_device_type, torch.float32)
     _backward_op.register_autocast(_device_type, torch.float32)
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+@register_flop_formula(torch.ops.regvq.weighted_info_nce)
+def _(query: torch.Size, *_: object, **__: object) -> int:
+    return 2 * query[0] * query[1] * query[1] * query[2]
+
+
+@register_flop_formula(torch.ops.regvq.weighted_info_nce_backward)
+def _(grad_loss: torch.Size, query: torch.Size, *_: object, **__: object) -> int:
+    return 2 * 2 * query[0] * query[1] * query[1] * query[2]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
 from regvq_fast.nvml import State, gpu_state
 from regvq_fast.ranks import num_ranks
@@ -105,10 +105,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """Operations of the matrix products and convolutions that ``step`` does, forward and backward; it is run once.
+    """Count the operations of the matrix products and convolutions of ``step``, forward and backward; it is run once.
 
-    The ops of this project count what their mathematics needs: one product forward, five backward, whatever a kernel
-    computes again. Nor does what activation checkpointing computes again count.
+    The ops of this project count what their mathematics needs, whatever a kernel computes again; each has its formula
+    in its file. What activation checkpointing computes again doesn't count, either.
     """
     with _FlopCounter() as counter:
         step()
@@ -129,49 +129,3 @@ class _FlopCounter(TorchDispatchMode):
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         return result
-
-
-def _product(a: torch.Size, b: torch.Size) -> int:
-    return 2 * a[0] * b[0] * a[1]
-
-
-@register_flop_formula(torch.ops.regvq.vector_quantize)
-def _(x: torch.Size, codebook: torch.Size, *_: Any, **__: Any) -> int:
-    return _product(x, codebook)
-
-
-@register_flop_formula(torch.ops.regvq.vector_quantize_backward)
-def _(
-    grad_quantized: torch.Size,
-    grad_posterior: torch.Size | None,
-    x: torch.Size,
-    codebook: torch.Size,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return 5 * _product(x, codebook)
-
-
-@register_flop_formula(torch.ops.regvq.assign_codes)
-def _(x: torch.Size, codebook: torch.Size, *_: Any, **__: Any) -> int:
-    return _product(x, codebook)
-
-
-@register_flop_formula(torch.ops.regvq.softmax_statistics)
-def _(x: torch.Size, keys: torch.Size, *_: Any, **__: Any) -> int:
-    return _product(x, keys)
-
-
-@register_flop_formula(torch.ops.regvq.softmax_statistics_backward)
-def _(grad_entropy: torch.Size, grad_mean: torch.Size, x: torch.Size, keys: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * _product(x, keys)
-
-
-@register_flop_formula(torch.ops.regvq.weighted_info_nce)
-def _(query: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * query[0] * query[1] * query[1] * query[2]
-
-
-@register_flop_formula(torch.ops.regvq.weighted_info_nce_backward)
-def _(grad_loss: torch.Size, query: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * 2 * query[0] * query[1] * query[1] * query[2]

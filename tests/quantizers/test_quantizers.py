@@ -2,12 +2,14 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from regvq_fast.losses.prior import prior_kl
+from regvq_fast.matmul import score_dtype
 from regvq_fast.quantizers import (
     EMAQuantizer,
     GumbelQuantizer,
@@ -15,6 +17,7 @@ from regvq_fast.quantizers import (
     Quantizer,
     QuantizerOutput,
     RegularizedQuantizer,
+    base,
 )
 from regvq_fast.quantizers.mask import stochastic_mask
 
@@ -97,11 +100,47 @@ def test_gradients_reach_the_input_and_all_trainable_parameters(quantizer: Quant
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in quantizer.parameters() if p.requires_grad)
 
 
-def test_computes_in_fp32_under_autocast(quantizer: Quantizer) -> None:
+def test_on_a_cpu_computes_in_fp32_under_autocast(quantizer: Quantizer) -> None:
     z = maps().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = copy.deepcopy(quantizer)(z, seed())
     assert equal(under_autocast, copy.deepcopy(quantizer)(z.float(), seed()))
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "codes", "fp32", "expected"),
+    [
+        ("cuda", torch.bfloat16, torch.float32, False, torch.bfloat16),
+        ("cuda", torch.float16, torch.float16, False, torch.float16),
+        ("cuda", torch.bfloat16, torch.float32, True, torch.float32),
+        ("cuda", torch.float32, torch.float32, False, torch.float32),
+        ("cuda", torch.bfloat16, torch.float64, False, torch.float64),
+        ("cpu", torch.bfloat16, torch.float32, False, torch.float32),
+    ],
+)
+def test_rows_and_codes_meet_in_16_bits_on_a_gpu_alone(device, rows, codes, fp32, expected) -> None:
+    x = SimpleNamespace(dtype=rows, is_cuda=device == "cuda")
+    assert score_dtype(x, torch.empty(1, dtype=codes), fp32) == expected
+
+
+def test_in_16_bits_the_results_are_those_of_rounded_rows_and_codes(quantizer, monkeypatch) -> None:
+    """As on a GPU: products of bf16 rows and codes, everything else in fp32."""
+    in_fp32 = copy.deepcopy(quantizer)
+    monkeypatch.setattr(base, "score_dtype", lambda z, *_: z.dtype)
+    z = maps().bfloat16().requires_grad_()
+    out = quantizer(z, seed())
+    (out.quantized.float().square().mean() + out.loss).backward()
+    assert out.loss.dtype == torch.float32
+    assert all(metric.dtype == torch.float32 for metric in out.metrics.values())
+    assert all(p.grad.dtype == torch.float32 for p in quantizer.parameters() if p.grad is not None)
+    assert z.grad is not None
+    assert z.grad.abs().sum() > 0
+
+    monkeypatch.undo()
+    expected = in_fp32(z.detach().float(), seed())
+    assert (out.indices == expected.indices).float().mean() >= 0.9
+    same = (out.indices == expected.indices).unsqueeze(1).expand_as(out.quantized)
+    torch.testing.assert_close(out.quantized.float()[same], expected.quantized[same], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
