@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from regvq_fast.integrations import accelerate
+from regvq_fast.integrations import accelerate, common
 from regvq_fast.ops import assign_codes
 
 PATH = "taming.modules.vqvae.quantize"
@@ -128,6 +128,21 @@ def test_under_autocast_the_look_up_stays_in_fp32():
     assert quantized.dtype == torch.float32
     rows = latents.permute(0, 2, 3, 1).reshape(-1, 4).float()
     assert torch.equal(indices, assign_codes(rows, model.quantize.embedding.weight))
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_on_a_gpu_rows_and_codes_meet_in_16_bits_unless_fp32_is_wanted(fp32, monkeypatch):
+    """As on a GPU, whose rule takes the place of the CPU's."""
+    monkeypatch.setattr(common, "score_dtype", lambda rows, codes, fp32: torch.float32 if fp32 else rows.dtype)
+    model, batch = Autoencoder(), images()
+    accelerate(model, fp32_scores=fp32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = model.encoder(batch).permute(0, 2, 3, 1).reshape(-1, 4)
+        _, _, (_, _, indices) = model(batch)
+    codes = model.quantize.embedding.weight.detach()
+    expected = assign_codes(rows.float(), codes) if fp32 else assign_codes(rows, codes.bfloat16())
+    assert torch.equal(indices, expected)
+    assert not torch.equal(codes, codes.bfloat16().float()), "rounded codes would hide the difference"
 
 
 def test_subclasses_are_left_alone():
