@@ -8,7 +8,6 @@ Floor: one product of 2 M N D operations. Memory: O(N) and, where the codes are 
 
 import torch
 
-from regvq_fast.kernels.utils import code_bias
 from regvq_fast.kernels.vector_quantize import Outputs, sweep_codes
 
 
@@ -17,5 +16,5 @@ def assign_codes_forward(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tenso
     x, codebook = x.contiguous(), codebook.contiguous()
     indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     outputs = Outputs(None, indices, None, None, None, None)
-    sweep_codes(x, codebook, codebook, code_bias(codebook, -0.5), 1.0, outputs)
+    sweep_codes(x, codebook, outputs)
     return indices

@@ -98,15 +98,11 @@ def running_argmax(row_max, row_index, tile_max, scores, first_code, BN: tl.cons
 
 
 @triton.jit
-def _order_rows_kernel(
-    mask_ptr,  # (M,) bool
-    order_ptr,  # (M,) int32
-    num_rows,
-    window,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(1) * BLOCK  # the first row of this program, within its window
-    first = tl.program_id(0).to(tl.int64) * window
+def _order_rows(mask_ptr, order_ptr, num_rows, window, program, BLOCK: tl.constexpr):
+    """Write the order of BLOCK rows of a window: they need the number of stochastic rows ahead of them."""
+    blocks = tl.cdiv(window, BLOCK)
+    block = program % blocks * BLOCK  # the first row of this program, within its window
+    first = (program // blocks).to(tl.int64) * window
     length = tl.minimum(window, num_rows - first)
     offset = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)  # stochastic rows ahead of this block, by lane
@@ -120,70 +116,94 @@ def _order_rows_kernel(
     tl.store(order_ptr + first + position, (first + row).to(tl.int32), mask=row_mask)
 
 
-def order_rows(mask: torch.Tensor, window: int) -> torch.Tensor:
-    """Row numbers ordered within windows of rows: the stochastic ones come first, so that few tiles pay for noise.
-
-    Args:
-        mask: (M,) bool.
-        window: rows of a window.
-
-    Returns:
-        (M,) int32; a permutation of each window's rows. A function of the mask alone.
-    """
-    order = torch.empty(mask.shape[0], dtype=torch.int32, device=mask.device)
-    if mask.shape[0]:
-        window, block = min(window, mask.shape[0]), 1024
-        grid = (triton.cdiv(mask.shape[0], window), triton.cdiv(window, block))
-        _order_rows_kernel[grid](mask, order, mask.shape[0], window, BLOCK=block, num_warps=4, enable_fp_fusion=True)
-    return order
-
-
 @triton.jit
-def _code_bias_kernel(
-    codes_ptr,  # (N, D), the codes, where DISTANCE
+def _prepare_kernel(
+    codes_ptr,  # (N, D)
     bias_ptr,  # (N,), where HAS_BIAS
     scale_ptr,  # () floating point, where SCALED
     code_bias_ptr,  # (N,) fp32
+    counts_ptr,  # (counts_size,) int32, set to 0, where COUNTS
+    mask_ptr,  # (M,) bool, where NOISE
+    order_ptr,  # (M,) int32, where NOISE
     num_codes,
+    counts_size,
+    num_rows,
+    window,
+    num_order_programs,
+    num_bias_programs,
     factor,
     D: tl.constexpr,
     DISTANCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
+    NOISE: tl.constexpr,
+    COUNTS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    code = tl.program_id(0) * BN + tl.arange(0, BN)
-    col_mask = code < num_codes
-    bias = tl.zeros([BN], tl.float32)
-    if DISTANCE:
-        for first_channel in range(0, D, BK):
-            z = load_rows(codes_ptr, code.to(tl.int64), col_mask, first_channel, D, BK).to(tl.float32)
-            bias += tl.sum(z * z, axis=1)
-    elif HAS_BIAS:
-        bias = tl.load(bias_ptr + code, mask=col_mask, other=0.0).to(tl.float32)
-    if SCALED:
-        factor *= tl.load(scale_ptr).to(tl.float32)
-    tl.store(code_bias_ptr + code, bias * factor, mask=col_mask)
+    """Order rows, compute the per-code bias and clear counts: three small jobs of different programs, in one launch."""
+    program = tl.program_id(0)
+    if program < num_order_programs:
+        if NOISE:
+            _order_rows(mask_ptr, order_ptr, num_rows, window, program, BLOCK)
+    elif program < num_order_programs + num_bias_programs:
+        code = (program - num_order_programs) * BN + tl.arange(0, BN)
+        col_mask = code < num_codes
+        bias = tl.zeros([BN], tl.float32)
+        if DISTANCE:
+            for first_channel in range(0, D, BK):
+                z = load_rows(codes_ptr, code.to(tl.int64), col_mask, first_channel, D, BK).to(tl.float32)
+                bias += tl.sum(z * z, axis=1)
+        elif HAS_BIAS:
+            bias = tl.load(bias_ptr + code, mask=col_mask, other=0.0).to(tl.float32)
+        if SCALED:
+            factor *= tl.load(scale_ptr).to(tl.float32)
+        tl.store(code_bias_ptr + code, bias * factor, mask=col_mask)
+    elif COUNTS:
+        element = (program - num_order_programs - num_bias_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(counts_ptr + element, tl.zeros([BLOCK], tl.int32), mask=element < counts_size)
 
 
-def code_bias(
+def prepare(
     codebook: torch.Tensor,
     factor: float,
     scale: torch.Tensor | None = None,
     *,
     linear: bool = False,
     bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the per-code bias of the logits, (N,) fp32.
+    mask: torch.Tensor | None = None,
+    window: int = 1,
+    counts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what a sweep over the codes needs beforehand, by one launch, and clear its counts.
 
-    Distance logits: ``factor * scale * |z_n|^2``, scale () on the device, None for 1. Linear logits: ``factor * b_n``.
+    Args:
+        codebook: (N, D).
+        factor, scale: of the bias; scale () is on the device, None for 1.
+        linear, bias: linear logits and their (N,) bias, None for 0.
+        mask: (M,) bool, None where no row is stochastic.
+        window: rows that are ordered together.
+        counts: any shape, int32, set to 0.
+
+    Returns:
+        The per-code bias, (N,) fp32: ``factor * scale * |z_n|^2``, or ``factor * b_n`` of linear logits. The row
+        numbers (M,) int32, within each window the stochastic rows first, so that few tiles pay for noise.
     """
-    num_codes, width = codebook.shape
-    result = torch.empty(num_codes, dtype=torch.float32, device=codebook.device)
-    _code_bias_kernel[(triton.cdiv(num_codes, 32),)](
-        codebook, bias, None if linear else scale, result, num_codes, factor,
+    (num_codes, width), device = codebook.shape, codebook.device
+    code_bias = torch.empty(num_codes, dtype=torch.float32, device=device)
+    num_rows = 0 if mask is None else mask.shape[0]
+    order = None if mask is None else torch.empty(num_rows, dtype=torch.int32, device=device)
+    block, codes_of_a_program = 1024, 32
+    window = max(1, min(window, num_rows))
+    counts_size = 0 if counts is None else counts.numel()
+    num_order = triton.cdiv(num_rows, window) * triton.cdiv(window, block) if num_rows else 0
+    num_bias = triton.cdiv(num_codes, codes_of_a_program)
+    _prepare_kernel[(num_order + num_bias + triton.cdiv(counts_size, block),)](
+        codebook, bias, None if linear else scale, code_bias, counts, mask, order,
+        num_codes, counts_size, num_rows, window, num_order, num_bias, factor,
         D=width, DISTANCE=not linear, HAS_BIAS=bias is not None, SCALED=scale is not None and not linear,
-        BN=32, BK=min(128, triton.next_power_of_2(width)), num_warps=4, enable_fp_fusion=True,
+        NOISE=order is not None, COUNTS=counts is not None, BN=codes_of_a_program, BK=min(128, triton.next_power_of_2(width)), BLOCK=block,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return result
+    return code_bias, order

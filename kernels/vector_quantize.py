@@ -36,11 +36,10 @@ from regvq_fast.dispatch import (
 from regvq_fast.kernels.noise import gumbel_tile
 from regvq_fast.kernels.utils import (
     LOG2_E,
-    code_bias,
     load_noise_rows,
     load_rows,
     multiply,
-    order_rows,
+    prepare,
     product,
     running_argmax,
 )
@@ -288,33 +287,27 @@ class Outputs(NamedTuple):
 
 
 def sweep_codes(
-    x: torch.Tensor,
-    logit_weight: torch.Tensor,
-    codebook: torch.Tensor,
-    bias: torch.Tensor,
-    factor: float,
-    outputs: Outputs,
-    a: Inputs | None = None,
-    group_rows: int = 1,
+    x: torch.Tensor, codebook: torch.Tensor, outputs: Outputs, a: Inputs | None = None, group_rows: int = 1
 ) -> None:
     """Launch the sweep for contiguous arguments, chunk by chunk where the products come from cuBLAS.
 
-    ``a`` holds scale and noise of ``vector_quantize``; None is ``assign_codes``.
+    ``a`` holds logits and noise of ``vector_quantize``; None is ``assign_codes``.
     """
     (num_rows, width), num_codes, device = x.shape, codebook.shape[0], x.device
-    if outputs.counts is not None:
-        outputs.counts.zero_()
+    chunked = is_chunked(device)
+    step = max(1, min(num_rows, chunk_rows(num_codes) if chunked else num_rows))
+    if a is None:
+        mask = seed = row_offset = tau = scale = order = None
+        logit_weight, factor = codebook, 1.0
+        bias, _ = prepare(codebook, -0.5)
+    else:
+        mask, seed, row_offset, tau, scale = a.mask, a.seed, a.row_offset, a.tau, a.scale
+        logit_weight, factor, bias, order = prepare_logits(a, min(step, ORDER_WINDOW), outputs.counts)
     if num_rows == 0:
         return
-    mask, seed, row_offset, tau, scale = (None,) * 5 if a is None else (a.mask, a.seed, a.row_offset, a.tau, a.scale)
-    mask = None if mask is None else mask.contiguous()
-    chunked = is_chunked(device)
-    step = min(num_rows, chunk_rows(num_codes)) if chunked else num_rows
-    order = None if mask is None else order_rows(mask, min(step, ORDER_WINDOW))
     tile = pinned_tile("assign_codes" if a is None else "vector_quantize", x.dtype, width, device)
     least = MIN_SPLIT_CODES if order is None or chunked else MIN_NOISY_SPLIT_CODES
-    waves = 1 if order is None else NOISY_WAVES
-    split_codes = codes_per_split(step, num_codes, tile, least, device, waves)
+    split_codes = codes_per_split(step, num_codes, tile, least, device, 1 if order is None else NOISY_WAVES)
     num_splits = triton.cdiv(num_codes, split_codes)
     split_values = split_indices = None
     if num_splits > 1:
@@ -331,8 +324,7 @@ def sweep_codes(
             x, logit_weight, codebook, bias, scores, order, mask, seed, row_offset, tau, scale,
             *outputs, split_values, split_indices,
             start, end, num_rows, num_codes, split_codes, num_splits, group_rows, factor,
-            HAS_SCORES=chunked, SPLIT=num_splits > 1, PRECISION=dot_precision(x.dtype),
-            **flags, **tile.options(),
+            HAS_SCORES=chunked, SPLIT=num_splits > 1, PRECISION=dot_precision(x.dtype), **flags, **tile.options(),
         )  # fmt: skip
     if num_splits > 1:
         _combine_splits_kernel[(triton.cdiv(num_rows, 32),)](
@@ -341,12 +333,19 @@ def sweep_codes(
         )  # fmt: skip
 
 
-def logit_form(a: Inputs) -> tuple[torch.Tensor, float, torch.Tensor]:
-    """Return k (N, D), the factor of scale * x . k, and the per-code bias (N,) in log 2; the backward's as well."""
-    if a.weight is None:
-        return a.codebook, 2.0, code_bias(a.codebook, -LOG2_E, a.scale)
-    bias = None if a.bias is None else a.bias.contiguous()
-    return a.weight.contiguous(), 1.0, code_bias(a.codebook, LOG2_E, linear=True, bias=bias)
+def prepare_logits(
+    a: Inputs, window: int, counts: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float, torch.Tensor, torch.Tensor | None]:
+    """Return k (N, D), the factor of scale * x . k, per-code bias (N,) and row order (M,); the backward's as well.
+
+    Factor and bias are in log 2. ``counts`` are set to 0.
+    """
+    linear = a.weight is not None
+    bias, order = prepare(
+        a.codebook, LOG2_E if linear else -LOG2_E, a.scale, linear=linear,
+        bias=None if a.bias is None else a.bias.contiguous(), mask=a.mask, window=window, counts=counts,
+    )  # fmt: skip
+    return a.codebook if a.weight is None else a.weight.contiguous(), LOG2_E * (1 if linear else 2), bias, order
 
 
 def vector_quantize_forward(a: Inputs, needs_lse: bool) -> tuple[torch.Tensor, ...]:
@@ -355,20 +354,25 @@ def vector_quantize_forward(a: Inputs, needs_lse: bool) -> tuple[torch.Tensor, .
     lse (M,) fp32 is the log-sum-exp of a row's scores over their temperature, in log 2, which backward needs; empty
     unless ``needs_lse``.
     """
-    a = a._replace(x=a.x.contiguous(), codebook=a.codebook.contiguous())
+    a = contiguous(a)
     (num_rows, _), num_codes = a.x.shape, a.codebook.shape[0]
     indices = torch.empty(num_rows, dtype=torch.int64, device=a.x.device)
     perturbation = a.x.new_empty(num_rows, dtype=torch.float32)
     lse = torch.empty_like(perturbation) if needs_lse else None
     counts = torch.empty(a.groups, num_codes, dtype=torch.int32, device=a.x.device)
     quantized, best_indices = torch.empty_like(a.x), torch.empty_like(indices)
-    outputs = Outputs(quantized, indices, best_indices, perturbation, lse, counts)
-    logit_weight, factor, bias = logit_form(a)
     group_rows = max(1, num_rows // a.groups)
-    sweep_codes(a.x, logit_weight, a.codebook, bias, factor * LOG2_E, outputs, a, group_rows)
+    outputs = Outputs(quantized, indices, best_indices, perturbation, lse, counts)
+    sweep_codes(a.x, a.codebook, outputs, a, group_rows)
     posterior = torch.empty_like(counts, dtype=torch.float32)
     _posterior_kernel[(triton.cdiv(counts.numel(), 1024),)](
         counts, posterior, counts.numel(), group_rows, BLOCK=1024, num_warps=4, enable_fp_fusion=True
     )
     lse = perturbation.new_empty(0) if lse is None else lse
     return quantized, posterior, indices, best_indices, perturbation, lse
+
+
+def contiguous(a: Inputs) -> Inputs:
+    """Return the arguments with contiguous rows, codes and mask."""
+    mask = None if a.mask is None else a.mask.contiguous()
+    return a._replace(x=a.x.contiguous(), codebook=a.codebook.contiguous(), mask=mask)

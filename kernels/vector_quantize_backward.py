@@ -48,8 +48,8 @@ from regvq_fast.dispatch import (
 )
 from regvq_fast.kernels.noise import gumbel_tile
 from regvq_fast.kernels.segment_sum import segment_sum
-from regvq_fast.kernels.utils import FP16_SCALE, LOG2_E, load_noise_rows, load_rows, multiply, order_rows, product
-from regvq_fast.kernels.vector_quantize import logit_form
+from regvq_fast.kernels.utils import FP16_SCALE, load_noise_rows, load_rows, multiply, product
+from regvq_fast.kernels.vector_quantize import contiguous, prepare_logits
 from regvq_fast.matmul import product_fp32, without_tf32
 
 # Codes of a split at least: splits only add their partial sums of r.
@@ -58,19 +58,20 @@ MIN_SPLIT_CODES = 256
 
 @triton.jit
 def _posterior_gradient(
-    grad_posterior_ptr,  # (G, N) fp32, over R
+    grad_posterior_ptr,  # (G, N) fp32
     groups,  # [BM] int64
     row_mask,  # [BM]
     code,  # [1, BN] or [BM, 1]
     num_codes,
+    group_rows,
     ONE_GROUP: tl.constexpr,
 ):
     """dA / R of some rows and codes, in a shape that broadcasts to theirs."""
     if ONE_GROUP:
-        return tl.load(grad_posterior_ptr + code, mask=code < num_codes, other=0.0)
+        return tl.load(grad_posterior_ptr + code, mask=code < num_codes, other=0.0) * (1.0 / group_rows)
     else:
         address = grad_posterior_ptr + groups[:, None] * num_codes + code
-        return tl.load(address, mask=row_mask[:, None] & (code < num_codes), other=0.0)
+        return tl.load(address, mask=row_mask[:, None] & (code < num_codes), other=0.0) * (1.0 / group_rows)
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def _vector_quantize_bwd_kernel(
     codes_ptr,  # (N, D)
     code_bias_ptr,  # (N,) fp32, in log 2
     grad_quantized_ptr,  # (M, D)
-    grad_posterior_ptr,  # (G, N) fp32 over R, where POSTERIOR
+    grad_posterior_ptr,  # (G, N) fp32, where POSTERIOR
     indices_ptr,  # (M,) int64
     lse_ptr,  # (M,) fp32, in log 2
     scores_ptr,  # (rows of the chunk, N) fp32: x k^T, where HAS_SCORES
@@ -138,7 +139,8 @@ def _vector_quantize_bwd_kernel(
         guess += tl.sum(grad * load_rows(codes_ptr, index, row_mask, first_channel, D, BK).to(tl.float32), axis=1)
     if POSTERIOR:
         guess += tl.sum(
-            _posterior_gradient(grad_posterior_ptr, groups, row_mask, index[:, None], num_codes, ONE_GROUP), axis=1
+            _posterior_gradient(grad_posterior_ptr, groups, row_mask, index[:, None], num_codes, group_rows, ONE_GROUP),
+            axis=1,
         )
 
     if D <= BK and not HAS_SCORES:  # tiles that stay
@@ -171,7 +173,9 @@ def _vector_quantize_bwd_kernel(
                 scores = tl.where(stochastic[:, None], scores + noise, scores) * inverse_t[:, None]
         p = tl.exp2(scores - lse[:, None])
         if POSTERIOR:
-            grad += _posterior_gradient(grad_posterior_ptr, groups, row_mask, code[None, :], num_codes, ONE_GROUP)
+            grad += _posterior_gradient(
+                grad_posterior_ptr, groups, row_mask, code[None, :], num_codes, group_rows, ONE_GROUP
+            )
         w = p * (grad - guess[:, None])
         offset = position[:, None] * num_codes + code[None, :]
         tl.store(p_ptr + offset, (p * p_scale).to(p_ptr.dtype.element_ty), mask=both)
@@ -303,20 +307,18 @@ def vector_quantize_backward(
             "vector_quantize kept nothing for a backward, since no input required a gradient where it was called: "
             "for gradients under torch.func.vmap give impl='eager'"
         )
-    a = a._replace(
-        x=a.x.contiguous(),
-        codebook=a.codebook.contiguous(),
-        mask=None if a.mask is None else a.mask.contiguous(),
-    )
+    a = contiguous(a)
     grad_quantized = grad_quantized.contiguous()
     (num_rows, width), num_codes, dtype, device = a.x.shape, a.codebook.shape[0], a.x.dtype, a.x.device
     linear, soft = a.weight is not None, a.codebook_grad == "soft"
-    logit_weight, factor, bias = logit_form(a)
+    factor = 1.0 if linear else 2.0
     group_rows = max(1, num_rows // a.groups)
     if grad_posterior is not None:
-        grad_posterior = grad_posterior.to(torch.float32).contiguous() / group_rows
+        grad_posterior = grad_posterior.to(torch.float32).contiguous()
     several_groups = grad_posterior is not None and a.groups > 1
-    scales = _fp16_scales(a, grad_quantized, grad_posterior, factor) if dtype == torch.float16 else None
+    scales = None
+    if dtype == torch.float16:
+        scales = _fp16_scales(a, grad_quantized, grad_posterior, factor, group_rows)
 
     chunked = is_chunked(device)
     # Linear logits need a tile of weights more, several posteriors one of their gradients.
@@ -325,7 +327,7 @@ def vector_quantize_backward(
     # Each chunk reads and writes the codes' gradients: as few of them as 2 KiB a code and buffer allow.
     least = MIN_CHUNK_ROWS * (1 if chunked or dtype == torch.float32 else 2)
     chunk = max(1, min(num_rows, equal_chunks(num_rows, chunk_rows(num_codes, least))))
-    order = None if a.mask is None else order_rows(a.mask, min(chunk, ORDER_WINDOW))
+    logit_weight, log2_factor, bias, order = prepare_logits(a, min(chunk, ORDER_WINDOW))
     waves = 1 if order is None else NOISY_WAVES
     flags = {"D": width, "NOISE": order is not None, "SCALED": scales is not None}
     # A product's right side has a column more for the bias, and stays aligned.
@@ -349,7 +351,7 @@ def vector_quantize_backward(
         _vector_quantize_bwd_kernel[(triton.cdiv(rows, tile.BM) * num_splits,)](
             a.x, logit_weight, a.codebook, bias, grad_quantized, grad_posterior, indices, lse, scores, products,
             order, a.mask, a.seed, a.row_offset, a.tau, a.scale, scales, p_and_w[0], p_and_w[1], sums,
-            start, end, num_codes, split_codes, num_splits, group_rows, factor * LOG2_E,
+            start, end, num_codes, split_codes, num_splits, group_rows, log2_factor,
             LINEAR=linear, POSTERIOR=grad_posterior is not None, ONE_GROUP=not several_groups, HAS_SCORES=chunked,
             PRECISION=dot_precision(dtype), **flags, **tile.options(),
         )  # fmt: skip
@@ -392,7 +394,7 @@ def vector_quantize_backward(
 
 
 def _fp16_scales(
-    a: Inputs, grad_quantized: torch.Tensor, grad_posterior: torch.Tensor | None, factor: float
+    a: Inputs, grad_quantized: torch.Tensor, grad_posterior: torch.Tensor | None, factor: float, group_rows: int
 ) -> torch.Tensor:
     """Return what fp16 copies are multiplied by, so that they fill fp16: (5,) fp32.
 
@@ -407,7 +409,7 @@ def _fp16_scales(
     grad_norm = largest_norm(grad_quantized)
     most = 2 * grad_norm * largest_norm(a.codebook)
     if grad_posterior is not None:
-        most = most + 2 * grad_posterior.abs().max()
+        most = most + 2 * grad_posterior.abs().max() / group_rows
     most = most.clamp(min=1e-20)
     by_temperature = (factor * a.scale).to(torch.float32) / a.tau.to(torch.float32).clamp(max=1.0)
     right = (grad_norm + most * by_temperature * largest_norm(a.x).clamp(min=1.0)).clamp(min=1e-20)

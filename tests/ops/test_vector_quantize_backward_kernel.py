@@ -180,13 +180,17 @@ def test_parts_of_the_codes_and_chunks_of_the_rows_change_nothing(schedule, dtyp
 @every_schedule
 def test_rows_are_ordered_in_windows_that_chunks_are_multiples_of(schedule, monkeypatch):
     """Ranking takes the square of a window's length."""
-    from regvq_fast.kernels import utils, vector_quantize, vector_quantize_backward
+    from regvq_fast.kernels import utils, vector_quantize
 
     case = Case(700, 20, 9, groups=7)
     inputs = case.inputs(1)
     windows = []
-    for module in (vector_quantize, vector_quantize_backward):
-        monkeypatch.setattr(module, "order_rows", lambda *args: windows.append(args[1]) or utils.order_rows(*args))
+
+    def prepare(*args, **options):
+        windows.append(options["window"])
+        return utils.prepare(*args, **options)
+
+    monkeypatch.setattr(vector_quantize, "prepare", prepare)
     for name, value in {"ORDER_WINDOW": 128, "CHUNK_SCORES": 1, "MIN_CHUNK_ROWS": 300}.items():
         patch_dispatch(monkeypatch, name, value)
     results = kernel_results(inputs, schedule, **case.settings())
