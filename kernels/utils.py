@@ -97,7 +97,7 @@ def running_argmax(row_max, row_index, tile_max, scores, first_code, BN: tl.cons
     return tl.where(better, tile_max, row_max), tl.where(better, tile_index, row_index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "window"])
 def _order_rows_kernel(
     mask_ptr,  # (M,) bool
     order_ptr,  # (M,) int32

@@ -73,7 +73,7 @@ def _posterior_gradient(
         return tl.load(address, mask=row_mask[:, None] & (code < num_codes), other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "end_row", "num_splits", "group_rows"])
 def _vector_quantize_bwd_kernel(
     x_ptr,  # (M, D)
     logit_weight_ptr,  # (N, D): the codes, or the weight where LINEAR
@@ -183,7 +183,7 @@ def _vector_quantize_bwd_kernel(
     tl.store(sums + num_splits, w_sum, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "end_row", "num_splits"])
 def _row_gradients_kernel(
     x_ptr,  # (M, D)
     grad_quantized_ptr,  # (M, D), where SOFT
