@@ -29,11 +29,14 @@ _IMPLS = ("auto", "triton", "eager")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when the kernels are imported
 
-# Scores of a chunk of rows in backward, in all and at least in rows: two buffers of half precision (fused), or two of
-# fp32 more (chunked). Large enough for full-speed products, a fixed number of MiB whatever M. A chunk of few rows would
-# read and write the codes' gradients too often.
+# Scores of a chunk of rows, in all and at least in rows. Large enough for full-speed products, a fixed number of MiB
+# whatever M. A chunk of few rows would read and write the codes' gradients too often.
 CHUNK_SCORES = 1 << 25
 MIN_CHUNK_ROWS = 512
+# The fused backward has no buffers but two, and so more rows, as far as a buffer has no more bytes than this: with 4096
+# rows, D = 256 and tiles of 128 x 128 its products for dx fill a GPU.
+FULL_CHUNK_ROWS = 4096
+FULL_CHUNK_BYTES = 1 << 29
 # Rows that are ordered together at most: stochastic tiles begin first, and ranking a window takes its length squared.
 # Larger chunks are whole windows.
 ORDER_WINDOW = 1 << 16
@@ -207,6 +210,15 @@ def chunk_rows(num_codes: int, least: int | None = None) -> int:
     """Return the rows of a chunk, ``least`` (None: MIN_CHUNK_ROWS) or more; a multiple of every tile."""
     rows = max(least or MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes)
     return rows // _unit(rows) * _unit(rows)
+
+
+def fused_backward_rows(num_codes: int, itemsize: int) -> int:
+    """Return the rows of a chunk of the fused backward, whose buffers have ``itemsize`` bytes a score.
+
+    FULL_CHUNK_ROWS, or fewer for FULL_CHUNK_BYTES; but CHUNK_SCORES or 2 KiB a code at least.
+    """
+    full = min(FULL_CHUNK_ROWS, FULL_CHUNK_BYTES // (num_codes * itemsize))
+    return chunk_rows(num_codes, max(MIN_CHUNK_ROWS * 4 // itemsize, full))
 
 
 def equal_chunks(num_rows: int, most: int) -> int:

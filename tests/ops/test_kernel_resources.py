@@ -85,6 +85,22 @@ def test_chunks_are_whole_tiles_of_a_bounded_number_of_scores(num_codes):
     ) * num_codes > dispatch.CHUNK_SCORES
 
 
+@pytest.mark.parametrize(
+    ("num_codes", "itemsize", "rows"),
+    [
+        (1024, 2, 32768),  # 2^25 scores
+        (8192, 2, 4096),
+        (65536, 2, 4096),  # 512 MiB
+        (65536, 4, 2048),
+        (262144, 2, 1024),
+        (1_000_000, 2, 1024),  # 2 KiB a code
+        (1_000_000, 4, 512),
+    ],
+)
+def test_chunks_of_the_fused_backward_have_4096_rows_or_512_mib(num_codes, itemsize, rows):
+    assert dispatch.fused_backward_rows(num_codes, itemsize) == rows
+
+
 @settings(deadline=None, derandomize=True, database=None)
 @given(
     num_rows=st.integers(1, 100_000),

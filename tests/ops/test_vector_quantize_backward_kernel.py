@@ -42,6 +42,7 @@ def small_parts_and_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Set splits of 64 codes and chunks of 128 rows, as large calls have larger ones; the list is ``set_split``'s."""
     patch_dispatch(monkeypatch, "CHUNK_SCORES", 1)
     patch_dispatch(monkeypatch, "MIN_CHUNK_ROWS", 128)
+    patch_dispatch(monkeypatch, "FULL_CHUNK_ROWS", 1)
     return set_split(monkeypatch, 64)
 
 
@@ -180,16 +181,15 @@ def test_parts_of_the_codes_and_chunks_of_the_rows_change_nothing(schedule, dtyp
 @every_schedule
 def test_rows_are_ordered_in_windows_that_chunks_are_multiples_of(schedule, monkeypatch):
     """Ranking takes the square of a window's length."""
-    from regvq_fast import dispatch, sweep, tiles, vector_quantize_backward
+    from regvq_fast.kernels import utils, vector_quantize, vector_quantize_backward
 
     case = Case(700, 20, 9, groups=7)
     inputs = case.inputs(1)
     windows = []
-    for module in (sweep, vector_quantize_backward):
-        monkeypatch.setattr(module, "order_rows", lambda *args: windows.append(args[1]) or tiles.order_rows(*args))
-    monkeypatch.setattr(dispatch, "ORDER_WINDOW", 128)
-    monkeypatch.setattr(dispatch, "CHUNK_SCORES", 1)
-    monkeypatch.setattr(dispatch, "MIN_CHUNK_ROWS", 300)
+    for module in (vector_quantize, vector_quantize_backward):
+        monkeypatch.setattr(module, "order_rows", lambda *args: windows.append(args[1]) or utils.order_rows(*args))
+    for name, value in {"ORDER_WINDOW": 128, "CHUNK_SCORES": 1, "MIN_CHUNK_ROWS": 300, "FULL_CHUNK_ROWS": 1}.items():
+        patch_dispatch(monkeypatch, name, value)
     results = kernel_results(inputs, schedule, **case.settings())
     assert windows == [128, 128]
     assert_outputs(results, inputs, **case.settings())
