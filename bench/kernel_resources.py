@@ -41,7 +41,7 @@ from rich.console import Console
 from regvq_fast.console import progress_bar
 
 ARCHITECTURES = (70, 80, 86, 90, 100)
-WIDTHS = (32, 64, 128, 256, 512)
+WIDTHS = (16, 32, 64, 128, 256, 512)
 # Shared memory that a program can have, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {70: 98304, 75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TENSOR_CORE = {

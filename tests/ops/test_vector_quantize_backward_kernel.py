@@ -67,6 +67,19 @@ def test_gradients_are_within_the_error_budget(case, schedule):
 
 @needs_kernels
 @every_schedule
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+def test_small_widths(width, dtype, schedule):
+    """Eight channels are fewer than a tile multiplies: the others are neither read nor written."""
+    case = Case(150, 70, width, groups=2, dtype=dtype)
+    inputs = case.inputs()
+    results = kernel_results(inputs, schedule, **case.settings())
+    assert_outputs(results, inputs, **case.settings())
+    assert_gradients(results, inputs, **case.settings())
+
+
+@needs_kernels
+@every_schedule
 @pytest.mark.parametrize(
     ("codebook_grad", "dtype"),
     [*((codebook_grad, torch.float32) for codebook_grad in CODEBOOK_GRADS), *(("hard", dtype) for dtype in FLOATS[1:])],
