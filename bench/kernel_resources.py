@@ -6,10 +6,24 @@
 The calls are those that the launchers make: they run here on small CPU tensors, with the launches recorded instead of
 made. Exits with 1 if a kernel spills registers, needs more shared memory than the GPU has, multiplies without the
 tensor cores from sm_80 on, or multiplies at all below.
+
+Two columns are of the kernels that sweep codes or keys:
+
+- ``bytes``: loaded from L2 or global memory for each score of a tile of BM x BN. With s bytes a channel, a tile of
+  rows that stays (D <= BK) costs D s / BM for the codes, twice that for a backward of linear logits; one that goes
+  through in steps (D > BK) costs D s (1 / BM + 1 / BN) a product, of which the backward of ``vector_quantize`` has two.
+  Where HAS_SCORES, fp32 products are read in place of that: 4, or 8. ``vector_quantize`` adds 4 / BM for the per-code
+  bias, its posterior's gradient 4 / BM for one group and 4 for several. Writes and what is loaded before the sweep
+  don't count.
+- ``ahead``: how many whole tiles are computed between the issue of a load of codes and the wait for it, of steps of BK
+  where D > BK; `-` where no load is asynchronous. A load is issued at a tile's end and awaited at the head of the one
+  that takes it, so that num_stages = 2 gives 0, no prefetch, and num_stages = 3 gives 1. On sm_100 with D <= BK the
+  product itself also runs one tile ahead of its use.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -17,6 +31,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -26,7 +41,7 @@ from rich.console import Console
 from regvq_fast.console import progress_bar
 
 ARCHITECTURES = (70, 80, 86, 90, 100)
-WIDTHS = (32, 64, 128, 256, 512)
+WIDTHS = (16, 32, 64, 128, 256, 512)
 # Shared memory that a program can have, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {70: 98304, 75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TENSOR_CORE = {
@@ -37,42 +52,52 @@ TENSOR_CORE = {
     100: "tcgen05.mma",
     120: "mma.sync",
 }
-COLUMNS = "kernel sm type D flags tile registers shared spills".split()
+COLUMNS = "kernel sm type D flags tile registers shared spills bytes ahead".split()
 
 # A kernel, the types of its arguments, its constants, attributes and options: what one compilation takes.
 Call = dict[str, Any]
 
 
+@contextlib.contextmanager
+def recording(architecture: int) -> Iterator[list[Call]]:
+    """Describe the kernels that are launched meanwhile, for an architecture, instead of launching them."""
+    from triton.runtime.jit import JITFunction
+
+    from regvq_fast import dispatch
+
+    calls: list[Call] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        calls.append(describe(kernel, args, options))
+
+    capability = mock.patch.object(dispatch, "capability", return_value=architecture)
+    with mock.patch.object(JITFunction, "run", record), capability:
+        yield calls
+
+
 def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
     """The distinct kernel calls that the ops make on an architecture."""
     import torch
-    from triton.runtime.jit import JITFunction
 
     from regvq_fast import dispatch
     from regvq_fast.kernels import assign_codes, vector_quantize, vector_quantize_backward, weighted_info_nce
 
     calls: dict[str, Call] = {}
 
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        call = describe(kernel, args, options) | {"sm": architecture, "type": dtype_name, "D": width}
-        calls.setdefault(json.dumps(call, sort_keys=True, default=str), call)
-
     def splits(number: int) -> Any:
         """So many splits of codes and keys, whatever the tile and the GPU."""
         return mock.patch.object(dispatch, "_num_splits", return_value=number)
 
-    capability = mock.patch.object(dispatch, "capability", return_value=architecture)
-    with mock.patch.object(JITFunction, "run", record), capability:
-        types = (torch.float16, torch.float32) + ((torch.bfloat16,) if architecture >= 80 else ())
-        for dtype, width in itertools.product(types, widths):
-            dtype_name = str(dtype).removeprefix("torch.")
-            rows, codes = 256, 8192
-            x, codebook = torch.zeros(rows, width, dtype=dtype), torch.zeros(codes, width, dtype=dtype)
-            mask, seed, zero = torch.zeros(rows, dtype=torch.bool), torch.tensor(0), torch.tensor(0)
-            tau = torch.ones((), dtype=torch.float64)
-            indices, lse = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
-            query, weights = torch.zeros(1, 256, width, dtype=dtype), torch.zeros(1, 256)
-            inputs = dispatch.Inputs(x, codebook, None, None, None, seed, tau, tau, zero, 1, "soft")
+    types = (torch.float16, torch.float32) + ((torch.bfloat16,) if architecture >= 80 else ())
+    for dtype, width in itertools.product(types, widths):
+        rows, codes = 256, 8192
+        x, codebook = torch.zeros(rows, width, dtype=dtype), torch.zeros(codes, width, dtype=dtype)
+        mask, seed, zero = torch.zeros(rows, dtype=torch.bool), torch.tensor(0), torch.tensor(0)
+        tau = torch.ones((), dtype=torch.float64)
+        indices, lse = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+        query, weights = torch.zeros(1, 256, width, dtype=dtype), torch.zeros(1, 256)
+        inputs = dispatch.Inputs(x, codebook, None, None, None, seed, tau, tau, zero, 1, "soft")
+        with recording(architecture) as recorded:
             for number in (2, 1):
                 with splits(number):
                     for masked, needs_lse in itertools.product((mask, None), (True, False)):
@@ -90,6 +115,9 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
                 weighted_info_nce.weighted_info_nce_backward(
                     weights, query, query, weights, weights, 0.07, False, False
                 )
+        labels = {"sm": architecture, "type": str(dtype).removeprefix("torch."), "D": width}
+        for call in recorded:
+            calls.setdefault(json.dumps(call | labels, sort_keys=True, default=str), call | labels)
     return list(calls.values())
 
 
@@ -101,15 +129,15 @@ def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Cal
     values = dict(zip(kernel.arg_names, args, strict=False)) | {
         name: value for name, value in options.items() if name in kernel.arg_names
     }
-    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     types, constants, aligned = {}, {}, []
-    for position, name in enumerate(kernel.arg_names):
+    for position, parameter in enumerate(kernel.params):
+        name, specialized = parameter.name, not parameter.do_not_specialize
         value = values[name]
-        if name in constant or value is None or (type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (specialized and type(value) is int and value == 1):
             types[name], constants[name] = "constexpr", value
             continue
         types[name] = mangle_type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if specialized and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
             aligned.append(position)
     return {
         "module": kernel.fn.__module__,
@@ -166,8 +194,38 @@ def compile_call(call: Call) -> dict[str, Any]:
         "registers": registers,
         "shared": shared,
         "spills": stack + local,
+        "bytes": bytes_per_score(call),
+        "ahead": tiles_ahead(compiled.asm["ttgir"]),
         "problems": problems,
     }
+
+
+def bytes_per_score(call: Call) -> float | str:
+    """Return the bytes that a sweep loads for each score."""
+    c = call["constants"]
+    if "HAS_SCORES" not in c:
+        return "-"
+    backward = "vector_quantize_bwd" in call["kernel"]
+    channels = call["D"] * (4 if call["type"] == "float32" else 2)
+    if c["HAS_SCORES"]:
+        loaded = 4.0 * (1 + backward)
+    elif call["D"] <= c["BK"]:
+        loaded = channels * (1 + c.get("LINEAR", False)) / c["BM"]
+    else:
+        loaded = channels * (1 + backward) * (1 / c["BM"] + 1 / c["BN"])
+    if "vector_quantize" in call["kernel"]:
+        loaded += 4 / c["BM"]
+    if c.get("POSTERIOR"):
+        loaded += 4 / c["BM"] if c["ONE_GROUP"] else 4
+    return round(loaded, 3)
+
+
+def tiles_ahead(ttgir: str) -> int | str:
+    """Return how many whole tiles are computed between a load and the wait for it, from Triton's GPU dialect."""
+    # A loop's wait names its copies, leaves those of later tiles in flight, and comes before the tile's own copies.
+    waits = re.findall(r"ttg\.async_wait %[^{]*\{num = (\d+)(.*?)(?=ttg\.async_wait|\Z)", ttgir, re.DOTALL)
+    groups = [(int(pending), after.count("ttg.async_commit_group")) for pending, after in waits]
+    return min((pending // copies for pending, copies in groups if copies), default="-")
 
 
 def main() -> int:

@@ -116,7 +116,7 @@ def _order_rows(mask_ptr, order_ptr, num_rows, window, program, BLOCK: tl.conste
     tl.store(order_ptr + first + position, (first + row).to(tl.int32), mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counts_size", "num_rows", "window", "num_order_programs", "num_bias_programs"])
 def _prepare_kernel(
     codes_ptr,  # (N, D)
     bias_ptr,  # (N,), where HAS_BIAS
@@ -203,7 +203,7 @@ def prepare(
         codebook, bias, None if linear else scale, code_bias, counts, mask, order,
         num_codes, counts_size, num_rows, window, num_order, num_bias, factor,
         D=width, DISTANCE=not linear, HAS_BIAS=bias is not None, SCALED=scale is not None and not linear,
-        NOISE=order is not None, COUNTS=counts is not None, BN=codes_of_a_program, BK=min(128, triton.next_power_of_2(width)), BLOCK=block,
-        num_warps=4, enable_fp_fusion=True,
+        NOISE=order is not None, COUNTS=counts is not None, BN=codes_of_a_program,
+        BK=min(128, triton.next_power_of_2(width)), BLOCK=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return code_bias, order

@@ -88,7 +88,7 @@ def _write_rows(
         tl.store(perturbation_ptr + rows, perturbation, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "end_row", "num_rows", "num_splits", "group_rows"])
 def _vector_quantize_fwd_kernel(
     x_ptr,  # (M, D)
     logit_weight_ptr,  # (N, D): the codes, or the weight of linear logits
@@ -203,7 +203,7 @@ def _vector_quantize_fwd_kernel(
             tl.store(lse_ptr + rows, lse_max + tl.log2(lse_sum), mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits", "group_rows"])
 def _combine_splits_kernel(
     codes_ptr,
     quantized_ptr,
@@ -260,7 +260,7 @@ def _combine_splits_kernel(
         tl.store(lse_ptr + rows, lse_max + tl.log2(lse_sum), mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_rows"])
 def _posterior_kernel(
     counts_ptr,  # (G, N) int32
     posterior_ptr,  # (G, N) fp32

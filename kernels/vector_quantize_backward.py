@@ -25,9 +25,9 @@ p and w are kept in the type of x: a tensor-core product would round them to it 
 w relative to a bound on its magnitude: fp16 has no room for probabilities under 1e-7 and for gradients after a loss
 scale.
 
-Deterministic: every element has one writer, every sum a fixed order. Memory: two buffers of a chunk of rows, which has
-max(2^25, 512 N) scores at most (``fused`` at 16 bits: max(2^25, 1024 N)), in the type of x (``chunked``: two more in
-fp32), and O((M + N) D).
+Deterministic: every element has one writer, every sum a fixed order. Memory: O((M + N) D) and two buffers of a chunk of
+rows in the type of x. ``fused``: each of 4096 rows if that is 512 MiB or less, or else of 512 MiB; but of 2^25 scores
+and of 2 KiB a code at least. ``chunked``: of max(2^25, 512 N) scores, and two more in fp32.
 """
 
 import torch
@@ -35,7 +35,6 @@ import triton
 import triton.language as tl
 
 from regvq_fast.dispatch import (
-    MIN_CHUNK_ROWS,
     NOISY_WAVES,
     ORDER_WINDOW,
     Inputs,
@@ -43,6 +42,7 @@ from regvq_fast.dispatch import (
     codes_per_split,
     dot_precision,
     equal_chunks,
+    fused_backward_rows,
     is_chunked,
     pinned_tile,
 )
@@ -74,7 +74,7 @@ def _posterior_gradient(
         return tl.load(address, mask=row_mask[:, None] & (code < num_codes), other=0.0) * (1.0 / group_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "end_row", "num_splits", "group_rows"])
 def _vector_quantize_bwd_kernel(
     x_ptr,  # (M, D)
     logit_weight_ptr,  # (N, D): the codes, or the weight where LINEAR
@@ -187,7 +187,7 @@ def _vector_quantize_bwd_kernel(
     tl.store(sums + num_splits, w_sum, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "end_row", "num_splits"])
 def _row_gradients_kernel(
     x_ptr,  # (M, D)
     grad_quantized_ptr,  # (M, D), where SOFT
@@ -324,9 +324,8 @@ def vector_quantize_backward(
     # Linear logits need a tile of weights more, several posteriors one of their gradients.
     heavy = "_heavy" if linear or several_groups else ""
     tile = pinned_tile(f"vector_quantize_backward{heavy}", dtype, width, device)
-    # Each chunk reads and writes the codes' gradients: as few of them as 2 KiB a code and buffer allow.
-    least = MIN_CHUNK_ROWS * (1 if chunked or dtype == torch.float32 else 2)
-    chunk = max(1, min(num_rows, equal_chunks(num_rows, chunk_rows(num_codes, least))))
+    most = chunk_rows(num_codes) if chunked else fused_backward_rows(num_codes, dtype.itemsize)
+    chunk = max(1, min(num_rows, equal_chunks(num_rows, most)))
     logit_weight, log2_factor, bias, order = prepare_logits(a, min(chunk, ORDER_WINDOW))
     waves = 1 if order is None else NOISY_WAVES
     flags = {"D": width, "NOISE": order is not None, "SCALED": scales is not None}

@@ -111,7 +111,7 @@ def _write_rows(
     tl.store(negative_fraction_ptr + rows, tl.exp2(log_negative - loss), mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_image", "first_row", "num_rows", "num_all"])
 def _weighted_info_nce_fwd_kernel(
     query_ptr,  # (B, L, C)
     key_ptr,  # (B, L, C)
@@ -178,7 +178,7 @@ def _weighted_info_nce_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_all"])
 def _weighted_info_nce_combine_kernel(
     weight_ptr,  # (B, L) fp32, where WEIGHTED
     loss_ptr,  # (B, L) fp32
@@ -213,7 +213,7 @@ def _weighted_info_nce_combine_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_image", "first_key"])
 def _weighted_info_nce_bwd_kernel(
     query_ptr,  # (B, L, C)
     key_ptr,  # (B, L, C)

@@ -29,11 +29,14 @@ _IMPLS = ("auto", "triton", "eager")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when the kernels are imported
 
-# Scores of a chunk of rows in backward, in all and at least in rows: two buffers of half precision (fused), or two of
-# fp32 more (chunked). Large enough for full-speed products, a fixed number of MiB whatever M. A chunk of few rows would
-# read and write the codes' gradients too often.
+# Scores of a chunk of rows, in all and at least in rows. Large enough for full-speed products, a fixed number of MiB
+# whatever M. A chunk of few rows would read and write the codes' gradients too often.
 CHUNK_SCORES = 1 << 25
 MIN_CHUNK_ROWS = 512
+# The fused backward has no buffers but two, and so more rows, as far as a buffer has no more bytes than this: with 4096
+# rows, D = 256 and tiles of 128 x 128 its products for dx fill a GPU.
+FULL_CHUNK_ROWS = 4096
+FULL_CHUNK_BYTES = 1 << 29
 # Rows that are ordered together at most: stochastic tiles begin first, and ranking a window takes its length squared.
 # Larger chunks are whole windows.
 ORDER_WINDOW = 1 << 16
@@ -81,19 +84,23 @@ class Tile:
 Tiles = dict[int | None, Tile]
 _STAYING: Tiles = {128: Tile(128, 64, 128, 8, 3), 256: Tile(128, 64, 256, 8, 2), None: Tile(128, 64, 64, 8, 3)}
 _STEPPING: Tiles = {None: Tile(64, 64, 64, 8, 2)}
-_NARROW: Tiles = {64: Tile(128, 32, 64, 8, 3)}
+# Up to D = 64 the noise takes most instructions: many warps matter, and warps side by side in a row's codes cost
+# reductions across them.
+_NARROW: Tiles = {64: Tile(128, 32, 64, 4, 3)}
+_NARROW_MORE_WARPS: Tiles = {64: Tile(128, 32, 64, 8, 3)}
+_NARROW_BACKWARD: Tiles = {64: Tile(64, 32, 64, 4, 3)}
 _TWO_PRODUCTS: Tiles = {128: Tile(128, 32, 128, 8, 2), 256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}
 _SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
 _SMALL_DEEP: Tiles = {64: Tile(64, 64, 32, 8, 3), None: Tile(64, 64, 32, 8, 2)}
 _SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
 _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     80: {
-        "vector_quantize": (_STAYING | {None: Tile(128, 64, 64, 8, 2)}, _SMALLER),
-        "assign_codes": (_STAYING, {None: Tile(64, 64, 32, 4, 3)}),
-        "vector_quantize_backward": (_TWO_PRODUCTS, _SMALLER),
-        "vector_quantize_backward_heavy": (_TWO_PRODUCTS, _SMALLER),
-        "weighted_info_nce": (_STAYING, _SMALLER),
-        "weighted_info_nce_backward": (_STAYING, _SMALLER),
+        "vector_quantize": (_NARROW | _STAYING | {None: Tile(128, 64, 64, 8, 2)}, _SMALLER),
+        "assign_codes": (_NARROW | _STAYING, {None: Tile(64, 64, 32, 4, 3)}),
+        "vector_quantize_backward": (_NARROW_BACKWARD | _TWO_PRODUCTS, _SMALLER),
+        "vector_quantize_backward_heavy": (_NARROW_BACKWARD | _TWO_PRODUCTS, _SMALLER),
+        "weighted_info_nce": (_NARROW | _STAYING, _SMALLER),
+        "weighted_info_nce_backward": (_NARROW | _STAYING, _SMALLER),
     },
     # A100's instructions with 99 KiB of shared memory: sm_86, sm_89, sm_120.
     86: {
@@ -105,25 +112,33 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
         "weighted_info_nce_backward": (_STEPPING, _SMALLER),
     },
     90: {
-        "vector_quantize": (_STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
+        "vector_quantize": (_NARROW_MORE_WARPS | _STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
         "assign_codes": (
-            {128: Tile(128, 128, 128, 8, 3), 256: Tile(128, 128, 256, 8, 2), None: Tile(128, 64, 64, 8, 3)},
+            {
+                64: Tile(128, 64, 64, 4, 3),
+                128: Tile(128, 128, 128, 8, 3),
+                256: Tile(128, 128, 256, 8, 2),
+                None: Tile(128, 64, 64, 8, 3),
+            },
             {None: Tile(64, 64, 32, 4, 3)},
         ),
-        "vector_quantize_backward": (_STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
-        "vector_quantize_backward_heavy": ({256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)}, _SMALL),
+        "vector_quantize_backward": (_NARROW_MORE_WARPS | _STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
+        "vector_quantize_backward_heavy": (
+            _NARROW_MORE_WARPS | {256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)},
+            _SMALL,
+        ),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
         "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
     },
     100: {
-        "vector_quantize": (_STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL_DEEP),
+        "vector_quantize": (_NARROW | _STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL_DEEP),
         "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
         "vector_quantize_backward": (
-            _NARROW | {256: Tile(64, 64, 256, 4, 2), None: Tile(64, 64, 64, 8, 3)},
+            _NARROW_BACKWARD | {256: Tile(64, 64, 256, 4, 2), None: Tile(64, 64, 64, 8, 3)},
             _SMALL_DEEP,
         ),
         "vector_quantize_backward_heavy": (
-            _NARROW | {256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)},
+            _NARROW_BACKWARD | {256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)},
             _SMALL,
         ),
         "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 3)}, _SMALL),
@@ -207,6 +222,15 @@ def chunk_rows(num_codes: int, least: int | None = None) -> int:
     """Return the rows of a chunk, ``least`` (None: MIN_CHUNK_ROWS) or more; a multiple of every tile."""
     rows = max(least or MIN_CHUNK_ROWS, CHUNK_SCORES // num_codes)
     return rows // _unit(rows) * _unit(rows)
+
+
+def fused_backward_rows(num_codes: int, itemsize: int) -> int:
+    """Return the rows of a chunk of the fused backward, whose buffers have ``itemsize`` bytes a score.
+
+    FULL_CHUNK_ROWS, or fewer for FULL_CHUNK_BYTES; but CHUNK_SCORES or 2 KiB a code at least.
+    """
+    full = min(FULL_CHUNK_ROWS, FULL_CHUNK_BYTES // (num_codes * itemsize))
+    return chunk_rows(num_codes, max(MIN_CHUNK_ROWS * 4 // itemsize, full))
 
 
 def equal_chunks(num_rows: int, most: int) -> int:

@@ -118,10 +118,11 @@ def vector_quantize(
 
     Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each split of the codes;
     backward 4 N (D + 8), as much again for a "hard" look-up or linear logits, and for a chunk of rows 16 (16-bit
-    inputs: 12) (D + 8) a row and two buffers of max(2^25, 512 N) scores at most, from sm_80 on at 16 bits of
-    max(2^25, 1024 N) (those of M N if that is less), in the type of ``x``. Below sm_80 also an fp32 buffer of
-    max(2^25, 512 N) scores forward, two backward. Eager: O((M + N) * D) plus a fixed number of tiles of about 2^20
-    scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^24.
+    inputs: 12) (D + 8) a row and two buffers of a score in the type of ``x``: of 4096 rows or 512 MiB each, whichever
+    is less, but of 2^25 scores and of 2 KiB a code at least (of M rows if that is less). Below sm_80 each has
+    max(2^25, 512 N) scores, and so has an fp32 buffer forward, and two more backward. Eager: O((M + N) * D) plus a
+    fixed number of tiles of about 2^20 scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where
+    that is no more than 2^24.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in

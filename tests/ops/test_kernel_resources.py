@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import kernel_resources
 import pytest
@@ -17,6 +18,10 @@ from kernel_cases import in_a_new_process, without_interpreter
 pytest.importorskip("triton")
 
 from regvq_fast import dispatch
+from regvq_fast.kernels.assign_codes import assign_codes_forward
+from regvq_fast.kernels.vector_quantize import vector_quantize_forward
+from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
+from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_backward, weighted_info_nce_forward
 
 BENCH = str(Path(__file__).parents[2] / "bench")
 CPU = torch.device("cpu")
@@ -78,6 +83,22 @@ def test_chunks_are_whole_tiles_of_a_bounded_number_of_scores(num_codes):
     assert (
         rows + (128 if rows <= dispatch.ORDER_WINDOW else dispatch.ORDER_WINDOW)
     ) * num_codes > dispatch.CHUNK_SCORES
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "itemsize", "rows"),
+    [
+        (1024, 2, 32768),  # 2^25 scores
+        (8192, 2, 4096),
+        (65536, 2, 4096),  # 512 MiB
+        (65536, 4, 2048),
+        (262144, 2, 1024),
+        (1_000_000, 2, 1024),  # 2 KiB a code
+        (1_000_000, 4, 512),
+    ],
+)
+def test_chunks_of_the_fused_backward_have_4096_rows_or_512_mib(num_codes, itemsize, rows):
+    assert dispatch.fused_backward_rows(num_codes, itemsize) == rows
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -228,6 +249,56 @@ def test_every_variant_of_a_sweep_and_of_its_join_is_compiled(architecture):
         "weighted_info_nce_combine": ("WEIGHTED",),
     }.items():
         assert variants(kernel, *flags) == all_of(*flags), kernel
+
+
+@without_interpreter
+@pytest.mark.parametrize("architecture", [70, 90])
+def test_another_number_of_rows_or_images_compiles_no_kernel(architecture):
+    """Nor does one whose remainder by 16 is another, of which Triton takes notice by default."""
+
+    def vector_quantization(rows: int) -> None:
+        x, codes, mask = torch.zeros(rows, 64), torch.zeros(8192, 64), torch.zeros(rows, dtype=torch.bool)
+        one, zero = torch.ones(()), torch.tensor(0)
+        for masked, groups in itertools.product((mask, None), (1, rows)):
+            inputs = dispatch.Inputs(x, codes, None, None, masked, zero, one, one, zero, groups, "soft")
+            *_, lse = vector_quantize_forward(inputs, needs_lse=True)
+            indices = torch.zeros(rows, dtype=torch.int64)
+            vector_quantize_backward(inputs, x, torch.zeros(groups, 8192), indices, lse, True, True)
+
+    def info_nce(images: int) -> None:
+        query, weight = torch.zeros(images, 256, 64), torch.zeros(images, 256)
+        weighted_info_nce_forward(query, query, weight, 0.07)
+        weighted_info_nce_backward(weight, query, query, weight, weight, 0.07, True, True)
+
+    for call, sizes in ((vector_quantization, (300, 301, 304)), (info_nce, (2, 3))):
+        compiled = []
+        for size in sizes:
+            with kernel_resources.recording(architecture) as calls:
+                call(size)
+            compiled.append({json.dumps(call, sort_keys=True, default=str) for call in calls})
+        assert compiled[0]
+        assert all(one == compiled[0] for one in compiled[1:])
+
+
+@without_interpreter
+@pytest.mark.parametrize(
+    ("architecture", "tile", "loaded", "ahead"),
+    [
+        (80, dispatch.Tile(64, 32, 64, 4, 3), 4 * 64 / 64, 1),  # rows stay; the third stage is a prefetch
+        (80, dispatch.Tile(64, 32, 16, 4, 2), 4 * 64 * (1 / 64 + 1 / 32), 0),  # both operands in steps of 16 channels
+        (70, dispatch.Tile(64, 32, 16, 4, 2), 4, "-"),  # reads scores
+    ],
+)
+def test_bytes_a_score_and_tiles_ahead_of_a_sweep(architecture, tile, loaded, ahead, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x = torch.zeros(256, 64)
+    pinned = mock.patch("regvq_fast.kernels.vector_quantize.pinned_tile", return_value=tile)
+    with kernel_resources.recording(architecture) as calls, pinned:
+        assign_codes_forward(x, x)
+    (call,) = (call for call in calls if "vector_quantize_fwd" in call["kernel"])
+    row = kernel_resources.compile_call(call | {"sm": architecture, "type": "float32", "D": 64})
+    assert row["bytes"] == pytest.approx(loaded + 4 / 64, abs=1e-3)  # and the per-code bias
+    assert row["ahead"] == ahead
 
 
 @without_interpreter

@@ -42,6 +42,7 @@ def small_parts_and_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Set splits of 64 codes and chunks of 128 rows, as large calls have larger ones; the list is ``set_split``'s."""
     patch_dispatch(monkeypatch, "CHUNK_SCORES", 1)
     patch_dispatch(monkeypatch, "MIN_CHUNK_ROWS", 128)
+    patch_dispatch(monkeypatch, "FULL_CHUNK_ROWS", 1)
     return set_split(monkeypatch, 64)
 
 
@@ -58,6 +59,19 @@ def test_this_file_passes_in_the_interpreter():
 @every_schedule
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_within_the_error_budget(case, schedule):
+    inputs = case.inputs()
+    results = kernel_results(inputs, schedule, **case.settings())
+    assert_outputs(results, inputs, **case.settings())
+    assert_gradients(results, inputs, **case.settings())
+
+
+@needs_kernels
+@every_schedule
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+def test_small_widths(width, dtype, schedule):
+    """Eight channels are fewer than a tile multiplies: the others are neither read nor written."""
+    case = Case(150, 70, width, groups=2, dtype=dtype)
     inputs = case.inputs()
     results = kernel_results(inputs, schedule, **case.settings())
     assert_outputs(results, inputs, **case.settings())
@@ -191,7 +205,7 @@ def test_rows_are_ordered_in_windows_that_chunks_are_multiples_of(schedule, monk
         return utils.prepare(*args, **options)
 
     monkeypatch.setattr(vector_quantize, "prepare", prepare)
-    for name, value in {"ORDER_WINDOW": 128, "CHUNK_SCORES": 1, "MIN_CHUNK_ROWS": 300}.items():
+    for name, value in {"ORDER_WINDOW": 128, "CHUNK_SCORES": 1, "MIN_CHUNK_ROWS": 300, "FULL_CHUNK_ROWS": 1}.items():
         patch_dispatch(monkeypatch, name, value)
     results = kernel_results(inputs, schedule, **case.settings())
     assert windows == [128, 128]

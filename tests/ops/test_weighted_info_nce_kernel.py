@@ -122,6 +122,9 @@ CASES = (
     Case((1, 257, 64), "with zeros", 1.0),
     Case((1, 257, 128), "random", 0.01),
     Case((1, 257, 33), "uniform", 0.07, torch.bfloat16),
+    Case((2, 150, 8), "random", 0.07, torch.float16),
+    Case((2, 150, 16), "random", 0.07, torch.bfloat16),
+    Case((2, 150, 32), "random"),
 )
 
 
