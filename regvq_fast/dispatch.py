@@ -92,27 +92,42 @@ _NARROW_BACKWARD: Tiles = {64: Tile(64, 32, 64, 4, 3)}
 _TWO_PRODUCTS: Tiles = {128: Tile(128, 32, 128, 8, 2), 256: Tile(64, 32, 256, 4, 2), None: Tile(64, 64, 64, 8, 2)}
 _SMALL: Tiles = {None: Tile(64, 64, 32, 8, 2)}
 _SMALL_DEEP: Tiles = {64: Tile(64, 64, 32, 8, 3), None: Tile(64, 64, 32, 8, 2)}
-_SMALLER: Tiles = {None: Tile(64, 32, 16, 8, 2)}
+# fp32, which each warp takes apart into TF32: as many warps as tiles of 16 rows, since more would take the same rows
+# apart again.
+_FP32_SMALL: Tiles = {None: Tile(64, 32, 32, 4, 2)}
+_FP32_SMALL_STAYING: Tiles = {64: Tile(64, 32, 64, 4, 2)}
+_FP32_SMALL_HEAVY: Tiles = {
+    16: Tile(128, 32, 16, 8, 2),
+    64: Tile(64, 32, 32, 4, 2),
+    None: Tile(64, 32, 16, 4, 2),
+}
+_FP32_SQUARE: Tiles = {None: Tile(64, 64, 32, 4, 3)}
+_FP32: Tiles = {64: Tile(128, 32, 64, 8, 2), None: Tile(128, 32, 32, 8, 2)}
+_FP32_DEEP: Tiles = {None: Tile(128, 32, 64, 8, 2)}
+_FP32_WIDE: Tiles = {None: Tile(128, 64, 64, 8, 2)}
 _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
     80: {
-        "vector_quantize": (_NARROW | _STAYING | {None: Tile(128, 64, 64, 8, 2)}, _SMALLER),
-        "assign_codes": (_NARROW | _STAYING, {None: Tile(64, 64, 32, 4, 3)}),
-        "vector_quantize_backward": (_NARROW_BACKWARD | _TWO_PRODUCTS, _SMALLER),
-        "vector_quantize_backward_heavy": (_NARROW_BACKWARD | _TWO_PRODUCTS, _SMALLER),
-        "weighted_info_nce": (_NARROW | _STAYING, _SMALLER),
-        "weighted_info_nce_backward": (_NARROW | _STAYING, _SMALLER),
+        "vector_quantize": (_NARROW | _STAYING | {None: Tile(128, 64, 64, 8, 2)}, _FP32_SMALL_STAYING | _FP32_SMALL),
+        "assign_codes": (_NARROW | _STAYING, _FP32_SQUARE),
+        "vector_quantize_backward": (_NARROW_BACKWARD | _TWO_PRODUCTS, _FP32_SMALL),
+        "vector_quantize_backward_heavy": (_NARROW_BACKWARD | _TWO_PRODUCTS, _FP32_SMALL_HEAVY),
+        "weighted_info_nce": (_NARROW | _STAYING, _FP32_SMALL_STAYING | _FP32_SQUARE),
+        "weighted_info_nce_backward": (_NARROW | _STAYING, _FP32_SMALL_STAYING | _FP32_SQUARE),
     },
     # A100's instructions with 99 KiB of shared memory: sm_86, sm_89, sm_120.
     86: {
-        "vector_quantize": (_STEPPING, _SMALLER),
-        "assign_codes": (_STEPPING, {None: Tile(64, 64, 32, 4, 3)}),
-        "vector_quantize_backward": (_STEPPING, _SMALLER),
-        "vector_quantize_backward_heavy": (_STEPPING, _SMALLER),
-        "weighted_info_nce": ({128: Tile(64, 64, 128, 8, 2), None: Tile(64, 64, 64, 8, 2)}, _SMALLER),
-        "weighted_info_nce_backward": (_STEPPING, _SMALLER),
+        "vector_quantize": (_STEPPING, _FP32_SMALL_STAYING | _FP32_SMALL),
+        "assign_codes": (_STEPPING, _FP32_SQUARE),
+        "vector_quantize_backward": (_STEPPING, _FP32_SMALL),
+        "vector_quantize_backward_heavy": (_STEPPING, _FP32_SMALL_HEAVY),
+        "weighted_info_nce": (
+            {128: Tile(64, 64, 128, 8, 2), None: Tile(64, 64, 64, 8, 2)},
+            _FP32_SMALL_STAYING | _FP32_SQUARE,
+        ),
+        "weighted_info_nce_backward": (_STEPPING, _FP32_SMALL_STAYING | _FP32_SQUARE),
     },
     90: {
-        "vector_quantize": (_NARROW_MORE_WARPS | _STAYING | {256: Tile(64, 64, 256, 4, 2)}, _SMALL),
+        "vector_quantize": (_NARROW_MORE_WARPS | _STAYING | {256: Tile(64, 64, 256, 4, 2)}, _FP32_DEEP),
         "assign_codes": (
             {
                 64: Tile(128, 64, 64, 4, 3),
@@ -120,19 +135,22 @@ _FUSED: dict[int, dict[str, tuple[Tiles, Tiles]]] = {
                 256: Tile(128, 128, 256, 8, 2),
                 None: Tile(128, 64, 64, 8, 3),
             },
-            {None: Tile(64, 64, 32, 4, 3)},
+            _FP32_WIDE,
         ),
-        "vector_quantize_backward": (_NARROW_MORE_WARPS | _STAYING | {None: Tile(64, 64, 64, 8, 3)}, _SMALL),
+        "vector_quantize_backward": (_NARROW_MORE_WARPS | _STAYING | {None: Tile(64, 64, 64, 8, 3)}, _FP32),
         "vector_quantize_backward_heavy": (
             _NARROW_MORE_WARPS | {256: Tile(64, 64, 256, 8, 2), None: Tile(64, 64, 64, 8, 3)},
-            _SMALL,
+            _FP32,
         ),
-        "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
-        "weighted_info_nce_backward": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "weighted_info_nce": (_STAYING | {None: Tile(128, 128, 64, 8, 4)}, _FP32_WIDE),
+        "weighted_info_nce_backward": (
+            _STAYING | {None: Tile(128, 128, 64, 8, 4)},
+            {64: Tile(128, 64, 64, 8, 2), None: Tile(128, 64, 32, 8, 3)},
+        ),
     },
     100: {
         "vector_quantize": (_NARROW | _STAYING | {256: Tile(128, 64, 256, 4, 2)}, _SMALL_DEEP),
-        "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, {None: Tile(64, 64, 32, 4, 3)}),
+        "assign_codes": (_STAYING | {128: Tile(128, 128, 128, 8, 3)}, _FP32_SQUARE),
         "vector_quantize_backward": (
             _NARROW_BACKWARD | {256: Tile(64, 64, 256, 4, 2), None: Tile(64, 64, 64, 8, 3)},
             _SMALL_DEEP,

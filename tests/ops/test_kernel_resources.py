@@ -203,7 +203,7 @@ NAMES = {
 @pytest.mark.slow
 def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores(tmp_path):
     table = str(tmp_path / "table.json")
-    widths = ("64", "128", "256", "512")  # the limits of the tiles, and beyond
+    widths = ("16", "64", "128", "256", "512")  # the limits of the tiles, and beyond
     command = ("-c", RESOURCES, BENCH, *map(str, COMPILED), "--json", table, "--width", *widths)
     in_a_new_process(*command, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     compiled, multiply = set(), set()
