@@ -1,4 +1,4 @@
-"""``vector_quantize`` on a CPU beside plain PyTorch, eager and compiled: medians of runs that take turns, in one process.
+"""``vector_quantize`` on a CPU beside plain PyTorch, eager and compiled: medians of runs that take turns.
 
     python bench/cpu_turns.py --json bench/results/cpu-vector-quantize.json     about five idle minutes
 

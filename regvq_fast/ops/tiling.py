@@ -9,8 +9,9 @@ from torch import Tensor
 TILE_ELEMENTS = 1 << 20
 CUDA_TILE_ELEMENTS = 1 << 24
 # Scores that the forward keeps for its backward, if a call has no more (64 MiB in fp32): computing them and their noise
-# again would take as long as the forward.
+# again would take as long as the forward. Of more than the second number, 8 MiB, only those with noise.
 KEPT_ELEMENTS = 1 << 24
+WHOLLY_KEPT_ELEMENTS = 1 << 21
 # Each tile adds to all N x D sums of the backward pass: with fewer rows that traffic outweighs its products.
 _MIN_TILE_ROWS = 64
 # Columns of a block in the search of a row's maximum on a CPU; with how many columns, and scores in all, it pays.

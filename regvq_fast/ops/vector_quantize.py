@@ -12,7 +12,7 @@ R = M / G rows.
 
 The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
 and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
-tile's scores and its noise. (The PyTorch fallback keeps up to 2^24 scores.)
+tile's scores and its noise. (The PyTorch fallback keeps up to 2^24.)
 """
 
 from typing import Literal, NamedTuple
@@ -122,7 +122,7 @@ def vector_quantize(
     is less, but of 2^25 scores and of 2 KiB a code at least (of M rows if that is less). Below sm_80 each has
     max(2^25, 512 N) scores, and so has an fp32 buffer forward, and two more backward. Eager: O((M + N) * D) plus a
     fixed number of tiles of about 2^20 scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where
-    that is no more than 2^24.
+    that is no more than 2^21, and those of the stochastic rows where it is no more than 2^24.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in

@@ -13,7 +13,7 @@ from regvq_fast.dispatch import Inputs
 from regvq_fast.matmul import compute_dtype, without_tf32
 from regvq_fast.ops.noise import gumbel_noise
 from regvq_fast.ops.segment_sum import segment_counts, segment_sum_eager
-from regvq_fast.ops.tiling import row_argmax, rows_per_tile
+from regvq_fast.ops.tiling import WHOLLY_KEPT_ELEMENTS, row_argmax, rows_per_tile
 
 
 class _Logits:
@@ -69,6 +69,10 @@ def _most_rows(tiles: list[_Tile]) -> int:
     return max((len(tile.rows) for tile in tiles), default=0)
 
 
+def _is_kept(tile: _Tile, kept: Tensor) -> bool:
+    return len(kept) > 0 and (tile.noisy or kept.numel() <= WHOLLY_KEPT_ELEMENTS)
+
+
 def _temperatures(a: Inputs, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return t of some rows, (rows, 1)."""
     if a.mask is None:
@@ -87,7 +91,8 @@ def _add_noise(a: Inputs, scores: Tensor, rows: Tensor) -> Tensor:
 def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (quantized, posterior, indices, best_indices, perturbation, kept) of checked arguments.
 
-    kept: (s + mask g) / t for the backward, (M, N), in the order of the tiles, if ``keeps_scores``; else empty.
+    kept: (s + mask g) / t for the backward, (M, N), in the order of the tiles, if ``keeps_scores``; else empty. In a large
+    call the tiles without noise are left unwritten, which takes no memory: their scores are one product away.
     """
     num_rows, num_codes = len(a.x), len(a.codebook)
     logits = _Logits(a)
@@ -95,15 +100,16 @@ def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, Tensor
     best_indices = torch.empty_like(indices)
     kept = logits.weight.new_empty(num_rows if keeps_scores else 0, num_codes)
     tiles = _tiles(a)
-    buffer = None if keeps_scores else logits.weight.new_empty(_most_rows(tiles), num_codes)
+    buffer = logits.weight.new_empty(_most_rows(tiles), num_codes)
     for tile in tiles:
-        out = kept[tile.slice] if buffer is None else buffer[: len(tile.rows)]
+        keeps = keeps_scores and _is_kept(tile, kept)
+        out = kept[tile.slice] if keeps else buffer[: len(tile.rows)]
         scores = logits(a.x[tile.rows].to(logits.dtype), out=out)
         best = row_argmax(scores)
         best_indices[tile.rows] = best
         if tile.noisy:
             best = row_argmax(_add_noise(a, scores, tile.rows))
-            if keeps_scores:
+            if keeps:
                 scores.div_(_temperatures(a, tile.rows, logits.dtype))
         indices[tile.rows] = best
     quantized = a.codebook[indices]
@@ -148,7 +154,7 @@ def vector_quantize_backward_eager(
         p, grad = both.unbind()
         # dS keeps its 1 / t until it meets x and the logit weight, which are narrower than it.
         x_tile, grad_tile, t = a.x[rows].to(dtype), grad_quantized[rows].to(dtype), _temperatures(a, rows, dtype)
-        if len(kept):
+        if _is_kept(tile, kept):
             scores = kept[tile.slice]
         else:
             scores = logits(x_tile, out=grad)

@@ -274,6 +274,16 @@ def test_only_few_scores_are_kept_for_the_backward(monkeypatch, logits):
     assert largest_saved() == 500 * 8
 
 
+def test_keeping_the_noisy_scores_alone_changes_nothing(monkeypatch):
+    inputs = make_inputs(num_rows=150, mask="random")
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1600)
+    expected = outputs_and_gradients(vector_quantize, inputs, groups=3)
+    monkeypatch.setattr(sys.modules["regvq_fast.ops.vector_quantize_fallback"], "WHOLLY_KEPT_ELEMENTS", 0)
+    results = outputs_and_gradients(vector_quantize, inputs, groups=3)
+    for name, value in expected.items():
+        torch.testing.assert_close(results[name], value, rtol=1e-12, atol=1e-12)
+
+
 def test_a_backward_leaves_what_was_kept_to_the_next_one():
     inputs = make_inputs(mask="random")
     output = vector_quantize(**inputs)
