@@ -91,8 +91,8 @@ def _add_noise(a: Inputs, scores: Tensor, rows: Tensor) -> Tensor:
 def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (quantized, posterior, indices, best_indices, perturbation, kept) of checked arguments.
 
-    kept: (s + mask g) / t for the backward, (M, N), in the order of the tiles, if ``keeps_scores``; else empty. In a large
-    call the tiles without noise are left unwritten, which takes no memory: their scores are one product away.
+    kept: (s + mask g) / t for the backward, (M, N), in the order of the tiles, if ``keeps_scores``; else empty. In a
+    large call the tiles without noise are left unwritten, which takes no memory: their scores are one product away.
     """
     num_rows, num_codes = len(a.x), len(a.codebook)
     logits = _Logits(a)
