@@ -56,10 +56,10 @@ def main() -> None:
         **machine.describe_cpu(),
         **machine.describe_software(),
     }
-    found |= {"threads": torch.get_num_threads(), "cases": []}
+    found |= {"threads": torch.get_num_threads(), "turns": []}
     for case in CASES:
-        found["cases"].append(measure(case))
-        print(json.dumps(found["cases"][-1]), flush=True)
+        found["turns"].append(measure(case))
+        print(json.dumps(found["turns"][-1]), flush=True)
         if path:
             records.save(path, found)
 

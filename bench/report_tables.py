@@ -337,6 +337,22 @@ def agreement(raw: dict[str, Any]) -> str:
     return priors_measured(raw, table(head, [[*cells, percent(ar["agreement by chance"])]]))
 
 
+def turns(raw: dict[str, Any]) -> str:
+    head = ["`vector_quantize`", "latents", "ours, ms", "as fast as eager", "as compiled", "MiB: ours, eager, compiled"]
+    rows = [
+        [
+            entry["case"].removeprefix("forward+backward, ").removeprefix("trained-like, "),
+            entry["latents"],
+            f"{entry['ours, ms']:.3g}",
+            *(f"{entry['times as fast as'][name]:.1f} x" for name in ("eager", "compiled")),
+            ", ".join(f"{entry['MiB'][name]:.0f}" for name in ("ours", "eager", "compiled")),
+        ]
+        for entry in raw["turns"]
+    ]
+    where = f"{raw['cpu']}, {raw['cores']} cores, torch {raw['torch']}; {raw['date']}; commit {raw['commit'][:7]}"
+    return f"{table(head, rows)}\n\n{where}; forward plus backward."
+
+
 def captions_heard(raw: dict[str, Any]) -> str:
     found = raw["diffusion"]["cross-entropy of masked tokens (nats)"]
     names = ("true captions", "no caption", "shuffled captions")
@@ -378,6 +394,7 @@ OTHERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "noise": ("cpu-noise.json", noise),
     "agreement": ("cpu-priors.json", agreement),
     "swapped": ("cpu-integrations.json", swapped),
+    "turns": ("cpu-vector-quantize.json", turns),
     "step-memory": ("cpu-step.json", step_memory),
     "captions-heard": ("cpu-priors.json", captions_heard),
     "captions-obeyed": ("cpu-priors.json", captions_obeyed),
