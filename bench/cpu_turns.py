@@ -13,7 +13,7 @@ from typing import Any
 
 import gpu_cases
 import machine
-import measuring
+import op_runs
 import records
 import torch
 from gpu_cases import Case
@@ -31,13 +31,8 @@ CASES = (
 
 def measure(case: Case) -> dict[str, Any]:
     """Milliseconds and MiB of ours, and how many times as fast and small it is as each of the others."""
-    inputs = gpu_cases.make_inputs(case, "cpu")
-    truth, makers = gpu_cases.truth_of(case, inputs), gpu_cases.competitors(case, inputs)
-    runs = {name: makers[name]() for name in ("ours", "eager", "compiled")}
-    for name, run in runs.items():
-        gpu_cases.examine(case, inputs, truth, name, run)
-    seconds = measuring.medians(dict(runs), repeats=9, warm_ups=1)
-    memory = {name: measuring.resident_growth(run) for name, run in runs.items()}
+    names = ("ours", "eager", "compiled")
+    seconds, memory = op_runs.side_by_side(gpu_cases, case, names, repeats=9, warm_ups=1)
     return {
         "case": case.name,
         "latents": case.latents,

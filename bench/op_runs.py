@@ -21,14 +21,22 @@ def pairs(op: ModuleType, cases: Sequence[C], device: str, compiled: Sequence[C]
     return [(case, name) for case, name in every if name != "compiled" or device == "cuda" or case in compiled]
 
 
-def claim_as_fast_in_a_tenth_of_the_memory(op: ModuleType, case: Any) -> None:
-    """Ours beside eager PyTorch on a CPU, taking turns. It measures time: run it on an idle machine."""
+def side_by_side(
+    op: ModuleType, case: Any, names: Sequence[str], **turns: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of competitors that take turns on a CPU, and their MiB; the results of each are checked first."""
     inputs = op.make_inputs(case, "cpu")
     truth, makers = op.truth_of(case, inputs), op.competitors(case, inputs)
-    runs = {name: makers[name]() for name in ("ours", "eager")}
-    op.examine(case, inputs, truth, "ours", runs["ours"])
-    seconds = measuring.medians(dict(runs))
-    memory = {name: measuring.resident_growth(run) for name, run in runs.items()}
+    runs = {name: makers[name]() for name in names}
+    for name, run in runs.items():
+        op.examine(case, inputs, truth, name, run)
+    seconds = measuring.medians(dict(runs), **turns)
+    return seconds, {name: measuring.resident_growth(run) for name, run in runs.items()}
+
+
+def claim_as_fast_in_a_tenth_of_the_memory(op: ModuleType, case: Any) -> None:
+    """Ours beside eager PyTorch on a CPU, taking turns. It measures time: run it on an idle machine."""
+    seconds, memory = side_by_side(op, case, ("ours", "eager"))
     print(f"\nseconds {seconds}\nMiB {memory}, {torch.get_num_threads()} threads")
     assert seconds["ours"] <= seconds["eager"]
     assert memory["ours"] <= memory["eager"] / 10

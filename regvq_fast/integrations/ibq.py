@@ -37,8 +37,8 @@ class IndexPropagationQuantize(Adapter):
             codebook = self.embedding.weight  # [N, D]
             rows = to_rows(z).to(codebook.dtype)
             dtype = score_dtype(z, codebook, self.fp32_scores)
-            codes = codebook.to(dtype)
-            out = vector_quantize(rows.to(dtype), codes, weight=codes, codebook_grad="hard")
+            narrow = codebook.to(dtype)
+            out = vector_quantize(rows.to(dtype), narrow, weight=narrow, codebook_grad="hard")
             codes = self.embedding(out.indices)
             loss = ((out.quantized - rows) ** 2).mean() + ((codes.detach() - rows) ** 2).mean()
             loss = loss + self.beta * ((codes - rows.detach()) ** 2).mean()

@@ -115,21 +115,17 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
 
 def _native_uniform(native: ctypes.CDLL, seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
     """Return ``v`` of :func:`gumbel_from_words` for some rows over all codes, (R, N) float32."""
-    rows, key = rows.contiguous(), ctypes.c_int64(int(seed))
-    uniform = torch.empty(len(rows), num_codes)
-
-    def fill(part: tuple[Tensor, Tensor]) -> None:
-        numbers, out = part
-        pointers = ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(out.data_ptr())
-        sizes = ctypes.c_int64(len(numbers)), ctypes.c_int64(num_codes)
-        native.regvq_uniform(key, pointers[0], *sizes, pointers[1])
-
+    rows, key, uniform = rows.contiguous(), int(seed), torch.empty(len(rows), num_codes)
+    native.regvq_uniform.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     num_threads = max(1, min(torch.get_num_threads(), uniform.numel() // _NATIVE_ELEMENTS, len(rows)))
-    parts = list(zip(rows.tensor_split(num_threads), uniform.tensor_split(num_threads), strict=True))
-    threads = [threading.Thread(target=fill, args=(part,)) for part in parts[1:]]  # ctypes releases the GIL
-    for thread in threads:
+    calls = [
+        (key, some.data_ptr(), len(some), num_codes, out.data_ptr())
+        for some, out in zip(rows.tensor_split(num_threads), uniform.tensor_split(num_threads), strict=True)
+    ]
+    threads = [threading.Thread(target=native.regvq_uniform, args=call) for call in calls[1:]]
+    for thread in threads:  # ctypes releases the GIL
         thread.start()
-    fill(parts[0])
+    native.regvq_uniform(*calls[0])
     for thread in threads:
         thread.join()
     return uniform

@@ -1,4 +1,4 @@
-"""What the PyTorch fallbacks share: the type they compute in, tiles of rows, the search for a row's maximum."""
+"""Tiles of rows of the PyTorch fallbacks: their size, a row's maximum, and how many scores outlive the forward."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,19 @@ from torch import Tensor
 # weigh little. On a GPU 64 MiB, since the fallback is a hundred launches a tile.
 TILE_ELEMENTS = 1 << 20
 CUDA_TILE_ELEMENTS = 1 << 24
-# Scores that the forward keeps for its backward, if a call has no more (64 MiB in fp32): computing them and their noise
-# again would take as long as the forward. Of more than the second number, 8 MiB, only those with noise.
-KEPT_ELEMENTS = 1 << 24
-WHOLLY_KEPT_ELEMENTS = 1 << 21
+# Scores that the forward keeps for its backward, if a call has no more (8 MiB in fp32): to multiply again would take a
+# third of a small call's time. Scores with noise, which cost more, are kept in larger calls, too (up to 64 MiB).
+KEPT_ELEMENTS = 1 << 21
+NOISY_KEPT_ELEMENTS = 1 << 24
 # Each tile adds to all N x D sums of the backward pass: with fewer rows that traffic outweighs its products.
 _MIN_TILE_ROWS = 64
 # Columns of a block in the search of a row's maximum on a CPU; with how many columns, and scores in all, it pays.
 _ARGMAX_BLOCK, _ARGMAX_COLUMNS, _ARGMAX_SCORES = 64, 512, 1 << 18
 
 
-def may_keep(num_scores: int) -> bool:
-    """Return whether the forward may keep so many scores for its backward."""
-    return num_scores <= KEPT_ELEMENTS
+def may_keep(num_scores: int, noisy: bool = False) -> bool:
+    """Return whether a call of so many scores keeps those with noise, or those without, for its backward."""
+    return num_scores <= (NOISY_KEPT_ELEMENTS if noisy else KEPT_ELEMENTS)
 
 
 def row_argmax(scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ R = M / G rows.
 
 The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
 and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
-tile's scores and its noise. (The PyTorch fallback keeps up to 2^24.)
+tile's scores and its noise. (The PyTorch fallback keeps those of small calls.)
 """
 
 from typing import Literal, NamedTuple
@@ -144,7 +144,9 @@ def vector_quantize(
     leaves = (x, codebook, weight, bias)
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     # The forward may keep for the backward: the kernels' log-sum-exps, or the fallback's scores.
-    keeps = trains and (chosen == "triton" or may_keep(x.numel() // x.shape[-1] * codebook.shape[0]))
+    keeps = trains and (
+        chosen == "triton" or may_keep(x.numel() // x.shape[-1] * codebook.shape[0], noisy=mask is not None)
+    )
     a = Inputs(
         x.reshape(-1, x.shape[-1]),
         codebook,

@@ -13,7 +13,7 @@ from regvq_fast.dispatch import Inputs
 from regvq_fast.matmul import compute_dtype, without_tf32
 from regvq_fast.ops.noise import gumbel_noise
 from regvq_fast.ops.segment_sum import segment_counts, segment_sum_eager
-from regvq_fast.ops.tiling import WHOLLY_KEPT_ELEMENTS, row_argmax, rows_per_tile
+from regvq_fast.ops.tiling import may_keep, row_argmax, rows_per_tile
 
 
 class _Logits:
@@ -70,7 +70,7 @@ def _most_rows(tiles: list[_Tile]) -> int:
 
 
 def _is_kept(tile: _Tile, kept: Tensor) -> bool:
-    return len(kept) > 0 and (tile.noisy or kept.numel() <= WHOLLY_KEPT_ELEMENTS)
+    return len(kept) > 0 and may_keep(kept.numel(), tile.noisy)
 
 
 def _temperatures(a: Inputs, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -60,7 +60,7 @@ def weighted_info_nce(
     and gradients in fp32: a chunk of the keys', all of the queries' where these train. Below sm_80 also an fp32 buffer
     of as many similarities, forward and backward. Eager: O(B * L * C) plus a fixed number of tiles of about 2^20
     similarities (2^24 on CUDA; at least 64 rows); until the backward, B L^2 similarities where that is no more than
-    2^24.
+    2^21.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input, a negative

@@ -60,6 +60,7 @@ def _several_tiles(monkeypatch):
     monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
     monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(tiling, "NOISY_KEPT_ELEMENTS", 0)
     torch.manual_seed(0)
 
 

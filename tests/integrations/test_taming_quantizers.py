@@ -111,6 +111,7 @@ def test_nothing_is_as_large_as_the_distances(name, monkeypatch):
     monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
     monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(tiling, "NOISY_KEPT_ELEMENTS", 0)
     width, codes = 8, 256
     z = torch.randn(4, width, 8, 8)  # 256 rows
     arguments = (width, width, codes) if name == "GumbelQuantize" else (codes, width, 0.25)

@@ -76,6 +76,12 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
 # -------------------------------------------------------------------------------------------------- tiles and rows
 
 
+def set_kept(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Let calls of no more scores keep them for their backward, with noise or without."""
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", elements)
+    monkeypatch.setattr(tiling, "NOISY_KEPT_ELEMENTS", elements)
+
+
 @pytest.mark.parametrize("codebook_grad", ["soft", "hard"])
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 @pytest.mark.parametrize("elements", [1, 11 * 40, 1 << 30])
@@ -83,7 +89,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
 def test_neither_tiles_nor_kept_scores_change_anything(monkeypatch, logits, elements, kept, codebook_grad):
     inputs = make_inputs(logits, num_rows=150, mask="random")
     expected = outputs_and_gradients(vector_quantize, inputs, groups=3, codebook_grad=codebook_grad)
-    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", kept)
+    set_kept(monkeypatch, kept)
     monkeypatch.setattr(tiling, "TILE_ELEMENTS", elements)
     monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
     results = outputs_and_gradients(vector_quantize, inputs, groups=3, codebook_grad=codebook_grad)
@@ -95,7 +101,7 @@ def test_neither_tiles_nor_kept_scores_change_anything(monkeypatch, logits, elem
 def test_tiles_of_mixed_rows_as_on_a_gpu_give_the_same_result(monkeypatch):
     inputs = make_inputs(num_rows=150, mask="random")
     expected = outputs_and_gradients(vector_quantize, inputs, groups=3, tau=0.3)
-    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)
+    set_kept(monkeypatch, 0)
     monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1600)
     module = sys.modules["regvq_fast.ops.vector_quantize_fallback"]
     monkeypatch.setattr(module, "_order_rows", lambda mask: (torch.arange(len(mask)), len(mask)))
@@ -270,7 +276,7 @@ def test_only_few_scores_are_kept_for_the_backward(monkeypatch, logits):
         return max(saved)
 
     assert largest_saved() == 500 * 400 <= tiling.KEPT_ELEMENTS
-    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 500 * 400 - 1)
+    set_kept(monkeypatch, 500 * 400 - 1)
     assert largest_saved() == 500 * 8
 
 
@@ -278,7 +284,7 @@ def test_keeping_the_noisy_scores_alone_changes_nothing(monkeypatch):
     inputs = make_inputs(num_rows=150, mask="random")
     monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1600)
     expected = outputs_and_gradients(vector_quantize, inputs, groups=3)
-    monkeypatch.setattr(sys.modules["regvq_fast.ops.vector_quantize_fallback"], "WHOLLY_KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)
     results = outputs_and_gradients(vector_quantize, inputs, groups=3)
     for name, value in expected.items():
         torch.testing.assert_close(results[name], value, rtol=1e-12, atol=1e-12)
@@ -306,7 +312,7 @@ def peak_of_allocations(function) -> int:
 
 
 def test_temporary_memory_does_not_grow_with_the_rows(monkeypatch):
-    monkeypatch.setattr(tiling, "KEPT_ELEMENTS", 0)  # as in calls of more scores
+    set_kept(monkeypatch, 0)  # as in calls of more scores
 
     def peak(num_rows):
         inputs = make_inputs(num_rows=num_rows, num_codes=4096, width=4, dtype=torch.float32)
