@@ -349,7 +349,7 @@ def turns(raw: dict[str, Any]) -> str:
         ]
         for entry in raw["turns"]
     ]
-    where = f"{raw['cpu']}, {raw['cores']} cores, torch {raw['torch']}; {raw['date']}; commit {raw['commit'][:7]}"
+    where = f"{hardware(raw)}; {raw['date']}; commit {commit_of(raw) or 'unknown'}"
     return f"{table(head, rows)}\n\n{where}; forward plus backward."
 
 
