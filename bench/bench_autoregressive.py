@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from prior_runs import NUM_CODES, NUM_TOKENS, Benchmark, Size
 from torch import Tensor, nn
 
-from regvq_fast.models import TokenTransformer
 from regvq_fast.precision import choose_precision
-from regvq_fast.sampling import sample_autoregressive
+from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
 from regvq_fast.training.compilation import maybe_compile
 
 NUM_CLASSES = 151

@@ -22,10 +22,11 @@ from plain_diffusion import PlainDiffusion, plain_attention
 from prior_runs import NUM_CODES, NUM_TOKENS, Benchmark, Size
 from torch import Tensor
 
-from regvq_fast.losses.discrete_diffusion import diffusion_terms
-from regvq_fast.models import VQDiffusion, vq_diffusion
 from regvq_fast.precision import choose_precision
-from regvq_fast.sampling.diffusion import sample_diffusion
+from regvq_fast.priors.diffusion import VQDiffusion
+from regvq_fast.priors.diffusion import model as vq_diffusion
+from regvq_fast.priors.diffusion.loss import diffusion_terms
+from regvq_fast.priors.diffusion.sampler import sample_diffusion
 from regvq_fast.training.compilation import maybe_compile
 
 SIZES = {"small": Size("cpu", 128, 4, 4, 8, steps=5), "paper": Size("cuda", 1024, 19, 16, 16, steps=100)}

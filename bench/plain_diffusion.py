@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regvq_fast.losses.discrete_diffusion import MaskAndReplace
+from regvq_fast.priors.diffusion.loss import MaskAndReplace
 
 _ZERO = 1e-30
 _FLOOR = -70.0  # of log probabilities

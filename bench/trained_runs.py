@@ -28,9 +28,10 @@ from regvq_fast.evaluation.agreement import RegionClassifier
 from regvq_fast.evaluation.captions import caption_accuracy
 from regvq_fast.evaluation.feature_nets import load_feature_net
 from regvq_fast.evaluation.fid import FeatureStatistics, frechet_distance
-from regvq_fast.models import VQGAN, VQDiffusion
+from regvq_fast.models import VQGAN
+from regvq_fast.priors import recipe as prior_training
+from regvq_fast.priors.diffusion import VQDiffusion
 from regvq_fast.quantizers import RegularizedQuantizer
-from regvq_fast.training import prior as prior_training
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of tokens that are masked
 MASKED_IMAGES = 256

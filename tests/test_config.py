@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from regvq_fast.config import AR_PRESETS, VQGAN_PRESETS, VQGANConfig, check_vqgan_config, override, parse_config
+from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, check_vqgan_config, override, parse_config
+from regvq_fast.priors.autoregressive.config import AR_PRESETS
 
 REQUIRED_FLAGS = (
     "--preset --data --out --steps --batch-size --image-size --quantizer --num-codes --code-dim --logits --mask-ratio "

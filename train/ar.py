@@ -14,8 +14,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
 
-from regvq_fast.config import AR_PRESETS
-from regvq_fast.training.autoregressive import ARTask
+from regvq_fast.priors.autoregressive.config import AR_PRESETS
+from regvq_fast.priors.autoregressive.recipe import ARTask
 from regvq_fast.training.loop import run
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
 
+from regvq_fast.cli.cache_tokens import CacheConfig, cache_tokens
 from regvq_fast.config import run_script
-from regvq_fast.training.caching import CacheConfig, cache_tokens
 
 if __name__ == "__main__":
     stopped = "stopped; the same command goes on from the shards that are done"

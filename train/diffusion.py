@@ -14,8 +14,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
 
-from regvq_fast.config import DIFFUSION_PRESETS
-from regvq_fast.training.diffusion import DiffusionTask
+from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
+from regvq_fast.priors.diffusion.recipe import DiffusionTask
 from regvq_fast.training.loop import run
 
 if __name__ == "__main__":

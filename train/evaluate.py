@@ -12,8 +12,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
 
+from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
 from regvq_fast.config import run_script
-from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
 
 if __name__ == "__main__":
     run_script(EvaluateConfig, evaluate, str(__doc__))

@@ -12,8 +12,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
 
+from regvq_fast.cli.sample import SampleConfig, generate
 from regvq_fast.config import run_script
-from regvq_fast.sampling.generate import SampleConfig, generate
 
 if __name__ == "__main__":
     run_script(SampleConfig, generate, str(__doc__), stopped="stopped; what was drawn is in {out}")

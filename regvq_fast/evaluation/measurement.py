@@ -13,6 +13,10 @@ from rich.text import Text
 
 from regvq_fast.files import atomic_path
 
+RESULTS = "evaluation.json"
+"""The file of a run's measurements."""
+CODE_COUNTS = "code_counts.json"
+"""Beside it, of a tokenizer: how often each code was selected, a list of N numbers."""
 NOTE = "note"
 """Of a protocol: what has to be said of the number wherever it is shown."""
 

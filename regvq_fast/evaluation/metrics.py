@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -12,13 +13,12 @@ from torch.utils.data import Dataset
 
 from regvq_fast.data.finding import EXTENSIONS, find_files, is_image
 from regvq_fast.data.pictures import OVERSAMPLING, opened_image
-from regvq_fast.data.samples import Sample
+from regvq_fast.data.samples import Batch, Sample
 from regvq_fast.data.transforms import Box, crop_rgb, image_to_tensor, upright_size
 from regvq_fast.evaluation.fid import FeatureStatistics, Reference, statistics_of
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.evaluation.shares import rank_batches, rank_share
 from regvq_fast.models.vqgan import VQGAN
-from regvq_fast.sampling.images import ImageSampler
 
 _NOT_DRAWN = ("grid.png", "strip.png")
 """What train/sample.py leaves beside the images it draws."""
@@ -82,8 +82,16 @@ def evaluate_tokenizer(
     return TokenizerMetrics(metrics, distance)
 
 
+class BatchSampler(Protocol):
+    """Anything that samples images under the conditions of a batch, as `regvq_fast.priors.images.ImageSampler` does."""
+
+    def draw(self, batch: Batch, first_image: int) -> Tensor:
+        """One image (3, H, W) uint8 for each sample of a batch, numbered from ``first_image`` on."""
+        ...
+
+
 def fid_of_samples(
-    sampler: ImageSampler,
+    sampler: BatchSampler,
     dataset: Dataset[Sample],
     reference: Reference,
     *,
@@ -97,7 +105,7 @@ def fid_of_samples(
 
     Args:
         sampler: on the reference's device.
-        dataset: a split with the field that the sampler wants (``sampler.field``).
+        dataset: a split with the field that the sampler takes its conditions from.
         reference: of the images of this split.
         batch_size: images that are drawn at once. workers: of the loader.
         progress: called after each batch with the number of this rank's images done.

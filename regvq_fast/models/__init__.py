@@ -1,23 +1,26 @@
-"""Networks: the VQGAN autoencoder and its discriminator, the priors over its tokens, text encoders, VGG features."""
+"""Networks of tokenizers: the VQGAN autoencoder, its discriminator, VGG features."""
+
+from importlib import import_module
+from typing import Any
 
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import VGGFeatures, load_vgg_features
-from regvq_fast.models.text import PretrainedTextEncoder, TextEncoder, WordEncoder
-from regvq_fast.models.token_transformer import TokenTransformer
-from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.vqgan import VQGAN, VQGANOutput
 from regvq_fast.models.weights import weights_hash
 
 __all__ = [
     "VQGAN",
     "PatchDiscriminator",
-    "PretrainedTextEncoder",
-    "TextEncoder",
-    "TokenTransformer",
     "VGGFeatures",
-    "VQDiffusion",
     "VQGANOutput",
-    "WordEncoder",
     "load_vgg_features",
     "weights_hash",
 ]
+
+_MOVED = {"TokenTransformer": "autoregressive", "VQDiffusion": "diffusion"}  # to regvq_fast.priors, which import us
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"regvq_fast.priors.{_MOVED[name]}"), name)

@@ -1,8 +1,8 @@
 """What the transformers share: attention, block, first weights, and the checks of sizes and ids.
 
 The block is minGPT's, as taming-transformers has it: pre-LayerNorm, exact GELU. The priors build on it
-(`regvq_fast.models.token_transformer`, `regvq_fast.models.vq_diffusion`), and so does the learned text encoder
-(`regvq_fast.models.text`).
+(`regvq_fast.priors.autoregressive.model`, `regvq_fast.priors.diffusion.model`), and so does the learned text encoder
+(`regvq_fast.priors.diffusion.text`).
 
 Shapes: (B, L, C) with L places and C = width; ids (B, h, w), in row-major order (B, L) with L = h * w.
 """

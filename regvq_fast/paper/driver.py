@@ -9,20 +9,21 @@ from rich.console import Console
 from rich.text import Text
 from tyro.conf import Positional
 
-from regvq_fast.config import AR_PRESETS, DIFFUSION_PRESETS, ARConfig, DiffusionConfig
 from regvq_fast.config.common import PresetName, check_at_least
 from regvq_fast.data.loading import build_dataset
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Split
 from regvq_fast.data.scenes import MIN_IMAGE_SIZE
-from regvq_fast.evaluation.evaluate import RESULTS
 from regvq_fast.evaluation.feature_nets import load_feature_net
-from regvq_fast.models.text import PretrainedTextEncoder
+from regvq_fast.evaluation.measurement import RESULTS
 from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName, Prior, Row, Scale, prior_of, recipe
 from regvq_fast.paper.figures import FEW_STEPS
 from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import inference_device
+from regvq_fast.priors.autoregressive.config import AR_PRESETS, ARConfig
+from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS, DiffusionConfig
+from regvq_fast.priors.diffusion.text import PretrainedTextEncoder
 
 _OUT = Path("runs/paper")  # not the repository's results/, whose tables a run of one seed would replace
 _RUNS = "runs"

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regvq_fast.config.common import PresetName
-from regvq_fast.evaluation.evaluate import RESULTS
+from regvq_fast.evaluation.measurement import RESULTS
 from regvq_fast.files import atomic_path
 from regvq_fast.paper import figures
 from regvq_fast.paper.experiments import (
@@ -27,7 +27,7 @@ from regvq_fast.paper.experiments import (
     published_dataset,
 )
 from regvq_fast.paper.stages import Pipeline
-from regvq_fast.sampling.images import DRAW_SETTINGS
+from regvq_fast.priors.images import DRAW_SETTINGS
 
 Plan = Mapping[Row, Mapping[int, Pipeline]]
 """Of each row the pipeline of each seed."""

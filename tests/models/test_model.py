@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from regvq_fast import NearestQuantizer
-from regvq_fast.models import VQGAN, TokenTransformer, VQDiffusion
+from regvq_fast.models import VQGAN
 from regvq_fast.models.model import Checkpointed, Model, evaluating
-from regvq_fast.models.text import WordEncoder
+from regvq_fast.priors.autoregressive import TokenTransformer
+from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
 
 KINDS: tuple[type[Model], ...] = (VQGAN, TokenTransformer, VQDiffusion)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.run
 from PIL import Image
 
-from regvq_fast.evaluation.evaluate import CODE_COUNTS, RESULTS
+from regvq_fast.cli.evaluate import CODE_COUNTS, RESULTS
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper import driver, stages
 from regvq_fast.paper.driver import PaperConfig, reproduce

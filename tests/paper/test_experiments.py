@@ -5,8 +5,10 @@ from functools import cache
 
 import pytest
 
-from regvq_fast.config import AR_PRESETS, DIFFUSION_PRESETS, VQGAN_PRESETS, check_vqgan_config, override, parse_config
+from regvq_fast.config import VQGAN_PRESETS, check_vqgan_config, override, parse_config
 from regvq_fast.paper.experiments import EXPERIMENTS, prior_of, published_dataset, recipe
+from regvq_fast.priors.autoregressive.config import AR_PRESETS
+from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 
 SCALES = ("tiny", "full")
 

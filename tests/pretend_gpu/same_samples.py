@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import Tensor
 
-from regvq_fast.models import TokenTransformer, VQDiffusion
-from regvq_fast.sampling import sample_autoregressive, sample_diffusion
+from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
+from regvq_fast.priors.diffusion import VQDiffusion, sample_diffusion
 
 
 def spread(prior: torch.nn.Module) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from regvq_fast.config import OptimizerConfig
-from regvq_fast.models import VQGAN, PatchDiscriminator, TokenTransformer, VQDiffusion
-from regvq_fast.models.text import WordEncoder
+from regvq_fast.models import VQGAN, PatchDiscriminator
+from regvq_fast.priors.autoregressive import TokenTransformer
+from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
 from regvq_fast.quantizers import RegularizedQuantizer
 from regvq_fast.training.optimization import AveragedWeights, build_optimizer, learning_rate
 

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
+from regvq_fast.cli.cache_tokens import CacheConfig, cache_tokens
+from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
+from regvq_fast.cli.sample import SampleConfig, generate
 from regvq_fast.paper import PaperConfig, reproduce
 from regvq_fast.paper.report import Report
 from regvq_fast.precision import choose_device, choose_precision
-from regvq_fast.sampling.generate import SampleConfig, generate
-from regvq_fast.training.caching import CacheConfig, cache_tokens
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

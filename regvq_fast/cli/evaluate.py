@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from regvq_fast.config import ARConfig, DiffusionConfig, VQGANConfig, read_config
+from regvq_fast.config import VQGANConfig, read_config
 from regvq_fast.config.common import changed_flags, check_at_least
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, default_workers
@@ -26,7 +26,7 @@ from regvq_fast.evaluation.fid import (
     statistics_of,
     too_few_images,
 )
-from regvq_fast.evaluation.measurement import Measurement, print_measurements, write_measurements
+from regvq_fast.evaluation.measurement import CODE_COUNTS, RESULTS, Measurement, print_measurements, write_measurements
 from regvq_fast.evaluation.metrics import DrawnImages, evaluate_tokenizer, fid_of_samples
 from regvq_fast.evaluation.reconstruction import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
@@ -36,13 +36,12 @@ from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
+from regvq_fast.priors.autoregressive.config import ARConfig
+from regvq_fast.priors.diffusion.config import DiffusionConfig
+from regvq_fast.priors.images import DRAW_SETTINGS, DrawConfig, ImageSampler
 from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, together
-from regvq_fast.sampling.images import DRAW_SETTINGS, DrawConfig, ImageSampler
 from regvq_fast.version import __version__
 
-RESULTS = "evaluation.json"
-CODE_COUNTS = "code_counts.json"
-"""Beside it, of a tokenizer: how often each code was selected, a list of N numbers."""
 SCENES = "scenes"
 """What ``--data`` calls the embedded scenes."""
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from regvq_fast.config import read_config
 from regvq_fast.config.common import check_at_least
-from regvq_fast.config.prior import ARConfig, DiffusionConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import OVERSAMPLING, opened_image
@@ -25,13 +24,15 @@ from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
-from regvq_fast.models.token_transformer import TokenTransformer
-from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.pictures import caption_tiles, color_map, legend_of, save_image_grid, save_images
 from regvq_fast.precision import choose_precision, inference_device
-from regvq_fast.sampling import common
-from regvq_fast.sampling.images import DrawConfig, ImageSampler, Prior
+from regvq_fast.priors.autoregressive.config import ARConfig
+from regvq_fast.priors.autoregressive.model import TokenTransformer
+from regvq_fast.priors.diffusion.config import DiffusionConfig
+from regvq_fast.priors.diffusion.model import VQDiffusion
+from regvq_fast.priors.images import DrawConfig, ImageSampler, Prior
+from regvq_fast.priors.sampling import Progress
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
 _TEXT_SIZE = 192  # pixels of a caption's picture at least
@@ -145,7 +146,7 @@ class _Generator:
         self.kept = None if config.edit is None or config.mask is None else self._edited(config.edit, config.mask)
         self.states: list[Tensor] | None = [] if config.strip else None
 
-    def draw(self, start: int, count: int, progress: common.Progress) -> Tensor:
+    def draw(self, start: int, count: int, progress: Progress) -> Tensor:
         """Images (count, 3, H, W) uint8 from number ``start`` on."""
         keep = None
         if self.kept is not None:

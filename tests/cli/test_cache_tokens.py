@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from regvq_fast.cli import cache_tokens as caching
 from regvq_fast.data import ImageFolder, ScenesDataset, TokenDataset, tokenize_batch, training_batches
 from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import NearestQuantizer
-from regvq_fast.training import caching
 
-SCRIPT = Path(__file__).parents[1] / "train" / "cache_tokens.py"
+SCRIPT = Path(__file__).parents[2] / "train" / "cache_tokens.py"
 SCENES = "--scenes 10 --views 2 --val-images 5 --shard-samples 8 --batch-size 3 --device cpu --workers 0".split()
 """20 training samples in shards of 8, 8 and 4, and one shard of 5 for validation."""
 SHARDS = ["train-000000", "train-000001", "train-000002", "val-000000"]

@@ -6,19 +6,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import DiffusionConfig, check_diffusion_config
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.evaluation.agreement import RegionClassifier
 from regvq_fast.evaluation.captions import caption_accuracy
-from regvq_fast.losses.discrete_diffusion import diffusion_terms
-from regvq_fast.losses.timesteps import TimestepSampler
-from regvq_fast.models.text import PretrainedTextEncoder, TextEncoder, WordEncoder
-from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.pictures import caption_tiles
-from regvq_fast.sampling import sample_diffusion
-from regvq_fast.sampling.common import Progress
-from regvq_fast.training.prior import PriorTask
+from regvq_fast.priors.diffusion.config import DiffusionConfig, check_diffusion_config
+from regvq_fast.priors.diffusion.loss import diffusion_terms
+from regvq_fast.priors.diffusion.model import VQDiffusion
+from regvq_fast.priors.diffusion.sampler import sample_diffusion
+from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder
+from regvq_fast.priors.diffusion.timesteps import TimestepSampler
+from regvq_fast.priors.recipe import PriorTask
+from regvq_fast.priors.sampling import Progress
 
 _SAMPLING_STEPS = 25  # of pictures
 

@@ -7,9 +7,17 @@ from torch import Tensor
 
 from regvq_fast.models.attention import KeyValueCache
 from regvq_fast.models.model import evaluating
-from regvq_fast.models.token_transformer import TokenTransformer
-from regvq_fast.sampling.choosing import check_choice, check_guidance, choose_tokens, guide
-from regvq_fast.sampling.common import Progress, capture, check_keep, compiled
+from regvq_fast.priors.autoregressive.model import TokenTransformer
+from regvq_fast.priors.sampling import (
+    Progress,
+    capture,
+    check_choice,
+    check_guidance,
+    check_keep,
+    choose_tokens,
+    compiled,
+    guide,
+)
 
 
 @torch.no_grad()
@@ -32,7 +40,7 @@ def sample_autoregressive(
     The condition runs in one pass; then every token is one step. On a GPU its shapes and addresses are static, and it
     is a CUDA graph, captured once a call; nothing waits for the device after that. A draw is a function of (seed,
     number of the image, position): images don't change with the batch they are drawn in (but see
-    `regvq_fast.sampling.choosing` on rounding).
+    `regvq_fast.priors.sampling` on rounding).
 
     Args:
         prior: on the device of the condition; in half precision, if its weights are (`prior.bfloat16()`).

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from regvq_fast.models import TokenTransformer
-from regvq_fast.sampling import choose_tokens, sample_autoregressive
+from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
+from regvq_fast.priors.sampling import choose_tokens
 
 SEED = 5
 CODES, CLASSES = 12, 5

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from regvq_fast.models.model import evaluating
-from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.ops.noise import Stream, row_words
-from regvq_fast.sampling.choosing import check_choice, check_guidance, choose_tokens, guide
-from regvq_fast.sampling.common import Progress, capture, check_keep, compiled
+from regvq_fast.priors.diffusion.model import VQDiffusion
+from regvq_fast.priors.sampling import (
+    Progress,
+    capture,
+    check_choice,
+    check_guidance,
+    check_keep,
+    choose_tokens,
+    compiled,
+    guide,
+)
 
 
 @torch.no_grad()
@@ -36,7 +44,7 @@ def sample_diffusion(
     of p(x_s | x_t), and exact for any s < t: fewer steps skip, and change nothing else. All shapes are static, nothing
     waits for the device, and on a GPU the steps replay a CUDA graph that is captured once a call. A draw is a function
     of (seed, number of the image, position): images don't change with the batch they are drawn in (but see
-    `regvq_fast.sampling.choosing` on rounding).
+    `regvq_fast.priors.sampling` on rounding).
 
     Args:
         prior: the model.

@@ -19,14 +19,15 @@ import torch
 import trained_runs
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
 from torch import Tensor
+from training.tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
 
-from regvq_fast.config import ARConfig, override
+from regvq_fast.config import override
 from regvq_fast.models import VQGAN
 from regvq_fast.precision import Precision
-from regvq_fast.training.autoregressive import ARTask
-from regvq_fast.training.prior import PriorTask
+from regvq_fast.priors.autoregressive.config import ARConfig
+from regvq_fast.priors.autoregressive.recipe import ARTask
+from regvq_fast.priors.recipe import PriorTask
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.task import Task
 
@@ -42,7 +43,7 @@ SMALL = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}  # as fields
 def few_regions() -> Iterator[None]:
     """The classifier of regions takes twelve seconds to fit to 768 scenes: here it gets enough for every class."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regvq_fast.training.prior.FITTED_TO", 128)
+        patch.setattr("regvq_fast.priors.recipe.FITTED_TO", 128)
         yield
 
 
@@ -258,7 +259,7 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
 def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:
     """Of the diffusion, whose choice of steps learns from all of them."""
     out = tmp_path / "run"
-    code = "import runpy, regvq_fast.training.prior as prior; prior.FITTED_TO = 128\n"
+    code = "import runpy, regvq_fast.priors.recipe as prior; prior.FITTED_TO = 128\n"
     code += f"runpy.run_path({str(TRAIN / 'diffusion.py')!r}, run_name='__main__')"
     script = tmp_path / "script.py"
     script.write_text(code)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regvq_fast.losses.discrete_diffusion import diffusion_terms
-from regvq_fast.models.text import WordEncoder
-from regvq_fast.models.vq_diffusion import VQDiffusion
+from regvq_fast.priors.diffusion.loss import diffusion_terms
+from regvq_fast.priors.diffusion.model import VQDiffusion
+from regvq_fast.priors.diffusion.text import WordEncoder
 
 TINY: dict[str, Any] = {"token_shape": (2, 3), "num_steps": 10, "width": 16, "depth": 2, "heads": 2}
 SEED = torch.tensor(3)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import PriorConfig, read_config
+from regvq_fast.config import read_config
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import Field, left_out_note
 from regvq_fast.data.samples import Batch
@@ -23,9 +23,10 @@ from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.pictures import save_image_grid
+from regvq_fast.priors.config import PriorConfig
+from regvq_fast.priors.images import decode_tokens
+from regvq_fast.priors.sampling import Progress
 from regvq_fast.ranks import sum_over_ranks
-from regvq_fast.sampling.common import Progress
-from regvq_fast.sampling.images import decode_tokens
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.step import distributed, synchronized

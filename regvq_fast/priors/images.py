@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from regvq_fast.config import ARConfig, read_config
+from regvq_fast.config import read_config
 from regvq_fast.config.common import check_seed
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
@@ -16,15 +16,15 @@ from regvq_fast.data.tokens import majority_vote
 from regvq_fast.data.transforms import to_uint8
 from regvq_fast.models.model import read_model
 from regvq_fast.models.pretrained import TOKENIZER
-from regvq_fast.models.token_transformer import TokenTransformer
-from regvq_fast.models.vq_diffusion import VQDiffusion
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import Precision
-from regvq_fast.sampling.autoregressive import sample_autoregressive
-from regvq_fast.sampling.choosing import check_choice, check_guidance
-from regvq_fast.sampling.common import Progress
-from regvq_fast.sampling.diffusion import check_settings, sample_diffusion
+from regvq_fast.priors.autoregressive.config import ARConfig
+from regvq_fast.priors.autoregressive.model import TokenTransformer
+from regvq_fast.priors.autoregressive.sampler import sample_autoregressive
+from regvq_fast.priors.diffusion.model import VQDiffusion
+from regvq_fast.priors.diffusion.sampler import check_settings, sample_diffusion
+from regvq_fast.priors.sampling import Progress, check_choice, check_guidance
 
 Prior = TokenTransformer | VQDiffusion
 """What draws tokens."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regvq_fast.losses import timesteps
-from regvq_fast.losses.timesteps import TimestepSampler
+from regvq_fast.priors.diffusion import timesteps
+from regvq_fast.priors.diffusion.timesteps import TimestepSampler
 
 SEED = torch.tensor(5)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.sampling.generate import _read_ids, _read_square
+from regvq_fast.cli.sample import _read_ids, _read_square
 
 
 def test_files_that_cannot_be_read_are_named_with_their_flag(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The discrete diffusion prior: a Transformer that names the tokens of an image behind noise, given a text.
 
 VQ-Diffusion (Gu et al., "Vector Quantized Diffusion Model for Text-to-Image Synthesis", CVPR 2022). The mathematics is
-in `regvq_fast.losses.discrete_diffusion`, the text in `regvq_fast.models.text`, the drawing of images in
-`regvq_fast.sampling.diffusion`. A training step reads
+in `regvq_fast.priors.diffusion.loss`, the text in `regvq_fast.priors.diffusion.text`, the drawing of images in
+`regvq_fast.priors.diffusion.sampler`. A training step reads
 
     t, probability = timesteps.draw(seed, B, first_image)                    # TimestepSampler
     noisy = model.transition.corrupt(tokens, t, seed, first_image)
@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regvq_fast.losses.discrete_diffusion import MaskAndReplace
 from regvq_fast.models.attention import attention
 from regvq_fast.models.model import Checkpointed, Model
-from regvq_fast.models.text import TextEncoder, restore_text_encoder
 from regvq_fast.models.transformer import SelfAttention, check_sizes, flat_ids, grid_shape, initialize
 from regvq_fast.ops.noise import Stream, row_words
+from regvq_fast.priors.diffusion.loss import MaskAndReplace
+from regvq_fast.priors.diffusion.text import TextEncoder, restore_text_encoder
 
 
 class GELU2(nn.Module):

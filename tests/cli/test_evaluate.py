@@ -17,28 +17,29 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from evaluation.tiny_net import TinyNet
 from PIL import Image
-from tiny_net import TinyNet
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
-from regvq_fast.config import AR_PRESETS, VQGAN_PRESETS, VQGANConfig, override
+from regvq_fast.cli import evaluate as evaluation
+from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
+from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.data import ImageFolder, ScenesDataset, to_float, to_uint8
 from regvq_fast.data.loading import collate
 from regvq_fast.data.samples import Batch
-from regvq_fast.evaluation import evaluate as evaluation
-from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
 from regvq_fast.evaluation.fid import frechet_distance, statistics_of
 from regvq_fast.evaluation.measurement import Measurement, write_measurements
 from regvq_fast.evaluation.metrics import DrawnImages
-from regvq_fast.models import VQGAN, TokenTransformer, VQDiffusion
+from regvq_fast.models import VQGAN
 from regvq_fast.models.features import VGGFeatures
-from regvq_fast.models.text import WordEncoder
 from regvq_fast.pictures import save_images
 from regvq_fast.precision import choose_precision
+from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
+from regvq_fast.priors.autoregressive.config import AR_PRESETS
+from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
+from regvq_fast.priors.images import DrawConfig, ImageSampler
 from regvq_fast.quantizers import NearestQuantizer
-from regvq_fast.sampling import sample_autoregressive
-from regvq_fast.sampling.images import DrawConfig, ImageSampler
 
 SCRIPT = Path(__file__).parents[2] / "train" / "evaluate.py"
 CODES, IMAGES = 32, 12
@@ -439,7 +440,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("regvq_fast.evaluation.evaluate.evaluate_tokenizer", lambda *_, **__: pytest.fail("it works"))
+    monkeypatch.setattr("regvq_fast.cli.evaluate.evaluate_tokenizer", lambda *_, **__: pytest.fail("it works"))
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(
             NotADirectoryError, match=f"--out {out} is no folder: .*file is a file; name another folder"

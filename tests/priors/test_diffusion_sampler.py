@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from regvq_fast.losses.discrete_diffusion import diffusion_terms
-from regvq_fast.losses.timesteps import TimestepSampler
-from regvq_fast.models.text import WordEncoder
-from regvq_fast.models.vq_diffusion import VQDiffusion
-from regvq_fast.sampling import diffusion
-from regvq_fast.sampling.diffusion import sample_diffusion, timesteps
+from regvq_fast.priors.diffusion import sampler
+from regvq_fast.priors.diffusion.loss import diffusion_terms
+from regvq_fast.priors.diffusion.model import VQDiffusion
+from regvq_fast.priors.diffusion.sampler import sample_diffusion, timesteps
+from regvq_fast.priors.diffusion.text import WordEncoder
+from regvq_fast.priors.diffusion.timesteps import TimestepSampler
 
 CAPTIONS = [
     f"{colour} {thing} {place}" for colour in ("red", "blue") for thing in ("cat", "dog") for place in ("left", "right")
@@ -109,7 +109,7 @@ def shares(steps: int | None = None, **settings: Any) -> list[float]:
 @pytest.fixture
 def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler calls the function of VQDiffusion itself, which it may have compiled, not that of a subclass."""
-    monkeypatch.setattr(diffusion.VQDiffusion, "forward", Fixed.forward)
+    monkeypatch.setattr(sampler.VQDiffusion, "forward", Fixed.forward)
 
 
 @pytest.mark.usefixtures("fixed")
@@ -130,7 +130,7 @@ def test_guidance_multiplies_probabilities(monkeypatch: pytest.MonkeyPatch) -> N
         is_null = (condition == self.null_text).all(-1)[..., None]
         return torch.where(is_null, null, conditional).expand(*tokens.shape, 4)
 
-    monkeypatch.setattr(diffusion.VQDiffusion, "forward", forward)
+    monkeypatch.setattr(sampler.VQDiffusion, "forward", forward)
     squares = torch.tensor([0.5, 0.3, 0.15, 0.05]).square()
     assert shares(truncation=1.0, guidance=2.0) == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)
     assert shares(truncation=1.0, guidance=0.0) == pytest.approx([0.25] * 4, abs=0.03)

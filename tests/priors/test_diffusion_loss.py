@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regvq_fast.losses import discrete_diffusion
-from regvq_fast.losses.discrete_diffusion import DiffusionTerms, MaskAndReplace, diffusion_terms
+from regvq_fast.priors.diffusion import loss as module
+from regvq_fast.priors.diffusion.loss import DiffusionTerms, MaskAndReplace, diffusion_terms
 
 N, T = 5, 10
 # VQ-Diffusion's hardly replaces a code; the other one does so often.
@@ -250,7 +250,7 @@ def test_draws_at_the_start_are_the_tokens_whatever_the_words(
     chain: MaskAndReplace, word: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """q(x_0 | x_t, x_0) has no other; the outermost words must not round beyond it."""
-    monkeypatch.setattr(discrete_diffusion, "row_words", lambda seed, rows, stream: torch.full_like(rows, word))
+    monkeypatch.setattr(module, "row_words", lambda seed, rows, stream: torch.full_like(rows, word))
     tokens = torch.tensor([[2] * (N + 1)])
     for t in range(1, T + 1):
         drawn = chain.sample_posterior(tokens, noisy_tokens(), torch.tensor(0), torch.tensor(t), SEED)

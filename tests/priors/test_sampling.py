@@ -1,11 +1,13 @@
-"""Choosing tokens: frequencies, restriction to the likeliest, ties, counters, guidance, and what is refused."""
+"""Choosing tokens: frequencies, restriction, ties, counters, guidance, refusals; compiled and captured steps."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from regvq_fast.sampling.choosing import check_guidance, choose_tokens, guide, restrict
+from regvq_fast.priors.sampling import capture, check_guidance, choose_tokens, compiled, guide, restrict
 
 SEED = torch.tensor(11)
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.1])
@@ -129,3 +131,32 @@ def test_guidance_weighs_two_distributions():
 def test_guidance_that_is_no_weight_is_refused(guidance):
     with pytest.raises(ValueError, match=rf"guidance must be a finite number of at least 0.*got {guidance}"):
         check_guidance(guidance)
+
+
+def test_importing_the_samplers_compiles_nothing() -> None:
+    samplers = "regvq_fast.priors.autoregressive.sampler, regvq_fast.priors.diffusion.sampler"
+    code = f"import torch; torch.compile = None; import {samplers}"  # None: a call fails
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_network_is_wrapped_once() -> None:
+    assert compiled(torch.relu) is compiled(torch.relu)
+    assert compiled(torch.relu) is not compiled(torch.tanh)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_captured_step_starts_from_what_was_there() -> None:
+    index, total = torch.tensor(2, device="cuda"), torch.tensor(10, device="cuda")
+    seen = torch.zeros(8, dtype=torch.int64, device="cuda")
+
+    def step() -> None:
+        total.add_(index)
+        seen.index_copy_(0, index.view(1), total.view(1))
+        index.add_(1)
+
+    advance = capture(step, index, total)
+    assert (index.item(), total.item()) == (2, 10)
+    for _ in range(3):
+        advance()
+    assert (index.item(), total.item()) == (5, 10 + 2 + 3 + 4)
+    assert seen.tolist() == [0, 0, 12, 15, 19, 0, 0, 0]

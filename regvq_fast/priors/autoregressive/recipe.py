@@ -5,16 +5,16 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from regvq_fast.config import ARConfig, check_ar_config
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
 from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
-from regvq_fast.models.token_transformer import TokenTransformer
 from regvq_fast.pictures import color_map, legend_of
-from regvq_fast.sampling import sample_autoregressive
-from regvq_fast.sampling.common import Progress
-from regvq_fast.training.prior import PriorTask
+from regvq_fast.priors.autoregressive.config import ARConfig, check_ar_config
+from regvq_fast.priors.autoregressive.model import TokenTransformer
+from regvq_fast.priors.autoregressive.sampler import sample_autoregressive
+from regvq_fast.priors.recipe import PriorTask
+from regvq_fast.priors.sampling import Progress
 
 _MAX_CLASSES = 256
 
