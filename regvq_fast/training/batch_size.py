@@ -71,7 +71,7 @@ def find_batch_size(kind: type[Recipe[Config]], config: Config) -> None:
             # Many steps: whatever joins in the run does so before its last one.
             steps = config.optimizer.steps or 10**6
             trainer = Trainer(kind, override(config, batch_size=batch_size, compile=False, steps=steps))
-            last_joins = max(trainer.networks.first_step.values(), default=0)
+            last_joins = max((first for first in trainer.networks.first_step.values() if first < steps), default=0)
             for number in (last_joins, last_joins + 1):
                 trainer.step(number)
             trainer.record()  # waits for the device

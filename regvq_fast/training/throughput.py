@@ -57,20 +57,25 @@ class Utilization:
     Args:
         device: of the run.
         dtype: of autocast; None: fp32.
-        flops_per_image: counts the operations of a step; called once for each kind of step.
+        flops_per_image: counts the operations of a step.
+        kind: returns the kind of a step; its operations are counted once for each.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype | None, flops_per_image: Callable[[int], float]
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        flops_per_image: Callable[[int], float],
+        kind: Callable[[int], object],
     ) -> None:
-        self._peak, self._count = peak_flops(device, dtype), flops_per_image
+        self._peak, self._count, self._kind = peak_flops(device, dtype), flops_per_image, kind
         self._flops: dict[object, float] = {}
 
-    def read(self, step: int, kind: object, images_per_second: float) -> dict[str, float]:
-        """Return the utilization by a step of this kind at this speed; nothing if the device's peak is unknown."""
+    def __call__(self, step: int, images_per_second: float) -> dict[str, float]:
+        """Return the utilization by a step at this speed; nothing if the device's peak is unknown."""
         if self._peak is None:
             return {}
-        if kind not in self._flops:
+        if (kind := self._kind(step)) not in self._flops:
             self._flops[kind] = self._count(step)
         return {"mfu": images_per_second * self._flops[kind] / (self._peak * num_ranks())}
 

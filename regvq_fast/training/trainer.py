@@ -84,7 +84,7 @@ class Trainer(Generic[Config]):
 
         monitor = DeviceMonitor(self.device)
         self._read_device = monitor.read
-        self._utilization = Utilization(self.device, self.precision.dtype, self._flops_per_image)
+        self.utilization = Utilization(self.device, self.precision.dtype, self._flops_per_image, self.networks.active)
         self.metadata = self._describe() | monitor.metadata | ({"compilation": why_not} if why_not else {})
         # One seed a step, counted on the device.
         self.seed = torch.tensor((run.seed & 0x7FFFFFFF) << 32, device=self.device)
@@ -179,8 +179,7 @@ class Trainer(Generic[Config]):
                 values, warnings = self.record()  # waits for the device, so that the clock is honest
                 values["images_per_second"], waiting = clock.read(representative=not first_of_kind)
                 if not first_of_kind:
-                    active, speed = self.networks.active(step), values["images_per_second"]
-                    values |= {"data_wait": waiting, **self._utilization.read(step, active, speed)}
+                    values |= {"data_wait": waiting, **self.utilization(step, float(values["images_per_second"]))}
                 recorder.record(done, values)
                 for warning in warnings + self.optimization.warnings(run.max_skipped):
                     recorder.warn(warning)
