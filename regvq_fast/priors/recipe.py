@@ -24,8 +24,7 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.pictures import save_image_grid
 from regvq_fast.priors.config import PriorConfig
-from regvq_fast.priors.images import decode_tokens
-from regvq_fast.priors.sampling import Progress
+from regvq_fast.priors.sampler import Progress, decode_tokens
 from regvq_fast.ranks import sum_over_ranks
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recorder import Recorder
@@ -62,6 +61,10 @@ class PriorTask(Task[Config]):
     """Of the samples, what images are conditioned on."""
 
     # ------------------------------------------------------------------------------------------- what a subclass says
+
+    @classmethod
+    def check_files(cls, config: Config) -> None:
+        """Raise ValueError or OSError where files that the network is built from can't be had."""
 
     @abstractmethod
     def build_prior(self) -> nn.Module:
