@@ -14,7 +14,7 @@ from unittest import mock
 import peers
 from torch import Tensor
 
-from regvq_fast.priors.sampling import restrict
+from regvq_fast.priors.choosing import restrict
 
 
 def _top_k_top_p_filtering(logits: Tensor, top_k: int, top_p: float | None = None) -> Tensor:

@@ -36,9 +36,8 @@ from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
-from regvq_fast.priors.autoregressive.config import ARConfig
-from regvq_fast.priors.diffusion.config import DiffusionConfig
-from regvq_fast.priors.images import DRAW_SETTINGS, DrawConfig, ImageSampler
+from regvq_fast.priors.images import ImageSampler
+from regvq_fast.priors.registry import SAMPLING_SETTINGS, SamplingConfig
 from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, together
 from regvq_fast.version import __version__
 
@@ -47,7 +46,7 @@ SCENES = "scenes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DrawConfig):
+class EvaluateConfig(SamplingConfig):
     """A run of ``train/evaluate.py``."""
 
     run: Path | None = None
@@ -114,7 +113,7 @@ def _check(config: EvaluateConfig) -> None:
     tokenizer = config.run or config.prior_run
     if config.prior_run is not None and config.images is not None:
         raise ValueError("--prior-run draws images and --images brings them: give one of the two")
-    if config.prior_run is None and (flags := changed_flags(config, DRAW_SETTINGS)):
+    if config.prior_run is None and (flags := changed_flags(config, SAMPLING_SETTINGS)):
         raise ValueError(f"{flags[0]} says how a prior draws: give its run with --prior-run")
     if tokenizer is None and config.images is None:
         raise ValueError("there is nothing to evaluate: give --run, --prior-run or --images")
@@ -153,7 +152,7 @@ class _Evaluation:
         for name, least in self._least_sizes():
             if size < least:
                 raise ValueError(f"{name} needs images of at least {least} pixels a side, these have {size}")
-        data = _data_of(config)
+        data = _data_of(config, self.sampler)
         self.dataset = build_dataset(
             data,
             split="val",
@@ -300,7 +299,7 @@ class _Evaluation:
         self.results[key] = Measurement(reference.title(key[-1].upper()), value, protocol)
 
 
-def _data_of(config: EvaluateConfig) -> Path | None:
+def _data_of(config: EvaluateConfig, sampler: ImageSampler | None) -> Path | None:
     """What ``--data`` names, or what the run was trained on; None: the embedded scenes."""
     if config.data is not None:
         return None if str(config.data) == SCENES and not config.data.exists() else config.data
@@ -310,20 +309,17 @@ def _data_of(config: EvaluateConfig) -> Path | None:
             return read_config(config.run, VQGANConfig).data.data
         except ValueError:
             raise ValueError(f"{config.run} doesn't say what it was trained on: {remedy}") from None
-    if config.prior_run is None:
+    if config.prior_run is None or sampler is None:
         raise ValueError(f"--images {config.images} don't say what they are to be compared with: {remedy}")
-    kinds: tuple[type[ARConfig | DiffusionConfig], ...] = (ARConfig, DiffusionConfig)
-    for kind in kinds:
-        try:
-            tokens = read_config(config.prior_run, kind).tokens
-        except ValueError:
-            continue
-        if tokens.cache is None:
-            return tokens.data
-        if tokens.cache.exists():
-            data = read_info(tokens.cache).data
-            return None if data is None else Path(data)
+    try:
+        tokens = read_config(config.prior_run, sampler.entry.config).tokens
+    except ValueError:
+        raise ValueError(f"{config.prior_run} doesn't say what it was trained on: {remedy}") from None
+    if tokens.cache is None:
+        return tokens.data
+    if not tokens.cache.exists():
         raise ValueError(
             f"the token cache {tokens.cache} that {config.prior_run} was trained on is not there: {remedy}"
         )
-    raise ValueError(f"{config.prior_run} doesn't say what it was trained on: {remedy}")
+    data = read_info(tokens.cache).data
+    return None if data is None else Path(data)

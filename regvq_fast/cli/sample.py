@@ -1,11 +1,11 @@
 """Drawing images from a trained prior: what ``train/sample.py`` runs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from regvq_fast.config import read_config
 from regvq_fast.config.common import check_at_least
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
-from regvq_fast.data.pictures import OVERSAMPLING, opened_image
+from regvq_fast.data.pictures import OVERSAMPLING, Field, opened_image
 from regvq_fast.data.scenes import CLASSES
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenDataset
@@ -27,25 +27,23 @@ from regvq_fast.files import check_new_folder
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.pictures import caption_tiles, color_map, legend_of, save_image_grid, save_images
 from regvq_fast.precision import choose_precision, inference_device
-from regvq_fast.priors.autoregressive.config import ARConfig
-from regvq_fast.priors.autoregressive.model import TokenTransformer
-from regvq_fast.priors.diffusion.config import DiffusionConfig
-from regvq_fast.priors.diffusion.model import VQDiffusion
-from regvq_fast.priors.images import DrawConfig, ImageSampler, Prior
-from regvq_fast.priors.sampling import Progress
+from regvq_fast.priors.images import ImageSampler
+from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
+from regvq_fast.priors.sampler import PriorSampler, Progress
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
 _TEXT_SIZE = 192  # pixels of a caption's picture at least
 _STRIP = 12  # states of a denoising strip
+_FLAGS: dict[Field, str] = {"segmentation": "--map", "caption": "--text"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectConfig:
     """What is to be drawn, and by which prior."""
 
-    prior: Literal["ar", "diffusion"] | None = None
-    """What the run has to be: autoregressive (semantic maps to images), or diffusion (captions to images).
-    Not given: what it is."""
+    prior: PriorName | None = None
+    """Prior that the run has to be of: ar (semantic maps to images), or diffusion (captions to images).
+    Not given: any."""
     run: Path
     """Run of train/ar.py or train/diffusion.py."""
     out: Path
@@ -67,7 +65,7 @@ class SubjectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(DrawConfig, SubjectConfig):  # of several bases, the fields of the last come first in the help
+class SampleConfig(SamplingConfig, SubjectConfig):  # of several bases, the fields of the last come first in the help
     """A run of ``train/sample.py``."""
 
     batch_size: int = 16
@@ -130,17 +128,16 @@ class _Generator:
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
         precision = choose_precision(config.amp, inference_device(config.device))
-        kinds: dict[str | None, type[Prior]] = {"ar": TokenTransformer, "diffusion": VQDiffusion}
-        self.sampler = ImageSampler.from_run(config.run, config, precision, kinds.get(config.prior))
-        self.draws_maps = self.sampler.field == "segmentation"
-        for flag, value, is_ours in (
-            ("--map", config.map, self.draws_maps),
-            ("--text", config.text, not self.draws_maps),
-            ("--strip", config.strip, not self.draws_maps),
-        ):
-            if value and not is_ours:
-                other = "diffusion" if self.draws_maps else "autoregressive"
-                raise ValueError(f"{flag} is for {other} priors; this one is {self.sampler.kind}")
+        self.sampler = ImageSampler.from_run(config.run, config, precision, config.prior)
+        wanted: tuple[tuple[str, object, Callable[[type[PriorSampler]], bool]], ...] = (
+            ("--map", config.map, lambda sampler: sampler.condition_field == "segmentation"),
+            ("--text", config.text, lambda sampler: sampler.condition_field == "caption"),
+            ("--strip", config.strip, lambda sampler: sampler.has_states),
+        )
+        own = self.sampler.entry.sampler
+        for flag, value, has in wanted:
+            if value and not has(own):
+                raise ValueError(f"{flag} is for {titles(has)} priors; this one is {own.title}")
         self.size = self.sampler.tokenizer.image_size
         self.conditions = self._conditions()
         self.kept = None if config.edit is None or config.mask is None else self._edited(config.edit, config.mask)
@@ -154,7 +151,7 @@ class _Generator:
             keep = tokens.expand(count, -1, -1), kept.expand(count, -1, -1)
         states: list[Tensor] | None = [] if self.states is not None and start == 0 else None
         conditions = self._chosen(range(start, start + count))
-        images = self.sampler.draw_under(conditions, start, keep=keep, states=states, progress=progress)
+        images = self.sampler.sample_under(conditions, start, keep=keep, states=states, progress=progress)
         if states is not None:
             self.states = [state[:1] for state in states]
         return images
@@ -187,7 +184,7 @@ class _Generator:
     def _class_names(self) -> tuple[str, ...]:
         """The classes that the prior was trained on; none unless it is known to be the embedded scenes'."""
         try:
-            tokens = read_config(self.config.run, ARConfig).tokens
+            tokens = read_config(self.config.run, self.sampler.entry.config).tokens
             data = tokens.data if tokens.cache is None else read_info(tokens.cache).data
         except (ValueError, OSError):  # neither configuration nor cache is needed to sample
             return ()
@@ -210,23 +207,19 @@ class _Generator:
 
     def _conditions(self) -> Tensor | Sequence[str]:
         """Semantic maps (K, h', w') on the CPU, or captions."""
-        config, prior = self.config, self.sampler.prior
+        config, prepare = self.config, self.sampler.token_sampler.prepare
         if config.text:
-            prior.text_encoder.truncate = False  # of a data set's captions; people are told what doesn't fit
-            prior.tokenize_text(config.text)
-            return config.text
+            return prepare(config.text, "--text", strict=True)
         if config.map is not None:
-            return self.sampler.reduce(_read_ids(config.map), f"--map {config.map}")
+            return prepare(_read_ids(config.map), f"--map {config.map}")
         batch, source = self._validation(min(config.num_images, _GRID))
-        found = batch[self.sampler.field]
-        return self.sampler.reduce(found, source) if isinstance(found, Tensor) else found
+        return prepare(batch[self.sampler.field], source)
 
     def _validation(self, count: int) -> tuple[Any, str]:
         """At most ``count`` validation samples of --data, or of what the prior was trained on; and what that is."""
         data, seed, fields = self.config.data, 0, (self.sampler.field,)
         if data is None:
-            kind: type[ARConfig | DiffusionConfig] = ARConfig if self.draws_maps else DiffusionConfig
-            trained = read_config(self.config.run, kind)
+            trained = read_config(self.config.run, self.sampler.entry.config)
             tokens, seed = trained.tokens, trained.run.seed
             if tokens.cache is not None:
                 return self._cached(tokens.cache, count), f"the cache {tokens.cache}"
@@ -244,7 +237,7 @@ class _Generator:
             lack = f"has no {self.sampler.field} any more"
         raise ValueError(
             f"the token cache {folder} that {self.config.run} was trained on {lack}: give --data, or "
-            f"{'--map' if self.draws_maps else '--text'}"
+            f"{_FLAGS[self.sampler.field]}"
         )
 
     def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:

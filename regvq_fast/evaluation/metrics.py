@@ -85,7 +85,7 @@ def evaluate_tokenizer(
 class BatchSampler(Protocol):
     """Anything that samples images under the conditions of a batch, as `regvq_fast.priors.images.ImageSampler` does."""
 
-    def draw(self, batch: Batch, first_image: int) -> Tensor:
+    def sample(self, batch: Batch, first_image: int) -> Tensor:
         """One image (3, H, W) uint8 for each sample of a batch, numbered from ``first_image`` on."""
         ...
 
@@ -117,7 +117,7 @@ def fid_of_samples(
     def drawn() -> Iterator[Tensor]:
         first, done = rank_share(len(dataset)).start, 0  # type: ignore[arg-type]
         for batch in rank_batches(dataset, batch_size, workers, reference.device):
-            yield sampler.draw(batch, first + done)
+            yield sampler.sample(batch, first + done)
             done += len(batch["image"])
 
     return reference.distance(statistics_of(drawn(), reference.net, reference.device, progress))

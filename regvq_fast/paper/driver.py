@@ -1,6 +1,5 @@
 """From the name of a table to its rows, trained, measured and compared: what ``train/paper.py`` runs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,24 +10,18 @@ from tyro.conf import Positional
 
 from regvq_fast.config.common import PresetName, check_at_least
 from regvq_fast.data.loading import build_dataset
-from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Split
 from regvq_fast.data.scenes import MIN_IMAGE_SIZE
 from regvq_fast.evaluation.feature_nets import load_feature_net
 from regvq_fast.evaluation.measurement import RESULTS
-from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName, Prior, Row, Scale, prior_of, recipe
-from regvq_fast.paper.figures import FEW_STEPS
+from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName, Row, Scale, prior_of, recipe
 from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import inference_device
-from regvq_fast.priors.autoregressive.config import AR_PRESETS, ARConfig
-from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS, DiffusionConfig
-from regvq_fast.priors.diffusion.text import PretrainedTextEncoder
+from regvq_fast.priors.registry import PRIORS, PriorName
 
 _OUT = Path("runs/paper")  # not the repository's results/, whose tables a run of one seed would replace
 _RUNS = "runs"
-_SCRIPTS = {"ar": "ar.py", "diffusion": "diffusion.py"}
-_CONDITIONS: dict[Prior, Field] = {"ar": "segmentation", "diffusion": "caption"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,8 @@ class PaperConfig:
     """Each row is trained once with each of them; its numbers are means, with their standard deviations."""
     rows: tuple[str, ...] = ()
     """Only these rows, by name or the name of their folder. Not given: all."""
-    prior: Literal["preset", "ar", "diffusion", "none"] = "preset"
-    """Prior that draws the images of FID[G]; "preset": the paper's on this data, and none in the sweeps."""
+    prior: Literal["preset", "none"] | PriorName = "preset"
+    """Prior that samples the images of FID[G]; "preset": the paper's on this data, and none in the sweeps."""
     fid_features: str = "inception"
     """As in train/evaluate.py; random-vgg16 needs no file."""
     perceptual_weights: Path | None = None
@@ -133,24 +126,23 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
             load_feature_net(config.fid_features)
         if prior != "none":
             _check_prior(config, prior)
-        condition = () if prior == "none" else (_CONDITIONS[prior],)
+        condition = () if prior == "none" else (PRIORS[prior].sampler.condition_field,)
         for split in get_args(Split):
             build_dataset(config.data, split=split, image_size=MIN_IMAGE_SIZE, fields=condition)
     return [row for row in rows if not config.rows or row.name in config.rows or row.key in config.rows]
 
 
-def _check_prior(config: PaperConfig, prior: Literal["ar", "diffusion"]) -> None:
-    """Raise ValueError or OSError where the prior has no settings for the data, or its text encoder is missing."""
-    presets: Mapping[str, ARConfig | DiffusionConfig] = AR_PRESETS if prior == "ar" else DIFFUSION_PRESETS
+def _check_prior(config: PaperConfig, prior: PriorName) -> None:
+    """Raise ValueError or OSError where the prior has no settings for the data, or files that it needs are missing."""
+    presets = PRIORS[prior].presets
     preset = recipe(config.preset, config.scale).preset
     if preset not in presets:
         raise ValueError(f"--prior {prior} has no settings for --preset {preset}, only for {', '.join(presets)}")
-    settings = presets[preset]
-    if isinstance(settings, DiffusionConfig) and settings.model.text_encoder != "words":
-        PretrainedTextEncoder(settings.model.text_encoder)
+    PRIORS[prior].recipe.check_files(presets[preset])
 
 
-def _prior(config: PaperConfig, experiment: Experiment) -> Prior:
+def _prior(config: PaperConfig, experiment: Experiment) -> str:
+    """Name of the prior in PRIORS, or "none"."""
     if config.prior != "preset":
         return config.prior
     return prior_of(config.preset) if experiment.with_prior else "none"
@@ -185,7 +177,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
     judged = tokenizer.folder
     evaluated: tuple[str, ...] = ("--run", str(judged))
     if prior != "none":
-        fields = () if config.data is None else ("--fields", _CONDITIONS[prior])
+        fields = () if config.data is None else ("--fields", PRIORS[prior].sampler.condition_field)
         cache = Stage(
             "token cache",
             "cache_tokens.py",
@@ -196,8 +188,8 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
         )
         trained = Stage(
             "prior",
-            _SCRIPTS[prior],
-            (*preset, "--cache", str(cache.folder), *of_scale.prior.get(prior, ()), *seeded),
+            PRIORS[prior].script,
+            (*preset, "--cache", str(cache.folder), *of_scale.prior, *seeded),
             folder / "prior",
             folder / "prior" / "summary.json",
             trains=True,
@@ -205,8 +197,9 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
         planned += [cache, trained]
         judged = trained.folder
         evaluated += ("--prior-run", str(judged))
-        if prior == "diffusion" and config.scale == "tiny":
-            evaluated += ("--steps", str(FEW_STEPS))
+        if config.scale == "tiny":
+            for name, value in PRIORS[prior].sampler.preview.items():
+                evaluated += (f"--{name.replace('_', '-')}", str(value))
     count = () if of_scale.val_images is None else ("--val-images", str(of_scale.val_images))
     settings = (*evaluated, *data, *count, "--fid-features", config.fid_features, *weights)
     name = "metrics" if prior == "none" else "metrics with prior"

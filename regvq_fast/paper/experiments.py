@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from regvq_fast.config.common import PresetName
+from regvq_fast.priors.registry import PRIORS, PriorName
 
 ExperimentName = Literal["table1", "table2", "masking", "codebook-size"]
 Scale = Literal["tiny", "full"]
-Prior = Literal["ar", "diffusion", "none"]
 
 
 class Published(NamedTuple):
@@ -190,12 +190,10 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
     ),
 }
 
-_TASKS: dict[str, Prior] = {"ade20k": "ar", "celebahq": "ar", "cub200": "diffusion", "coco": "diffusion"}
 
-
-def prior_of(preset: PresetName) -> Prior:
-    """The prior that the paper trains on this data: semantic image synthesis, or text-to-image."""
-    return _TASKS.get(preset, "ar")
+def prior_of(preset: PresetName) -> PriorName:
+    """Return the prior that the paper trains on this data: the first one with settings for it."""
+    return next(name for name, prior in PRIORS.items() if preset in prior.presets)
 
 
 class Recipe(NamedTuple):
@@ -207,8 +205,8 @@ class Recipe(NamedTuple):
     """train/vq.py"""
     cache: tuple[str, ...]
     """train/cache_tokens.py"""
-    prior: Mapping[Prior, tuple[str, ...]]
-    """train/ar.py or train/diffusion.py"""
+    prior: tuple[str, ...]
+    """Training script of the prior."""
     val_images: int | None
     """Validation images of all metrics; None: the whole split."""
 
@@ -224,11 +222,11 @@ def recipe(preset: PresetName, scale: Scale) -> Recipe:
             # train/evaluate.py has all validation images.
             ("--image-size", "32", "--ch-mult", "1", "1", "2", "--steps", "600", "--val-images", "128"),
             ("--views", "1", "--val-images", "256"),
-            {"ar": prior, "diffusion": prior},
+            prior,
             1024,
         )
     if preset != "scenes":
-        return Recipe(preset, (), (), {}, None)
+        return Recipe(preset, (), (), (), None)
     # The scenes at a size where textures can be made out, with the discriminator: for a GPU.
     prior = ("--steps", "20000", "--width", "512", "--depth", "12", "--heads", "8", "--lr", "3e-4")
     return Recipe(
@@ -239,6 +237,6 @@ def recipe(preset: PresetName, scale: Scale) -> Recipe:
             *("--val-images", "5000"),
         ),
         ("--views", "4", "--val-images", "5000"),
-        {"ar": prior, "diffusion": prior},
+        prior,
         5000,
     )

@@ -23,11 +23,10 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.pictures import color_map
 from regvq_fast.precision import choose_precision
-from regvq_fast.priors.images import DrawConfig, ImageSampler
+from regvq_fast.priors.images import ImageSampler
+from regvq_fast.priors.registry import PRIORS, SamplingConfig
 
 _SHOWN = 8  # images a row
-FEW_STEPS = 25
-"""Of a diffusion: fewer than it was trained with are enough to look at."""
 _COLORS = ("#3b6ea8", "#c0504d", "#5b8c3e", "#8064a2", "#d98b2b", "#4bacc6", "#7f7f7f")
 
 
@@ -75,7 +74,7 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
         drawn = {"image": shown["image"]}
         if "segmentation" in shown:
             drawn = {"map": color_map(shown["segmentation"], (size, size))} | drawn
-        drawn |= {name: sampler.draw(shown, 0).cpu() for name, sampler in samplers.items()}
+        drawn |= {name: sampler.sample(shown, 0).cpu() for name, sampler in samplers.items()}
         save_rows(_named(stem, "samples"), drawn)
 
 
@@ -171,8 +170,9 @@ def save_curves(
 
 
 def _sampler(prior: Stage, device: torch.device) -> ImageSampler:
-    drawing = DrawConfig(steps=FEW_STEPS) if prior.script == "diffusion.py" else DrawConfig()
-    return ImageSampler.from_run(prior.folder, drawing, choose_precision(False, device))
+    (name,) = (name for name, entry in PRIORS.items() if entry.script == prior.script)
+    settings = SamplingConfig(**PRIORS[name].sampler.preview)
+    return ImageSampler.from_run(prior.folder, settings, choose_precision(False, device), name)
 
 
 @torch.no_grad()

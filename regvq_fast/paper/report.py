@@ -27,7 +27,7 @@ from regvq_fast.paper.experiments import (
     published_dataset,
 )
 from regvq_fast.paper.stages import Pipeline
-from regvq_fast.priors.images import DRAW_SETTINGS
+from regvq_fast.priors.registry import SAMPLING_SETTINGS
 
 Plan = Mapping[Row, Mapping[int, Pipeline]]
 """Of each row the pipeline of each seed."""
@@ -47,7 +47,7 @@ _NAMES = {
 """Columns in their order; None: the metric's own name."""
 _SHARES = frozenset({"utilization", *_AGREEMENT})
 _PROTOCOL = ("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256")
-_SAME = (*_PROTOCOL, *DRAW_SETTINGS)
+_SAME = (*_PROTOCOL, *SAMPLING_SETTINGS)
 """What numbers that are compared must have in common."""
 
 

@@ -25,8 +25,7 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.pictures import save_image_grid
 from regvq_fast.priors.config import PriorConfig
-from regvq_fast.priors.images import decode_tokens
-from regvq_fast.priors.sampling import Progress
+from regvq_fast.priors.sampler import Progress, decode_tokens
 from regvq_fast.ranks import distributed, local_ranks, sum_over_ranks, synchronized
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recipe import Data, Networks, Recipe, Step
@@ -61,6 +60,10 @@ class PriorRecipe(Recipe[Config]):
     image_name = "samples"
     condition_field: Field
     """Key of a sample that images are conditioned on."""
+
+    @classmethod
+    def check_files(cls, config: Config) -> None:
+        """Raise ValueError or OSError where files that the network is built from can't be had."""
 
     @abstractmethod
     def build_prior(self, config: Config) -> tuple[nn.Module, dict[str, nn.Module]]:

@@ -149,7 +149,7 @@ class Trainer(Generic[Config]):
                 compiling[step] = f"compiling the {name.removeprefix('grad_norm_')}"
         recorder.status("starting")
         trace = StepTrace(recorder, range(self.start, self.steps), run.trace_steps, self.device)
-        checkpoint_due = False
+        checkpoint_due, self._metrics_bytes = False, recorder.metrics_bytes
         clock = Clock(lambda: self._batches.waited() if self._batches else 0.0)
         for step in range(self.start, self.steps):
             # Before the step, not after the one before it: a run continued from a checkpoint here evaluates, too.
@@ -272,9 +272,7 @@ class Trainer(Generic[Config]):
 
             def progress(done: int) -> None:
                 show(min(done * ranks.num_ranks(), images), images)
-                if (
-                    ranks.num_ranks() == 1
-                ):  # ranks may have different numbers of batches: they agree on signals afterwards
+                if ranks.num_ranks() == 1:  # ranks with fewer batches would miss it: they agree afterwards
                     stop.check()
 
             batches = rank_batches(self.data.val, self.micro_batch, self.workers, self.device)

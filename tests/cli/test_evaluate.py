@@ -38,7 +38,8 @@ from regvq_fast.precision import choose_precision
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
 from regvq_fast.priors.autoregressive.config import AR_PRESETS
 from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
-from regvq_fast.priors.images import DrawConfig, ImageSampler
+from regvq_fast.priors.images import ImageSampler
+from regvq_fast.priors.registry import SamplingConfig
 from regvq_fast.quantizers import NearestQuantizer
 
 SCRIPT = Path(__file__).parents[2] / "train" / "evaluate.py"
@@ -191,9 +192,9 @@ def test_neither_a_second_run_nor_the_batch_size_moves_a_number(runs: dict[str, 
 @pytest.mark.parametrize("name", ["ar", "diffusion"])
 def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
     found = measure(tmp_path, prior_run=runs[name], temperature=0.8, seed=4)
-    sampler = ImageSampler.from_run(runs[name], DrawConfig(temperature=0.8, seed=4), choose_precision(False, CPU))
+    sampler = ImageSampler.from_run(runs[name], SamplingConfig(temperature=0.8, seed=4), choose_precision(False, CPU))
     whole, net = val_batch(), TinyNet()
-    drawn = sampler.draw(whole, 0)
+    drawn = sampler.sample(whole, 0)
     expected = frechet_distance(statistics_of([whole["image"]], net), statistics_of([drawn], net))
     assert found["fid_g"].value == pytest.approx(expected, rel=1e-6)
     assert found["fid_g"].value != found["fid_r"].value
@@ -203,33 +204,33 @@ def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path],
     assert found["fid_r"].protocol["tokenizer"] == str(runs[name] / "tokenizer")
 
     part = Batch(image=whole["image"][7:], segmentation=whole["segmentation"][7:], caption=whole["caption"][7:])
-    assert torch.equal(sampler.draw(part, 7), drawn[7:])
-    assert not torch.equal(sampler.draw(part, 0), drawn[7:])
+    assert torch.equal(sampler.sample(part, 7), drawn[7:])
+    assert not torch.equal(sampler.sample(part, 0), drawn[7:])
 
 
 def test_maps_become_conditions_by_majority() -> None:
     prior, tokenizer = make_prior(), make_tokenizer()
-    sampler = ImageSampler(prior, tokenizer, DrawConfig(top_k=5), choose_precision(False, CPU))
+    sampler = ImageSampler(prior, tokenizer, SamplingConfig(top_k=5), choose_precision(False, CPU))
     maps = torch.zeros(2, 16, 16, dtype=torch.uint8)
     maps[1, :, 5:] = 3
     coarse = torch.tensor([[0, 3, 3, 3]]).expand(4, 4)
     tokens = sample_autoregressive(prior, torch.stack([torch.zeros_like(coarse), coarse]), seed=0, top_k=5)
     batch = Batch(image=torch.zeros(2, 3, 16, 16, dtype=torch.uint8), segmentation=maps)
     with torch.no_grad():
-        assert torch.equal(sampler.draw(batch, 0), to_uint8(tokenizer.decode_indices(tokens)))
+        assert torch.equal(sampler.sample(batch, 0), to_uint8(tokenizer.decode_indices(tokens)))
     batch["segmentation"] = maps + 20
     with pytest.raises(ValueError, match="class id 23; the prior knows ids below 16"):
-        sampler.draw(batch, 0)
+        sampler.sample(batch, 0)
     with pytest.raises(TypeError, match="conditions of this autoregressive prior must be a tensor of maps, got list"):
-        sampler.draw_under(["bricks"], 0)
+        sampler.sample_under(["bricks"], 0)
     with pytest.raises(ValueError, match="states are of diffusion priors; this one is autoregressive"):
-        sampler.draw_under(maps, 0, states=[])
+        sampler.sample_under(maps, 0, states=[])
 
 
 @pytest.mark.usefixtures("tiny_nets")
 def test_images_that_are_there(runs: dict[str, Path], tmp_path: Path) -> None:
-    sampler = ImageSampler.from_run(runs["ar"], DrawConfig(), choose_precision(False, CPU))
-    save_images(tmp_path / "drawn", sampler.draw(val_batch(), 0))
+    sampler = ImageSampler.from_run(runs["ar"], SamplingConfig(), choose_precision(False, CPU))
+    save_images(tmp_path / "drawn", sampler.sample(val_batch(), 0))
     Image.new("RGB", (70, 70)).save(tmp_path / "drawn" / "grid.png")
     alone = measure(tmp_path / "alone", images=tmp_path / "drawn", image_size=16)
     assert alone.keys() == {"fid_g"}

@@ -319,7 +319,7 @@ def test_a_row_for_real(tmp_path, monkeypatch, capfd):
     tokenizer += "--perceptual-weight 0.1 --warmup-steps 1 --ch-mult 1 1 1 --num-codes 16".split()
     prior = "--steps 2 --width 16 --depth 1 --heads 2 --batch-size 2".split()
     cache = "--views 1 --scenes 32 --val-images 8".split()
-    micro = Recipe("scenes", tuple(tokenizer), tuple(cache), {"diffusion": tuple(prior)}, 8)
+    micro = Recipe("scenes", tuple(tokenizer), tuple(cache), tuple(prior), 8)
     monkeypatch.setattr(driver, "recipe", lambda preset, scale: micro)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "out"

@@ -7,8 +7,7 @@ import pytest
 
 from regvq_fast.config import VQGAN_PRESETS, check_vqgan_config, override, parse_config
 from regvq_fast.paper.experiments import EXPERIMENTS, prior_of, published_dataset, recipe
-from regvq_fast.priors.autoregressive.config import AR_PRESETS
-from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
+from regvq_fast.priors.registry import PRIORS
 
 SCALES = ("tiny", "full")
 
@@ -111,7 +110,7 @@ def test_published_numbers_are_those_of_the_paper():
 @pytest.mark.parametrize("preset", ["scenes", "ade20k", "celebahq", "cub200", "coco"])
 def test_priors_of_every_preset_are_configurations_that_their_scripts_accept(preset, scale):
     kind, chosen = prior_of(preset), recipe(preset, scale)
-    presets = {"ar": AR_PRESETS, "diffusion": DIFFUSION_PRESETS}[kind]
-    config = parse_config(presets, ["--preset", chosen.preset, "--cache", "tokens", *chosen.prior.get(kind, ())], "")
+    presets = PRIORS[kind].presets
+    config = parse_config(presets, ["--preset", chosen.preset, "--cache", "tokens", *chosen.prior], "")
     assert type(config) is type(presets["scenes"])
     assert published_dataset(preset) == ("ade20k" if preset == "scenes" else preset)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
-from regvq_fast.priors.sampling import choose_tokens
+from regvq_fast.priors.choosing import choose_tokens
 
 SEED = 5
 CODES, CLASSES = 12, 5

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from regvq_fast.priors.sampling import capture, check_guidance, choose_tokens, compiled, guide, restrict
+from regvq_fast.priors.choosing import check_guidance, choose_tokens, guide, restrict
+from regvq_fast.priors.sampler import capture, compiled
 
 SEED = torch.tensor(11)
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.1])

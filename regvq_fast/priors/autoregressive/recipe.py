@@ -12,9 +12,9 @@ from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
 from regvq_fast.pictures import color_map, legend_of
 from regvq_fast.priors.autoregressive.config import ARConfig, check_ar_config
 from regvq_fast.priors.autoregressive.model import TokenTransformer
-from regvq_fast.priors.autoregressive.sampler import sample_autoregressive
+from regvq_fast.priors.autoregressive.sampler import ARSampler, sample_autoregressive
 from regvq_fast.priors.recipe import PriorRecipe
-from regvq_fast.priors.sampling import Progress
+from regvq_fast.priors.sampler import Progress
 
 _MAX_CLASSES = 256
 
@@ -23,7 +23,7 @@ class ARRecipe(PriorRecipe[ARConfig]):
     """Training of a transformer that predicts the tokens of an image from its semantic map."""
 
     script = "train/ar.py"
-    condition_field = "segmentation"
+    condition_field = ARSampler.condition_field
 
     @staticmethod
     def check(config: ARConfig) -> None:

@@ -1,23 +1,89 @@
-"""Drawing images' tokens from the autoregressive prior, one position after the other."""
+"""Sampler of the autoregressive prior: the tokens of an image, one position after the other."""
 
 import functools
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from regvq_fast.config import read_config
+from regvq_fast.data.tokens import majority_vote
 from regvq_fast.models.attention import KeyValueCache
 from regvq_fast.models.model import evaluating
+from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
-from regvq_fast.priors.sampling import (
-    Progress,
-    capture,
-    check_choice,
-    check_guidance,
-    check_keep,
-    choose_tokens,
-    compiled,
-    guide,
-)
+from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide
+from regvq_fast.priors.sampler import PriorSampler, Progress, SamplingSettings, capture, check_keep, compiled
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARSettings(SamplingSettings):
+    """Settings of sampling from the autoregressive prior."""
+
+    top_k: int | None = None
+    """ar: choose among so many most likely codes."""
+    top_p: float | None = None
+    """ar: choose among the fewest codes whose probabilities sum to this."""
+
+
+class ARSampler(PriorSampler):
+    """Sampler of a `TokenTransformer` under semantic maps."""
+
+    title = "autoregressive"
+    condition_field = "segmentation"
+    settings_type = ARSettings
+
+    prior: TokenTransformer
+    settings: ARSettings
+
+    def check(self, run: Path | None = None) -> None:
+        super().check(run)
+        check_choice(top_k=self.settings.top_k, top_p=self.settings.top_p)
+        if run is not None and self.settings.guidance != 1.0 and _null_is_untrained(run):
+            raise ValueError(
+                f"--guidance {self.settings.guidance:g} needs the null condition, which {run} was trained without "
+                "(--condition-dropout 0): leave it out, or train one with --condition-dropout 0.1"
+            )
+
+    def prepare(self, conditions: Tensor, source: str, *, strict: bool = False) -> Tensor:
+        """Reduce semantic maps (B, H, W) uint8 to the prior's grid (B, h', w') by majority vote.
+
+        Raises:
+            ValueError: a class id that the prior doesn't know; maps that are smaller than the grid.
+        """
+        shape, least = conditions.shape[1:], self.prior.condition_shape
+        if any(side < cells for side, cells in zip(shape, least, strict=False)):
+            given, needed = (" x ".join(map(str, sides)) for sides in (shape, least))
+            raise ValueError(f"{source} gives {given} pixels; the prior needs at least {needed}: take a larger map")
+        maps = conditions if shape == least else majority_vote(conditions, least)
+        if (largest := int(maps.max())) >= self.prior.num_classes:
+            raise ValueError(
+                f"{source} holds the class id {largest}; the prior knows ids below {self.prior.num_classes}"
+            )
+        return maps
+
+    def sample(
+        self,
+        conditions: Tensor,
+        first_image: int = 0,
+        *,
+        keep: tuple[Tensor, Tensor] | None = None,
+        states: list[Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        maps = self.prepare(conditions, "a map").to(self.prior.pos_emb.device).long()
+        return sample_autoregressive(
+            self.prior, maps, first_image=first_image, keep=keep, progress=progress, **self.describe()
+        )
+
+
+def _null_is_untrained(run: Path) -> bool:
+    """Return whether a prior never saw its null condition; False where its folder doesn't say."""
+    try:
+        return read_config(run, ARConfig).model.condition_dropout == 0
+    except ValueError:
+        return False
 
 
 @torch.no_grad()
@@ -40,7 +106,7 @@ def sample_autoregressive(
     The condition runs in one pass; then every token is one step. On a GPU its shapes and addresses are static, and it
     is a CUDA graph, captured once a call; nothing waits for the device after that. A draw is a function of (seed,
     number of the image, position): images don't change with the batch they are drawn in (but see
-    `regvq_fast.priors.sampling` on rounding).
+    `regvq_fast.priors.choosing` on rounding).
 
     Args:
         prior: on the device of the condition; in half precision, if its weights are (`prior.bfloat16()`).

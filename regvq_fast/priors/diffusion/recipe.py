@@ -11,38 +11,36 @@ from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.evaluation.agreement import RegionClassifier
 from regvq_fast.evaluation.captions import caption_accuracy
 from regvq_fast.pictures import caption_tiles
-from regvq_fast.priors.diffusion.config import DiffusionConfig, check_diffusion_config
+from regvq_fast.priors.diffusion.config import DiffusionConfig, DiffusionModelConfig, check_diffusion_config
 from regvq_fast.priors.diffusion.loss import diffusion_terms
 from regvq_fast.priors.diffusion.model import VQDiffusion
-from regvq_fast.priors.diffusion.sampler import sample_diffusion
+from regvq_fast.priors.diffusion.sampler import DiffusionSampler, sample_diffusion
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder
 from regvq_fast.priors.diffusion.timesteps import TimestepSampler
 from regvq_fast.priors.recipe import PriorRecipe
-from regvq_fast.priors.sampling import Progress
-
-_SAMPLING_STEPS = 25  # of images during training
+from regvq_fast.priors.sampler import Progress
 
 
 class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
     """Training of a discrete diffusion over the tokens of an image, given its caption."""
 
     script = "train/diffusion.py"
-    condition_field = "caption"
+    condition_field = DiffusionSampler.condition_field
 
     @staticmethod
     def check(config: DiffusionConfig) -> None:
         check_diffusion_config(config)
 
+    @classmethod
+    def check_files(cls, config: DiffusionConfig) -> None:
+        _text_encoder(config.model)
+
     def build_prior(self, config: DiffusionConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
         model = config.model
-        # Data sets have long captions: what doesn't fit is cut off.
-        encoder: TextEncoder = WordEncoder(truncate=True)
-        if model.text_encoder != "words":
-            encoder = PretrainedTextEncoder(model.text_encoder, truncate=True)
         prior = VQDiffusion(
             self.tokenizer.quantize.num_codes,
             token_shape=self.tokenizer.token_shape,
-            text_encoder=encoder,
+            text_encoder=_text_encoder(model),
             num_steps=model.diffusion_steps,
             width=model.width,
             depth=model.depth,
@@ -74,7 +72,7 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
         return (terms.bound / probability).mean()
 
     def sample(self, model: VQDiffusion, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
-        steps = min(_SAMPLING_STEPS, model.num_steps)
+        steps = min(DiffusionSampler.preview["steps"], model.num_steps)
         return sample_diffusion(model, batch["caption"], seed=self.config.run.seed, steps=steps, progress=progress)
 
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
@@ -84,6 +82,13 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
     def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
         found = caption_accuracy(classifier, images, scenes["caption"])
         return {"layout": found.layout, "classes": found.classes}
+
+
+def _text_encoder(model: DiffusionModelConfig) -> TextEncoder:
+    # Data sets have long captions: what doesn't fit is cut off.
+    if model.text_encoder == "words":
+        return WordEncoder(truncate=True)
+    return PretrainedTextEncoder(model.text_encoder, truncate=True)
 
 
 class _Loss(nn.Module):

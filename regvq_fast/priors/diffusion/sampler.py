@@ -1,23 +1,81 @@
-"""Drawing images' tokens from the diffusion prior, all positions at once, from all masked to none."""
+"""Sampler of the diffusion prior: all tokens of an image at once, from all masked to none."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from regvq_fast.models.model import evaluating
 from regvq_fast.ops.noise import Stream, row_words
+from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide
 from regvq_fast.priors.diffusion.model import VQDiffusion
-from regvq_fast.priors.sampling import (
-    Progress,
-    capture,
-    check_choice,
-    check_guidance,
-    check_keep,
-    choose_tokens,
-    compiled,
-    guide,
-)
+from regvq_fast.priors.sampler import PriorSampler, Progress, SamplingSettings, capture, check_keep, compiled
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings(SamplingSettings):
+    """Settings of sampling from the diffusion prior."""
+
+    truncation: float = 0.86
+    """diffusion: fraction of p(x_0 | x_t) to choose from, the most likely codes first."""
+    steps: int | None = None
+    """diffusion: steps to take. Not given: all that the prior was trained with."""
+
+
+class DiffusionSampler(PriorSampler):
+    """Sampler of a `VQDiffusion` under captions."""
+
+    title = "diffusion"
+    condition_field = "caption"
+    settings_type = DiffusionSettings
+    preview: ClassVar = {"steps": 25}
+    has_states = True
+
+    prior: VQDiffusion
+    settings: DiffusionSettings
+
+    def check(self, run: Path | None = None) -> None:
+        super().check(run)
+        check_settings(
+            self.prior, self.settings.steps, self.settings.truncation, self.settings.guidance, self.condition_field
+        )
+
+    def prepare(self, conditions: Sequence[str], source: str, *, strict: bool = False) -> Sequence[str]:
+        """Return captions as they are.
+
+        Raises:
+            ValueError: `strict`, and a caption is empty or too long.
+        """
+        if strict and self.prior.text_encoder is not None:
+            self.prior.text_encoder.truncate = False
+            self.prior.tokenize_text(conditions)
+        return conditions
+
+    def sample(
+        self,
+        conditions: Sequence[str],
+        first_image: int = 0,
+        *,
+        keep: tuple[Tensor, Tensor] | None = None,
+        states: list[Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        return sample_diffusion(
+            self.prior,
+            conditions,
+            first_image=first_image,
+            keep=keep,
+            states=states,
+            progress=progress,
+            **self.describe(),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        described = super().describe()
+        return described | {"steps": described["steps"] or self.prior.num_steps}
 
 
 @torch.no_grad()
@@ -44,7 +102,7 @@ def sample_diffusion(
     of p(x_s | x_t), and exact for any s < t: fewer steps skip, and change nothing else. All shapes are static, nothing
     waits for the device, and on a GPU the steps replay a CUDA graph that is captured once a call. A draw is a function
     of (seed, number of the image, position): images don't change with the batch they are drawn in (but see
-    `regvq_fast.priors.sampling` on rounding).
+    `regvq_fast.priors.choosing` on rounding).
 
     Args:
         prior: the model.

@@ -1,0 +1,113 @@
+"""Choice of a token from logits: guidance, temperature, top-k, top-p, then Gumbel-argmax with counter-based noise.
+
+The noise of a token is a function of (seed, row, code), as that of the quantizers is (`regvq_fast.ops.noise`). If a row
+is the global number of a position among all images of a seed, a sample depends neither on the size of its batch nor on
+the split of the images over devices, up to rounding: the network's products round differently for other batch shapes,
+and two codes whose scores differ by less than that may change places.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from regvq_fast.ops.noise import gumbel_noise
+
+_UNIT = 2**32  # of probability, so that sums are integers: exact, and the same in any order
+
+
+def choose_tokens(
+    logits: Tensor,
+    rows: Tensor,
+    seed: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """One token a row, drawn from softmax(logits / temperature), restricted to the most likely ones.
+
+    Args:
+        logits: (..., N), floating point; computed with in fp32.
+        rows: int64 global row numbers of the shape (...): equal numbers get equal noise.
+        seed: 0-dim int64 tensor on the device of the logits.
+        temperature: at least 0; 0 takes the most likely code, the smallest one of several.
+        top_k, top_p: as in `restrict`, after the temperature.
+
+    Returns:
+        (...) int64. Nothing is synchronised, and all shapes are static.
+
+    Raises:
+        ValueError: a setting that is out of range.
+    """
+    check_choice(temperature, top_k, top_p)
+    logits = logits.float()
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    logits = restrict(logits / temperature, top_k=top_k, top_p=top_p)
+    noise = gumbel_noise(seed, rows.reshape(-1), logits.shape[-1])
+    return (logits + noise.view(logits.shape)).argmax(-1)
+
+
+def restrict(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """The logits of the most likely codes, -inf in place of the others.
+
+    Args:
+        logits: (..., N) float32.
+        top_k: this many codes stay, the smaller ones of equals; all of them where there are no more.
+        top_p: of these the fewest, most likely first, whose probabilities among them sum to it or more; at least one.
+
+    Returns:
+        (..., N) float32.
+
+    Raises:
+        ValueError: a setting that is out of range.
+    """
+    check_choice(top_k=top_k, top_p=top_p)
+    if top_p == 1.0:
+        top_p = None
+    if top_k is not None and top_k >= logits.shape[-1]:
+        top_k = None
+    if top_k is None and top_p is None:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # stable: the smaller of equals comes first
+    kept = torch.ones_like(order, dtype=torch.bool)
+    if top_k is not None:
+        kept[..., top_k:] = False
+    if top_p is not None:
+        mass = (ordered.masked_fill(~kept, -torch.inf).softmax(-1) * _UNIT).long()
+        kept &= mass.cumsum(-1) - mass < top_p * _UNIT
+    return logits.masked_fill(~torch.zeros_like(kept).scatter_(-1, order, kept), -torch.inf)
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Logits of classifier-free guidance, null + guidance * (conditional - null), of which the softmax is in proportion
+    to p(conditional)^guidance p(null)^(1 - guidance).
+
+    Args:
+        logits: (2B, ..., N), the conditional ones of B images, then their null ones.
+        guidance: 1 is conditional, 0 is null.
+
+    Returns:
+        (B, ..., N) float32.
+    """
+    conditional, null = logits.float().chunk(2)
+    return null + guidance * (conditional - null)
+
+
+def check_choice(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
+    """Raise ValueError on a setting of `choose_tokens` that is out of range."""
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature must be a finite number of at least 0 (0: always the likeliest), got {temperature}"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or None for all codes, got {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must lie in (0, 1], or be None for all codes, got {top_p}")
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise ValueError on a weight of guidance that is none."""
+    if not math.isfinite(guidance) or guidance < 0.0:
+        raise ValueError(f"guidance must be a finite number of at least 0 (1: none), got {guidance}")

@@ -1,0 +1,78 @@
+"""PRIORS, the registry of generative models over tokens: one entry a prior, which answers what the rest asks of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from regvq_fast.models.model import Model
+from regvq_fast.priors.autoregressive.config import AR_PRESETS
+from regvq_fast.priors.autoregressive.model import TokenTransformer
+from regvq_fast.priors.autoregressive.recipe import ARRecipe
+from regvq_fast.priors.autoregressive.sampler import ARSampler, ARSettings
+from regvq_fast.priors.config import PriorConfig
+from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
+from regvq_fast.priors.diffusion.model import VQDiffusion
+from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
+from regvq_fast.priors.diffusion.sampler import DiffusionSampler, DiffusionSettings
+from regvq_fast.priors.recipe import PriorRecipe
+from regvq_fast.priors.sampler import PriorSampler
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A generative model over tokens."""
+
+    model: type[Model]
+    """Network; its name is in the architecture that a run saves."""
+    presets: Mapping[str, PriorConfig]
+    """Configurations by data set, the default first."""
+    recipe: type[PriorRecipe[Any]]
+    """Training."""
+    sampler: type[PriorSampler]
+    """Sampling: conditions, settings, guidance."""
+
+    @property
+    def config(self) -> type[PriorConfig]:
+        """Class of the configurations."""
+        return type(next(iter(self.presets.values())))
+
+    @property
+    def script(self) -> str:
+        """Name of the training script in train/."""
+        return Path(self.recipe.script).name
+
+
+PRIORS: dict[str, Prior] = {
+    "ar": Prior(TokenTransformer, AR_PRESETS, ARRecipe, ARSampler),
+    "diffusion": Prior(VQDiffusion, DIFFUSION_PRESETS, DiffusionRecipe, DiffusionSampler),
+}
+"""Every prior by its name on command lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(ARSettings, DiffusionSettings):
+    """Settings of all samplers, as command lines have them; each prior takes its own."""
+
+
+SAMPLING_SETTINGS = tuple(name for name in SamplingConfig.names() if name != "compile")
+"""Fields that decide the images: speed is none of them."""
+
+
+if TYPE_CHECKING:
+    PriorName = str
+else:
+    PriorName = Literal[tuple(PRIORS)]
+"""A name in PRIORS, as command lines offer it."""
+
+
+def prior_of(model: nn.Module) -> Prior:
+    """Return the entry of a model."""
+    return next(prior for prior in PRIORS.values() if isinstance(model, prior.model))
+
+
+def titles(has: Callable[[type[PriorSampler]], bool]) -> str:
+    """Name the priors whose sampler has something, for messages: "autoregressive and diffusion"."""
+    return " and ".join(prior.sampler.title for prior in PRIORS.values() if has(prior.sampler))

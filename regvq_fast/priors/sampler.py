@@ -1,0 +1,200 @@
+"""Base of the samplers, one a prior, and their tools: progress, tokens to keep, a step that a GPU repeats by itself."""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from regvq_fast.config.common import check_seed
+from regvq_fast.data.pictures import Field
+from regvq_fast.data.transforms import to_uint8
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.precision import Precision
+from regvq_fast.priors.choosing import check_choice, check_guidance
+
+Progress = Callable[[int, int], object]  # steps done, steps in all
+Conditions = Tensor | Sequence[str]  # semantic maps (B, H, W) uint8, or B captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Settings that the samplers of all priors have; each adds its own."""
+
+    temperature: float = 1.0
+    """Temperature of the choice of a token; 0 takes the most likely one."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance; 1: none."""
+    seed: int = 0
+    """Seed of the images: number k of a seed is the same in any batch, and on any number of ranks."""
+    compile: bool = False
+    """Compile the prior's step with torch.compile: for many images."""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of the fields."""
+        return tuple(item.name for item in fields(cls))
+
+
+class PriorSampler(ABC):
+    """Sampler of the tokens of images from a trained prior under its conditions.
+
+    Args:
+        prior: in evaluation mode, on the device it is to compute on.
+        settings: of `settings_type`, or with its fields.
+
+    Raises:
+        ValueError: a setting that is out of range, or that this prior can't take.
+    """
+
+    title: ClassVar[str]
+    """Name of the prior in messages and protocols."""
+    condition_field: ClassVar[Field]
+    """Field of a data set's samples that images are conditioned on."""
+    settings_type: ClassVar[type[SamplingSettings]]
+    """Settings that this sampler takes."""
+    preview: ClassVar[Mapping[str, Any]] = {}
+    """Settings that are enough for images to look at."""
+    has_states: ClassVar[bool] = False
+    """Whether `sample` records states: the tokens after each step, `num_codes` where there is none yet."""
+
+    prior: Any
+    settings: Any
+
+    def __init__(self, prior: Any, settings: SamplingSettings) -> None:
+        self.prior, self.settings = prior, settings
+        self.check()
+
+    def check(self, run: Path | None = None) -> None:
+        """Raise ValueError for settings that this prior can't take, as it was trained in the folder ``run``."""
+        check_seed(self.settings.seed)
+        check_choice(self.settings.temperature)
+        check_guidance(self.settings.guidance)
+
+    def prepare(self, conditions: Any, source: str, *, strict: bool = False) -> Any:
+        """Check conditions and bring them to the size that the prior takes.
+
+        Args:
+            conditions: semantic maps (B, H, W) uint8, or B captions.
+            source: of them, for messages.
+            strict: refuse captions that are too long, which are cut otherwise.
+
+        Raises:
+            ValueError: conditions that the prior can't take.
+        """
+        return conditions
+
+    @abstractmethod
+    def sample(
+        self,
+        conditions: Any,
+        first_image: int = 0,
+        *,
+        keep: tuple[Tensor, Tensor] | None = None,
+        states: list[Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Sample the tokens (B, h, w) int64 of one image under each condition.
+
+        Args:
+            conditions: maps (B, H, W) uint8 or B captions, as `condition_field` says.
+            first_image: global number of the first image.
+            keep: for editing: tokens, and where to keep them, (B, h, w) int64 and bool on the prior's device.
+            states: a list that gets the tokens after each step; None where `has_states` is false.
+            progress: called after each step with the steps done and their number.
+
+        Raises:
+            ValueError: as :meth:`prepare`.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings by name, as plain values."""
+        return {name: getattr(self.settings, name) for name in self.settings_type.names()}
+
+
+@torch.no_grad()
+def decode_tokens(tokenizer: VQGAN, tokens: Tensor, precision: Precision) -> Tensor:
+    """Decode tokens (B, h, w) int64 on the tokenizer's device to images (B, 3, H, W) uint8."""
+    with precision.autocast():
+        return to_uint8(tokenizer.decode_indices(tokens).float())
+
+
+class TokenPrior(Protocol):
+    """Sizes that every prior has as attributes."""
+
+    token_shape: tuple[int, int]
+    num_tokens: int
+    num_codes: int
+
+
+@functools.cache
+def compiled(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A network's step by `torch.compile`, which is loaded only then; the same for every call, so that it is kept.
+
+    The network alone: what follows it is small, and would be compiled anew for each of the settings that users sweep.
+    """
+    return torch.compile(network, fullgraph=True)
+
+
+def capture(step: Callable[[], None], *state: Tensor) -> Callable[[], None]:
+    """The step as a CUDA graph; each call of the result is one step.
+
+    Args:
+        step: reads and writes tensors in place, at shapes and addresses that stay, and waits for nothing.
+        state: what it changes and reads again, on one device: it runs once to warm up, and these are put back then.
+            A tensor of which the next step writes the same places before it reads them may be left out.
+    """
+    device = state[0].device
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            before = [tensor.clone() for tensor in state]
+            step()
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
+            step()  # runs nothing
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay
+
+
+def check_keep(
+    keep: tuple[Tensor, Tensor] | None, batch: int, prior: TokenPrior, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens and mask (B, h, w) or (B, L) as (B, L), or twice None.
+
+    Raises:
+        ValueError: other shapes, another device than the prior's `device`; on a CPU, tokens to keep that are no codes.
+        TypeError: tokens that are not int64, a mask that is not bool.
+    """
+    if keep is None:
+        return None, None
+    (height, width), length = prior.token_shape, prior.num_tokens
+    flat = []
+    for name, tensor, dtype in zip(("tokens", "mask"), keep, (torch.int64, torch.bool), strict=True):
+        if tensor.dtype != dtype:
+            raise TypeError(f"the {name} to keep must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
+        if tensor.shape not in ((batch, height, width), (batch, length)):
+            wanted = f"({batch}, {height}, {width}) or ({batch}, {length})"
+            raise ValueError(f"the {name} to keep must be {wanted}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"the {name} to keep is on {tensor.device} but the prior on {device}")
+        flat.append(tensor.reshape(batch, length))
+    given, kept = flat
+    if device.type == "cpu" and bool(kept.any()):  # on a GPU, looking would stop it
+        smallest, largest = (int(bound) for bound in given[kept].aminmax())
+        if smallest < 0 or largest >= prior.num_codes:
+            wanted = f"[0, {prior.num_codes})"
+            raise ValueError(f"the tokens to keep must lie in {wanted}, got ids from {smallest} to {largest}")
+    return given, kept
