@@ -31,9 +31,11 @@ from regvq_fast.data.transforms import to_float
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.precision import choose_precision
 from regvq_fast.training import build
-from regvq_fast.training import task as training_task
+from regvq_fast.training import trainer as training
 from regvq_fast.training.compilation import CPU_STEPS
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.recipe import Step
+from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan import VQGANRecipe
 
 SIZES = {
     "small": override(
@@ -69,38 +71,36 @@ def make_images(config: VQGANConfig) -> Tensor:
     return images.to(config.run.device)
 
 
-def make_task(config: VQGANConfig, images: Tensor) -> VQGANTask:
-    """The task that trains, always on these images, its feature networks with random weights; one step is done.
+def make_trainer(config: VQGANConfig, images: Tensor) -> Trainer[VQGANConfig]:
+    """Return a trainer, always on these images, its feature networks with random weights; one step is done.
 
     Where it compiles, that step must have the numbers of one that doesn't, as far as 16 bits tell.
     """
     with (
         mock.patch.object(build, "load_vgg_features", lambda net, weights: VGGFeatures(net)),
-        mock.patch.object(training_task, "training_batches", return_value=itertools.repeat({"image": images})),
+        mock.patch.object(training, "training_batches", return_value=itertools.repeat({"image": images})),
     ):
-        task = VQGANTask(config)
-        expected = plain_numbers(task, images) if config.run.compile else {}
-        task.step(0)  # which opens the batches
+        trainer = Trainer(VQGANRecipe, config)
+        expected = plain_numbers(trainer, images) if config.run.compile else {}
+        trainer.step(0)  # which opens the batches
     if expected:
-        check_compiled(task.record(), expected)
-    return task
+        check_compiled(trainer.record()[0], expected)
+    return trainer
 
 
-def plain_numbers(task: VQGANTask, images: Tensor) -> dict[str, float]:
-    """Losses and gradient norms that the first step is to find, by networks that aren't compiled; nothing changes."""
-    task.before_step(0)
-    task.update.begin()
-    task.seed += 1  # as a step does
-    scale = task.update.loss_scale(1)
-    first_image = torch.zeros((), dtype=torch.int64, device=task.device)
-    found = task.forward_backward(
-        *task.inputs({"image": images}), first_image=first_image, loss_scale=scale, synchronize=False, plain=True
-    )
-    for name in task.trained_at(0):
-        gradients = [p.grad for p in task.trained[name].parameters() if p.grad is not None]
+def plain_numbers(trainer: Trainer[VQGANConfig], images: Tensor) -> dict[str, float]:
+    """Return losses and gradient norms of the first step by networks that aren't compiled; nothing changes."""
+    trainer.optimization.begin()
+    trainer.seed += 1  # as a step does
+    scale = trainer.optimization.loss_scale(1)
+    first_image = torch.zeros((), dtype=torch.int64, device=trainer.device)
+    now = Step(0, trainer.seed, first_image, scale, synchronize=False, plain=True)
+    found = trainer.recipe.step({"image": images}, now)
+    for name in trainer.networks.active(0):
+        gradients = [p.grad for p in trainer.networks.trained[name].parameters() if p.grad is not None]
         found[name] = nn.utils.get_total_norm(gradients) / scale
-    task.seed -= 1
-    task.update.undo()
+    trainer.seed -= 1
+    trainer.optimization.undo()
     return {name: float(value) for name, value in found.items()}
 
 
@@ -111,7 +111,7 @@ def make_run(size: str, mode: str) -> measuring.Run:
     if mode.startswith("taming"):
         taming = TamingStep(config, choose_precision(config.run.amp, images.device))
         return functools.partial(taming, to_float(images))
-    return functools.partial(make_task(config, images).step, 1)
+    return functools.partial(make_trainer(config, images).step, 1)
 
 
 def check_compiled(found: dict[str, Any], expected: dict[str, float]) -> None:
@@ -125,18 +125,18 @@ def check(size: str) -> None:
     """With taming's weights ours computes the same numbers: a wrong step reports no time."""
     config = override(SIZES[size], **LIKE_FOR_LIKE, batch_size=2)
     batch = make_images(config)
-    images, ours = to_float(batch), make_task(config, batch)
+    images, ours = to_float(batch), make_trainer(config, batch)
     # Nothing moves at a learning rate of 0, so that taming's second pass sees the reconstruction of the first.
     taming = TamingStep(override(config, lr=0.0), choose_precision(False, batch.device))
     nn.init.normal_(taming.autoencoder.quantize.embedding.weight)  # fresh codes are so small that none would matter
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the groups, which taming has from us
-        ours.model.load_taming_state_dict(taming.autoencoder.state_dict())
-    ours.discriminator.load_state_dict(taming.discriminator.state_dict())
+        ours.networks.model.load_taming_state_dict(taming.autoencoder.state_dict())
+    ours.recipe.discriminator.load_state_dict(taming.discriminator.state_dict())
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with torch.no_grad():
             expected_images, _ = taming.autoencoder(images)
-            reconstruction = ours.model(images).reconstruction
+            reconstruction = ours.networks.model(images).reconstruction
         theirs = {name.removeprefix("train/"): value for name, value in taming(images).items()}
         metrics, _ = ours.train_step(images, torch.zeros((), dtype=torch.int64, device=batch.device), adversarial=True)
     assert expected_images.std() > 0.01
@@ -177,8 +177,8 @@ def test_step(measure_step, size: str, mode: str) -> None:  # type: ignore[no-un
     info, device = describe(size, mode), SIZES[size].run.device
     if mode == "reg-vq":
         config = override(SIZES[size], **(LIKE_FOR_LIKE | MODES[mode]))
-        task = make_task(config, make_images(config))
-        info["parts_ms"] = parts_of_step(task, functools.partial(task.step, 1), device)
+        trainer = make_trainer(config, make_images(config))
+        info["parts_ms"] = parts_of_step(trainer, functools.partial(trainer.step, 1), device)
     group = f"training step, {info['images']} images of {info['detail']}, {device}"
     measure_step(group, functools.partial(make_run, size, mode), info, device)
 

@@ -37,10 +37,10 @@ def measure(device: str, flags: dict[str, Any]) -> float:
     """MiB of a step with these flags."""
     torch.set_num_threads(1)
     config = override(MODEL, device=device, **({"amp": False} | flags))
-    task = bench_step.make_task(config, bench_step.make_images(config))  # one step is done
+    trainer = bench_step.make_trainer(config, bench_step.make_images(config))  # one step is done
 
     def step() -> tuple[torch.Tensor, ...]:
-        task.step(1)
+        trainer.step(1)
         return ()
 
     if device == "cpu":

@@ -10,7 +10,7 @@ from unittest import mock
 import measuring
 import torch
 
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.trainer import Trainer
 
 
 class Stopwatch:
@@ -49,17 +49,17 @@ class Stopwatch:
         return call
 
 
-def parts_of_step(task: VQGANTask, step: measuring.Run, device: str, repeats: int = 5) -> dict[str, float]:
+def parts_of_step(trainer: Trainer[Any], step: measuring.Run, device: str, repeats: int = 5) -> dict[str, float]:
     """Median milliseconds of the parts of an uncompiled step, waiting for the device between them."""
-    model = task.model
+    model, recipe = trainer.networks.model, trainer.recipe
     watched: dict[str, list[tuple[Any, str]]] = {
         "encoder": [(model.encoder, "forward")],
         "quantizer": [(model.quantize, "forward")],
         "decoder": [(model, "decoder_features"), (model.decoder.conv_out, "forward")],
-        "perceptual and contrastive": [(task.reconstruction_loss, "forward")],
-        "discriminator": [(task.discriminator, "forward")],
+        "perceptual and contrastive": [(recipe.reconstruction_loss, "forward")],
+        "discriminator": [(recipe.discriminator, "forward")],
         "backward": [(torch.autograd, "backward"), (torch.autograd, "grad")],
-        "optimizers": [(task.update, "take")],
+        "optimizers": [(trainer.optimization, "step")],
     }
     readings: dict[str, list[float]] = {name: [] for name in (*watched, "rest")}
     for _ in range(repeats):

@@ -5,14 +5,16 @@ go over NCCL without the host waiting for the GPUs; what the hosts themselves ag
 :func:`together`, :func:`texts_of_ranks`) goes over gloo and never touches a GPU.
 """
 
+import inspect
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 _OF_ALL = "all ranks stop with this error"
 """What :func:`together` notes on an error, and :func:`is_for_others_to_say` looks for."""
@@ -107,6 +109,45 @@ def texts_of_ranks(text: str) -> list[str]:
     length = torch.tensor([len(content)])
     rows = zip(gather_rows(padded[None]), gather_rows(length).tolist(), strict=True)
     return [bytes(row[:end].tolist()).decode() for row, end in rows]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of PyTorch's global generators, which dropout draws from; nothing else of a run draws from any.
+
+    One row of bytes for each rank.
+    """
+    state = {"cpu": gather_rows(torch.get_rng_state()[None])}
+    if device.type == "cuda":
+        state["cuda"] = gather_rows(torch.cuda.get_rng_state(device)[None])
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Continue the generators; one that was not saved, of a GPU or of a rank more than there were, stays as it is."""
+    if rank() < len(state["cpu"]):
+        torch.set_rng_state(state["cpu"][rank()].clone())  # of a view, it reads from where the storage begins
+    if device.type == "cuda" and rank() < len(state.get("cuda", ())):
+        torch.cuda.set_rng_state(state["cuda"][rank()], device)
+
+
+def distributed(module: nn.Module) -> nn.Module:
+    """Return the module with its gradients averaged over the ranks, if there are several."""
+    if num_ranks() == 1:
+        return module
+    # Buffers are those of one rank's part (batch statistics), or equal on all ranks: nothing to broadcast.
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)  # type: ignore[arg-type]
+
+
+@contextmanager
+def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
+    """Average gradients over the ranks in backward passes of forward passes inside the block, or don't."""
+    with ExitStack() as stack:
+        for module in modules if not enabled else ():
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 @contextmanager

@@ -83,9 +83,9 @@ Thread 0x00007f (most recent call first):
   File "/usr/lib/python3.12/threading.py", line 327 in wait
 Thread 0x00007e (most recent call first):
   File "/site/torch/_inductor/async_compile.py", line 9 in wait
-  File "/home/me/regvq_fast/bench/bench_step.py", line 80 in make_task
+  File "/home/me/regvq_fast/bench/bench_step.py", line 80 in make_trainer
 """
-    stack = ["_inductor/async_compile.py:9 wait", "bench/bench_step.py:80 make_task"]
+    stack = ["_inductor/async_compile.py:9 wait", "bench/bench_step.py:80 make_trainer"]
     assert gpu_parts.read_part(output, None, 85.0)["told"] == stack
     assert gpu_parts.read_part(output, 0, 85.0)["told"] == []
 
@@ -182,9 +182,9 @@ def test_the_parts_of_a_step_are_its_own():
 
     decoder = SimpleNamespace(conv_out=module())
     model = SimpleNamespace(encoder=module(), quantize=module(), decoder_features=sleep, decoder=decoder)
-    task = SimpleNamespace(
-        model=model, reconstruction_loss=module(), discriminator=module(), update=SimpleNamespace(take=sleep)
-    )
+    recipe = SimpleNamespace(reconstruction_loss=module(), discriminator=module())
+    networks, optimization = SimpleNamespace(model=model), SimpleNamespace(step=sleep)
+    trainer = SimpleNamespace(networks=networks, recipe=recipe, optimization=optimization)
     value = torch.ones((), requires_grad=True)
 
     def step():
@@ -192,12 +192,12 @@ def test_the_parts_of_a_step_are_its_own():
         model.quantize.forward()
         model.decoder_features()
         decoder.conv_out.forward()
-        task.reconstruction_loss.forward()
+        recipe.reconstruction_loss.forward()
         (2 * value).backward()
-        task.update.take()
+        optimization.step()
 
     before = torch.autograd.backward
-    parts = step_parts.parts_of_step(task, step, "cpu", repeats=3)
+    parts = step_parts.parts_of_step(trainer, step, "cpu", repeats=3)
     names = ["encoder", "quantizer", "decoder", "perceptual and contrastive", "backward", "optimizers", "rest"]
     assert list(parts) == names
     assert min(parts[name] for name in names[:4]) >= 1
@@ -228,14 +228,14 @@ def test_what_a_compiled_step_is_compared_with_changes_nothing(monkeypatch):
     tiny = {"batch_size": 2, "image_size": 32, "ch": 32, "ch_mult": (1, 1), "perceptual_weight": 0.0}
     config = override(bench_step.SIZES["small"], **(bench_step.LIKE_FOR_LIKE | bench_step.REG_VQ | tiny))
     images = bench_step.make_images(config)
-    before = bench_step.make_task(config, images).record()
-    monkeypatch.setattr(bench_step.VQGANTask, "step", lambda *_: None)
-    task = bench_step.make_task(config, images)
-    numbers = bench_step.plain_numbers(task, images)
+    before = bench_step.make_trainer(config, images).record()[0]
+    monkeypatch.setattr(bench_step.Trainer, "step", lambda *_: None)
+    trainer = bench_step.make_trainer(config, images)
+    numbers = bench_step.plain_numbers(trainer, images)
     assert {"l1", "loss", "discriminator", "grad_norm", "grad_norm_discriminator"} <= numbers.keys()
     assert numbers == {name: before[name] for name in numbers}
-    assert all(p.grad is None for module in task.trained.values() for p in module.parameters())
-    assert bench_step.plain_numbers(task, images) == numbers
+    assert all(p.grad is None for module in trainer.networks.trained.values() for p in module.parameters())
+    assert bench_step.plain_numbers(trainer, images) == numbers
 
 
 def test_measured_seconds_are_replayed():

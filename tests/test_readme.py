@@ -89,14 +89,14 @@ def parse(script: str, *flags: str) -> object:
     """What a script of train/, started as its users start it, makes of its command line."""
     parsed: list[object] = []
 
-    def run(task: type, presets: dict, description: str) -> None:
+    def run(recipe: type, presets: dict, description: str) -> None:
         parsed.append(parse_config(presets, sys.argv[1:], description))
 
     def run_script(kind: type, work: object, description: str, **_: str) -> None:
         parsed.append(tyro.cli(kind, args=sys.argv[1:], description=description))
 
     with (
-        patch("regvq_fast.training.loop.run", run),
+        patch("regvq_fast.cli.train.train", run),
         patch("regvq_fast.config.run_script", run_script),
         patch.object(sys, "argv", [script, *flags]),
     ):

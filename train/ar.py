@@ -14,9 +14,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
 
+from regvq_fast.cli.train import train
 from regvq_fast.priors.autoregressive.config import AR_PRESETS
-from regvq_fast.priors.autoregressive.recipe import ARTask
-from regvq_fast.training.loop import run
+from regvq_fast.priors.autoregressive.recipe import ARRecipe
 
 if __name__ == "__main__":
-    run(ARTask, AR_PRESETS, description=str(__doc__))
+    train(ARRecipe, AR_PRESETS, description=str(__doc__))

@@ -14,9 +14,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
 
+from regvq_fast.cli.train import train
 from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
-from regvq_fast.priors.diffusion.recipe import DiffusionTask
-from regvq_fast.training.loop import run
+from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 
 if __name__ == "__main__":
-    run(DiffusionTask, DIFFUSION_PRESETS, description=str(__doc__))
+    train(DiffusionRecipe, DIFFUSION_PRESETS, description=str(__doc__))

@@ -14,9 +14,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
 
+from regvq_fast.cli.train import train
 from regvq_fast.config import VQGAN_PRESETS
-from regvq_fast.training.loop import run
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.vqgan import VQGANRecipe
 
 if __name__ == "__main__":
-    run(VQGANTask, VQGAN_PRESETS, description=str(__doc__))
+    train(VQGANRecipe, VQGAN_PRESETS, description=str(__doc__))

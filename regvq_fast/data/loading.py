@@ -5,7 +5,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
@@ -174,6 +174,23 @@ def collate(samples: Sequence[Sample] | Batch) -> Batch:
     if "caption" in samples[0]:
         batch["caption"] = [sample["caption"] for sample in samples]
     return batch
+
+
+def read_samples(dataset: Any, indices: Iterable[int]) -> Batch:
+    """Return some samples of a data set as a batch."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(list(indices))
+    return collate([dataset[index] for index in indices])
+
+
+def split_batch(batch: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """Yield ``count`` equal micro-batches of a batch, which ``count`` divides."""
+    if count == 1:
+        yield dict(batch)
+        return
+    size = len(next(iter(batch.values()))) // count
+    for first in range(0, count * size, size):
+        yield {name: values[first : first + size] for name, values in batch.items()}
 
 
 class _CountingBatches(Sampler[list[int]]):

@@ -1,4 +1,7 @@
-"""Hinge losses of the patch discriminator and their adaptive weight (Esser et al., CVPR 2021, section 3.1)."""
+"""Losses of the patch discriminator and their adaptive weight (Esser et al., CVPR 2021, section 3.1)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,18 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 def hinge_generator_loss(fake: Tensor) -> Tensor:
     """``-mean fake`` of logits of any shape; 0-dim float32."""
     return -fake.float().mean()
+
+
+class AdversarialLoss(NamedTuple):
+    """Losses of the two players; each gives a 0-dim float32 of logits of any shape."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    """(logits of images, logits of reconstructions)"""
+    generator: Callable[[Tensor], Tensor]
+    """(logits of reconstructions)"""
+
+
+HINGE = AdversarialLoss(hinge_discriminator_loss, hinge_generator_loss)
 
 
 def adaptive_weight(

@@ -1,7 +1,8 @@
-"""What the training of every prior over tokens shares: tokenizer, tokens, likelihood, samples."""
+"""The recipe that priors over tokens share: tokenizer, tokens, likelihood, samples."""
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.config import read_config
-from regvq_fast.data.loading import build_dataset, collate
+from regvq_fast.data.loading import build_dataset, collate, default_workers, read_samples
 from regvq_fast.data.pictures import Field, left_out_note
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES, ScenesDataset
@@ -25,13 +26,13 @@ from regvq_fast.models.weights import weights_hash
 from regvq_fast.pictures import save_image_grid
 from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.sampler import Progress, decode_tokens
-from regvq_fast.ranks import sum_over_ranks
+from regvq_fast.ranks import distributed, local_ranks, sum_over_ranks, synchronized
 from regvq_fast.training.compilation import maybe_compile
+from regvq_fast.training.recipe import Data, Networks, Recipe, Step
+from regvq_fast.training.recipe import Progress as Images
 from regvq_fast.training.recorder import Recorder
-from regvq_fast.training.step import distributed, synchronized
-from regvq_fast.training.task import Task
 
-_SAMPLES = 8  # of a picture
+_SAMPLES = 8  # of an image grid
 CLASSIFIED = 128
 """Validation scenes whose regions are classified."""
 FITTED_TO = 768
@@ -42,62 +43,64 @@ Config = TypeVar("Config", bound=PriorConfig)
 
 @dataclass(frozen=True)
 class LikelihoodMetrics:
-    """How well a prior predicts tokens that it has not seen."""
+    """Likelihood of validation tokens under a prior."""
 
     loss: float
     """Mean over images of the training loss on validation tokens, in nats a token."""
     images: int
 
     def scalars(self) -> dict[str, float]:
-        """The numbers by name."""
+        """Return the numbers by name."""
         return {"loss": self.loss, "images": self.images}
 
 
-class PriorTask(Task[Config]):
-    """A prior in training. A subclass says what its condition is, what its network is, and how it is sampled."""
+class PriorRecipe(Recipe[Config]):
+    """Training of a prior. A subclass defines its condition, network, loss and sampling."""
 
-    picture = "samples"
+    image_name = "samples"
     condition_field: Field
-    """Of the samples, what images are conditioned on."""
+    """Key of a sample that images are conditioned on."""
 
-    # ------------------------------------------------------------------------------------------- what a subclass says
-
-    @classmethod
-    def check_files(cls, config: Config) -> None:
+    @staticmethod
+    def check_files(config: Config) -> None:
         """Raise ValueError or OSError where files that the network is built from can't be had."""
 
     @abstractmethod
-    def build_prior(self) -> nn.Module:
-        """The network."""
+    def build_prior(self, config: Config) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """Build the network, and modules without an optimizer whose buffers a step changes, by name."""
 
     @abstractmethod
     def build_loss(self) -> nn.Module:
-        """The module of a training step: inputs, seed and number of the first image to losses and other numbers by
-        name, and to tensors for `observe`."""
+        """Return the module of a training step.
+
+        It takes tokens, condition, seed and number of the first image, and returns losses and other numbers by name,
+        and tensors for :meth:`observe`.
+        """
 
     @abstractmethod
-    def condition(self, batch: TokenBatch) -> tuple[Tensor, ...]:
-        """The condition on the device, ready to be cut into parts along its first dimension."""
+    def condition(self, batch: TokenBatch) -> Tensor:
+        """Return the condition of a batch on the device."""
+
+    @abstractmethod
+    def validation_loss(self, model: Any, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
+        """Return the mean loss of some images in nats a token, without regularization."""
 
     @abstractmethod
     def sample(self, model: Any, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
         """Sample tokens (B, h, w) under the conditions of a batch; ``progress`` as in the samplers."""
 
     @abstractmethod
-    def show(self, batch: TokenBatch) -> Tensor:
-        """The conditions of a batch as pictures (B, 3, H, W) uint8."""
-
-    def legend(self, batch: TokenBatch) -> dict[int, str]:
-        """Names of the class ids in the pictures of the conditions."""
-        return {}
+    def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
+        """Return the conditions of a batch as images (B, 3, H, W) uint8, and names of the class ids in them."""
 
     @abstractmethod
     def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
-        """How well images (B, 3, H, W) uint8 show what the conditions of these scenes say."""
+        """Measure how well images (B, 3, H, W) uint8 show what the conditions of these scenes say."""
 
-    # --------------------------------------------------------------------------------------------------- what is shared
+    def observe(self, *tensors: Tensor) -> None:
+        """Learn from what a step returned, without a gradient."""
 
-    def build_data(self, config: Config) -> tuple[Any, Any]:
+    def open_data(self, config: Config) -> Data:
         tokens, seed = config.tokens, config.run.seed
         source = self._own_tokenizer(config) or tokens.tokenizer
         if source is None and tokens.cache is not None:
@@ -108,21 +111,24 @@ class PriorTask(Task[Config]):
         self.tokenizer = VQGAN.from_pretrained(source)
         self.tokenizer_hash = weights_hash(self.tokenizer)
         if tokens.cache is not None:
-            splits = [
+            train, val = (
                 TokenDataset(tokens.cache, split, seed=seed, tokenizer_hash=self.tokenizer_hash)
                 for split in ("train", "val")
-            ]
-            if self.condition_field not in splits[0].info.fields:
+            )
+            if self.condition_field not in train.info.fields:
                 raise ValueError(
                     f"the token cache {tokens.cache} has no {self.condition_field}: make one with --fields "
                     f"{self.condition_field}"
                 )
-            return splits[0], splits[1]
+            # An epoch passes over each image once, however many of its views the cache has. Loading processes would
+            # cost more than they save: a batch is gathered in less time than a process hands one over.
+            self.data = Data(train, val, train.info.train_images, workers=0)
+            return self.data
         shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.condition_field,)}
-        return (
-            build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared),  # type: ignore[arg-type]
-            build_dataset(tokens.data, split="val", length=tokens.val_images, **shared),  # type: ignore[arg-type]
-        )
+        images = build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared)  # type: ignore[arg-type]
+        held_out = build_dataset(tokens.data, split="val", length=tokens.val_images, **shared)  # type: ignore[arg-type]
+        self.data = Data(images, held_out, len(images), default_workers(local_ranks()))
+        return self.data
 
     def _own_tokenizer(self, config: Config) -> Path | None:
         """The one in the folder of a run that is resumed, unless ``--tokenizer`` names another than at first.
@@ -135,135 +141,119 @@ class PriorTask(Task[Config]):
         given = config.tokens.tokenizer != read_config(out, type(config)).tokens.tokenizer
         return None if given else out / TOKENIZER
 
-    @property
-    def scenes(self) -> bool:
-        """Whether the images are the embedded scenes."""
-        tokens = self.config.tokens
-        return (tokens.data if tokens.cache is None else self.train_set.info.data) is None
-
-    def build(self) -> dict[str, nn.Module]:
+    def build(self, config: Config) -> tuple[Config, Networks]:
+        self.config, tokens = config, config.tokens
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._encoder = _InParts(self.tokenizer, self.part)
-        self.model = self.build_prior().to(self.device)
-        # Tokens made on the way depend on the precision, images don't.
-        self.first_samples("image" if self.config.tokens.cache is None else "tokens")
-        self._plain = self.build_loss()
-        return {"grad_norm": self.model}
-
-    def distribute(self) -> None:
-        self._encoder = _InParts(self.tokenizer, self.part, compile=self.compiles)
-        self._loss = distributed(maybe_compile(self._plain, self.compiles))
-
-    def train_images(self) -> int:
-        """Each once, of however many of its views a cache has the tokens."""
-        cached = isinstance(self.train_set, TokenDataset)
-        return self.train_set.info.train_images if cached else super().train_images()
-
-    def default_workers(self) -> int:
-        """None for a cache: a batch of it is gathered in less time than a process hands one over."""
-        return 0 if self.config.tokens.cache is not None else super().default_workers()
-
-    def tokens_of(self, batch: Any) -> TokenBatch:
-        """The batch as it is, or with tokens in place of its images."""
-        if "tokens" in batch:
-            return batch
-        # Nothing takes gradients of it; said here, since a compiled encoder is one graph more for each of both modes.
-        with torch.no_grad(), self.precision.autocast():
-            return tokenize_batch(self._encoder, batch, self.device)
-
-    def describe(self) -> dict[str, str]:
-        tokens = self.config.tokens
+        self._encoder = _MicroBatchEncoder(self.tokenizer, self.micro_batch)
+        self.model, auxiliary = self.build_prior(config)
+        self.model.to(self.device)
+        self._plain_loss = self.build_loss()
+        # Tokens made in every step depend on the precision, images don't.
+        first = read_samples(self.data.train, range(min(config.optimizer.batch_size, 16)))
+        fingerprint = first["image" if tokens.cache is None else "tokens"].cpu().numpy().tobytes()
         height, width = self.tokenizer.token_shape
-        source = f"token cache {tokens.cache}" if tokens.cache else f"{self.train_set.label}, on the fly"
-        return {
-            "tokens": f"{source}: {len(self.train_set):,} training samples, {len(self.val_set):,} for validation"
-            f"{left_out_note(self.train_set, self.val_set)}",
-            "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
-        }
+        source = f"token cache {tokens.cache}" if tokens.cache else f"{self.data.train.label}, on the fly"
+        return config, Networks(
+            self.model,
+            {"grad_norm": self.model},
+            auxiliary=auxiliary,
+            saved_beside={TOKENIZER: self.tokenizer},
+            metadata={
+                "tokens": f"{source}: {len(self.data.train):,} training samples, {len(self.data.val):,} for validation"
+                f"{left_out_note(self.data.train, self.data.val)}",
+                "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
+            },
+            identity={"as tokenizer": self.tokenizer_hash[:12]},
+            fingerprint=hashlib.sha256(fingerprint).hexdigest(),
+        )
 
-    def identity(self) -> dict[str, str]:
-        return {**super().identity(), "as tokenizer": self.tokenizer_hash[:12]}
+    def distribute(self, compile: bool) -> None:
+        self._encoder = _MicroBatchEncoder(self.tokenizer, self.micro_batch, compile=compile)
+        self._loss = distributed(maybe_compile(self._plain_loss, compile))
 
-    def begin(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder / TOKENIZER)
-
-    def inputs(self, batch: Batch | TokenBatch) -> tuple[Tensor, ...]:
-        ready = self.tokens_of(batch)
-        return ready["tokens"].to(self.device, non_blocking=True), *self.condition(ready)
-
-    def forward_backward(
-        self, *inputs: Tensor, first_image: Tensor, loss_scale: Tensor, synchronize: bool, plain: bool = False
-    ) -> dict[str, Tensor]:
-        network = self._plain if plain else self._loss
-        with synchronized(network, enabled=synchronize):
+    def step(self, batch: Batch | TokenBatch, now: Step) -> dict[str, Tensor]:
+        tokens, condition = self.inputs(batch)
+        network = self._plain_loss if now.plain else self._loss
+        with synchronized(network, enabled=now.synchronize):
             with self.precision.autocast():
-                metrics, observed = network(*inputs, seed=self.seed, first_image=first_image)
-            (loss_scale * metrics["loss"]).backward()
-        if not plain:
+                metrics, observed = network(tokens, condition, seed=now.seed, first_image=now.first_image)
+            (now.loss_scale * metrics["loss"]).backward()
+        if not now.plain:
             self.observe(*observed)
         return {name: value.detach() for name, value in metrics.items()}
 
-    def observe(self, *tensors: Tensor) -> None:
-        """Learn from what a step saw, without a gradient."""
+    def inputs(self, batch: Batch | TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return tokens and condition of a batch on the device."""
+        ready = self.tokenize(batch)
+        return ready["tokens"].to(self.device, non_blocking=True), self.condition(ready)
+
+    def tokenize(self, batch: Any) -> TokenBatch:
+        """Return the batch with tokens in place of its images."""
+        if "tokens" in batch:
+            return batch
+        # Nothing takes gradients of it; stated here, since a compiled encoder is one graph more for each mode.
+        with torch.no_grad(), self.precision.autocast():
+            return tokenize_batch(self._encoder, batch, self.device)
 
     @torch.no_grad()
-    def evaluate(self, progress: Callable[[int], None] | None = None) -> LikelihoodMetrics:
-        model = self.eval_model
+    def evaluate(self, model: Any, batches: Any, progress: Images | None = None) -> LikelihoodMetrics:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        done, first = 0, rank_share(len(self.val_set)).start
-        for batch in self.validation():
-            inputs = self.inputs(batch)
+        done, first = 0, rank_share(len(self.data.val)).start
+        for batch in batches:
+            tokens, condition = self.inputs(batch)
             with self.precision.autocast():
-                loss = self.validation_loss(model, first + done, *inputs).double()
-            total += torch.stack([loss, torch.ones_like(loss)]) * len(inputs[0])
-            done += len(inputs[0])
+                loss = self.validation_loss(model, tokens, condition, first + done).double()
+            total += torch.stack([loss, torch.ones_like(loss)]) * len(tokens)
+            done += len(tokens)
             if progress is not None:
                 progress(done)
         loss, images = sum_over_ranks(total).tolist()
         return LikelihoodMetrics(loss / images, int(images))
 
-    @abstractmethod
-    def validation_loss(self, model: Any, first_image: int, *inputs: Tensor) -> Tensor:
-        """Mean loss of some images, numbered from ``first_image`` on, in nats a token; without what training adds."""
-
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, H, W) uint8 of tokens (B, h, w)."""
-        parts = tokens.to(self.device).split(self.part)
+        """Return the images (B, 3, H, W) uint8 of tokens (B, h, w)."""
+        parts = tokens.to(self.device).split(self.micro_batch)
         return torch.cat([decode_tokens(self.tokenizer, part, self.precision) for part in parts])
 
-    def save_pictures(self, path: Path) -> None:
-        """Conditions, samples under them, and what the tokenizer makes of the images they are of."""
-        batch = self.tokens_of(self.read(self.val_set, range(min(_SAMPLES, len(self.val_set)))))
+    def save_images(self, model: Any, path: Path) -> None:
+        batch = self.tokenize(read_samples(self.data.val, range(min(_SAMPLES, len(self.data.val)))))
         with self.precision.autocast():
-            tokens = self.sample(self.eval_model, batch)
-        images = self.decode(tokens), self.decode(batch["tokens"])
-        save_image_grid(path, self.show(batch), *images, legend=self.legend(batch))
+            tokens = self.sample(model, batch)
+        conditions, legend = self.show(batch)
+        save_image_grid(path, conditions, self.decode(tokens), self.decode(batch["tokens"]), legend=legend)
 
-    def finish(self, recorder: Recorder, metrics: LikelihoodMetrics, rows: Mapping[str, object]) -> None:
-        path = recorder.picture(self.picture)
-        self.save_pictures(path)
-        recorder.show_picture(path, self.steps)
+    def summarize(
+        self, model: Any, metrics: LikelihoodMetrics, recorder: Recorder
+    ) -> tuple[dict[str, object], dict[str, Path]]:
+        path = recorder.picture(self.image_name)
+        self.save_images(model, path)
         numbers: dict[str, object] = {"loss (nats a token)": metrics.loss, "images": metrics.images}
         if self.scenes:
-            numbers |= self.agreement(recorder)
-        recorder.summarize(f"{recorder.folder}", numbers | dict(rows) | {"samples": path})
+            numbers |= self.agreement(model, recorder)
+        return numbers, {self.image_name: path}
+
+    @property
+    def scenes(self) -> bool:
+        """Whether the images are the embedded scenes."""
+        tokens = self.config.tokens
+        return (tokens.data if tokens.cache is None else self.data.train.info.data) is None
 
     @torch.no_grad()
-    def agreement(self, recorder: Recorder) -> Mapping[str, float]:
-        """How well scenes, their reconstructions and samples show what their conditions say.
+    def agreement(self, model: Any, recorder: Recorder) -> Mapping[str, float]:
+        """Measure how well scenes, their reconstructions and samples show what their conditions say.
 
-        What classes look like is learned from scenes and from their reconstructions.
+        A classifier learns the classes from scenes and from their reconstructions.
         """
-        size, cache = self.tokenizer.image_size, getattr(self.val_set, "info", None)
+        size, cache = self.tokenizer.image_size, getattr(self.data.val, "info", None)
         seed = cache.seed if cache else self.config.run.seed
         training = ScenesDataset("train", size, seed=seed)
         with recorder.stage("fitting a classifier, scenes") as show:
             classifier = RegionClassifier.fit(training, FITTED_TO, len(CLASSES), self._reconstruct, show)
-        scenes = ScenesDataset("val", size, len(self.val_set), seed)
+        scenes = ScenesDataset("val", size, len(self.data.val), seed)
         real = collate([scenes[k] for k in range(min(CLASSIFIED, len(scenes)))])
-        batch = tokenize_batch(_InParts(self.tokenizer, self.part), real, self.device)
+        batch = tokenize_batch(_MicroBatchEncoder(self.tokenizer, self.micro_batch), real, self.device)
         with recorder.stage("sampling, steps") as show, self.precision.autocast():
-            samples = self.decode(self.sample(self.eval_model, batch, show))
+            samples = self.decode(self.sample(model, batch, show))
         images = {"scenes": real["image"], "reconstructions": self.decode(batch["tokens"]), "samples": samples}
         return {
             f"{measure} of {name}": value
@@ -275,13 +265,13 @@ class PriorTask(Task[Config]):
         return self.decode(self.tokenizer.tokenize(to_float(images.to(self.device))))
 
 
-class _InParts:
+class _MicroBatchEncoder:
     """A tokenizer that encodes no more images at once than go through the prior, whatever the size of a batch.
 
     Args:
         tokenizer: see above.
-        size: images of a part.
-        compile: compile the encoder, for parts of this size; what is left over goes as it is.
+        size: images at once.
+        compile: compile the encoder for this size; a smaller rest is encoded uncompiled.
     """
 
     def __init__(self, tokenizer: VQGAN, size: int, *, compile: bool = False) -> None:
@@ -289,6 +279,6 @@ class _InParts:
         self._plain, self._whole = tokenizer.tokenize, maybe_compile(tokenizer.tokenize, compile)
 
     def tokenize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in -1..1 -> (B, h, w) int64."""
+        """Return tokens (B, h, w) int64 of images (B, 3, H, W) float32 in [-1, 1]."""
         parts = images.split(self._size)
         return torch.cat([(self._whole if len(part) == self._size else self._plain)(part) for part in parts])

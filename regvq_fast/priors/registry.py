@@ -10,14 +10,14 @@ from torch import nn
 from regvq_fast.models.model import Model
 from regvq_fast.priors.autoregressive.config import AR_PRESETS
 from regvq_fast.priors.autoregressive.model import TokenTransformer
-from regvq_fast.priors.autoregressive.recipe import ARTask
+from regvq_fast.priors.autoregressive.recipe import ARRecipe
 from regvq_fast.priors.autoregressive.sampler import ARSampler, ARSettings
 from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 from regvq_fast.priors.diffusion.model import VQDiffusion
-from regvq_fast.priors.diffusion.recipe import DiffusionTask
+from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 from regvq_fast.priors.diffusion.sampler import DiffusionSampler, DiffusionSettings
-from regvq_fast.priors.recipe import PriorTask
+from regvq_fast.priors.recipe import PriorRecipe
 from regvq_fast.priors.sampler import PriorSampler
 
 
@@ -29,7 +29,7 @@ class Prior:
     """Network; its name is in the architecture that a run saves."""
     presets: Mapping[str, PriorConfig]
     """Configurations by data set, the default first."""
-    recipe: type[PriorTask[Any]]
+    recipe: type[PriorRecipe[Any]]
     """Training."""
     sampler: type[PriorSampler]
     """Sampling: conditions, settings, guidance."""
@@ -46,8 +46,8 @@ class Prior:
 
 
 PRIORS: dict[str, Prior] = {
-    "ar": Prior(TokenTransformer, AR_PRESETS, ARTask, ARSampler),
-    "diffusion": Prior(VQDiffusion, DIFFUSION_PRESETS, DiffusionTask, DiffusionSampler),
+    "ar": Prior(TokenTransformer, AR_PRESETS, ARRecipe, ARSampler),
+    "diffusion": Prior(VQDiffusion, DIFFUSION_PRESETS, DiffusionRecipe, DiffusionSampler),
 }
 """Every prior by its name on command lines."""
 

@@ -37,12 +37,12 @@ from regvq_fast.models.pretrained import (
     weights_to_bytes,
     write_folder,
 )
-from regvq_fast.ranks import gather_rows, rank, together
+from regvq_fast.ranks import rank, together
 
 TRAINING, BEST = "training.pt", "best.json"
 
 # Fields that a resumed run may change: none of them changes a training step, but for steps and epochs where a schedule
-# depends on them, of which Checkpoint.check tells; what files hold is compared by itself (Task.identity) ...
+# depends on them, of which Checkpoint.check tells; what files hold is compared by itself (Networks.identity) ...
 _FREE = (
     "out resume device compile workers data cache tokenizer val_images perceptual_weights contrastive_weights steps "
     "epochs log_every image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold "
@@ -74,7 +74,7 @@ class Checkpoint:
         """Compare with the run that is to continue, what its configuration doesn't tell.
 
         Args:
-            identity: of the run, see `Task.identity`.
+            identity: of the run, see `Networks.identity`.
             fingerprint: of its first training samples; another one is a note.
             steps: after which it ends.
             scheduled: what changes by a schedule over all ``steps``; another number is a note then.
@@ -103,6 +103,12 @@ class Checkpoint:
                 "the first training images differ from those of the checkpoint, of which there are as many: another "
                 "folder, or another version of Pillow?"
             )
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        self.weights.clear()
+        for name in ("model", "others", "optimizers"):
+            del self.state[name]
 
 
 def find_checkpoint(config: TrainConfig) -> Checkpoint:
@@ -166,25 +172,6 @@ def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]
                 )
             told.append(f"{flag} is {value} from here on; it was {old}")
     return told
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of PyTorch's global generators, which dropout draws from; nothing else of a run draws from any.
-
-    One row of bytes for each rank.
-    """
-    state = {"cpu": gather_rows(torch.get_rng_state()[None])}
-    if device.type == "cuda":
-        state["cuda"] = gather_rows(torch.cuda.get_rng_state(device)[None])
-    return state
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Continue the generators; one that was not saved, of a GPU or of a rank more than there were, stays as it is."""
-    if rank() < len(state["cpu"]):
-        torch.set_rng_state(state["cpu"][rank()].clone())  # of a view, it reads from where the storage begins
-    if device.type == "cuda" and rank() < len(state.get("cuda", ())):
-        torch.cuda.set_rng_state(state["cuda"][rank()], device)
 
 
 class Checkpoints:

@@ -1,18 +1,33 @@
-"""AdamW as the paper uses it, the learning-rate schedule, and averaged weights."""
+"""The update of a step: AdamW takes the gradients if all losses and gradients are finite; averaged weights follow.
+
+Whether they are finite is decided, and acted on, without waiting for the device: a step that must be skipped runs
+through the same code and leaves everything as it was. Only `Watch.read`, called once a record, waits.
+"""
 
 import copy
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from regvq_fast.config import OptimizerConfig
+from regvq_fast.precision import Precision
+from regvq_fast.ranks import rank, sum_over_ranks
+from regvq_fast.training.recipe import Networks
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Non-finite because another term is, or because scaled gradients overflowed: named only if no loss itself is.
+_DERIVED = ("quantizer", "loss", "lambda")
+# Arguments of the ops by what they are in training.
+_INPUTS = {"x": "latents", "query": "contrastive", "key": "contrastive"}
+OVERFLOWING = frozenset({"lambda", "grad_norm", "grad_norm_discriminator"})
+"""Numbers that fp16 loss scaling makes overflow, as part of its search for a scale."""
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on the weights of linear layers and convolutions, and on nothing else.
+    """Return AdamW with weight decay on the weights of linear layers and convolutions, and on nothing else.
 
     Decayed codes, and embeddings of any kind, would all drift to the origin, against the losses that place them; so
     would positions and null conditions, which are embeddings, too, though of no module of their own. (minGPT, and with
@@ -27,21 +42,135 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate at a step of a run: linear warm-up, then a cosine to ``final_lr_fraction``."""
+    """Return the learning rate at a step of a run: linear warm-up, then a cosine to ``final_lr_fraction``."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     done = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.lr * warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
 
 
-class AveragedWeights:
-    """Exponential moving average of a module's parameters and buffers, from those that it has now on.
+class Optimization:
+    """Optimizers, loss scaling, skipping of non-finite steps and averaged weights.
 
-    (PyTorch's AveragedModel keeps count of its updates in a tensor, for which the host waits at each of them.)
+    A step calls :meth:`begin`, multiplies the gradients of its losses by :meth:`loss_scale`, adds their values to
+    `watch`, and calls :meth:`step`.
+
+    Args:
+        networks: those in training.
+        config: settings.
+        precision: decides whether losses are scaled.
+        device: where the networks are.
+    """
+
+    def __init__(self, networks: Networks, config: OptimizerConfig, precision: Precision, device: torch.device) -> None:
+        self.trained, self.model, self.config, self.device = networks.trained, networks.model, config, device
+        self.optimizers = {name: build_optimizer(module, config) for name, module in networks.trained.items()}
+        self.scaler = precision.scaler()
+        self.watch = Watch(device)
+        self.average = AveragedWeights(self.model, config.ema, self.watch.skip) if config.ema else None
+        for adamw in self.optimizers.values():
+            adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # its fused kernel does nothing where it is 1
+        self._rollback = Rollback(*networks.trained.values(), *networks.auxiliary.values())
+        self._reading = Reading({}, 0, [], 0)
+
+    def begin(self) -> None:
+        """Remember what forward passes change in place, for :meth:`step` and :meth:`undo`."""
+        self._rollback.save()
+
+    def loss_scale(self, micro_batches: int) -> Tensor:
+        """Return the factor (0-dim) of the gradients of each of so many micro-batches."""
+        return self.scaler.scale(torch.ones((), device=self.device)) / micro_batches
+
+    def step(self, names: Iterable[str], lr: float) -> None:
+        """Update the networks of these names by their gradients if all numbers of the step are finite.
+
+        Waits for the ranks, which all decide the same, but not for the device.
+        """
+        norms = {}
+        for name in names:
+            self.scaler.unscale_(self.optimizers[name])
+            gradients = [p.grad for p in self.trained[name].parameters() if p.grad is not None]
+            norms[name] = nn.utils.get_total_norm(gradients)
+        self.watch.judge(norms)
+        for name, norm in norms.items():
+            if self.config.clip_grad > 0:
+                nn.utils.clip_grads_with_norm_(self.trained[name].parameters(), self.config.clip_grad, norm)
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = lr
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad(set_to_none=True)
+        self.scaler.update()
+        self._rollback.restore(self.watch.skip)
+        if self.average is not None:
+            self.average.update(self.model)
+
+    def undo(self) -> None:
+        """Undo what passes since :meth:`begin` changed: buffers are restored and all gradients dropped."""
+        self._rollback.restore(torch.ones((), device=self.device))
+        for module in self.trained.values():
+            module.zero_grad(set_to_none=True)
+
+    def read(self) -> dict[str, float | str]:
+        """Return means of the numbers of training since the last call, and the skipped steps; waits for the device."""
+        self._reading = reading = self.watch.read()
+        values: dict[str, float | str] = {**reading.means, "skipped": reading.skipped}
+        if reading.causes:
+            values["not_finite"] = ", ".join(reading.causes)
+        if self.scaler.is_enabled():
+            values["loss_scale"] = self.scaler.get_scale()
+        return values
+
+    def warnings(self, max_skipped: int) -> list[str]:
+        """Return warnings about the last :meth:`read`.
+
+        Raises:
+            FloatingPointError: more than ``max_skipped`` steps in a row were skipped.
+        """
+        _, skipped, causes, longest = self._reading
+        if longest > max_skipped:
+            raise FloatingPointError(
+                f"{longest} steps in a row were skipped (--max-skipped {max_skipped}), not finite: {', '.join(causes)}"
+            )
+        # Loss scaling skips steps whose scaled gradients overflow, as part of its search for a scale.
+        if not skipped or (self.scaler.is_enabled() and OVERFLOWING.issuperset(causes)):
+            return []
+        steps = "a step was" if skipped == 1 else f"{skipped} steps were"
+        return [f"{steps} skipped since the last record, not finite: {', '.join(causes)}"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next update depends on, beside the weights that are evaluated: tensors and plain values.
+
+        All ranks must call it; they get the same.
+        """
+        return {
+            "model": None if self.average is None else self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers.values()],
+            "scaler": self.scaler.state_dict(),
+            "watch": self.watch.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict` and the weights that were evaluated: averaged ones if there are any."""
+        if self.average is None:
+            self.model.load_state_dict(weights)
+        else:
+            self.model.load_state_dict(state["model"])
+            self.average.module.load_state_dict(weights)
+        for optimizer, saved in zip(self.optimizers.values(), state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.scaler.is_enabled() and state["scaler"]:  # empty where it was not enabled: it starts afresh then
+            self.scaler.load_state_dict(state["scaler"])
+        self.watch.load_state_dict(state["watch"])
+
+
+class AveragedWeights:
+    """Exponential moving average of a module's parameters and buffers, starting from their present values.
+
+    (PyTorch's AveragedModel counts its updates in a tensor, for which the host waits at each of them.)
 
     Args:
         module: copied as `module`, the one with the averages.
-        decay: share of the averages that an update keeps, 0..1.
+        decay: fraction of the averages that an update keeps, 0..1.
         skip: 0-dim on the module's device, read at each update: where it is 1 the averages stay as they are.
     """
 
@@ -61,3 +190,120 @@ class AveragedWeights:
 def _values(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers; of the networks here, all of them are floating-point numbers."""
     return [*module.parameters(), *module.buffers()]
+
+
+class Rollback:
+    """State that a forward pass changes in place, so that it can be undone: EMA codebooks, running statistics.
+
+    Args:
+        modules: those that train. Covered are their buffers, and the parameters that have no gradient.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._live = [buffer for module in modules for buffer in module.buffers()]
+        self._live += [p.detach() for module in modules for p in module.parameters() if not p.requires_grad]
+        self._saved = [value.clone() for value in self._live]
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Remember the values; called before the forward passes of a step."""
+        for saved, live in zip(self._saved, self._live, strict=True):
+            saved.copy_(live)
+
+    @torch.no_grad()
+    def restore(self, skip: Tensor) -> None:
+        """Restore the values where ``skip`` (0-dim, on their device) is 1."""
+        for saved, live in zip(self._saved, self._live, strict=True):
+            live.copy_(torch.where(skip.bool(), saved, live))
+
+
+class Reading(NamedTuple):
+    """Summary of a window of steps."""
+
+    means: dict[str, float]  # by name, over the finite values; no entry where there is none
+    skipped: int  # steps of the window that were skipped
+    causes: list[str]  # the first non-finite number of each skipped step
+    longest: int  # most steps in a row that were skipped, which may have begun before the window
+
+
+class Watch:
+    """Means of the numbers of training, and the decision whether to skip a step.
+
+    A step adds its numbers by :meth:`add`, once for each micro-batch, and its gradient norms by :meth:`judge`. Then
+    `skip` is set, on all ranks alike.
+
+    Args:
+        device: where the numbers are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.skip = torch.zeros((), device=device)
+        """0-dim float32: 1 if the judged step must be skipped, else 0. Always the same tensor."""
+        self._counters = torch.zeros(3, dtype=torch.int64, device=device)  # skipped, in a row, longest row
+        self._windows: dict[tuple[str, ...], Tensor] = {}  # names (K) -> (3, K) sums, finite values, first causes
+        self._names: tuple[str, ...] = ()
+        self._micro_batches: list[Tensor] = []
+
+    def add(self, numbers: Mapping[str, Tensor]) -> None:
+        """Add the numbers (0-dim) of a micro-batch; each of a step has the same names."""
+        self._names = tuple(sorted(numbers, key=lambda name: name in _DERIVED))
+        self._micro_batches.append(torch.stack([numbers[name].detach().float() for name in self._names]))
+
+    def abort(self, error: FloatingPointError) -> None:
+        """Handle a step aborted by an op, which on a CPU checks its arguments."""
+        argument = str(error).split(" ", 1)[0]
+        self._names = (_INPUTS.get(argument, argument),)
+        self._micro_batches = [torch.full((1,), torch.nan, device=self.skip.device)]
+
+    def judge(self, norms: Mapping[str, Tensor]) -> None:
+        """Decide whether to skip the step whose numbers were added, given its gradient norms (0-dim)."""
+        gradients = torch.stack([norm.detach().float() for norm in norms.values()])
+        values = torch.stack([torch.cat([numbers, gradients]) for numbers in self._micro_batches])  # (micro-batches, K)
+        finite = values.isfinite()
+        bad = sum_over_ranks((~finite).any(dim=0).float()) > 0
+        first = bad & (bad.cumsum(0) == 1)
+        update = torch.stack([values.where(finite, 0).sum(0), finite.float().sum(0), first.float()])
+        names = (*self._names, *norms)
+        self._windows[names] = self._windows[names] + update if names in self._windows else update
+        self._micro_batches = []
+
+        skip = bad.any()
+        self.skip.copy_(skip)
+        skipped, in_a_row, longest = self._counters.unbind()
+        in_a_row = (in_a_row + 1) * skip
+        self._counters.copy_(torch.stack([skipped + skip, in_a_row, longest.maximum(in_a_row)]))
+
+    def last_step_was_skipped(self) -> bool:
+        """Return whether the last judged step was skipped; waits for the device."""
+        return bool(self._counters[1])
+
+    def read(self) -> Reading:
+        """Return the window since the last call and begin a new one. Waits for the device."""
+        totals = [sum_over_ranks(window) for window in self._windows.values()]
+        numbers = torch.cat([self._counters.double(), *(window.double().flatten() for window in totals)]).tolist()
+        skipped, in_a_row, longest = (int(number) for number in numbers[:3])
+        sums: dict[str, list[float]] = {}
+        start = 3
+        for names in self._windows:
+            columns = zip(*(numbers[start + k * len(names) :][: len(names)] for k in range(3)), strict=True)
+            for name, column in zip(names, columns, strict=True):
+                sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0, 0.0)), column, strict=True)]
+            start += 3 * len(names)
+        self._windows = {}
+        self._counters.copy_(torch.tensor([0, in_a_row, in_a_row]))
+        means = {name: total / count for name, (total, count, _) in sums.items() if count}
+        return Reading(means, skipped, [name for name, (_, _, first) in sums.items() if first], longest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the unfinished window and the counters; plain values and tensors."""
+        return {
+            "counters": self._counters,
+            "windows": [[list(names), sum_over_ranks(window)] for names, window in self._windows.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._counters.copy_(state["counters"])
+        windows = {tuple(names): window.to(self.skip.device) for names, window in state["windows"]}
+        # They are sums over the ranks, and will be added up again.
+        self._windows = {names: window * (rank() == 0) for names, window in windows.items()}

@@ -1,7 +1,8 @@
-"""How well the device is used: operations of a step, the device's peak, power and memory."""
+"""Speed of a run, and how well it uses the device: operations of a step, peak rate, power and memory."""
 
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,9 +10,6 @@ from torch.utils.flop_counter import flop_registry
 
 from regvq_fast.nvml import State, gpu_state
 from regvq_fast.ranks import num_ranks
-
-if TYPE_CHECKING:
-    from regvq_fast.training.task import Task
 
 # Dense matrix products, TFLOP/s, by a part of the GPU's name and the type: NVIDIA's data sheets, SXM where there is a
 # choice, half of what they give with sparsity. fp32 is TF32, which precision.configure_backends switches on; V100 has
@@ -35,13 +33,13 @@ class DeviceMonitor:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.facts: dict[str, str] = {}
-        """What the monitor has to say at the start: which driver, or why there will be no numbers."""
+        self.metadata: dict[str, str] = {}
+        """The driver, or why there will be no numbers."""
         self._device = device
         self._read: Callable[[], State] = lambda: None
         if device.type == "cuda":
             driver, self._read, problem = gpu_state(device)
-            self.facts = {"driver": problem or str(driver)}
+            self.metadata = {"driver": problem or str(driver)}
 
     def read(self) -> dict[str, float]:
         """Watts, MHz, degrees Celsius and GiB in use by all processes of the GPU; GiB this one allocated at most."""
@@ -54,39 +52,67 @@ class DeviceMonitor:
 
 
 class Utilization:
-    """Model FLOPs utilization (MFU) of a task: counted operations over the peak of all GPUs.
+    """Model FLOPs utilization (MFU): counted operations over the peak rate of all GPUs.
 
-    Operations are counted in an extra pass for each kind of step, whose gradients are thrown away; it changes nothing
-    that is trained.
+    Args:
+        device: of the run.
+        dtype: of autocast; None: fp32.
+        flops_per_image: counts the operations of a step.
+        kind: returns the kind of a step; its operations are counted once for each.
     """
 
-    def __init__(self, task: "Task[Any]") -> None:
-        self._task = task
-        self._flops: dict[tuple[str, ...], float] = {}  # for each sample of a step, by what is trained in it
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        flops_per_image: Callable[[int], float],
+        kind: Callable[[int], object],
+    ) -> None:
+        self._peak, self._count, self._kind = peak_flops(device, dtype), flops_per_image, kind
+        self._flops: dict[object, float] = {}
 
-    def read(self, step: int, images_per_second: float) -> dict[str, float]:
-        """The ratio at this speed of the step that was taken last; nothing where the device's peak isn't known."""
-        task = self._task
-        peak = peak_flops(task.device, task.precision.dtype)
-        if peak is None:
+    def __call__(self, step: int, images_per_second: float) -> dict[str, float]:
+        """Return the utilization by a step at this speed; nothing if the device's peak is unknown."""
+        if self._peak is None:
             return {}
-        active = task.trained_at(step)
-        if active not in self._flops:
-            self._flops[active] = self._flops_per_sample()
-        return {"mfu": images_per_second * self._flops[active] / (peak * num_ranks())}
+        if (kind := self._kind(step)) not in self._flops:
+            self._flops[kind] = self._count(step)
+        return {"mfu": images_per_second * self._flops[kind] / (self._peak * num_ranks())}
 
-    def _flops_per_sample(self) -> float:
-        task, device = self._task, self._task.device
-        inputs = task.inputs(task.read(task.train_set, range(2)))  # two: batch statistics need company
-        first = torch.zeros((), dtype=torch.int64, device=device)
-        one = torch.ones((), device=device)
-        task.update.begin()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            flops = count_flops(
-                lambda: task.forward_backward(*inputs, first_image=first, loss_scale=one, synchronize=False, plain=True)
-            )
-        task.update.undo()
-        return flops / len(inputs[0])
+
+class Clock:
+    """Images a second and waits for data, over windows that end with a reading or a restart.
+
+    Args:
+        waited: returns the seconds of waiting since its last call.
+    """
+
+    def __init__(self, waited: Callable[[], float]) -> None:
+        self._waited = waited
+        self._seconds, self._images = 0.0, 0  # of representative windows
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window."""
+        self._waited()
+        self._begin, self.images = time.perf_counter(), 0
+
+    def read(self, *, representative: bool) -> tuple[float, float]:
+        """Return images a second and the fraction of time spent waiting for data in the window, and begin a new one.
+
+        Args:
+            representative: the window counts in the `average`.
+        """
+        elapsed, images, waited = time.perf_counter() - self._begin, self.images, self._waited()
+        if representative:
+            self._seconds, self._images = self._seconds + elapsed, self._images + images
+        self.restart()
+        return images / elapsed, waited / elapsed
+
+    @property
+    def average(self) -> float:
+        """Images a second over all representative windows; NaN if there is none."""
+        return self._images / self._seconds if self._images else float("nan")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:

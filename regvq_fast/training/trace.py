@@ -1,6 +1,5 @@
 """A Chrome trace of a few steps."""
 
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -9,29 +8,35 @@ from torch.profiler import ProfilerActivity, profile
 
 from regvq_fast.files import atomic_path
 from regvq_fast.ranks import rank
+from regvq_fast.training.recorder import Recorder
 
 WARM = 3
 """Steps before the first that is traced: they compile, choose algorithms and fill caches."""
 
 
 class StepTrace:
-    """Profiles some steps and writes them as a trace for chrome://tracing or Perfetto; a context manager for each step.
+    """Profile some steps into trace.json, for chrome://tracing or Perfetto; a context manager for each step.
 
     On ranks other than 0 it does nothing.
 
     Args:
-        path: of the trace.
-        first: the first step of this process.
+        recorder: of the run.
+        steps: of this process.
         count: steps to profile; 0: none.
         device: where they compute.
     """
 
-    def __init__(self, path: Path, first: int, count: int, device: torch.device) -> None:
-        self.path = path
-        self._begin, self._end = first + WARM, first + WARM + count
-        self._step = first
+    def __init__(self, recorder: Recorder, steps: range, count: int, device: torch.device) -> None:
+        self._recorder, self.path = recorder, recorder.folder / "trace.json"
+        self._step, self._begin = steps.start, steps.start + WARM
+        self._end = min(self._begin + count, steps.stop)
+        if count and self._end <= self._begin:
+            recorder.warn(
+                f"--trace-steps {count} leaves no trace: the first {WARM} steps are not traced, and the run has "
+                f"{len(steps)} to do"
+            )
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        self._profile = profile(activities=activities) if count and rank() == 0 else None
+        self._profile = profile(activities=activities) if self._end > self._begin and rank() == 0 else None
 
     def __enter__(self) -> Self:
         if self._profile and self._step == self._begin:
@@ -46,21 +51,14 @@ class StepTrace:
             self._profile = None
         self._step += 1
 
-    @property
-    def steps(self) -> int:
-        """Steps profiled so far."""
-        return max(0, min(self._step, self._end) - self._begin)
-
-    def write(self, last: bool) -> bool:
-        """Write the trace if all of its steps are done, or the ``last`` one of the run; whether that was so.
-
-        Raises:
-            OSError: it can't be written.
-        """
-        if self._profile is None or not self.steps or not (last or self._step >= self._end):
+    def write(self) -> bool:
+        """Write the trace if its last step is done; return whether it was. A full disk is a warning."""
+        if self._profile is None or self._step < self._end:
             return False
         finished, self._profile = self._profile, None
         finished.stop()
-        with atomic_path(self.path) as temporary:
-            finished.export_chrome_trace(str(temporary))
+        with self._recorder.surviving_a_full_disk(self.path.name):
+            with atomic_path(self.path) as temporary:
+                finished.export_chrome_trace(str(temporary))
+            self._recorder.status(f"traced {self._end - self._begin} steps: {self.path}")
         return True

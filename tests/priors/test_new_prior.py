@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from regvq_fast.cli.cache_tokens import CacheConfig, cache_tokens
 from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
 from regvq_fast.cli.sample import SampleConfig, generate
+from regvq_fast.cli.train import train
 from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.models import VQGAN
 from regvq_fast.models.model import Model
 from regvq_fast.pictures import color_map
 from regvq_fast.priors.choosing import choose_tokens
 from regvq_fast.priors.config import PriorConfig, check_prior_config
-from regvq_fast.priors.recipe import PriorTask
+from regvq_fast.priors.recipe import PriorRecipe
 from regvq_fast.priors.registry import PRIORS, Prior, SamplingConfig
 from regvq_fast.priors.sampler import PriorSampler, SamplingSettings
 from regvq_fast.quantizers import NearestQuantizer
-from regvq_fast.training.loop import run
 
 
 class ToyModel(Model):
@@ -78,31 +78,32 @@ class ToySampler(PriorSampler):
         return choose_tokens(logits, rows, seed, temperature=self.settings.temperature)
 
 
-class ToyTask(PriorTask[ToyConfig]):
+class ToyRecipe(PriorRecipe[ToyConfig]):
     script = "train/toy.py"
     condition_field = ToySampler.condition_field
 
-    def check(self, config: ToyConfig) -> None:
+    @staticmethod
+    def check(config: ToyConfig) -> None:
         check_prior_config(config)
 
-    def build_prior(self) -> ToyModel:
-        classes = self.config.model.num_classes
-        return ToyModel(self.tokenizer.quantize.num_codes, classes, self.tokenizer.token_shape)
+    def build_prior(self, config: ToyConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
+        classes = config.model.num_classes
+        return ToyModel(self.tokenizer.quantize.num_codes, classes, self.tokenizer.token_shape), {}
 
     def build_loss(self) -> nn.Module:
         return ToyLoss(self.model)
 
-    def condition(self, batch: TokenBatch) -> tuple[Tensor]:
-        return (batch["segmentation"].long(),)
+    def condition(self, batch: TokenBatch) -> Tensor:
+        return batch["segmentation"].long()
 
-    def validation_loss(self, model: ToyModel, first_image: int, *inputs: Tensor) -> Tensor:
-        return model(*inputs)
+    def validation_loss(self, model: ToyModel, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
+        return model(tokens, condition)
 
     def sample(self, model: ToyModel, batch: TokenBatch, progress: Any = None) -> Tensor:
         return ToySampler(model, SamplingSettings()).sample(batch["segmentation"])
 
-    def show(self, batch: TokenBatch) -> Tensor:
-        return color_map(batch["segmentation"], (16, 16))
+    def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
+        return color_map(batch["segmentation"], (16, 16)), {}
 
     def judge(self, *_: Any) -> Mapping[str, float]:
         return {}
@@ -110,7 +111,7 @@ class ToyTask(PriorTask[ToyConfig]):
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Prior:
-    entry = Prior(ToyModel, {"scenes": ToyConfig()}, ToyTask, ToySampler)
+    entry = Prior(ToyModel, {"scenes": ToyConfig()}, ToyRecipe, ToySampler)
     monkeypatch.setitem(PRIORS, "toy", entry)
     return entry
 
@@ -134,7 +135,7 @@ def test_a_new_prior_trains_samples_and_is_measured(
     trained = tmp_path / "run"
     flags = "--steps 2 --batch-size 8 --log-every 1 --warmup-steps 0 --lr 0.1 --device cpu --workers 0".split()
     monkeypatch.setattr(sys, "argv", ["toy.py", *flags, "--cache", str(tokens), "--out", str(trained)])
-    run(toy.recipe, toy.presets, "")
+    train(toy.recipe, toy.presets, "")
     before, after = (json.loads(line)["loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()[:2])
     assert after < before
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from training.tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
 
 from regvq_fast.config import override
+from regvq_fast.data.loading import read_samples
 from regvq_fast.models import VQGAN
 from regvq_fast.precision import Precision
 from regvq_fast.priors.autoregressive.config import ARConfig
-from regvq_fast.priors.autoregressive.recipe import ARTask
-from regvq_fast.priors.recipe import PriorTask
+from regvq_fast.priors.autoregressive.recipe import ARRecipe
+from regvq_fast.priors.recipe import PriorRecipe
 from regvq_fast.training.recorder import Recorder
-from regvq_fast.training.task import Task
+from regvq_fast.training.trainer import Trainer
 
 PRIORS = {"ar": "ar.py", "diffusion": "diffusion.py"}
 PRIOR = (
@@ -111,8 +112,8 @@ def test_tokens_made_on_the_fly_train_the_same_prior(
 def test_epochs_count_images_whether_their_tokens_are_cached_or_not(cache: Path, tokenizer: Path) -> None:
     steps = []
     for tokens in ({"cache": cache}, {"on_the_fly": True, "tokenizer": tokenizer}):
-        task = ARTask(override(ARConfig(), epochs=3, batch_size=8, **SMALL, **tokens))
-        steps.append((task.train_images(), task.steps))
+        trainer = Trainer(ARRecipe, override(ARConfig(), epochs=3, batch_size=8, **SMALL, **tokens))
+        steps.append((trainer.data.images_per_epoch, trainer.steps))
     assert steps == [(32, 12), (8192, 3072)]
 
 
@@ -123,10 +124,10 @@ def test_another_precision_makes_other_tokens_but_no_other_images(
     cpu = torch.device("cpu")
     for dtype in (None, torch.bfloat16):
         precision = Precision(cpu, dtype, "")
-        monkeypatch.setattr("regvq_fast.training.task.choose_precision", lambda *_, precision=precision: precision)
-        task = ARTask(override(ARConfig(), on_the_fly=True, tokenizer=tokenizer, **SMALL))
-        tokens.append(task.tokens_of(task.read(task.train_set, range(16)))["tokens"])
-        fingerprints.append(task.fingerprint)
+        monkeypatch.setattr("regvq_fast.training.trainer.choose_precision", lambda *_, precision=precision: precision)
+        trainer = Trainer(ARRecipe, override(ARConfig(), on_the_fly=True, tokenizer=tokenizer, **SMALL))
+        tokens.append(trainer.recipe.tokenize(read_samples(trainer.data.train, range(16)))["tokens"])
+        fingerprints.append(trainer.networks.fingerprint)
     assert not torch.equal(*tokens)
     assert len(set(fingerprints)) == 1
 
@@ -146,7 +147,7 @@ def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
         return tokenize(model, images)
 
     monkeypatch.setattr(VQGAN, "tokenize", watched)
-    monkeypatch.setattr(PriorTask, "agreement", lambda *_: {})  # it looks at images of its own
+    monkeypatch.setattr(PriorRecipe, "agreement", lambda *_: {})  # it looks at images of its own
     flags = ["--on-the-fly", "--tokenizer", tokenizer, "--val-images", 10]
     fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "parts")
     assert sizes == {4, 2}
@@ -165,17 +166,17 @@ def test_a_resumed_run_equals_one_without_a_break(
 ) -> None:
     flags = ["--cache", cache, "--ema", 0.5, "--dropout", 0.3]
     fit(prior, *flags, "--out", tmp_path / "whole")
-    step: Callable[[Task, int], None] = Task.step
+    step: Callable[[Trainer[Any], int], None] = Trainer.step
 
-    def interrupted(task: Task, number: int) -> None:
-        step(task, number)
+    def interrupted(trainer: Trainer[Any], number: int) -> None:
+        step(trainer, number)
         if number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Task, "step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     with pytest.raises(SystemExit) as stop:
         fit(prior, *flags, "--out", tmp_path / "broken")
-    monkeypatch.setattr(Task, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     assert stop.value.code == 128 + signal.SIGTERM
     moved = shutil.copytree(cache, tmp_path / "moved")
     resume(tmp_path / "broken", "--cache", moved, script=PRIORS[prior])
@@ -206,7 +207,7 @@ def test_a_signal_ends_the_closing_evaluation_which_resuming_repeats(
                 yield update if name.startswith({"fit": "fitting", "sample": "sampling"}[stage]) else show
 
     with monkeypatch.context() as patch:
-        patch.setattr("regvq_fast.training.loop.Recorder", Interrupting)
+        patch.setattr("regvq_fast.training.trainer.Recorder", Interrupting)
         with pytest.raises(SystemExit) as stop:
             resume(out, script=PRIORS[prior])
     assert stop.value.code == 128 + signal.SIGINT
@@ -228,7 +229,7 @@ def test_a_signal_ends_the_closing_evaluation_which_resuming_repeats(
 def test_a_resumed_run_has_its_tokenizer_with_it(
     monkeypatch: pytest.MonkeyPatch, cache: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(PriorTask, "agreement", lambda *_: {})
+    monkeypatch.setattr(PriorRecipe, "agreement", lambda *_: {})
     moved, gone = shutil.copytree(cache, tmp_path / "moved"), tmp_path / "gone"
     info = json.loads((moved / "cache.json").read_text())
     (moved / "cache.json").write_text(json.dumps(info | {"tokenizer": str(gone)}))

@@ -13,10 +13,9 @@ import torch
 from regvq_fast.data.scenes import LAYOUTS, PHOTOGRAPHS
 from regvq_fast.models import VQGAN
 from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
-from regvq_fast.priors.diffusion.recipe import DiffusionTask
+from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder, restore_text_encoder
 from regvq_fast.quantizers import NearestQuantizer
-from regvq_fast.training.loop import run
 
 
 def tiny_words(**arguments: int | bool) -> WordEncoder:
@@ -183,7 +182,7 @@ def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
 
     def train(*flags: object) -> None:
         monkeypatch.setattr(sys, "argv", ["diffusion.py", *map(str, flags)])
-        run(DiffusionTask, DIFFUSION_PRESETS, "")
+        train(DiffusionRecipe, DIFFUSION_PRESETS, "")
 
     flags: list[object] = "--on-the-fly --compile --ema 0.5 --val-images 4 --workers 0 --device cpu".split()
     flags += "--batch-size 4 --width 16 --depth 1 --heads 2 --warmup-steps 1 --final-lr-fraction 1".split()

@@ -18,8 +18,8 @@ from regvq_fast.config import VQGANConfig, override
 from regvq_fast.models import VGGFeatures
 from regvq_fast.ranks import process_group, rank
 from regvq_fast.training import build
-from regvq_fast.training.loop import prepare
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan import VQGANRecipe
 
 TINY = override(
     VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=2, batch_size=4,
@@ -55,7 +55,7 @@ def main() -> None:
             downloading = functools.partial(load, folder=folder, stalled=name == "stalled")
             with patch.object(build, "load_vgg_features", build.load_vgg_features if changes else downloading):
                 try:
-                    prepare(VQGANTask, config)
+                    Trainer.open(VQGANRecipe, config)
                 except (ValueError, OSError) as error:
                     said[name] = f"{type(error).__name__}: {error}"
         (folder / f"{rank()}.json").write_text(json.dumps(said))

@@ -20,7 +20,7 @@ from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import Quantizer
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, set_random_state
 from regvq_fast.training.recorder import Recorder, reason
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.trainer import Trainer
 
 
 def tiny_model(quantizer: Quantizer | None = None) -> VQGAN:
@@ -221,17 +221,17 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
 ) -> None:
     train(*FAST, "--out", tmp_path / "whole", "--steps", 6, "--checkpoint-every", 2)
     out = tmp_path / "run"
-    step = VQGANTask.step
+    step = Trainer.step
 
-    def limited(task: VQGANTask, number: int) -> None:
+    def limited(trainer: Trainer[Any], number: int) -> None:
         if number == 3:  # from here to the end of the next step there is room for the records, but not for weights
             limit.__enter__()
         if number == 5:
             limit.__exit__(None, None, None)
-        step(task, number)
+        step(trainer, number)
 
     limit = largest_file(100_000)
-    monkeypatch.setattr(VQGANTask, "step", limited)
+    monkeypatch.setattr(Trainer, "step", limited)
     train(*FAST, "--out", out, "--steps", 6, "--checkpoint-every", 2, "--keep-checkpoints", 3, "--image-every", 9)
     said = " ".join(capsys.readouterr().out.split())
     assert (
@@ -248,16 +248,16 @@ def test_results_that_find_no_room_are_made_up_for_by_resuming(
 ) -> None:
     train(*FAST, "--out", tmp_path / "whole")
     out = tmp_path / "run"
-    conclude = VQGANTask.conclude
+    conclude = Trainer.conclude
 
     def limited(*arguments: Any) -> None:
         with largest_file(100_000):
             conclude(*arguments)
 
-    monkeypatch.setattr(VQGANTask, "conclude", limited)
+    monkeypatch.setattr(Trainer, "conclude", limited)
     with pytest.raises(SystemExit) as stop:
         train(*FAST, "--out", out)
-    monkeypatch.setattr(VQGANTask, "conclude", conclude)
+    monkeypatch.setattr(Trainer, "conclude", conclude)
     assert stop.value.code == 1
     assert capsys.readouterr().err.strip() == (
         "all steps are done, but the results could not be written (File too large); make room, then: "

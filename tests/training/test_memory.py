@@ -10,8 +10,9 @@ from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.models import VQGAN
-from regvq_fast.training.memory import is_out_of_memory, largest_batch, out_of_memory_advice, runs_in_memory
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.batch_size import largest_batch, runs_in_memory
+from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
+from regvq_fast.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("unit", [1, 3])
@@ -59,18 +60,18 @@ def test_the_advice_is_what_is_not_done_yet(changes: dict[str, Any], advice: str
 def test_out_of_memory_ends_with_advice_that_resuming_takes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = VQGANTask.step
+    step = Trainer.step
 
-    def hungry(task: VQGANTask, number: int) -> None:
+    def hungry(trainer: Trainer[Any], number: int) -> None:
         if number == 3:
             torch.empty(2**60, dtype=torch.uint8)
-        step(task, number)
+        step(trainer, number)
 
-    monkeypatch.setattr(VQGANTask, "step", hungry)
+    monkeypatch.setattr(Trainer, "step", hungry)
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as stop:
         train(*FAST, "--out", out, "--checkpoint-every", 2)
-    monkeypatch.setattr(VQGANTask, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     assert stop.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("stopped after step 3: out of memory at a peak of")
@@ -119,18 +120,18 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
 def test_the_largest_batch_is_looked_for_with_whole_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = VQGANTask.step
+    step = Trainer.step
     taken: list[tuple[int, int]] = []
 
-    def limited(task: VQGANTask, number: int) -> None:
-        step(task, number)
-        taken.append((task.batch_size, number))
-        if task.batch_size > 13:
+    def limited(trainer: Trainer[Any], number: int) -> None:
+        step(trainer, number)
+        taken.append((trainer.batch_size, number))
+        if trainer.batch_size > 13:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     # A CPU has no such limit, and native code doesn't survive one that is set: what a GPU would do is played.
-    monkeypatch.setattr(VQGANTask, "step", limited)
-    monkeypatch.setattr("regvq_fast.training.memory.memory_limit", lambda device: 2**33)
+    monkeypatch.setattr(Trainer, "step", limited)
+    monkeypatch.setattr("regvq_fast.training.batch_size.memory_limit", lambda device: 2**33)
     out = tmp_path / "run"
     train(*FAST, "--find-batch-size", "--out", out, "--accumulate", 2, "--disc-start", 1)
     *tries, result = capsys.readouterr().out.splitlines()

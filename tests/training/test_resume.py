@@ -20,9 +20,12 @@ from tiny_runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records,
 from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override
+from regvq_fast.data.samples import Batch
 from regvq_fast.models import VQGAN
 from regvq_fast.training.checkpoint import Checkpoint
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.recipe import Step
+from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan import VQGANRecipe
 
 STEPS = 12
 RUN = (
@@ -34,7 +37,7 @@ RUN = (
 KILLED = """
 import os, runpy, signal, sys
 from regvq_fast.models import pretrained
-from regvq_fast.training.update import Update
+from regvq_fast.training.optimization import Optimization
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -55,16 +58,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
     """Do something in the middle of a step, once."""
-    original = VQGANTask.forward_backward
+    original = VQGANRecipe.step
 
-    def forward_backward(task: VQGANTask, *inputs: Tensor, **others: Any) -> dict[str, Tensor]:
-        metrics = original(task, *inputs, **others)
-        if task._step == number:
-            monkeypatch.setattr(VQGANTask, "forward_backward", original)
+    def step(recipe: VQGANRecipe, batch: Batch, now: Step) -> dict[str, Tensor]:
+        metrics = original(recipe, batch, now)
+        if now.number == number:
+            monkeypatch.setattr(VQGANRecipe, "step", original)
             action()
         return metrics
 
-    monkeypatch.setattr(VQGANTask, "forward_backward", forward_backward)
+    monkeypatch.setattr(VQGANRecipe, "step", step)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, done: int, *flags: object) -> None:
@@ -80,8 +83,8 @@ def test_a_run_survives_kill_9(whole: Path, tmp_path: Path, where: str) -> None:
     step = random.randrange(1, STEPS)  # any step must do
     print(f"killed {where}, {step}")
     if where == "in a step":
-        patch = "update, steps = Update.take, []\n"
-        patch += f"Update.take = lambda *a: die() if len(steps) == {step} else steps.append(update(*a))"
+        patch = "update, steps = Optimization.step, []\n"
+        patch += f"Optimization.step = lambda *a: die() if len(steps) == {step} else steps.append(update(*a))"
     else:  # its files are written, its name is not; each checkpoint waits twice for the disk
         patch = f"calls = []\npretrained._sync = lambda _: die() if len(calls) == {step // 2 * 2} else calls.append(1)"
     code = KILLED.format(patch, [str(SCRIPT), *TINY, *FAST, *RUN, "--out", str(out)])
@@ -137,14 +140,14 @@ def test_a_second_signal_stops_at_once_and_says_how_to_go_on(
 
 def test_pictures_are_abandoned_at_a_signal(monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    save_pictures = VQGANTask.save_pictures
+    save_images = VQGANRecipe.save_images
 
-    def interrupted(task: VQGANTask, path: Path) -> None:
-        monkeypatch.setattr(VQGANTask, "save_pictures", save_pictures)
+    def interrupted(recipe: VQGANRecipe, model: Any, path: Path) -> None:
+        monkeypatch.setattr(VQGANRecipe, "save_images", save_images)
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the signal did not end the sampling of pictures")
 
-    monkeypatch.setattr(VQGANTask, "save_pictures", interrupted)
+    monkeypatch.setattr(VQGANRecipe, "save_images", interrupted)
     with pytest.raises(SystemExit) as stop:
         train(*FAST, *RUN, "--out", out)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -157,14 +160,14 @@ def test_an_evaluation_that_a_signal_cuts_short_is_done_after_resuming(
     monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    evaluate = VQGANTask.evaluate
+    evaluate = VQGANRecipe.evaluate
 
-    def interrupted(task: VQGANTask, **arguments: Any) -> Any:
-        monkeypatch.setattr(VQGANTask, "evaluate", evaluate)
+    def interrupted(recipe: VQGANRecipe, *arguments: Any) -> Any:
+        monkeypatch.setattr(VQGANRecipe, "evaluate", evaluate)
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(task, **arguments)
+        return evaluate(recipe, *arguments)
 
-    monkeypatch.setattr(VQGANTask, "evaluate", interrupted)
+    monkeypatch.setattr(VQGANRecipe, "evaluate", interrupted)
     with pytest.raises(SystemExit):
         train(*FAST, *RUN, "--out", out)
     assert [row["split"] for row in records(out)] == ["train"] * 2
@@ -291,14 +294,14 @@ def test_a_finished_run_that_goes_on_serves_its_newest_checkpoint(
     assert all(torch.equal(served[name], value) for name, value in newest.items())
 
 
-@pytest.mark.parametrize("where", ["prepare", "Recorder.__enter__"])
+@pytest.mark.parametrize("where", ["trainer.Trainer.open", "recorder.Recorder.__enter__"])
 def test_ctrl_c_before_the_first_step_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"regvq_fast.training.loop.{where}", interrupted)
+    monkeypatch.setattr(f"regvq_fast.training.{where}", interrupted)
     with pytest.raises(SystemExit) as stop:
         train(*FAST, "--out", tmp_path / "run")
     assert stop.value.code == 130
@@ -374,19 +377,19 @@ def test_the_scale_of_the_losses_is_resumed(tmp_path: Path) -> None:
         VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu",
     )  # fmt: skip
-    task = VQGANTask(config)
-    task.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=3)
+    trainer = Trainer(VQGANRecipe, config)
+    trainer.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=3)
     for step in range(4):
-        task.step(step)
-    saved = copy.deepcopy(task.state())
-    again = VQGANTask(config)
-    again.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3, growth_interval=3)
-    again.load(Checkpoint(4, tmp_path, copy.deepcopy(task.eval_model.state_dict()), saved))
-    assert again.update.scaler.state_dict() == task.update.scaler.state_dict()
-    assert task.update.scaler.get_scale() == 2.0**7
+        trainer.step(step)
+    saved = copy.deepcopy(trainer.state())
+    again = Trainer(VQGANRecipe, config)
+    again.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3, growth_interval=3)
+    again.load(Checkpoint(4, tmp_path, copy.deepcopy(trainer.eval_model.state_dict()), saved))
+    assert again.optimization.scaler.state_dict() == trainer.optimization.scaler.state_dict()
+    assert trainer.optimization.scaler.get_scale() == 2.0**7
     for step in range(4, 6):
-        task.step(step)
+        trainer.step(step)
         again.step(step)
-    assert again.update.scaler.get_scale() == task.update.scaler.get_scale() == 2.0**8
-    for name, value in task.model.state_dict().items():
+    assert again.optimization.scaler.get_scale() == trainer.optimization.scaler.get_scale() == 2.0**8
+    for name, value in trainer.networks.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name

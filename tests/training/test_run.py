@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from regvq_fast.models import VGGFeatures, weights
 from regvq_fast.training import build
 from regvq_fast.training.build import build_model
 from regvq_fast.training.compilation import worth_compiling
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan import VQGANRecipe
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
@@ -112,10 +114,10 @@ def test_parts_of_a_batch_make_the_same_step_as_the_whole() -> None:
             VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4,
             batch_size=4, accumulate=parts, quantizer="vq-gan", perceptual_weight=0, contrastive="none", device="cpu",
         )  # fmt: skip
-        task = VQGANTask(config)
+        trainer = Trainer(VQGANRecipe, config)
         for step in range(3):
-            task.step(step)
-        losses.append(task.record())
+            trainer.step(step)
+        losses.append(trainer.record()[0])
     assert losses[0]["l1"] == pytest.approx(losses[1]["l1"], rel=1e-4)
     assert losses[0]["grad_norm"] == pytest.approx(losses[1]["grad_norm"], rel=1e-3)
 
@@ -145,15 +147,15 @@ def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(tmp_path: Pat
 def test_data_that_go_bad_end_a_run_with_the_way_to_continue(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
-    photos, out, step = make_photos(tmp_path / "photos"), tmp_path / "run", VQGANTask.step
+    photos, out, step = make_photos(tmp_path / "photos"), tmp_path / "run", Trainer.step
 
-    def damaging(task: VQGANTask, number: int) -> None:
+    def damaging(trainer: Trainer[Any], number: int) -> None:
         if number == 3:
             for path in (photos / "train").iterdir():
                 path.write_bytes(b"")
-        step(task, number)
+        step(trainer, number)
 
-    monkeypatch.setattr(VQGANTask, "step", damaging)
+    monkeypatch.setattr(Trainer, "step", damaging)
     with pytest.raises(SystemExit) as stop:
         train("--data", photos, "--out", out, *FAST, "--steps", 99, "--checkpoint-every", 2, "--workers", workers)
     assert stop.value.code == 1
@@ -243,18 +245,18 @@ def test_overflow_of_scaled_gradients_skips_the_step_and_lowers_the_scale() -> N
         VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu", disc_start=0, disc_filters=4,
     )  # fmt: skip
-    task = VQGANTask(config)
-    task.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-    before = task.model.last_layer.detach().clone()
-    task.step(0)
-    values = task.record()  # no error: an overflow is part of the search for a scale
+    trainer = Trainer(VQGANRecipe, config)
+    trainer.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    before = trainer.networks.model.last_layer.detach().clone()
+    trainer.step(0)
+    values, _ = trainer.record()  # no error: an overflow is part of the search for a scale
     assert "grad_norm" not in values
     assert values["loss_scale"] == 2.0**125
-    assert torch.equal(task.model.last_layer, before)
-    task.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    task.step(1)
-    assert task.record()["grad_norm"] > 0
-    assert not torch.equal(task.model.last_layer, before)
+    assert torch.equal(trainer.networks.model.last_layer, before)
+    trainer.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    trainer.step(1)
+    assert trainer.record()[0]["grad_norm"] > 0
+    assert not torch.equal(trainer.networks.model.last_layer, before)
 
 
 def test_runs_do_not_mix(tmp_path: Path) -> None:
@@ -278,5 +280,5 @@ def test_a_discriminator_that_never_joins_says_so() -> None:
         VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=4,
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu",
     )  # fmt: skip
-    found = [VQGANTask(config).facts["discriminator"] for config in (tiny, override(tiny, disc_start=4))]
+    found = [Trainer(VQGANRecipe, config).metadata["discriminator"] for config in (tiny, override(tiny, disc_start=4))]
     assert found == ["none; --disc-start N brings it in", "none: --disc-start 4 is past the last step, 3"]

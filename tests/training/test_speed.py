@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from tiny_runs import FAST, records, train
 
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.precision import configure_backends
-from regvq_fast.training.throughput import Utilization, peak_flops
-from regvq_fast.training.vqgan import VQGANTask
+from regvq_fast.training.throughput import peak_flops
+from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan import VQGANRecipe
 
 
 def test_records_tell_how_long_the_step_waited_for_data(tmp_path: Path) -> None:
@@ -22,15 +24,15 @@ def test_records_tell_how_long_the_step_waited_for_data(tmp_path: Path) -> None:
 
 def test_waits_are_those_of_the_time_that_they_are_a_share_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A picture between two records begins the window anew."""
-    step = VQGANTask.step
+    step = Trainer.step
 
-    def slow_data(task: VQGANTask, number: int) -> None:
-        step(task, number)
-        assert task._batches is not None
+    def slow_data(trainer: Trainer[Any], number: int) -> None:
+        step(trainer, number)
+        assert trainer._batches is not None
         if number == 3:
-            task._batches._waited += 100.0
+            trainer._batches._waited += 100.0
 
-    monkeypatch.setattr(VQGANTask, "step", slow_data)
+    monkeypatch.setattr(Trainer, "step", slow_data)
     train(*FAST, "--out", tmp_path / "run", "--steps", 6, "--log-every", 3, "--image-every", 4)
     rows = [row for row in records(tmp_path / "run") if row["split"] == "train"]
     assert [row["step"] for row in rows] == [1, 3, 6]
@@ -66,23 +68,23 @@ def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.M
         batch_size=4, quantizer="vq-vae", disc_start=1, disc_filters=4, perceptual_weight=0.0, contrastive="none",
         device="cpu", dropout=0.5,
     )  # fmt: skip
-    counted, plain = VQGANTask(config), VQGANTask(config)
-    utilization = Utilization(counted)
-    assert utilization.read(0, 100.0) == {}  # nobody knows a CPU's peak
+    plain = Trainer(VQGANRecipe, config)
+    assert plain.utilization(0, 100.0) == {}  # nobody knows a CPU's peak
     monkeypatch.setattr("regvq_fast.training.throughput.peak_flops", lambda device, dtype: 1e9)
+    counted = Trainer(VQGANRecipe, config)
     ratios = []
     for step in range(3):
-        # Dropout draws from the global generator: both tasks get the same stretch of it.
+        # Dropout draws from the global generator: both trainers get the same stretch of it.
         torch.manual_seed(step)
         plain.step(step)
         torch.manual_seed(step)
         counted.step(step)
-        ratios.append(utilization.read(step, 100.0)["mfu"])
-    for name, value in plain.model.state_dict().items():
-        assert torch.equal(value, counted.model.state_dict()[name]), name
-    for name, value in plain.discriminator.state_dict().items():
-        assert torch.equal(value, counted.discriminator.state_dict()[name]), name
-    assert torch.equal(plain.usage.counts, counted.usage.counts)
+        ratios.append(counted.utilization(step, 100.0)["mfu"])
+    for name, value in plain.networks.model.state_dict().items():
+        assert torch.equal(value, counted.networks.model.state_dict()[name]), name
+    for name, value in plain.recipe.discriminator.state_dict().items():
+        assert torch.equal(value, counted.recipe.discriminator.state_dict()[name]), name
+    assert torch.equal(plain.networks.meter.usage.counts, counted.networks.meter.usage.counts)
     assert 0 < ratios[0] < ratios[1] == ratios[2]  # the discriminator joins at step 1
     macs = 8 * 3 * 9 * 32 * 32  # the encoder's first convolution: forward, and the gradient of its weights
     assert ratios[0] * 1e9 / 100 > 2 * 2 * macs
@@ -115,7 +117,7 @@ def test_what_is_computed_again_to_save_memory_is_not_counted(monkeypatch: pytes
             VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9,
             batch_size=4, perceptual_weight=0.0, contrastive="none", device="cpu", activation_checkpointing=again,
         )  # fmt: skip
-        ratios.append(Utilization(VQGANTask(config)).read(0, 100.0))
+        ratios.append(Trainer(VQGANRecipe, config).utilization(0, 100.0))
     assert ratios[0] == ratios[1]
 
 

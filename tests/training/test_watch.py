@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,31 +14,34 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regvq_fast.training.vqgan
+from regvq_fast import ranks
 from regvq_fast.config import VQGANConfig, override
-from regvq_fast.training.optimization import AveragedWeights
-from regvq_fast.training.vqgan import VQGANTask
-from regvq_fast.training.watch import CollapseAlarm, Rollback, Watch
+from regvq_fast.training.optimization import AveragedWeights, Rollback, Watch
+from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan import CodebookMeter, VQGANRecipe
 
 NAN, INF = float("nan"), float("inf")
 
 
-def tiny_task(**changes: Any) -> VQGANTask:
+def tiny_trainer(**changes: Any) -> Trainer[Any]:
     config = override(
         VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=99,
         batch_size=4, perceptual_weight=0, contrastive="none", device="cpu", disc_start=0, disc_filters=4, ema=0.5,
     )  # fmt: skip
-    return VQGANTask(override(config, **changes))
+    return Trainer(VQGANRecipe, override(config, **changes))
 
 
 def numbers(**values: float) -> dict[str, Tensor]:
     return {name: torch.tensor(value) for name, value in values.items()}
 
 
-def trained(task: VQGANTask) -> dict[str, Any]:
+def trained(trainer: Trainer[Any]) -> dict[str, Any]:
     """What only a step that is taken changes."""
-    state = task.state()
-    average = {name: value for name, value in task.eval_model.state_dict().items() if name != "quantize.tau"}
-    model = {name: value for name, value in task.model.state_dict().items() if name != "quantize.tau"}  # a schedule
+    state = trainer.state()
+    average = {name: value for name, value in trainer.eval_model.state_dict().items() if name != "quantize.tau"}
+    model = {
+        name: value for name, value in trainer.networks.model.state_dict().items() if name != "quantize.tau"
+    }  # a schedule
     optimizers = [optimizer["state"] for optimizer in state["optimizers"]]
     return copy.deepcopy(
         {"model": model, "average": average, "optimizers": optimizers, "discriminator": state["others"]}
@@ -52,7 +56,7 @@ def let_through(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_images(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float = NAN) -> None:
     """Put one bad pixel into the images of these steps."""
-    original, step = regvq_fast.training.vqgan.to_float, VQGANTask.step
+    original, step = regvq_fast.training.vqgan.to_float, Trainer.step
     broken = []
 
     def to_float(images: Tensor) -> Tensor:
@@ -61,25 +65,26 @@ def break_images(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float 
             images[0, 0, 3, 5] = value
         return images
 
-    def counted(task: VQGANTask, number: int) -> None:
+    def counted(trainer: Trainer[Any], number: int) -> None:
         if number in steps:
             broken.append(number)
-        step(task, number)
+        step(trainer, number)
         broken.clear()
 
     monkeypatch.setattr(regvq_fast.training.vqgan, "to_float", to_float)
-    monkeypatch.setattr(VQGANTask, "step", counted)
+    monkeypatch.setattr(Trainer, "step", counted)
 
 
-def break_terms(monkeypatch: pytest.MonkeyPatch, task: VQGANTask, *names: str) -> None:
+def break_terms(monkeypatch: pytest.MonkeyPatch, trainer: Trainer[Any], *names: str) -> None:
     """Make terms of the loss that the step reports not finite."""
-    original = task.train_step
+    recipe = trainer.recipe
+    original = recipe.train_step
 
     def step(*arguments: Any, **others: Any) -> Any:
         metrics, indices = original(*arguments, **others)
         return {name: value * NAN if name in names else value for name, value in metrics.items()}, indices
 
-    monkeypatch.setattr(task, "train_step", step)
+    monkeypatch.setattr(recipe, "train_step", step)
 
 
 @pytest.mark.parametrize("quantizer", ["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"])
@@ -87,28 +92,31 @@ def break_terms(monkeypatch: pytest.MonkeyPatch, task: VQGANTask, *names: str) -
 def test_a_bad_pixel_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch, quantizer: str, value: float, cause: str
 ) -> None:
-    task = tiny_task(quantizer=quantizer, dropout=0.1)
+    trainer = tiny_trainer(quantizer=quantizer, dropout=0.1)
     break_images(monkeypatch, {2, 3}, value)
     if cause != "latents":
         let_through(monkeypatch)
     for step in range(2):
-        task.step(step)
-    before = trained(task)
+        trainer.step(step)
+    before = trained(trainer)
     for step in (2, 3):
-        task.step(step)
-        assert task.update.watch.last_step_was_skipped()
-    assert_equal(before, trained(task), quantizer)
-    values = task.record()
+        trainer.step(step)
+        assert trainer.optimization.watch.last_step_was_skipped()
+    assert_equal(before, trained(trainer), quantizer)
+    values, warnings = trainer.record()
+    assert warnings == []
     assert (values["skipped"], values["not_finite"]) == (2, cause)
     assert all(value == value for value in values.values()), "means are over the finite numbers"
-    assert task.review() == [f"2 steps were skipped since the last record, not finite: {cause}"]
+    assert trainer.optimization.warnings(max_skipped=20) == [
+        f"2 steps were skipped since the last record, not finite: {cause}"
+    ]
 
-    task.step(4)
-    values = task.record()
+    trainer.step(4)
+    values, _ = trainer.record()
     assert values["skipped"] == 0
     assert "not_finite" not in values
-    assert task.review() == []
-    assert not torch.equal(task.model.last_layer, before["model"]["decoder.conv_out.weight"])
+    assert trainer.optimization.warnings(max_skipped=20) == []
+    assert not torch.equal(trainer.networks.model.last_layer, before["model"]["decoder.conv_out.weight"])
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -124,23 +132,25 @@ def test_a_bad_pixel_leaves_everything_as_it_was(
 def test_the_term_that_was_first_is_named(
     monkeypatch: pytest.MonkeyPatch, names: list[str], cause: str, parts: int
 ) -> None:
-    task = tiny_task(accumulate=parts)
-    before = trained(task)
-    break_terms(monkeypatch, task, *names)
-    task.step(0)
+    trainer = tiny_trainer(accumulate=parts)
+    before = trained(trainer)
+    break_terms(monkeypatch, trainer, *names)
+    trainer.step(0)
     for name in ("model", "average", "discriminator"):
-        assert_equal(before[name], trained(task)[name], name)
-    assert task.record()["not_finite"] == cause
-    assert task.review() == [f"a step was skipped since the last record, not finite: {cause}"]
+        assert_equal(before[name], trained(trainer)[name], name)
+    assert trainer.record()[0]["not_finite"] == cause
+    assert trainer.optimization.warnings(max_skipped=20) == [
+        f"a step was skipped since the last record, not finite: {cause}"
+    ]
 
 
 def test_a_gradient_that_is_not_finite_is_noticed_without_clipping() -> None:
-    task = tiny_task(clip_grad=0)
-    before = trained(task)["model"]
-    task.discriminator.main[0].weight.register_hook(lambda gradient: gradient * INF)
-    task.step(0)
-    assert_equal(before, trained(task)["model"], "weights")
-    values = task.record()
+    trainer = tiny_trainer(clip_grad=0)
+    before = trained(trainer)["model"]
+    trainer.recipe.discriminator.main[0].weight.register_hook(lambda gradient: gradient * INF)
+    trainer.step(0)
+    assert_equal(before, trained(trainer)["model"], "weights")
+    values, _ = trainer.record()
     assert values["not_finite"] == "grad_norm_discriminator"
     assert values["grad_norm"] > 0
 
@@ -154,12 +164,12 @@ def test_a_step_never_waits_for_the_device() -> None:
             assert func is not torch.ops.aten.nonzero.default, "a shape depends on values"
             return func(*args, **(kwargs or {}))
 
-    task = tiny_task()
-    task.step(0)
+    trainer = tiny_trainer()
+    trainer.step(0)
     with NoLook():
-        task.step(1)
+        trainer.step(1)
     with pytest.raises(AssertionError, match="a value was read"), NoLook():
-        task.update.watch.last_step_was_skipped()
+        trainer.optimization.watch.last_step_was_skipped()
 
 
 def test_the_watch_of_a_window() -> None:
@@ -232,15 +242,16 @@ def test_a_rank_whose_step_fails_says_so_itself(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_images(monkeypatch, {3})
-    step = VQGANTask.step
+    step = Trainer.step
 
-    def on_rank_1(task: VQGANTask, number: int) -> None:
+    def on_rank_1(trainer: Trainer[Any], number: int) -> None:
         if number == 3:  # the others would be waiting for its gradients
-            monkeypatch.setattr("regvq_fast.training.task.num_ranks", lambda: 2)
-            monkeypatch.setattr("regvq_fast.training.loop.rank", lambda: 1)
-        step(task, number)
+            two = SimpleNamespace(**{**vars(ranks), "num_ranks": lambda: 2})
+            monkeypatch.setattr("regvq_fast.training.trainer.ranks", two)
+            monkeypatch.setattr("regvq_fast.cli.train.rank", lambda: 1)
+        step(trainer, number)
 
-    monkeypatch.setattr(VQGANTask, "step", on_rank_1)
+    monkeypatch.setattr(Trainer, "step", on_rank_1)
     with pytest.raises(SystemExit) as stop:
         train(*FAST, "--out", tmp_path / "run", "--checkpoint-every", 2)
     assert stop.value.code == 1
@@ -269,10 +280,11 @@ def test_a_checkpoint_waits_for_a_good_step(
     ],
 )
 def test_a_collapse_is_told_of_once(counts: list[int], threshold: float, alarm: bool) -> None:
-    watchman = CollapseAlarm(threshold)
-    first = watchman.check(torch.tensor(counts))
+    config = override(VQGANConfig(), num_codes=10, collapse_threshold=threshold)
+    meter = CodebookMeter(config, torch.device("cpu"))
+    first = meter.collapse(torch.tensor(counts))
     assert (first is not None) == alarm
-    assert watchman.check(torch.tensor(counts)) is None
+    assert meter.collapse(torch.tensor(counts)) is None
     if first:
         assert f"{sum(count > 0 for count in counts):d}0.0% of 10 codes were used" in first
 

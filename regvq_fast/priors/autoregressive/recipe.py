@@ -1,4 +1,4 @@
-"""Training of the autoregressive prior: the task of ``train/ar.py``."""
+"""The recipe of the autoregressive prior (``train/ar.py``)."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -13,24 +13,25 @@ from regvq_fast.pictures import color_map, legend_of
 from regvq_fast.priors.autoregressive.config import ARConfig, check_ar_config
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.autoregressive.sampler import ARSampler, sample_autoregressive
-from regvq_fast.priors.recipe import PriorTask
+from regvq_fast.priors.recipe import PriorRecipe
 from regvq_fast.priors.sampler import Progress
 
 _MAX_CLASSES = 256
 
 
-class ARTask(PriorTask[ARConfig]):
-    """A transformer in training that predicts the tokens of an image, given its semantic map."""
+class ARRecipe(PriorRecipe[ARConfig]):
+    """Training of a transformer that predicts the tokens of an image from its semantic map."""
 
     script = "train/ar.py"
     condition_field = ARSampler.condition_field
 
-    def check(self, config: ARConfig) -> None:
+    @staticmethod
+    def check(config: ARConfig) -> None:
         check_ar_config(config)
 
-    def build_prior(self) -> TokenTransformer:
-        model = self.config.model
-        return TokenTransformer(
+    def build_prior(self, config: ARConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
+        model = config.model
+        prior = TokenTransformer(
             self.tokenizer.quantize.num_codes,
             self._num_classes(),
             token_shape=self.tokenizer.token_shape,
@@ -39,43 +40,42 @@ class ARTask(PriorTask[ARConfig]):
             heads=model.heads,
             dropout=model.dropout,
         )
+        return prior, {}
 
     def _num_classes(self) -> int:
-        """Ids that a map may hold."""
-        cached = isinstance(self.train_set, TokenDataset)
-        found = (self.train_set.info if cached else self.train_set).num_classes
+        """Return the number of ids that a map may hold."""
+        train = self.data.train
+        cached = isinstance(train, TokenDataset)
+        found = (train.info if cached else train).num_classes
         given = self.config.model.num_classes
         if given is None and found is None:
             raise ValueError("--on-the-fly does not know the classes of these images: give --num-classes")
         if given is not None and not (found or 1) <= given <= _MAX_CLASSES:
-            source = self.config.tokens.cache if cached else self.train_set.label
+            source = self.config.tokens.cache if cached else train.label
             there = f" ({source} has {found} classes)" if found else ""
             raise ValueError(
                 f"--num-classes must be at least {found or 1} and at most {_MAX_CLASSES}, got {given}{there}"
             )
-        if found is None:  # a picture whose map has other ids is one that can't be read
-            self.train_set.num_classes = self.val_set.num_classes = given
+        if found is None:  # an image whose map has other ids counts as unreadable
+            train.num_classes = self.data.val.num_classes = given
         return given or found or 0
 
     def build_loss(self) -> nn.Module:
         model = self.config.model
         return _Loss(self.model, model.keep, model.condition_dropout)
 
-    def condition(self, batch: TokenBatch) -> tuple[Tensor]:
-        return (batch["segmentation"].to(self.device, non_blocking=True).long(),)
+    def condition(self, batch: TokenBatch) -> Tensor:
+        return batch["segmentation"].to(self.device, non_blocking=True).long()
 
-    def validation_loss(self, model: TokenTransformer, first_image: int, *inputs: Tensor) -> Tensor:
-        return model.loss(*inputs)
+    def validation_loss(self, model: TokenTransformer, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
+        return model.loss(tokens, condition)
 
     def sample(self, model: TokenTransformer, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
-        return sample_autoregressive(model, *self.condition(batch), seed=self.config.run.seed, progress=progress)
+        return sample_autoregressive(model, self.condition(batch), seed=self.config.run.seed, progress=progress)
 
-    def show(self, batch: TokenBatch) -> Tensor:
-        size = self.tokenizer.image_size
-        return color_map(batch["segmentation"], (size, size))
-
-    def legend(self, batch: TokenBatch) -> dict[int, str]:
-        return legend_of(batch["segmentation"], CLASSES if self.scenes else ())
+    def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
+        size, maps = self.tokenizer.image_size, batch["segmentation"]
+        return color_map(maps, (size, size)), legend_of(maps, CLASSES if self.scenes else ())
 
     def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
         return {"agreement": region_accuracy(classifier, images, scenes["segmentation"]).accuracy}

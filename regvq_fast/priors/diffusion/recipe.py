@@ -1,4 +1,4 @@
-"""Training of the diffusion prior: the task of ``train/diffusion.py``."""
+"""The recipe of the diffusion prior (``train/diffusion.py``)."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -17,25 +17,26 @@ from regvq_fast.priors.diffusion.model import VQDiffusion
 from regvq_fast.priors.diffusion.sampler import DiffusionSampler, sample_diffusion
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder
 from regvq_fast.priors.diffusion.timesteps import TimestepSampler
-from regvq_fast.priors.recipe import PriorTask
+from regvq_fast.priors.recipe import PriorRecipe
 from regvq_fast.priors.sampler import Progress
 
 
-class DiffusionTask(PriorTask[DiffusionConfig]):
-    """A discrete diffusion over the tokens of an image in training, given its caption."""
+class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
+    """Training of a discrete diffusion over the tokens of an image, given its caption."""
 
     script = "train/diffusion.py"
     condition_field = DiffusionSampler.condition_field
 
-    def check(self, config: DiffusionConfig) -> None:
+    @staticmethod
+    def check(config: DiffusionConfig) -> None:
         check_diffusion_config(config)
 
-    @classmethod
-    def check_files(cls, config: DiffusionConfig) -> None:
+    @staticmethod
+    def check_files(config: DiffusionConfig) -> None:
         _text_encoder(config.model)
 
-    def build_prior(self) -> VQDiffusion:
-        model = self.config.model
+    def build_prior(self, config: DiffusionConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
+        model = config.model
         prior = VQDiffusion(
             self.tokenizer.quantize.num_codes,
             token_shape=self.tokenizer.token_shape,
@@ -47,37 +48,36 @@ class DiffusionTask(PriorTask[DiffusionConfig]):
             dropout=model.dropout,
             null_condition=model.caption_dropout > 0,
         )
-        self.timesteps = self.companions["timesteps"] = TimestepSampler(model.diffusion_steps).to(self.device)
+        self.timesteps = TimestepSampler(model.diffusion_steps).to(self.device)
         self._uniform = TimestepSampler(model.diffusion_steps).to(self.device)
-        return prior
+        return prior, {"timesteps": self.timesteps}
 
     def build_loss(self) -> nn.Module:
         model = self.config.model
         return _Loss(self.model, self.timesteps, model.auxiliary_weight, model.caption_dropout)
 
-    def condition(self, batch: TokenBatch) -> tuple[Tensor]:
-        return (self.model.tokenize_text(batch["caption"]).to(self.device, non_blocking=True),)
+    def condition(self, batch: TokenBatch) -> Tensor:
+        return self.model.tokenize_text(batch["caption"]).to(self.device, non_blocking=True)
 
     def observe(self, *tensors: Tensor) -> None:
         self.timesteps.update(*tensors)
 
-    def validation_loss(self, model: VQDiffusion, first_image: int, *inputs: Tensor) -> Tensor:
-        """Of one uniformly drawn step an image, the same ones in every evaluation, times their number: the bound."""
-        tokens, text = inputs
+    def validation_loss(self, model: VQDiffusion, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
+        """Return the bound, estimated by one uniformly sampled step an image, the same in every evaluation."""
         tokens = tokens.flatten(1)
         seed = torch.zeros((), dtype=torch.int64, device=self.device)
         t, probability = self._uniform.draw(seed, len(tokens), first_image)
         noisy = model.transition.corrupt(tokens, t, seed, first_image)
-        terms = diffusion_terms(model.transition, model(noisy, t, text), tokens, noisy, t)
+        terms = diffusion_terms(model.transition, model(noisy, t, condition), tokens, noisy, t)
         return (terms.bound / probability).mean()
 
     def sample(self, model: VQDiffusion, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
         steps = min(DiffusionSampler.preview["steps"], model.num_steps)
         return sample_diffusion(model, batch["caption"], seed=self.config.run.seed, steps=steps, progress=progress)
 
-    def show(self, batch: TokenBatch) -> Tensor:
+    def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         size = self.tokenizer.image_size
-        return caption_tiles(batch["caption"], size * max(1, -(-192 // size)))
+        return caption_tiles(batch["caption"], size * max(1, -(-192 // size))), {}
 
     def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
         found = caption_accuracy(classifier, images, scenes["caption"])

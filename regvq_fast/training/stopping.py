@@ -1,4 +1,4 @@
-"""Requests to stop a run by SIGINT or SIGTERM, handled between steps."""
+"""Why a run stops before its end: SIGINT and SIGTERM, handled between steps, and errors, explained in one sentence."""
 
 import os
 import signal
@@ -6,15 +6,33 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
+import torch
+
+from regvq_fast.config import TrainConfig
 from regvq_fast.ranks import any_rank
+from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class RunStopped(Exception):
+    """The run ended before its last step, or could not save its results.
+
+    Args:
+        message: why, and what to do.
+        exit_code: of the process.
+        shared: all ranks stop with this message; otherwise it is that of one rank, which ends the others.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1, *, shared: bool = True) -> None:
+        super().__init__(message)
+        self.exit_code, self.shared = exit_code, shared
+
+
 class Interrupted(Exception):
-    """The run was told to stop by a signal."""
+    """The run received a signal to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -91,3 +109,38 @@ class StopSignals:
             raise SystemExit(128 + number)
         if self._abandonable:
             raise _Abandoned
+
+
+class Run(Protocol):
+    """What :func:`explained` needs of a run."""
+
+    config: TrainConfig
+    device: torch.device
+    steps: int
+    done: int
+    rank_batch: int
+    evaluating: bool
+    newest: str
+    command: str
+
+
+def explained(error: BaseException, run: Run) -> RunStopped | None:
+    """Return the exception that tells a user why their run stopped and how to continue; None for a bug."""
+    remedy = f"to continue from {run.newest}: {run.command}"
+    if isinstance(error, Interrupted):
+        during = ", during an evaluation" if run.evaluating else ""
+        return RunStopped(f"stopped by {error} after step {run.done} of {run.steps}{during}; {remedy}", error.exit_code)
+    if isinstance(error, FloatingPointError):
+        return RunStopped(
+            f"stopped after step {run.done}: {error}; to continue from {run.newest}, add a lower --lr, a lower "
+            f"--clip-grad or --no-amp to: {run.command}",
+            shared=not isinstance(error, ValueError),  # an op's, which is of its rank alone, is both
+        )
+    if is_out_of_memory(error):
+        why = out_of_memory_advice(run.config, run.device, run.rank_batch, training=not run.evaluating)
+    elif isinstance(error, (ValueError, OSError)):
+        # Of a loading process's error the last line says what it is; the others are its traceback.
+        why = str(error).strip().rpartition("\n")[2].removeprefix(f"{type(error).__name__}: ")
+    else:
+        return None
+    return RunStopped(f"stopped after step {run.done}: {why}; {remedy}", shared=False)

@@ -11,21 +11,19 @@ In a distributed run each rank has an equal part of the batch, and the gradients
 the ranks (PyTorch's DistributedDataParallel): those of the whole batch.
 """
 
-import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from regvq_fast.losses.adversarial import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss
+from regvq_fast.losses.adversarial import HINGE, AdversarialLoss, adaptive_weight
 from regvq_fast.losses.reconstruction import ReconstructionLoss
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.precision import Precision
-from regvq_fast.ranks import num_ranks
+from regvq_fast.ranks import distributed, synchronized
 from regvq_fast.training.compilation import maybe_compile
 
 
@@ -37,6 +35,7 @@ class VQGANStep:
         discriminator: the discriminator.
         reconstruction_loss: the losses that need no discriminator.
         precision: see :func:`regvq_fast.precision.choose_precision`.
+        adversarial_loss: of generator and discriminator.
         disc_weight: of the adversarial loss, on top of its adaptive factor.
         compile: compile the networks; a discriminator with batch norm over several ranks stays as it is, since its
             statistics are exchanged in the middle of it.
@@ -49,11 +48,12 @@ class VQGANStep:
         reconstruction_loss: ReconstructionLoss,
         precision: Precision,
         *,
+        adversarial_loss: AdversarialLoss = HINGE,
         disc_weight: float = 0.8,
         compile: bool = False,
     ) -> None:
         self.model, self.discriminator = model, discriminator
-        self.precision, self.disc_weight = precision, disc_weight
+        self.precision, self.adversarial_loss, self.disc_weight = precision, adversarial_loss, disc_weight
         self._plain = _Networks(model, discriminator, discriminator, reconstruction_loss)
         exchanges = any(isinstance(module, nn.SyncBatchNorm) for module in discriminator.modules())
         discriminate = maybe_compile(discriminator, compile and not exchanges)
@@ -118,7 +118,7 @@ class VQGANStep:
 
         if adversarial:
             with self.precision.autocast(), _frozen(self.discriminator):
-                generator_loss = hinge_generator_loss(networks.discriminate(reconstruction))
+                generator_loss = self.adversarial_loss.generator(networks.discriminate(reconstruction))
             (gan_gradient,) = torch.autograd.grad(loss_scale * generator_loss, reconstruction)
             factor = adaptive_weight(out.features, self.model.last_layer, gradient, gan_gradient, grad_scale=loss_scale)
             gradient = gradient + self.disc_weight * factor * gan_gradient
@@ -134,7 +134,7 @@ class VQGANStep:
             with self.precision.autocast():
                 real = networks.train_discriminate(images)
                 fake = networks.train_discriminate(reconstruction.detach())
-                discriminator_loss = hinge_discriminator_loss(real, fake)
+                discriminator_loss = self.adversarial_loss.discriminator(real, fake)
             (loss_scale * discriminator_loss).backward()
             metrics |= {
                 "discriminator": discriminator_loss.detach(),
@@ -151,26 +151,6 @@ class _Networks(NamedTuple):
     discriminate: nn.Module  # in the generator's turn, where its parameters get no gradient
     train_discriminate: nn.Module
     reconstruction_loss: nn.Module
-
-
-def distributed(module: nn.Module) -> nn.Module:
-    """The module with its gradients averaged over the ranks, where there are several."""
-    if num_ranks() == 1:
-        return module
-    # Buffers are those of one rank's part (batch statistics), or equal on all ranks: nothing to broadcast.
-    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)  # type: ignore[arg-type]
-
-
-@contextmanager
-def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether backward takes the mean of the gradients over the ranks, of forward passes inside the block."""
-    with ExitStack() as stack:
-        for module in modules if not enabled else ():
-            if isinstance(module, DistributedDataParallel):
-                stack.enter_context(module.no_sync())
-        yield
 
 
 @contextmanager

@@ -1,0 +1,186 @@
+"""The contract between the trainer and what it trains: a tokenizer, or a prior over its tokens."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.config import Config
+from regvq_fast.precision import Precision
+from regvq_fast.training.recorder import Recorder
+
+Progress = Callable[[int], None]
+"""Called with the number of images evaluated so far on this rank."""
+
+
+class Metrics(Protocol):
+    """The result of an evaluation."""
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers by name; one of them decides on the best checkpoint."""
+
+
+class Meter(Protocol):
+    """Numbers that a recipe collects over the steps between two records."""
+
+    def read(self, step: int) -> tuple[dict[str, float], list[str]]:
+        """Return the numbers of the window and warnings about them, and begin a new window. All ranks must call it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the unfinished window; its keys are top-level keys of a checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the checkpoint's state."""
+
+
+class Data(NamedTuple):
+    """Training and validation split."""
+
+    train: Any
+    val: Any
+    images_per_epoch: int
+    workers: int
+    """Loading processes of this rank unless ``--workers`` is given."""
+
+
+@dataclass
+class Networks:
+    """What `Recipe.build` has built."""
+
+    model: Any
+    """The network that is evaluated and saved; a :class:`regvq_fast.models.model.Model`."""
+    trained: dict[str, nn.Module]
+    """Networks with an optimizer, the model first, by the name of their gradient norm in the records."""
+    first_step: dict[str, int] = field(default_factory=dict)
+    """Step from which a trained network takes part; absent: 0."""
+    auxiliary: dict[str, nn.Module] = field(default_factory=dict)
+    """Modules without an optimizer whose buffers a step changes."""
+    saved_beside: dict[str, Any] = field(default_factory=dict)
+    """Frozen models that are saved into the run's folder before the first step, by the name of their subfolder."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Lines printed at the start and saved in config.json."""
+    identity: dict[str, str] = field(default_factory=dict)
+    """What all ranks and a resumed run must have in common and the configuration doesn't say."""
+    fingerprint: str = ""
+    """Hash of the first training samples: resuming warns if it differs."""
+    scheduled: tuple[str, ...] = ()
+    """Quantities, other than the learning rate, that follow a schedule over all steps of the run."""
+    meter: Meter | None = None
+
+    def active(self, step: int) -> tuple[str, ...]:
+        """Return the names in `trained` of the networks that take part in a step."""
+        return tuple(name for name in self.trained if self.first_step.get(name, 0) <= step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of them beside the model's weights; all ranks must call it."""
+        return {
+            "fingerprint": self.fingerprint,
+            "others": [module.state_dict() for module in list(self.trained.values())[1:]],
+            "companions": {name: module.state_dict() for name, module in self.auxiliary.items()},
+            **(self.meter.state_dict() if self.meter else {}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        for module, saved in zip(list(self.trained.values())[1:], state["others"], strict=True):
+            module.load_state_dict(saved)
+        for name, module in self.auxiliary.items():
+            module.load_state_dict(state["companions"][name])
+        if self.meter:
+            self.meter.load_state_dict(state)
+
+
+class Step(NamedTuple):
+    """Arguments of one micro-batch's forward and backward pass."""
+
+    number: int
+    """Optimizer steps done before."""
+    seed: Tensor
+    """0-dim int64 on the device; all randomness of the step is a function of it and of global sample numbers."""
+    first_image: Tensor
+    """0-dim int64 on the device: number of the micro-batch's first image in the batch of all ranks."""
+    loss_scale: Tensor
+    """0-dim factor of all gradients: loss scaling and gradient accumulation."""
+    synchronize: bool = True
+    """Average the gradients over the ranks; False for all but the last micro-batch."""
+    plain: bool = False
+    """Use the networks as they are, neither compiled nor distributed."""
+
+
+class Recipe(ABC, Generic[Config]):
+    """A kind of training run. The trainer calls `open_data`, `build` and `distribute` once each, in this order.
+
+    Args:
+        device: where the networks are.
+        precision: of the networks.
+        micro_batch: images that go through the networks at once, in training and in evaluation.
+    """
+
+    script: ClassVar[str]
+    """The script that starts such a run."""
+    image_name: ClassVar[str] = "reconstructions"
+    """File name, without suffix, of what `save_images` shows."""
+
+    def __init__(self, device: torch.device, precision: Precision, micro_batch: int) -> None:
+        self.device, self.precision, self.micro_batch = device, precision, micro_batch
+
+    @staticmethod
+    @abstractmethod
+    def check(config: Config) -> None:
+        """Raise ValueError if the configuration contradicts itself."""
+
+    @abstractmethod
+    def open_data(self, config: Config) -> Data:
+        """Open both splits. Rank 0 runs it first, so it must not call collective operations.
+
+        Raises:
+            ValueError, OSError: there is something wrong with the data, in one sentence.
+        """
+
+    @abstractmethod
+    def build(self, config: Config) -> tuple[Config, Networks]:
+        """Build all networks on the device; rank 0 first, as `open_data`.
+
+        Returns:
+            The configuration with what was left open resolved, and the networks.
+        """
+
+    @abstractmethod
+    def distribute(self, compile: bool) -> None:
+        """Compile the networks, if asked to, and let the ranks share their gradients."""
+
+    @abstractmethod
+    def step(self, batch: Any, now: Step) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch to the parameters.
+
+        Returns:
+            Losses and other numbers by name (0-dim, unscaled, this rank's), the same names for each micro-batch.
+
+        Raises:
+            FloatingPointError: an op was given a non-finite value (CPU only).
+        """
+
+    @abstractmethod
+    def evaluate(self, model: Any, batches: Any, progress: Progress | None = None) -> Metrics:
+        """Evaluate the model on this rank's batches of the validation split; the result is that of all ranks."""
+
+    @abstractmethod
+    def save_images(self, model: Any, path: Path) -> None:
+        """Save a grid of images that the model makes of validation samples."""
+
+    @abstractmethod
+    def summarize(self, model: Any, metrics: Any, recorder: Recorder) -> tuple[dict[str, object], dict[str, Path]]:
+        """Save the images of a finished run.
+
+        Args:
+            model: the evaluated model.
+            metrics: of the last evaluation.
+            recorder: gives the images' paths and shows the progress of work that takes long.
+
+        Returns:
+            Numbers and images of the summary by name.
+        """

@@ -1,0 +1,369 @@
+"""One training run, from building to the summary.
+
+A step of any recipe: each micro-batch goes forward and backward, then the optimizers take the gradients unless a loss
+or gradient is non-finite. All randomness of a step is a function of one seed and of global sample numbers, so a run
+depends neither on the number of processes nor on where it was interrupted.
+"""
+
+import math
+import shlex
+import time
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+
+from regvq_fast import ranks
+from regvq_fast.config import Config, override
+from regvq_fast.data.loading import TimedBatches, read_samples, split_batch, training_batches
+from regvq_fast.evaluation.shares import rank_batches, unreadable_images
+from regvq_fast.files import atomic_path
+from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
+from regvq_fast.precision import choose_device, choose_precision, configure_backends
+from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
+from regvq_fast.training.compilation import worth_compiling
+from regvq_fast.training.memory import peak_memory
+from regvq_fast.training.optimization import Optimization, learning_rate
+from regvq_fast.training.recipe import Metrics, Recipe, Step
+from regvq_fast.training.recorder import Recorder, new_run_folder, reason
+from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained
+from regvq_fast.training.throughput import Clock, DeviceMonitor, Utilization, count_flops
+from regvq_fast.training.trace import StepTrace
+
+
+class Trainer(Generic[Config]):
+    """A run of a recipe, built and checked; only :meth:`open` makes its folder.
+
+    Args:
+        kind: the recipe.
+        config: the run; kept as `config` with what was left open resolved.
+
+    Raises:
+        ValueError, OSError: a configuration, data or weights that can't be used; on all ranks, even if one found it.
+    """
+
+    recorder: Recorder
+    checkpoints: Checkpoints
+
+    def __init__(self, kind: type[Recipe[Config]], config: Config) -> None:
+        kind.check(config)
+        run, optimizer = config.run, config.optimizer
+        self.device = choose_device(run.device)
+        self.batch_size = optimizer.batch_size
+        self.rank_batch, rest = divmod(self.batch_size, ranks.num_ranks())
+        if rest or self.rank_batch % optimizer.accumulate:
+            by = f" and --accumulate {optimizer.accumulate}" if optimizer.accumulate > 1 else ""
+            raise ValueError(
+                f"--batch-size {self.batch_size} does not divide among {ranks.num_ranks()} processes{by}: "
+                f"take a multiple of {ranks.num_ranks() * optimizer.accumulate}"
+            )
+        self.micro_batch = self.rank_batch // optimizer.accumulate
+        configure_backends(self.device, run.deterministic)
+        self.precision = choose_precision(run.amp, self.device)
+        self.recipe = kind(self.device, self.precision, self.micro_batch)
+        with ranks.together(), ranks.rank_0_first():  # which may index the data
+            self.data = self.recipe.open_data(config)
+        self.steps = optimizer.steps or math.ceil(optimizer.epochs * self.data.images_per_epoch / self.batch_size)
+        self.workers = self.data.workers if run.workers is None else run.workers
+        self.compiles, why_not = worth_compiling(run.compile, self.device, self.steps)
+
+        torch.manual_seed(run.seed)
+        # The number of a process's GPU does not belong to the run.
+        device = self.device.type if ranks.is_torchrun() else str(self.device)
+        with ranks.together(), ranks.rank_0_first():  # which may download weights
+            self.config, self.networks = self.recipe.build(override(config, device=device, steps=self.steps))
+        self.networks.model.checkpoint_activations(run.activation_checkpointing)
+        self.identity = {"training images": str(len(self.data.train)), **self.networks.identity}
+        for name, value in self.identity.items():
+            found = list(dict.fromkeys(ranks.texts_of_ranks(value)))
+            if len(found) > 1:  # their losses would differ
+                raise ValueError(f"the processes have {' and '.join(found)} {name}: all of them need the same files")
+        self.recipe.distribute(self.compiles)
+        torch.manual_seed(run.seed + ranks.rank())  # each rank has dropout of its own
+        self.optimization = Optimization(self.networks, optimizer, self.precision, self.device)
+
+        monitor = DeviceMonitor(self.device)
+        self._read_device = monitor.read
+        self.utilization = Utilization(self.device, self.precision.dtype, self._flops_per_image, self.networks.active)
+        self.metadata = self._describe() | monitor.metadata | ({"compilation": why_not} if why_not else {})
+        # One seed a step, counted on the device.
+        self.seed = torch.tensor((run.seed & 0x7FFFFFFF) << 32, device=self.device)
+        self.start = self.done = 0
+        """Steps done before this process, and by now."""
+        self.lr, self.evaluating = 0.0, False
+        self._batches: TimedBatches | None = None
+        self._metrics_bytes = 0  # of the records of the steps done, without those of their evaluation
+        self._unsaved: int | None = None  # the last step whose checkpoint could not be written
+
+    def _describe(self) -> dict[str, str]:
+        device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        if ranks.num_ranks() > 1:
+            device += f", {ranks.num_ranks()} processes with {self.rank_batch} images each"
+        model = f"{sum(p.numel() for p in self.networks.model.parameters()) / 1e6:.1f} M parameters"
+        return {"device": device, "precision": self.precision.reason, "model": model, **self.networks.metadata}
+
+    @classmethod
+    def open(cls, kind: type[Recipe[Config]], config: Config) -> "Trainer[Config]":
+        """Build a new run, or with ``--resume`` one as it was at its newest checkpoint, and make its folder.
+
+        A finished run that continues has no final model: its newest checkpoint serves until the new end.
+
+        Raises:
+            ValueError, OSError: as the class; nothing has been written then.
+        """
+        start: Checkpoint | None = None
+        out = ""
+        with ranks.together():
+            if config.run.resume:
+                start = find_checkpoint(config)
+            elif ranks.rank() == 0:
+                out = str(new_run_folder(config))
+        out = ranks.texts_of_ranks(out)[0]
+        found = ranks.texts_of_ranks("" if start is None else str(start.step))
+        if len(set(found)) > 1:
+            raise ValueError(f"the processes see checkpoints of different steps ({', '.join(found)}): is --out shared?")
+        trainer = cls(kind, config if start else override(config, out=Path(out)))
+        with ranks.together():
+            if start is not None:
+                trainer.load(start)
+        with ranks.together():
+            model, beside = trainer.networks.model, trainer.networks.saved_beside
+            recorder = trainer.recorder = Recorder(trainer.config, trainer.metadata, model.architecture(), start)
+            for name, frozen in beside.items() if ranks.rank() == 0 else ():
+                frozen.save_pretrained(recorder.folder / name)
+            trainer.checkpoints = Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
+            if trainer.checkpoints.newest and trainer.start < trainer.steps:
+                recorder.remove_results()
+        return trainer
+
+    def fit(self) -> None:
+        """Take the remaining steps, then evaluate, save the model and print the summary.
+
+        Raises:
+            RunStopped: by a signal, non-finite values, unreadable data, lack of memory, or a full disk at the end.
+        """
+        with self.recorder, StopSignals(lambda: f"to continue from {self.newest}: {self.command}") as stop:
+            try:
+                self._loop(stop)
+            except Exception as error:
+                if isinstance(error, Interrupted):
+                    self.save()
+                if (stopped := explained(error, self)) is None:
+                    raise
+                raise stopped from error
+
+    def _loop(self, stop: StopSignals) -> None:
+        run, recorder = self.config.run, self.recorder
+        compiling = {0: "compiling, one to three minutes"} if self.compiles else {0: "starting"}
+        for name, step in self.networks.first_step.items():
+            if self.compiles and step:
+                compiling[step] = f"compiling the {name.removeprefix('grad_norm_')}"
+        recorder.status("starting")
+        trace = StepTrace(recorder, range(self.start, self.steps), run.trace_steps, self.device)
+        checkpoint_due = False
+        clock = Clock(lambda: self._batches.waited() if self._batches else 0.0)
+        for step in range(self.start, self.steps):
+            # Before the step, not after the one before it: a run continued from a checkpoint here evaluates, too.
+            if step and run.eval_every and step % run.eval_every == 0:
+                self.evaluate(stop)
+                clock.restart()
+            first_of_kind = step in compiling or step == self.start
+            if first_of_kind and self.compiles:
+                recorder.status(compiling.get(step, compiling[0]))
+            with trace:
+                self.step(step)
+            self.done = done = step + 1
+            clock.images += self.batch_size
+            recorder.advance(done)
+            if step in compiling or done % run.log_every == 0 or done == self.steps:
+                values, warnings = self.record()  # waits for the device, so that the clock is honest
+                values["images_per_second"], waiting = clock.read(representative=not first_of_kind)
+                if not first_of_kind:
+                    values |= {"data_wait": waiting, **self.utilization(step, float(values["images_per_second"]))}
+                recorder.record(done, values)
+                for warning in warnings + self.optimization.warnings(run.max_skipped):
+                    recorder.warn(warning)
+                clock.restart()
+            elif step == self.start:
+                clock.restart()
+            if trace.write():
+                clock.restart()
+            if done % run.image_every == 0 and done < self.steps:
+                if ranks.rank() == 0:
+                    with recorder.surviving_a_full_disk("pictures/"), stop.abandonable():
+                        path = recorder.picture(self.recipe.image_name, done)
+                        self.recipe.save_images(self.eval_model, path)
+                        recorder.show_picture(path, done)
+                clock.restart()
+            self._metrics_bytes = recorder.metrics_bytes
+            checkpoint_due |= run.checkpoint_every > 0 and done % run.checkpoint_every == 0
+            # Not while steps are skipped: the checkpoints kept must not all be of a run that is being lost.
+            if checkpoint_due and not self.optimization.watch.last_step_was_skipped():
+                self.save()
+                checkpoint_due = False
+                clock.restart()
+            stop.check()
+        self.save()
+        metrics = self.evaluate(stop)
+        stop.check()
+        try:
+            self.conclude(metrics, clock.average, stop)
+        except OSError as error:
+            raise RunStopped(
+                f"all steps are done, but the results could not be written ({reason(error)}); make room, then: "
+                f"{self.command}"
+            ) from None
+        stop.check()
+
+    def step(self, number: int) -> None:
+        """Take one optimizer step; skipped on the device if a loss or gradient is non-finite."""
+        if self._batches is None:
+            self._batches = training_batches(
+                self.data.train,
+                self.rank_batch,
+                start=number * self.batch_size + ranks.rank() * self.rank_batch,
+                stride=self.batch_size,
+                workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        batch = next(self._batches)  # first: if it fails, the run is still as after the step before
+        self.evaluating = False
+        micro_batches = self.config.optimizer.accumulate
+        for module in self.networks.trained.values():
+            module.train()
+        self.lr = learning_rate(self.config.optimizer, number, self.steps)
+        self.seed += 1
+
+        self.optimization.begin()
+        loss_scale = self.optimization.loss_scale(micro_batches)
+        for k, micro_batch in enumerate(split_batch(batch, micro_batches)):
+            first_image = torch.full((), ranks.rank() * self.rank_batch + k * self.micro_batch, device=self.device)
+            now = Step(number, self.seed, first_image, loss_scale, synchronize=k == micro_batches - 1)
+            try:
+                metrics = self.recipe.step(micro_batch, now)
+            except FloatingPointError as error:
+                if ranks.num_ranks() > 1:  # the others are waiting for gradients that will not come
+                    raise
+                self.optimization.watch.abort(error)
+                break
+            self.optimization.watch.add(metrics)
+        self.optimization.step(self.networks.active(number), self.lr)
+
+    def record(self) -> tuple[dict[str, float | str], list[str]]:
+        """Return means of the numbers since the last call, and warnings about them; waits for the device."""
+        values, warnings = self.optimization.read(), list[str]()
+        if self.networks.meter is not None:
+            numbers, warnings = self.networks.meter.read(self.done)
+            values |= numbers
+        return values | {"lr": self.lr} | self._read_device(), warnings
+
+    def _flops_per_image(self, number: int) -> float:
+        """Count a step's operations in an extra pass, whose effects are undone."""
+        batch, device = read_samples(self.data.train, range(2)), self.device  # two: batch norm needs more than one
+        zero, one = torch.zeros((), dtype=torch.int64, device=device), torch.ones((), device=device)
+        self.optimization.begin()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            now = Step(number, self.seed, zero, one, synchronize=False, plain=True)
+            flops = count_flops(lambda: self.recipe.step(batch, now))
+        self.optimization.undo()
+        return flops / 2
+
+    @property
+    def eval_model(self) -> Any:
+        """The model that is evaluated and saved: the averaged weights if there are any."""
+        average = self.optimization.average
+        return (self.networks.model if average is None else average.module).eval()
+
+    def evaluate(self, stop: StopSignals) -> Metrics:
+        """Evaluate on the validation split, record the result, and mark the checkpoint if it is the best one."""
+        self.evaluating = True
+        self.recorder.status("evaluating")
+        images = len(self.data.val)
+        with self.recorder.stage("evaluating, images") as show:
+
+            def progress(done: int) -> None:
+                show(min(done * ranks.num_ranks(), images), images)
+                if (
+                    ranks.num_ranks() == 1
+                ):  # ranks may have different numbers of batches: they agree on signals afterwards
+                    stop.check()
+
+            batches = rank_batches(self.data.val, self.micro_batch, self.workers, self.device)
+            metrics = self.recipe.evaluate(self.eval_model, batches, progress)
+        values = metrics.scalars()
+        self.recorder.record_evaluation(self.done, values)
+        if self.config.run.checkpoint_every and self.checkpoints.is_best(values) and self.save():
+            with self.recorder.surviving_a_full_disk("best.json"):
+                self.checkpoints.mark_best(values)
+        return metrics
+
+    def conclude(self, metrics: Metrics, images_per_second: float, stop: StopSignals) -> None:
+        """Save the model and the images of a finished run, and print the summary; on rank 0."""
+        unreadable = sum(map(unreadable_images, self.data[:2]))
+        with ranks.together(), stop.abandonable():
+            if ranks.rank() > 0:
+                return
+            recorder, model = self.recorder, self.eval_model
+            with atomic_path(recorder.folder / WEIGHTS) as temporary:
+                temporary.write_bytes(weights_to_bytes(model.state_dict()))
+            numbers, images = self.recipe.summarize(model, metrics, recorder)
+            for path in images.values():
+                recorder.show_picture(path, self.steps)
+            rows: dict[str, object] = {**numbers, **({"unreadable images": unreadable} if unreadable else {})}
+            rows |= {"images/s": images_per_second, "peak memory (GiB)": peak_memory(self.device) / 2**30}
+            since = f"minutes since step {self.start}" if self.start else "minutes"
+            rows |= {since: (time.monotonic() - recorder.begun) / 60, "model": recorder.folder / WEIGHTS}
+            recorder.summarize(f"{recorder.folder}", rows | images)
+
+    def save(self) -> bool:
+        """Save a checkpoint of the steps done unless there is one; warn if it can't be written."""
+        if self.checkpoints.has(self.done):
+            return True
+        state = {**self.state(), "metrics_bytes": self._metrics_bytes}
+        try:
+            with ranks.together():
+                self.recorder.sync()
+            self.checkpoints.save(self.done, self.recorder.description, self.eval_model.state_dict(), state)
+        except OSError as error:
+            if self._unsaved != self.done:
+                self.recorder.warn(
+                    f"the checkpoint of step {self.done} could not be saved ({reason(error)}); the run can be resumed "
+                    f"from {self.newest}"
+                )
+            self._unsaved = self.done
+            return False
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next step depends on beside the weights of `eval_model`; all ranks must call it."""
+        found = {"identity": self.identity, "seed": self.seed, "random": ranks.random_state(self.device)}
+        return found | self.networks.state_dict() | self.optimization.state_dict()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint as if there had been no interruption; the checkpoint's tensors are released.
+
+        Raises:
+            ValueError: as :meth:`Checkpoint.check`.
+        """
+        if checkpoint.folder is None:
+            return
+        lr = () if self.config.optimizer.final_lr_fraction == 1 else ("the learning rate",)
+        checkpoint.check(self.identity, self.networks.fingerprint, self.steps, (*lr, *self.networks.scheduled))
+        self.start = self.done = checkpoint.step
+        self.optimization.load_state_dict(checkpoint.state, checkpoint.weights)
+        self.networks.load_state_dict(checkpoint.state)
+        self.seed.copy_(checkpoint.state["seed"])
+        ranks.set_random_state(checkpoint.state["random"], self.device)
+        checkpoint.release()
+
+    @property
+    def newest(self) -> str:
+        """Name of the newest checkpoint, for messages."""
+        path = self.checkpoints.newest
+        return "the beginning" if path is None else path.name
+
+    @property
+    def command(self) -> str:
+        """The command that continues the run."""
+        launcher = f"torchrun --nproc-per-node {ranks.local_ranks()}" if ranks.is_torchrun() else "python"
+        return f"{launcher} {self.recipe.script} --resume --out {shlex.quote(str(self.recorder.folder))}"
