@@ -1,4 +1,4 @@
-"""Train the autoregressive prior: a transformer that draws the tokens of an image, given its semantic map.
+"""Train the autoregressive prior: a transformer that samples the tokens of an image, given its semantic map.
 
     python train/ar.py --cache runs/tokens --compile --amp                # tokens of train/cache_tokens.py
     python train/ar.py --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 4 train/ar.py --preset ade20k --cache ADE20K/tokens --compile --amp
     python train/ar.py --resume --out runs/NAME
 
-A run leaves its resolved configuration, tokenizer, metrics, pictures, checkpoints and weights in --out (default:
-runs/...); train/sample.py draws images from it.
+A run leaves its resolved configuration, tokenizer, metrics, images, checkpoints and weights in --out (default:
+runs/...); train/sample.py samples images from it.
 """
 
 import os

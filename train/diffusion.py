@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 4 train/diffusion.py --preset coco --cache COCO/tokens --compile --amp
     python train/diffusion.py --resume --out runs/NAME
 
-A run leaves its resolved configuration, tokenizer, metrics, pictures, checkpoints and weights in --out (default:
-runs/...); train/sample.py draws images from it.
+A run leaves its resolved configuration, tokenizer, metrics, images, checkpoints and weights in --out (default:
+runs/...); train/sample.py samples images from it.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Measure a trained tokenizer, and images drawn by a prior, over a whole validation split.
+"""Measure a trained tokenizer, and images sampled by a prior, over a whole validation split.
 
     python train/evaluate.py --run runs/vq                                    # PSNR, SSIM, LPIPS, codebook, FID[R]
-    python train/evaluate.py --prior-run runs/ar --top-p 0.95                 # and FID[G] of images drawn by the prior
+    python train/evaluate.py --prior-run runs/ar --top-p 0.95                 # and FID[G] of images by the prior
     python train/evaluate.py --images samples --data photos --image-size 256  # FID[G] of images that are there
     python train/evaluate.py --run runs/vq --fid-features vgg16:vgg16.pth     # with other features, named as such
 

@@ -1,4 +1,4 @@
-"""Draw images from a trained prior.
+"""Sample images from a trained prior.
 
     python train/sample.py --run runs/ar --out samples                          # maps of the validation split
     python train/sample.py --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
@@ -16,4 +16,4 @@ from regvq_fast.cli.sample import SampleConfig, generate
 from regvq_fast.config import run_script
 
 if __name__ == "__main__":
-    run_script(SampleConfig, generate, str(__doc__), stopped="stopped; what was drawn is in {out}")
+    run_script(SampleConfig, generate, str(__doc__), stopped="stopped; the images so far are in {out}")

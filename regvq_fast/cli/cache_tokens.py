@@ -1,4 +1,4 @@
-"""Encoding a data set once with a trained tokenizer: what ``train/cache_tokens.py`` runs."""
+"""The command of ``train/cache_tokens.py``: encode a data set once with a trained tokenizer."""
 
 import dataclasses
 import hashlib
@@ -59,7 +59,7 @@ class CacheConfig:
     """Epochs of the training stream to keep, each with its own flips and captions, or scenes.
     Not given: 4; 2 of images without captions."""
     fields: tuple[Literal["segmentation", "caption"], ...] = ()
-    """What to keep beside tokens. Not given: both of the scenes, none of images."""
+    """Fields to keep beside tokens. Not given: both of the scenes, none of images."""
     crop: Crop = "center"
     """Training crop of images; center is that of FID's reference images."""
     flip: bool = True
@@ -100,7 +100,7 @@ def cache_tokens(config: CacheConfig) -> None:
 
 
 def _check(config: CacheConfig) -> None:
-    """Raise ValueError for what is wrong with the flags themselves."""
+    """Raise ValueError for flags that are out of range or contradict each other."""
     counts = {
         "--views": config.views,
         "--scenes": config.scenes,
@@ -118,7 +118,7 @@ def _check(config: CacheConfig) -> None:
 
 
 class _Caching:
-    """Everything a run needs, opened and checked; writes nothing until it runs."""
+    """A run whose model and data are open and checked; it writes nothing until `run`."""
 
     def __init__(self, config: CacheConfig, device: torch.device) -> None:
         self.config, self.device, self.folder = config, device, config.out
@@ -168,7 +168,7 @@ class _Caching:
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _check_folder(self) -> None:
-        """The folder must be new, or hold a cache with these settings."""
+        """Raise ValueError unless the folder is new or holds a cache with these settings."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
         if INFO in names:
             saved = read_info(self.folder).settings()
@@ -212,7 +212,7 @@ class _Caching:
             self._finish(sum(len(self.info.shard_range(*shard)) for shard in missing), seconds, unreadable)
 
     def _missing(self, split: Split) -> list[int]:
-        """Shards that aren't there, or are damaged."""
+        """Return the numbers of shards that are missing or damaged."""
         missing = []
         for number in range(self.info.num_shards(split)):
             try:
@@ -226,7 +226,7 @@ class _Caching:
         return missing
 
     def _begin(self) -> None:
-        """Say what the folder is, and remove what runs that were killed left half-written."""
+        """Write cache.json, and remove incomplete files of runs that were killed."""
         write_info(self.folder, self.info)
         for leftover in self.folder.glob(".*.safetensors"):
             leftover.unlink()
@@ -245,9 +245,9 @@ class _Caching:
                 held.append(tokenize_batch(self.model, batch, self.device))
             yield len(batch["image"])
             while remaining and _samples(held) >= (size := len(self.info.shard_range(split, remaining[0]))):
-                whole = _joined(held)
-                self._write(split, remaining.pop(0), _part(whole, 0, size))
-                held = [_part(whole, size, None)]
+                whole = _concatenated(held)
+                self._write(split, remaining.pop(0), _slice(whole, 0, size))
+                held = [_slice(whole, size, None)]
 
     def _write(self, split: Split, number: int, batch: TokenBatch) -> None:
         tokens = batch["tokens"].cpu().numpy().astype(np.uint16)
@@ -256,7 +256,7 @@ class _Caching:
         write_shard(shard_path(self.folder, split, number), tokens, segmentation, captions)
 
     def _finish(self, encoded: int, seconds: float, unreadable: int) -> None:
-        """Look at what all ranks left, mark it complete, and say what it is."""
+        """Check the shards of all ranks, mark the cache complete, and print a summary."""
         usage = CodebookUsage(self.info.num_codes)
         largest, size = -1, 0
         for split in _SPLITS:
@@ -300,7 +300,7 @@ class _Caching:
 
 
 def _fingerprint(datasets: Iterable[ImageData]) -> str:
-    """Of the first images of each: other ones under the same path would be mixed with those that have tokens."""
+    """Hash the first images of each data set: other ones under the same path must not be mixed into the cache."""
     digest = hashlib.sha256()
     for dataset in datasets:
         first = collate([dataset[k] for k in range(min(len(dataset), _FIRST_IMAGES))])["image"]
@@ -327,19 +327,19 @@ def _samples(batches: Sequence[TokenBatch]) -> int:
     return sum(len(batch["tokens"]) for batch in batches)
 
 
-def _joined(batches: Sequence[TokenBatch]) -> TokenBatch:
-    joined = TokenBatch(tokens=torch.cat([batch["tokens"] for batch in batches]))
+def _concatenated(batches: Sequence[TokenBatch]) -> TokenBatch:
+    whole = TokenBatch(tokens=torch.cat([batch["tokens"] for batch in batches]))
     if "segmentation" in batches[0]:
-        joined["segmentation"] = torch.cat([batch["segmentation"] for batch in batches])
+        whole["segmentation"] = torch.cat([batch["segmentation"] for batch in batches])
     if "caption" in batches[0]:
-        joined["caption"] = list(itertools.chain.from_iterable(batch["caption"] for batch in batches))
-    return joined
+        whole["caption"] = list(itertools.chain.from_iterable(batch["caption"] for batch in batches))
+    return whole
 
 
-def _part(batch: TokenBatch, start: int, stop: int | None) -> TokenBatch:
-    part = TokenBatch(tokens=batch["tokens"][start:stop])
+def _slice(batch: TokenBatch, start: int, stop: int | None) -> TokenBatch:
+    rows = TokenBatch(tokens=batch["tokens"][start:stop])
     if "segmentation" in batch:
-        part["segmentation"] = batch["segmentation"][start:stop]
+        rows["segmentation"] = batch["segmentation"][start:stop]
     if "caption" in batch:
-        part["caption"] = batch["caption"][start:stop]
-    return part
+        rows["caption"] = batch["caption"][start:stop]
+    return rows

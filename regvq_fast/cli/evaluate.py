@@ -1,4 +1,4 @@
-"""Metrics of trained models over a whole validation split, each with its protocol: what ``train/evaluate.py`` runs."""
+"""The command of ``train/evaluate.py``: metrics of trained models over a whole validation split, with protocols."""
 
 import platform
 import warnings
@@ -27,7 +27,7 @@ from regvq_fast.evaluation.fid import (
     too_few_images,
 )
 from regvq_fast.evaluation.measurement import CODE_COUNTS, RESULTS, Measurement, print_measurements, write_measurements
-from regvq_fast.evaluation.metrics import DrawnImages, evaluate_tokenizer, fid_of_samples
+from regvq_fast.evaluation.metrics import SampledImages, evaluate_tokenizer, fid_of_samples
 from regvq_fast.evaluation.reconstruction import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
 from regvq_fast.files import atomic_path, check_writable
@@ -42,7 +42,7 @@ from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0
 from regvq_fast.version import __version__
 
 SCENES = "scenes"
-"""What ``--data`` calls the embedded scenes."""
+"""Name of the embedded scenes for ``--data``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ class EvaluateConfig(SamplingConfig):
     """Tokenizer: run of train/vq.py, one of its checkpoints, or a folder of VQGAN.save_pretrained.
     Not given: the one in the folder of `prior_run`."""
     prior_run: Path | None = None
-    """Run of train/ar.py or train/diffusion.py, to draw an image under the condition of each validation image."""
+    """Run of train/ar.py or train/diffusion.py, to sample an image under the condition of each validation image."""
     images: Path | None = None
-    """Folder of images that were drawn already, in place of `prior_run`."""
+    """Folder of images that exist already, in place of `prior_run`."""
     image_size: int | None = None
     """Pixels a side, where only `images` are evaluated; otherwise the tokenizer's."""
     data: Path | None = None
@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
     """Measure what the configuration names, print it and write evaluation.json; under ``torchrun`` by all ranks.
 
     Returns:
-        By key: psnr, ssim, perceptual, utilization, perplexity and fid_r of a tokenizer, fid_g of drawn images.
+        By key: psnr, ssim, perceptual, utilization, perplexity and fid_r of a tokenizer, fid_g of sampled images.
 
     Raises:
         ValueError, OSError: what is wrong with settings, models, data or weights, in one sentence, before work starts.
@@ -106,15 +106,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
 
 
 def _check(config: EvaluateConfig) -> None:
-    """Raise ValueError where the flags don't say one thing."""
+    """Raise ValueError if flags contradict each other."""
     counts = {"--val-images": config.val_images, "--image-size": config.image_size, "--batch-size": config.batch_size}
     check_at_least(1, {flag: value for flag, value in counts.items() if value is not None})
     check_at_least(0, {"--workers": config.workers or 0})
     tokenizer = config.run or config.prior_run
     if config.prior_run is not None and config.images is not None:
-        raise ValueError("--prior-run draws images and --images brings them: give one of the two")
+        raise ValueError("--prior-run samples images and --images brings them: give one of the two")
     if config.prior_run is None and (flags := changed_flags(config, SAMPLING_SETTINGS)):
-        raise ValueError(f"{flags[0]} says how a prior draws: give its run with --prior-run")
+        raise ValueError(f"{flags[0]} says how a prior samples: give its run with --prior-run")
     if tokenizer is None and config.images is None:
         raise ValueError("there is nothing to evaluate: give --run, --prior-run or --images")
     if tokenizer is None and config.image_size is None:
@@ -122,11 +122,11 @@ def _check(config: EvaluateConfig) -> None:
     if tokenizer is not None and config.image_size is not None:
         raise ValueError(f"--image-size {config.image_size} is for --images alone: {tokenizer} has a size of its own")
     if config.fid_features == "none" and (config.images or config.prior_run) is not None:
-        raise ValueError("--fid-features none measures nothing of drawn images: leave out --images and --prior-run")
+        raise ValueError("--fid-features none measures nothing of sampled images: leave out --images and --prior-run")
 
 
 class _Evaluation:
-    """Everything that an evaluation needs, opened and checked."""
+    """An evaluation whose models, data and networks are open and checked."""
 
     def __init__(self, config: EvaluateConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -161,8 +161,8 @@ class _Evaluation:
             seed=config.data_seed,
             fields=() if self.sampler is None else (self.sampler.field,),
         )
-        self.drawn = None if config.images is None else DrawnImages(config.images, size)
-        for what, images in (("validation", self.dataset), ("drawn", self.drawn)):
+        self.samples = None if config.images is None else SampledImages(config.images, size)
+        for what, images in (("validation", self.dataset), ("sampled", self.samples)):
             if self.net is not None and images is not None and len(images) < 2:
                 raise ValueError(f"a Fréchet distance needs at least 2 {what} images, there is {len(images)}")
         self.protocol: dict[str, Any] = {}
@@ -238,16 +238,16 @@ class _Evaluation:
                 if reference is not None and metrics.frechet is not None:
                     self._keep_frechet("fid_r", metrics.frechet, reference, len(self.dataset), {})
             if reference is not None and self.sampler is not None:
-                value = fid_of_samples(self.sampler, self.dataset, reference, progress=bar("drawn images"), **loading)
+                value = fid_of_samples(self.sampler, self.dataset, reference, progress=bar("samples"), **loading)
                 facts = {"prior_run": str(config.prior_run), **self.sampler.describe()}
                 self._keep_frechet("fid_g", value, reference, len(self.dataset), facts)
-            if reference is not None and self.drawn is not None:
-                images = (batch["image"] for batch in rank_batches(self.drawn, device=self.device, **loading))
-                tick = bar("drawn images", len(self.drawn))
-                drawn = statistics_of(images, reference.net, self.device, tick)
+            if reference is not None and self.samples is not None:
+                images = (batch["image"] for batch in rank_batches(self.samples, device=self.device, **loading))
+                tick = bar("samples", len(self.samples))
+                sampled = statistics_of(images, reference.net, self.device, tick)
                 facts = {"drawn": str(config.images)}
-                self._keep_frechet("fid_g", reference.distance(drawn), reference, drawn.count, facts)
-        # The next images of the list took their places; a reference that was kept is read no more.
+                self._keep_frechet("fid_g", reference.distance(sampled), reference, sampled.count, facts)
+        # Unreadable images were replaced by the next ones; a cached reference is not read again.
         if unreadable := max(unreadable_images(self.dataset), reference.unreadable if reference is not None else 0):
             for found in self.results.values():
                 found.protocol["unreadable"] = unreadable
@@ -259,7 +259,7 @@ class _Evaluation:
         return self.results
 
     def _facts(self) -> dict[str, Any]:
-        """What the numbers depend on beside the images."""
+        """Return what the numbers depend on beside the images."""
         device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         precision = self.precision.reason.partition(" (")[0]
         facts: dict[str, Any] = {}
@@ -300,7 +300,7 @@ class _Evaluation:
 
 
 def _data_of(config: EvaluateConfig, sampler: ImageSampler | None) -> Path | None:
-    """What ``--data`` names, or what the run was trained on; None: the embedded scenes."""
+    """Return the data that ``--data`` names or that the run was trained on; None: the embedded scenes."""
     if config.data is not None:
         return None if str(config.data) == SCENES and not config.data.exists() else config.data
     remedy = f"give the images with --data PATH, or --data {SCENES} for the embedded scenes"

@@ -1,4 +1,4 @@
-"""Drawing images from a trained prior: what ``train/sample.py`` runs."""
+"""The command of ``train/sample.py``: sample images from a trained prior."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -32,14 +32,14 @@ from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
 from regvq_fast.priors.sampler import PriorSampler, Progress
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
-_TEXT_SIZE = 192  # pixels of a caption's picture at least
+_TEXT_SIZE = 192  # least pixels of a caption's tile
 _STRIP = 12  # states of a denoising strip
 _FLAGS: dict[Field, str] = {"segmentation": "--map", "caption": "--text"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectConfig:
-    """What is to be drawn, and by which prior."""
+    """Prior and conditions."""
 
     prior: PriorName | None = None
     """Prior that the run has to be of: ar (semantic maps to images), or diffusion (captions to images).
@@ -49,7 +49,7 @@ class SubjectConfig:
     out: Path
     """Folder of the images; new, or empty."""
     num_images: int = 16
-    """Images to draw. Conditions are used in turn."""
+    """Images to sample. Conditions are used in turn."""
     map: Path | None = None
     """ar: a semantic map, an image file whose pixels are class ids (greyscale or palette).
     Of one that is not square, the largest square in its middle counts, as of `edit` and `mask`."""
@@ -61,7 +61,7 @@ class SubjectConfig:
     edit: Path | None = None
     """An image to edit: it is kept where `mask` is black."""
     mask: Path | None = None
-    """Image file that is white where `edit` is to be drawn anew."""
+    """Image file that is white where `edit` is to be sampled anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +69,17 @@ class SampleConfig(SamplingConfig, SubjectConfig):  # of several bases, the fiel
     """A run of ``train/sample.py``."""
 
     batch_size: int = 16
-    """Images that are drawn at once."""
+    """Images that are sampled at once."""
     device: str = "auto"
     """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     amp: bool = False
-    """Draw in mixed precision: faster on a GPU, and other images than those of fp32."""
+    """Sample in mixed precision: faster on a GPU, and other images than those of fp32."""
     strip: bool = False
     """diffusion: save the states of the first image as a strip, too."""
 
 
 def generate(config: SampleConfig) -> None:
-    """Draw images, save each of them and a grid with their conditions, and say where they are.
+    """Sample images, save each of them and a grid with their conditions, and print where they are.
 
     Raises:
         ValueError, OSError: what is wrong with settings, files or prior, in one sentence; nothing has been written.
@@ -99,10 +99,10 @@ def generate(config: SampleConfig) -> None:
         while start < config.num_images:
             count = min(config.batch_size, config.num_images - start)
             begin = time.perf_counter()
-            drawn = generator.draw(start, count, advance).cpu()
+            sampled = generator.sample(start, count, advance).cpu()
             seconds += time.perf_counter() - begin
-            save_images(config.out, drawn, first=start)
-            images.append(drawn[: max(0, _GRID - start)])
+            save_images(config.out, sampled, first=start)
+            images.append(sampled[: max(0, _GRID - start)])
             start += count
     grid = torch.cat(images)
     save_image_grid(config.out / "grid.png", *generator.show(len(grid)), grid, legend=generator.legend(len(grid)))
@@ -117,13 +117,13 @@ def _check(config: SampleConfig) -> None:
     check_at_least(1, {"--num-images": config.num_images, "--batch-size": config.batch_size})
     check_new_folder(config.out)
     if (config.edit is None) != (config.mask is None):
-        raise ValueError("--edit and --mask go together: the image, and where it is to be drawn anew")
+        raise ValueError("--edit and --mask go together: the image, and where it is to be sampled anew")
     if config.data is not None and (config.map is not None or config.text):
         raise ValueError(f"--data {config.data} brings conditions of its own: leave out --map or --text")
 
 
 class _Generator:
-    """A sampler, and what the images are to be."""
+    """A sampler with the conditions and edits of the images."""
 
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
@@ -143,8 +143,8 @@ class _Generator:
         self.kept = None if config.edit is None or config.mask is None else self._edited(config.edit, config.mask)
         self.states: list[Tensor] | None = [] if config.strip else None
 
-    def draw(self, start: int, count: int, progress: Progress) -> Tensor:
-        """Images (count, 3, H, W) uint8 from number ``start`` on."""
+    def sample(self, start: int, count: int, progress: Progress) -> Tensor:
+        """Sample images (count, 3, H, W) uint8 from number ``start`` on."""
         keep = None
         if self.kept is not None:
             tokens, kept = self.kept
@@ -157,14 +157,14 @@ class _Generator:
         return images
 
     def _chosen(self, numbers: range) -> Tensor | list[str]:
-        """The conditions of some images."""
+        """Return the conditions of some images."""
         chosen = [k % len(self.conditions) for k in numbers]
         if isinstance(self.conditions, Tensor):
             return self.conditions[chosen]
         return [self.conditions[k] for k in chosen]
 
     def show(self, count: int) -> list[Tensor]:
-        """What belongs above the first ``count`` images: conditions, and what is edited."""
+        """Return the rows above the first ``count`` images in the grid: conditions, and the edited image."""
         conditions = self._chosen(range(count))
         if isinstance(conditions, Tensor):
             rows = [color_map(conditions, (self.size, self.size))]
@@ -177,12 +177,12 @@ class _Generator:
         return rows
 
     def legend(self, count: int) -> dict[int, str]:
-        """Names of the class ids in the maps of the first ``count`` images."""
+        """Return names of the class ids in the maps of the first ``count`` images."""
         conditions = self._chosen(range(count))
         return legend_of(conditions, self._class_names()) if isinstance(conditions, Tensor) else {}
 
     def _class_names(self) -> tuple[str, ...]:
-        """The classes that the prior was trained on; none unless it is known to be the embedded scenes'."""
+        """Return the classes that the prior was trained on; none unless it is known to be the embedded scenes'."""
         try:
             tokens = read_config(self.config.run, self.sampler.entry.config).tokens
             data = tokens.data if tokens.cache is None else read_info(tokens.cache).data
@@ -191,7 +191,7 @@ class _Generator:
         return CLASSES if data is None else ()
 
     def strip(self) -> Tensor:
-        """Some states of the first image, from masked (grey) to done."""
+        """Return some states of the first image, from masked (grey) to done."""
         assert self.states
         chosen = [self.states[round(k)] for k in np.linspace(0, len(self.states) - 1, min(_STRIP, len(self.states)))]
         tokens = torch.cat(chosen)
@@ -200,13 +200,13 @@ class _Generator:
         return torch.where(self._enlarged(masked), 127, images).to(torch.uint8)
 
     def _enlarged(self, mask: Tensor) -> Tensor:
-        """A mask of tokens (B, h, w) as one of pixels (B, 1, H, W), on the CPU."""
+        """Return a mask of tokens (B, h, w) as one of pixels (B, 1, H, W), on the CPU."""
         return F.interpolate(mask[:, None].float().cpu(), (self.size, self.size)).bool()
 
     # --------------------------------------------------------------------------------------------------- conditions
 
     def _conditions(self) -> Tensor | Sequence[str]:
-        """Semantic maps (K, h', w') on the CPU, or captions."""
+        """Return semantic maps (K, h', w') on the CPU, or captions."""
         config, prepare = self.config, self.sampler.token_sampler.prepare
         if config.text:
             return prepare(config.text, "--text", strict=True)
@@ -216,7 +216,7 @@ class _Generator:
         return prepare(batch[self.sampler.field], source)
 
     def _validation(self, count: int) -> tuple[Any, str]:
-        """At most ``count`` validation samples of --data, or of what the prior was trained on; and what that is."""
+        """Return at most ``count`` validation samples of --data, or of the prior's data set, and a name for either."""
         data, seed, fields = self.config.data, 0, (self.sampler.field,)
         if data is None:
             trained = read_config(self.config.run, self.sampler.entry.config)
@@ -228,7 +228,7 @@ class _Generator:
         return collate([dataset[k] for k in range(min(count, len(dataset)))]), str(data or "the embedded scenes")
 
     def _cached(self, folder: Path, count: int) -> Any:
-        """At most ``count`` validation samples of the cache that the prior was trained on."""
+        """Return at most ``count`` validation samples of the cache that the prior was trained on."""
         lack = "is not there"
         if folder.exists():
             cached = TokenDataset(folder, "val", tokenizer_hash=weights_hash(self.sampler.tokenizer))
@@ -241,21 +241,21 @@ class _Generator:
         )
 
     def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
-        """Tokens (1, h, w) of the image, and which of them to keep."""
+        """Return tokens (1, h, w) of the image, and which of them to keep."""
         pixels, image_size = _read_square("--edit", path, self.size)
         white, mask_size = _read_square("--mask", mask, self.size)
         if image_size != mask_size:
             raise ValueError(f"--mask {mask} has {mask_size} pixels, --edit {path} {image_size}: make them alike")
         sampler, device = self.sampler, self.sampler.precision.device
-        pixels, redrawn = pixels[None].to(device), white[0] > 127
+        pixels, resampled = pixels[None].to(device), white[0] > 127
         with torch.no_grad(), sampler.precision.autocast():
             tokens = sampler.tokenizer.tokenize(to_float(pixels))
-        anew = F.adaptive_max_pool2d(redrawn[None, None].float(), sampler.prior.token_shape)[:, 0] > 0
+        anew = F.adaptive_max_pool2d(resampled[None, None].float(), sampler.prior.token_shape)[:, 0] > 0
         return tokens, ~anew.to(device)
 
 
 def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
-    """The largest square in the middle of an image file, (3, size, size) uint8; and the file's width and height."""
+    """Read the largest square in the middle of an image file, (3, size, size) uint8, and the file's width, height."""
     with _opened(flag, path) as image:
         width, height = upright_size(image)
         square = crop_rgb(image, center_box(width, height), size, size, OVERSAMPLING["val"])
@@ -263,7 +263,7 @@ def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, i
 
 
 def _read_ids(path: Path) -> Tensor:
-    """The class ids of the largest square in the middle of a semantic map, (1, S, S) uint8."""
+    """Read the class ids of the largest square in the middle of a semantic map, (1, S, S) uint8."""
     with _opened("--map", path) as image:
         side = min(image.size)
         labels = crop_labels(image, center_box(*image.size), image.size, side, side)
@@ -271,5 +271,5 @@ def _read_ids(path: Path) -> Tensor:
 
 
 def _opened(flag: str, path: Path) -> AbstractContextManager[Image.Image]:
-    """The image file that a flag names, while it is open."""
+    """Open the image file that a flag names."""
     return opened_image(path, f"{flag} {path}", lambda why: f"{flag} {path}: {why}")

@@ -1,4 +1,4 @@
-"""What a trained tokenizer and images drawn by a prior are measured by, over a whole split."""
+"""Metrics of a trained tokenizer, and of images sampled by a prior, over a whole split."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,8 +20,8 @@ from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate
 from regvq_fast.evaluation.shares import rank_batches, rank_share
 from regvq_fast.models.vqgan import VQGAN
 
-_NOT_DRAWN = ("grid.png", "strip.png")
-"""What train/sample.py leaves beside the images it draws."""
+_NO_SAMPLES = ("grid.png", "strip.png")
+"""Files that train/sample.py saves beside the images it samples."""
 
 
 @dataclass(frozen=True)
@@ -99,32 +99,32 @@ def fid_of_samples(
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Fréchet distance from the reference to one drawn image for each sample; FID[G] with Inception's features.
+    """Fréchet distance from the reference to one sampled image for each condition; FID[G] with Inception's features.
 
-    Sample k of the data set is the condition of image number k, whichever rank draws it in whichever batch.
+    Sample k of the data set is the condition of image number k, whichever rank samples it in whichever batch.
 
     Args:
         sampler: on the reference's device.
         dataset: a split with the field that the sampler takes its conditions from.
         reference: of the images of this split.
-        batch_size: images that are drawn at once. workers: of the loader.
+        batch_size: images that are sampled at once. workers: of the loader.
         progress: called after each batch with the number of this rank's images done.
 
     Raises:
         ValueError: conditions that the prior can't take.
     """
 
-    def drawn() -> Iterator[Tensor]:
+    def samples() -> Iterator[Tensor]:
         first, done = rank_share(len(dataset)).start, 0  # type: ignore[arg-type]
         for batch in rank_batches(dataset, batch_size, workers, reference.device):
             yield sampler.sample(batch, first + done)
             done += len(batch["image"])
 
-    return reference.distance(statistics_of(drawn(), reference.net, reference.device, progress))
+    return reference.distance(statistics_of(samples(), reference.net, reference.device, progress))
 
 
-class DrawnImages(Dataset[Sample]):
-    """The images of a folder that were drawn at one size, as they are; sorted by name, train/sample.py's grid left out.
+class SampledImages(Dataset[Sample]):
+    """Images of a folder, sampled at one size, as they are; sorted by name, train/sample.py's grid left out.
 
     Every file is checked at once: the checksums of a PNG, whose pixels are decoded later; others are decoded.
 
@@ -133,13 +133,13 @@ class DrawnImages(Dataset[Sample]):
         ValueError: an image that can't be read, or of another size.
     """
 
-    split = "drawn"
+    split = "samples"
 
     def __init__(self, folder: Path, image_size: int) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"no such folder of images: {folder}")
         found = [Path(file) for file in find_files(folder, EXTENSIONS)]
-        self.files = [file for file in found if is_image(file.name) and file.name not in _NOT_DRAWN]
+        self.files = [file for file in found if is_image(file.name) and file.name not in _NO_SAMPLES]
         if not self.files:
             raise FileNotFoundError(f"no images in {folder}")
         for file in self.files:
@@ -165,4 +165,4 @@ class DrawnImages(Dataset[Sample]):
 
 
 def _opened(file: Path) -> AbstractContextManager[Image.Image]:
-    return opened_image(file, str(file), lambda why: f"{file} can't be read ({why}): draw it again, or take it away")
+    return opened_image(file, str(file), lambda why: f"{file} can't be read ({why}): regenerate or delete it")

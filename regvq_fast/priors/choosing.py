@@ -3,7 +3,7 @@
 The noise of a token is a function of (seed, row, code), as that of the quantizers is (`regvq_fast.ops.noise`). If a row
 is the global number of a position among all images of a seed, a sample depends neither on the size of its batch nor on
 the split of the images over devices, up to rounding: the network's products round differently for other batch shapes,
-and two codes whose scores differ by less than that may change places.
+and two codes whose scores differ by less than that may be exchanged.
 """
 
 import math
@@ -25,7 +25,7 @@ def choose_tokens(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """One token a row, drawn from softmax(logits / temperature), restricted to the most likely ones.
+    """Sample one token a row from softmax(logits / temperature), restricted to the most likely ones.
 
     Args:
         logits: (..., N), floating point; computed with in fp32.
@@ -50,7 +50,7 @@ def choose_tokens(
 
 
 def restrict(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """The logits of the most likely codes, -inf in place of the others.
+    """Return the logits of the most likely codes, and -inf for the others.
 
     Args:
         logits: (..., N) float32.
@@ -81,8 +81,9 @@ def restrict(logits: Tensor, *, top_k: int | None = None, top_p: float | None = 
 
 
 def guide(logits: Tensor, guidance: float) -> Tensor:
-    """Logits of classifier-free guidance, null + guidance * (conditional - null), of which the softmax is in proportion
-    to p(conditional)^guidance p(null)^(1 - guidance).
+    """Return logits of classifier-free guidance, null + guidance * (conditional - null).
+
+    Their softmax is in proportion to p(conditional)^guidance p(null)^(1 - guidance).
 
     Args:
         logits: (2B, ..., N), the conditional ones of B images, then their null ones.
@@ -108,6 +109,6 @@ def check_choice(temperature: float = 1.0, top_k: int | None = None, top_p: floa
 
 
 def check_guidance(guidance: float) -> None:
-    """Raise ValueError on a weight of guidance that is none."""
+    """Raise ValueError on a guidance weight that is negative or not finite."""
     if not math.isfinite(guidance) or guidance < 0.0:
         raise ValueError(f"guidance must be a finite number of at least 0 (1: none), got {guidance}")

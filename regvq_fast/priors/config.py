@@ -1,4 +1,4 @@
-"""What the configurations of all priors share: where tokens come from."""
+"""Base of the configurations of priors: the source of their tokens."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from regvq_fast.data.pictures import Crop
 
 @dataclass(frozen=True)
 class TokensConfig:
-    """Where tokens come from."""
+    """Source of the tokens."""
 
     cache: Path | None = None
     """Token cache, made by train/cache_tokens.py."""
@@ -42,7 +42,7 @@ class PriorConfig(TrainConfig):
 
 
 def check_prior_config(config: PriorConfig) -> None:
-    """Raise ValueError for what is wrong with the common sections, or with the source of the tokens."""
+    """Raise ValueError if the common sections or the source of the tokens contradict themselves."""
     check_common(config)
     tokens = config.tokens
     check_at_least(1, {"--val-images": tokens.val_images})
@@ -62,7 +62,7 @@ def check_prior_config(config: PriorConfig) -> None:
 
 
 def check_probabilities(values: dict[str, float]) -> None:
-    """Raise ValueError where one of the values, by flag, is no probability."""
+    """Raise ValueError if one of the values, by flag, is not a probability."""
     for flag, probability in values.items():
         if not 0 <= probability <= 1:
             raise ValueError(f"{flag} is a probability and must lie in [0, 1], got {probability}")

@@ -61,8 +61,8 @@ class PriorRecipe(Recipe[Config]):
     condition_field: Field
     """Key of a sample that images are conditioned on."""
 
-    @classmethod
-    def check_files(cls, config: Config) -> None:
+    @staticmethod
+    def check_files(config: Config) -> None:
         """Raise ValueError or OSError where files that the network is built from can't be had."""
 
     @abstractmethod

@@ -60,7 +60,7 @@ class PriorSampler(ABC):
     preview: ClassVar[Mapping[str, Any]] = {}
     """Settings that are enough for images to look at."""
     has_states: ClassVar[bool] = False
-    """Whether `sample` records states: the tokens after each step, `num_codes` where there is none yet."""
+    """True if `sample` records states: the tokens after each step, `num_codes` where there is none yet."""
 
     prior: Any
     settings: Any
@@ -133,20 +133,20 @@ class TokenPrior(Protocol):
 
 @functools.cache
 def compiled(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A network's step by `torch.compile`, which is loaded only then; the same for every call, so that it is kept.
+    """Compile a network's step by `torch.compile`, once for all calls.
 
-    The network alone: what follows it is small, and would be compiled anew for each of the settings that users sweep.
+    Only the network: what follows it is small, and would be recompiled for each of the settings that users sweep.
     """
     return torch.compile(network, fullgraph=True)
 
 
 def capture(step: Callable[[], None], *state: Tensor) -> Callable[[], None]:
-    """The step as a CUDA graph; each call of the result is one step.
+    """Capture the step in a CUDA graph; each call of the result is one step.
 
     Args:
-        step: reads and writes tensors in place, at shapes and addresses that stay, and waits for nothing.
-        state: what it changes and reads again, on one device: it runs once to warm up, and these are put back then.
-            A tensor of which the next step writes the same places before it reads them may be left out.
+        step: reads and writes tensors in place, with static shapes and addresses, and without synchronization.
+        state: tensors on one device that it changes and reads again: it runs once to warm up, and these are restored
+            then. A tensor that the next step overwrites before it reads it may be left out.
     """
     device = state[0].device
     with torch.cuda.device(device):
@@ -172,10 +172,10 @@ def capture(step: Callable[[], None], *state: Tensor) -> Callable[[], None]:
 def check_keep(
     keep: tuple[Tensor, Tensor] | None, batch: int, prior: TokenPrior, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens and mask (B, h, w) or (B, L) as (B, L), or twice None.
+    """Return tokens and mask (B, h, w) or (B, L) as (B, L); None, None if nothing is to be kept.
 
     Raises:
-        ValueError: other shapes, another device than the prior's `device`; on a CPU, tokens to keep that are no codes.
+        ValueError: other shapes, another device than the prior's `device`; on a CPU, tokens to keep that are not codes.
         TypeError: tokens that are not int64, a mask that is not bool.
     """
     if keep is None:
@@ -192,7 +192,7 @@ def check_keep(
             raise ValueError(f"the {name} to keep is on {tensor.device} but the prior on {device}")
         flat.append(tensor.reshape(batch, length))
     given, kept = flat
-    if device.type == "cpu" and bool(kept.any()):  # on a GPU, looking would stop it
+    if device.type == "cpu" and bool(kept.any()):  # on a GPU it would force a synchronization
         smallest, largest = (int(bound) for bound in given[kept].aminmax())
         if smallest < 0 or largest >= prior.num_codes:
             wanted = f"[0, {prior.num_codes})"

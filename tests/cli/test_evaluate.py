@@ -30,7 +30,7 @@ from regvq_fast.data.loading import collate
 from regvq_fast.data.samples import Batch
 from regvq_fast.evaluation.fid import frechet_distance, statistics_of
 from regvq_fast.evaluation.measurement import Measurement, write_measurements
-from regvq_fast.evaluation.metrics import DrawnImages
+from regvq_fast.evaluation.metrics import SampledImages
 from regvq_fast.models import VQGAN
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.pictures import save_images
@@ -243,22 +243,22 @@ def test_images_that_are_there(runs: dict[str, Path], tmp_path: Path) -> None:
 
 def test_folders_of_drawn_images_that_will_not_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder of images"):
-        DrawnImages(tmp_path / "nowhere", 16)
+        SampledImages(tmp_path / "nowhere", 16)
     with pytest.raises(FileNotFoundError, match="no images in"):
-        DrawnImages(tmp_path, 16)
+        SampledImages(tmp_path, 16)
     Image.new("L", (16, 16)).save(tmp_path / "0.png")
-    assert DrawnImages(tmp_path, 16)[0]["image"].shape == (3, 16, 16)
+    assert SampledImages(tmp_path, 16)[0]["image"].shape == (3, 16, 16)
     # As the images they are compared with: 16 bits are scaled, what is transparent is white.
     Image.fromarray(np.full((16, 16), 128 * 257, dtype=np.uint16)).save(tmp_path / "0.png")
-    assert DrawnImages(tmp_path, 16)[0]["image"].unique().tolist() == [128]
+    assert SampledImages(tmp_path, 16)[0]["image"].unique().tolist() == [128]
     Image.new("RGBA", (16, 16), (10, 20, 30, 0)).save(tmp_path / "0.png")
-    assert DrawnImages(tmp_path, 16)[0]["image"].unique().tolist() == [255]
+    assert SampledImages(tmp_path, 16)[0]["image"].unique().tolist() == [255]
     Image.new("RGB", (16, 24)).save(tmp_path / "1.png")
     with pytest.raises(ValueError, match=r"1.png has 16 x 24 pixels, the validation images 16 x 16"):
-        DrawnImages(tmp_path, 16)
+        SampledImages(tmp_path, 16)
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1.png is not an image"):
-        DrawnImages(tmp_path, 16)
+        SampledImages(tmp_path, 16)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -266,11 +266,11 @@ def test_drawn_images_that_were_cut_off(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"0.{suffix}"
     Image.effect_noise((64, 64), 90).convert("RGB").save(file)
     whole = file.read_bytes()
-    drawn = DrawnImages(tmp_path, 64)
+    drawn = SampledImages(tmp_path, 64)
     for content in (whole[:-20], whole[: len(whole) // 2]):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=rf"0.{suffix} (can't be read|is not an image)"):
-            DrawnImages(tmp_path, 64)
+            SampledImages(tmp_path, 64)
     with pytest.raises(ValueError, match=rf"0.{suffix} (can't be read|is not an image)"):
         drawn[0]
 
@@ -408,8 +408,8 @@ def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: P
         ({"prior_run": "vq"}, "holds a VQGAN, not a TokenTransformer or VQDiffusion"),
         ({"prior_run": "ar", "run": "other"}, "is not the tokenizer of --prior-run"),
         ({"prior_run": "ar", "images": "vq"}, "give one of the two"),
-        ({"run": "vq", "top_p": 0.5}, "--top-p 0.5 says how a prior draws: give its run with --prior-run"),
-        ({"run": "vq", "guidance": 3.0}, "--guidance 3.0 says how a prior draws"),
+        ({"run": "vq", "top_p": 0.5}, "--top-p 0.5 says how a prior samples: give its run with --prior-run"),
+        ({"run": "vq", "guidance": 3.0}, "--guidance 3.0 says how a prior samples"),
         ({"images": "vq"}, "needs --image-size"),
         ({"images": "vq", "image_size": 0}, "--image-size must be at least 1, got 0"),
         ({"run": "vq", "image_size": 32}, "--image-size 32 is for --images alone"),
@@ -424,7 +424,7 @@ def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: P
         ({"prior_run": "diffusion", "top_k": 3}, "--top-k is for autoregressive priors; this one is diffusion"),
         ({"prior_run": "diffusion", "steps": 5}, "steps must lie between 1 and the prior's 4, got 5"),
         ({"prior_run": "ar", "top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
-        ({"prior_run": "ar", "fid_features": "none"}, "--fid-features none measures nothing of drawn images"),
+        ({"prior_run": "ar", "fid_features": "none"}, "--fid-features none measures nothing of sampled images"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(

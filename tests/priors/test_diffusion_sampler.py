@@ -38,7 +38,7 @@ def learned() -> tuple[VQDiffusion, Tensor]:
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=300)
     for seed in torch.arange(300):
-        t, probability = steps.draw(seed, 32)
+        t, probability = steps.sample(seed, 32)
         noisy = prior.transition.corrupt(clean, t, seed)
         logits = prior(noisy, t, ids, prior.keep_text(32, 0.3, seed=seed))
         terms = diffusion_terms(prior.transition, logits, clean, noisy, t)

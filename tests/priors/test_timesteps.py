@@ -41,7 +41,7 @@ def test_weighted_loss_is_unbiased_by_enumeration() -> None:
     draw_words = lambda seed, images, stream: words  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timesteps, "row_words", draw_words)
-        t, probability = sampler.draw(SEED, len(words))
+        t, probability = sampler.sample(SEED, len(words))
     estimate = (terms[t - 1].double() / probability.double()).mean().item()
     assert estimate == pytest.approx(terms.sum().item(), rel=1e-3)
     assert set(t.tolist()) == set(range(1, 7))
@@ -49,11 +49,11 @@ def test_weighted_loss_is_unbiased_by_enumeration() -> None:
 
 def test_drawn_steps_have_the_probabilities_and_depend_on_the_image_alone() -> None:
     sampler, _ = warm_sampler()
-    t, probability = sampler.draw(SEED, 4000)
+    t, probability = sampler.sample(SEED, 4000)
     torch.testing.assert_close(probability, sampler.probabilities()[t - 1])
     shares = (t - 1).bincount(minlength=6) / 4000
     torch.testing.assert_close(shares, sampler.probabilities(), rtol=0, atol=0.03)  # four standard deviations
-    torch.testing.assert_close(sampler.draw(SEED, 1000, first_image=3000)[0], t[3000:])
+    torch.testing.assert_close(sampler.sample(SEED, 1000, first_image=3000)[0], t[3000:])
 
 
 def test_history_takes_all_ranks_terms_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

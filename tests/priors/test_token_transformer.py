@@ -143,7 +143,7 @@ def test_wrong_checkpoints_are_refused_as_a_whole():
     ]
     unmasked = state["blocks.0.attn.mask"].clone()
     unmasked[..., :4, :4] = 1
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.mask lets places see later ones \(n_unmasked > 0\)"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.mask lets positions see later ones \(n_unmasked > 0\)"):
         model.load_taming_state_dict(state | {"blocks.0.attn.mask": unmasked})
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     many_classes = TokenTransformer(

@@ -18,7 +18,8 @@ from tiny_runs import FAST, assert_same_run, checkpoints, records, resume, train
 from regvq_fast import EMAQuantizer, GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import Quantizer
-from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, set_random_state
+from regvq_fast.ranks import set_random_state
+from regvq_fast.training.checkpoint import Checkpoint, Checkpoints
 from regvq_fast.training.recorder import Recorder, reason
 from regvq_fast.training.trainer import Trainer
 

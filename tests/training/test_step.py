@@ -13,7 +13,7 @@ from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
 from regvq_fast.precision import Precision
 from regvq_fast.quantizers import GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
-from regvq_fast.training.step import VQGANStep
+from regvq_fast.training.vqgan_step import VQGANStep
 
 FP32 = Precision(torch.device("cpu"), None, "test")
 LAYERS = ("relu1_2", "relu2_2")

@@ -119,7 +119,7 @@ def test_what_one_process_finds_wrong_is_said_by_all(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("regvq_fast.ranks.num_ranks", lambda: 3)
+    monkeypatch.setattr("regvq_fast.training.optimization.num_ranks", lambda: 3)
     with pytest.raises(SystemExit, match=r"--batch-size 4 does not divide among 3 processes: take a multiple of 3"):
         train("--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
 from regvq_fast.precision import Precision
 from regvq_fast.quantizers import EMAQuantizer, RegularizedQuantizer
 from regvq_fast.ranks import mean_over_ranks, num_ranks, process_group, rank
-from regvq_fast.training.step import VQGANStep
+from regvq_fast.training.vqgan_step import VQGANStep
 
 BATCH, STEPS = 8, 5
 

@@ -23,7 +23,7 @@ class TransformerConfig:
     keep: float = 1.0
     """Probability that the network sees a true token; otherwise it sees a random one (taming's pkeep)."""
     condition_dropout: float = 0.1
-    """Share of the images that lose their condition, for classifier-free guidance."""
+    """Fraction of the images that lose their condition, for classifier-free guidance."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,6 @@ AR_PRESETS: dict[str, ARConfig] = {
 
 
 def check_ar_config(config: ARConfig) -> None:
-    """Raise ValueError for what no single module can see."""
+    """Raise ValueError if the configuration contradicts itself."""
     check_prior_config(config)
     check_probabilities({"--keep": config.model.keep, "--condition-dropout": config.model.condition_dropout})

@@ -34,7 +34,7 @@ _LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
 class TokenTransformer(Model):
     """p(image tokens | condition), one token after the other; the defaults are taming's for semantic synthesis.
 
-    The sequence is the K ids of the condition, then the L tokens. A place sees what is before it, and itself.
+    The sequence is the K ids of the condition, then the L tokens. A position attends to itself and to those before it.
 
     Args:
         num_codes: N, the codes that image tokens name.
@@ -85,7 +85,7 @@ class TokenTransformer(Model):
 
         self.tok_emb = nn.Embedding(num_codes, width)
         self.cond_emb = nn.Embedding(num_classes + 1, width)
-        # The last place is never an input; it is there as in taming's checkpoints.
+        # The last position is never an input; it is there as in taming's checkpoints.
         self.pos_emb = nn.Parameter(torch.zeros(1, self.condition_length + self.num_tokens, width))
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
@@ -101,14 +101,14 @@ class TokenTransformer(Model):
     # ----------------------------------------------------------------------------------------------------- training
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Logits of every token, given the condition and the tokens before it.
+        """Return logits of every token, given the condition and the tokens before it.
 
         Args:
-            tokens: (B, h, w) or (B, L) int64 in [0, num_codes). The last one is not looked at.
+            tokens: (B, h, w) or (B, L) int64 in [0, num_codes). The last one is ignored.
             condition: (B, h', w') or (B, K) int64 in [0, num_classes].
 
         Returns:
-            (B, L, N) logits; those at place i are of token i.
+            (B, L, N) logits; those at position i are of token i.
 
         Raises:
             ValueError: other shapes; on a CPU, ids out of range.
@@ -117,7 +117,7 @@ class TokenTransformer(Model):
         return self.head(self._hidden(tokens, condition))
 
     def loss(self, tokens: Tensor, condition: Tensor, *, inputs: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats a token, computed in fp32.
+        """Return the mean cross-entropy in nats a token, computed in fp32.
 
         The logits of a chunk of rows are in memory at a time, and backward makes them again where there are several.
 
@@ -154,10 +154,10 @@ class TokenTransformer(Model):
         keep: float = 1.0,
         condition_dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """What the network sees in training: random tokens among the true ones, the null condition for some images.
+        """Corrupt inputs for training: random tokens among the true ones, the null condition for some images.
 
-        The first is taming's `pkeep`, a regularizer; the second teaches what classifier-free guidance needs. A draw is
-        a function of (seed, global number of the image, position): the split of a batch doesn't change it.
+        The first is taming's `pkeep`, a regularizer; the second teaches what classifier-free guidance needs. Random
+        numbers are a function of (seed, global number of the image, position), however a batch is split.
 
         Args:
             tokens, condition: as in `forward`.
@@ -179,9 +179,9 @@ class TokenTransformer(Model):
         tokens, condition = self._flat_tokens(tokens), self._flat_condition(condition)
         images = torch.arange(len(tokens), device=tokens.device) + first_image
         if keep < 1.0:
-            places = images[:, None] * self.num_tokens + torch.arange(self.num_tokens, device=tokens.device)
-            kept = row_words(seed, places, Stream.KEPT_TOKENS) < int(keep * 2**32)
-            replacements = (row_words(seed, places, Stream.REPLACED_TOKENS) * self.num_codes) >> 32
+            positions = images[:, None] * self.num_tokens + torch.arange(self.num_tokens, device=tokens.device)
+            kept = row_words(seed, positions, Stream.KEPT_TOKENS) < int(keep * 2**32)
+            replacements = (row_words(seed, positions, Stream.REPLACED_TOKENS) * self.num_codes) >> 32
             tokens = torch.where(kept, tokens, replacements)
         if condition_dropout > 0.0:
             dropped = row_words(seed, images, Stream.DROPPED_CONDITIONS) < int(condition_dropout * 2**32)
@@ -191,7 +191,7 @@ class TokenTransformer(Model):
     # ----------------------------------------------------------------------------------------------------- sampling
 
     def prefill(self, condition: Tensor) -> tuple[Tensor, KeyValueCache]:
-        """The condition in one pass: logits (B, N) of the first token, and the cache that `decode` goes on with.
+        """Process the condition in one pass: logits (B, N) of the first token, and the cache for `decode`.
 
         Raises: as `forward`.
         """
@@ -202,7 +202,7 @@ class TokenTransformer(Model):
         return self.head(self.ln_f(x[:, -1])), cache
 
     def decode(self, tokens: Tensor, index: Tensor, cache: KeyValueCache, *, reached: int | None = None) -> Tensor:
-        """One token more for each image.
+        """Process one more token of each image.
 
         Args:
             tokens: (B,) int64, the tokens at `index`.
@@ -214,12 +214,12 @@ class TokenTransformer(Model):
         Returns:
             Logits (B, N) of the token at `index` + 1.
         """
-        place = index + self.condition_length
+        position = index + self.condition_length
         span = cache.length if reached is None else self.condition_length + reached
-        mask = cache.mask(place) if reached is None else None
-        x = self.drop(self.tok_emb(tokens).unsqueeze(1) + self.pos_emb.index_select(1, place.view(1)))
+        mask = cache.mask(position) if reached is None else None
+        x = self.drop(self.tok_emb(tokens).unsqueeze(1) + self.pos_emb.index_select(1, position.view(1)))
         for layer, block in enumerate(self.blocks):
-            x = block(x, functools.partial(cache.extend, layer, place, span, mask))
+            x = block(x, functools.partial(cache.extend, layer, position, span, mask))
         return self.head(self.ln_f(x[:, -1]))
 
     # ------------------------------------------------------------------------------------------------------ weights
@@ -243,7 +243,7 @@ class TokenTransformer(Model):
         for name in [name for name in given if name.endswith("attn.mask")]:
             mask = given.pop(name)
             if not torch.equal(mask, mask.tril()):
-                raise ValueError(f"{name} lets places see later ones (n_unmasked > 0), which this model can't")
+                raise ValueError(f"{name} lets positions see later ones (n_unmasked > 0), which this model can't")
         parts, own = ("query", "key", "value"), self.state_dict()
         expected = {
             name: value.shape for name, value in own.items() if ".qkv." not in name and name != "cond_emb.weight"
@@ -266,7 +266,7 @@ class TokenTransformer(Model):
     # ----------------------------------------------------------------------------------------------------- internal
 
     def _hidden(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """(B, L, C): what the head makes the logits of."""
+        """Return the input of the head, (B, L, C)."""
         tokens, condition = self._flat_tokens(tokens), self._flat_condition(condition)
         if len(tokens) != len(condition):
             raise ValueError(

@@ -101,11 +101,11 @@ def sample_autoregressive(
     compile: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Tokens of one image for each condition, drawn without dropout, whatever mode the prior is in.
+    """Sample the tokens of one image for each condition, without dropout, whatever mode the prior is in.
 
     The condition runs in one pass; then every token is one step. On a GPU its shapes and addresses are static, and it
-    is a CUDA graph, captured once a call; nothing waits for the device after that. A draw is a function of (seed,
-    number of the image, position): images don't change with the batch they are drawn in (but see
+    is a CUDA graph, captured once a call; nothing waits for the device after that. A token is a function of (seed,
+    number of the image, position): images don't change with the batch they are sampled in (but see
     `regvq_fast.priors.choosing` on rounding).
 
     Args:
@@ -115,8 +115,8 @@ def sample_autoregressive(
         temperature, top_k, top_p: as in `choose_tokens`.
         guidance: weight w of classifier-free guidance, logits = null + w * (conditional - null). 1: none; others take
             twice the work, and a prior that was trained with a null condition.
-        keep: for editing: tokens, and where to keep them, (B, h, w) or (B, L) int64 and bool. The others are drawn in
-            their order, each given the tokens before it, kept or drawn.
+        keep: for editing: tokens, and where to keep them, (B, h, w) or (B, L) int64 and bool. The others are sampled in
+            their order, each given the tokens before it, kept or sampled.
         first_image: global number of the first image.
         compile: run the network's step by `torch.compile`; it is compiled once for all calls with such shapes. On a CPU
             it gains nothing, since the step then runs over the whole cache.
@@ -145,15 +145,15 @@ def sample_autoregressive(
     decode = compiled(TokenTransformer.decode) if compile else TokenTransformer.decode
 
     def choose(logits: Tensor) -> None:
-        """Put the token at `index`."""
+        """Choose the token at `index` and store it."""
         if guided:
             logits = guide(logits, guidance)
         rows = first_rows + index
         chosen = choose_tokens(logits, rows, seed, temperature=temperature, top_k=top_k, top_p=top_p).unsqueeze(1)
-        place = index.view(1)
+        position = index.view(1)
         if given is not None and kept is not None:
-            chosen = torch.where(kept.index_select(1, place), given.index_select(1, place), chosen)
-        tokens.index_copy_(1, place, chosen)
+            chosen = torch.where(kept.index_select(1, position), given.index_select(1, position), chosen)
+        tokens.index_copy_(1, position, chosen)
 
     def step(cache: KeyValueCache, reached: int | None) -> None:
         last = tokens.index_select(1, index.view(1)).squeeze(1)
@@ -180,5 +180,5 @@ def sample_autoregressive(
 
 
 def _with_null(prior: TokenTransformer, condition: Tensor) -> Tensor:
-    """The condition, and after it the null condition for each image."""
+    """Return the condition, and after it the null condition for each image."""
     return torch.cat([condition, torch.full_like(condition, prior.num_classes)])

@@ -26,7 +26,7 @@ class DiffusionModelConfig:
     auxiliary_weight: float = 5e-4
     """Weight of the cross-entropy of x_0 beside the variational bound."""
     caption_dropout: float = 0.1
-    """Share of the images that lose their caption, for classifier-free guidance."""
+    """Fraction of the images that lose their caption, for classifier-free guidance."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
 
 
 def check_diffusion_config(config: DiffusionConfig) -> None:
-    """Raise ValueError for what no single module can see."""
+    """Raise ValueError if the configuration contradicts itself."""
     check_prior_config(config)
     check_at_least(0, {"--auxiliary-weight": config.model.auxiliary_weight})
     check_probabilities({"--caption-dropout": config.model.caption_dropout})

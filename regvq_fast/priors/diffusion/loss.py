@@ -14,7 +14,7 @@ The posterior q(x_s | x_t, x_0 = y) is q(x_t | x_s) q(x_s | y) / q(x_t | y):
     x_t = c:  k = N: 0                  code k: (a [k = c] + b) (A_s [k = y] + B_s) / (A_t [c = y] + B_t)
 
 The network gives p(x_0 | x_t) = softmax(z), and p(x_s | x_t) is the mean of the posterior over it. Where x_t = c that
-takes p_k / (A_t [c = k] + B_t), whose logits differ from z at one place. So let z' be z with log K, K = B_t / (A_t +
+takes p_k / (A_t [c = k] + B_t), whose logits differ from z at one position. So let z' be z with log K, K = B_t / (A_t +
 B_t), added at c (nothing is added where x_t = N), W = sum exp z' / sum exp z, p' = softmax(z'), r = A_s / B_s; then
 
     p(x_s = k | x_t) = F_k W B_s (1 + r p'_k)        F_k = g / G_t,  or  (a [k = c] + b) / B_t
@@ -75,27 +75,27 @@ class MaskAndReplace:
                 f"alpha_bar must fall and gamma_bar rise, both in (0, 1), got alpha_bar {alphas}, gamma_bar {gammas}"
             )
         replaced = [1 - alpha - gamma for alpha, gamma in zip(alphas, gammas, strict=True)]
-        # Both are linear, so that the share of replaced among unmasked codes rises everywhere if from end to end.
+        # Both are linear, so the fraction of replaced among unmasked codes rises everywhere if from end to end.
         if min(replaced) <= 0 or replaced[1] / alphas[1] < replaced[0] / alphas[0]:
             raise ValueError(
-                "alpha_bar + gamma_bar must stay below 1, and the share of replaced codes must not fall, got "
+                "alpha_bar + gamma_bar must stay below 1, and the fraction of replaced codes must not fall, got "
                 f"alpha_bar {alphas}, gamma_bar {gammas}"
             )
 
     def cumulative(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A_t, B_t and G_t, float64, at the int64 steps t, 0 to T."""
-        share = (t.double() - 1) / (self.num_steps - 1)
+        fraction = (t.double() - 1) / (self.num_steps - 1)
         first = t == 0
-        alpha = torch.where(first, 1.0, torch.lerp(*self._ends(self.alpha_bar, share)))
-        gamma = torch.where(first, 0.0, torch.lerp(*self._ends(self.gamma_bar, share)))
+        alpha = torch.where(first, 1.0, torch.lerp(*self._ends(self.alpha_bar, fraction)))
+        gamma = torch.where(first, 0.0, torch.lerp(*self._ends(self.gamma_bar, fraction)))
         replaced = tuple(1 - a - g for a, g in zip(self.alpha_bar, self.gamma_bar, strict=True))
-        beta = torch.where(first, 0.0, torch.lerp(*self._ends(replaced, share))) / self.num_codes
+        beta = torch.where(first, 0.0, torch.lerp(*self._ends(replaced, fraction))) / self.num_codes
         return alpha, beta, gamma
 
     @staticmethod
-    def _ends(ends: tuple[float, ...], share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first, last = (torch.full_like(share, end) for end in ends)
-        return first, last, share
+    def _ends(ends: tuple[float, ...], fraction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, last = (torch.full_like(fraction, end) for end in ends)
+        return first, last, fraction
 
     def between(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a, b and g of q(x_t | x_s), float64; steps 0 <= s < t <= T. Written without differences of like numbers."""
@@ -106,13 +106,13 @@ class MaskAndReplace:
         return alpha, beta, (gamma_t - gamma_s) / (1 - gamma_s)
 
     def corrupt(self, tokens: Tensor, t: Tensor, seed: Tensor, first_image: int | Tensor = 0) -> Tensor:
-        """Draw x_t of q(x_t | x_0).
+        """Sample x_t from q(x_t | x_0).
 
         Args:
             tokens: x_0 (B, L) int64, codes.
             t: (B,) int64, 1 to T.
             seed: 0-dim int64 tensor.
-            first_image: global number of the first image; the draw of a token is a function of (seed, number, place).
+            first_image: global number of the first image; a token is a function of (seed, number, position).
 
         Returns:
             (B, L) int64, codes or the mask N.
@@ -126,9 +126,9 @@ class MaskAndReplace:
     def sample_posterior(
         self, tokens: Tensor, noisy: Tensor, s: Tensor, t: Tensor, seed: Tensor, first_image: int | Tensor = 0
     ) -> Tensor:
-        """Draw x_s of q(x_s | x_t, x_0).
+        """Sample x_s from q(x_s | x_t, x_0).
 
-        With x_0 drawn of p(x_0 | x_t) it is a draw of p(x_s | x_t), for a few numbers a token rather than N.
+        With x_0 from p(x_0 | x_t) it is a sample from p(x_s | x_t), for a few numbers a token rather than N.
 
         Args:
             tokens: x_0 (B, L) int64, codes.
@@ -149,11 +149,11 @@ class MaskAndReplace:
         to_noisy = torch.where(masked, 0.0, alpha * beta_s)
         to_any = torch.where(masked, gamma, beta) * self.num_codes * beta_s
         choice, code = (row_words(seed, rows, Stream.POSTERIOR + i) for i in range(2))
-        # In fp32 the last words would round to the whole mass, and draw a code where `to_any` is 0.
+        # In fp32 the last words would round to the whole mass, and sample a code where `to_any` is 0.
         level = (choice.double() + 0.5) / _WORDS * (to_mask + to_token + to_noisy + to_any)
-        drawn = torch.where(level < to_mask + to_token + to_noisy, noisy, self._code(code))
-        drawn = torch.where(level < to_mask + to_token, tokens, drawn)
-        return torch.where(level < to_mask, self.num_codes, drawn)
+        sampled = torch.where(level < to_mask + to_token + to_noisy, noisy, self._code(code))
+        sampled = torch.where(level < to_mask + to_token, tokens, sampled)
+        return torch.where(level < to_mask, self.num_codes, sampled)
 
     def log_posterior(self, logits: Tensor, noisy: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """log p(x_s | x_t), the mean of q(x_s | x_t, x_0) over p(x_0 | x_t) = softmax(logits).
@@ -200,14 +200,14 @@ class MaskAndReplace:
 
 
 def token_rows(tokens: Tensor, first_image: int | Tensor = 0) -> Tensor:
-    """Global numbers (B, L) int64 of tokens: image * L + place."""
+    """Return global numbers (B, L) int64 of tokens: image * L + position."""
     batch, length = tokens.shape
-    places = torch.arange(batch * length, device=tokens.device).view(batch, length)
-    return places + first_image * length
+    positions = torch.arange(batch * length, device=tokens.device).view(batch, length)
+    return positions + first_image * length
 
 
 class DiffusionTerms(NamedTuple):
-    """What an image costs at its step t, in nats a token."""
+    """Terms of the loss of an image at its step t, in nats a token."""
 
     bound: Tensor
     """(B,) KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 1 -log p(x_0 | x_1)."""
@@ -219,7 +219,7 @@ class DiffusionTerms(NamedTuple):
 
         Args:
             t: (B,) int64.
-            probability: (B,) with which t was drawn.
+            probability: (B,) with which t was sampled.
             num_steps: T.
             auxiliary_weight: of the cross-entropy. It counts twice at the first step, falling to once at the last, as
                 in VQ-Diffusion's configurations for text.
@@ -258,7 +258,7 @@ def diffusion_terms(
     alpha_t, beta_t, gamma_t = (value[:, None] for value in transition.cumulative(t))
     alpha, beta, gamma = (value[:, None] for value in transition.between(s, t))
     masked, same = noisy == transition.num_codes, noisy == tokens
-    other = ~(masked | same)  # x_t is a code that was put in the token's place
+    other = ~(masked | same)  # x_t is a code that replaced the token
 
     tilt = beta_t / (alpha_t + beta_t)  # K
     evidence = torch.where(masked, gamma_t, torch.where(same, alpha_t + beta_t, beta_t))  # q(x_t | x_0)

@@ -1,10 +1,10 @@
 """The discrete diffusion prior: a Transformer that names the tokens of an image behind noise, given a text.
 
 VQ-Diffusion (Gu et al., "Vector Quantized Diffusion Model for Text-to-Image Synthesis", CVPR 2022). The mathematics is
-in `regvq_fast.priors.diffusion.loss`, the text in `regvq_fast.priors.diffusion.text`, the drawing of images in
+in `regvq_fast.priors.diffusion.loss`, the text in `regvq_fast.priors.diffusion.text`, sampling in
 `regvq_fast.priors.diffusion.sampler`. A training step reads
 
-    t, probability = timesteps.draw(seed, B, first_image)                    # TimestepSampler
+    t, probability = timesteps.sample(seed, B, first_image)                    # TimestepSampler
     noisy = model.transition.corrupt(tokens, t, seed, first_image)
     logits = model(noisy, t, text, model.keep_text(B, 0.1, seed=seed, first_image=first_image))
     terms = diffusion_terms(model.transition, logits, tokens, noisy, t)
@@ -95,7 +95,7 @@ class VQDiffusion(Model):
     """p(x_0 | x_t, text) of every token at once; the defaults are VQ-Diffusion-B's.
 
     Where there is no text (padding, dropped captions) the network sees the null condition, a learned row for each
-    place, so that attention needs no mask.
+    position, so that attention needs no mask.
 
     Args:
         num_codes: N, the codes that tokens name; N itself is the mask.
@@ -133,7 +133,7 @@ class VQDiffusion(Model):
         self.token_shape = grid_shape("token_shape", token_shape)
         self.text_shape = text_shape if text_encoder is None else text_encoder.shape
         if len(self.text_shape) != 2 or min(self.text_shape) < 1:
-            raise ValueError(f"text_shape must be (places, features), each at least 1, got {tuple(text_shape)}")
+            raise ValueError(f"text_shape must be (positions, features), each at least 1, got {tuple(text_shape)}")
         self._arguments: dict[str, Any] = {
             "num_codes": num_codes,
             "token_shape": self.token_shape,
@@ -152,7 +152,7 @@ class VQDiffusion(Model):
         self.tok_emb = nn.Embedding(num_codes + 1, width)
         self.row_emb = nn.Embedding(self.token_shape[0], width)
         self.column_emb = nn.Embedding(self.token_shape[1], width)
-        places, text_width = self.text_shape
+        positions, text_width = self.text_shape
         self.blocks = nn.ModuleList(DiffusionBlock(width, text_width, heads, num_steps, dropout) for _ in range(depth))
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_codes)
@@ -160,18 +160,18 @@ class VQDiffusion(Model):
         # Tokens that are not masked are to be copied: with the embedding for a head the network begins with that.
         self.head.weight.data.copy_(self.tok_emb.weight.data[:num_codes])
         # Rows of about unit length, as the features of CLIP.
-        null = torch.randn(places, text_width) / math.sqrt(text_width)
+        null = torch.randn(positions, text_width) / math.sqrt(text_width)
         self.null_text = nn.Parameter(null) if null_condition else None
         self.text_encoder = text_encoder
 
     def forward(self, tokens: Tensor, t: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """Logits of p(x_0 | x_t, text).
+        """Return logits of p(x_0 | x_t, text).
 
         Args:
             tokens: x_t, (B, h, w) or (B, L) int64 in [0, num_codes], the last being the mask.
             t: (B,) int64, 1 to T.
             text: features (B, K, C_text), or ids (B, K, W) int64 of `text_encoder`; None: the null condition.
-            text_mask: (B, K) or (B, 1) bool, false where the null condition takes the place of the text; ids have a
+            text_mask: (B, K) or (B, 1) bool, false where the null condition replaces the text; ids have a
                 mask of their own besides.
 
         Returns:
@@ -185,14 +185,14 @@ class VQDiffusion(Model):
         if t.shape != (len(tokens),):
             raise ValueError(f"t must be ({len(tokens)},), one step an image, got {tuple(t.shape)}")
         condition = self.condition(len(tokens), text, text_mask)
-        places = self.row_emb.weight[:, None] + self.column_emb.weight
-        x = self.tok_emb(tokens) + places.flatten(0, 1)
+        positions = self.row_emb.weight[:, None] + self.column_emb.weight
+        x = self.tok_emb(tokens) + positions.flatten(0, 1)
         for block in self.blocks:
             x = block(x, t, condition)
         return self.head(self.ln_f(x))
 
     def condition(self, batch: int, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """What the tokens attend to, (B, K, C_text): the text, and the null condition where it is masked.
+        """Return what the tokens attend to, (B, K, C_text): the text, and the null condition where it is masked.
 
         It may go to `forward` as text without a mask; arguments and errors are those of `forward`.
         """
@@ -202,12 +202,12 @@ class VQDiffusion(Model):
             text, written = self.text_encoder(text)
             if self.null_text is not None:
                 text_mask = written if text_mask is None else written & text_mask
-        places = self.text_shape[0]
+        positions = self.text_shape[0]
         if text is not None and text.shape != (batch, *self.text_shape):
             wanted = (batch, *self.text_shape)
             raise ValueError(f"text must be {wanted}, features of as many captions as images, got {tuple(text.shape)}")
-        if text_mask is not None and text_mask.shape not in ((batch, places), (batch, 1)):
-            raise ValueError(f"text_mask must be ({batch}, {places}) or ({batch}, 1), got {tuple(text_mask.shape)}")
+        if text_mask is not None and text_mask.shape not in ((batch, positions), (batch, 1)):
+            raise ValueError(f"text_mask must be ({batch}, {positions}) or ({batch}, 1), got {tuple(text_mask.shape)}")
         if text is not None:
             text = text.to(self.tok_emb.weight.dtype)
             if text_mask is None:
@@ -221,9 +221,9 @@ class VQDiffusion(Model):
     def keep_text(
         self, batch: int, dropout: float = 0.1, *, seed: Tensor, first_image: int | Tensor = 0
     ) -> Tensor | None:
-        """A text_mask (B, 1) that drops captions, which teaches the null condition; None where none is dropped.
+        """Return a text_mask (B, 1) that drops captions, which trains the null condition; None where none is dropped.
 
-        The draw is a function of (seed, global number of the image).
+        It is a function of (seed, global number of the image).
 
         Raises:
             ValueError: a dropout outside [0, 1], or above 0 for a model without a null condition.
@@ -238,7 +238,7 @@ class VQDiffusion(Model):
         return row_words(seed, images, Stream.DROPPED_CAPTIONS)[:, None] >= int(dropout * 2**32)
 
     def tokenize_text(self, captions: Sequence[str]) -> Tensor:
-        """Captions to ids (B, K, W) on the CPU, by the text encoder.
+        """Convert captions to ids (B, K, W) on the CPU, by the text encoder.
 
         Raises:
             ValueError: no text encoder, no captions, or an empty or over-long one.
@@ -249,7 +249,7 @@ class VQDiffusion(Model):
         return self.text_encoder.tokenize(captions)
 
     def architecture(self) -> dict[str, Any]:
-        """What the model was built with, as plain values; under "text_encoder" what its encoder was."""
+        """Return the arguments of the model as plain values; under "text_encoder" those of its encoder."""
         encoder = None if self.text_encoder is None else self.text_encoder.architecture()
         return {**super().architecture(), "text_encoder": encoder}
 

@@ -31,8 +31,8 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
     def check(config: DiffusionConfig) -> None:
         check_diffusion_config(config)
 
-    @classmethod
-    def check_files(cls, config: DiffusionConfig) -> None:
+    @staticmethod
+    def check_files(config: DiffusionConfig) -> None:
         _text_encoder(config.model)
 
     def build_prior(self, config: DiffusionConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -66,7 +66,7 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
         """Return the bound, estimated by one uniformly sampled step an image, the same in every evaluation."""
         tokens = tokens.flatten(1)
         seed = torch.zeros((), dtype=torch.int64, device=self.device)
-        t, probability = self._uniform.draw(seed, len(tokens), first_image)
+        t, probability = self._uniform.sample(seed, len(tokens), first_image)
         noisy = model.transition.corrupt(tokens, t, seed, first_image)
         terms = diffusion_terms(model.transition, model(noisy, t, condition), tokens, noisy, t)
         return (terms.bound / probability).mean()
@@ -85,7 +85,7 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
 
 
 def _text_encoder(model: DiffusionModelConfig) -> TextEncoder:
-    # Data sets have long captions: what doesn't fit is cut off.
+    """Build the text encoder; it cuts captions that are too long, as data sets have them."""
     if model.text_encoder == "words":
         return WordEncoder(truncate=True)
     return PretrainedTextEncoder(model.text_encoder, truncate=True)
@@ -106,7 +106,7 @@ class _Loss(nn.Module):
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         prior = cast(VQDiffusion, self.prior)
         tokens = tokens.flatten(1)
-        t, probability = self.timesteps.draw(seed, len(tokens), first_image)
+        t, probability = self.timesteps.sample(seed, len(tokens), first_image)
         noisy = prior.transition.corrupt(tokens, t, seed, first_image)
         kept = prior.keep_text(len(tokens), self.caption_dropout, seed=seed, first_image=first_image)
         terms = diffusion_terms(prior.transition, prior(noisy, t, text, kept), tokens, noisy, t)

@@ -96,12 +96,12 @@ def sample_diffusion(
     states: list[Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Tokens of one image for each text, drawn without dropout, whatever mode the prior is in.
+    """Sample the tokens of one image for each text, without dropout, whatever mode the prior is in.
 
-    A step from t to s draws x_0 of the truncated p(x_0 | x_t), then x_s of q(x_s | x_t, x_0), which together is a draw
-    of p(x_s | x_t), and exact for any s < t: fewer steps skip, and change nothing else. All shapes are static, nothing
-    waits for the device, and on a GPU the steps replay a CUDA graph that is captured once a call. A draw is a function
-    of (seed, number of the image, position): images don't change with the batch they are drawn in (but see
+    A step from t to s samples x_0 from the truncated p(x_0 | x_t), then x_s from q(x_s | x_t, x_0): together a sample
+    from p(x_s | x_t), exact for any s < t, so that fewer steps skip and change nothing else. All shapes are static,
+    nothing waits for the device, and on a GPU the steps replay a CUDA graph that is captured once a call. A token is a
+    function of (seed, number of the image, position): images don't change with the batch they are sampled in (but see
     `regvq_fast.priors.choosing` on rounding).
 
     Args:
@@ -113,11 +113,11 @@ def sample_diffusion(
         num_images: B where there is no text.
         steps: 1 to the prior's `num_steps`, and by default as many.
         temperature: of p(x_0 | x_t); 0 takes the most likely code.
-        truncation: share of p(x_0 | x_t) that is drawn from, the most likely codes first; 1: all of it.
+        truncation: fraction of p(x_0 | x_t) that is sampled from, the most likely codes first; 1: all of it.
         guidance: weight w of classifier-free guidance, p(x_0 | x_t, text) being in proportion to
             p(conditional)^w p(null)^(1 - w). 1: none; others take twice the work.
         keep: for in-painting: tokens, and where to keep them, (B, h, w) or (B, L) int64 and bool. They are never
-            masked; the others are drawn around them.
+            masked; the others are sampled around them.
         first_image: global number of the first image.
         compile: run the network by `torch.compile`; it is compiled once for all calls with such shapes.
         states: a list that gets x_s (B, h, w) of every step, the last being the result; masked tokens are num_codes.
@@ -161,10 +161,10 @@ def sample_diffusion(
             logits = guide(network(prior, tokens.repeat(2, 1), t.expand(2 * batch), condition), guidance)
         choice_seed, step_seed = seeds.index_select(0, index)[0].unbind()
         start = choose_tokens(logits, rows, choice_seed, temperature=temperature, top_p=truncation)
-        drawn = prior.transition.sample_posterior(start, tokens, s, t, step_seed, first_image)
+        sampled = prior.transition.sample_posterior(start, tokens, s, t, step_seed, first_image)
         if given is not None and kept is not None:
-            drawn = torch.where(kept, given, drawn)
-        tokens.copy_(drawn)
+            sampled = torch.where(kept, given, sampled)
+        tokens.copy_(sampled)
         index.add_(1)
 
     with evaluating(prior):
@@ -182,12 +182,12 @@ def sample_diffusion(
 
 
 def timesteps(num_steps: int, steps: int) -> list[int]:
-    """The steps T = t_0 > t_1 > ... > 0 of a sampler that takes `steps` of `num_steps`, evenly spread."""
+    """Return the steps T = t_0 > t_1 > ... > 0 of a sampler that takes `steps` of `num_steps`, evenly spread."""
     return [round(num_steps * left / steps) for left in range(steps, -1, -1)]
 
 
 def _step_seeds(seed: Tensor, steps: int) -> Tensor:
-    """Two seeds a step (steps, 2), which no other seed's steps share."""
+    """Return two seeds a step (steps, 2), unique among the steps of all seeds."""
     words = row_words(seed, torch.arange(4 * steps, device=seed.device), Stream.SAMPLING_STEPS).view(steps, 2, 2)
     return words[..., 0] | words[..., 1] << 32
 
@@ -198,7 +198,7 @@ def check_settings(prior: VQDiffusion, steps: int | None, truncation: float, gui
         raise ValueError(f"steps must lie between 1 and the prior's {prior.num_steps}, got {steps}")
     if not 0.0 < truncation <= 1.0:
         raise ValueError(
-            f"truncation is the share of probability that is kept and must lie in (0, 1], got {truncation}"
+            f"truncation is the fraction of probability that is kept and must lie in (0, 1], got {truncation}"
         )
     check_guidance(guidance)
     if guidance != 1.0 and prior.null_text is None:

@@ -3,8 +3,8 @@
     ids = encoder.tokenize(captions)    # (B, K, W) int64 on the CPU, in a loader's worker, say
     features, mask = encoder(ids)       # (B, K, C), and (B, K) where there is text
 
-K places a caption, C features a place. `WordEncoder` is small and trains with the prior; `PretrainedTextEncoder` is
-frozen, CLIP's by default, whose features VQ-Diffusion takes.
+K positions a caption, C features a position. `WordEncoder` is small and trains with the prior;
+`PretrainedTextEncoder` is frozen, by default CLIP's, whose features VQ-Diffusion takes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MOST_TOKENS = 512  # tokenizers name astronomic limits where they have none
 
 
 class TextFeatures(NamedTuple):
-    """What the prior attends to."""
+    """Features that the prior attends to."""
 
     features: Tensor
     """(B, K, C)."""
@@ -47,10 +47,12 @@ class TextEncoder(nn.Module, ABC):
 
     shape: tuple[int, int]
     """(K, C)."""
+    truncate: bool
+    """Cut captions that are too long, which are an error otherwise."""
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions to ids (B, K, W) int64 on the CPU, which `forward` understands.
+        """Convert captions to ids (B, K, W) int64 on the CPU, which `forward` understands.
 
         Raises:
             ValueError: no captions, an empty one, or one that is too long.
@@ -62,7 +64,7 @@ class TextEncoder(nn.Module, ABC):
         """Ids (B, K, W) of `tokenize`, on the encoder's device, to features and their mask."""
 
     def architecture(self) -> dict[str, Any]:
-        """What `restore_text_encoder` needs to build an equal one, without its weights, as plain values."""
+        """Return what `restore_text_encoder` needs to build an equal one, without its weights, as plain values."""
         arguments = inspect.signature(type(self)).parameters
         return {"type": type(self).__name__, **{name: getattr(self, name) for name in arguments}}
 
@@ -70,8 +72,8 @@ class TextEncoder(nn.Module, ABC):
 class WordEncoder(TextEncoder):
     """Words and their context, learned with the prior; needs no vocabulary and no download.
 
-    A word is the sum of `hashes` rows of one table, at places that hash functions of the word name: two words share all
-    of them about once in buckets ** hashes pairs, so that any language has room in a small table. A few Transformer
+    A word is the sum of `hashes` rows of one table, whose indices are hashes of the word: two words share all of them
+    about once in buckets ** hashes pairs, so that any language has room in a small table. A few Transformer
     blocks over words and positions follow. Case is ignored; punctuation marks are words.
 
     Args:
@@ -109,8 +111,8 @@ class WordEncoder(TextEncoder):
         self.blocks = nn.ModuleList(Block(width, heads, dropout=0.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.apply(initialize)
-        # Words of unit variance, positions of a quarter: smaller ones drown in what the blocks add to all places alike,
-        # and the prior learns to do without the text.
+        # Words of unit variance, positions of a quarter: smaller ones drown in what the blocks add to all positions,
+        # and the prior learns to ignore the text.
         nn.init.normal_(self.embedding.weight, std=hashes**-0.5)
         nn.init.normal_(self.positions, std=0.5)
 
@@ -130,7 +132,7 @@ class WordEncoder(TextEncoder):
         """(B, K, hashes) to (B, K, C) and (B, K)."""
         x = self.embedding(ids).sum(2) + self.positions
         for block in self.blocks:
-            x = block(x, attention)  # places behind the last word take part: they tell the length
+            x = block(x, attention)  # positions behind the last word take part: they encode the length
         return TextFeatures(self.norm(x), ids[..., 0] > 0)
 
 
@@ -190,7 +192,7 @@ class PretrainedTextEncoder(TextEncoder):
 
 
 def restore_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
-    """The encoder of `TextEncoder.architecture`, a learned one with fresh weights.
+    """Return the encoder of `TextEncoder.architecture`, a learned one with fresh weights.
 
     Raises:
         ValueError: not such a description. Otherwise as the encoder itself.
@@ -215,14 +217,14 @@ def check_captions(captions: Sequence[str]) -> None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _hashes(word: str, count: int) -> list[int]:
-    """Numbers that follow from the word, on every machine, and not from each other."""
+    """Return hashes of the word, the same on every machine."""
     salts = (i.to_bytes(2, "little") for i in range(count))
     digests = (hashlib.blake2b(word.encode(), digest_size=4, salt=salt).digest() for salt in salts)
     return [int.from_bytes(digest, "little") for digest in digests]
 
 
 class _TransformersModel(Protocol):
-    """What this module uses of a model of transformers, which may not be installed."""
+    """The part of a transformers model that this module uses; transformers may not be installed."""
 
     config: Any
 
@@ -232,7 +234,7 @@ class _TransformersModel(Protocol):
 
 
 class _Shared:
-    """Keeps a model out of its owner's parameters and copies."""
+    """Holder that keeps a model out of its owner's parameters and copies."""
 
     def __init__(self, model: _TransformersModel) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""Which step of a diffusion an image is trained at."""
+"""Choice of the diffusion step that an image is trained at."""
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,17 @@ _WORDS = 2**32
 
 
 class TimestepSampler(nn.Module):
-    """Draws training steps t with probability proportional to sqrt(E[L_t^2]), L_t being the bound's term at t.
+    """Sampler of training steps t, with probability proportional to sqrt(E[L_t^2]), L_t being the bound's term at t.
 
     With the loss divided by the probability its expectation stays the bound, and its variance is the least (Nichol and
-    Dhariwal, 2021; VQ-Diffusion). Until each step was drawn `warm_up` times or more, all have the same probability. The
-    first step takes the second's history, as in VQ-Diffusion: its term is a likelihood, not a divergence.
+    Dhariwal, 2021; VQ-Diffusion). Until each step was sampled at least `warm_up` times, all have the same probability.
+    The first step takes the second's history, as in VQ-Diffusion: its term is a likelihood, not a divergence.
 
     Args:
         num_steps: T.
-        warm_up: draws of each step before its history counts.
-        decay: of the history, a draw.
-        uniform: share of the probability that all steps have equally, which bounds the loss's weights.
+        warm_up: samples of each step before its history counts.
+        decay: of the history, a sample.
+        uniform: fraction of the probability that is spread equally over all steps, which bounds the loss's weights.
 
     Raises:
         ValueError: a setting that is out of range.
@@ -42,18 +42,19 @@ class TimestepSampler(nn.Module):
     count: Tensor
 
     def probabilities(self) -> Tensor:
-        """(T,) float32, of the steps 1 to T."""
+        """Return the probabilities (T,) float32 of the steps 1 to T."""
         squares = self.history / (1 - self.decay**self.count).clamp(min=1 - self.decay)
         weights = torch.cat([squares[1:2], squares[1:]]).sqrt()
-        shares = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        fractions = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
         known = (self.count >= self.warm_up).all() & (weights.sum() > 0)
         return (
-            torch.where(known, (1 - self.uniform) * shares, 1 - self.uniform) / torch.where(known, 1.0, self.num_steps)
+            torch.where(known, (1 - self.uniform) * fractions, 1 - self.uniform)
+            / torch.where(known, 1.0, self.num_steps)
             + self.uniform / self.num_steps
         )
 
-    def draw(self, seed: Tensor, num_images: int, first_image: int | Tensor = 0) -> tuple[Tensor, Tensor]:
-        """Steps (B,) int64 of images, 1 to T, and their probabilities (B,); a function of (seed, image number)."""
+    def sample(self, seed: Tensor, num_images: int, first_image: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+        """Sample steps (B,) int64, 1 to T, with their probabilities (B,); a function of (seed, image number)."""
         images = torch.arange(num_images, device=seed.device) + first_image
         probabilities = self.probabilities()
         levels = (probabilities.double() * _WORDS).long().cumsum(0)  # integers: the same sums in any order
@@ -63,10 +64,10 @@ class TimestepSampler(nn.Module):
 
     @torch.no_grad()
     def update(self, t: Tensor, bound: Tensor) -> None:
-        """Take the terms (B,) at the steps t (B,) into the history, those of all ranks."""
-        drawn = t[:, None] == torch.arange(1, self.num_steps + 1, device=t.device)
-        squares = drawn * bound.detach().float().square()[:, None]
-        counts, sums = sum_over_ranks(torch.stack([drawn.float().sum(0), squares.sum(0)]))
+        """Add the terms (B,) at the steps t (B,) of all ranks to the history."""
+        sampled = t[:, None] == torch.arange(1, self.num_steps + 1, device=t.device)
+        squares = sampled * bound.detach().float().square()[:, None]
+        counts, sums = sum_over_ranks(torch.stack([sampled.float().sum(0), squares.sum(0)]))
         kept = self.decay**counts
         self.history.copy_(kept * self.history + (1 - kept) * sums / counts.clamp(min=1))
         self.count.add_(counts)
