@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.data import ImageFolder, ScenesDataset, TokenDataset, tokenize_batch, training_batches
+from regvq_fast.data import ImageFolder, TokenDataset, tokenize_batch, training_batches
 from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.scenes import ScenesDataset
 from regvq_fast.training import caching
 
 SCRIPT = Path(__file__).parents[1] / "train" / "cache_tokens.py"

@@ -24,8 +24,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from regvq_fast.data.pictures import Field
-from regvq_fast.data.samples import Split
+from regvq_fast.data.samples import Field, Split
 from regvq_fast.files import atomic_path
 
 INFO = "cache.json"

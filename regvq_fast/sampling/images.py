@@ -10,8 +10,7 @@ from torch import Tensor
 
 from regvq_fast.config import ARConfig, read_config
 from regvq_fast.config.common import check_seed
-from regvq_fast.data.pictures import Field
-from regvq_fast.data.samples import Batch
+from regvq_fast.data.samples import Batch, Field
 from regvq_fast.data.tokens import majority_vote
 from regvq_fast.data.transforms import to_uint8
 from regvq_fast.models.model import read_model

@@ -1,17 +1,13 @@
 """Training of the autoregressive prior: the task of ``train/ar.py``."""
 
-from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
 
 from regvq_fast.config import ARConfig, check_ar_config
-from regvq_fast.data.samples import Batch
-from regvq_fast.data.scenes import CLASSES
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
-from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
+from regvq_fast.image_grids import color_map, legend_of
 from regvq_fast.models.token_transformer import TokenTransformer
-from regvq_fast.pictures import color_map, legend_of
 from regvq_fast.sampling import sample_autoregressive
 from regvq_fast.sampling.common import Progress
 from regvq_fast.training.prior import PriorTask
@@ -75,10 +71,7 @@ class ARTask(PriorTask[ARConfig]):
         return color_map(batch["segmentation"], (size, size))
 
     def legend(self, batch: TokenBatch) -> dict[int, str]:
-        return legend_of(batch["segmentation"], CLASSES if self.scenes else ())
-
-    def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
-        return {"agreement": region_accuracy(classifier, images, scenes["segmentation"]).accuracy}
+        return legend_of(batch["segmentation"], self.dataset_class.class_names)
 
 
 class _Loss(nn.Module):

@@ -1,21 +1,17 @@
 """Training of the diffusion prior: the task of ``train/diffusion.py``."""
 
-from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from regvq_fast.config import DiffusionConfig, check_diffusion_config
-from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import TokenBatch
-from regvq_fast.evaluation.agreement import RegionClassifier
-from regvq_fast.evaluation.captions import caption_accuracy
+from regvq_fast.image_grids import caption_tiles
 from regvq_fast.losses.discrete_diffusion import diffusion_terms
 from regvq_fast.losses.timesteps import TimestepSampler
 from regvq_fast.models.text import PretrainedTextEncoder, TextEncoder, WordEncoder
 from regvq_fast.models.vq_diffusion import VQDiffusion
-from regvq_fast.pictures import caption_tiles
 from regvq_fast.sampling import sample_diffusion
 from regvq_fast.sampling.common import Progress
 from regvq_fast.training.prior import PriorTask
@@ -80,10 +76,6 @@ class DiffusionTask(PriorTask[DiffusionConfig]):
     def show(self, batch: TokenBatch) -> Tensor:
         size = self.tokenizer.image_size
         return caption_tiles(batch["caption"], size * max(1, -(-192 // size)))
-
-    def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
-        found = caption_accuracy(classifier, images, scenes["caption"])
-        return {"layout": found.layout, "classes": found.classes}
 
 
 class _Loss(nn.Module):

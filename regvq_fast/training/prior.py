@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.config import PriorConfig, read_config
-from regvq_fast.data.loading import build_dataset, collate
-from regvq_fast.data.pictures import Field, left_out_note
-from regvq_fast.data.samples import Batch
-from regvq_fast.data.scenes import CLASSES, ScenesDataset
+from regvq_fast.data.datasets import build_dataset, dataset_class
+from regvq_fast.data.image_dataset import TrainedPrior
+from regvq_fast.data.image_files import left_out_note
+from regvq_fast.data.samples import Batch, Field
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch
 from regvq_fast.data.transforms import to_float
-from regvq_fast.evaluation.agreement import RegionClassifier
 from regvq_fast.evaluation.shares import rank_share
+from regvq_fast.image_grids import save_image_grid
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
-from regvq_fast.pictures import save_image_grid
 from regvq_fast.ranks import sum_over_ranks
 from regvq_fast.sampling.common import Progress
 from regvq_fast.sampling.images import decode_tokens
@@ -31,11 +30,7 @@ from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.step import distributed, synchronized
 from regvq_fast.training.task import Task
 
-_SAMPLES = 8  # of a picture
-CLASSIFIED = 128
-"""Validation scenes whose regions are classified."""
-FITTED_TO = 768
-"""Training scenes that the classifier of regions is fitted to; the accuracy of 2048 (docs/priors.md)."""
+_SAMPLES = 8  # of an image grid
 
 Config = TypeVar("Config", bound=PriorConfig)
 
@@ -87,10 +82,6 @@ class PriorTask(Task[Config]):
         """Names of the class ids in the pictures of the conditions."""
         return {}
 
-    @abstractmethod
-    def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
-        """How well images (B, 3, H, W) uint8 show what the conditions of these scenes say."""
-
     # --------------------------------------------------------------------------------------------------- what is shared
 
     def build_data(self, config: Config) -> tuple[Any, Any]:
@@ -113,7 +104,9 @@ class PriorTask(Task[Config]):
                     f"the token cache {tokens.cache} has no {self.condition_field}: make one with --fields "
                     f"{self.condition_field}"
                 )
+            self.dataset_class = dataset_class(splits[0].info.data)  # of the images that it has the tokens of
             return splits[0], splits[1]
+        self.dataset_class = dataset_class(tokens.data)
         shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.condition_field,)}
         return (
             build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared),  # type: ignore[arg-type]
@@ -130,12 +123,6 @@ class PriorTask(Task[Config]):
             return None
         given = config.tokens.tokenizer != read_config(out, type(config)).tokens.tokenizer
         return None if given else out / TOKENIZER
-
-    @property
-    def scenes(self) -> bool:
-        """Whether the images are the embedded scenes."""
-        tokens = self.config.tokens
-        return (tokens.data if tokens.cache is None else self.train_set.info.data) is None
 
     def build(self) -> dict[str, nn.Module]:
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -240,35 +227,34 @@ class PriorTask(Task[Config]):
         self.save_pictures(path)
         recorder.show_picture(path, self.steps)
         numbers: dict[str, object] = {"loss (nats a token)": metrics.loss, "images": metrics.images}
-        if self.scenes:
-            numbers |= self.agreement(recorder)
+        numbers |= self.evaluate_samples(recorder)
         recorder.summarize(f"{recorder.folder}", numbers | dict(rows) | {"samples": path})
 
     @torch.no_grad()
-    def agreement(self, recorder: Recorder) -> Mapping[str, float]:
-        """How well scenes, their reconstructions and samples show what their conditions say.
+    def evaluate_samples(self, recorder: Recorder) -> Mapping[str, float]:
+        """Measure samples as the data set defines it (:meth:`ImageDataset.evaluate_samples`)."""
+        tokenizer = _InParts(self.tokenizer, self.part)
 
-        What classes look like is learned from scenes and from their reconstructions.
-        """
-        size, cache = self.tokenizer.image_size, getattr(self.val_set, "info", None)
-        seed = cache.seed if cache else self.config.run.seed
-        training = ScenesDataset("train", size, seed=seed)
-        with recorder.stage("fitting a classifier, scenes") as show:
-            classifier = RegionClassifier.fit(training, FITTED_TO, len(CLASSES), self._reconstruct, show)
-        scenes = ScenesDataset("val", size, len(self.val_set), seed)
-        real = collate([scenes[k] for k in range(min(CLASSIFIED, len(scenes)))])
-        batch = tokenize_batch(_InParts(self.tokenizer, self.part), real, self.device)
-        with recorder.stage("sampling, steps") as show, self.precision.autocast():
-            samples = self.decode(self.sample(self.eval_model, batch, show))
-        images = {"scenes": real["image"], "reconstructions": self.decode(batch["tokens"]), "samples": samples}
-        return {
-            f"{measure} of {name}": value
-            for name, pictures in images.items()
-            for measure, value in self.judge(classifier, pictures.cpu(), real).items()
-        }
+        def reconstruct(images: Tensor) -> Tensor:
+            return self.decode(tokenizer.tokenize(to_float(images.to(self.device))))
 
-    def _reconstruct(self, images: Tensor) -> Tensor:
-        return self.decode(self.tokenizer.tokenize(to_float(images.to(self.device))))
+        def sample(batch: Batch, progress: Progress) -> Tensor:
+            conditions = tokenize_batch(tokenizer, batch, self.device)
+            with self.precision.autocast():
+                return self.decode(self.sample(self.eval_model, conditions, progress))
+
+        seed = getattr(self.val_set, "info", self.config.run).seed
+        return self.dataset_class.evaluate_samples(
+            TrainedPrior(
+                condition=self.condition_field,
+                image_size=self.tokenizer.image_size,
+                seed=seed,
+                val_images=len(self.val_set),
+                reconstruct=reconstruct,
+                sample=sample,
+                stage=recorder.stage,
+            )
+        )
 
 
 class _InParts:

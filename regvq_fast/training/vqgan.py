@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.config import VQGANConfig, check_vqgan_config
-from regvq_fast.data.loading import ImageData, build_dataset
-from regvq_fast.data.pictures import left_out_note
+from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.image_dataset import ImageDataset
+from regvq_fast.data.image_files import left_out_note
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
-from regvq_fast.evaluation.pictures import (
+from regvq_fast.evaluation.plots import (
     save_codebook_mosaic,
     save_reconstruction_grid,
     save_usage_histogram,
@@ -40,7 +41,7 @@ class VQGANTask(Task[VQGANConfig]):
     def check(self, config: VQGANConfig) -> None:
         check_vqgan_config(config)
 
-    def build_data(self, config: VQGANConfig) -> tuple[ImageData, ImageData]:
+    def build_data(self, config: VQGANConfig) -> tuple[ImageDataset, ImageDataset]:
         data, seed = config.data, config.run.seed
         train_set = build_dataset(
             data.data, split="train", image_size=data.image_size, seed=seed, crop=data.crop, flip=data.flip

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore
 
 from regvq_fast.config import AR_PRESETS, VQGAN_PRESETS, VQGANConfig, override
-from regvq_fast.data import ImageFolder, ScenesDataset, to_float, to_uint8
+from regvq_fast.data import ImageFolder, to_float, to_uint8
 from regvq_fast.data.loading import collate
 from regvq_fast.data.samples import Batch
 from regvq_fast.evaluation import evaluate as evaluation
@@ -31,14 +31,15 @@ from regvq_fast.evaluation.evaluate import EvaluateConfig, evaluate
 from regvq_fast.evaluation.fid import frechet_distance, statistics_of
 from regvq_fast.evaluation.measurement import Measurement, write_measurements
 from regvq_fast.evaluation.metrics import DrawnImages
+from regvq_fast.image_grids import save_images
 from regvq_fast.models import VQGAN, TokenTransformer, VQDiffusion
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.text import WordEncoder
-from regvq_fast.pictures import save_images
 from regvq_fast.precision import choose_precision
 from regvq_fast.quantizers import NearestQuantizer
 from regvq_fast.sampling import sample_autoregressive
 from regvq_fast.sampling.images import DrawConfig, ImageSampler
+from regvq_fast.scenes import ScenesDataset
 
 SCRIPT = Path(__file__).parents[2] / "train" / "evaluate.py"
 CODES, IMAGES = 32, 12

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from regvq_fast.config import DIFFUSION_PRESETS
-from regvq_fast.data.scenes import LAYOUTS, PHOTOGRAPHS
 from regvq_fast.models import VQGAN
 from regvq_fast.models.text import PretrainedTextEncoder, TextEncoder, WordEncoder, restore_text_encoder
 from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.scenes.layouts import LAYOUTS, PHOTOGRAPHS
 from regvq_fast.training.diffusion import DiffusionTask
 from regvq_fast.training.loop import run
 
@@ -176,7 +176,7 @@ def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
     """Compiled as one graph, with averaged weights, and resumed: train/diffusion.py --preset coco --compile."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("regvq_fast.training.compilation.CPU_STEPS", 0)
-    monkeypatch.setattr("regvq_fast.training.prior.FITTED_TO", 128)
+    monkeypatch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 128)
     quantizer = NearestQuantizer(16, 4)
     shape = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}
     VQGAN(quantizer, attn_resolutions=(), **shape).save_pretrained(tmp_path / "tokenizer")  # type: ignore[arg-type]

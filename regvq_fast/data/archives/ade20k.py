@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.archives.classes import ADE20K_CLASSES, ADE20K_CODE_TO_CLASS
 from regvq_fast.data.finding import find_files
-from regvq_fast.data.pictures import Part
+from regvq_fast.data.samples import Part
 
 _FULL_2016, _FULL_2021 = "ADE20K_2016_07_26", "ADE20K_2021_17_01"
 

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regvq_fast.data.archives.base import Archive
-from regvq_fast.data.pictures import Part, is_of_the_machine
+from regvq_fast.data.archives.archive import Archive
+from regvq_fast.data.reading import is_of_the_machine
+from regvq_fast.data.samples import Part
 
 PARTS = tuple(
     "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth".split()

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regvq_fast.data.archives.base import Archive, encoded_map, existing
+from regvq_fast.data.archives.archive import Archive, encoded_map, existing
 from regvq_fast.data.archives.classes import COCO_CLASSES
 from regvq_fast.data.finding import find_files
-from regvq_fast.data.pictures import Part
+from regvq_fast.data.samples import Part
 
 _YEARS = {"2017": (118287, 5000), "2014": (82783, 40504)}
 """Newest first: it is taken where both are there."""

@@ -4,8 +4,8 @@ import os
 from functools import cached_property
 from pathlib import Path
 
-from regvq_fast.data.archives.base import Archive
-from regvq_fast.data.pictures import Part
+from regvq_fast.data.archives.archive import Archive
+from regvq_fast.data.samples import Part
 
 _CAPTION_FOLDERS = ("text", "text_c10", "birds/text", "cvpr2016_cub/text_c10")
 """As the archives of captions unpack: in the top folder, or beside it."""

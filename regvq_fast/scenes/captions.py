@@ -2,7 +2,7 @@
 
 A caption states a layout and the class of each of its regions. What an image shows is found by trying: of every layout,
 many draws of where its regions may lie; in each draw, the most likely different classes for the regions, by
-:class:`~regvq_fast.evaluation.agreement.RegionClassifier`. The draw under which the image is most likely tells its
+:class:`~regvq_fast.scenes.judges.RegionClassifier`. The draw under which the image is most likely tells its
 layout and classes; the likelihood of an image is the product over its regions, each to the power of its share of the
 pixels, so that layouts of few and of many regions compare. Nothing is fitted besides the classifier, and the caption
 is not looked at.
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regvq_fast.data.scenes import LAYOUTS, MIN_IMAGE_SIZE, PHOTOGRAPHS, parse_caption, region_map
-from regvq_fast.evaluation.agreement import RegionClassifier, describe, region_members
+from regvq_fast.scenes.judges import RegionClassifier, describe, region_members
+from regvq_fast.scenes.layouts import LAYOUTS, MIN_IMAGE_SIZE, PHOTOGRAPHS, parse_caption, region_map
 
 _DRAWS = 48
 """Of each layout. Layouts found in 384 validation scenes with 8, 48, 160 draws: 73 %, 80 %, 81 %; time grows alike."""

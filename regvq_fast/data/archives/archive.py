@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.console import warn_once
-from regvq_fast.data.pictures import Field, Part
-from regvq_fast.data.samples import Split
+from regvq_fast.data.samples import Field, Part, Split
 from regvq_fast.files import atomic_path, user_cache
 
 ArchiveName = Literal["ade20k", "celebahq", "cub200", "coco"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regvq_fast.evaluation.codebook import perplexity, utilization
 from regvq_fast.files import atomic_path
-from regvq_fast.pictures import arrange, as_uint8, enlarge, save_image_grid, save_picture, text_tile
+from regvq_fast.image_grids import arrange, as_uint8, enlarge, save_image_grid, save_picture, text_tile
 
 
 def save_reconstruction_grid(
