@@ -46,7 +46,7 @@ def prepare(
 
     Raises:
         ValueError: a setting out of range, ``out`` a mount point or the current folder, a damaged list, or a split
-            without a readable picture.
+            without a readable image.
         FileExistsError: ``out`` is there, and not empty. FileNotFoundError: a list is missing, or all images of a split
             are, or a field of all of them.
     """

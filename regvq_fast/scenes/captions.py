@@ -1,13 +1,12 @@
-"""Do images show what their captions say? A measure for the embedded scenes, without a network and without maps.
+"""Caption accuracy: a measure of whether images of the scenes show what their captions state, without a network.
 
-A caption states a layout and the class of each of its regions. What an image shows is found by trying: of every layout,
-many draws of where its regions may lie; in each draw, the most likely different classes for the regions, by
-:class:`~regvq_fast.scenes.judges.RegionClassifier`. The draw under which the image is most likely tells its
-layout and classes; the likelihood of an image is the product over its regions, each to the power of its share of the
-pixels, so that layouts of few and of many regions compare. Nothing is fitted besides the classifier, and the caption
-is not looked at.
+A caption states a layout and the class of each of its regions. Layout and classes of an image are found by search: for
+every layout, many random positions of its regions; for each of these, the most likely distinct classes of the regions,
+by :class:`~regvq_fast.scenes.judges.RegionClassifier`. The most likely candidate is the image's reading. The likelihood
+of an image is the product over its regions, each to the power of its fraction of the pixels, so that layouts of few and
+of many regions are comparable. Only the classifier is fitted, and the caption is not used.
 
-How often that is right on real images is as much as samples can be expected to reach.
+The accuracy on real images is an upper bound for samples.
 """
 
 import random
@@ -20,35 +19,35 @@ from torch import Tensor
 from regvq_fast.scenes.judges import RegionClassifier, describe, region_members
 from regvq_fast.scenes.layouts import LAYOUTS, MIN_IMAGE_SIZE, PHOTOGRAPHS, parse_caption, region_map
 
-_DRAWS = 48
-"""Of each layout. Layouts found in 384 validation scenes with 8, 48, 160 draws: 73 %, 80 %, 81 %; time grows alike."""
+_CANDIDATES = 48
+"""Random region positions of each layout. With 8, 48, 160 of them, 73 %, 80 %, 81 % of the layouts of 384 validation
+scenes are found; time is proportional."""
 _FREEDOM = 4
-"""Degrees of freedom of Student's distribution, which stands for the normal one here: with that, one region unlike all
-that the classifier was fitted to would outweigh the rest of the image."""
+"""Degrees of freedom of Student's distribution, used instead of the normal one: with that, one region unlike all that
+the classifier was fitted to would outweigh the rest of the image."""
 _CHUNK = 32
 
 
 class CaptionAccuracy(NamedTuple):
-    """How much of what captions say is found in their images; shares from 0 to 1, nan where there is nothing."""
+    """Fractions (0 to 1) of the captions' statements found in the images; nan if there are none."""
 
     layout: float
-    """Share of the images whose layout is found. A tenth by guessing, a quarter by always saying "a picture of"."""
+    """Fraction of the images whose layout is found: 1/10 by guessing, 1/4 by always answering "a picture of"."""
     classes: float
-    """Share of the regions that captions name whose class is found at their place, the layout being told; 1/16 by
-    guessing."""
+    """Fraction of the captions' regions whose class is found at their position, given the layout: 1/16 by guessing."""
     both: float
-    """Share of the images whose whole caption is found: layout and all classes, with nothing told."""
+    """Fraction of the images whose whole caption is found: layout and all classes, given neither."""
     per_layout: dict[str, float]
-    """``layout`` for the captions of each layout; those that no caption has are left out."""
+    """``layout`` for the captions of each layout that occurs."""
 
     def scalars(self) -> dict[str, float]:
-        """All of them, flat: "layout", "classes", "both", "layout of whole", and so on."""
-        parts = {f"layout of {name}": share for name, share in self.per_layout.items()}
-        return {"layout": self.layout, "classes": self.classes, "both": self.both} | parts
+        """Return all fractions by name: "layout", "classes", "both", "layout of whole", and so on."""
+        per_layout = {f"layout of {name}": fraction for name, fraction in self.per_layout.items()}
+        return {"layout": self.layout, "classes": self.classes, "both": self.both} | per_layout
 
 
 def caption_accuracy(classifier: RegionClassifier, images: Tensor, captions: Sequence[str]) -> CaptionAccuracy:
-    """How much of what captions of scenes say is found in images; 128 of 64 pixels take 4 seconds on one core.
+    """Measure how much of the captions of scenes is found in images; 128 of 64 pixels take 4 seconds on one core.
 
     Args:
         classifier: fitted to scenes of the images' size; on their device.
@@ -56,32 +55,32 @@ def caption_accuracy(classifier: RegionClassifier, images: Tensor, captions: Seq
         captions: (B) of scenes, see LAYOUTS.
 
     Raises:
-        TypeError, ValueError: not such images or captions.
+        TypeError, ValueError: images or captions of another form.
     """
     if len(captions) != len(images):
         raise ValueError(f"each image needs its caption, got {len(images)} images and {len(captions)} captions")
-    said = [parse_caption(caption) for caption in captions]
+    stated = [parse_caption(caption) for caption in captions]
     readings = _read(classifier, images)
     found = _most_likely(readings)
     right = [
         [a == b for a, b in zip(readings[caption.layout].classes[k].tolist(), caption.classes, strict=True)]
-        for k, caption in enumerate(said)
+        for k, caption in enumerate(stated)
     ]
-    same_layout = [name == caption.layout for name, caption in zip(found, said, strict=True)]
+    same_layout = [name == caption.layout for name, caption in zip(found, stated, strict=True)]
     return CaptionAccuracy(
-        layout=_share(same_layout),
-        classes=_share([each for regions in right for each in regions]),
-        both=_share([same and all(regions) for same, regions in zip(same_layout, right, strict=True)]),
+        layout=_fraction(same_layout),
+        classes=_fraction([each for regions in right for each in regions]),
+        both=_fraction([same and all(regions) for same, regions in zip(same_layout, right, strict=True)]),
         per_layout={
-            name: _share([same for same, caption in zip(same_layout, said, strict=True) if caption.layout == name])
+            name: _fraction([same for same, caption in zip(same_layout, stated, strict=True) if caption.layout == name])
             for name in LAYOUTS
-            if any(caption.layout == name for caption in said)
+            if any(caption.layout == name for caption in stated)
         },
     )
 
 
 def read_captions(classifier: RegionClassifier, images: Tensor) -> list[str]:
-    """The most likely caption of each image (B, 3, S, S); arguments and errors as in :func:`caption_accuracy`."""
+    """Return the most likely caption of each image (B, 3, S, S); arguments, errors as in :func:`caption_accuracy`."""
     readings = _read(classifier, images)
     return [
         LAYOUTS[name].caption.format(*(PHOTOGRAPHS[label].phrase for label in readings[name].classes[k].tolist()))
@@ -90,7 +89,7 @@ def read_captions(classifier: RegionClassifier, images: Tensor) -> list[str]:
 
 
 class _Reading(NamedTuple):
-    """What images show if they have a certain layout."""
+    """The most likely classes of images, given a layout."""
 
     score: Tensor  # (B,) float32, logarithm of the likelihood
     classes: Tensor  # (B, R) int64, of the layout's R regions
@@ -98,7 +97,7 @@ class _Reading(NamedTuple):
 
 @torch.no_grad()
 def _read(classifier: RegionClassifier, images: Tensor) -> dict[str, _Reading]:
-    """A reading of the images for each layout."""
+    """Return a reading of the images for each layout."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     size = images.shape[-1]
@@ -111,15 +110,15 @@ def _read(classifier: RegionClassifier, images: Tensor) -> dict[str, _Reading]:
     readings = {}
     for name, layout in LAYOUTS.items():
         rng = random.Random(0)
-        draws = [layout.regions(size, rng) for _ in range(1 if name == "whole" else _DRAWS)]
-        maps = torch.stack([torch.from_numpy(region_map(regions, size)) for regions in draws]).to(images.device)
-        parts = [_read_layout(classifier, part, maps, len(draws[0])) for part in images.split(_CHUNK)]
-        readings[name] = _Reading(*(torch.cat(each) for each in zip(*parts, strict=True)))
+        candidates = [layout.regions(size, rng) for _ in range(1 if name == "whole" else _CANDIDATES)]
+        maps = torch.stack([torch.from_numpy(region_map(regions, size)) for regions in candidates]).to(images.device)
+        chunks = [_read_layout(classifier, chunk, maps, len(candidates[0])) for chunk in images.split(_CHUNK)]
+        readings[name] = _Reading(*(torch.cat(each) for each in zip(*chunks, strict=True)))
     return readings
 
 
 def _read_layout(classifier: RegionClassifier, images: Tensor, maps: Tensor, count: int) -> _Reading:
-    """Images (B, 3, S, S) and draws of a layout of ``count`` regions, as maps of their numbers (G, S, S)."""
+    """Read images (B, 3, S, S), given candidates of a layout of ``count`` regions: maps of their numbers (G, S, S)."""
     member = region_members(maps, count)
     values = describe(images, member.sure.flatten(0, 1)[None])  # (B, G * count, K)
     distances = classifier.distances(values.flatten(0, 1))  # (B * G * count, Q)
@@ -131,15 +130,15 @@ def _read_layout(classifier: RegionClassifier, images: Tensor, maps: Tensor, cou
 
 
 def _choose(scores: Tensor) -> _Reading:
-    """The best draw and, in it, the best different classes for its regions: scores (B, G, R, C)."""
+    """Return the best candidate and the best distinct classes of its regions: scores (B, G, R, C)."""
     count = scores.shape[2]
     # One of a region's R best classes is always free: the other regions take R - 1 at most.
     best = scores.topk(count, dim=3)
     ranks = torch.cartesian_prod(*[torch.arange(count, device=scores.device)] * count).view(-1, count)  # (R ** R, R)
     classes = torch.stack([best.indices[:, :, r, ranks[:, r]] for r in range(count)], dim=3)  # (B, G, R ** R, R)
     total = torch.stack([best.values[:, :, r, ranks[:, r]] for r in range(count)], dim=3).sum(3)
-    twice = (classes.sort(dim=3).values.diff(dim=3) == 0).any(3)
-    score, choice = total.masked_fill(twice, -torch.inf).flatten(1).max(1)
+    repeated = (classes.sort(dim=3).values.diff(dim=3) == 0).any(3)
+    score, choice = total.masked_fill(repeated, -torch.inf).flatten(1).max(1)
     return _Reading(score, classes.flatten(1, 2)[torch.arange(len(scores), device=scores.device), choice])
 
 
@@ -148,5 +147,5 @@ def _most_likely(readings: dict[str, _Reading]) -> list[str]:
     return [names[k] for k in scores.argmax(1).tolist()]
 
 
-def _share(right: Sequence[bool]) -> float:
+def _fraction(right: Sequence[bool]) -> float:
     return sum(right) / len(right) if right else float("nan")

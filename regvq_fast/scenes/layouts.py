@@ -1,4 +1,4 @@
-"""What scenes are composed of: photographs, random layouts, and captions that state both."""
+"""Components of scenes: photographs, random layouts, and captions that state both."""
 
 import itertools
 import math

@@ -74,7 +74,7 @@ class ADE20K(Archive):
     def read(self, name: str, part: Part) -> bytes:
         if part == "image" or not self.full:
             return super().read(name, part)
-        return self._kept(name, self.path(name, part), lambda: self._converted(name))
+        return self._cached(name, self.path(name, part), lambda: self._converted(name))
 
     def _converted(self, name: str) -> NDArray[np.uint8]:
         """(H, W) ids of the 150 classes, out of the colours of the full release."""
