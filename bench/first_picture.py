@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, read_config
-from regvq_fast.data.loading import build_dataset, collate
+from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.loading import collate
 from regvq_fast.data.transforms import to_float, to_uint8
-from regvq_fast.evaluation.pictures import save_labelled_rows
+from regvq_fast.evaluation.plots import save_labelled_rows
 from regvq_fast.models import VQGAN
 from regvq_fast.number_formats import percent
 

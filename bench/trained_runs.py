@@ -20,18 +20,15 @@ import records
 import torch
 import torch.nn.functional as F
 
-from regvq_fast.data import ScenesDataset, TokenDataset
+from regvq_fast.data import TokenDataset
 from regvq_fast.data.loading import collate
-from regvq_fast.data.scenes import CLASSES
 from regvq_fast.data.transforms import to_float, to_uint8
-from regvq_fast.evaluation.agreement import RegionClassifier
-from regvq_fast.evaluation.captions import caption_accuracy
 from regvq_fast.evaluation.feature_nets import load_feature_net
 from regvq_fast.evaluation.fid import FeatureStatistics, frechet_distance
 from regvq_fast.models import VQGAN
-from regvq_fast.priors import recipe as prior_training
 from regvq_fast.priors.diffusion import VQDiffusion
 from regvq_fast.quantizers import RegularizedQuantizer
+from regvq_fast.scenes import CLASSES, RegionClassifier, ScenesDataset, caption_accuracy, evaluation
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of tokens that are masked
 MASKED_IMAGES = 256
@@ -78,7 +75,7 @@ def numbers_of(run: Path) -> dict[str, float]:
     summary = read(run, "summary.json")
     kept = {name: value for name, value in summary.items() if name.startswith(("loss", "minutes")) or " of " in name}
     images = summary["images"]
-    return kept | {"images of the loss": images, "images of the agreement": min(images, prior_training.CLASSIFIED)}
+    return kept | {"images of the loss": images, "images of the agreement": min(images, evaluation.CLASSIFIED)}
 
 
 @torch.no_grad()
@@ -107,7 +104,7 @@ def captions_heard(run: Path) -> dict[str, Any]:
 def other_captions(vq: Path) -> dict[str, float]:
     """What is found of captions in scenes of other captions: the level of chance."""
     size = VQGAN.from_pretrained(vq).image_size
-    classifier = RegionClassifier.fit(ScenesDataset("train", size), prior_training.FITTED_TO, len(CLASSES))
+    classifier = RegionClassifier.fit(ScenesDataset("train", size), evaluation.FITTED_TO, len(CLASSES))
     scenes = ScenesDataset("val", size, OTHER_CAPTIONS)
     batch = collate([scenes[k] for k in range(len(scenes))])
     captions = [*batch["caption"][1:], batch["caption"][0]]

@@ -16,7 +16,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, ROOT / "results" / "README.md"]
 PACKAGES = [
     "regvq_fast",
-    *(f"regvq_fast.{name}" for name in "ops quantizers losses models data evaluation integrations".split()),
+    *(f"regvq_fast.{name}" for name in "ops quantizers losses models data scenes evaluation integrations".split()),
     *(f"regvq_fast.priors.{name}" for name in "autoregressive diffusion".split()),
 ]
 """The API reference has a page for each: CONTRIBUTING.md's command."""

@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 
 from regvq_fast.config.common import check_at_least, check_seed
 from regvq_fast.console import progress_bar, say
-from regvq_fast.data.loading import ImageData, build_dataset, collate, default_workers, validation_batches
-from regvq_fast.data.pictures import Crop, Field
-from regvq_fast.data.samples import Sample, Split
+from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.image_dataset import ImageDataset
+from regvq_fast.data.loading import collate, default_workers, validation_batches
+from regvq_fast.data.samples import Crop, Field, Sample, Split
 from regvq_fast.data.token_cache import (
     INFO,
     MAX_CODES,
@@ -299,7 +300,7 @@ class _Caching:
         self.console.print(table)
 
 
-def _fingerprint(datasets: Iterable[ImageData]) -> str:
+def _fingerprint(datasets: Iterable[ImageDataset]) -> str:
     """Hash the first images of each data set: other ones under the same path must not be mixed into the cache."""
     digest = hashlib.sha256()
     for dataset in datasets:

@@ -14,7 +14,8 @@ from rich.console import Console
 from regvq_fast.config import VQGANConfig, read_config
 from regvq_fast.config.common import changed_flags, check_at_least
 from regvq_fast.console import progress_bar, say
-from regvq_fast.data.loading import build_dataset, default_workers
+from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.loading import default_workers
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.evaluation.feature_nets import PerceptualDistance, load_feature_net
 from regvq_fast.evaluation.fid import (

@@ -17,15 +17,17 @@ from torch import Tensor
 from regvq_fast.config import read_config
 from regvq_fast.config.common import check_at_least
 from regvq_fast.console import progress_bar, say
-from regvq_fast.data.loading import build_dataset, collate
-from regvq_fast.data.pictures import OVERSAMPLING, Field, opened_image
-from regvq_fast.data.scenes import CLASSES
+from regvq_fast.data.datasets import build_dataset, dataset_class
+from regvq_fast.data.image_files import OVERSAMPLING
+from regvq_fast.data.loading import collate
+from regvq_fast.data.reading import opened_image
+from regvq_fast.data.samples import Field
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
+from regvq_fast.image_grids import caption_tiles, color_map, legend_of, save_image_grid, save_images
 from regvq_fast.models.weights import weights_hash
-from regvq_fast.pictures import caption_tiles, color_map, legend_of, save_image_grid, save_images
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
@@ -182,13 +184,12 @@ class _Generator:
         return legend_of(conditions, self._class_names()) if isinstance(conditions, Tensor) else {}
 
     def _class_names(self) -> tuple[str, ...]:
-        """Return the classes that the prior was trained on; none unless it is known to be the embedded scenes'."""
+        """Return the names of the classes that the prior was trained on; none if unknown."""
         try:
             tokens = read_config(self.config.run, self.sampler.entry.config).tokens
-            data = tokens.data if tokens.cache is None else read_info(tokens.cache).data
+            return dataset_class(tokens.data if tokens.cache is None else read_info(tokens.cache).data).class_names
         except (ValueError, OSError):  # neither configuration nor cache is needed to sample
             return ()
-        return CLASSES if data is None else ()
 
     def strip(self) -> Tensor:
         """Return some states of the first image, from masked (grey) to done."""
@@ -225,7 +226,7 @@ class _Generator:
                 return self._cached(tokens.cache, count), f"the cache {tokens.cache}"
             data = tokens.data
         dataset = build_dataset(data, split="val", image_size=self.size, length=count, seed=seed, fields=fields)
-        return collate([dataset[k] for k in range(min(count, len(dataset)))]), str(data or "the embedded scenes")
+        return collate([dataset[k] for k in range(min(count, len(dataset)))]), str(data or dataset.label)
 
     def _cached(self, folder: Path, count: int) -> Any:
         """Return at most ``count`` validation samples of the cache that the prior was trained on."""

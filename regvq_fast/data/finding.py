@@ -1,4 +1,4 @@
-"""Which files of a folder are data."""
+"""Finding the files of a data set: images, captions, maps and shards."""
 
 import os
 import zlib
@@ -9,35 +9,35 @@ from pathlib import Path
 from regvq_fast.data.samples import Split
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-"""What counts as an image file, in either case."""
+"""Suffixes of image files, in lower or upper case."""
 OTHER_FORMATS = frozenset(
     ".arw .avif .cr2 .dng .exr .hdr .heic .heif .ico .jfif .jp2 .jpe .jxl .nef .pgm .ppm .psd .svg .tga".split()
 )
-"""Image files that are left out; counted so that nobody misses them without a hint."""
+"""Suffixes of image files that are left out, and counted in a run's first lines."""
 CAPTION_SUFFIX = ".txt"
 SEGMENTATION_SUFFIX = ".seg.png"
-"""A class id at each pixel of the picture of the same name: never a picture itself."""
+"""A map with the class id of each pixel of the image of the same name; no image of the data set itself."""
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-"""Compressed shards are found so that they can be refused by name."""
+"""Compressed shards are included so that errors can name them."""
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "test")}
-"""What data that comes with splits of its own calls them; the first that exists counts."""
+"""Names of the splits of data that have their own; the first that exists is used."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is a picture of a data set."""
+    """Return whether a file of this name is an image of a data set."""
     name = name.lower()
     return os.path.splitext(name)[1] in EXTENSIONS and not name.endswith(SEGMENTATION_SUFFIX)
 
 
 def name_hash(name: str) -> int:
-    """32 bits that decide whether the picture of this name, a path in its folder or shard, is held out."""
+    """Return 32 bits that decide whether the image of this name, a path in its folder or shard, is held out."""
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
 def find_files(
     folder: str | os.PathLike[str], suffixes: Iterable[str], left_out: Counter[str] | None = None
 ) -> list[str]:
-    """Paths of the files under ``folder`` whose names end in one of the suffixes, in either case; sorted.
+    """Return the paths of the files under ``folder`` whose names end in one of the suffixes, in either case; sorted.
 
     Links to folders are followed, each folder once; names that begin with a dot are left out.
 
@@ -78,10 +78,10 @@ def left_out_text(reasons: Mapping[str, int]) -> str:
 
 
 def holds_shards(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` stands for tar shards: a tar file, a brace pattern, or a folder with tar files before any image.
+    """Return whether ``path`` names tar shards: a tar file, a pattern, or a folder with tar files before any image.
 
-    A folder is searched from the top; on one level images come before tar files, so that an archive among photographs
-    does not turn them into something else.
+    A folder is searched from the top; on one level images precede tar files, so that a folder of photographs with an
+    archive among them remains a folder of images.
     """
     path = Path(path)
     if not path.is_dir():
@@ -95,7 +95,7 @@ def holds_shards(path: str | os.PathLike[str]) -> bool:
 
 
 def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], int]]:
-    """Each folder from ``folder`` down, with the names of its files and the number of dangling links."""
+    """Yield each folder from ``folder`` down, with the names of its files and the number of dangling links."""
     entered: set[tuple[int, int]] = set()
     pending = [os.fspath(folder)]
     while pending:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from regvq_fast.data.finding import EXTENSIONS, SPLIT_NAMES, find_files, is_image, name_hash
-from regvq_fast.data.pictures import FIELD_SUFFIXES, Crop, Field, Part, PictureDataset
-from regvq_fast.data.samples import Split
+from regvq_fast.data.image_files import FIELD_SUFFIXES, ImageFileDataset
+from regvq_fast.data.samples import Crop, Field, Part, Split
 
 
-class ImageFolder(PictureDataset):
-    """Every image under a folder, as square uint8 RGB pictures (decoded as :func:`crop_rgb` says).
+class ImageFolder(ImageFileDataset):
+    """Every image under a folder, as square uint8 RGB images (decoded by :func:`crop_rgb`).
 
     Splits: the folder's own where it has ``train`` and one of ``val``, ``validation`` or ``test`` (the first of these);
     otherwise validation is about 5 % of the images, chosen by a hash of their paths in the folder, so that adding
@@ -21,10 +21,10 @@ class ImageFolder(PictureDataset):
     followed, each folder once; names that begin with a dot are left out.
 
     Files that cannot be decoded are skipped: one warning each in the logger "regvq_fast", and the next readable file
-    of the sorted list takes the place. They are found on first use, so that opening a large folder stays cheap.
+    of the sorted list replaces it. They are found on first use, so that opening a large folder stays cheap.
 
-    The paths are Python strings, which every worker comes to have a copy of: millions of images are better kept in tar
-    shards (:class:`~regvq_fast.data.shards.ImageShards`), which file systems prefer, too.
+    The paths are Python strings, of which every worker gets a copy: keep millions of images in tar shards
+    (:class:`~regvq_fast.data.shards.ImageShards`) instead, which file systems prefer, too.
 
     Args:
         root: the folder, searched recursively for jpg, jpeg, png, webp, bmp, tif, tiff and gif files.
@@ -33,14 +33,14 @@ class ImageFolder(PictureDataset):
         crop: of training images. "random-resized": 50 to 100 % of the area of the largest square that fits, aspect
             0.9 to 1.1, anywhere in the image. "center": that square itself, in the middle. Resized with Lanczos.
         flip: mirror training images with probability 1/2.
-        seed: order, crops and flips are functions of (seed, index) and of nothing else.
+        seed: order, crops and flips are functions of (seed, index) only.
         limit: use at most so many validation images, spread evenly over the sorted list. None: all.
-        fields: what samples hold besides their image, from files beside it. "caption": a line of PHOTO.txt, in
-            training any of them, drawn from (seed, index), in validation the first; repeated ones count once.
-            "segmentation": the class ids of PHOTO.seg.png, a picture of the same shape with one channel, cut like the
-            image with the nearest neighbour. Images that lack one are left out, with a warning.
+        fields: what samples have besides their image, from files beside it. "caption": a line of PHOTO.txt, in
+            training a random one, by (seed, index), in validation the first; repeated ones count once.
+            "segmentation": the class ids of PHOTO.seg.png, an image of the same shape with one channel, cropped alike
+            with the nearest neighbour. Images that lack one are left out, with a warning.
 
-    A sample has ``image`` (3, image_size, image_size) uint8 and, if asked for, ``segmentation`` (image_size,
+    A sample has ``image`` (3, image_size, image_size) uint8 and, if requested, ``segmentation`` (image_size,
     image_size) uint8 and ``caption`` str.
 
     Raises:
@@ -69,8 +69,12 @@ class ImageFolder(PictureDataset):
         self.files: Sequence[str] = [files[k] for k in self._choose(hashes, len(files))]
         self._start(len(self.files))
 
+    @classmethod
+    def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
+        return data is not None
+
     def _find(self, folder: Path) -> list[str]:
-        """Paths of the images with all fields, sorted; at least one."""
+        """Return the paths of the images with all fields, sorted; at least one."""
         suffixes = [FIELD_SUFFIXES[field] for field in self.fields]
         left_out = self.left_out[os.fspath(folder)] = Counter[str]()
         found = find_files(folder, [*EXTENSIONS, *suffixes], left_out)
@@ -78,8 +82,8 @@ class ImageFolder(PictureDataset):
         if not images:
             kinds = " ".join(sorted(extension.removeprefix(".") for extension in EXTENSIONS))
             raise FileNotFoundError(f"no images in {folder} or its subfolders; put some there ({kinds}), or tar shards")
-        companions = set(found).difference(images)
-        has = [np.array([_beside(file, suffix) in companions for file in images]) for suffix in suffixes]
+        others = set(found).difference(images)
+        has = [np.array([_beside(file, suffix) in others for file in images]) for suffix in suffixes]
         return [images[k] for k in self._complete(has, len(images))]
 
     def _read(self, position: int, part: Part) -> bytes:
@@ -89,9 +93,12 @@ class ImageFolder(PictureDataset):
     def _name(self, position: int) -> str:
         return self.files[position]
 
+    def _files(self) -> Sequence[str]:
+        return self.files
+
 
 def _split_folder(root: Path, split: Split) -> Path | None:
-    """The split's own folder in ``root``, if that comes with splits."""
+    """Return the split's own folder in ``root``; None if that has no splits."""
     if not root.exists():
         raise FileNotFoundError(f"no such folder: {root}; give the path of a folder of images")
     if not root.is_dir():

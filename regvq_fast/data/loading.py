@@ -5,23 +5,14 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from regvq_fast.data.archives import ArchiveDataset, find_archive
-from regvq_fast.data.finding import holds_shards
-from regvq_fast.data.folder import ImageFolder
-from regvq_fast.data.pictures import Crop, Field
-from regvq_fast.data.samples import Batch, Sample, Split
-from regvq_fast.data.scenes import ScenesDataset
-from regvq_fast.data.shards import ImageShards
-
-ImageData = ScenesDataset | ImageFolder | ImageShards | ArchiveDataset
-"""What ``--data`` may name."""
+from regvq_fast.data.samples import Batch, Sample
 
 Item = TypeVar("Item")
 
@@ -29,54 +20,17 @@ _PREFETCH = 4
 """Batches that each worker keeps ready: a slow read or a few large photographs in a row don't stall the step."""
 
 
-def build_dataset(
-    data: str | os.PathLike[str] | None,
-    *,
-    split: Split,
-    image_size: int,
-    length: int | None = None,
-    seed: int = 0,
-    crop: Crop = "random-resized",
-    flip: bool = True,
-    fields: Collection[Field] = (),
-) -> ImageData:
-    """The data set that ``--data`` names: one of the paper's in the layout of its official archive, tar shards, a
-    folder of images, or the embedded scenes where it is None.
-
-    Args:
-        data: its path. An archive is known by the names in its top folder
-            (:func:`~regvq_fast.data.archives.find_archive`). Shards are a tar file, a pattern of tar files in braces,
-            or a folder with tar files and no image above them.
-        split: "train" or "val".
-        image_size: height and width of the samples, in pixels.
-        length: the number of scenes or, for images, the most validation images to use. None: the data set's own.
-        seed: decides order, crops, flips and scenes.
-        crop, flip: of training images; scenes have neither.
-        fields: what samples of images hold besides; scenes always have caption and segmentation.
-
-    Raises:
-        ValueError: a folder that holds several archives. Otherwise as the data set's constructor.
-    """
-    if data is None:
-        return ScenesDataset(split, image_size, length, seed)
-    archive = find_archive(data)
-    if archive is not None:
-        return ArchiveDataset(archive, split, image_size, crop, flip, seed, length, fields)
-    dataset = ImageShards if holds_shards(data) else ImageFolder
-    return dataset(data, split, image_size, crop, flip, seed, length, fields)
-
-
 def default_workers(processes: int = 1) -> int:
-    """Worker processes that load data, for each of ``processes`` that train on this machine.
+    """Return the number of worker processes that load data, for each of ``processes`` that train on this machine.
 
-    Half of the cores shared between them, at most 8 and at least 1 each; none on 2 cores, which training itself needs.
+    Half of the cores divided by ``processes``, at most 8 and at least 1; 0 on 2 cores, which training itself needs.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores <= 2 else max(min(cores // 2 // processes, 8), 1)
 
 
 class TimedBatches(Iterator[Batch]):
-    """Batches, and how long the loop that takes them waited: what a faster loader could save."""
+    """Batches, and the time that the loop spent waiting for them, which a faster loader could save."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
@@ -90,7 +44,7 @@ class TimedBatches(Iterator[Batch]):
             self._waited += time.perf_counter() - start
 
     def waited(self) -> float:
-        """Seconds spent waiting since the last call. Those of the first batch hold the start of the workers."""
+        """Return the seconds spent waiting since the last call; for the first batch with the start of the workers."""
         waited, self._waited = self._waited, 0.0
         return waited
 
@@ -107,15 +61,15 @@ def training_batches(
     """An endless iterator over batches of samples ``start``, ``start + 1``, ... in this order.
 
     Batch k holds samples ``start + k * stride`` and on, whatever the number of workers. Workers start at once and end
-    with the iterator; each keeps 4 batches ready. Draws nothing from torch's global generator.
+    with the iterator; each keeps 4 batches ready. Does not use torch's global generator.
 
     Args:
         dataset: takes any index >= 0 (a training split).
         batch_size: samples of a batch.
         start: the first sample; to resume, the number of samples seen.
-        stride: samples from one batch to the next. None: the batch size; more where a batch is a rank's part of one.
+        stride: samples from one batch to the next. None: the batch size; larger where a batch is a rank's part of one.
         workers: processes that load data; 0: this one does.
-        pin_memory: put batches where a GPU copies them from without waiting.
+        pin_memory: put batches into pinned memory, which a GPU copies from asynchronously.
 
     Raises:
         ValueError: a batch size below 1, or a negative start or number of workers.
@@ -145,7 +99,7 @@ def validation_batches(
 
 
 def in_order(dataset: Dataset[Item], workers: int = 0) -> Iterable[Item]:
-    """The items of a data set as they are, in order, made by worker processes where there are any."""
+    """Return the items of a data set unchanged, in order, from worker processes if there are any."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -164,7 +118,7 @@ def _as_it_is(item: Any) -> Any:
 def collate(samples: Sequence[Sample] | Batch) -> Batch:
     """Stack images and semantic maps, list captions; every sample must have the same keys.
 
-    A data set that gathers whole batches (``__getitems__``, as TokenDataset) has left nothing to do.
+    A batch that the data set itself gathered (``__getitems__``, as TokenDataset) is returned unchanged.
     """
     if isinstance(samples, dict):
         return samples
@@ -227,7 +181,7 @@ def _loader(dataset: Dataset[Sample], workers: int, **options: Any) -> DataLoade
 _with_workers: WeakSet[Any] = WeakSet()
 
 
-@atexit.register  # before multiprocessing's own, which would wait for workers that it told to end once
+@atexit.register  # before multiprocessing's own, which would wait for workers that it asked to end once
 def _end_workers() -> None:
     """End the workers of batches that are still in use when Python exits."""
     for batches in list(_with_workers):

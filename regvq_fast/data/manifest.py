@@ -1,4 +1,4 @@
-"""What a folder of prepared shards says of itself."""
+"""The manifest of a folder of prepared shards, ``regvq-data.json``."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``regvq-data.json`` records, beside the shards that ``train/data.py prepare`` made."""
+    """Contents of ``regvq-data.json``, beside the shards that ``train/data.py prepare`` made."""
 
     dataset: str
     title: str
@@ -30,23 +30,23 @@ class Manifest:
     quality: int
     """Of the JPEGs."""
     splits: Mapping[str, Mapping[str, Any]]
-    """By "train" and "val": which official split it is, and how many images, captions, maps, shards."""
+    """By "train" and "val": its official split, and its numbers of images, captions, maps and shards."""
     classes: Sequence[str] = ()
     """Names of the class ids, from 0 on."""
     mirror_pairs: Sequence[tuple[int, int]] = ()
-    """Class ids that change places in a mirrored picture."""
+    """Pairs of class ids that a mirrored image exchanges."""
     format: int = FORMAT
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``regvq-data.json``, whole or not at all."""
+    """Write ``regvq-data.json`` atomically."""
     with atomic_path(folder / MANIFEST) as temporary:
         text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(source: str | os.PathLike[str]) -> Manifest | None:
-    """The manifest of a folder of shards, or of the folder that a shard or a pattern of shards lies in; None without.
+    """Return the manifest of a folder of shards, or of the folder of a shard or a pattern of shards; None without one.
 
     Raises:
         ValueError: it is damaged, or of another version.
@@ -67,7 +67,7 @@ def read_manifest(source: str | os.PathLike[str]) -> Manifest | None:
 
 
 def mirrored_ids(pairs: Sequence[tuple[int, int]]) -> NDArray[np.uint8] | None:
-    """(256,) class id in the mirrored picture for each class id, None where none changes."""
+    """Return (256,) class ids in a mirrored image by class id; None if none changes."""
     if not pairs:
         return None
     ids = np.arange(256, dtype=np.uint8)

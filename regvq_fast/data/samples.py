@@ -1,7 +1,7 @@
-"""What a data set is: a pure function from a global sample index to a sample.
+"""Samples of a data set, which is a pure function from a global sample index to a sample.
 
 A training set takes *any* index g >= 0: epoch ``g // n``, position ``g % n`` in that epoch's own shuffled order, and
-augmentation drawn from a generator seeded by (seed, g). So the training stream never ends, can be resumed at any g,
+augmentation sampled from a generator seeded by (seed, g). So the training stream never ends, can be resumed at any g,
 and does not depend on the number of workers, the batch size or the number of processes that share it. A validation
 set has a fixed order, no augmentation, and ends: an index outside ``range(len(dataset))`` raises IndexError.
 """
@@ -16,10 +16,16 @@ from torch import Tensor
 
 Split = Literal["train", "val"]
 """Part of a data set: endless and shuffled, or each sample once, in order."""
+Crop = Literal["random-resized", "center"]
+"""How training images are cropped: at a random position and scale, or the largest central square."""
+Field = Literal["caption", "segmentation"]
+"""Optional field of a sample."""
+Part = Literal["image", "caption", "segmentation"]
+"""A file of a sample."""
 
 
 class Sample(TypedDict):
-    """One picture. Images stay uint8 until they are on the device that trains."""
+    """One image. Images stay uint8 until they are on the device that trains."""
 
     image: Tensor
     """(3, H, W) uint8, RGB."""
@@ -51,15 +57,15 @@ def check_index(index: int, length: int, split: Split) -> None:
 
 
 def sample_random(stream: str, seed: int, index: int) -> random.Random:
-    """The generator behind sample ``index``: equal arguments give equal draws, in every process and on every run.
+    """Return the generator of sample ``index``: equal arguments give equal numbers, in every process and run.
 
-    ``stream`` names the data set, so that two data sets under one seed do not draw the same numbers.
+    ``stream`` names the data set, so that two data sets with one seed do not get the same numbers.
     """
     return random.Random(f"{stream}/{seed}/{index}")
 
 
 def shuffled_position(index: int, count: int, seed: int) -> int:
-    """Where sample ``index`` >= 0 of an endless stream lies among ``count`` items, each epoch in its own random order.
+    """Return the position of sample ``index`` >= 0 of an endless stream among ``count`` items, shuffled in each epoch.
 
     Any ``count`` indices from a multiple of ``count`` on visit every item exactly once.
     """

@@ -1,4 +1,4 @@
-"""Where each sample lies in a tar file, read once from its headers and kept."""
+"""The index of a tar file: offsets of its samples, read once from the headers and cached."""
 
 import hashlib
 import json
@@ -31,16 +31,16 @@ from regvq_fast.files import atomic_path, user_cache
 logger = logging.getLogger("regvq_fast")
 
 INDEX_NAME = ".regvq-index.npz"
-"""The index of all shards in a folder, kept there."""
-PLACE = np.dtype([("offset", np.int64), ("size", np.int64)])
-"""Bytes of a tar file; the offset is -1 where a sample has no such part."""
-ENTRY = np.dtype([("hash", np.uint32), ("image", PLACE), ("caption", PLACE), ("segmentation", PLACE)])
+"""File with the index of all shards in a folder."""
+EXTENT = np.dtype([("offset", np.int64), ("size", np.int64)])
+"""Range of bytes in a tar file; the offset is -1 if a sample has no such file."""
+ENTRY = np.dtype([("hash", np.uint32), ("image", EXTENT), ("caption", EXTENT), ("segmentation", EXTENT)])
 """A sample; the hash is of its image's name."""
 
 _VERSION = 2
 _THREADS = 8
 _MANY = 8
-"""So many shards to index are worth a progress bar."""
+"""Number of shards from which on indexing shows a progress bar."""
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -51,22 +51,22 @@ class ShardIndex(NamedTuple):
     entries: NDArray[np.void]
     """(count,) of type ENTRY."""
     damage: str
-    """What is wrong with the rest of the file; empty where it is whole."""
+    """Damage of the rest of the file; empty if it is complete."""
     left_out: Mapping[str, int]
     """Members that look like images but are not used, by reason; as of a folder."""
 
 
 class _Record(NamedTuple):
-    stamp: tuple[int, int]  # size and modification time in ns: what must not have changed since
+    stamp: tuple[int, int]  # size and modification time in ns of the indexed file
     content: ShardIndex
 
 
 def load_indexes(shards: Sequence[Path]) -> list[ShardIndex]:
-    """The index of each shard: from the cache where size and modification time are as they were, else from its headers.
+    """Return the index of each shard, from the cache if its size and modification time are the same, else from headers.
 
-    New ones are kept in the shards' folder, or in the user's cache where that can't be written. Processes that index
-    the same shards at once do the same work, and each leaves a whole file. One warning for each shard that is damaged
-    or cut short; the samples before the damage count.
+    New ones are cached in the shards' folder, or in the user's cache if that can't be written. Processes that index
+    the same shards at once do the same work, and each writes a complete file. One warning for each shard that is
+    damaged or truncated; the samples before the damage are used.
 
     Raises:
         ValueError: a shard is compressed. OSError: one can't be read.
@@ -117,7 +117,7 @@ def _read_many(shards: Sequence[Path], folder: Path) -> Iterable[ShardIndex]:
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Index one tar file by its headers, seeking over what lies between them.
+    """Index one tar file by its headers, skipping the data between them.
 
     A sample is a member KEY.EXT, where EXT (after the first dot of the file name, as in webdataset) is that of an
     image. KEY.txt and KEY.seg.png anywhere in the same tar file are its caption and segmentation.
@@ -126,7 +126,7 @@ def read_index(path: Path) -> ShardIndex:
         ValueError: the file is compressed. OSError: it can't be read.
     """
     images: list[tuple[str, str, int, int]] = []
-    companions: dict[str, dict[str, tuple[int, int]]] = {CAPTION_SUFFIX: {}, SEGMENTATION_SUFFIX: {}}
+    fields: dict[str, dict[str, tuple[int, int]]] = {CAPTION_SUFFIX: {}, SEGMENTATION_SUFFIX: {}}
     damage, left_out = "", Counter[str]()
     with path.open("rb") as file:
         _refuse_compression(path, file.read(8))
@@ -135,7 +135,7 @@ def read_index(path: Path) -> ShardIndex:
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # type: ignore[attr-defined]  # a list of every member otherwise
+                    archive.members.clear()  # type: ignore[attr-defined]  # otherwise a list of all members
                     if member.offset_data + member.size > length:
                         damage = f"ends in the middle of {member.name}"
                         break
@@ -148,8 +148,8 @@ def read_index(path: Path) -> ShardIndex:
                         left_out["tar link"] += is_image(name) and (member.issym() or member.islnk())
                         continue
                     key, suffix = f"{head}/{key}", dot + rest.lower()
-                    if suffix in companions:
-                        companions[suffix][key] = (member.offset_data, member.size)
+                    if suffix in fields:
+                        fields[suffix][key] = (member.offset_data, member.size)
                     elif suffix in EXTENSIONS:
                         images.append((key, name, member.offset_data, member.size))
                     elif (last := file_suffix(base)) in OTHER_FORMATS:
@@ -160,13 +160,13 @@ def read_index(path: Path) -> ShardIndex:
                     damage = _missing_end(file, archive.offset)
         except (tarfile.TarError, ValueError) as error:
             damage = f"is no whole tar file ({error})"
-    nowhere = (-1, 0)
+    absent = (-1, 0)
     rows = [
         (
             name_hash(name),
             (offset, size),
-            companions[CAPTION_SUFFIX].get(key, nowhere),
-            companions[SEGMENTATION_SUFFIX].get(key, nowhere),
+            fields[CAPTION_SUFFIX].get(key, absent),
+            fields[SEGMENTATION_SUFFIX].get(key, absent),
         )
         for key, name, offset, size in images
     ]
@@ -183,7 +183,7 @@ def _refuse_compression(path: Path, start: bytes) -> None:
 
 
 def _missing_end(file: BinaryIO, offset: int) -> str:
-    """What is wrong with the end of an archive whose last member ends at ``offset``; a whole one has a block of 0s."""
+    """Return the damage of an archive whose last member ends at ``offset``: without one, a block of zeros follows."""
     file.seek(offset)
     block = file.read(_BLOCK)
     if block == bytes(_BLOCK):
@@ -192,14 +192,14 @@ def _missing_end(file: BinaryIO, offset: int) -> str:
 
 
 def member_name(path: Path, offset: int) -> str:
-    """The name of the member whose data begin at ``offset``, or its first 100 bytes where the format keeps long ones
-    elsewhere. The index has no names: only messages need them.
+    """Return the name of the member whose data begin at ``offset``, or 100 bytes of it if the format stores long names
+    elsewhere. The index has no names, since only messages need them.
     """
     try:
         with path.open("rb") as file:
             file.seek(max(offset - _BLOCK, 0))
             return tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape").name
-    except (OSError, tarfile.TarError):  # gone since, or changed
+    except (OSError, tarfile.TarError):  # removed since, or changed
         return f"byte {offset}"
 
 
@@ -207,12 +207,12 @@ def member_name(path: Path, offset: int) -> str:
 
 
 def _cache_files(folder: Path) -> list[Path]:
-    """Where the index of a folder's shards may lie, best first."""
+    """Return the possible paths of the index of a folder's shards, the preferred one first."""
     files = [folder / INDEX_NAME]
     digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     try:
         return [*files, user_cache("shards") / f"{digest}.npz"]
-    except OSError:  # nobody's home
+    except OSError:  # no home directory
         return files
 
 
@@ -228,7 +228,7 @@ def _load_cache(file: Path) -> dict[str, _Record]:
             name: _Record((size, time), ShardIndex(entries, damage, json.loads(reasons)))
             for name, (size, time), damage, reasons, entries in rows
         }
-    except Exception:  # missing or damaged, which can make the readers raise anything: it is made anew
+    except Exception:  # missing or damaged, for which the readers raise anything: made anew
         return {}
 
 

@@ -12,27 +12,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from regvq_fast.data.finding import EXTENSIONS, SHARD_SUFFIXES, SPLIT_NAMES, find_files
-from regvq_fast.data.pictures import Crop, Field, Part, PictureDataset
-from regvq_fast.data.samples import Split
+from regvq_fast.data.finding import EXTENSIONS, SHARD_SUFFIXES, SPLIT_NAMES, find_files, holds_shards
+from regvq_fast.data.image_files import ImageFileDataset
+from regvq_fast.data.samples import Crop, Field, Part, Split
 from regvq_fast.data.shard_index import ShardIndex, load_indexes, member_name
 from regvq_fast.files import atomic_path
 
 _MOST_SHARDS = 1_000_000
 
 
-class ImageShards(PictureDataset):
-    """The images in tar files, as square uint8 RGB pictures: :class:`ImageFolder` for millions of them.
+class ImageShards(ImageFileDataset):
+    """The images in tar files, as square uint8 RGB images: :class:`ImageFolder` for millions of them.
 
     Layout, as written by webdataset, img2dataset or plain ``tar``: KEY.jpg (png, webp, bmp, tif, tiff, gif), with
     KEY.txt its caption and KEY.seg.png its class ids, where KEY is what comes before the first dot of the file name.
-    Other members are left alone, and so are those whose names begin with a dot.
+    Other members are ignored, and so are those whose names begin with a dot.
 
     Why not webdataset's own reader: it streams shards and shuffles within a buffer, so that which sample comes when
     depends on the number of workers and ranks, and a run can't be resumed where it stopped. Here the headers are read
     once (:mod:`~regvq_fast.data.shard_index`), every sample has an offset, and the data set is random access like a
     folder: the order is an exact shuffle, a function of (seed, index) alone. The price is one read of a whole image
-    at a random place for each sample, instead of a sequential stream: nothing to a local disk or a parallel file
+    at a random offset for each sample, instead of a sequential stream: nothing to a local disk or a parallel file
     system, slow on a spinning disk, impossible on an object store. The tar files must not be compressed.
 
     Memory is 16 bytes a sample, and 16 for each field, in arrays that forked workers share. Files are opened for each
@@ -81,8 +81,12 @@ class ImageShards(PictureDataset):
         chosen = self._choose(None if own else entries["hash"], len(entries))
         self._ends = np.searchsorted(chosen, ends)  # where each shard's samples end in the split's list
         parts: tuple[Part, ...] = ("image", *self.fields)
-        self._places: dict[Part, NDArray[np.void]] = {part: entries[part][chosen] for part in parts}
+        self._locations: dict[Part, NDArray[np.void]] = {part: entries[part][chosen] for part in parts}
         self._start(len(chosen))
+
+    @classmethod
+    def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
+        return data is not None and holds_shards(data)
 
     def _complete_entries(self, indexes: Sequence[ShardIndex]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
         """The samples with all fields, and how many there are up to the end of each shard; at least one sample."""
@@ -98,7 +102,7 @@ class ImageShards(PictureDataset):
         return entries[complete], np.searchsorted(complete, ends)
 
     def _read(self, position: int, part: Part) -> bytes:
-        offset, size = self._places[part][position].tolist()
+        offset, size = self._locations[part][position].tolist()
         with self._shard(position).open("rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)
@@ -108,7 +112,10 @@ class ImageShards(PictureDataset):
 
     def _name(self, position: int) -> str:
         shard = self._shard(position)
-        return f"{member_name(shard, int(self._places['image'][position]['offset']))} of {shard}"
+        return f"{member_name(shard, int(self._locations['image'][position]['offset']))} of {shard}"
+
+    def _files(self) -> Sequence[Path]:
+        return self.shards
 
     def _shard(self, position: int) -> Path:
         return self.shards[int(np.searchsorted(self._ends, position, side="right"))]

@@ -4,8 +4,8 @@
     train-000000.safetensors    shards: samples of the training stream in its order,
     val-000000.safetensors      and of the validation split in its order
 
-A shard is one safetensors file, so that the fields of its samples appear together or not at all, and its header says
-how long it has to be. It holds ``tokens`` (count, h, w) uint16 and, as the cache has them, ``segmentation`` (count, h,
+A shard is one safetensors file, so that the fields of its samples appear together or not at all, and its header has
+the expected length. It holds ``tokens`` (count, h, w) uint16 and, as the cache has them, ``segmentation`` (count, h,
 w) uint8, the class ids on the token grid, and ``caption`` (bytes,) uint8, UTF-8 one after another, with
 ``caption_ends`` (count,) int64. The files are memory-mapped: opening one costs its header and ``caption_ends``, a
 sample one or two pages.
@@ -24,14 +24,13 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from regvq_fast.data.pictures import Field
-from regvq_fast.data.samples import Split
+from regvq_fast.data.samples import Field, Split
 from regvq_fast.files import atomic_path
 
 INFO = "cache.json"
 FORMAT = 1
 MAX_CODES = 2**16
-"""So many ids has uint16."""
+"""Number of ids in uint16."""
 REMEDY = ": run train/cache_tokens.py again, it makes damaged files anew"
 
 _TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)}
@@ -40,7 +39,7 @@ _MAX_HEADER = 10**6
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What ``cache.json`` records."""
+    """Contents of ``cache.json``."""
 
     tokenizer: str
     """Path of the tokenizer, as it was given."""
@@ -51,19 +50,19 @@ class CacheInfo:
     """(h, w) of a sample's tokens."""
     image_size: int
     precision: str
-    """What the encoder computed in: "fp32", or the type of mixed precision."""
+    """Precision of the encoder: "fp32", or the type of mixed precision."""
     data: str | None
     """Path of the images; None: the embedded scenes."""
     seed: int
     crop: str
     flip: bool
     views: int
-    """Epochs of the training stream that are kept."""
+    """Epochs of the training stream in the cache."""
     train_images: int
     """Samples of an epoch."""
     val_images: int
     fields: tuple[Field, ...]
-    """What samples have besides their tokens."""
+    """Fields of the samples besides their tokens."""
     shard_samples: int
     """Samples of a shard; the last one of a split may have fewer."""
     num_classes: int | None = None
@@ -88,7 +87,7 @@ class CacheInfo:
         return range(self.samples(split))[number * self.shard_samples : (number + 1) * self.shard_samples]
 
     def settings(self) -> dict[str, Any]:
-        """What must not change between the runs that fill a cache. The tokenizer's path may: its hash stands for it."""
+        """Return what must not change between the runs that fill a cache; the tokenizer's path may, its hash not."""
         free = {"tokenizer", "num_classes", "complete"}
         if self.data is None:
             free |= {"crop", "flip"}  # without effect on scenes
@@ -96,13 +95,13 @@ class CacheInfo:
 
 
 def write_info(folder: Path, info: CacheInfo) -> None:
-    """Write ``cache.json``, whole or not at all."""
+    """Write ``cache.json`` atomically."""
     with atomic_path(folder / INFO) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n", encoding="utf-8")
 
 
 def read_info(folder: Path) -> CacheInfo:
-    """What a cache's folder says it holds.
+    """Return the contents of a cache's ``cache.json``.
 
     Raises:
         FileNotFoundError: no such folder, or no cache in it. NotADirectoryError: it is a file. ValueError: its
@@ -131,7 +130,7 @@ def shard_path(folder: Path, split: Split, number: int) -> Path:
 
 
 class Shard(NamedTuple):
-    """Consecutive samples: arrays that are memory-mapped where they come from :func:`open_shard`."""
+    """Consecutive samples: arrays, memory-mapped if :func:`open_shard` returned them."""
 
     tokens: NDArray[np.uint16]
     """(count, h, w)"""
@@ -140,10 +139,10 @@ class Shard(NamedTuple):
     caption: NDArray[np.uint8] | None
     """(bytes,), UTF-8."""
     caption_ends: NDArray[np.int64] | None
-    """(count,), where in ``caption`` each one ends."""
+    """(count,), end of each one in ``caption``."""
 
     def caption_of(self, row: int) -> str:
-        """The caption of a sample; only where the cache has captions."""
+        """Return the caption of a sample; only if the cache has captions."""
         assert self.caption is not None
         assert self.caption_ends is not None
         start = self.caption_ends[row - 1] if row else 0
@@ -153,7 +152,7 @@ class Shard(NamedTuple):
 def write_shard(
     path: Path, tokens: NDArray[np.uint16], segmentation: NDArray[np.uint8] | None, captions: Sequence[str] | None
 ) -> None:
-    """Write a shard, whole or not at all: (count, h, w) twice and ``count`` captions; None where there are none."""
+    """Write a shard atomically: (count, h, w) twice and ``count`` captions; None if there are none."""
     arrays: dict[str, NDArray[Any]] = {"tokens": tokens}
     if segmentation is not None:
         arrays["segmentation"] = segmentation
@@ -163,11 +162,11 @@ def write_shard(
         arrays["caption_ends"] = np.cumsum([len(text) for text in encoded], dtype=np.int64)
     with atomic_path(path) as temporary:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        temporary.write_bytes(safetensors.numpy.save(contiguous))  # save_file would let nobody else read it
+        temporary.write_bytes(safetensors.numpy.save(contiguous))  # save_file would make it unreadable for others
 
 
 def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shard:
-    """Map a shard into memory, once its header and its length are what the cache says.
+    """Map a shard into memory, after checking its header and its length.
 
     Raises:
         FileNotFoundError: it is missing.
@@ -185,7 +184,7 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
         ) from None
     try:
         entries = {name: _Entry.parse(entry) for name, entry in json.loads(header).items() if name != "__metadata__"}
-        starts, stops = zip(*sorted(entry.place for entry in entries.values()), strict=True)
+        starts, stops = zip(*sorted(entry.extent for entry in entries.values()), strict=True)
         if starts != (0, *stops[:-1]):
             raise ValueError("its arrays overlap")
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -202,16 +201,16 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
 
 
 class _Entry(NamedTuple):
-    """An array, as the header of a safetensors file describes it."""
+    """The description of an array in the header of a safetensors file."""
 
     dtype: str
     shape: list[int]
-    place: tuple[int, int]
+    extent: tuple[int, int]
     """First byte after the header, and the one after the last."""
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> "_Entry":
-        """Raises ValueError, KeyError, TypeError or AttributeError where that is not what it is."""
+        """Parse a description; raises ValueError, KeyError, TypeError or AttributeError if it is none."""
         start, stop = entry["data_offsets"]
         parsed = cls(entry["dtype"], [operator.index(side) for side in entry["shape"]], (start, stop))
         if min(parsed.shape) < 0 or stop - start != math.prod(parsed.shape) * _TYPES[parsed.dtype].itemsize:
@@ -219,12 +218,12 @@ class _Entry(NamedTuple):
         return parsed
 
     def view(self, data: NDArray[np.uint8]) -> NDArray[Any]:
-        start, stop = self.place
+        start, stop = self.extent
         return np.asarray(data[start:stop]).view(_TYPES[self.dtype]).reshape(self.shape)
 
 
 def _expected_entries(info: CacheInfo, count: int) -> dict[str, tuple[str, list[int] | None]]:
-    """Type and shape of each array of a shard of ``count`` samples; None: any."""
+    """Return type and shape of each array of a shard of ``count`` samples; None: any."""
     expected: dict[str, tuple[str, list[int] | None]] = {"tokens": ("U16", [count, *info.token_shape])}
     if "segmentation" in info.fields:
         expected["segmentation"] = ("U8", [count, *info.token_shape])

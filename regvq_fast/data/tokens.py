@@ -1,4 +1,4 @@
-"""Samples of tokens: from a cache that ``train/cache_tokens.py`` made, or made of images on the way.
+"""Samples of tokens: from a cache that ``train/cache_tokens.py`` made, or made of images on the fly.
 
 Both give the same samples. The cache holds the first ``views`` epochs of a training stream in its order, so that sample
 g of a cached data set and the tokens of sample g of the images are equal for every g below their number.
@@ -22,7 +22,7 @@ _MAX_CLASSES = 256
 
 
 class TokenSample(TypedDict):
-    """The tokens of one picture, and what they are conditioned on."""
+    """The tokens of one image, and their conditions."""
 
     tokens: Tensor
     """(h, w) int64, ids of codes."""
@@ -42,7 +42,7 @@ class TokenBatch(TypedDict):
 
 
 class Tokenizer(Protocol):
-    """What of a VQGAN makes tokens."""
+    """The method of a VQGAN that makes tokens."""
 
     def tokenize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in -1..1 -> (B, h, w) int64."""
@@ -51,12 +51,12 @@ class Tokenizer(Protocol):
 def tokenize_batch(tokenizer: Tokenizer, batch: Batch, device: torch.device | str = "cpu") -> TokenBatch:
     """Turn a batch of images into the batch that a cache of them has.
 
-    Nothing here waits for the device. Enter autocast around it for mixed precision.
+    Does not synchronize with the device. Enter autocast around it for mixed precision.
 
     Args:
-        tokenizer: a VQGAN, say.
-        batch: images (B, 3, H, W) uint8, semantic maps (B, H, W) uint8 and captions, as it has them.
-        device: where the tokenizer is.
+        tokenizer: for example a VQGAN.
+        batch: images (B, 3, H, W) uint8, semantic maps (B, H, W) uint8 and captions, if it has them.
+        device: of the tokenizer.
 
     Returns:
         Tokens (B, h, w) int64 and maps (B, h, w) uint8 by :func:`majority_vote`, on ``device``; the captions.
@@ -72,10 +72,10 @@ def tokenize_batch(tokenizer: Tokenizer, batch: Batch, device: torch.device | st
 
 
 def majority_vote(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The most frequent class id in each cell of a grid; the smallest of those that are equally frequent.
+    """Return the most frequent class id in each cell of a grid; of equally frequent ones the smallest.
 
-    A pixel counts for the cell that its centre lies in (exactly, in whole numbers), so that the sides need not be
-    multiples of the grid's. Memory: 1 KiB a cell.
+    A pixel belongs to the cell of its centre (in exact integer arithmetic), so that the sides need not be multiples of
+    the grid's. Memory: 1 KiB a cell.
 
     Args:
         segmentation: (B, H, W) uint8.
@@ -109,11 +109,11 @@ def majority_vote(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
 class TokenDataset(Dataset[TokenSample]):
     """The samples of a token cache, memory-mapped.
 
-    Training: endless. The first pass with the cache's own ``seed`` is the stream itself, ``views`` epochs that each
-    have their own order; later passes, and those of other seeds, are shuffled over all views of all images.
+    Training: endless. The first pass with the cache's own ``seed`` is the stream itself, ``views`` epochs with an order
+    each; later passes, and those of other seeds, are shuffled over all views of all images.
     Validation: each sample once, in the order of the data set.
 
-    Goes to worker processes without its data. A batch is gathered at once (``__getitems__``, which DataLoader calls),
+    Worker processes open the data themselves. A batch is gathered at once (``__getitems__``, which DataLoader calls),
     as one TokenBatch; see :func:`regvq_fast.data.loading.collate`.
 
     Args:
@@ -148,14 +148,14 @@ class TokenDataset(Dataset[TokenSample]):
                 f"the token cache {folder} was made by {info.tokenizer} (SHA-256 {info.tokenizer_sha256[:12]}), not by "
                 f"this tokenizer ({tokenizer_hash[:12]}): use that one, or make a cache with this one"
             )
-        self._opened: list[Shard] | None = self._open()  # here, so that a damaged one shows at once
+        self._opened: list[Shard] | None = self._open()  # here, so that a damaged one is an error at once
 
     def __len__(self) -> int:
-        """Samples in the split; of all views in training."""
+        """Return the number of samples in the split; in training of all views."""
         return self.info.samples(self.split)
 
     def __getitem__(self, index: int) -> TokenSample:
-        """Sample ``index``; IndexError for a negative one and, in validation, beyond the last."""
+        """Return sample ``index``; IndexError for a negative one and, in validation, beyond the last."""
         batch = self.__getitems__([index])
         sample = TokenSample(tokens=batch["tokens"][0])
         if "segmentation" in batch:
@@ -165,12 +165,12 @@ class TokenDataset(Dataset[TokenSample]):
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> TokenBatch:
-        """Samples of one index or more, stacked; raises as ``__getitem__``."""
+        """Return the samples of one index or more, stacked; raises as ``__getitem__``."""
         if self._opened is None:
             self._opened = self._open()
-        places = [divmod(self._position(index), self.info.shard_samples) for index in indices]
+        locations = [divmod(self._position(index), self.info.shard_samples) for index in indices]
         shards = self._opened
-        tokens = np.stack([shards[number].tokens[row] for number, row in places]).astype(np.int64)
+        tokens = np.stack([shards[number].tokens[row] for number, row in locations]).astype(np.int64)
         if tokens.max() >= self.info.num_codes:  # an embedding on a GPU would end the process
             raise ValueError(
                 f"{self.folder} holds the token {tokens.max()}, but its tokenizer has {self.info.num_codes} codes: "
@@ -178,7 +178,7 @@ class TokenDataset(Dataset[TokenSample]):
             )
         batch = TokenBatch(tokens=torch.from_numpy(tokens))
         if "segmentation" in self.info.fields:
-            maps = [cast(Any, shards[number].segmentation)[row] for number, row in places]
+            maps = [cast(Any, shards[number].segmentation)[row] for number, row in locations]
             segmentation = np.stack(maps)
             if segmentation.max() >= (self.info.num_classes or _MAX_CLASSES):  # an embedding, too
                 raise ValueError(
@@ -187,11 +187,11 @@ class TokenDataset(Dataset[TokenSample]):
                 )
             batch["segmentation"] = torch.from_numpy(segmentation)
         if "caption" in self.info.fields:
-            batch["caption"] = [shards[number].caption_of(row) for number, row in places]
+            batch["caption"] = [shards[number].caption_of(row) for number, row in locations]
         return batch
 
     def _position(self, index: int) -> int:
-        """Where in the cache sample ``index`` lies."""
+        """Return the position of sample ``index`` in the cache."""
         count = len(self)
         check_index(index, count, self.split)
         if self.split == "val" or (index < count and self.seed == self.info.seed):

@@ -1,4 +1,4 @@
-"""Between Pillow images, uint8 tensors and the [-1, 1] the networks see."""
+"""Conversions between Pillow images, uint8 tensors and the networks' range [-1, 1]; crops of image files."""
 
 import random
 from math import ceil, exp, log, sqrt
@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, JpegImagePlugin
 from torch import Tensor
 
 AREA_RANGE = (0.5, 1.0)
-"""Area of a random-resized crop, as a share of the largest square that fits the image."""
+"""Area of a random-resized crop, as a fraction of the largest square that fits the image."""
 RATIO_RANGE = (0.9, 1.1)
 """Width over height of a random-resized crop before it is resized to a square."""
 
@@ -23,10 +23,13 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image of each EXIF orientation upright."""
+"""Transposition of each EXIF orientation, as in Pillow's ``ImageOps.exif_transpose``.
+
+That function also encodes all other EXIF tags anew, and raises where one of them has a wrong type.
+"""
 _SIDEWAYS = (5, 6, 7, 8)
 _RIGHT_TO_LEFT = (2, 3, 6, 7)
-"""Orientations whose turn brings the stored image's right or lower edge to the left ..."""
+"""Orientations whose transposition moves the stored image's right or lower edge to the left ..."""
 _BOTTOM_TO_TOP = (3, 4, 7, 8)
 """... or to the top."""
 
@@ -51,12 +54,12 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """An RGB Pillow image -> (3, H, W) uint8 tensor with memory of its own."""
+    """Convert an RGB Pillow image to a (3, H, W) uint8 tensor, a copy."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened image the way it is viewed, EXIF orientation applied. Decodes no JPEG."""
+    """Return width and height of an opened image after its EXIF orientation; decodes no JPEG."""
     width, height = image.size
     return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
@@ -68,7 +71,7 @@ def crop_rgb(image: Image.Image, box: Box, width: int, height: int, oversampling
     - Greyscale, palette, CMYK and bilevel images are converted; transparency is composited on white.
     - 16-bit samples keep their upper byte; float samples are read as 0..1, or as 0..255 where any exceeds 1.
     - A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box then still has ``oversampling`` times the pixels
-      asked for, in width and height: several times faster. The part of the picture is the same to a rounding error.
+      asked for, in width and height: several times faster. The crop's extent is the same up to rounding.
 
     Raises whatever Pillow raises for a file it cannot read.
     """
@@ -77,27 +80,27 @@ def crop_rgb(image: Image.Image, box: Box, width: int, height: int, oversampling
     drafted = image.draft(None, (ceil(image.width / reduction), ceil(image.height / reduction)))
     image.load()
     orientation = _orientation(image)
-    # Where the picture lies in the decoded image: a side of 5 pixels comes out of a decoder at half its size as 3, of
-    # which the picture takes 2.5.
+    # Extent of the image in the decoded pixels: a side of 5 pixels decodes at half its size to 3, of which the image
+    # covers 2.5.
     right, bottom = drafted[1][2:] if drafted else image.size
     if orientation in _SIDEWAYS:
         right, bottom = bottom, right
     image = _as_rgb(image.transpose(_TURNS[orientation]) if orientation in _TURNS else image)
     left = image.width - right if orientation in _RIGHT_TO_LEFT else 0.0
     top = image.height - bottom if orientation in _BOTTOM_TO_TOP else 0.0
-    return resize_box(image, _moved(box, size, Box(left, top, left + right, top + bottom)), width, height)
+    return resize_box(image, _scaled(box, size, Box(left, top, left + right, top + bottom)), width, height)
 
 
 def crop_labels(
-    image: Image.Image, box: Box, picture_size: tuple[int, int], width: int, height: int, num_classes: int | None = None
+    image: Image.Image, box: Box, image_size: tuple[int, int], width: int, height: int, num_classes: int | None = None
 ) -> Image.Image:
-    """The same ``box`` of a map of class ids, which belongs to a picture of ``picture_size``, by nearest neighbour.
+    """Resize the same ``box`` of a map of class ids, of an image of ``image_size``, by nearest neighbour.
 
-    The map may be larger or smaller than the picture, of the same shape. Its palette, if any, is ignored.
+    The map may be larger or smaller than the image, of the same shape. Its palette, if any, is ignored.
 
     Raises:
         ValueError: it has colours instead of class ids, somewhere an id that is not below ``num_classes`` (None: 256),
-            or another shape than the picture.
+            or another shape than the image.
     """
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise ValueError(f"a segmentation map has one class id a pixel, this one is {image.mode}")
@@ -105,10 +108,10 @@ def crop_labels(
     largest = (num_classes or 256) - 1
     if labels.max() > largest or labels.min() < 0:
         raise ValueError(f"class ids of a segmentation map must be in 0..{largest}, got {labels.min()}..{labels.max()}")
-    # Equal shapes up to the rounding of a side, of the map or of the picture, to whole pixels.
-    if abs(image.width * picture_size[1] - image.height * picture_size[0]) > max(*picture_size, *image.size):
-        raise ValueError(f"a segmentation map of {image.size} does not fit its picture of {picture_size}")
-    box = _moved(box, picture_size, Box(0, 0, *image.size))
+    # Equal shapes up to the rounding of a side, of the map or of the image, to whole pixels.
+    if abs(image.width * image_size[1] - image.height * image_size[0]) > max(*image_size, *image.size):
+        raise ValueError(f"a segmentation map of {image.size} does not fit its image of {image_size}")
+    box = _scaled(box, image_size, Box(0, 0, *image.size))
     return Image.fromarray(labels.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST, box=box)
 
 
@@ -116,11 +119,11 @@ def _orientation(image: Image.Image) -> int:
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         image.load()  # a PNG may state it after its pixels; a TIFF's is applied by decoding
     orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return orientation if orientation in _TURNS else 1  # cameras write nonsense, too
+    return orientation if orientation in _TURNS else 1  # cameras write other values, too
 
 
-def _moved(box: Box, size: tuple[int, int], target: Box) -> Box:
-    """The part of ``target`` that ``box`` is of a picture of this size."""
+def _scaled(box: Box, size: tuple[int, int], target: Box) -> Box:
+    """Scale ``box`` of an image of this size to ``target``, which shows the whole image."""
     x, y = (target.right - target.left) / size[0], (target.bottom - target.top) / size[1]
     left, top = target.left + box.left * x, target.top + box.top * y
     right, bottom = target.left + box.right * x, target.top + box.bottom * y
@@ -142,14 +145,14 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_box(width: int, height: int) -> Box:
-    """The largest square in the middle of a ``width`` x ``height`` image."""
+    """Return the largest central square of a ``width`` x ``height`` image."""
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return Box(left, top, left + side, top + side)
 
 
 def random_box(width: int, height: int, rng: random.Random) -> Box:
-    """A nearly square box: area uniform in AREA_RANGE, aspect log-uniform in RATIO_RANGE, any place equally likely."""
+    """Return a nearly square box: area uniform in AREA_RANGE, aspect log-uniform in RATIO_RANGE, position uniform."""
     side = min(width, height) * sqrt(rng.uniform(*AREA_RANGE))
     stretch = exp(rng.uniform(*map(log, RATIO_RANGE)) / 2)
     box_width, box_height = min(side * stretch, width), min(side / stretch, height)
@@ -158,5 +161,5 @@ def random_box(width: int, height: int, rng: random.Random) -> Box:
 
 
 def resize_box(image: Image.Image, box: Box, width: int, height: int) -> Image.Image:
-    """The part ``box`` of ``image``, resized to ``width`` x ``height`` with an antialiasing Lanczos filter."""
+    """Resize ``box`` of ``image`` to ``width`` x ``height`` with an antialiasing Lanczos filter."""
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)

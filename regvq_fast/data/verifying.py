@@ -1,4 +1,4 @@
-"""Looking through an official archive: what is there, what is missing, and what can't be read."""
+"""Verification of an official archive: which files exist, are missing, or can't be read."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -11,18 +11,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regvq_fast.data.archives.base import Archive
-from regvq_fast.data.archives.each import EachPicture, Problem
+from regvq_fast.data.archives.archive import Archive
+from regvq_fast.data.archives.each_image import EachImage, Problem
 from regvq_fast.data.archives.split_files import SplitFiles
-from regvq_fast.data.pictures import Field, Part, caption_lines, check_same_size
+from regvq_fast.data.reading import caption_lines, check_same_size
+from regvq_fast.data.samples import Field, Part
 from regvq_fast.data.transforms import center_box, crop_labels, upright_size
 
 SHOWN_PROBLEMS = 10
-"""So many damaged pictures are named; the others are counted."""
+"""Number of damaged images that are named; the others are counted."""
 
 
 class Need(NamedTuple):
-    """Something that an archive should have, and how much of it there is."""
+    """Something that an archive should have: how much exists, how much is expected."""
 
     what: str
     found: int
@@ -32,7 +33,7 @@ class Need(NamedTuple):
     source: str
     """Where to get it."""
     example: str = ""
-    """A file that is missing, or a picture that has nothing."""
+    """A missing file, or an image without the field."""
 
     @property
     def state(self) -> str:
@@ -42,27 +43,27 @@ class Need(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What came out of opening a picture in which nothing is wrong."""
+    """Result of opening an image without a problem."""
 
     captions: int
     repeated: int
-    """Lines of the captions that stood there before, or are empty."""
+    """Lines of the captions that are repeated or empty."""
 
 
 def verify(
     archive: Archive, fields: Collection[Field], *, decode: bool = False, workers: int = 0, console: Console
 ) -> None:
-    """Print what of an archive is there, against the official counts, and where to get the rest.
+    """Print which files of an archive exist, compared with the official counts, and where to get the rest.
 
     Args:
-        archive: as ``find_archive`` found it.
-        fields: what images have to come with; what else the archive may have is shown as optional.
+        archive: result of ``find_archive``.
+        fields: required of all images; other fields of the archive are shown as optional.
         decode: open every image, map and caption, too.
-        workers: processes that do.
+        workers: processes that decode.
         console: to print to.
 
     Raises:
-        ValueError: something is missing, or can't be read (after everything has been looked at); a damaged list.
+        ValueError: something is missing, or can't be read (after all files are checked); a damaged list.
     """
     found = list(needs(archive, fields))
     table = Table(title=Text(archive.label), title_justify="left")
@@ -74,9 +75,9 @@ def verify(
         style = {"missing": "bold red", "optional": "dim"}.get(need.state, "")
         table.add_row(Text(need.what), f"{need.found:,}", f"{need.expected:,}", Text(need.state, style))
     console.print(table)
-    told = f"training takes {archive.served['train']}, validation {archive.served['val']}"
+    splits = f"training takes {archive.served['train']}, validation {archive.served['val']}"
     maps = f"; maps have {len(archive.classes)} class ids" if archive.classes else ""
-    console.print(Text(told + maps), soft_wrap=True)
+    console.print(Text(splits + maps), soft_wrap=True)
     missing = [need for need in found if need.state == "missing"]
     for source in dict.fromkeys(need.source for need in missing):
         same = [need for need in missing if need.source == source]
@@ -85,19 +86,19 @@ def verify(
         console.print(Text(f"incomplete: {what}{example}; get it from {source}"), soft_wrap=True)
     damaged = _open_all(archive, fields, workers, console) if decode else 0
     if missing or damaged:
-        states = ["incomplete"] * bool(missing) + [f"damaged in {damaged} pictures"] * bool(damaged)
+        states = ["incomplete"] * bool(missing) + [f"damaged in {damaged} images"] * bool(damaged)
         raise ValueError(f"{archive.label} is {' and '.join(states)}: see above")
 
 
 def needs(archive: Archive, fields: Collection[Field]) -> Iterator[Need]:
-    """Everything that an archive should have, against the official counts; ``fields`` are required, others optional.
+    """Yield all that an archive should have, with the official counts; ``fields`` are required, others optional.
 
     Raises:
         ValueError: a list is damaged.
     """
     for path in archive.lists():
-        there = path.is_file()
-        yield Need(path.name, int(there), 1, True, archive.source("image"), "" if there else f"{path} is missing")
+        exists = path.is_file()
+        yield Need(path.name, int(exists), 1, True, archive.source("image"), "" if exists else f"{path} is missing")
     for partition, expected in archive.partitions.items():
         names = archive.listed(partition) if all(path.is_file() for path in archive.lists()) else []
         parts: tuple[Part, ...] = ("image", *archive.fields)
@@ -113,19 +114,19 @@ def needs(archive: Archive, fields: Collection[Field]) -> Iterator[Need]:
 
 def _example(archive: Archive, part: Part, name: str) -> str:
     path = archive.path(name, part)
-    # Captions of many pictures may lie in one file.
+    # One file may hold the captions of many images.
     return f"{archive.path(name, 'image')} has none" if os.path.exists(path) else f"{path} is missing"
 
 
 def _open_all(archive: Archive, fields: Collection[Field], workers: int, console: Console) -> int:
-    """Open every picture; prints what is wrong with the first ones, and returns how many there are."""
-    pictures = problems = captions = repeated = 0
+    """Open every image; print the first problems, and return how many there are."""
+    images = problems = captions = repeated = 0
     if not all(path.is_file() for path in archive.lists()):
         return 0
     for partition in archive.partitions:
-        opened = EachPicture(SplitFiles(archive, partition, fields), examine)
+        opened = EachImage(SplitFiles(archive, partition, fields), examine)
         for result in opened.results(workers, f"opening {partition}", console):
-            pictures += 1
+            images += 1
             if isinstance(result, Problem):
                 problems += 1
                 if problems <= SHOWN_PROBLEMS:
@@ -135,13 +136,13 @@ def _open_all(archive: Archive, fields: Collection[Field], workers: int, console
                 repeated += result.repeated
     if problems > SHOWN_PROBLEMS:
         console.print(f"and {problems - SHOWN_PROBLEMS} more")
-    told = f" and {captions:,} captions ({repeated:,} repeated or empty lines don't count)" if captions else ""
-    console.print(Text(f"opened {pictures:,} pictures{told}"), soft_wrap=True)
+    counted = f" and {captions:,} captions ({repeated:,} repeated or empty lines don't count)" if captions else ""
+    console.print(Text(f"opened {images:,} images{counted}"), soft_wrap=True)
     return problems
 
 
 def examine(archive: Archive, name: str, fields: Collection[Field]) -> Finding:
-    """Decode a picture and what belongs to it; raises whatever is wrong with it."""
+    """Decode an image and its fields; raises whatever reading them raises."""
     with Image.open(BytesIO(archive.read(name, "image"))) as file:
         size = upright_size(file)
         file.load()
@@ -149,7 +150,7 @@ def examine(archive: Archive, name: str, fields: Collection[Field]) -> Finding:
         with Image.open(BytesIO(archive.read(name, "segmentation"))) as file:
             if archive.maps_fit:
                 check_same_size(file, size)
-            # Which looks at all of its ids, and at its shape.
+            # This checks all of its ids, and its shape.
             crop_labels(file, center_box(*size), size, 1, 1, len(archive.classes))
     if "caption" not in fields:
         return Finding(0, 0)

@@ -4,7 +4,7 @@ from regvq_fast.evaluation.codebook import CodebookUsage
 from regvq_fast.evaluation.feature_nets import FeatureNet, PerceptualDistance, load_feature_net
 from regvq_fast.evaluation.fid import Reference, frechet_distance, make_reference, statistics_of
 from regvq_fast.evaluation.metrics import SampledImages, TokenizerMetrics, evaluate_tokenizer, fid_of_samples
-from regvq_fast.evaluation.pictures import (
+from regvq_fast.evaluation.plots import (
     save_codebook_mosaic,
     save_labelled_rows,
     save_reconstruction_grid,

@@ -26,12 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from regvq_fast.data.archives import ArchiveDataset
-from regvq_fast.data.folder import ImageFolder
-from regvq_fast.data.pictures import PictureDataset
+from regvq_fast.data.image_dataset import ImageDataset, Provenance
 from regvq_fast.data.samples import Sample
-from regvq_fast.data.scenes import ScenesDataset
-from regvq_fast.data.shards import ImageShards
 from regvq_fast.evaluation.feature_nets import FeatureNet
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
 from regvq_fast.files import atomic_path, user_cache
@@ -39,8 +35,6 @@ from regvq_fast.ranks import any_rank, rank, sum_over_ranks
 
 logger = logging.getLogger("regvq_fast")
 
-CROP = "largest central square"
-RESIZE = "Lanczos with antialiasing (Pillow)"
 _FORMAT = 1  # of cached statistics, and of the meaning of what identifies them
 
 
@@ -210,53 +204,35 @@ def make_reference(
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
-    """Which images a validation split has, as plain values: for protocols, and to tell one split from another.
+    """Describe the images of a validation split as plain values, for protocols and to distinguish splits.
 
-    The fingerprint is of names, sizes and times of change of all files, and of the pixels of the first and the last
-    image.
+    The fingerprint is of names, sizes and modification times of all files, of the pixels of the first and the last
+    image, and of what else distinguishes the split (:class:`~regvq_fast.data.image_dataset.Provenance`).
 
     Raises:
         ValueError: there is no image in it.
     """
     if not len(dataset):
         raise ValueError("the split is empty: there is no image to evaluate on")
+    origin = dataset.provenance() if isinstance(dataset, ImageDataset) else Provenance(type(dataset).__name__)
     digest = hashlib.sha256()
-    for file in _files_of(dataset):
+    for file in origin.files:
         status = os.stat(file)
-        name = os.path.relpath(file, dataset.source)
+        name = os.path.relpath(file, origin.root)
         digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     first, last = dataset[0]["image"], dataset[len(dataset) - 1]["image"]
     for image in (first, last):
         digest.update(image.numpy().tobytes())
-    if isinstance(dataset, ScenesDataset):
-        digest.update(f"seed {dataset.seed}".encode())
-        made = {
-            "data": f"embedded scenes, seed {dataset.seed}",
-            "crop": "none",
-            "resize": "none: composed at this size",
-        }
-    elif isinstance(dataset, PictureDataset):
-        digest.update(" ".join(sorted(dataset.fields)).encode())  # a picture without one of them doesn't count
-        label = os.path.abspath(dataset.source) if dataset.label == dataset.source else dataset.label
-        made = {"data": label, "crop": CROP, "resize": RESIZE}
-    else:
-        made = {"data": type(dataset).__name__, "crop": "unknown", "resize": "unknown"}
+    digest.update(origin.variant.encode())
     return {
-        **made,
+        "data": origin.data,
+        "crop": origin.crop,
+        "resize": origin.resize,
         "split": getattr(dataset, "split", "unknown"),
         "images": len(dataset),
         "image_size": first.shape[-1],
         "fingerprint": digest.hexdigest()[:12],
     }
-
-
-def _files_of(dataset: Any) -> Iterable[str | Path]:
-    """The files that hold a data set's images."""
-    if isinstance(dataset, ArchiveDataset):
-        return (dataset.archive.path(str(name), "image") for name in dataset.names)
-    if isinstance(dataset, ImageShards):
-        return dataset.shards
-    return dataset.files if isinstance(dataset, ImageFolder) else ()
 
 
 # --------------------------------------------------------------------------------------------------------------- cache

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regvq_fast.data.finding import EXTENSIONS, find_files, is_image
-from regvq_fast.data.pictures import OVERSAMPLING, opened_image
+from regvq_fast.data.image_files import OVERSAMPLING
+from regvq_fast.data.reading import opened_image
 from regvq_fast.data.samples import Batch, Sample
 from regvq_fast.data.transforms import Box, crop_rgb, image_to_tensor, upright_size
 from regvq_fast.evaluation.fid import FeatureStatistics, Reference, statistics_of

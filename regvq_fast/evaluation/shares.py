@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from regvq_fast.data.image_files import ImageFileDataset
 from regvq_fast.data.loading import validation_batches
-from regvq_fast.data.pictures import PictureDataset
 from regvq_fast.ranks import num_ranks, rank, sum_over_ranks
 
 
@@ -26,6 +26,6 @@ def unreadable_images(dataset: Any) -> int:
 
     The shares alone would not do: every rank opens the first image, and the one after its own where that is unreadable.
     """
-    if not isinstance(dataset, PictureDataset):
+    if not isinstance(dataset, ImageFileDataset):
         return 0
     return int(sum_over_ranks(dataset.unreadable_flags.int()).count_nonzero())

@@ -14,14 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, read_config
-from regvq_fast.data.loading import build_dataset, collate
+from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.loading import collate
 from regvq_fast.data.transforms import to_float, to_uint8
 from regvq_fast.evaluation.codebook import perplexity, utilization
 from regvq_fast.evaluation.measurement import CODE_COUNTS
 from regvq_fast.files import atomic_path
+from regvq_fast.image_grids import color_map
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper.stages import Pipeline, Stage
-from regvq_fast.pictures import color_map
 from regvq_fast.precision import choose_precision
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import PRIORS, SamplingConfig

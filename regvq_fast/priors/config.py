@@ -10,7 +10,7 @@ from regvq_fast.config.common import (
     check_common,
     check_images,
 )
-from regvq_fast.data.pictures import Crop
+from regvq_fast.data.samples import Crop
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from regvq_fast.data.pictures import Field
-from regvq_fast.data.samples import Batch
+from regvq_fast.data.samples import Batch, Field
 from regvq_fast.models.model import Model, read_model
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.config import read_config
-from regvq_fast.data.loading import build_dataset, collate, default_workers, read_samples
-from regvq_fast.data.pictures import Field, left_out_note
-from regvq_fast.data.samples import Batch
-from regvq_fast.data.scenes import CLASSES, ScenesDataset
+from regvq_fast.data.datasets import build_dataset, dataset_class
+from regvq_fast.data.image_dataset import TrainedPrior
+from regvq_fast.data.image_files import left_out_note
+from regvq_fast.data.loading import default_workers, read_samples
+from regvq_fast.data.samples import Batch, Field
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch
 from regvq_fast.data.transforms import to_float
-from regvq_fast.evaluation.agreement import RegionClassifier
 from regvq_fast.evaluation.shares import rank_share
+from regvq_fast.image_grids import save_image_grid
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
-from regvq_fast.pictures import save_image_grid
 from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.sampler import Progress, decode_tokens
 from regvq_fast.ranks import distributed, local_ranks, sum_over_ranks, synchronized
@@ -33,10 +33,6 @@ from regvq_fast.training.recipe import Progress as Images
 from regvq_fast.training.recorder import Recorder
 
 _SAMPLES = 8  # of an image grid
-CLASSIFIED = 128
-"""Validation scenes whose regions are classified."""
-FITTED_TO = 768
-"""Training scenes that the classifier of regions is fitted to; the accuracy of 2048 (docs/priors.md)."""
 
 Config = TypeVar("Config", bound=PriorConfig)
 
@@ -93,10 +89,6 @@ class PriorRecipe(Recipe[Config]):
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         """Return the conditions of a batch as images (B, 3, H, W) uint8, and names of the class ids in them."""
 
-    @abstractmethod
-    def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
-        """Measure how well images (B, 3, H, W) uint8 show what the conditions of these scenes say."""
-
     def observe(self, *tensors: Tensor) -> None:
         """Learn from what a step returned, without a gradient."""
 
@@ -111,6 +103,7 @@ class PriorRecipe(Recipe[Config]):
         self.tokenizer = VQGAN.from_pretrained(source)
         self.tokenizer_hash = weights_hash(self.tokenizer)
         if tokens.cache is not None:
+            self.dataset = dataset_class(read_info(tokens.cache).data)  # of the images behind the tokens
             train, val = (
                 TokenDataset(tokens.cache, split, seed=seed, tokenizer_hash=self.tokenizer_hash)
                 for split in ("train", "val")
@@ -124,6 +117,7 @@ class PriorRecipe(Recipe[Config]):
             # cost more than they save: a batch is gathered in less time than a process hands one over.
             self.data = Data(train, val, train.info.train_images, workers=0)
             return self.data
+        self.dataset = dataset_class(tokens.data)
         shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.condition_field,)}
         images = build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared)  # type: ignore[arg-type]
         held_out = build_dataset(tokens.data, split="val", length=tokens.val_images, **shared)  # type: ignore[arg-type]
@@ -228,41 +222,33 @@ class PriorRecipe(Recipe[Config]):
         path = recorder.picture(self.image_name)
         self.save_images(model, path)
         numbers: dict[str, object] = {"loss (nats a token)": metrics.loss, "images": metrics.images}
-        if self.scenes:
-            numbers |= self.agreement(model, recorder)
+        numbers |= self.evaluate_samples(model, recorder)
         return numbers, {self.image_name: path}
 
-    @property
-    def scenes(self) -> bool:
-        """Whether the images are the embedded scenes."""
-        tokens = self.config.tokens
-        return (tokens.data if tokens.cache is None else self.data.train.info.data) is None
-
     @torch.no_grad()
-    def agreement(self, model: Any, recorder: Recorder) -> Mapping[str, float]:
-        """Measure how well scenes, their reconstructions and samples show what their conditions say.
+    def evaluate_samples(self, model: Any, recorder: Recorder) -> Mapping[str, float]:
+        """Measure samples as the data set defines it (:meth:`ImageDataset.evaluate_samples`)."""
+        encoder = _MicroBatchEncoder(self.tokenizer, self.micro_batch)
 
-        A classifier learns the classes from scenes and from their reconstructions.
-        """
-        size, cache = self.tokenizer.image_size, getattr(self.data.val, "info", None)
-        seed = cache.seed if cache else self.config.run.seed
-        training = ScenesDataset("train", size, seed=seed)
-        with recorder.stage("fitting a classifier, scenes") as show:
-            classifier = RegionClassifier.fit(training, FITTED_TO, len(CLASSES), self._reconstruct, show)
-        scenes = ScenesDataset("val", size, len(self.data.val), seed)
-        real = collate([scenes[k] for k in range(min(CLASSIFIED, len(scenes)))])
-        batch = tokenize_batch(_MicroBatchEncoder(self.tokenizer, self.micro_batch), real, self.device)
-        with recorder.stage("sampling, steps") as show, self.precision.autocast():
-            samples = self.decode(self.sample(model, batch, show))
-        images = {"scenes": real["image"], "reconstructions": self.decode(batch["tokens"]), "samples": samples}
-        return {
-            f"{measure} of {name}": value
-            for name, pictures in images.items()
-            for measure, value in self.judge(classifier, pictures.cpu(), real).items()
-        }
+        def reconstruct(images: Tensor) -> Tensor:
+            return self.decode(encoder.tokenize(to_float(images.to(self.device))))
 
-    def _reconstruct(self, images: Tensor) -> Tensor:
-        return self.decode(self.tokenizer.tokenize(to_float(images.to(self.device))))
+        def sample(batch: Batch, progress: Progress) -> Tensor:
+            conditions = tokenize_batch(encoder, batch, self.device)
+            with self.precision.autocast():
+                return self.decode(self.sample(model, conditions, progress))
+
+        return self.dataset.evaluate_samples(
+            TrainedPrior(
+                condition=self.condition_field,
+                image_size=self.tokenizer.image_size,
+                seed=getattr(self.data.val, "info", self.config.run).seed,
+                val_images=len(self.data.val),
+                reconstruct=reconstruct,
+                sample=sample,
+                stage=recorder.stage,
+            )
+        )
 
 
 class _MicroBatchEncoder:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regvq_fast.config.common import check_seed
-from regvq_fast.data.pictures import Field
+from regvq_fast.data.samples import Field
 from regvq_fast.data.transforms import to_uint8
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.precision import Precision

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.config import VQGANConfig, check_vqgan_config
-from regvq_fast.data.loading import build_dataset, default_workers, read_samples
-from regvq_fast.data.pictures import left_out_note
+from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.image_files import left_out_note
+from regvq_fast.data.loading import default_workers, read_samples
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
-from regvq_fast.evaluation.pictures import save_codebook_mosaic, save_reconstruction_grid, save_usage_histogram
+from regvq_fast.evaluation.plots import save_codebook_mosaic, save_reconstruction_grid, save_usage_histogram
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.quantizers import GumbelQuantizer

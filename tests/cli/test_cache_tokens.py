@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from regvq_fast.cli import cache_tokens as caching
-from regvq_fast.data import ImageFolder, ScenesDataset, TokenDataset, tokenize_batch, training_batches
+from regvq_fast.data import ImageFolder, TokenDataset, tokenize_batch, training_batches
 from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.scenes import ScenesDataset
 
 SCRIPT = Path(__file__).parents[2] / "train" / "cache_tokens.py"
 SCENES = "--scenes 10 --views 2 --val-images 5 --shard-samples 8 --batch-size 3 --device cpu --workers 0".split()

@@ -25,15 +25,15 @@ from torch.distributed import TCPStore
 from regvq_fast.cli import evaluate as evaluation
 from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
-from regvq_fast.data import ImageFolder, ScenesDataset, to_float, to_uint8
+from regvq_fast.data import ImageFolder, to_float, to_uint8
 from regvq_fast.data.loading import collate
 from regvq_fast.data.samples import Batch
 from regvq_fast.evaluation.fid import frechet_distance, statistics_of
 from regvq_fast.evaluation.measurement import Measurement, write_measurements
 from regvq_fast.evaluation.metrics import SampledImages
+from regvq_fast.image_grids import save_images
 from regvq_fast.models import VQGAN
 from regvq_fast.models.features import VGGFeatures
-from regvq_fast.pictures import save_images
 from regvq_fast.precision import choose_precision
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
 from regvq_fast.priors.autoregressive.config import AR_PRESETS
@@ -41,6 +41,7 @@ from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SamplingConfig
 from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.scenes import ScenesDataset
 
 SCRIPT = Path(__file__).parents[2] / "train" / "evaluate.py"
 CODES, IMAGES = 32, 12

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.data import ArchiveDataset, build_dataset, find_archive, pictures, training_batches
-from regvq_fast.data.archives.base import MAP_FOLDER
+from regvq_fast.data import ArchiveDataset, find_archive, reading, training_batches
+from regvq_fast.data.archives.archive import MAP_FOLDER
+from regvq_fast.data.datasets import build_dataset
 
 
 def level(sample) -> int:
@@ -138,7 +139,7 @@ def test_a_mask_that_the_storage_fails_to_give_is_not_left_out(tmp_path, monkeyp
     trees.celebahq(tmp_path)
     expected = build(tmp_path, "val", 16, fields=["segmentation"])[0]["segmentation"]
     shutil.rmtree(tmp_path / "CelebAMask-HQ" / MAP_FOLDER)
-    monkeypatch.setattr(pictures, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(reading, "_PAUSES", (0.0, 0.0))
     real, failed = Image.open, []
 
     def fail_once(file, *rest):

@@ -5,7 +5,8 @@ import shutil
 import archive_trees as trees
 import pytest
 
-from regvq_fast.data import ArchiveDataset, ImageFolder, build_dataset, find_archive
+from regvq_fast.data import ArchiveDataset, ImageFolder, find_archive
+from regvq_fast.data.datasets import build_dataset
 
 
 def build(root, split="val", **options):

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from regvq_fast.cli.data import DataCommand, manage_data
 from regvq_fast.config import run_script
-from regvq_fast.data import ArchiveDataset, ImageShards, build_dataset, find_archive, preparing
-from regvq_fast.data.preparing import DataCommand, manage_data
+from regvq_fast.data import ArchiveDataset, ImageShards, find_archive, preparing
+from regvq_fast.data.datasets import build_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def test_a_whole_archive_is_all_right(tmp_path, monkeypatch):
         assert told.error == ""
         images = {f"{partition} images": (str(count), str(count), "ok") for partition, count in counts.items()}
         assert images.items() <= told.rows().items()
-        assert f"opened {sum(counts.values())} pictures" in told.text
+        assert f"opened {sum(counts.values())} images" in told.text
     assert told.rows()["train2017 images with caption"] == ("3", "4", "optional")
     assert "get it from" not in told.text
 
@@ -107,7 +108,7 @@ def test_decoding_finds_what_counting_does_not(tmp_path, monkeypatch):
     image.write_bytes(image.read_bytes()[:200])
     assert Told("verify", top).error == ""
     told = Told("verify", top, decode=True)
-    assert told.error.endswith("is damaged in 4 pictures: see above")
+    assert told.error.endswith("is damaged in 4 images: see above")
     for name, reason in (
         ("train_00000001", "class ids of a segmentation map must be in 0..150, got 151..151"),
         ("train_00000002", "its map has 12 x 10 pixels, the image 24 x 20"),
@@ -115,13 +116,13 @@ def test_decoding_finds_what_counting_does_not(tmp_path, monkeypatch):
         ("val_00000001", ""),
     ):
         assert f"ADE_{name}.jpg: {reason}" in told.text
-    assert "opened 6 pictures" in told.text
+    assert "opened 6 images" in told.text
 
 
 def test_repeated_and_empty_captions_are_told(tmp_path):
     trees.cub200(tmp_path)
     told = Told("verify", tmp_path, decode=True)
-    assert "opened 8 pictures and 48 captions (40 repeated or empty lines don't count)" in told.text
+    assert "opened 8 images and 48 captions (40 repeated or empty lines don't count)" in told.text
     empty = next((tmp_path / "text" / trees.BIRDS[0]).iterdir())
     empty.write_text("\n \n")
     name = f"{empty.parent.name}/{empty.stem}.jpg"

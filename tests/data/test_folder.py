@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from regvq_fast.data import ImageFolder, pictures
+from regvq_fast.data import ImageFolder, reading
+from regvq_fast.data.image_files import left_out_note
 from regvq_fast.data.loading import collate, training_batches
 
 
@@ -199,7 +200,7 @@ def test_what_workers_find_is_counted_in_the_parent_and_reported_once(damaged, t
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
 def test_a_storage_that_fails_is_asked_again_and_drops_no_picture(folder, caplog, monkeypatch, number):
-    monkeypatch.setattr(pictures, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(reading, "_PAUSES", (0.0, 0.0))
     dataset = ImageFolder(folder, "val", 8)
     expected, read, failures = dataset[0]["image"], dataset._read, []
 
@@ -343,8 +344,8 @@ def test_images_that_a_folder_leaves_out_are_counted_once_by_reason(folder):
     for name in ("b/1.AVIF", "2.jfif", "3.jpe", "4.jpe", "notes.json", "5.txt", ".hidden.avif"):
         (folder / name).write_bytes(b"")
     splits = [ImageFolder(folder, split, 8) for split in ("train", "val")]
-    assert pictures.left_out_note(*splits) == ("; left out: 6 files (2 .jpe, 2 dangling links, 1 .avif, 1 .jfif)")
-    assert pictures.left_out_note(object()) == ""
+    assert left_out_note(*splits) == ("; left out: 6 files (2 .jpe, 2 dangling links, 1 .avif, 1 .jfif)")
+    assert left_out_note(object()) == ""
 
 
 def test_unreadable_images_and_folders_of_both_splits_are_left_out(tmp_path):
@@ -354,5 +355,5 @@ def test_unreadable_images_and_folders_of_both_splits_are_left_out(tmp_path):
         (tmp_path / split / "0.png").write_bytes(b"not an image")
         (tmp_path / split / "3.avif").write_bytes(b"")
     splits = [ImageFolder(tmp_path, split, 8) for split in ("train", "val")]
-    assert pictures.left_out_note(*splits) == "; left out: 4 files (2 .avif, 2 unreadable)"
-    assert pictures.left_out_note(ImageFolder(tmp_path / "val", "train", 8, limit=1)).startswith("; left out: ")
+    assert left_out_note(*splits) == "; left out: 4 files (2 .avif, 2 unreadable)"
+    assert left_out_note(ImageFolder(tmp_path / "val", "train", 8, limit=1)).startswith("; left out: ")

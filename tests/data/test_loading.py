@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from regvq_fast.data import ImageFolder, ScenesDataset, build_dataset, training_batches, validation_batches
+from regvq_fast.data import ImageFolder, training_batches, validation_batches
+from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.loading import TimedBatches, _leave_signals_to_the_parent, default_workers
+from regvq_fast.scenes import ScenesDataset
 
 
 def take(iterator, count):
@@ -175,7 +177,8 @@ def test_bad_arguments_name_the_value():
 
 def test_batches_in_use_do_not_keep_python_from_ending() -> None:
     code = (
-        "from regvq_fast.data import ScenesDataset, training_batches\n"
+        "from regvq_fast.scenes import ScenesDataset\n"
+        "from regvq_fast.data import training_batches\n"
         "batches = training_batches(ScenesDataset('train', 16), 4, workers=1)\n"
         "next(batches)"
     )

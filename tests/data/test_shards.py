@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from regvq_fast.data import ImageFolder, ImageShards, build_dataset, training_batches, write_shards
+from regvq_fast.data import ImageFolder, ImageShards, training_batches, write_shards
+from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.image_files import left_out_note
 from regvq_fast.data.loading import collate
-from regvq_fast.data.pictures import left_out_note
 from regvq_fast.data.shards import expand_braces
 
 FIELDS = ("caption", "segmentation")

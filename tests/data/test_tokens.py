@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from regvq_fast.data import ScenesDataset, TokenDataset, training_batches, validation_batches
+from regvq_fast.data import TokenDataset, training_batches, validation_batches
 from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import CacheInfo, open_shard, read_info, shard_path, write_info, write_shard
 from regvq_fast.data.tokens import majority_vote, tokenize_batch
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.scenes import ScenesDataset
 
 INFO = CacheInfo(
     tokenizer="runs/tiny",

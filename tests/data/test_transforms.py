@@ -1,9 +1,10 @@
 import random
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from regvq_fast.data.transforms import (
     Box,
@@ -100,6 +101,27 @@ def test_exif_orientation_is_applied(tmp_path):
     assert pixels[:, 0, 0].tolist() == [0, 0, 255]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillow_s(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = saved(Image.fromarray(pixels), tmp_path / "image.png", exif=exif)
+    with Image.open(tmp_path / "image.png") as image:
+        assert torch.equal(upright, image_to_tensor(ImageOps.exif_transpose(image)))
+
+
+def test_exif_tags_of_wrong_types_do_not_make_an_image_unreadable(tmp_path):
+    """Pillow 13's exif_transpose raises here, since it encodes all tags anew."""
+    entries = (274, 3, 1, 6), (282, 2, 4, 0x302E3237)  # orientation, and a resolution that is a text: "72.0"
+    tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + tags + struct.pack("<I", 0)
+    image = halves((255, 0, 0), (0, 0, 255), "RGB")
+    pixels = saved(image, tmp_path / "image.jpg", exif=exif, quality=100, subsampling=0)
+    assert pixels.shape == (3, 8, 16)
+    assert pixels[:, 0, 15].tolist() == [254, 0, 0]
+
+
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
@@ -152,7 +174,7 @@ def test_an_orientation_that_means_nothing_is_ignored(tmp_path, value):
     assert saved(halves((255, 0, 0), (0, 0, 255), "RGB"), tmp_path / "odd.png", exif=exif).shape == (3, 16, 8)
 
 
-def test_labels_are_cut_like_their_picture_whatever_their_size():
+def test_labels_are_cropped_like_their_image_whatever_their_size():
     labels = np.arange(64, dtype=np.uint8).reshape(4, 16).repeat(2, 0).repeat(2, 1)  # 8 x 32
     expected = np.arange(64).reshape(4, 16)[:, 4:8]
     for mode in ("L", "P", "I;16"):
@@ -167,12 +189,12 @@ def test_labels_are_cut_like_their_picture_whatever_their_size():
     assert np.asarray(crop_labels(two, Box(0, 0, 4, 4), (4, 4), 2, 2)).tolist() == [[1, 1], [1, 1]]
 
 
-def test_labels_fit_a_picture_whose_sides_are_rounded():
-    """A picture of 3000 x 2003 pixels that was made 256 high has 383 in width, and its map may still be as it was."""
+def test_labels_fit_an_image_whose_sides_are_rounded():
+    """An image of 3000 x 2003 pixels, resized to a height of 256, has a width of 383; its map may have the old size."""
     labels = Image.new("L", (3000, 2003), 3)
     assert np.asarray(crop_labels(labels, Box(0, 0, 383, 256), (383, 256), 2, 2)).tolist() == [[3, 3], [3, 3]]
     for other in ((380, 256), (386, 256)):
-        with pytest.raises(ValueError, match="does not fit its picture"):
+        with pytest.raises(ValueError, match="does not fit its image"):
             crop_labels(labels, Box(0, 0, *other), other, 2, 2)
 
 
@@ -186,7 +208,7 @@ def test_labels_that_are_none_are_refused():
     crop_labels(labels, Box(0, 0, 1, 1), (8, 8), 1, 1, 64)
     with pytest.raises(ValueError, match=r"must be in 0..62, got 0..63"):  # wherever it is cut
         crop_labels(labels, Box(0, 0, 1, 1), (8, 8), 1, 1, 63)
-    with pytest.raises(ValueError, match=r"of \(8, 16\) does not fit its picture of \(16, 8\)"):
+    with pytest.raises(ValueError, match=r"of \(8, 16\) does not fit its image of \(16, 8\)"):
         crop_labels(Image.new("L", (8, 16)), box, (16, 8), 4, 4)
     crop_labels(Image.new("L", (33, 50)), box, (100, 150), 4, 4)  # a third, rounded
 

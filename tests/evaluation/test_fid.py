@@ -17,8 +17,8 @@ from tiny_net import TinyNet
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from regvq_fast.data import ImageFolder, ScenesDataset, write_shards
-from regvq_fast.data.loading import build_dataset
+from regvq_fast.data import ImageFolder, write_shards
+from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation import feature_nets, fid
 from regvq_fast.evaluation.feature_nets import PerceptualDistance, VGGFeatureNet, load_feature_net
@@ -33,6 +33,7 @@ from regvq_fast.evaluation.fid import (
 from regvq_fast.models import features as vgg
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.weights import RemoteWeights
+from regvq_fast.scenes import ScenesDataset
 
 
 def noise(count: int, seed: int, low: int = 0, size: int = 8) -> Tensor:

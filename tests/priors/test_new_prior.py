@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
 from regvq_fast.cli.sample import SampleConfig, generate
 from regvq_fast.cli.train import train
 from regvq_fast.data.tokens import TokenBatch
+from regvq_fast.image_grids import color_map
 from regvq_fast.models import VQGAN
 from regvq_fast.models.model import Model
-from regvq_fast.pictures import color_map
 from regvq_fast.priors.choosing import choose_tokens
 from regvq_fast.priors.config import PriorConfig, check_prior_config
 from regvq_fast.priors.recipe import PriorRecipe
@@ -105,9 +104,6 @@ class ToyRecipe(PriorRecipe[ToyConfig]):
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         return color_map(batch["segmentation"], (16, 16)), {}
 
-    def judge(self, *_: Any) -> Mapping[str, float]:
-        return {}
-
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Prior:
@@ -131,7 +127,7 @@ def tokens(tmp_path: Path) -> Path:
 def test_a_new_prior_trains_samples_and_is_measured(
     toy: Prior, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regvq_fast.priors.recipe.FITTED_TO", 64)
+    monkeypatch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 64)
     trained = tmp_path / "run"
     flags = "--steps 2 --batch-size 8 --log-every 1 --warmup-steps 0 --lr 0.1 --device cpu --workers 0".split()
     monkeypatch.setattr(sys, "argv", ["toy.py", *flags, "--cache", str(tokens), "--out", str(trained)])

@@ -28,7 +28,7 @@ from regvq_fast.models import VQGAN
 from regvq_fast.precision import Precision
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.recipe import ARRecipe
-from regvq_fast.priors.recipe import PriorRecipe
+from regvq_fast.scenes import ScenesDataset
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.trainer import Trainer
 
@@ -44,7 +44,7 @@ SMALL = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}  # as fields
 def few_regions() -> Iterator[None]:
     """The classifier of regions takes twelve seconds to fit to 768 scenes: here it gets enough for every class."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regvq_fast.priors.recipe.FITTED_TO", 128)
+        patch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 128)
         yield
 
 
@@ -147,7 +147,7 @@ def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
         return tokenize(model, images)
 
     monkeypatch.setattr(VQGAN, "tokenize", watched)
-    monkeypatch.setattr(PriorRecipe, "agreement", lambda *_: {})  # it looks at images of its own
+    monkeypatch.setattr(ScenesDataset, "evaluate_samples", lambda *_: {})  # it looks at images of its own
     flags = ["--on-the-fly", "--tokenizer", tokenizer, "--val-images", 10]
     fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "parts")
     assert sizes == {4, 2}
@@ -229,7 +229,7 @@ def test_a_signal_ends_the_closing_evaluation_which_resuming_repeats(
 def test_a_resumed_run_has_its_tokenizer_with_it(
     monkeypatch: pytest.MonkeyPatch, cache: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(PriorRecipe, "agreement", lambda *_: {})
+    monkeypatch.setattr(ScenesDataset, "evaluate_samples", lambda *_: {})
     moved, gone = shutil.copytree(cache, tmp_path / "moved"), tmp_path / "gone"
     info = json.loads((moved / "cache.json").read_text())
     (moved / "cache.json").write_text(json.dumps(info | {"tokenizer": str(gone)}))
@@ -260,7 +260,7 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
 def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:
     """Of the diffusion, whose choice of steps learns from all of them."""
     out = tmp_path / "run"
-    code = "import runpy, regvq_fast.priors.recipe as prior; prior.FITTED_TO = 128\n"
+    code = "import runpy, regvq_fast.scenes.evaluation as evaluation; evaluation.FITTED_TO = 128\n"
     code += f"runpy.run_path({str(TRAIN / 'diffusion.py')!r}, run_name='__main__')"
     script = tmp_path / "script.py"
     script.write_text(code)

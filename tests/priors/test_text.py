@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from regvq_fast.data.scenes import LAYOUTS, PHOTOGRAPHS
 from regvq_fast.models import VQGAN
 from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder, restore_text_encoder
 from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.scenes.layouts import LAYOUTS, PHOTOGRAPHS
 
 
 def tiny_words(**arguments: int | bool) -> WordEncoder:
@@ -175,7 +175,7 @@ def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
     """Compiled as one graph, with averaged weights, and resumed: train/diffusion.py --preset coco --compile."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("regvq_fast.training.compilation.CPU_STEPS", 0)
-    monkeypatch.setattr("regvq_fast.priors.recipe.FITTED_TO", 128)
+    monkeypatch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 128)
     quantizer = NearestQuantizer(16, 4)
     shape = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}
     VQGAN(quantizer, attn_resolutions=(), **shape).save_pretrained(tmp_path / "tokenizer")  # type: ignore[arg-type]

@@ -180,7 +180,7 @@ def test_what_a_kill_left_is_cleared_away_and_other_ranks_write_nothing(
 def test_each_rank_continues_its_own_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     states = [torch.Generator().manual_seed(seed).get_state() for seed in range(2)]
     for rank in (1, 0):
-        monkeypatch.setattr("regvq_fast.training.checkpoint.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("regvq_fast.ranks.rank", lambda rank=rank: rank)
         with torch.random.fork_rng():
             set_random_state({"cpu": torch.stack(states)}, torch.device("cpu"))
             assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(rank)))

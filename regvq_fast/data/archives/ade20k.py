@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.archives.classes import ADE20K_CLASSES, ADE20K_CODE_TO_CLASS
 from regvq_fast.data.finding import find_files
-from regvq_fast.data.pictures import Part
+from regvq_fast.data.samples import Part
 
 _FULL_2016, _FULL_2021 = "ADE20K_2016_07_26", "ADE20K_2021_17_01"
 
@@ -74,7 +74,7 @@ class ADE20K(Archive):
     def read(self, name: str, part: Part) -> bytes:
         if part == "image" or not self.full:
             return super().read(name, part)
-        return self._kept(name, self.path(name, part), lambda: self._converted(name))
+        return self._cached(name, self.path(name, part), lambda: self._converted(name))
 
     def _converted(self, name: str) -> NDArray[np.uint8]:
         """(H, W) ids of the 150 classes, out of the colours of the full release."""

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regvq_fast.data.archives.base import Archive
-from regvq_fast.data.pictures import Part, is_of_the_machine
+from regvq_fast.data.archives.archive import Archive
+from regvq_fast.data.reading import is_of_the_machine
+from regvq_fast.data.samples import Part
 
 PARTS = tuple(
     "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth".split()
@@ -74,12 +75,12 @@ class CelebAHQ(Archive):
         return f"{self._masks(name)}_{PARTS[0]}.png"
 
     def _masks(self, name: str) -> str:
-        """The paths of a face's masks, up to the part's name."""
+        """Return the paths of a face's masks, up to the part's name."""
         number = int(os.path.splitext(name)[0])
         return os.path.join(self.top, "CelebAMask-HQ-mask-anno", str(number // _FOLDER_IMAGES), f"{number:05d}")
 
     def has(self, part: Part, names: Sequence[str]) -> NDArray[np.bool_]:
-        """A face has a map if it has the mask of any part: which parts can be seen in it is said nowhere else."""
+        """Return which faces have the mask of any part; nothing else states which parts are visible."""
         if part == "image":
             return super().has(part, names)
         masks = [os.path.split(self._masks(name)) for name in names]
@@ -92,11 +93,11 @@ class CelebAHQ(Archive):
     def read(self, name: str, part: Part) -> bytes:
         if part == "image":
             return super().read(name, part)
-        # The time of the folder tells of masks that came, went or were replaced, in one question for all of them.
-        return self._kept(name, os.path.dirname(self._masks(name)), lambda: self._merged(name))
+        # The folder's modification time covers masks that were added, removed or replaced, in one query.
+        return self._cached(name, os.path.dirname(self._masks(name)), lambda: self._merged(name))
 
     def _merged(self, name: str) -> NDArray[np.uint8]:
-        """(H, W) class ids: 0 where there is no part."""
+        """Return (H, W) class ids, 0 outside all parts."""
         labels: NDArray[np.uint8] | None = None
         for label, part in enumerate(PARTS, start=1):
             path = f"{self._masks(name)}_{part}.png"

@@ -29,7 +29,7 @@ ADE20K_CLASSES = _names(
     shower; radiator; glass; clock; flag
     """
 )
-"""By class id; 0 is what belongs to no class."""
+"""By class id; 0: no class."""
 
 _ADE20K_CODES = """
     2978 312 2420 976 2855 447 2131 165 3055 1125 350 2377 1831 838 774/783 2684 1610 1910 687 471 401 2994 1735 2473

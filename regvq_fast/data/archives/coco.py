@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regvq_fast.data.archives.base import Archive, encoded_map, existing
+from regvq_fast.data.archives.archive import Archive, encoded_map, existing
 from regvq_fast.data.archives.classes import COCO_CLASSES
 from regvq_fast.data.finding import find_files
-from regvq_fast.data.pictures import Part
+from regvq_fast.data.samples import Part
 
 _YEARS = {"2017": (118287, 5000), "2014": (82783, 40504)}
-"""Newest first: it is taken where both are there."""
+"""Newest first: it is used if both exist."""
 
 
 class COCO(Archive):
     """``train2017/NUMBER.jpg`` or ``images/train2017/NUMBER.jpg``, ``annotations/captions_train2017.json`` and, if
-    asked for, ``stuffthingmaps/train2017/NUMBER.png``; the same with 2014, and with val.
+    requested, ``stuffthingmaps/train2017/NUMBER.png``; the same with 2014, and with val.
 
     Maps have COCO's ids whatever their files have: 0 unlabelled, 1 to 91 things, 92 to 182 stuff. The stuffthingmaps
     hold them lowered by one, with 255 for unlabelled; the pixelmaps of the stuff challenge hold them, with 183 for all
@@ -49,7 +49,7 @@ class COCO(Archive):
     @classmethod
     def is_top(cls, folder: Path) -> bool:
         folder = Path(os.path.abspath(folder))
-        own, above = ((place / "annotations").is_dir() for place in (folder, folder.parent))
+        own, above = ((base / "annotations").is_dir() for base in (folder, folder.parent))
         if folder.name == "images" and above and not own:  # the folder above is, and has the captions
             return False
         return _images_and_year(folder) is not None
@@ -92,8 +92,8 @@ class COCO(Archive):
                 has[own] = np.isin(files[own, 1], self._of(partition).names)
             return has
         if part == "segmentation" and names:
-            places = zip(*(self._map_paths(name) for name in names), strict=True)
-            return np.logical_or.reduce([existing(place) for place in places])
+            choices = zip(*(self._map_paths(name) for name in names), strict=True)
+            return np.logical_or.reduce([existing(paths) for paths in choices])
         return super().has(part, names)
 
     def read(self, name: str, part: Part) -> bytes:
@@ -111,7 +111,7 @@ class COCO(Archive):
 
     @cached_property
     def _map_folders(self) -> list[str]:
-        """Where maps may lie; at least one."""
+        """Return the folders that may hold maps; at least one."""
         folders = [
             str(self.top / pattern.format(split + year))
             for split in ("train", "val")
@@ -137,7 +137,7 @@ class COCO(Archive):
 
 
 class _Captions:
-    """The captions of a split: in arrays, whose memory worker processes share, and from which none goes astray."""
+    """The captions of a split, in arrays whose memory worker processes share."""
 
     def __init__(self, path: Path) -> None:
         lines: dict[str, list[str]] = {}
@@ -159,15 +159,15 @@ class _Captions:
         self._text = b"".join(texts)
 
     def of(self, name: str) -> bytes:
-        """Those of an image, one a line; nothing where there are none."""
-        place = int(np.searchsorted(self.names, name))
-        if place == len(self.names) or self.names[place] != name:
+        """Return the captions of an image, one a line; empty if there are none."""
+        position = int(np.searchsorted(self.names, name))
+        if position == len(self.names) or self.names[position] != name:
             return b""
-        return self._text[int(self._ends[place - 1]) if place else 0 : int(self._ends[place])]
+        return self._text[int(self._ends[position - 1]) if position else 0 : int(self._ends[position])]
 
 
 def _images_and_year(top: Path) -> tuple[Path, str] | None:
-    """The folder of the images, and the newest year that is there; one split will do beside annotations."""
+    """Return the folder of the images and the newest year in it; beside annotations one split suffices."""
     for year in _YEARS:
         for images in (top, top / "images"):
             found = sum((images / f"{split}{year}").is_dir() for split in ("train", "val"))

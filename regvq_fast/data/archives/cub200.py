@@ -4,8 +4,8 @@ import os
 from functools import cached_property
 from pathlib import Path
 
-from regvq_fast.data.archives.base import Archive
-from regvq_fast.data.pictures import Part
+from regvq_fast.data.archives.archive import Archive
+from regvq_fast.data.samples import Part
 
 _CAPTION_FOLDERS = ("text", "text_c10", "birds/text", "cvpr2016_cub/text_c10")
 """As the archives of captions unpack: in the top folder, or beside it."""
@@ -61,10 +61,10 @@ class CUB200(Archive):
     @cached_property
     def _captions(self) -> Path:
         classes = [folder.name for folder in self.images.iterdir() if folder.is_dir()]
-        places = [base / folder for base in (self.top, self.top.parent) for folder in _CAPTION_FOLDERS]
+        folders = [base / folder for base in (self.top, self.top.parent) for folder in _CAPTION_FOLDERS]
         return next(
-            (place for place in places if place.is_dir() and any((place / name).is_dir() for name in classes)),
-            places[0],
+            (folder for folder in folders if folder.is_dir() and any((folder / name).is_dir() for name in classes)),
+            folders[0],
         )
 
     def path(self, name: str, part: Part) -> str:

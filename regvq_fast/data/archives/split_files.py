@@ -1,23 +1,23 @@
-"""What is there of an official split."""
+"""The files of an official split that exist."""
 
 from collections.abc import Collection
 
-from regvq_fast.data.archives.base import Archive
-from regvq_fast.data.pictures import Field
+from regvq_fast.data.archives.archive import Archive
+from regvq_fast.data.samples import Field
 
 
 class SplitFiles:
-    """The pictures of a split, and what they come with.
+    """The images of a split, and their other fields.
 
     Args:
-        archive: whose pictures.
+        archive: the archive.
         partition: an official split.
-        fields: which ones to look for.
+        fields: those to look for.
 
     Attributes:
-        names: pictures whose images are there, in the list's order.
-        missing: pictures of the list whose images aren't there.
-        has: for each field, (len(names),) bool: which pictures have it.
+        names: images whose files exist, in the list's order.
+        missing: images of the list whose files don't exist.
+        has: for each field, (len(names),) bool: which images have it.
 
     Raises:
         FileNotFoundError: a list is missing. ValueError: one is damaged.
@@ -44,8 +44,8 @@ class SplitFiles:
                     f"no image of {archive.label} ({partition}) has its {field}: get it from {archive.source(field)}"
                 )
 
-    def missing_told(self) -> str:
-        """How many images are missing, with an example; nothing where none is."""
+    def missing_note(self) -> str:
+        """Return how many images are missing, with an example; empty if none is."""
         if not self.missing:
             return ""
         count = len(self.missing) + len(self.names)

@@ -1,15 +1,11 @@
 """The recipe of the autoregressive prior (``train/ar.py``)."""
 
-from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
 
-from regvq_fast.data.samples import Batch
-from regvq_fast.data.scenes import CLASSES
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
-from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy
-from regvq_fast.pictures import color_map, legend_of
+from regvq_fast.image_grids import color_map, legend_of
 from regvq_fast.priors.autoregressive.config import ARConfig, check_ar_config
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.autoregressive.sampler import ARSampler, sample_autoregressive
@@ -75,10 +71,7 @@ class ARRecipe(PriorRecipe[ARConfig]):
 
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         size, maps = self.tokenizer.image_size, batch["segmentation"]
-        return color_map(maps, (size, size)), legend_of(maps, CLASSES if self.scenes else ())
-
-    def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
-        return {"agreement": region_accuracy(classifier, images, scenes["segmentation"]).accuracy}
+        return color_map(maps, (size, size)), legend_of(maps, self.dataset.class_names)
 
 
 class _Loss(nn.Module):

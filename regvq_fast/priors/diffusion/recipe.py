@@ -1,16 +1,12 @@
 """The recipe of the diffusion prior (``train/diffusion.py``)."""
 
-from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import TokenBatch
-from regvq_fast.evaluation.agreement import RegionClassifier
-from regvq_fast.evaluation.captions import caption_accuracy
-from regvq_fast.pictures import caption_tiles
+from regvq_fast.image_grids import caption_tiles
 from regvq_fast.priors.diffusion.config import DiffusionConfig, DiffusionModelConfig, check_diffusion_config
 from regvq_fast.priors.diffusion.loss import diffusion_terms
 from regvq_fast.priors.diffusion.model import VQDiffusion
@@ -78,10 +74,6 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         size = self.tokenizer.image_size
         return caption_tiles(batch["caption"], size * max(1, -(-192 // size))), {}
-
-    def judge(self, classifier: RegionClassifier, images: Tensor, scenes: Batch) -> Mapping[str, float]:
-        found = caption_accuracy(classifier, images, scenes["caption"])
-        return {"layout": found.layout, "classes": found.classes}
 
 
 def _text_encoder(model: DiffusionModelConfig) -> TextEncoder:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.data import CLASSES, ScenesDataset
-from regvq_fast.data import scenes as scenes_module
-from regvq_fast.data.scenes import LAYOUTS, PHOTOGRAPHS, WHOLE_PROBABILITY
+from regvq_fast.scenes import CLASSES, ScenesDataset
+from regvq_fast.scenes import dataset as scenes_module
+from regvq_fast.scenes.layouts import LAYOUTS, PHOTOGRAPHS, Photograph
 
 PHRASES = {photograph.phrase: label for label, photograph in enumerate(PHOTOGRAPHS)}
 
@@ -66,8 +66,9 @@ def test_every_layout_and_class_occurs_and_whole_crops_as_often_as_stated(sample
     assert {sentence for sentence, _ in parsed} == set(SENTENCES)
     assert len(LAYOUTS) == len(SENTENCES)
     assert {label for _, classes in parsed for label in classes} == set(range(len(CLASSES)))
+    expected = scenes_module.WHOLE_PROBABILITY
     whole = np.mean([sentence == "a picture of {0}" for sentence, _ in parsed])
-    assert abs(whole - WHOLE_PROBABILITY) < 4 * (WHOLE_PROBABILITY * (1 - WHOLE_PROBABILITY) / len(samples)) ** 0.5
+    assert abs(whole - expected) < 4 * (expected * (1 - expected) / len(samples)) ** 0.5
 
 
 def test_a_circle_is_round_and_holds_its_class(samples):
@@ -149,7 +150,7 @@ def test_bad_arguments_name_the_value():
 
 
 def test_a_missing_photograph_is_named(monkeypatch):
-    extra = scenes_module.Photograph("unicorn", "a unicorn", "unicorn.png")
+    extra = Photograph("unicorn", "a unicorn", "unicorn.png")
     monkeypatch.setattr(scenes_module, "PHOTOGRAPHS", (*PHOTOGRAPHS, extra))
     with pytest.raises(FileNotFoundError, match=r"lacks unicorn\.png.*reinstall"):
         scenes_module._open_photographs()

@@ -1,27 +1,31 @@
-"""The pictures of an official archive as a data set."""
+"""The images of an official archive as a data set."""
 
 import logging
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterable
+from typing import Self
 
 import numpy as np
 
-from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.archives.archive import Archive
+from regvq_fast.data.archives.lookup import find_archive, holds_archive
 from regvq_fast.data.archives.split_files import SplitFiles
+from regvq_fast.data.image_dataset import SplitSettings
+from regvq_fast.data.image_files import ImageFileDataset
 from regvq_fast.data.manifest import mirrored_ids
-from regvq_fast.data.pictures import Crop, Field, Part, PictureDataset
-from regvq_fast.data.samples import Split
+from regvq_fast.data.samples import Crop, Field, Part, Split
 
 logger = logging.getLogger("regvq_fast")
 
 
-class ArchiveDataset(PictureDataset):
-    """An official split of one of the paper's data sets, as square uint8 RGB pictures.
+class ArchiveDataset(ImageFileDataset):
+    """An official split of one of the paper's data sets, as square uint8 RGB images.
 
-    Everything is as in :class:`~regvq_fast.data.folder.ImageFolder`, but for what the archive knows better: which
-    pictures are for training, where captions and maps lie, and which class ids change places in a mirrored picture.
+    Like :class:`~regvq_fast.data.folder.ImageFolder`, except that the archive defines which images are for training,
+    where captions and maps are, and which class ids a mirrored image exchanges.
 
     Args:
-        archive: as ``find_archive`` found it.
+        archive: result of ``find_archive``.
         split: "train", or "val" for the official split that papers report on (``archive.served``).
         image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``.
 
@@ -51,11 +55,23 @@ class ArchiveDataset(PictureDataset):
         files = SplitFiles(archive, archive.served[split], self.fields)
         files.require()
         if files.missing:
-            logger.warning("%s", files.missing_told())
+            logger.warning("%s", files.missing_note())
         complete = self._complete(list(files.has.values()), len(files.names))
-        # An array: worker processes share its memory, where each would come to have a copy of a list.
+        # An array: worker processes share its memory, while each would copy a list.
         self.names = np.array(files.names)[complete][self._choose(None, len(complete))]
         self._start(len(self.names))
+
+    @classmethod
+    def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
+        return data is not None and holds_archive(data)
+
+    @classmethod
+    def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
+        assert data is not None
+        archive = find_archive(data)
+        assert archive is not None
+        split, image_size, length, seed, crop, flip, fields = settings
+        return cls(archive, split, image_size, crop, flip, seed, length, fields)
 
     @property
     def label(self) -> str:
@@ -66,3 +82,6 @@ class ArchiveDataset(PictureDataset):
 
     def _name(self, position: int) -> str:
         return self.archive.path(str(self.names[position]), "image")
+
+    def _files(self) -> Iterable[str]:
+        return map(self._name, range(len(self.names)))

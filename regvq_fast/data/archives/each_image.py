@@ -1,4 +1,4 @@
-"""Doing something to every picture of an official split, in worker processes."""
+"""Processing of every image of an official split, in worker processes."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterable
@@ -9,30 +9,31 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import Dataset
 
-from regvq_fast.data.archives.base import Archive
+from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.loading import in_order
-from regvq_fast.data.pictures import Field, Result, is_of_the_machine, patiently, why_unreadable
+from regvq_fast.data.reading import Result, is_of_the_machine, patiently, why_unreadable
+from regvq_fast.data.samples import Field
 
 
 class Problem(NamedTuple):
-    """A picture that something is wrong with."""
+    """An image that cannot be processed."""
 
     path: str
     reason: str
 
 
-class EachPicture(Dataset[Result | Problem], Generic[Result]):
-    """What ``work`` makes of each picture of a split that is there, or the problem with it; each when it is asked for.
+class EachImage(Dataset[Result | Problem], Generic[Result]):
+    """The result of ``work`` for each existing image of a split, or the problem with it; computed on access.
 
     Args:
-        files: the split's pictures, and the fields that ``work`` is to look at.
-        work: gets archive, a picture's name and those of the fields that the picture has; may raise anything.
+        files: the split's images, and the fields that ``work`` needs.
+        work: called with the archive, an image's name and the fields that it has; may raise anything.
     """
 
     def __init__(self, files: SplitFiles, work: Callable[[Archive, str, Collection[Field]], Result]) -> None:
         self.archive, self.work = files.archive, work
-        # An array: worker processes share its memory, where each would come to have a copy of a list.
+        # An array: worker processes share its memory, while each would copy a list.
         self.names, self.has = np.array(files.names, dtype=np.str_), files.has
 
     def __len__(self) -> int:
@@ -43,7 +44,7 @@ class EachPicture(Dataset[Result | Problem], Generic[Result]):
         fields = [field for field, there in self.has.items() if there[index]]
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="PIL")  # of oddities in files that it reads, or rejects
+                warnings.filterwarnings("ignore", module="PIL")  # about oddities in files that it reads or rejects
                 return patiently(
                     lambda: self.work(self.archive, name, fields), lambda: self.archive.path(name, "image")
                 )
@@ -53,7 +54,7 @@ class EachPicture(Dataset[Result | Problem], Generic[Result]):
             return Problem(self.archive.path(name, "image"), why_unreadable(error))
 
     def results(self, workers: int, description: str, console: Console) -> Iterable[Result | Problem]:
-        """All of them in order, behind a progress bar on a terminal."""
+        """Return all results in order, with a progress bar on a terminal."""
         return track(
             in_order(self, workers),
             description,

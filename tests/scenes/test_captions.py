@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regvq_fast.data import ScenesDataset
 from regvq_fast.data.loading import collate
-from regvq_fast.data.scenes import CLASSES, LAYOUTS, PHOTOGRAPHS, Region, parse_caption, region_map
-from regvq_fast.evaluation.agreement import RegionClassifier
-from regvq_fast.evaluation.captions import caption_accuracy, read_captions
+from regvq_fast.scenes import CLASSES, ScenesDataset
+from regvq_fast.scenes.captions import caption_accuracy, read_captions
+from regvq_fast.scenes.judges import RegionClassifier
+from regvq_fast.scenes.layouts import LAYOUTS, PHOTOGRAPHS, Region, parse_caption, region_map
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import torch
 from matplotlib import pyplot
 from PIL import Image
 
-from regvq_fast.evaluation.pictures import (
+from regvq_fast.evaluation.plots import (
     save_codebook_mosaic,
     save_labelled_rows,
     save_reconstruction_grid,
     save_usage_histogram,
 )
-from regvq_fast.pictures import caption_tiles, color_map, legend_of, save_image_grid
+from regvq_fast.image_grids import caption_tiles, color_map, legend_of, save_image_grid
 
 
 def read(path) -> np.ndarray:

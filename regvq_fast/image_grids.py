@@ -1,4 +1,4 @@
-"""Grids of images, captions and semantic maps as pictures. Each file appears whole or not at all."""
+"""Grids of images, captions and semantic maps, saved atomically."""
 
 import math
 import os
@@ -18,23 +18,23 @@ from regvq_fast.files import atomic_path
 
 _BACKGROUND = 255
 _SMALLEST_TILE = 128
-"""Pixels; smaller pictures are enlarged by a whole factor so that theirs can be made out."""
+"""Pixels; smaller images are enlarged by a whole factor, to make their pixels visible."""
 
 
 def save_image_grid(
     path: str | os.PathLike[str], *kinds: Tensor, columns: int = 8, legend: Mapping[int, str] | None = None
 ) -> None:
-    """Save a grid of stacks of images that belong together: image k of the first kind above that of the second ...
+    """Save a grid of stacks of corresponding images: image k of the first kind above image k of the second ...
 
     Args:
-        path: of the picture; its suffix gives the format.
-        kinds: one or more of (B, 3, H, W), uint8 or floating in -1..1 (clamped), on any device; enlarged to one width,
+        path: of the grid; its suffix gives the format.
+        kinds: one or more of (B, 3, H, W), uint8 or floating in -1..1 (clamped), on any device; enlarged to one width
             by whole factors.
         columns: stacks side by side.
-        legend: names of class ids, shown below the grid with the colours of :func:`color_map`.
+        legend: names of class ids, shown below the grid with their colours in :func:`color_map`.
 
     Raises:
-        ValueError: shapes that don't go together or are not (B, 3, H, W) with B >= 1.
+        ValueError: shapes that differ or are not (B, 3, H, W) with B >= 1.
     """
     widest = max(images.shape[-1] for images in kinds)
     width = widest * max(1, math.ceil(_SMALLEST_TILE / widest))
@@ -51,17 +51,17 @@ def save_image_grid(
     grid = arrange(tiles, min(columns, len(tiles)), gutter=8)
     if legend:
         grid = torch.cat([grid, _legend(legend, grid.shape[2])], dim=1)
-    save_picture(path, grid)
+    save_image(path, grid)
 
 
 def save_images(folder: Path, images: Tensor, first: int = 0) -> None:
     """Save each of the images (B, 3, H, W), as in :func:`save_image_grid`, as NUMBER.png from ``first`` on."""
     for number, image in enumerate(as_uint8(images), first):
-        save_picture(folder / f"{number:05d}.png", image)
+        save_image(folder / f"{number:05d}.png", image)
 
 
 def caption_tiles(captions: Sequence[str], size: int) -> Tensor:
-    """Captions as pictures (B, 3, H, size) uint8, wrapped; H is at least ``size``, more if the longest needs it."""
+    """Render captions, wrapped, as images (B, 3, H, size) uint8; H is ``size``, or more if the longest needs it."""
     font_size = max(9, size // 12)
     texts = ["\n".join(_wrap(caption, size - 4, font_size)) for caption in captions]
     height = max(size, *(_text_size(text, font_size)[1] + 4 for text in texts))
@@ -69,7 +69,7 @@ def caption_tiles(captions: Sequence[str], size: int) -> Tensor:
 
 
 def text_tile(text: str, width: int, height: int, font_size: int) -> Tensor:
-    """Text at the upper left of a white picture, (3, height, width) uint8; what does not fit is cut off."""
+    """Render text at the upper left of a white image (3, height, width) uint8; text that does not fit is cut off."""
     tile = Image.new("RGB", (width, height), (_BACKGROUND,) * 3)
     ImageDraw.Draw(tile).multiline_text((2, 2), text, fill=(0, 0, 0), font=_font(font_size), spacing=2)
     return torch.from_numpy(np.array(tile)).permute(2, 0, 1)
@@ -81,14 +81,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _text_size(text: str, font_size: int) -> tuple[int, int]:
-    """Width and height in pixels."""
+    """Return width and height in pixels."""
     draw = ImageDraw.Draw(Image.new("1", (1, 1)))
     _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font=_font(font_size), spacing=2)
     return math.ceil(right), math.ceil(bottom)
 
 
 def _wrap(text: str, width: int, font_size: int) -> list[str]:
-    """Lines of at most ``width`` pixels, broken between words, and within a word that is longer than a line."""
+    """Break text into lines of at most ``width`` pixels, between words, and within words longer than a line."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".lstrip()
@@ -104,11 +104,11 @@ def _wrap(text: str, width: int, font_size: int) -> list[str]:
 
 
 def color_map(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A semantic map as a picture, each class in a colour of its own that does not depend on the others there are.
+    """Render semantic maps as images, in which the colour of a class depends on its id only.
 
     Args:
         segmentation: (B, h, w) class ids below 256, any integer type.
-        shape: (H, W) of the pictures; nearest neighbour.
+        shape: (H, W) of the images; nearest neighbour.
 
     Returns:
         (B, 3, H, W) uint8, on the CPU.
@@ -132,45 +132,45 @@ def _palette() -> Tensor:
 
 
 def _legend(names: Mapping[int, str], width: int) -> Tensor:
-    """Colours and names in columns, (3, H, width) uint8; names are cut only where one alone is wider than the grid."""
+    """Render colours and names in columns, (3, H, width) uint8; only a name wider than the grid is cut off."""
     font_size, swatch, margin = 14, 14, 8
     row = 20
     cell = min(width - 2 * margin, max(_text_size(name, font_size)[0] for name in names.values()) + swatch + 20)
     columns = max(1, (width - 2 * margin) // cell)
     height = math.ceil(len(names) / columns) * row + margin
-    picture = torch.full((3, height, width), _BACKGROUND, dtype=torch.uint8)
+    canvas = torch.full((3, height, width), _BACKGROUND, dtype=torch.uint8)
     for k, (label, name) in enumerate(names.items()):
         top, left = k // columns * row, margin + k % columns * cell
-        picture[:, top : top + swatch, left : left + swatch] = _palette()[label][:, None, None]
+        canvas[:, top : top + swatch, left : left + swatch] = _palette()[label][:, None, None]
         text = text_tile(name, cell - swatch - 4, row, font_size)
-        picture[:, top : top + row - 2, left + swatch + 4 : left + cell] = text[:, 2:]
-    return picture
+        canvas[:, top : top + row - 2, left + swatch + 4 : left + cell] = text[:, 2:]
+    return canvas
 
 
 def as_uint8(images: Tensor) -> Tensor:
-    """Images, uint8 or floating in -1..1 (clamped), on any device -> uint8 on the CPU."""
+    """Convert images, uint8 or floating in -1..1 (clamped), on any device, to uint8 on the CPU."""
     return (images.detach() if images.dtype == torch.uint8 else to_uint8(images)).cpu()
 
 
 def enlarge(images: Tensor, scale: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, scale * H, scale * W), each pixel a block."""
+    """Enlarge (B, 3, H, W) to (B, 3, scale * H, scale * W), each pixel to a block."""
     return images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
 
 
 def arrange(tiles: Tensor, columns: int, gutter: int) -> Tensor:
-    """(T, 3, H, W) uint8 -> one (3, H', W') picture, tiles in reading order with ``gutter`` pixels around each."""
+    """Arrange tiles (T, 3, H, W) uint8 as one image (3, H', W'), in reading order, ``gutter`` pixels apart."""
     count, _, height, width = tiles.shape
     rows = math.ceil(count / columns)
     size = (3, rows * (height + gutter) + gutter, columns * (width + gutter) + gutter)
-    picture = torch.full(size, _BACKGROUND, dtype=torch.uint8)
+    canvas = torch.full(size, _BACKGROUND, dtype=torch.uint8)
     for k, tile in enumerate(tiles):
         row, column = divmod(k, columns)
         top, left = gutter + row * (height + gutter), gutter + column * (width + gutter)
-        picture[:, top : top + height, left : left + width] = tile
-    return picture
+        canvas[:, top : top + height, left : left + width] = tile
+    return canvas
 
 
-def save_picture(path: str | os.PathLike[str], picture: Tensor) -> None:
-    """Save one picture, (3, H, W) uint8 on the CPU; the suffix of the path gives the format."""
+def save_image(path: str | os.PathLike[str], image: Tensor) -> None:
+    """Save an image (3, H, W) uint8 on the CPU; the suffix of the path gives the format."""
     with atomic_path(path) as temporary:
-        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary)
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary)

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regvq_fast.data import ScenesDataset
 from regvq_fast.data.loading import collate
-from regvq_fast.evaluation.agreement import RegionClassifier, region_accuracy, region_statistics
+from regvq_fast.scenes import ScenesDataset
+from regvq_fast.scenes.judges import RegionClassifier, region_accuracy, region_statistics
 
 
 @pytest.fixture(scope="module")

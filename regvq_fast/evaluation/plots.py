@@ -1,4 +1,4 @@
-"""Pictures of a tokenizer: reconstructions, the codebook, code usage. Each file appears whole or not at all."""
+"""Images and plots of a tokenizer, saved atomically: reconstructions, the codebook, code usage."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regvq_fast.evaluation.codebook import perplexity, utilization
 from regvq_fast.files import atomic_path
-from regvq_fast.pictures import arrange, as_uint8, enlarge, save_image_grid, save_picture, text_tile
+from regvq_fast.image_grids import arrange, as_uint8, enlarge, save_image, save_image_grid, text_tile
 
 
 def save_reconstruction_grid(
@@ -21,7 +21,7 @@ def save_reconstruction_grid(
     """Save a grid of pairs: each original directly above its reconstruction.
 
     Args:
-        path: of the picture; its suffix gives the format.
+        path: of the image; its suffix gives the format.
         originals, reconstructions: (B, 3, H, W), uint8 or floating in -1..1 (clamped), on any device.
         columns: pairs in a row.
 
@@ -40,7 +40,7 @@ def save_labelled_rows(path: str | os.PathLike[str], rows: Mapping[str, Tensor])
     """Save rows of images, each with its label at its left.
 
     Args:
-        path: of the picture; its suffix gives the format.
+        path: of the image; its suffix gives the format.
         rows: (B, 3, H, W) by label, uint8 or floating in -1..1 (clamped), on any device, all of one shape; small ones
             are enlarged by a whole factor. A label may have several lines of about 18 letters.
 
@@ -56,7 +56,7 @@ def save_labelled_rows(path: str | os.PathLike[str], rows: Mapping[str, Tensor])
     for label, images in rows.items():
         strip = arrange(enlarge(as_uint8(images), scale), shape[0], gutter)
         strips.append(torch.cat([text_tile(label, 150, strip.shape[1], font_size=16), strip], dim=2))
-    save_picture(path, torch.cat(strips, dim=1))
+    save_image(path, torch.cat(strips, dim=1))
 
 
 def save_codebook_mosaic(
@@ -69,18 +69,18 @@ def save_codebook_mosaic(
     max_codes: int = 1024,
     batch_size: int = 64,
 ) -> None:
-    """Save what each embedding looks like (the paper's appendix A): the first 1024 of them as a 32 x 32 mosaic.
+    """Save the image of each embedding (the paper's appendix A): the first 1024 of them as a 32 x 32 mosaic.
 
     A code's tile is the centre of the image decoded from a token map filled with that code: the area of one token,
     farthest from the borders. Row by row in the order of the codes, in a near-square grid.
 
     Args:
-        path: of the picture; its suffix gives the format.
+        path: of the image; its suffix gives the format.
         decode: (B, h, w) int64 code indices on ``device`` -> (B, 3, H, W) images, uint8 or floating in -1..1.
             Called without gradients.
         num_codes: N, at least 1; ValueError otherwise.
         token_shape: (h, w) of the token maps.
-        device: where ``decode`` wants its indices.
+        device: of the indices for ``decode``.
         max_codes: the most codes to show.
         batch_size: codes decoded at a time.
     """
@@ -97,19 +97,19 @@ def save_codebook_mosaic(
     mosaic = torch.cat(tiles)
     columns = math.ceil(math.sqrt(shown))
     scale = max(1, round(1024 / (columns * mosaic.shape[3])))
-    save_picture(path, arrange(enlarge(mosaic, scale), columns, gutter=1))
+    save_image(path, arrange(enlarge(mosaic, scale), columns, gutter=1))
 
 
 def save_usage_histogram(path: str | os.PathLike[str], counts: Tensor, title: str) -> None:
-    """Save how often each code is used, from the most to the least frequent.
+    """Save a histogram of code usage, from the most to the least frequent code.
 
     The count axis is logarithmic where used codes differ by more than a factor of 30. Unused codes are the shaded
-    part on the right. The dashed line is what uniform use would give. Does not touch matplotlib's global state.
+    part on the right. The dashed line is uniform usage. Does not change matplotlib's global state.
 
     Args:
-        path: of the picture; its suffix gives the format (png, svg, pdf).
+        path: of the plot; its suffix gives the format (png, svg, pdf).
         counts: (N,) integers >= 0, N >= 1, on any device.
-        title: what was counted; utilization and perplexity are put below it.
+        title: of the plot; utilization and perplexity are put below it.
 
     Raises:
         ValueError: counts that are not a vector with at least one entry.
@@ -141,8 +141,8 @@ def save_usage_histogram(path: str | os.PathLike[str], counts: Tensor, title: st
     axes.set_ylabel("times selected")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
-    share, effective = float(utilization(counts)), float(perplexity(counts))
-    axes.set_title(f"{title}\nutilization {share:.1%}, perplexity {effective:,.1f} of {num_codes:,}", fontsize=11)
+    fraction, effective = float(utilization(counts)), float(perplexity(counts))
+    axes.set_title(f"{title}\nutilization {fraction:.1%}, perplexity {effective:,.1f} of {num_codes:,}", fontsize=11)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

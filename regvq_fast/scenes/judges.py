@@ -1,12 +1,12 @@
-"""Do images show what their semantic maps say? A measure for the embedded scenes, without a network.
+"""Region accuracy: a measure of whether images of the scenes show the classes of their maps, without a network.
 
-Each class of the scenes is a photograph, with colours and textures of its own. A region of an image, all pixels of one
-class in its map, is described by statistics of colour and texture, and belongs to the class under whose distribution of
-such statistics, fitted to training scenes, they are most likely. That is quadratic discriminant analysis: normal
-distributions, their covariances shrunk towards the mean over classes. Each class has several, of its regions as they
-are and blurred, noisy, coarsely compressed, tinted: an image is to be judged by what it shows, not by losing the finest
-detail. The share of the regions that are found to be of their map's class is the agreement. 1/16 is chance; samples are
-to be compared with what real validation images reach, and with what their reconstructions do.
+Each class of the scenes is a photograph with its own colours and textures. A region of an image, all pixels of one
+class in its map, is described by statistics of colour and texture, and classified by the distributions of these
+statistics fitted to training scenes. That is quadratic discriminant analysis: normal distributions, their covariances
+shrunk towards the mean over classes. Each class has several distributions, of its regions unchanged, blurred, noisy,
+coarsely compressed and tinted, so that an image is judged by its content, not by lost detail. The agreement is the
+fraction of the regions whose class is that of the map. Chance is 1/16; compare samples with real validation images and
+with their reconstructions.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,35 +23,35 @@ from torch.utils.data import Dataset
 from regvq_fast.data.loading import collate
 from regvq_fast.data.samples import Sample
 
-_MIN_SHARE = 1 / 128
-"""Of an image's pixels: smaller regions, the slivers of a layout, say too little of their class."""
+_MIN_FRACTION = 1 / 128
+"""Smallest region, as a fraction of an image's pixels; smaller ones don't identify their class."""
 _MIN_INSIDE = 8
-"""Pixels without a neighbour of another class that a region needs for its outermost ones to be left out."""
+"""Number of inner pixels, without a neighbour of another class, from which on only these are used."""
 _LEVELS = 3
-"""Sizes at which texture is looked at, each half of the one before."""
+"""Number of scales of the texture statistics, each half of the one before."""
 _NOISE = 4e-4
-"""Variance of pixels in 0..1 that every texture is taken to have: of 5 levels of 255, which no eye sees."""
+"""Variance added to every texture, of pixels in 0..1: 5 levels of 255, which is invisible."""
 _SHRINKAGE = 0.2
-"""Share of the common covariance in that of each class."""
+"""Weight of the common covariance in that of each class."""
 _RIDGE = 1e-2
-"""Added to variances, those of all regions being 1."""
+"""Added to variances, where those of all regions are 1."""
 _CHUNK = 32
-"""Images at a time: the statistics of 128 take 0.12 s in chunks of 32, 0.26 s in one, since caches hold those."""
+"""Images at a time: the statistics of 128 take 0.12 s in chunks of 32, which fit into caches, 0.26 s in one."""
 
 
 class RegionAgreement(NamedTuple):
-    """Regions whose class is found to be that of the map."""
+    """Regions classified as the class of the map."""
 
     accuracy: float
-    """Share of all regions, 0..1; nan where there are none."""
+    """Fraction of all regions, 0..1; nan if there are none."""
     per_class: Tensor
-    """(C,) float64, the share for each class of the map; nan where it has no region."""
+    """(C,) float64, the fraction for each class of the map; nan if it has no region."""
     confusion: Tensor
     """(C, C) int64 on the CPU: regions by class of the map (row) and class found (column)."""
 
 
 class RegionClassifier(nn.Module):
-    """Tells the class of a region by its colours and textures; made by :meth:`fit`.
+    """Classifies regions by colours and textures; made by :meth:`fit`.
 
     Textures are compared pixel by pixel: fit one for each size of images. Q distributions of K statistics, of which
     number q is of class q % C.
@@ -64,7 +64,7 @@ class RegionClassifier(nn.Module):
     centers: Tensor
     """(Q, K) float64, means of the distributions."""
     whitening: Tensor
-    """(Q, K, K) float64, what makes the statistics of each one uncorrelated, with variance 1."""
+    """(Q, K, K) float64, whitening matrices of the distributions."""
     log_volumes: Tensor
     """(Q,) float64, logarithms of the determinants of the covariances."""
 
@@ -85,16 +85,16 @@ class RegionClassifier(nn.Module):
         reconstruct: Callable[[Tensor], Tensor] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Self:
-        """The classifier of a data set with ``segmentation``, of its samples 0 to ``samples - 1``; on the CPU.
+        """Fit the classifier to samples 0 to ``samples - 1`` of a data set with ``segmentation``, on the CPU.
 
         Deterministic, if ``reconstruct`` is. 2048 scenes of 64 pixels take 10 seconds on one core.
 
         Args:
             dataset: of images, training split.
-            samples: how many of them.
+            samples: their number.
             num_classes: C.
-            reconstruct: images (B, 3, H, W) uint8 to what a tokenizer makes of them, uint8 on any device: each class
-                has a distribution of these, too. Samples of a prior are then judged by what its tokenizer can show.
+            reconstruct: images (B, 3, H, W) uint8 to their reconstructions by a tokenizer, uint8 on any device: each
+                class has a distribution of these, too, so that samples are judged by what the tokenizer can show.
             progress: called with the number of samples done and ``samples``.
 
         Raises:
@@ -174,7 +174,7 @@ class RegionClassifier(nn.Module):
 
 
 class _Moments:
-    """Sums over the regions of each class."""
+    """Sums of the statistics over the regions of each class."""
 
     def __init__(self, num_classes: int) -> None:
         self.count = torch.zeros(num_classes, dtype=torch.float64)
@@ -193,7 +193,7 @@ class _Moments:
 
 
 def _versions(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Images (B, 3, H, W) uint8 as they are, and with what models and files do to them."""
+    """Yield images (B, 3, H, W) uint8 unchanged and with degradations typical of models and files."""
     pixels = images.float()
     blurred = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
     coarse = F.interpolate(F.avg_pool2d(pixels, 4), size=images.shape[2:], mode="bilinear")
@@ -206,14 +206,14 @@ def _versions(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
 
 
 def _compressed(image: Tensor) -> Tensor:
-    """(3, H, W) uint8 -> the same after JPEG of low quality."""
+    """Return an image (3, H, W) uint8 after JPEG compression at low quality."""
     file = BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=30)
     return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
 
 
 def region_accuracy(classifier: RegionClassifier, images: Tensor, maps: Tensor) -> RegionAgreement:
-    """How many regions of images are found to be of the class that their maps say.
+    """Measure the fraction of the regions of images that are classified as the class of their maps.
 
     Args:
         classifier: on the device of the images.
@@ -221,11 +221,11 @@ def region_accuracy(classifier: RegionClassifier, images: Tensor, maps: Tensor) 
         maps: (B, H, W) uint8, class ids.
 
     Raises:
-        TypeError, ValueError: not such images or maps.
+        TypeError, ValueError: images or maps of another form.
     """
     confusion = classifier.confusion(images, maps).cpu()
-    right, regions = confusion.diagonal().double(), confusion.sum(1).double()
-    return RegionAgreement(float(right.sum() / regions.sum()), right / regions, confusion)
+    correct, regions = confusion.diagonal().double(), confusion.sum(1).double()
+    return RegionAgreement(float(correct.sum() / regions.sum()), correct / regions, confusion)
 
 
 class Regions(NamedTuple):
@@ -240,10 +240,10 @@ class Regions(NamedTuple):
 def region_statistics(images: Tensor, maps: Tensor, num_classes: int) -> Regions:
     """Describe each region of at least 1/128 of its image by statistics of colour and texture.
 
-    A pixel's colour is luminance and two differences of colour from it. Of its pixels, a region has means, standard
-    deviations and correlations, and histograms; at each of three sizes it has the energy of what a 3 x 3 mean takes
-    away, its skewness and kurtosis, and size, direction and sparseness of gradients. The outermost pixels of a region
-    count only where nothing else is left, since what they show is mixed with their neighbours.
+    Colours are luminance and two colour differences from it. The statistics of a region are means, standard deviations,
+    correlations and histograms of its pixels; and, at each of three scales, energy, skewness, kurtosis of the residual
+    of a 3 x 3 mean, and size, direction and sparseness of gradients. The outermost pixels of a region, which are mixed
+    with their neighbours, are used only if there are too few others.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -269,21 +269,21 @@ def _check(images: Tensor, maps: Tensor, num_classes: int) -> None:
 
 
 def _statistics(images: Tensor, member: "Members") -> Regions:
-    large = member.any.mean(dim=(2, 3)) >= _MIN_SHARE
+    large = member.any.mean(dim=(2, 3)) >= _MIN_FRACTION
     return Regions(large.nonzero()[:, 1], describe(images, member.sure)[large])
 
 
 class Members(NamedTuple):
-    """Which pixels belong to the region of each class, 0 or 1."""
+    """Pixels of the region of each class, 0 or 1."""
 
     any: Tensor
-    """(B, C, H, W) float32, all of them."""
+    """(B, C, H, W) float32, all pixels."""
     sure: Tensor
-    """(B, C, H, W) float32, without the outermost ones, unless nothing else is left."""
+    """(B, C, H, W) float32, without the outermost pixels, unless there are too few others."""
 
 
 def region_members(maps: Tensor, num_classes: int) -> Members:
-    """The pixels of each class in maps (B, H, W) uint8."""
+    """Return the pixels of each class in maps (B, H, W) uint8."""
     member = (maps[:, None] == torch.arange(num_classes, device=maps.device).view(-1, 1, 1)).float()
     ids = maps[:, None].float()
     inside = member * (F.max_pool2d(ids, 3, stride=1, padding=1) == -F.max_pool2d(-ids, 3, stride=1, padding=1))
@@ -291,7 +291,7 @@ def region_members(maps: Tensor, num_classes: int) -> Members:
 
 
 def describe(images: Tensor, member: Tensor) -> Tensor:
-    """The statistics of :func:`region_statistics` for any sets of pixels.
+    """Return the statistics of :func:`region_statistics` for any sets of pixels.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -312,7 +312,7 @@ def describe(images: Tensor, member: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, member: Tensor) -> Tensor:
-    """Means over regions: values (B, K, H, W), weights of pixels in each (B or 1, R, H, W) -> (B, R, K)."""
+    """Return means over regions: values (B, K, H, W), pixel weights of each (B or 1, R, H, W) -> (B, R, K)."""
     weights = member.flatten(2)
     return weights @ values.flatten(2).transpose(1, 2) / weights.sum(2, keepdim=True).clamp(min=1e-6)
 
@@ -329,12 +329,12 @@ def _color_statistics(colors: Tensor, member: Tensor) -> Tensor:
         _histogram(colors[:, :1], 0.0, 1.0, 8),
         *(_histogram(colors[:, k : k + 1], -0.3, 0.3, 5) for k in (1, 2)),
     ]
-    shares = _mean(torch.cat(histograms, dim=1), member).clamp(min=0).sqrt()
-    return torch.cat([mean, std.log(), correlation, shares], dim=2)
+    frequencies = _mean(torch.cat(histograms, dim=1), member).clamp(min=0).sqrt()
+    return torch.cat([mean, std.log(), correlation, frequencies], dim=2)
 
 
 def _histogram(values: Tensor, low: float, high: float, bins: int) -> Tensor:
-    """(B, 1, H, W) -> (B, bins, H, W): each pixel is shared by the two bins next to it."""
+    """Soft histogram, (B, 1, H, W) -> (B, bins, H, W): each pixel counts in the two nearest bins, weighted linearly."""
     centers = torch.linspace(low, high, bins, device=values.device).view(-1, 1, 1)
     return (1 - (values - centers).abs() * ((bins - 1) / (high - low))).clamp(min=0)
 

@@ -1,0 +1,104 @@
+"""The command of ``train/data.py``: check the paper's data sets, and pack them into shards of small images."""
+
+import signal
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from regvq_fast.data.archives import ARCHIVES, Archive, ArchiveName, find_archive
+from regvq_fast.data.loading import default_workers
+from regvq_fast.data.preparing import prepare
+from regvq_fast.data.samples import Field
+from regvq_fast.data.verifying import verify
+
+
+@dataclass(frozen=True)
+class DataCommand:
+    """A run of ``train/data.py``."""
+
+    command: Annotated[Literal["verify", "prepare"], tyro.conf.Positional]
+    """verify: list which files of a data set exist and where to get the rest. prepare: pack it, resized, in shards."""
+    root: Path
+    """Folder that the official archives are unpacked in, or the top folder of one."""
+    dataset: ArchiveName | None = None
+    """Name of the data set. Default: the one whose layout is found; needed if there are several."""
+    fields: tuple[Field, ...] | None = None
+    """Required fields of its images. Default: those of the paper's prior."""
+    decode: bool = False
+    """verify: open every image, map and caption as well."""
+    out: Path | None = None
+    """prepare: folder of the shards, new or empty."""
+    size: int = 384
+    """prepare: pixels of the shorter side; smaller images keep their size. Training crops take down to 71 % of it."""
+    quality: int = 95
+    """prepare: JPEG quality, without chroma subsampling."""
+    shard_mib: int = 1000
+    """prepare: largest size of a shard, in MiB."""
+    workers: int | None = None
+    """Processes that decode images. Default: half of the cores, at most 8; 0 on two cores."""
+
+
+def manage_data(command: DataCommand, console: Console | None = None) -> None:
+    """Run a command line of ``train/data.py``.
+
+    Raises:
+        ValueError, OSError: what is wrong with settings, archive or folder, in one sentence; from verify also if
+            files are missing or can't be read.
+    """
+    console = console or Console()
+    if command.workers is not None and command.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {command.workers}")
+    if command.command == "verify" and command.out is not None:
+        raise ValueError(f"--out {command.out} is for prepare; verify writes nothing: leave it out")
+    if command.command == "prepare" and command.decode:
+        raise ValueError("--decode is for verify; prepare opens every file in any case: leave it out")
+    archive = _archive(command)
+    fields: Collection[Field] = archive.needed if command.fields is None else command.fields
+    for field in fields:
+        if field not in archive.fields:
+            raise ValueError(f"--fields {field}: {archive.title} has {', '.join(archive.fields)} only")
+    workers = default_workers() if command.workers is None else command.workers
+    if command.command == "verify":
+        verify(archive, fields, decode=command.decode, workers=workers, console=console)
+        return
+    if command.out is None:
+        raise ValueError("prepare needs a folder for the shards: name a new one with --out")
+    # SIGTERM removes unfinished shards, as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        prepare(
+            archive,
+            command.out,
+            fields,
+            size=command.size,
+            quality=command.quality,
+            shard_mib=command.shard_mib,
+            workers=workers,
+            console=console,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _archive(command: DataCommand) -> Archive:
+    """Return the archive in the folder that the command names; raise FileNotFoundError if there is none."""
+    root = command.root
+    if not root.is_dir():
+        raise FileNotFoundError(f"--root {root} is no folder: name the one that the archives are unpacked in")
+    archive = find_archive(root, command.dataset)
+    if archive is not None:
+        return archive
+    if command.dataset is None:
+        layouts = "; ".join(f"{name}: {kind.layout}" for name, kind in ARCHIVES.items())
+        raise FileNotFoundError(f"--root {root} has the layout of no data set ({layouts}): name one with --dataset")
+    kind = ARCHIVES[command.dataset]
+    tops = ", ".join(str(root / top) for top in kind.tops)
+    raise FileNotFoundError(
+        f"{command.dataset} is not in {root}, nor in {tops}: there should be {kind.layout}; get it from "
+        f"{kind.source('image')}"
+    )

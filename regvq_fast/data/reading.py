@@ -1,0 +1,94 @@
+"""Reading of image files and captions: errors of the file, errors of the storage, and attempts after these."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+Result = TypeVar("Result")
+
+_OF_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PAUSES = (0.1, 1.0, 5.0)
+"""Seconds between attempts; a file server that restarts takes longer, and should be noticed."""
+
+
+@contextmanager
+def opened_image(path: Path, name: str, damaged: Callable[[str], str]) -> Iterator[Image.Image]:
+    """Open an image file that a user named; errors of the block name it.
+
+    Args:
+        path: of the file.
+        name: of the file in messages.
+        damaged: makes the message for a file that can't be read, from the reason.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no image, or the block can't read it.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not an image") from None
+    except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+        if is_of_the_machine(error):
+            raise
+        raise ValueError(damaged(why_unreadable(error))) from None
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Return whether an error in reading a file is not the file's: EIO, ESTALE, EMFILE, no memory.
+
+    Pillow raises OSError for damaged files, too, but without a number.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None and not isinstance(error, _OF_A_FILE)
+    return isinstance(error, MemoryError)
+
+
+def patiently(work: Callable[[], Result], name: Callable[[], str]) -> Result:
+    """Return the result of ``work``; repeat it a few times, after pauses, where the storage fails.
+
+    Raises:
+        OSError: the storage still fails; the message has the result of ``name``. Otherwise whatever ``work`` raises.
+    """
+    pauses = iter(_PAUSES)
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if not is_of_the_machine(error):
+                raise
+            if (pause := next(pauses, None)) is None:
+                raise OSError(error.errno, error.strerror, name()) from None
+            time.sleep(pause)
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return the reason why an image file can't be read, in one line, from the error that reading it raised."""
+    if isinstance(error, UnidentifiedImageError):  # its message is about a buffer
+        return "it is no image"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def caption_lines(data: bytes) -> list[str]:
+    """Return the captions in a file, at least one: its lines, without empty and repeated ones, in order.
+
+    Raises:
+        ValueError: there is no caption, or the file is not UTF-8.
+    """
+    lines = list(dict.fromkeys(filter(None, map(str.strip, data.decode().splitlines()))))
+    if not lines:
+        raise ValueError("its caption is empty")
+    return lines
+
+
+def check_same_size(labels: Image.Image, size: tuple[int, int]) -> None:
+    """Raise ValueError unless a map has the (width, height) of its image."""
+    if labels.size != size:
+        raise ValueError(f"its map has {labels.width} x {labels.height} pixels, the image {size[0]} x {size[1]}")
