@@ -83,5 +83,5 @@ def test_a_contrastive_loss_of_masked_places_needs_masked_places() -> None:
         check_vqgan_config(override(config, **fitting))
     check_vqgan_config(override(config, mask_ratio=0.0, contrastive="none"))
     for mode, ratio in (("exact", 0.0), ("bernoulli", 0.0), ("exact", 0.003)):
-        with pytest.raises(ValueError, match=f"--mask-ratio {ratio:g} gives an image of 16 x 16 tokens none: raise it"):
+        with pytest.raises(ValueError, match=f"--mask-ratio {ratio:g} gives an image of 256 tokens none: raise it"):
             check_vqgan_config(override(config, mask_ratio=ratio, mask_mode=mode))

@@ -1,8 +1,8 @@
 """Everything a tokenizer run can be told: one dataclass a concern, and the named presets."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from regvq_fast.config.common import (
     OptimizerConfig,
@@ -13,10 +13,9 @@ from regvq_fast.config.common import (
     check_common,
     check_images,
 )
+from regvq_fast.quantizers import QUANTIZERS
 
 _MIN_IMAGE_SIZE = 16
-
-QuantizerName = Literal["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"]
 
 
 @dataclass(frozen=True)
@@ -62,35 +61,29 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class QuantizerConfig:
+class _QuantizerConfig:
     """Quantizer."""
 
-    quantizer: QuantizerName = "reg-vq"
+    quantizer: Literal[tuple(QUANTIZERS)] = next(iter(QUANTIZERS))  # type: ignore[valid-type]
     """Reg-VQ, or a baseline: nearest code (vq-gan), Gumbel-softmax (gumbel-vq), EMA codebook (vq-vae)."""
     num_codes: int = 256
     """Size of the codebook, N."""
     code_dim: int = 32
     """Channels of a code, D."""
-    logits: Literal["cosine", "distance", "linear"] = "cosine"
-    """reg-vq: distance of normalised latents and codes, of both as they are, or a predicted distribution (paper)."""
-    perturbed: float = 0.6
-    """reg-vq: fraction of stochastic positions that take another code; the logit scale is held to it."""
-    mask_ratio: float = 0.4
-    """reg-vq: fraction of positions that are selected with noise."""
-    mask_mode: Literal["exact", "bernoulli"] = "exact"
-    """reg-vq: exactly that share of every image, or each position with that probability."""
-    tau: float = 0.9
-    """reg-vq: Gumbel-softmax temperature."""
-    prior_weight: float = 0.1
-    """reg-vq: weight of the KL divergence from the uniform prior, per nat."""
-    prior_scope: Literal["image", "batch", "global"] = "batch"
-    """reg-vq: the posterior of each image, of the batch, or of the batches of all ranks."""
-    codebook_grad: Literal["soft", "hard", "none"] = "soft"
-    """reg-vq: gradient of the look-up to the codes (Algorithm 1: soft)."""
     fp32_scores: bool = False
     """Multiply latents and codes in fp32 on a GPU under --amp, too (default: in 16 bits, summed in fp32)."""
     collapse_threshold: float = 0.1
     """Warn where steps between two records use less than this share of the codes that uniform use would; 0: never."""
+
+
+if TYPE_CHECKING:
+    QuantizerConfig = _QuantizerConfig
+else:  # with the settings of all quantizers; of several bases, the fields of the last come first
+    _SETTINGS = [kind.Settings for kind in reversed(QUANTIZERS.values()) if fields(kind.Settings)]
+    _OWN = {"__doc__": _QuantizerConfig.__doc__}
+    QuantizerConfig = make_dataclass(
+        "QuantizerConfig", (), bases=(*_SETTINGS, _QuantizerConfig), namespace=_OWN, frozen=True
+    )
 
 
 @dataclass(frozen=True)
@@ -214,11 +207,6 @@ def check_vqgan_config(config: VQGANConfig) -> None:
             raise ValueError(
                 f"--contrastive-layer-weights must be {layers} numbers, none negative and not all 0, got {weights}"
             )
-    if loss.contrastive_region == "masked" and config.quantizer.quantizer != "reg-vq":
-        raise ValueError(
-            f"--contrastive-region masked needs stochastic tokens, which --quantizer {config.quantizer.quantizer} "
-            "has not: use reg-vq, or the region all"
-        )
     if loss.contrastive_weights is not None and not loss.has_own_contrastive_net:
         why = f"with --contrastive-net {loss.contrastive_net} the perceptual one serves both; use --perceptual-weights"
         if not loss.has_contrastive:
@@ -232,12 +220,13 @@ def check_vqgan_config(config: VQGANConfig) -> None:
             f"--image-size {data.image_size} is not a multiple of the down-sampling factor {factor}; "
             f"try {max(factor, round(data.image_size / factor) * factor)}"
         )
-    side, quantizer = data.image_size // factor, config.quantizer
-    stochastic = quantizer.mask_ratio * side**2  # of an image's tokens; "exact" rounds down
-    has_none = stochastic + 1e-9 < 1 if quantizer.mask_mode == "exact" else stochastic == 0
-    if loss.has_contrastive and loss.contrastive_region == "masked" and has_none:
-        raise ValueError(
-            f"--contrastive-region masked needs stochastic tokens, but --mask-ratio {quantizer.mask_ratio:g} gives an "
-            f"image of {side} x {side} tokens none: raise it, or use the region all"
-        )
+    if loss.has_contrastive and loss.contrastive_region == "masked":
+        section = config.quantizer
+        try:
+            QUANTIZERS[section.quantizer].settings_of(section).check_mask((data.image_size // factor) ** 2)
+        except ValueError as error:
+            raise ValueError(
+                f"--contrastive-region masked needs stochastic tokens, but with --quantizer {section.quantizer} "
+                f"{error}, or use the region all"
+            ) from None
     check_images(config, data.data)

@@ -10,7 +10,7 @@ from regvq_fast.integrations.common import Adapter, to_rows
 from regvq_fast.integrations.nearest import NearestCode, codes_and_loss
 from regvq_fast.matmul import score_dtype
 from regvq_fast.ops import softmax_statistics, vector_quantize
-from regvq_fast.quantizers.base import draw_seed
+from regvq_fast.quantizers.quantizer import draw_seed
 
 
 class VectorQuantizer2(NearestCode):

@@ -21,7 +21,6 @@ from regvq_fast.evaluation.pictures import (
 )
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.models.features import VGGFeatures
-from regvq_fast.quantizers import GumbelQuantizer
 from regvq_fast.ranks import num_ranks, rank, sum_over_ranks
 from regvq_fast.training.build import build_discriminator, build_model, build_reconstruction_loss
 from regvq_fast.training.recorder import Recorder
@@ -123,8 +122,7 @@ class VQGANTask(Task[VQGANConfig]):
         self.model.quantize.set_progress(step / self.steps)
 
     def scheduled(self) -> list[str]:
-        gumbel = isinstance(self.model.quantize, GumbelQuantizer)
-        return super().scheduled() + (["gumbel-vq's tau"] if gumbel else [])
+        return [*super().scheduled(), *self.model.quantize.scheduled]
 
     def inputs(self, batch: Batch) -> tuple[Tensor]:
         images = to_float(batch["image"].to(self.device, non_blocking=True))

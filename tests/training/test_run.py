@@ -13,6 +13,7 @@ from tiny_runs import FAST, checkpoints, records, resume, train, without_clock
 
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.models import VGGFeatures, weights
+from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.training import build
 from regvq_fast.training.build import build_model
 from regvq_fast.training.compilation import worth_compiling
@@ -46,7 +47,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     build_model(tiny).load_state_dict(load_file(out / "model.safetensors"), strict=True)
 
 
-@pytest.mark.parametrize("quantizer", ["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_quantizer_trains_with_discriminator_averages_and_accumulation(tmp_path: Path, quantizer: str) -> None:
     out = tmp_path / "run"
     flags = ["--quantizer", quantizer, "--disc-start", 2, "--ema", 0.5, "--accumulate", 2, "--eval-every", 2]
@@ -184,7 +185,7 @@ def test_data_that_go_bad_end_a_run_with_the_way_to_continue(
         ),
         (
             ["--contrastive-region", "masked", "--quantizer", "vq-gan"],
-            "--contrastive-region masked needs stochastic tokens, which --quantizer vq-gan has not",
+            "--contrastive-region masked needs stochastic tokens, but with --quantizer vq-gan there are none",
         ),
         (
             ["--contrastive-weights", "vgg.pth"],

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import regvq_fast.training.vqgan
 from regvq_fast.config import VQGANConfig, override
+from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.training.optimization import AveragedWeights
 from regvq_fast.training.vqgan import VQGANTask
 from regvq_fast.training.watch import CollapseAlarm, Rollback, Watch
@@ -82,7 +83,7 @@ def break_terms(monkeypatch: pytest.MonkeyPatch, task: VQGANTask, *names: str) -
     monkeypatch.setattr(task, "train_step", step)
 
 
-@pytest.mark.parametrize("quantizer", ["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize(("value", "cause"), [(NAN, "latents"), (INF, "l1"), (NAN, "l1")])
 def test_a_bad_pixel_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch, quantizer: str, value: float, cause: str
