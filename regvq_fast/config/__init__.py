@@ -1,15 +1,6 @@
 """Configurations of the training scripts, from which their command lines are generated."""
 
-from regvq_fast.config.common import (
-    Config,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    config_from_dict,
-    override,
-    parse_config,
-    read_config,
-)
+from regvq_fast.config.command_line import parse_config, run_script
 from regvq_fast.config.prior import (
     AR_PRESETS,
     DIFFUSION_PRESETS,
@@ -17,11 +8,10 @@ from regvq_fast.config.prior import (
     DiffusionConfig,
     PriorConfig,
     TokensConfig,
-    check_ar_config,
-    check_diffusion_config,
 )
-from regvq_fast.config.script import run_script
-from regvq_fast.config.vqgan import VQGAN_PRESETS, LossConfig, QuantizerConfig, VQGANConfig, check_vqgan_config
+from regvq_fast.config.saved import config_from_dict, override, read_config
+from regvq_fast.config.sections import Config, OptimizerConfig, PresetName, RunConfig, TrainConfig
+from regvq_fast.config.tokenizer import VQGAN_PRESETS, LossConfig, QuantizerConfig, VQGANConfig
 
 __all__ = [
     "AR_PRESETS",
@@ -32,15 +22,13 @@ __all__ = [
     "DiffusionConfig",
     "LossConfig",
     "OptimizerConfig",
+    "PresetName",
     "PriorConfig",
     "QuantizerConfig",
     "RunConfig",
     "TokensConfig",
     "TrainConfig",
     "VQGANConfig",
-    "check_ar_config",
-    "check_diffusion_config",
-    "check_vqgan_config",
     "config_from_dict",
     "override",
     "parse_config",

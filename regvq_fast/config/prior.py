@@ -1,55 +1,72 @@
-"""Everything a run of a prior over tokens can be told, and the named presets."""
+"""Configurations of the priors over tokens, and the named presets."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Annotated
 
-from regvq_fast.config.common import (
+from regvq_fast.config.sections import (
+    UNTITLED,
     OptimizerConfig,
+    OptionalInt,
+    OptionalPath,
     PresetName,
     RunConfig,
     TrainConfig,
-    changed_flags,
-    check_at_least,
-    check_common,
-    check_images,
 )
 from regvq_fast.data.pictures import Crop
+from regvq_fast.settings import Section, changed_flags, check_at_least, check_probabilities
 
 
 @dataclass(frozen=True)
-class TokensConfig:
-    """Where tokens come from."""
+class TokensConfig(Section):
+    """Source of the tokens."""
 
-    cache: Path | None = None
+    cache: OptionalPath = None
     """Token cache, made by train/cache_tokens.py."""
     on_the_fly: bool = False
-    """Make tokens of images in every step instead; needs `tokenizer`."""
-    tokenizer: Path | None = None
-    """Trained tokenizer: a run of train/vq.py, a checkpoint, or a folder of VQGAN.save_pretrained.
-    Not given: the one that the cache names."""
-    data: Path | None = None
-    """on the fly: folder of images, or tar shards. Not given: the embedded scenes."""
+    """Make tokens of images in each step, by --tokenizer."""
+    tokenizer: OptionalPath = None
+    """Tokenizer: run, checkpoint or folder of VQGAN.save_pretrained. Default: the cache's."""
+    data: OptionalPath = None
+    """on the fly: images, as for train/vq.py. Default: the embedded scenes."""
     crop: Crop = "center"
-    """on the fly: training crop of a folder's images; center is that of FID's reference images."""
+    """on the fly: training crop of a folder's images."""
     flip: bool = True
-    """on the fly: mirror half of the training images of a folder."""
+    """on the fly: mirror half of a folder's training images."""
     val_images: int = 512
-    """on the fly: most validation images an evaluation uses."""
+    """on the fly: largest number of validation images."""
+
+    def check(self) -> None:
+        check_at_least(1, {"--val-images": self.val_images})
+        if self.on_the_fly and self.cache is not None:
+            raise ValueError(f"--on-the-fly and --cache {self.cache} exclude each other: take one")
+        if not self.on_the_fly and self.cache is None:
+            raise ValueError(
+                "give a token cache with --cache (train/cache_tokens.py makes one), or --on-the-fly with --tokenizer"
+            )
+        if self.on_the_fly and self.tokenizer is None:
+            raise ValueError("--on-the-fly needs a tokenizer: give the run of train/vq.py with --tokenizer")
+        if not self.on_the_fly and (flags := changed_flags(self, ("data", "crop", "flip", "val_images"))):
+            raise ValueError(f"{flags[0]} is for --on-the-fly: the cache {self.cache} was made of images of its own")
 
 
 @dataclass(frozen=True)
 class PriorConfig(TrainConfig):
     """A run of a prior; each of them adds its network."""
 
-    tokens: TokensConfig = field(default_factory=TokensConfig)
+    tokens: Annotated[TokensConfig, UNTITLED] = field(default_factory=TokensConfig)
+
+    def check(self) -> None:
+        super().check()
+        if self.tokens.on_the_fly:
+            self.check_images(self.tokens.data)
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Section):
     """Autoregressive transformer."""
 
-    num_classes: int | None = None
-    """Ids of the semantic maps. Not given: as many as the cache or the data set has."""
+    num_classes: OptionalInt = None
+    """Class ids of the maps. Default: those of the cache or data set."""
     width: int = 192
     """Channels."""
     depth: int = 4
@@ -57,22 +74,24 @@ class TransformerConfig:
     heads: int = 6
     """Attention heads."""
     dropout: float = 0.0
-    """Dropout on embeddings and behind attention and MLP."""
+    """Dropout of embeddings, attention and MLP."""
     keep: float = 1.0
-    """Probability that the network sees a true token; otherwise it sees a random one (taming's pkeep)."""
+    """Probability that an input token is not replaced by a random one (taming's pkeep)."""
     condition_dropout: float = 0.1
-    """Share of the images that lose their condition, for classifier-free guidance."""
+    """Fraction of images without their condition, for classifier-free guidance."""
+
+    def check(self) -> None:
+        check_probabilities({"--keep": self.keep, "--condition-dropout": self.condition_dropout})
 
 
 @dataclass(frozen=True)
-class DiffusionModelConfig:
+class DiffusionModelConfig(Section):
     """Diffusion network and its condition."""
 
     text_encoder: str = "words"
-    """"words": an encoder of words that learns with the prior.
-    Else a frozen one of Hugging Face's transformers, by name or folder (the paper's: openai/clip-vit-base-patch32)."""
+    """words (trained with the prior), or a frozen one of transformers, by name or folder."""
     diffusion_steps: int = 100
-    """Steps T of the diffusion."""
+    """Diffusion steps T."""
     width: int = 192
     """Channels."""
     depth: int = 4
@@ -80,18 +99,24 @@ class DiffusionModelConfig:
     heads: int = 6
     """Attention heads."""
     dropout: float = 0.0
-    """Dropout behind attention and MLP."""
+    """Dropout of attention and MLP."""
     auxiliary_weight: float = 5e-4
-    """Weight of the cross-entropy of x_0 beside the variational bound."""
+    """Weight of the cross-entropy of x_0, besides the variational bound."""
     caption_dropout: float = 0.1
-    """Share of the images that lose their caption, for classifier-free guidance."""
+    """Fraction of images without their caption, for classifier-free guidance."""
+
+    def check(self) -> None:
+        check_at_least(0, {"--auxiliary-weight": self.auxiliary_weight})
+        check_probabilities({"--caption-dropout": self.caption_dropout})
+        if self.diffusion_steps < 2:
+            raise ValueError(f"--diffusion-steps must be at least 2, got {self.diffusion_steps}")
 
 
 @dataclass(frozen=True)
 class ARConfig(PriorConfig):
     """A run of ``train/ar.py``."""
 
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    model: Annotated[TransformerConfig, UNTITLED] = field(default_factory=TransformerConfig)
 
     @property
     def label(self) -> str:
@@ -121,7 +146,7 @@ AR_PRESETS: dict[str, ARConfig] = {
 class DiffusionConfig(PriorConfig):
     """A run of ``train/diffusion.py``."""
 
-    model: DiffusionModelConfig = field(default_factory=DiffusionModelConfig)
+    model: Annotated[DiffusionModelConfig, UNTITLED] = field(default_factory=DiffusionModelConfig)
 
     @property
     def label(self) -> str:
@@ -148,44 +173,3 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
     "cub200": _vq_diffusion_b("cub200"),
     "coco": _vq_diffusion_b("coco"),
 }
-
-
-def _check_shared(config: PriorConfig) -> None:
-    """Raise ValueError for what is wrong with the common sections, or with the source of the tokens."""
-    check_common(config)
-    tokens = config.tokens
-    check_at_least(1, {"--val-images": tokens.val_images})
-    if tokens.on_the_fly and tokens.cache is not None:
-        raise ValueError(f"--on-the-fly and --cache {tokens.cache} exclude each other: take one")
-    if not tokens.on_the_fly and tokens.cache is None:
-        raise ValueError(
-            "give a token cache with --cache (train/cache_tokens.py makes one), or --on-the-fly with --tokenizer"
-        )
-    if tokens.on_the_fly and tokens.tokenizer is None:
-        raise ValueError("--on-the-fly needs a tokenizer: give the run of train/vq.py with --tokenizer")
-    if tokens.on_the_fly:
-        check_images(config, tokens.data)
-        return
-    if flags := changed_flags(tokens, ("data", "crop", "flip", "val_images")):
-        raise ValueError(f"{flags[0]} is for --on-the-fly: the cache {tokens.cache} was made of images of its own")
-
-
-def check_ar_config(config: ARConfig) -> None:
-    """Raise ValueError for what no single module can see."""
-    _check_shared(config)
-    _check_probabilities({"--keep": config.model.keep, "--condition-dropout": config.model.condition_dropout})
-
-
-def check_diffusion_config(config: DiffusionConfig) -> None:
-    """Raise ValueError for what no single module can see."""
-    _check_shared(config)
-    check_at_least(0, {"--auxiliary-weight": config.model.auxiliary_weight})
-    _check_probabilities({"--caption-dropout": config.model.caption_dropout})
-    if config.model.diffusion_steps < 2:
-        raise ValueError(f"--diffusion-steps must be at least 2, got {config.model.diffusion_steps}")
-
-
-def _check_probabilities(values: dict[str, float]) -> None:
-    for flag, probability in values.items():
-        if not 0 <= probability <= 1:
-            raise ValueError(f"{flag} is a probability and must lie in [0, 1], got {probability}")

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 from tyro.conf import Positional
 
-from regvq_fast.config import AR_PRESETS, DIFFUSION_PRESETS, ARConfig, DiffusionConfig
-from regvq_fast.config.common import PresetName, check_at_least
+from regvq_fast.config import AR_PRESETS, DIFFUSION_PRESETS, ARConfig, DiffusionConfig, PresetName
+from regvq_fast.config.runtime import CompileConfig, DeviceConfig
 from regvq_fast.data.loading import build_dataset
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Split
@@ -23,6 +23,7 @@ from regvq_fast.paper.figures import FEW_STEPS
 from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import inference_device
+from regvq_fast.settings import check_at_least
 
 _OUT = Path("runs/paper")  # not the repository's results/, whose tables a run of one seed would replace
 _RUNS = "runs"
@@ -31,7 +32,7 @@ _CONDITIONS: dict[Prior, Field] = {"ar": "segmentation", "diffusion": "caption"}
 
 
 @dataclass(frozen=True)
-class PaperConfig:
+class PaperConfig(CompileConfig, DeviceConfig):
     """A run of ``train/paper.py``."""
 
     experiment: Positional[ExperimentName]
@@ -58,12 +59,6 @@ class PaperConfig:
     """VGG-19 weights of the contrastive loss at scale full, as in train/vq.py."""
     processes: int = 1
     """GPUs: more than one trains under torchrun."""
-    compile: bool = False
-    """Compile the networks with torch.compile."""
-    amp: bool = False
-    """Mixed precision of tokenizers and priors, in training and when they are measured."""
-    device: str = "auto"
-    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     report_only: bool = False
     """Run nothing; write tables and figures of the rows that are done."""
 

@@ -2,12 +2,13 @@
 
 import inspect
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from regvq_fast.matmul import compute_dtype, score_dtype
+from regvq_fast.settings import Section
 
 
 class QuantizerOutput(NamedTuple):
@@ -29,15 +30,8 @@ class QuantizerOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QuantizerSettings:
-    """Settings of a quantizer beside its codebook's size; subclasses add fields. A field's docstring is its help."""
-
-    def check(self) -> None:
-        """Raise ValueError for a setting that is out of range, or none of the known ones."""
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
+class QuantizerSettings(Section):
+    """Settings of a quantizer beside its codebook's size; subclasses add fields, which are flags."""
 
     def check_mask(self, positions: int) -> None:
         """Raise ValueError unless a stochastic mask, of fewer positions than all, selects some of an image's."""

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import arg
 
 from regvq_fast.losses.prior import PriorScope, posterior_groups, prior_kl, scoped_posterior
 from regvq_fast.ops import vector_quantize
@@ -33,21 +34,21 @@ class RegularizedSettings(QuantizerSettings):
     """Settings of Reg-VQ."""
 
     logits: LogitKind = "cosine"
-    """reg-vq: distance of normalised latents and codes, of both as they are, or a predicted distribution (paper)."""
-    perturbed: float = 0.6
-    """reg-vq: fraction of stochastic positions that take another code; the logit scale is held to it."""
+    """reg-vq: form of the logits (paper: linear)."""
     mask_ratio: float = 0.4
-    """reg-vq: fraction of positions that are selected with noise."""
+    """reg-vq: fraction of stochastic positions."""
+    perturbed: float = 0.6
+    """reg-vq: fraction of them off their best code."""
     mask_mode: MaskMode = "exact"
-    """reg-vq: exactly that share of every image, or each position with that probability."""
+    """reg-vq: exact per image, or independent."""
     tau: float = 0.9
     """reg-vq: Gumbel-softmax temperature."""
-    prior_weight: float = 0.1
-    """reg-vq: weight of the KL divergence from the uniform prior, per nat."""
-    prior_scope: PriorScope = "batch"
-    """reg-vq: the posterior of each image, of the batch, or of the batches of all ranks."""
+    prior_weight: Annotated[float, arg(name="kl-weight")] = 0.1
+    """reg-vq: weight of KL from the uniform prior."""
+    prior_scope: Annotated[PriorScope, arg(name="kl-scope")] = "batch"
+    """reg-vq: images that share a posterior."""
     codebook_grad: CodebookGrad = "soft"
-    """reg-vq: gradient of the look-up to the codes (Algorithm 1: soft)."""
+    """reg-vq: gradient to the codes (paper: soft)."""
 
     def check(self) -> None:
         super().check()

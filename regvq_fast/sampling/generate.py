@@ -15,8 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from regvq_fast.config import read_config
-from regvq_fast.config.common import check_at_least
 from regvq_fast.config.prior import ARConfig, DiffusionConfig
+from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.pictures import OVERSAMPLING, opened_image
@@ -32,6 +32,7 @@ from regvq_fast.pictures import caption_tiles, color_map, legend_of, save_image_
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.sampling import common
 from regvq_fast.sampling.images import DrawConfig, ImageSampler, Prior
+from regvq_fast.settings import Section, check_at_least
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
 _TEXT_SIZE = 192  # pixels of a caption's picture at least
@@ -39,7 +40,7 @@ _STRIP = 12  # states of a denoising strip
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectConfig:
+class SubjectConfig(Section):
     """What is to be drawn, and by which prior."""
 
     prior: Literal["ar", "diffusion"] | None = None
@@ -66,15 +67,13 @@ class SubjectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(DrawConfig, SubjectConfig):  # of several bases, the fields of the last come first in the help
+class SampleConfig(
+    DeviceConfig, DrawConfig, SubjectConfig
+):  # of several bases, the fields of the last come first in the help
     """A run of ``train/sample.py``."""
 
     batch_size: int = 16
     """Images that are drawn at once."""
-    device: str = "auto"
-    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
-    amp: bool = False
-    """Draw in mixed precision: faster on a GPU, and other images than those of fp32."""
     strip: bool = False
     """diffusion: save the states of the first image as a strip, too."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regvq_fast.config import ARConfig, read_config
-from regvq_fast.config.common import check_seed
+from regvq_fast.config.runtime import CompileConfig, SeedConfig
 from regvq_fast.data.pictures import Field
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import majority_vote
@@ -33,7 +33,7 @@ _OF_ONE_KIND = {"top_k": "autoregressive", "top_p": "autoregressive", "steps": "
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawConfig:
+class DrawConfig(CompileConfig, SeedConfig):
     """How a prior draws."""
 
     temperature: float = 1.0
@@ -48,10 +48,6 @@ class DrawConfig:
     """diffusion: steps to take. Not given: all that the prior was trained with."""
     guidance: float = 1.0
     """Weight of classifier-free guidance; 1: none."""
-    seed: int = 0
-    """Decides the drawn images: number k of a seed is the same in any batch, and on any number of ranks."""
-    compile: bool = False
-    """Compile the prior's step with torch.compile: for many images."""
 
 
 DRAW_SETTINGS = tuple(item.name for item in fields(DrawConfig) if item.name != "compile")
@@ -81,7 +77,7 @@ class ImageSampler:
         for name, kind in _OF_ONE_KIND.items():
             if getattr(config, name) != getattr(DrawConfig, name) and kind != self.kind:
                 raise ValueError(f"--{name.replace('_', '-')} is for {kind} priors; this one is {self.kind}")
-        check_seed(config.seed)
+        config.check()
         check_choice(config.temperature, config.top_k, config.top_p)
         check_guidance(config.guidance)
         if isinstance(prior, VQDiffusion):

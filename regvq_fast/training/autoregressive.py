@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from regvq_fast.config import ARConfig, check_ar_config
+from regvq_fast.config import ARConfig
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.scenes import CLASSES
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
@@ -26,7 +26,7 @@ class ARTask(PriorTask[ARConfig]):
     condition_field = "segmentation"
 
     def check(self, config: ARConfig) -> None:
-        check_ar_config(config)
+        config.check()
 
     def build_prior(self) -> TokenTransformer:
         model = self.config.model

@@ -77,16 +77,13 @@ def build_reconstruction_loss(
         contrastive = ProbabilisticContrastiveLoss(
             weighted=config.contrastive == "pcl",
             num_patches=config.contrastive_patches if config.contrastive_sampling == "sampled" else None,
-            max_places=config.contrastive_max_places,
             region=config.contrastive_region,
-            layer_weights=config.contrastive_layer_weights or None,
         )
     loss = ReconstructionLoss(
         features,
         perceptual,
         contrastive,
         contrastive_features,
-        l1_weight=config.l1_weight,
         perceptual_weight=config.perceptual_weight,
         contrastive_weight=config.contrastive_weight,
     )

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import DiffusionConfig, check_diffusion_config
+from regvq_fast.config import DiffusionConfig
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.evaluation.agreement import RegionClassifier
@@ -30,7 +30,7 @@ class DiffusionTask(PriorTask[DiffusionConfig]):
     condition_field = "caption"
 
     def check(self, config: DiffusionConfig) -> None:
-        check_diffusion_config(config)
+        config.check()
 
     def build_prior(self) -> VQDiffusion:
         model = self.config.model

@@ -73,7 +73,7 @@ class Task(ABC, Generic[Config]):
         self.batch_size = optimizer.batch_size
         self.rank_batch, rest = divmod(self.batch_size, num_ranks())
         if rest or self.rank_batch % optimizer.accumulate:
-            by = f" and --accumulate {optimizer.accumulate}" if optimizer.accumulate > 1 else ""
+            by = f" and --grad-accum-steps {optimizer.accumulate}" if optimizer.accumulate > 1 else ""
             raise ValueError(
                 f"--batch-size {self.batch_size} does not divide among {num_ranks()} processes{by}: "
                 f"take a multiple of {num_ranks() * optimizer.accumulate}"

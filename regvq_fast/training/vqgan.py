@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import VQGANConfig, check_vqgan_config
+from regvq_fast.config import VQGANConfig
 from regvq_fast.data.loading import ImageData, build_dataset
 from regvq_fast.data.pictures import left_out_note
 from regvq_fast.data.samples import Batch
@@ -37,7 +37,7 @@ class VQGANTask(Task[VQGANConfig]):
     script = "train/vq.py"
 
     def check(self, config: VQGANConfig) -> None:
-        check_vqgan_config(config)
+        config.check()
 
     def build_data(self, config: VQGANConfig) -> tuple[ImageData, ImageData]:
         data, seed = config.data, config.run.seed
