@@ -36,6 +36,7 @@ class TokensConfig(Section):
     """on the fly: largest number of validation images."""
 
     def check(self) -> None:
+        super().check()
         check_at_least(1, {"--val-images": self.val_images})
         if self.on_the_fly and self.cache is not None:
             raise ValueError(f"--on-the-fly and --cache {self.cache} exclude each other: take one")
@@ -81,6 +82,7 @@ class TransformerConfig(Section):
     """Fraction of images without their condition, for classifier-free guidance."""
 
     def check(self) -> None:
+        super().check()
         check_probabilities({"--keep": self.keep, "--condition-dropout": self.condition_dropout})
 
 
@@ -106,6 +108,7 @@ class DiffusionModelConfig(Section):
     """Fraction of images without their caption, for classifier-free guidance."""
 
     def check(self) -> None:
+        super().check()
         check_at_least(0, {"--auxiliary-weight": self.auxiliary_weight})
         check_probabilities({"--caption-dropout": self.caption_dropout})
         if self.diffusion_steps < 2:

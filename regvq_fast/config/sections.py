@@ -13,7 +13,7 @@ PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco"]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 UNTITLED = arg(help="")
-"""Of a section whose name in the help says enough."""
+"""Marks a section that has no description in the help."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class OptimizerConfig(Section):
     """Decay of the averaged weights; 0: off."""
 
     def check(self) -> None:
+        super().check()
         check_at_least(
             1,
             {
@@ -78,7 +79,7 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class FolderConfig(Section):
-    """Where a run begins, and where it goes."""
+    """Origin and folder of a run."""
 
     preset: PresetName = "scenes"
     """Named set of defaults."""

@@ -36,6 +36,7 @@ class DataConfig(Section):
     """Largest number of validation images."""
 
     def check(self) -> None:
+        super().check()
         check_at_least(1, {"--val-images": self.val_images})
         if self.image_size < _MIN_IMAGE_SIZE:
             raise ValueError(
@@ -67,6 +68,7 @@ class ModelConfig(Section):
     """Its normalization."""
 
     def check(self) -> None:
+        super().check()
         check_at_least(1, {"--disc-filters": self.disc_filters, "--disc-layers": self.disc_layers})
 
     def check_image_size(self, size: int) -> int:
@@ -96,6 +98,7 @@ class _QuantizerConfig(Section):
     """Warn below this fraction of uniform code usage."""
 
     def check(self) -> None:
+        super().check()
         if not 0 <= self.collapse_threshold <= 1:
             raise ValueError(f"--collapse-threshold must be between 0 and 1, got {self.collapse_threshold}")
         QUANTIZERS[self.quantizer].settings_of(self).check()
@@ -142,15 +145,16 @@ class LossConfig(Section):
 
     @property
     def has_contrastive(self) -> bool:
-        """Whether there is a contrastive loss: one of weight 0 is left out, and costs nothing."""
+        """True if there is a contrastive loss; one of weight 0 is left out, and costs nothing."""
         return self.contrastive != "none" and self.contrastive_weight > 0
 
     @property
     def has_own_contrastive_net(self) -> bool:
-        """Whether the contrastive loss has another feature network than the perceptual distance."""
+        """True if the contrastive loss has another feature network than the perceptual distance."""
         return self.has_contrastive and self.contrastive_net not in ("same", self.perceptual_net)
 
     def check(self) -> None:
+        super().check()
         check_at_least(
             0,
             {

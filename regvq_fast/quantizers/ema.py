@@ -9,7 +9,7 @@ from torch import Tensor
 from regvq_fast.ops import assign_codes, segment_sum
 from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.ops.segment_sum import segment_counts
-from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, draw_seed, straight_through, wide
+from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, sample_seed, straight_through, wide
 from regvq_fast.ranks import gather_rows
 
 
@@ -77,7 +77,7 @@ class EMAQuantizer(CodebookQuantizer):
             metrics = {"commitment": commitment.detach()}
             out = self._deterministic(z, quantized, indices, self.commitment * commitment, metrics)
             if self.training:  # with the rows of all ranks: each makes the same update
-                seed = draw_seed(z.device) if seed is None else seed
+                seed = sample_seed(z.device) if seed is None else seed
                 self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed)
             return out
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.ops import softmax_statistics, vector_quantize
-from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, draw_seed, wide
+from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, sample_seed, wide
 from regvq_fast.quantizers.statistics import softmax_of_some_rows
 
 
@@ -57,7 +57,7 @@ class GumbelQuantizer(CodebookQuantizer):
             weight, bias = wide(self.proj.weight), wide(self.proj.bias)
             mask = torch.full(rows.shape[:1], self.training, dtype=torch.bool, device=z.device)
             if self.training and seed is None:
-                seed = draw_seed(z.device)
+                seed = sample_seed(z.device)
             out = vector_quantize(
                 rows.to(dtype),
                 self.embedding.weight.to(dtype),

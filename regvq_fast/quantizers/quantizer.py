@@ -62,9 +62,9 @@ class Quantizer(nn.Module):
     """
 
     Settings: ClassVar[type[QuantizerSettings]] = QuantizerSettings
-    """What a run can set, beside the size of the codebook."""
+    """Settings of a run, besides the size of the codebook."""
     scheduled: ClassVar[tuple[str, ...]] = ()
-    """What :meth:`set_progress` changes, for people."""
+    """Names of what :meth:`set_progress` changes, for messages."""
     fp32_scores = False
     """Multiply latents and codes in fp32 on a GPU under autocast, too."""
 
@@ -193,6 +193,6 @@ def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
     return rows + (codes - rows).detach()
 
 
-def draw_seed(device: torch.device) -> Tensor:
+def sample_seed(device: torch.device) -> Tensor:
     """Sample a 0-dim int64 seed from PyTorch's global generator of the device."""
     return torch.randint(torch.iinfo(torch.int64).max, (), device=device)

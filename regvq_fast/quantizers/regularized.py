@@ -13,7 +13,7 @@ from regvq_fast.losses.prior import PriorScope, posterior_groups, prior_kl, scop
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.vector_quantize import CodebookGrad
 from regvq_fast.quantizers.mask import MaskMode, stochastic_mask
-from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, QuantizerSettings, draw_seed, wide
+from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, QuantizerSettings, sample_seed, wide
 from regvq_fast.quantizers.statistics import softmax_of_some_rows
 from regvq_fast.ranks import mean_over_ranks
 
@@ -22,7 +22,7 @@ LogitKind = Literal["cosine", "distance", "linear"]
 _RATE = 0.1
 """Change of the log of the scale in a step, over the error of the perturbed fraction in the step before."""
 _MAX_LOG_SCALE = 30.0
-"""Where degenerate logits (equal codes) would take the scale out of fp32's range."""
+"""Bound of the log of the scale, which degenerate logits (equal codes) would take out of fp32's range."""
 _JITTER = 0.1
 """Standard deviation, in each channel, of what is added to the latents that become codes, which have 1."""
 _FITTED_ROWS = 512
@@ -70,12 +70,12 @@ class RegularizedSettings(QuantizerSettings):
 class RegularizedQuantizer(CodebookQuantizer):
     """Stochastic-mask quantization with a straight-through softmax gradient and a prior-distribution regularizer.
 
-    How much the noise changes depends on the scale of the logits, and what scale is right changes with the codebook's
-    size and while the encoder learns. So the scale is no setting: it is a buffer that a slow controller moves in every
-    training step, such that noise would give a fraction ``perturbed`` of the rows another code than their best one. A
-    row sampled from ``p = softmax(s)`` takes another code with probability ``1 - max p``, which is measured on a few
-    rows of every image; the mask and the noise itself play no part in it. Micro-batches of a step, which have one
-    seed, have one scale.
+    The effect of the noise depends on the scale of the logits, and the right scale depends on the size of the codebook
+    and changes while the encoder learns. The scale is therefore a buffer, not a setting: a slow controller moves it in
+    each training step, such that noise would give a fraction ``perturbed`` of the rows another code than their best
+    one. A row sampled from ``p = softmax(s)`` takes another code with probability ``1 - max p``, which is measured on a
+    few rows of each image, independent of the mask and the noise. All micro-batches of a step have the same seed and
+    the same scale.
 
     - "cosine" (default): ``-scale |x - z|^2`` of latents and codes that are divided by their root mean square, so that
       each has length sqrt(D);
@@ -83,8 +83,8 @@ class RegularizedQuantizer(CodebookQuantizer):
       latents, and with such codes;
     - "distance": ``-scale |x - z|^2`` of latents and codes as they are.
 
-    Call :meth:`initialize` once on a new model: it makes codes of latents. Without it the codes start at random, in
-    directions that latents don't have, and distances between them say little about images.
+    Call :meth:`initialize` once on a new model: it turns latents into codes. Without it, codes start in random
+    directions, which latents don't have.
 
     Args:
         num_codes: N.
@@ -138,9 +138,8 @@ class RegularizedQuantizer(CodebookQuantizer):
     def initialize(self, z: Tensor) -> None:
         """Fit a new quantizer to latents (B, D, H, W) of an encoder that is new itself.
 
-        Their channels get mean 0 and variance 1 by a fixed shift and gain, codes become latents chosen at random
-        (PyTorch's global generator of the CPU) with a little noise, and the scale that at which the noise perturbs as
-        many rows as it should.
+        A fixed shift and gain give their channels mean 0 and variance 1. Codes become randomly chosen latents with a
+        little noise (PyTorch's global generator of the CPU). The scale becomes that which perturbs the target fraction.
 
         Raises:
             ValueError: a single position, which has no variance; otherwise as :meth:`forward`.
@@ -152,7 +151,7 @@ class RegularizedQuantizer(CodebookQuantizer):
         self.shift.copy_(mean)
         self.gain.copy_(1 / std.clamp(min=1e-6))
         rows = self._standardized(rows)
-        # Half of the latents become codes, each as often as it takes; the others don't have a code of their own.
+        # Half of the latents become codes, repeatedly if there are too few; the scale is fitted to the others.
         order = torch.randperm(len(rows)).to(rows.device)
         half, others = order[: len(rows) // 2], order[len(rows) // 2 :][:_FITTED_ROWS]
         chosen = rows[half.repeat(-(-self.num_codes // len(half)))[: self.num_codes]]
@@ -164,7 +163,7 @@ class RegularizedQuantizer(CodebookQuantizer):
             low, high = ((low + high) / 2, high) if 1 - largest > self._target else (low, (low + high) / 2)
 
     def _standardized(self, rows: Tensor) -> Tensor:
-        """Rows (M, D) as the logits take them."""
+        """Return rows (M, D) in the form that the logits take."""
         rows = (rows - wide(self.shift)) * wide(self.gain)
         return rows if self.settings.logits == "distance" else _root_mean_square_norm(rows)
 
@@ -189,14 +188,14 @@ class RegularizedQuantizer(CodebookQuantizer):
             batch, _, height, width = z.shape
             settings, mask, found = self.settings, None, {}
             if self.training:
-                seed = draw_seed(z.device) if seed is None else seed
+                seed = sample_seed(z.device) if seed is None else seed
                 found = self._control(rows.detach().unflatten(0, (batch, -1)), seed)
                 if settings.mask_ratio > 0:
                     mask = stochastic_mask(
                         batch, height * width, settings.mask_ratio, seed, mode=settings.mask_mode, row_offset=row_offset
                     )
             linear, scale, dtype = settings.logits == "linear", self._scale(), self._score_dtype(z)
-            # Only in training do all ranks come here together.
+            # Ranks run this together in training only.
             scope = "batch" if settings.prior_scope == "global" and not self.training else settings.prior_scope
             groups = posterior_groups(scope, batch)
             out = vector_quantize(
@@ -231,12 +230,12 @@ class RegularizedQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def _control(self, rows: Tensor, seed: Tensor) -> dict[str, Tensor]:
-        """Where a new step begins, move the scale by the error of the last one; measure the softmax of these rows.
+        """Move the scale by the error of the previous step if a new one begins; measure the softmax of these rows.
 
         Args:
             rows: (B, H*W, D) of this micro-batch.
-            seed: of the step. Its last byte is kept, which 16 bits hold: where two seeds share it, the scale moves a
-                step later.
+            seed: of the step. Its last byte is kept, which 16 bits hold: if two seeds have the same, the scale moves
+                a step later.
         """
         byte = (seed & 0xFF).to(self.last_seed.dtype)
         is_new = byte != self.last_seed
