@@ -259,8 +259,8 @@ STEP_COSTS = {
     "": "",
     "--amp": "fp32 master weights stay; fp16 on GPUs without bf16",
     "--activation-checkpointing": "one more forward pass of encoder and decoder; not a bit of the result",
-    "--accumulate 2": "posterior, lambda and batch norm are of a part; `vq-vae` moves its codes once a part",
-    "--activation-checkpointing --accumulate 2": "both",
+    "--grad-accum-steps 2": "posterior, lambda and batch norm are of a part; `vq-vae` moves its codes once a part",
+    "--activation-checkpointing --grad-accum-steps 2": "both",
 }
 
 

@@ -28,8 +28,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "": {},
     "--amp": {"amp": True},
     "--activation-checkpointing": {"activation_checkpointing": True},
-    "--accumulate 2": {"accumulate": 2},
-    "--activation-checkpointing --accumulate 2": {"activation_checkpointing": True, "accumulate": 2},
+    "--grad-accum-steps 2": {"accumulate": 2},
+    "--activation-checkpointing --grad-accum-steps 2": {"activation_checkpointing": True, "accumulate": 2},
 }
 
 

@@ -12,6 +12,7 @@ reconstructions lose where every code is sampled. Run it on the checkout that tr
 import argparse
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -144,7 +145,7 @@ def sampled(run: Path, features: str) -> dict[str, Any]:
     statistics = {kind: FeatureStatistics.zeros(net.num_features) for kind in kinds}
     psnr: dict[str, list[float]] = {kind: [] for kind in kinds}
     moved, distance = [], []
-    quantizer.mask_ratio, scale = 1.0, quantizer.log_scale.clone()
+    quantizer.settings, scale = replace(quantizer.settings, mask_ratio=1.0), quantizer.log_scale.clone()
     for first in range(0, SAMPLED_IMAGES, 64):
         batch = collate([scenes[k] for k in range(first, first + 64)])["image"]
         originals.add(net(batch))

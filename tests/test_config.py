@@ -1,16 +1,19 @@
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, check_vqgan_config, override, parse_config
+from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override, parse_config, read_config
 from regvq_fast.priors.autoregressive.config import AR_PRESETS
+from regvq_fast.settings import flag_of
 
 REQUIRED_FLAGS = (
     "--preset --data --out --steps --batch-size --image-size --quantizer --num-codes --code-dim --logits --mask-ratio "
-    "--tau --prior-weight --prior-scope --contrastive --contrastive-weight --disc-start --seed --device --compile "
+    "--tau --kl-weight --kl-scope --contrastive --contrastive-weight --disc-start --seed --device --compile "
     "--amp --ema --workers --perceptual-net --perceptual-weights"
 ).split()
 
@@ -19,15 +22,16 @@ REQUIRED_FLAGS = (
 def help_text() -> str:
     script = Path(__file__).parents[1] / "train" / "vq.py"
     command = [sys.executable, str(script), "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def test_help_names_every_flag_and_explains_it(help_text: str) -> None:
     assert all(flag in help_text for flag in REQUIRED_FLAGS)
     for section in dataclasses.fields(VQGANConfig):
-        for field in dataclasses.fields(section.type if isinstance(section.type, type) else section.default_factory):
-            assert f"--{field.name.replace('_', '-')}" in help_text
-    assert "Size of the codebook, N." in help_text
+        for field in dataclasses.fields(section.default_factory):
+            assert flag_of(section.default_factory, field.name) in help_text
+    assert "Codebook size N. [256]" in help_text
     assert "python train/vq.py --compile --amp" in help_text
 
 
@@ -74,15 +78,61 @@ def test_override_refuses_fields_that_do_not_exist() -> None:
 
 @pytest.mark.parametrize("preset", VQGAN_PRESETS)
 def test_presets_pass_their_own_checks(preset: str) -> None:
-    check_vqgan_config(override(VQGAN_PRESETS[preset], data=Path("images")))
+    override(VQGAN_PRESETS[preset], data=Path("images")).check()
 
 
 def test_a_contrastive_loss_of_masked_places_needs_masked_places() -> None:
     """Without one it would be 0 in every step."""
     config = override(VQGANConfig(), contrastive_region="masked")  # 16 x 16 tokens
     for fitting in ({"mask_ratio": 1 / 256}, {"mask_ratio": 0.01, "mask_mode": "bernoulli"}):
-        check_vqgan_config(override(config, **fitting))
-    check_vqgan_config(override(config, mask_ratio=0.0, contrastive="none"))
+        override(config, **fitting).check()
+    override(config, mask_ratio=0.0, contrastive="none").check()
     for mode, ratio in (("exact", 0.0), ("bernoulli", 0.0), ("exact", 0.003)):
-        with pytest.raises(ValueError, match=f"--mask-ratio {ratio:g} gives an image of 16 x 16 tokens none: raise it"):
-            check_vqgan_config(override(config, mask_ratio=ratio, mask_mode=mode))
+        with pytest.raises(ValueError, match=f"--mask-ratio {ratio:g} gives an image of 256 tokens none: raise it"):
+            override(config, mask_ratio=ratio, mask_mode=mode).check()
+
+
+def test_an_old_spelling_of_a_flag_works_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse_config(VQGAN_PRESETS, ["--accumulate=2", "--prior-weight", "0.3", "--prior-scope", "image"], "")
+    assert config == parse_config(
+        VQGAN_PRESETS, ["--grad-accum-steps", "2", "--kl-weight=0.3", "--kl-scope", "image"], ""
+    )
+    assert (config.optimizer.accumulate, config.quantizer.prior_weight) == (2, 0.3)
+    assert capsys.readouterr().err.splitlines() == [
+        "--accumulate is now --grad-accum-steps",
+        "--prior-weight is now --kl-weight",
+        "--prior-scope is now --kl-scope",
+    ]
+
+
+OLD = Path(__file__).with_name("config-0.1.json")
+"""Of a run before settings were removed and sections shared."""
+
+
+def test_a_runs_config_starts_a_new_run() -> None:
+    config = parse_config(VQGAN_PRESETS, ["--config", str(OLD), "--lr=0.5", "--no-flip"], "")
+    assert config == override(read_config(OLD, VQGANConfig), out=None, lr=0.5, flip=False)
+    assert config.run.config is None  # a run doesn't depend on the file any more
+    assert (config.quantizer.num_codes, config.optimizer.steps, config.run.resume) == (64, 6, False)
+    assert parse_config(VQGAN_PRESETS, ["--config", str(OLD), "--epochs", "3"], "").optimizer.steps is None
+
+
+@pytest.mark.parametrize("flags", [["--preset", "coco"], ["--resume", "--out", "runs/a"]])
+def test_a_runs_config_excludes_other_defaults(flags: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"--config .*config-0\.1\.json"):
+        parse_config(VQGAN_PRESETS, [*flags, "--config", str(OLD)], "")
+
+
+def test_old_configurations_are_read_unless_a_removed_setting_was_used(tmp_path: Path) -> None:
+    values = json.loads(OLD.read_text())
+    assert values["loss"].keys() - vars(read_config(OLD, VQGANConfig).loss).keys() == {
+        "contrastive_max_places", "contrastive_layer_weights", "l1_weight",
+    }  # fmt: skip
+    values["loss"]["l1_weight"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="no such field: l1_weight"):
+        read_config(tmp_path, VQGANConfig)
+
+
+def test_help_reads_on_two_screens(help_text: str) -> None:
+    assert len(help_text.splitlines()) <= 125

@@ -109,7 +109,7 @@ def test_from_tokenizer_to_samples(on_gpu, tmp_path):
     run, cache, cuda = tmp_path / "vq", tmp_path / "tokens", ["--device", "cuda"]
     measured = ["--fid-features", "random-vgg16", "--val-images", 4]
     commands: list[list[object]] = [
-        [TRAIN / "vq.py", *VQ, *FAST, "--amp", "--accumulate", 2, *cuda, "--out", run],
+        [TRAIN / "vq.py", *VQ, *FAST, "--amp", "--grad-accum-steps", 2, *cuda, "--out", run],
         [TRAIN / "vq.py", "--resume", "--out", run, "--steps", 5],
         [TRAIN / "cache_tokens.py", "--tokenizer", run, "--out", cache, "--scenes", 4, "--val-images", 4, *cuda],
         [TRAIN / "evaluate.py", "--run", run, *measured, "--out", tmp_path / "evaluation", *cuda],

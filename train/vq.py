@@ -1,13 +1,11 @@
-"""Train an image tokenizer: a VQ-GAN with regularized vector quantization, or one of its baselines.
+"""Train an image tokenizer: a VQ-GAN with Reg-VQ, or a baseline.
 
-    python train/vq.py --compile --amp                          # embedded scenes; minutes on a CPU
-    python train/vq.py --compile --amp --quantizer vq-gan       # the same with a baseline
+    python train/vq.py --compile --amp           # embedded scenes; minutes on a CPU
     python train/vq.py --data photos/ --image-size 128 --steps 20000 --compile --amp
-    python train/vq.py --preset ade20k --data ADEChallengeData2016 --compile --amp
-    torchrun --nproc-per-node 4 train/vq.py --preset ade20k --data ADEChallengeData2016 --compile --amp
-    python train/vq.py --resume --out runs/NAME                 # continue a run that stopped
+    torchrun --nproc-per-node 4 train/vq.py --preset ade20k --data ADE20K/ --amp
+    python train/vq.py --resume --out runs/NAME  # continue a run that stopped
 
-A run leaves its resolved configuration, metrics, pictures, checkpoints and weights in --out (default: runs/...).
+A run leaves its configuration, metrics, images, checkpoints and weights in --out.
 """
 
 import os

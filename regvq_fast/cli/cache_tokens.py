@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.data import Dataset
 
-from regvq_fast.config.common import check_at_least, check_seed
+from regvq_fast.config.runtime import DeviceConfig, LoadingConfig, SeedConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.image_dataset import ImageDataset
@@ -41,13 +41,14 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.ranks import any_rank, local_ranks, num_ranks, process_group, rank, together
+from regvq_fast.settings import check_at_least
 
 _SPLITS: tuple[Split, ...] = ("train", "val")
 _FIRST_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(LoadingConfig, DeviceConfig, SeedConfig):
     """A run of ``train/cache_tokens.py``."""
 
     tokenizer: Path
@@ -69,19 +70,10 @@ class CacheConfig:
     """Scenes that count as an epoch. Not given: 8192."""
     val_images: int = 512
     """Most validation images to keep."""
-    seed: int = 0
-    """Decides order, flips, random crops, captions and scenes."""
     shard_samples: int = 4096
     """Samples a file; what a run that is stopped loses at most."""
     batch_size: int = 64
     """Images that are encoded at once."""
-    workers: int | None = None
-    """Processes that load images, of each rank.
-    Not given: its share of half of the cores, at most 8; none on two cores."""
-    device: str = "auto"
-    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
-    amp: bool = False
-    """Encode in mixed precision: a few tokens differ from those of fp32."""
 
 
 def cache_tokens(config: CacheConfig) -> None:
@@ -110,8 +102,7 @@ def _check(config: CacheConfig) -> None:
         "--batch-size": config.batch_size,
     }
     check_at_least(1, {flag: value for flag, value in counts.items() if value is not None})
-    check_at_least(0, {"--workers": config.workers or 0})
-    check_seed(config.seed)
+    config.check()
     if config.scenes is not None and config.data is not None:
         raise ValueError(f"--scenes {config.scenes} is for the embedded scenes, not for --data {config.data}")
     if config.out.exists() and not config.out.is_dir():

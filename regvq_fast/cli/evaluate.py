@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from regvq_fast.config import VQGANConfig, read_config
-from regvq_fast.config.common import changed_flags, check_at_least
+from regvq_fast.config.runtime import DeviceConfig, LoadingConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.loading import default_workers
@@ -40,6 +40,7 @@ from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SAMPLING_SETTINGS, SamplingConfig
 from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, together
+from regvq_fast.settings import changed_flags, check_at_least
 from regvq_fast.version import __version__
 
 SCENES = "scenes"
@@ -47,7 +48,7 @@ SCENES = "scenes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SamplingConfig):
+class EvaluateConfig(LoadingConfig, DeviceConfig, SamplingConfig):
     """A run of ``train/evaluate.py``."""
 
     run: Path | None = None
@@ -78,13 +79,6 @@ class EvaluateConfig(SamplingConfig):
     """Folder that keeps the statistics of data sets. Not given: ~/.cache/regvq_fast/fid."""
     batch_size: int = 32
     """Images that are computed at once."""
-    workers: int | None = None
-    """Processes that load images, of each rank.
-    Not given: its share of half of the cores, at most 8; none on two cores."""
-    device: str = "auto"
-    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
-    amp: bool = False
-    """Mixed precision of tokenizer and prior; the networks of the metrics stay in fp32."""
     out: Path | None = None
     """Folder of evaluation.json. Not given: that of `prior_run`, of `run`, or of `images`, the first there is."""
 
@@ -110,7 +104,7 @@ def _check(config: EvaluateConfig) -> None:
     """Raise ValueError if flags contradict each other."""
     counts = {"--val-images": config.val_images, "--image-size": config.image_size, "--batch-size": config.batch_size}
     check_at_least(1, {flag: value for flag, value in counts.items() if value is not None})
-    check_at_least(0, {"--workers": config.workers or 0})
+    config.check()
     tokenizer = config.run or config.prior_run
     if config.prior_run is not None and config.images is not None:
         raise ValueError("--prior-run samples images and --images brings them: give one of the two")

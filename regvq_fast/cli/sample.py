@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from regvq_fast.config import read_config
-from regvq_fast.config.common import check_at_least
+from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset, dataset_class
 from regvq_fast.data.image_files import OVERSAMPLING
@@ -32,6 +32,7 @@ from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
 from regvq_fast.priors.sampler import PriorSampler, Progress
+from regvq_fast.settings import Section, check_at_least
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
 _TEXT_SIZE = 192  # least pixels of a caption's tile
@@ -40,7 +41,7 @@ _FLAGS: dict[Field, str] = {"segmentation": "--map", "caption": "--text"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectConfig:
+class SubjectConfig(Section):
     """Prior and conditions."""
 
     prior: PriorName | None = None
@@ -67,15 +68,12 @@ class SubjectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SamplingConfig, SubjectConfig):  # of several bases, the fields of the last come first in the help
+# Of several bases, the fields of the last come first in the help.
+class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
     """A run of ``train/sample.py``."""
 
     batch_size: int = 16
     """Images that are sampled at once."""
-    device: str = "auto"
-    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
-    amp: bool = False
-    """Sample in mixed precision: faster on a GPU, and other images than those of fp32."""
     strip: bool = False
     """diffusion: save the states of the first image as a strip, too."""
 

@@ -10,7 +10,7 @@ from regvq_fast.integrations.common import Adapter, to_rows
 from regvq_fast.integrations.nearest import NearestCode, codes_and_loss
 from regvq_fast.matmul import score_dtype
 from regvq_fast.ops import softmax_statistics, vector_quantize
-from regvq_fast.quantizers.base import draw_seed
+from regvq_fast.quantizers.quantizer import sample_seed
 
 
 class VectorQuantizer2(NearestCode):
@@ -92,7 +92,7 @@ class GumbelQuantize(Adapter):
                 weight=weight.to(dtype),
                 bias=None if self.proj.bias is None else self.proj.bias.to(dtype),
                 mask=torch.ones(rows.shape[:3], dtype=torch.bool, device=z.device),
-                seed=draw_seed(z.device),
+                seed=sample_seed(z.device),
                 tau=self.temperature if temp is None else temp,
                 codebook_grad="hard",
             )

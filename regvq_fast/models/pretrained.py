@@ -10,22 +10,19 @@ read is compared with the manifest before it is parsed, and nothing is ever unpi
 
 import errno
 import hashlib
-import inspect
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import safetensors.torch
 from torch import Tensor
 
+from regvq_fast.quantizers import QUANTIZERS, Quantizer
 from regvq_fast.version import __version__
-
-if TYPE_CHECKING:
-    from regvq_fast.quantizers import Quantizer
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 CHECKPOINTS = "checkpoints"  # folder in a run's folder
@@ -181,33 +178,24 @@ def restore(what: str, kinds: Mapping[str, type[Part]], description: Mapping[str
         raise ValueError(f"the description of {kind} doesn't fit this version: {error}") from None
 
 
-def describe_quantizer(quantizer: "Quantizer") -> dict[str, Any]:
-    """What :func:`restore_quantizer` needs to build an equal one, without its weights, as plain values.
+def describe_quantizer(quantizer: Quantizer) -> dict[str, Any]:
+    """Return what :func:`restore_quantizer` needs to build an equal one, without its weights, as plain values.
 
     Raises:
-        ValueError: a class that is not one of this library's.
+        ValueError: a class that is not in `QUANTIZERS`.
     """
-    kind = type(quantizer).__name__
-    if _quantizers().get(kind) is not type(quantizer):
-        raise ValueError(f"only this library's quantizers can be described in {CONFIG}, not {type(quantizer)}")
-    names = inspect.signature(type(quantizer)).parameters
-    return {"type": kind, **{name: getattr(quantizer, name) for name in names}}
+    if type(quantizer) not in QUANTIZERS.values():
+        raise ValueError(f"only quantizers in QUANTIZERS can be described in {CONFIG}, not {type(quantizer)}")
+    return {"type": type(quantizer).__name__, **quantizer.arguments()}
 
 
-def restore_quantizer(description: Mapping[str, Any]) -> "Quantizer":
-    """The quantizer of :func:`describe_quantizer`, with fresh weights.
+def restore_quantizer(description: Mapping[str, Any]) -> Quantizer:
+    """Build the quantizer of :func:`describe_quantizer`, with fresh weights.
 
     Raises:
         ValueError: not such a description.
     """
-    return restore("quantizer", _quantizers(), description)
-
-
-def _quantizers() -> dict[str, type["Quantizer"]]:
-    import regvq_fast.quantizers as library  # its losses import this package
-
-    classes = (library.EMAQuantizer, library.GumbelQuantizer, library.NearestQuantizer, library.RegularizedQuantizer)
-    return {cls.__name__: cls for cls in classes}
+    return restore("quantizer", {cls.__name__: cls for cls in QUANTIZERS.values()}, description)
 
 
 def _read(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,7 @@ from regvq_fast.models.model import Model, evaluating
 from regvq_fast.models.pretrained import describe_quantizer, restore_quantizer
 from regvq_fast.models.transformer import flat_ids
 from regvq_fast.models.weights import check_state_dict
-
-if TYPE_CHECKING:
-    from regvq_fast.quantizers import Quantizer, QuantizerOutput
+from regvq_fast.quantizers import Quantizer, QuantizerOutput
 
 _LARGEST_PIXEL = 10.0  # images in [0, 255] are taken for what they are, normal noise passes
 
@@ -126,8 +124,8 @@ class VQGAN(Model):
     """Convolutional autoencoder around a vector quantizer; the defaults are taming's `custom_vqgan`.
 
     Args:
-        quantizer: module with `code_dim`, `num_codes`, `embedding` (N, D), `forward(z (B, D, h, w)) ->
-            QuantizerOutput` and `lookup(indices (B, h, w)) -> (B, D, h, w)`. Kept as `self.quantize`.
+        quantizer: module with `code_dim`, `num_codes`, `forward(z (B, D, h, w)) -> QuantizerOutput` and
+            `codes_of(indices (B, h, w)) -> (B, D, h, w)`. Kept as `self.quantize`.
         image_size: side of the images, in pixels; a multiple of 2 ** (len(ch_mult) - 1). It decides which levels
             have attention; images of another size that is such a multiple are processed all the same.
         ch: base width. GroupNorm takes 32 groups, fewer where they would have under 4 channels each.
@@ -285,13 +283,13 @@ class VQGAN(Model):
             raise ValueError(f"indices must be (B, h, w), got {tuple(indices.shape)}")
         flat_ids("indices", indices, (indices.shape[1], indices.shape[2]), self.quantize.num_codes)
         with evaluating(self):
-            return self.decode(self.quantize.lookup(indices))
+            return self.decode(self.quantize.codes_of(indices))
 
     def architecture(self) -> dict[str, Any]:
         """What the model was built with, as plain values: its arguments, and under "quantizer" those of the quantizer.
 
         Raises:
-            ValueError: the quantizer is not one of this library's.
+            ValueError: the quantizer's class is not in `regvq_fast.quantizers.QUANTIZERS`.
         """
         return {**super().architecture(), "quantizer": describe_quantizer(self.quantize)}
 

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.text import Text
 from tyro.conf import Positional
 
-from regvq_fast.config.common import PresetName, check_at_least
+from regvq_fast.config import PresetName
+from regvq_fast.config.runtime import CompileConfig, DeviceConfig
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.samples import Split
 from regvq_fast.evaluation.feature_nets import load_feature_net
@@ -18,6 +19,7 @@ from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import inference_device
 from regvq_fast.priors.registry import PRIORS, PriorName
+from regvq_fast.settings import check_at_least
 
 _OUT = Path("runs/paper")  # not the repository's results/, whose tables a run of one seed would replace
 _RUNS = "runs"
@@ -25,7 +27,7 @@ _SMALL = 16  # pixels of images that are only opened; the least of the scenes
 
 
 @dataclass(frozen=True)
-class PaperConfig:
+class PaperConfig(CompileConfig, DeviceConfig):
     """A run of ``train/paper.py``."""
 
     experiment: Positional[ExperimentName]
@@ -52,12 +54,6 @@ class PaperConfig:
     """VGG-19 weights of the contrastive loss at scale full, as in train/vq.py."""
     processes: int = 1
     """GPUs: more than one trains under torchrun."""
-    compile: bool = False
-    """Compile the networks with torch.compile."""
-    amp: bool = False
-    """Mixed precision of tokenizers and priors, in training and when they are measured."""
-    device: str = "auto"
-    """"cuda", "cpu", "cuda:1" ...; auto takes a GPU where there is one."""
     report_only: bool = False
     """Run nothing; write tables and figures of the rows that are done."""
 

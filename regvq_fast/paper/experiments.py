@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from regvq_fast.config.common import PresetName
+from regvq_fast.config import PresetName
 from regvq_fast.priors.registry import PRIORS, PriorName
 
 ExperimentName = Literal["table1", "table2", "masking", "codebook-size"]
@@ -181,7 +181,7 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
                 vq_gan="vq-gan-f4",
                 reg_vq="reg-vq-f4-kl-0.3",
                 more=("--image-size", "64", "--steps", "300"),
-                ours=("--prior-weight", "0.3"),
+                ours=("--kl-weight", "0.3"),
             ),
             "full": _codebook_sizes(1024, 4096, 8192, vq_gan="vq-gan", reg_vq="reg-vq", more=(), ours=(), base=1024),
         },

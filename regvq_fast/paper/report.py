@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regvq_fast.config.common import PresetName
+from regvq_fast.config import PresetName
 from regvq_fast.evaluation.measurement import RESULTS
 from regvq_fast.files import atomic_path
 from regvq_fast.paper import figures

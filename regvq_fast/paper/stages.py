@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from regvq_fast.config.command_line import new_spelling
 from regvq_fast.files import atomic_path
 
 _RECORD = "stages.json"
@@ -72,7 +73,7 @@ class Pipeline(NamedTuple):
             own = folders.count(stage.folder) == 1  # metrics lie with what they are of
             if not stage.result.exists() and not (own and stage.folder.exists()):
                 continue  # it failed before it made anything
-            if made is not None and made != list(stage.settings):
+            if made is not None and [new_spelling(argument) for argument in made] != list(stage.settings):
                 raise ValueError(
                     f"the {stage.name} in {stage.folder} was made with {' '.join(made) or 'no flags'}, not "
                     f"{' '.join(stage.settings) or 'none'}: take another --out, or delete {self.folder}"

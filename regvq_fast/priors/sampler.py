@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from regvq_fast.config.common import check_seed
+from regvq_fast.config.runtime import CompileConfig, SeedConfig
 from regvq_fast.data.samples import Field
 from regvq_fast.data.transforms import to_uint8
 from regvq_fast.models.vqgan import VQGAN
@@ -22,17 +22,13 @@ Conditions = Tensor | Sequence[str]  # semantic maps (B, H, W) uint8, or B capti
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
+class SamplingSettings(CompileConfig, SeedConfig):
     """Settings that the samplers of all priors have; each adds its own."""
 
     temperature: float = 1.0
     """Temperature of the choice of a token; 0 takes the most likely one."""
     guidance: float = 1.0
     """Weight of classifier-free guidance; 1: none."""
-    seed: int = 0
-    """Seed of the images: number k of a seed is the same in any batch, and on any number of ranks."""
-    compile: bool = False
-    """Compile the prior's step with torch.compile: for many images."""
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -71,7 +67,7 @@ class PriorSampler(ABC):
 
     def check(self, run: Path | None = None) -> None:
         """Raise ValueError for settings that this prior can't take, as it was trained in the folder ``run``."""
-        check_seed(self.settings.seed)
+        self.settings.check()
         check_choice(self.settings.temperature)
         check_guidance(self.settings.guidance)
 

@@ -9,17 +9,17 @@ from torch import Tensor
 from regvq_fast.ops import assign_codes, segment_sum
 from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.ops.segment_sum import segment_counts
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, straight_through, wide
+from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, sample_seed, straight_through, wide
 from regvq_fast.ranks import gather_rows
 
 
-class EMAQuantizer(Quantizer):
+class EMAQuantizer(CodebookQuantizer):
     """Codes are exponential moving averages of the encoder outputs assigned to them; they get no gradient.
 
-    A code whose running share falls under ``dead_threshold`` of the uniform share 1/N is dead: it is moved to an
-    encoder output drawn from the batch and starts over with twice that share: at a decay of 0.99 it has 69 steps to be
-    selected before it is moved again. A fresh codebook is all dead, so its first batch initialises it: each code
-    becomes an encoder output or the mean of those assigned to it.
+    A code whose running fraction of the rows falls below ``dead_threshold`` / N is dead: it is moved to an encoder
+    output sampled from the batch, and starts over with twice that fraction. At a decay of 0.99 it then has 69 steps to
+    be selected before it is moved again. All codes of a new codebook are dead, so the first batch initializes them:
+    each becomes an encoder output, or the mean of those assigned to it.
 
     The averages have the module's type, and 16 bits lose most of a step's change of them: train it in float32.
 
@@ -28,7 +28,7 @@ class EMAQuantizer(Quantizer):
         code_dim: D.
         decay: of the running averages.
         commitment: weight of ``mean |z - sg(q)|^2``.
-        dead_threshold: see above; 0 leaves dead codes where they are.
+        dead_threshold: see above; 0 never moves a dead code.
 
     Raises:
         ValueError: a setting that is out of range.
@@ -53,30 +53,31 @@ class EMAQuantizer(Quantizer):
             raise ValueError(f"commitment and dead_threshold must not be negative, got {commitment}, {dead_threshold}")
         self.decay, self.commitment, self.dead_threshold = decay, commitment, dead_threshold
         self.embedding.weight.requires_grad_(False)
-        # In shares of the rows, not in rows: they don't depend on the batch size.
+        # Fractions of the rows, not counts: they don't depend on the batch size.
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
         self.register_load_state_dict_pre_hook(_adopt_loaded_codes)
-        if dead_threshold == 0:  # nothing will move codes that are never selected: they stay where they are
+        if dead_threshold == 0:  # codes that are never selected stay where they are
             self.start_from_embedding()
 
     @torch.no_grad()
     def start_from_embedding(self) -> None:
-        """Take the codes as they are for live averages of the uniform share, after they came from elsewhere."""
+        """Reset the averages to the current codes, each with the uniform fraction of the rows."""
         self.cluster_share.fill_(1 / self.num_codes)
         self.cluster_sum.copy_(self.embedding.weight / self.num_codes)
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows, dtype = self._to_rows(z), self._score_dtype(z)
+            rows, dtype = self._wide_rows(z), self._score_dtype(z)
             codebook = wide(self.embedding.weight)
             indices = assign_codes(rows.to(dtype), codebook.to(dtype))
             codes = F.embedding(indices, codebook)
             quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes)
-            out = self._deterministic(z, quantized, indices, self.commitment * commitment, commitment)
-            if self.training:  # from the rows of all ranks, so that each makes the same update
-                seed = draw_seed(z.device) if seed is None else seed
+            metrics = {"commitment": commitment.detach()}
+            out = self._deterministic(z, quantized, indices, self.commitment * commitment, metrics)
+            if self.training:  # with the rows of all ranks: each makes the same update
+                seed = sample_seed(z.device) if seed is None else seed
                 self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed)
             return out
 
@@ -87,11 +88,11 @@ class EMAQuantizer(Quantizer):
         batch_sum = segment_sum(rows, indices, self.num_codes) / len(rows)
         share = wide(self.cluster_share).lerp(batch_share, 1 - self.decay)
         total = wide(self.cluster_sum).lerp(batch_sum, 1 - self.decay)
-        faded = share < 1e-5 / self.num_codes  # on the way to 0 / 0: such a code stays where it is
+        faded = share < 1e-5 / self.num_codes  # close to 0 / 0: such a code stays where it is
         if self.dead_threshold > 0:
             threshold = self.dead_threshold / self.num_codes
             dead = share < threshold
-            # A random row a code, no row twice while there are enough.
+            # A random row for each code, without repetition if there are enough.
             numbers = torch.arange(len(rows), device=rows.device)
             order = row_words(seed, numbers, Stream.DEAD_CODES).argsort()
             candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
@@ -105,7 +106,7 @@ class EMAQuantizer(Quantizer):
 
 
 def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Codes that are about to be loaded without averages, as from taming's checkpoints, are live."""
+    """Add averages to a state dict that has codes without them, such as one of taming's."""
     codes = state_dict.get(f"{prefix}embedding.weight")
     if codes is not None and f"{prefix}cluster_share" not in state_dict:
         state_dict[f"{prefix}cluster_share"] = codes.new_full((quantizer.num_codes,), 1 / quantizer.num_codes)

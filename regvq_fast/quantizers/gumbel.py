@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.ops import softmax_statistics, vector_quantize
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, wide
+from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, sample_seed, wide
 from regvq_fast.quantizers.statistics import softmax_of_some_rows
 
 
-class GumbelQuantizer(Quantizer):
+class GumbelQuantizer(CodebookQuantizer):
     """Hard straight-through Gumbel-softmax over predicted token distributions, at an annealed temperature.
 
-    The KL divergence of every position's softmax to the uniform prior has ``kl_weight``; it goes through the rows in
-    tiles (0 skips it).
+    The KL divergence of each position's softmax from the uniform prior has ``kl_weight`` (0 skips it); it is computed
+    in tiles of rows.
 
     Args:
         num_codes: N.
@@ -26,6 +26,7 @@ class GumbelQuantizer(Quantizer):
         ValueError: a setting that is out of range.
     """
 
+    scheduled = ("gumbel-vq's tau",)
     tau: Tensor
 
     def __init__(
@@ -47,16 +48,16 @@ class GumbelQuantizer(Quantizer):
         self.register_buffer("tau", torch.tensor(float(tau_start)))
 
     def set_progress(self, fraction: float) -> None:
-        # A tensor, so that a compiled step reads each value without recompiling.
+        # A tensor: a new value does not recompile a compiled step.
         self.tau.fill_(self.tau_start * (self.tau_end / self.tau_start) ** fraction)
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows, dtype = self._to_rows(z), self._score_dtype(z)
+            rows, dtype = self._wide_rows(z), self._score_dtype(z)
             weight, bias = wide(self.proj.weight), wide(self.proj.bias)
             mask = torch.full(rows.shape[:1], self.training, dtype=torch.bool, device=z.device)
             if self.training and seed is None:
-                seed = draw_seed(z.device)
+                seed = sample_seed(z.device)
             out = vector_quantize(
                 rows.to(dtype),
                 self.embedding.weight.to(dtype),

@@ -1,4 +1,4 @@
-"""Stochastic mask (Reg-VQ, section 3.2): which positions of a token map are selected with noise."""
+"""Stochastic mask (Reg-VQ, section 3.2): the positions of a token map that are selected with noise."""
 
 import math
 from typing import Literal, get_args
@@ -25,10 +25,10 @@ def stochastic_mask(
     Args:
         batch_size: B.
         positions: H * W.
-        ratio: share of stochastic positions, 0 to 1.
+        ratio: fraction of stochastic positions, 0 to 1.
         seed: 0-dim int64 tensor.
         mode: "exact": floor(ratio * positions) of them in every image. "bernoulli": each with probability ``ratio``.
-        row_offset: global number of the first position: a position's draw depends on (seed, global position) alone,
+        row_offset: global number of the first position: a position depends on (seed, global position) alone,
             so the mask doesn't change with the split of a batch over ranks.
 
     Returns:

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regvq_fast.ops import assign_codes
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, straight_through, wide
+from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, straight_through, wide
 
 
-class NearestQuantizer(Quantizer):
-    """Every position takes its nearest code; the gradient passes to the encoder as if nothing had happened.
+class NearestQuantizer(CodebookQuantizer):
+    """Nearest code of each position, with the identity as gradient to the encoder.
 
     ``loss = mean |sg(z) - q|^2 + commitment * mean |z - sg(q)|^2``, the codebook's only gradient being the first term
     (taming-transformers' ``VectorQuantizer2`` with ``legacy=False``). Codes start uniform in [-1/N, 1/N], as there.
@@ -32,11 +32,11 @@ class NearestQuantizer(Quantizer):
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows, dtype = self._to_rows(z), self._score_dtype(z)
+            rows, dtype = self._wide_rows(z), self._score_dtype(z)
             codebook = wide(self.embedding.weight)
             indices = assign_codes(rows.to(dtype), codebook.to(dtype))
             codes = F.embedding(indices, codebook)
             quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes.detach())
             loss = F.mse_loss(codes, rows.detach()) + self.commitment * commitment
-            return self._deterministic(z, quantized, indices, loss, commitment)
+            return self._deterministic(z, quantized, indices, loss, {"commitment": commitment.detach()})

@@ -1,17 +1,19 @@
 """Reg-VQ: regularized vector quantization (Zhang et al., CVPR 2023, section 3)."""
 
 import math
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tyro.conf import arg
 
 from regvq_fast.losses.prior import PriorScope, posterior_groups, prior_kl, scoped_posterior
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.vector_quantize import CodebookGrad
-from regvq_fast.quantizers.base import Quantizer, QuantizerOutput, draw_seed, wide
 from regvq_fast.quantizers.mask import MaskMode, stochastic_mask
+from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, QuantizerSettings, sample_seed, wide
 from regvq_fast.quantizers.statistics import softmax_of_some_rows
 from regvq_fast.ranks import mean_over_ranks
 
@@ -20,22 +22,60 @@ LogitKind = Literal["cosine", "distance", "linear"]
 _RATE = 0.1
 """Change of the log of the scale in a step, over the error of the perturbed fraction in the step before."""
 _MAX_LOG_SCALE = 30.0
-"""Where degenerate logits (equal codes) would take the scale out of fp32's range."""
+"""Bound of the log of the scale, which degenerate logits (equal codes) would take out of fp32's range."""
 _JITTER = 0.1
 """Standard deviation, in each channel, of what is added to the latents that become codes, which have 1."""
 _FITTED_ROWS = 512
 """Latents that the first scale is fitted to."""
 
 
-class RegularizedQuantizer(Quantizer):
+@dataclass(frozen=True)
+class RegularizedSettings(QuantizerSettings):
+    """Settings of Reg-VQ."""
+
+    logits: LogitKind = "cosine"
+    """reg-vq: form of the logits (paper: linear)."""
+    mask_ratio: float = 0.4
+    """reg-vq: fraction of stochastic positions."""
+    perturbed: float = 0.6
+    """reg-vq: fraction of them off their best code."""
+    mask_mode: MaskMode = "exact"
+    """reg-vq: exact per image, or independent."""
+    tau: float = 0.9
+    """reg-vq: Gumbel-softmax temperature."""
+    prior_weight: Annotated[float, arg(name="kl-weight")] = 0.1
+    """reg-vq: weight of KL from the uniform prior."""
+    prior_scope: Annotated[PriorScope, arg(name="kl-scope")] = "batch"
+    """reg-vq: images that share a posterior."""
+    codebook_grad: CodebookGrad = "soft"
+    """reg-vq: gradient to the codes (paper: soft)."""
+
+    def check(self) -> None:
+        super().check()
+        if not 0 < self.perturbed < 1:
+            raise ValueError(f"perturbed must be between 0 and 1, got {self.perturbed}")
+        if not 0 <= self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
+        if not self.tau > 0:
+            raise ValueError(f"tau must be greater than 0, got {self.tau}")
+        if not self.prior_weight >= 0:
+            raise ValueError(f"prior_weight must not be negative, got {self.prior_weight}")
+
+    def check_mask(self, positions: int) -> None:
+        expected = self.mask_ratio * positions
+        if expected == 0 or (self.mask_mode == "exact" and expected + 1e-9 < 1):  # which rounds down
+            raise ValueError(f"--mask-ratio {self.mask_ratio:g} gives an image of {positions} tokens none: raise it")
+
+
+class RegularizedQuantizer(CodebookQuantizer):
     """Stochastic-mask quantization with a straight-through softmax gradient and a prior-distribution regularizer.
 
-    How much the noise changes depends on the scale of the logits, and what scale is right changes with the codebook's
-    size and while the encoder learns. So the scale is no setting: it is a buffer that a slow controller moves in every
-    training step, such that noise would give a fraction ``perturbed`` of the rows another code than their best one. A
-    row sampled from ``p = softmax(s)`` takes another code with probability ``1 - max p``, which is measured on a few
-    rows of every image; the mask and the noise itself play no part in it. Micro-batches of a step, which have one
-    seed, have one scale.
+    The effect of the noise depends on the scale of the logits, and the right scale depends on the size of the codebook
+    and changes while the encoder learns. The scale is therefore a buffer, not a setting: a slow controller moves it in
+    each training step, such that noise would give a fraction ``perturbed`` of the rows another code than their best
+    one. A row sampled from ``p = softmax(s)`` takes another code with probability ``1 - max p``, which is measured on a
+    few rows of each image, independent of the mask and the noise. All micro-batches of a step have the same seed and
+    the same scale.
 
     - "cosine" (default): ``-scale |x - z|^2`` of latents and codes that are divided by their root mean square, so that
       each has length sqrt(D);
@@ -43,26 +83,20 @@ class RegularizedQuantizer(Quantizer):
       latents, and with such codes;
     - "distance": ``-scale |x - z|^2`` of latents and codes as they are.
 
-    Call :meth:`initialize` once on a new model: it makes codes of latents. Without it the codes start at random, in
-    directions that latents don't have, and distances between them say little about images.
+    Call :meth:`initialize` once on a new model: it turns latents into codes. Without it, codes start in random
+    directions, which latents don't have.
 
     Args:
         num_codes: N.
         code_dim: D.
-        logits: "cosine", "distance" or "linear".
-        perturbed: fraction of stochastic rows that take another code than their best one, in (0, 1); of few codes at
-            most three quarters of 1 - 1 / N, what uniform selection gives.
-        mask_ratio: fraction of stochastic positions in training.
-        mask_mode: "exact" (floor(ratio * H * W) an image) or "bernoulli".
-        tau: Gumbel-softmax temperature of the stochastic rows' gradient.
-        prior_weight: weight of the KL divergence between posterior and uniform prior, per nat.
-        prior_scope: rows that share a posterior: "image", "batch" or "global" (the batches of all ranks).
-        codebook_grad: see :func:`regvq_fast.ops.vector_quantize`.
+        settings: fields of :class:`RegularizedSettings`.
 
     Raises:
         ValueError: a setting that is out of range, or none of the known ones.
     """
 
+    Settings = RegularizedSettings
+    settings: RegularizedSettings
     log_scale: Tensor
     error: Tensor
     micro_batches: Tensor
@@ -70,43 +104,11 @@ class RegularizedQuantizer(Quantizer):
     shift: Tensor
     gain: Tensor
 
-    def __init__(
-        self,
-        num_codes: int,
-        code_dim: int,
-        *,
-        logits: LogitKind = "cosine",
-        perturbed: float = 0.6,
-        mask_ratio: float = 0.4,
-        mask_mode: MaskMode = "exact",
-        tau: float = 0.9,
-        prior_weight: float = 0.1,
-        prior_scope: PriorScope = "batch",
-        codebook_grad: CodebookGrad = "soft",
-    ) -> None:
-        super().__init__(num_codes, code_dim)
-        choices = {
-            "logits": (logits, LogitKind),
-            "mask_mode": (mask_mode, MaskMode),
-            "prior_scope": (prior_scope, PriorScope),
-            "codebook_grad": (codebook_grad, CodebookGrad),
-        }
-        for name, (choice, known) in choices.items():
-            if choice not in get_args(known):
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
-        if not 0 < perturbed < 1:
-            raise ValueError(f"perturbed must be between 0 and 1, got {perturbed}")
-        if not 0 <= mask_ratio <= 1:
-            raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
-        if not tau > 0:
-            raise ValueError(f"tau must be greater than 0, got {tau}")
-        if not prior_weight >= 0:
-            raise ValueError(f"prior_weight must not be negative, got {prior_weight}")
-        self.logits, self.perturbed = logits, perturbed
-        self.mask_ratio, self.mask_mode, self.tau = mask_ratio, mask_mode, tau
-        self.prior_weight, self.prior_scope = prior_weight, prior_scope
-        self.codebook_grad = codebook_grad
-        self._target = min(perturbed, 0.75 * (1 - 1 / num_codes))
+    def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
+        super().__init__(num_codes, code_dim, **settings)
+        logits = self.settings.logits
+        # With few codes, uniform selection takes another code than the best one for 1 - 1 / N of the rows.
+        self._target = min(self.settings.perturbed, 0.75 * (1 - 1 / num_codes))
         if logits == "linear":
             self.proj = nn.Linear(code_dim, num_codes)
         self._set_codes(torch.randn(num_codes, code_dim))
@@ -126,9 +128,9 @@ class RegularizedQuantizer(Quantizer):
         before use, those of length 1 turn sqrt(D) times as fast as those of length sqrt(D).
         """
         directions = F.normalize(directions, dim=1)
-        length = math.sqrt(self.code_dim) if self.logits == "distance" else 1.0
+        length = math.sqrt(self.code_dim) if self.settings.logits == "distance" else 1.0
         self.embedding.weight.copy_(length * directions)
-        if self.logits == "linear":  # the best code is the nearest one, until they have learned otherwise
+        if self.settings.logits == "linear":  # the best code is the nearest one, until they have learned otherwise
             self.proj.weight.copy_(directions)
             self.proj.bias.zero_()
 
@@ -136,21 +138,20 @@ class RegularizedQuantizer(Quantizer):
     def initialize(self, z: Tensor) -> None:
         """Fit a new quantizer to latents (B, D, H, W) of an encoder that is new itself.
 
-        Their channels get mean 0 and variance 1 by a fixed shift and gain, codes become latents chosen at random
-        (PyTorch's global generator of the CPU) with a little noise, and the scale that at which the noise perturbs as
-        many rows as it should.
+        A fixed shift and gain give their channels mean 0 and variance 1. Codes become randomly chosen latents with a
+        little noise (PyTorch's global generator of the CPU). The scale becomes that which perturbs the target fraction.
 
         Raises:
             ValueError: a single position, which has no variance; otherwise as :meth:`forward`.
         """
-        rows = self._to_rows(z)
+        rows = self._wide_rows(z)
         if len(rows) < 2:
             raise ValueError(f"one latent has no variance: give more than there are in {tuple(z.shape)}")
         std, mean = torch.std_mean(rows, dim=0)
         self.shift.copy_(mean)
         self.gain.copy_(1 / std.clamp(min=1e-6))
         rows = self._standardized(rows)
-        # Half of the latents become codes, each as often as it takes; the others don't have a code of their own.
+        # Half of the latents become codes, repeatedly if there are too few; the scale is fitted to the others.
         order = torch.randperm(len(rows)).to(rows.device)
         half, others = order[: len(rows) // 2], order[len(rows) // 2 :][:_FITTED_ROWS]
         chosen = rows[half.repeat(-(-self.num_codes // len(half)))[: self.num_codes]]
@@ -162,13 +163,13 @@ class RegularizedQuantizer(Quantizer):
             low, high = ((low + high) / 2, high) if 1 - largest > self._target else (low, (low + high) / 2)
 
     def _standardized(self, rows: Tensor) -> Tensor:
-        """Rows (M, D) as the logits take them."""
+        """Return rows (M, D) in the form that the logits take."""
         rows = (rows - wide(self.shift)) * wide(self.gain)
-        return rows if self.logits == "distance" else _root_mean_square_norm(rows)
+        return rows if self.settings.logits == "distance" else _root_mean_square_norm(rows)
 
     def codes(self) -> Tensor:
         codes = self.embedding.weight
-        return codes if self.logits == "distance" else _root_mean_square_norm(wide(codes))
+        return codes if self.settings.logits == "distance" else _root_mean_square_norm(wide(codes))
 
     def _scale(self) -> Tensor:
         return wide(self.log_scale).exp()
@@ -176,26 +177,26 @@ class RegularizedQuantizer(Quantizer):
     def _linear_form(self) -> tuple[Tensor, Tensor]:
         """Weight (N, D) and bias (N,) of the logits as a linear map, up to a constant of each row; no gradient."""
         scale = self._scale()
-        if self.logits == "linear":
+        if self.settings.logits == "linear":
             return wide(self.proj.weight.detach()) * scale, wide(self.proj.bias.detach()) * scale
         codes = wide(self.codes().detach())
         return 2 * scale * codes, -scale * codes.square().sum(1)
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._standardized(self._to_rows(z))
+            rows = self._standardized(self._wide_rows(z))
             batch, _, height, width = z.shape
-            mask, found = None, {}
+            settings, mask, found = self.settings, None, {}
             if self.training:
-                seed = draw_seed(z.device) if seed is None else seed
+                seed = sample_seed(z.device) if seed is None else seed
                 found = self._control(rows.detach().unflatten(0, (batch, -1)), seed)
-                if self.mask_ratio > 0:
+                if settings.mask_ratio > 0:
                     mask = stochastic_mask(
-                        batch, height * width, self.mask_ratio, seed, mode=self.mask_mode, row_offset=row_offset
+                        batch, height * width, settings.mask_ratio, seed, mode=settings.mask_mode, row_offset=row_offset
                     )
-            linear, scale, dtype = self.logits == "linear", self._scale(), self._score_dtype(z)
-            # Only in training do all ranks come here together.
-            scope = "batch" if self.prior_scope == "global" and not self.training else self.prior_scope
+            linear, scale, dtype = settings.logits == "linear", self._scale(), self._score_dtype(z)
+            # Ranks run this together in training only.
+            scope = "batch" if settings.prior_scope == "global" and not self.training else settings.prior_scope
             groups = posterior_groups(scope, batch)
             out = vector_quantize(
                 rows.to(dtype),
@@ -206,9 +207,9 @@ class RegularizedQuantizer(Quantizer):
                 mask=mask,
                 seed=seed,
                 row_offset=row_offset,
-                tau=self.tau,
+                tau=settings.tau,
                 groups=groups,
-                codebook_grad=self.codebook_grad,
+                codebook_grad=settings.codebook_grad,
             )
             posterior, ranks = scoped_posterior(out.posterior, scope)
             kl = prior_kl(posterior, rows.shape[0] // groups * ranks)
@@ -221,7 +222,7 @@ class RegularizedQuantizer(Quantizer):
             return QuantizerOutput(
                 self._to_maps(out.quantized, z),
                 self._to_maps(out.indices, z),
-                self.prior_weight * kl,
+                settings.prior_weight * kl,
                 metrics,
                 self._to_maps(out.perturbation, z),
                 self._to_maps(mask, z),
@@ -229,12 +230,12 @@ class RegularizedQuantizer(Quantizer):
 
     @torch.no_grad()
     def _control(self, rows: Tensor, seed: Tensor) -> dict[str, Tensor]:
-        """Where a new step begins, move the scale by the error of the last one; measure the softmax of these rows.
+        """Move the scale by the error of the previous step if a new one begins; measure the softmax of these rows.
 
         Args:
             rows: (B, H*W, D) of this micro-batch.
-            seed: of the step. Its last byte is kept, which 16 bits hold: where two seeds share it, the scale moves a
-                step later.
+            seed: of the step. Its last byte is kept, which 16 bits hold: if two seeds have the same, the scale moves
+                a step later.
         """
         byte = (seed & 0xFF).to(self.last_seed.dtype)
         is_new = byte != self.last_seed
@@ -247,11 +248,8 @@ class RegularizedQuantizer(Quantizer):
         return {"entropy": entropy, "largest_p": largest, "logit_scale": self._scale()}
 
     def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, logits={self.logits!r}, perturbed={self.perturbed}, "
-            f"mask_ratio={self.mask_ratio}, tau={self.tau}, prior_weight={self.prior_weight}, "
-            f"prior_scope={self.prior_scope!r}"
-        )
+        shown = ("logits", "perturbed", "mask_ratio", "tau", "prior_weight", "prior_scope")
+        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self.settings, name)!r}" for name in shown)])
 
 
 def _root_mean_square_norm(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How sharp the softmax over the codes is, measured on a few rows of every image."""
+"""Sharpness of the softmax over the codes, measured on a few rows of each image."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def softmax_of_some_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
     """Mean entropy (nats) and mean largest probability of ``softmax(rows weight^T + bias)``, 0-dim, without a gradient.
 
     Args:
-        rows: (B, R, D), of which 8 of an image are looked at, the same positions in all; or (M, D), all of them. The
+        rows: (B, R, D), of which 8 per image are used, at the same positions in all; or (M, D), all of them. The
             mean of the ranks' means is that of the whole batch, however the images are shared.
         weight: (N, D).
         bias: (N,).

@@ -4,49 +4,21 @@ from dataclasses import replace
 
 from torch import nn
 
-from regvq_fast.config import LossConfig, QuantizerConfig, VQGANConfig
+from regvq_fast.config import LossConfig, VQGANConfig
 from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.losses.reconstruction import ReconstructionLoss
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import NoWeightsError, VGGName, load_vgg_features
 from regvq_fast.models.vqgan import VQGAN
-from regvq_fast.quantizers import EMAQuantizer, GumbelQuantizer, NearestQuantizer, Quantizer, RegularizedQuantizer
-
-
-def build_quantizer(config: QuantizerConfig) -> Quantizer:
-    """Build the quantizer of that name; the reg-vq settings concern reg-vq alone."""
-    quantizer = _new_quantizer(config)
-    quantizer.fp32_scores = config.fp32_scores
-    return quantizer
-
-
-def _new_quantizer(config: QuantizerConfig) -> Quantizer:
-    if config.quantizer == "vq-gan":
-        return NearestQuantizer(config.num_codes, config.code_dim)
-    if config.quantizer == "vq-vae":
-        return EMAQuantizer(config.num_codes, config.code_dim)
-    if config.quantizer == "gumbel-vq":
-        return GumbelQuantizer(config.num_codes, config.code_dim)
-    return RegularizedQuantizer(
-        config.num_codes,
-        config.code_dim,
-        logits=config.logits,
-        perturbed=config.perturbed,
-        mask_ratio=config.mask_ratio,
-        mask_mode=config.mask_mode,
-        tau=config.tau,
-        prior_weight=config.prior_weight,
-        prior_scope=config.prior_scope,
-        codebook_grad=config.codebook_grad,
-    )
+from regvq_fast.quantizers import QUANTIZERS
 
 
 def build_model(config: VQGANConfig) -> VQGAN:
     """The autoencoder with its quantizer."""
     model = config.model
     return VQGAN(
-        build_quantizer(config.quantizer),
+        QUANTIZERS[config.quantizer.quantizer].from_section(config.quantizer),
         image_size=config.data.image_size,
         ch=model.ch,
         ch_mult=model.ch_mult,
@@ -105,16 +77,13 @@ def build_reconstruction_loss(
         contrastive = ProbabilisticContrastiveLoss(
             weighted=config.contrastive == "pcl",
             num_patches=config.contrastive_patches if config.contrastive_sampling == "sampled" else None,
-            max_places=config.contrastive_max_places,
             region=config.contrastive_region,
-            layer_weights=config.contrastive_layer_weights or None,
         )
     loss = ReconstructionLoss(
         features,
         perceptual,
         contrastive,
         contrastive_features,
-        l1_weight=config.l1_weight,
         perceptual_weight=config.perceptual_weight,
         contrastive_weight=config.contrastive_weight,
     )

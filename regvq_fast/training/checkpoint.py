@@ -38,6 +38,7 @@ from regvq_fast.models.pretrained import (
     write_folder,
 )
 from regvq_fast.ranks import rank, together
+from regvq_fast.settings import flag_of
 
 TRAINING, BEST = "training.pt", "best.json"
 
@@ -164,7 +165,7 @@ def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]
             value, old = getattr(now, name), getattr(then, name)
             if value == old or name in _FREE:
                 continue
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(type(now), name)
             if name not in _REMEDIES:
                 raise ValueError(
                     f"{flag} is {value} here but {old} in {source}: resume with the same, or start a new run in "

@@ -38,7 +38,7 @@ def out_of_memory_advice(config: TrainConfig, device: torch.device, rank_batch: 
     flags = {
         "--amp": not config.run.amp and device.type == "cuda",
         "--activation-checkpointing": training and not config.run.activation_checkpointing,
-        f"--accumulate {finer}": finer is not None,
+        f"--grad-accum-steps {finer}": finer is not None,
     }
     useful = [flag for flag, helps in flags.items() if helps][:2]
     advice = f"add {' or '.join(useful)}" if useful else "use a smaller --batch-size in a new run"

@@ -49,7 +49,7 @@ def micro_batch_size(config: OptimizerConfig) -> int:
     """
     size, rest = divmod(config.batch_size, num_ranks() * config.accumulate)
     if rest:
-        by = f" and --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        by = f" and --grad-accum-steps {config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
             f"--batch-size {config.batch_size} does not divide among {num_ranks()} processes{by}: "
             f"take a multiple of {num_ranks() * config.accumulate}"

@@ -128,11 +128,6 @@ class Recipe(ABC, Generic[Config]):
     def __init__(self, device: torch.device, precision: Precision, micro_batch: int) -> None:
         self.device, self.precision, self.micro_batch = device, precision, micro_batch
 
-    @staticmethod
-    @abstractmethod
-    def check(config: Config) -> None:
-        """Raise ValueError if the configuration contradicts itself."""
-
     @abstractmethod
     def open_data(self, config: Config) -> Data:
         """Open both splits. Rank 0 runs it first, so it must not call collective operations.

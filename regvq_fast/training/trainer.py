@@ -46,7 +46,7 @@ class Trainer(Generic[Config]):
     checkpoints: Checkpoints
 
     def __init__(self, kind: type[Recipe[Config]], config: Config) -> None:
-        kind.check(config)
+        config.check()
         run, optimizer = config.run, config.optimizer
         self.device = choose_device(run.device)
         self.batch_size = optimizer.batch_size

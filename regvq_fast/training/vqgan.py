@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import VQGANConfig, check_vqgan_config
+from regvq_fast.config import VQGANConfig
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.image_files import left_out_note
 from regvq_fast.data.loading import default_workers, read_samples
@@ -19,7 +19,6 @@ from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilizatio
 from regvq_fast.evaluation.plots import save_codebook_mosaic, save_reconstruction_grid, save_usage_histogram
 from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.models.features import VGGFeatures
-from regvq_fast.quantizers import GumbelQuantizer
 from regvq_fast.ranks import local_ranks, num_ranks, rank, sum_over_ranks
 from regvq_fast.training.build import build_discriminator, build_model, build_reconstruction_loss
 from regvq_fast.training.recipe import Data, Networks, Progress, Recipe, Step
@@ -33,10 +32,6 @@ class VQGANRecipe(Recipe[VQGANConfig]):
     """Training of an image tokenizer."""
 
     script = "train/vq.py"
-
-    @staticmethod
-    def check(config: VQGANConfig) -> None:
-        check_vqgan_config(config)
 
     def open_data(self, config: VQGANConfig) -> Data:
         data, seed = config.data, config.run.seed
@@ -89,7 +84,7 @@ class VQGANRecipe(Recipe[VQGANConfig]):
             },
             identity={"as feature network": ", ".join(features) or "none"},
             fingerprint=hashlib.sha256(first.numpy().tobytes()).hexdigest(),
-            scheduled=("gumbel-vq's tau",) if isinstance(quantizer, GumbelQuantizer) else (),
+            scheduled=tuple(quantizer.scheduled),
             meter=self.meter,
         )
 

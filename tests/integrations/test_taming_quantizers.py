@@ -69,7 +69,7 @@ def test_gumbel_quantize_with_the_same_noise(options, training, monkeypatch):
         return F.one_hot(soft.argmax(1), codes).permute(0, 3, 1, 2) - soft.detach() + soft
 
     monkeypatch.setattr(F, "gumbel_softmax", known_noise)
-    monkeypatch.setattr(adapters, "draw_seed", lambda device: seed)
+    monkeypatch.setattr(adapters, "sample_seed", lambda device: seed)
     monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)  # several tiles of rows
     monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", 16)
     quantizer = quantize.GumbelQuantize(MAPS[1], MAPS[1], CODES, **options).train(training)

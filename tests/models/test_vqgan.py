@@ -39,7 +39,7 @@ class NearestCode(nn.Module):
         self.embedding = nn.Embedding(num_codes, code_dim)
         self.register_buffer("steps", torch.zeros(()))
 
-    def lookup(self, indices):
+    def codes_of(self, indices):
         return self.embedding(indices).permute(0, 3, 1, 2)
 
     def forward(self, z):
@@ -48,7 +48,7 @@ class NearestCode(nn.Module):
         if self.training:
             distances = distances + torch.rand_like(distances)
         indices = distances.argmin(-1)
-        return Quantized(z + (self.lookup(indices) - z).detach(), indices)
+        return Quantized(z + (self.codes_of(indices) - z).detach(), indices)
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_shapes(model, images):
 
 def test_every_parameter_takes_part(model, images):
     output = model(images)
-    codes = model.quantize.lookup(output.quantizer.indices)
+    codes = model.quantize.codes_of(output.quantizer.indices)
     (output.reconstruction.sum() + codes.sum()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
@@ -289,7 +289,7 @@ def test_tokens_do_not_depend_on_the_mode(images):
     with pytest.raises(ValueError, match="multiple"):
         model.tokenize(images[..., 1:])
     assert [module.training for module in model.modules()] == modes
-    assert not torch.equal(model.decode(model.quantize.lookup(tokens)), decoded)  # the dropout is there
+    assert not torch.equal(model.decode(model.quantize.codes_of(tokens)), decoded)  # the dropout is there
 
 
 def test_channels_last(model, images):

@@ -138,6 +138,17 @@ def test_what_was_stopped_before_its_first_checkpoint_begins_anew(scripts, tmp_p
     assert not (folder / "pictures").exists()  # train/vq.py refuses a folder that isn't empty
 
 
+def test_rows_made_with_old_spellings_of_flags_are_the_same(scripts, tmp_path):
+    config = PaperConfig("codebook-size", out=tmp_path / "out", rows=("reg-vq-f4-kl-0.3-256",), fid_features=NET)
+    reproduce(config, SCRIPTS)
+    made = len(scripts.commands)
+    (record,) = (tmp_path / "out").rglob("stages.json")
+    assert "--kl-weight" in record.read_text()
+    record.write_text(record.read_text().replace("--kl-weight", "--prior-weight"))
+    reproduce(config, SCRIPTS)
+    assert len(scripts.commands) == made
+
+
 def test_rows_of_other_settings_are_refused_before_anything_runs(scripts, tmp_path):
     weights = tmp_path / "vgg.pth"
     weights.touch()

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from regvq_fast.config import VQGAN_PRESETS, check_vqgan_config, override, parse_config
+from regvq_fast.config import VQGAN_PRESETS, override, parse_config
 from regvq_fast.paper.experiments import EXPERIMENTS, prior_of, published_dataset, recipe
 from regvq_fast.priors.registry import PRIORS
 
@@ -28,7 +28,7 @@ def parsed(flags):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_row_is_a_configuration_that_train_vq_accepts(name, scale):
     for row in EXPERIMENTS[name].rows[scale]:
-        check_vqgan_config(tokenizer_config("ade20k", scale, row))
+        tokenizer_config("ade20k", scale, row).check()
 
 
 @pytest.mark.parametrize("scale", SCALES)

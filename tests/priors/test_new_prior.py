@@ -21,11 +21,12 @@ from regvq_fast.image_grids import color_map
 from regvq_fast.models import VQGAN
 from regvq_fast.models.model import Model
 from regvq_fast.priors.choosing import choose_tokens
-from regvq_fast.priors.config import PriorConfig, check_prior_config
+from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.recipe import PriorRecipe
 from regvq_fast.priors.registry import PRIORS, Prior, SamplingConfig
 from regvq_fast.priors.sampler import PriorSampler, SamplingSettings
 from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.settings import Section
 
 
 class ToyModel(Model):
@@ -42,7 +43,7 @@ class ToyModel(Model):
 
 
 @dataclass(frozen=True)
-class ToyModelConfig:
+class ToyModelConfig(Section):
     """Network."""
 
     num_classes: int = 16
@@ -80,10 +81,6 @@ class ToySampler(PriorSampler):
 class ToyRecipe(PriorRecipe[ToyConfig]):
     script = "train/toy.py"
     condition_field = ToySampler.condition_field
-
-    @staticmethod
-    def check(config: ToyConfig) -> None:
-        check_prior_config(config)
 
     def build_prior(self, config: ToyConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
         classes = config.model.num_classes

@@ -149,11 +149,11 @@ def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
     monkeypatch.setattr(VQGAN, "tokenize", watched)
     monkeypatch.setattr(ScenesDataset, "evaluate_samples", lambda *_: {})  # it looks at images of its own
     flags = ["--on-the-fly", "--tokenizer", tokenizer, "--val-images", 10]
-    fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "parts")
+    fit("ar", *flags, "--grad-accum-steps", 2, "--out", tmp_path / "parts")
     assert sizes == {4, 2}
     monkeypatch.setattr(torch, "compile", compiling)
     monkeypatch.setattr("regvq_fast.training.compilation.CPU_STEPS", 0)
-    fit("ar", *flags, "--accumulate", 2, "--out", tmp_path / "compiled", "--compile")
+    fit("ar", *flags, "--grad-accum-steps", 2, "--out", tmp_path / "compiled", "--compile")
     assert len(compiled) == 2
     for run in ("parts", "compiled"):
         for row, whole in zip(records(tmp_path / run), records(runs["ar"]), strict=True):

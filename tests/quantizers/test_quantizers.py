@@ -17,7 +17,6 @@ from regvq_fast.quantizers import (
     Quantizer,
     QuantizerOutput,
     RegularizedQuantizer,
-    base,
 )
 from regvq_fast.quantizers.mask import stochastic_mask
 
@@ -126,7 +125,7 @@ def test_rows_and_codes_meet_in_16_bits_on_a_gpu_alone(device, rows, codes, fp32
 def test_in_16_bits_the_results_are_those_of_rounded_rows_and_codes(quantizer, monkeypatch) -> None:
     """As on a GPU: products of bf16 rows and codes, everything else in fp32."""
     in_fp32 = copy.deepcopy(quantizer)
-    monkeypatch.setattr(base, "score_dtype", lambda z, *_: z.dtype)
+    monkeypatch.setattr("regvq_fast.quantizers.quantizer.score_dtype", lambda z, *_: z.dtype)
     z = maps().bfloat16().requires_grad_()
     out = quantizer(z, seed())
     (out.quantized.float().square().mean() + out.loss).backward()
@@ -156,7 +155,7 @@ def test_a_module_of_another_type_computes_in_fp32_or_fp64_with_its_rounded_code
     assert torch.equal(out.indices, out_wide.indices)
     assert torch.equal(out.quantized, out_wide.quantized)
     assert torch.equal(out.loss, out_wide.loss)
-    assert rounded.lookup(out.indices).dtype == dtype
+    assert rounded.codes_of(out.indices).dtype == dtype
     (out.quantized.square().mean() + out.loss).backward()
     assert z.grad is not None
     assert z.grad.dtype == dtype
@@ -195,7 +194,7 @@ def test_a_state_dict_carries_over_all_that_a_step_depends_on(quantizer: Quantiz
 
 def test_lookup_gives_the_codes_of_a_token_map(quantizer: Quantizer) -> None:
     indices = torch.arange(N).view(1, 4, 6)
-    torch.testing.assert_close(quantizer.lookup(indices)[0, :, 2, 3], quantizer.codes()[2 * 6 + 3])
+    torch.testing.assert_close(quantizer.codes_of(indices)[0, :, 2, 3], quantizer.codes()[2 * 6 + 3])
 
 
 @pytest.mark.parametrize("shape", [(2, D + 1, 4, 4), (2, D, 4)])
@@ -266,9 +265,9 @@ def scores_of(quantizer: RegularizedQuantizer, z: Tensor) -> Tensor:
     """(M, N), by the definition of each kind of logits."""
     rows = (quantizer._to_rows(z) - quantizer.shift) * quantizer.gain
     scale = quantizer.log_scale.exp()
-    if quantizer.logits != "distance":
+    if quantizer.settings.logits != "distance":
         rows = rows / rows.square().mean(1, keepdim=True).sqrt()
-    if quantizer.logits == "linear":
+    if quantizer.settings.logits == "linear":
         return scale * quantizer.proj(rows)
     return -scale * torch.cdist(rows, quantizer.codes()).square()
 
@@ -412,7 +411,7 @@ def test_vq_gan_gradient_is_the_identity_and_its_loss_the_textbook_one() -> None
     weight = torch.randn_like(out.quantized)
     (gradient,) = torch.autograd.grad((out.quantized * weight).sum(), z, retain_graph=True)
     assert torch.equal(gradient, weight)
-    codes = quantizer.lookup(out.indices).detach()
+    codes = quantizer.codes_of(out.indices).detach()
     loss_z, loss_codes = torch.autograd.grad(out.loss, (z, quantizer.embedding.weight))
     torch.testing.assert_close(loss_z, 0.25 * 2 * (z - codes).detach() / z.numel())
     expected = torch.zeros(N, D)

@@ -81,7 +81,7 @@ def test_saving_replaces_no_other_folder(tmp_path: Path) -> None:
     class Own(NearestQuantizer):
         pass
 
-    with pytest.raises(ValueError, match="only this library's quantizers"):
+    with pytest.raises(ValueError, match="only quantizers in QUANTIZERS"):
         tiny_model(Own(4, 4)).save_pretrained(tmp_path / "own")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -41,9 +41,9 @@ def test_what_is_too_large_for_any_machine_is_out_of_memory() -> None:
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
-        ({}, "add --activation-checkpointing or --accumulate 2"),
-        ({"accumulate": 2}, "add --activation-checkpointing or --accumulate 4"),
-        ({"accumulate": 4, "activation_checkpointing": True}, "add --accumulate 8"),
+        ({}, "add --activation-checkpointing or --grad-accum-steps 2"),
+        ({"accumulate": 2}, "add --activation-checkpointing or --grad-accum-steps 4"),
+        ({"accumulate": 4, "activation_checkpointing": True}, "add --grad-accum-steps 8"),
         ({"accumulate": 8, "activation_checkpointing": True}, "use a smaller --batch-size in a new run"),
     ],
 )
@@ -75,9 +75,12 @@ def test_out_of_memory_ends_with_advice_that_resuming_takes(
     assert stop.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith("stopped after step 3: out of memory at a peak of")
-    assert "add --activation-checkpointing or --accumulate 2; to continue from step-0000002: python train/vq.py" in said
-    resume(out, "--activation-checkpointing", "--accumulate", 2)
-    assert "--accumulate is 2 from here on; it was 1" in " ".join(capsys.readouterr().out.split())
+    assert (
+        "add --activation-checkpointing or --grad-accum-steps 2; to continue from step-0000002: python train/vq.py"
+        in said
+    )
+    resume(out, "--activation-checkpointing", "--grad-accum-steps", 2)
+    assert "--grad-accum-steps is 2 from here on; it was 1" in " ".join(capsys.readouterr().out.split())
     assert checkpoints(out) == ["step-0000002", "step-0000004"]
 
 
@@ -101,8 +104,8 @@ def test_parts_bound_evaluations_too(
         train(*flags, "--out", out)
     said = capsys.readouterr().err
     assert said.startswith("stopped after step 4: out of memory in an evaluation at a peak of")
-    assert "GiB; add --accumulate 2; to continue from step-0000004" in said
-    resume(out, "--accumulate", 2)
+    assert "GiB; add --grad-accum-steps 2; to continue from step-0000004" in said
+    resume(out, "--grad-accum-steps", 2)
     assert sizes == {4, 2, 6}  # 6: all validation images in one picture
     found, expected = (records(run)[-1] for run in (out, tmp_path / "whole"))
     assert found.pop("split") == expected.pop("split") == "val"
@@ -133,7 +136,7 @@ def test_the_largest_batch_is_looked_for_with_whole_steps(
     monkeypatch.setattr(Trainer, "step", limited)
     monkeypatch.setattr("regvq_fast.training.batch_size.memory_limit", lambda device: 2**33)
     out = tmp_path / "run"
-    train(*FAST, "--find-batch-size", "--out", out, "--accumulate", 2, "--disc-start", 1)
+    train(*FAST, "--find-batch-size", "--out", out, "--grad-accum-steps", 2, "--disc-start", 1)
     *tries, result = capsys.readouterr().out.splitlines()
     assert result == "largest batch of one process: --batch-size 12"
     assert [int(line.split()[0]) for line in tries] == [2, 4, 8, 16, 12, 14]

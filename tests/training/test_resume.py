@@ -29,7 +29,7 @@ from regvq_fast.training.vqgan import VQGANRecipe
 
 STEPS = 12
 RUN = (
-    f"--steps {STEPS} --dropout 0.2 --ema 0.9 --disc-start 5 --accumulate 2 --eval-every 4 --log-every 3 "
+    f"--steps {STEPS} --dropout 0.2 --ema 0.9 --disc-start 5 --grad-accum-steps 2 --eval-every 4 --log-every 3 "
     "--final-lr-fraction 0.1 --checkpoint-every 2"
 ).split()
 

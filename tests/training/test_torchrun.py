@@ -17,7 +17,7 @@ from regvq_fast.models import VGGFeatures
 from regvq_fast.ranks import texts_of_ranks, together
 
 # Batch statistics are those of a rank's part: group norm has none.
-RUN = [*TINY, *FAST, "--disc-norm", "group", "--disc-start", "1", "--prior-scope", "global", "--val-images", "5"]
+RUN = [*TINY, *FAST, "--disc-norm", "group", "--disc-start", "1", "--kl-scope", "global", "--val-images", "5"]
 RUN += ["--final-lr-fraction", "1"]  # else the rate depends on the number of steps
 
 

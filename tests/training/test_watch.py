@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import regvq_fast.training.vqgan
 from regvq_fast import ranks
 from regvq_fast.config import VQGANConfig, override
+from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.training.optimization import AveragedWeights, Rollback, Watch
 from regvq_fast.training.trainer import Trainer
 from regvq_fast.training.vqgan import CodebookMeter, VQGANRecipe
@@ -87,7 +88,7 @@ def break_terms(monkeypatch: pytest.MonkeyPatch, trainer: Trainer[Any], *names: 
     monkeypatch.setattr(recipe, "train_step", step)
 
 
-@pytest.mark.parametrize("quantizer", ["reg-vq", "vq-gan", "gumbel-vq", "vq-vae"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize(("value", "cause"), [(NAN, "latents"), (INF, "l1"), (NAN, "l1")])
 def test_a_bad_pixel_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch, quantizer: str, value: float, cause: str

@@ -1,17 +1,19 @@
 """Configuration of the autoregressive prior, and its named presets."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from regvq_fast.config.common import OptimizerConfig, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig, check_prior_config, check_probabilities
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalInt, PresetName, RunConfig
+from regvq_fast.priors.config import PriorConfig
+from regvq_fast.settings import Section, check_probabilities
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Section):
     """Autoregressive transformer."""
 
-    num_classes: int | None = None
-    """Ids of the semantic maps. Not given: as many as the cache or the data set has."""
+    num_classes: OptionalInt = None
+    """Class ids of the maps. Default: those of the cache or data set."""
     width: int = 192
     """Channels."""
     depth: int = 4
@@ -19,18 +21,22 @@ class TransformerConfig:
     heads: int = 6
     """Attention heads."""
     dropout: float = 0.0
-    """Dropout on embeddings and behind attention and MLP."""
+    """Dropout of embeddings, attention and MLP."""
     keep: float = 1.0
-    """Probability that the network sees a true token; otherwise it sees a random one (taming's pkeep)."""
+    """Probability that an input token is not replaced by a random one (taming's pkeep)."""
     condition_dropout: float = 0.1
-    """Fraction of the images that lose their condition, for classifier-free guidance."""
+    """Fraction of images without their condition, for classifier-free guidance."""
+
+    def check(self) -> None:
+        super().check()
+        check_probabilities({"--keep": self.keep, "--condition-dropout": self.condition_dropout})
 
 
 @dataclass(frozen=True)
 class ARConfig(PriorConfig):
     """A run of ``train/ar.py``."""
 
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    model: Annotated[TransformerConfig, UNTITLED] = field(default_factory=TransformerConfig)
 
     @property
     def label(self) -> str:
@@ -54,9 +60,3 @@ AR_PRESETS: dict[str, ARConfig] = {
     "ade20k": _paper("ade20k", num_classes=151),
     "celebahq": _paper("celebahq", num_classes=19),
 }
-
-
-def check_ar_config(config: ARConfig) -> None:
-    """Raise ValueError if the configuration contradicts itself."""
-    check_prior_config(config)
-    check_probabilities({"--keep": config.model.keep, "--condition-dropout": config.model.condition_dropout})

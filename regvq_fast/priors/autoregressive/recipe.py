@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from regvq_fast.data.tokens import TokenBatch, TokenDataset
 from regvq_fast.image_grids import color_map, legend_of
-from regvq_fast.priors.autoregressive.config import ARConfig, check_ar_config
+from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.autoregressive.sampler import ARSampler, sample_autoregressive
 from regvq_fast.priors.recipe import PriorRecipe
@@ -20,10 +20,6 @@ class ARRecipe(PriorRecipe[ARConfig]):
 
     script = "train/ar.py"
     condition_field = ARSampler.condition_field
-
-    @staticmethod
-    def check(config: ARConfig) -> None:
-        check_ar_config(config)
 
     def build_prior(self, config: ARConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
         model = config.model

@@ -1,20 +1,21 @@
 """Configuration of the diffusion prior, and its named presets."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from regvq_fast.config.common import OptimizerConfig, PresetName, RunConfig, check_at_least
-from regvq_fast.priors.config import PriorConfig, check_prior_config, check_probabilities
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName, RunConfig
+from regvq_fast.priors.config import PriorConfig
+from regvq_fast.settings import Section, check_at_least, check_probabilities
 
 
 @dataclass(frozen=True)
-class DiffusionModelConfig:
+class DiffusionModelConfig(Section):
     """Diffusion network and its condition."""
 
     text_encoder: str = "words"
-    """"words": an encoder of words that learns with the prior.
-    Else a frozen one of Hugging Face's transformers, by name or folder (the paper's: openai/clip-vit-base-patch32)."""
+    """words (trained with the prior), or a frozen one of transformers, by name or folder."""
     diffusion_steps: int = 100
-    """Steps T of the diffusion."""
+    """Diffusion steps T."""
     width: int = 192
     """Channels."""
     depth: int = 4
@@ -22,18 +23,25 @@ class DiffusionModelConfig:
     heads: int = 6
     """Attention heads."""
     dropout: float = 0.0
-    """Dropout behind attention and MLP."""
+    """Dropout of attention and MLP."""
     auxiliary_weight: float = 5e-4
-    """Weight of the cross-entropy of x_0 beside the variational bound."""
+    """Weight of the cross-entropy of x_0, besides the variational bound."""
     caption_dropout: float = 0.1
-    """Fraction of the images that lose their caption, for classifier-free guidance."""
+    """Fraction of images without their caption, for classifier-free guidance."""
+
+    def check(self) -> None:
+        super().check()
+        check_at_least(0, {"--auxiliary-weight": self.auxiliary_weight})
+        check_probabilities({"--caption-dropout": self.caption_dropout})
+        if self.diffusion_steps < 2:
+            raise ValueError(f"--diffusion-steps must be at least 2, got {self.diffusion_steps}")
 
 
 @dataclass(frozen=True)
 class DiffusionConfig(PriorConfig):
     """A run of ``train/diffusion.py``."""
 
-    model: DiffusionModelConfig = field(default_factory=DiffusionModelConfig)
+    model: Annotated[DiffusionModelConfig, UNTITLED] = field(default_factory=DiffusionModelConfig)
 
     @property
     def label(self) -> str:
@@ -60,12 +68,3 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
     "cub200": _vq_diffusion_b("cub200"),
     "coco": _vq_diffusion_b("coco"),
 }
-
-
-def check_diffusion_config(config: DiffusionConfig) -> None:
-    """Raise ValueError if the configuration contradicts itself."""
-    check_prior_config(config)
-    check_at_least(0, {"--auxiliary-weight": config.model.auxiliary_weight})
-    check_probabilities({"--caption-dropout": config.model.caption_dropout})
-    if config.model.diffusion_steps < 2:
-        raise ValueError(f"--diffusion-steps must be at least 2, got {config.model.diffusion_steps}")

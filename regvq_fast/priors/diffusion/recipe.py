@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.image_grids import caption_tiles
-from regvq_fast.priors.diffusion.config import DiffusionConfig, DiffusionModelConfig, check_diffusion_config
+from regvq_fast.priors.diffusion.config import DiffusionConfig, DiffusionModelConfig
 from regvq_fast.priors.diffusion.loss import diffusion_terms
 from regvq_fast.priors.diffusion.model import VQDiffusion
 from regvq_fast.priors.diffusion.sampler import DiffusionSampler, sample_diffusion
@@ -22,10 +22,6 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
 
     script = "train/diffusion.py"
     condition_field = DiffusionSampler.condition_field
-
-    @staticmethod
-    def check(config: DiffusionConfig) -> None:
-        check_diffusion_config(config)
 
     @staticmethod
     def check_files(config: DiffusionConfig) -> None:

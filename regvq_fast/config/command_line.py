@@ -1,0 +1,101 @@
+"""Command lines, which are generated from dataclasses."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import tyro
+
+from regvq_fast.config.saved import override, read_config
+from regvq_fast.config.sections import Config, PresetName
+from regvq_fast.ranks import is_for_others_to_say, local_rank
+
+Settings = TypeVar("Settings")
+
+_RENAMED = {"--accumulate": "--grad-accum-steps", "--prior-weight": "--kl-weight", "--prior-scope": "--kl-scope"}
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The flags that decide on the defaults of all others."""
+
+    preset: str = ""
+    config: Path | None = None
+    resume: bool = False
+    out: Path | None = None
+    epochs: int | None = None
+
+
+def parse_config(presets: Mapping[str, Config], args: list[str], description: str) -> Config:
+    """Parse the command line of a training script: flags override a preset, or the settings of a run.
+
+    Args:
+        presets: those of the script, by name; the first is the default.
+        args: of the command line, without the script. Old spellings of flags are accepted, and reported on stderr.
+        description: heads the help.
+
+    Raises:
+        ValueError: ``--resume`` or ``--config`` of no such run, or a preset of another script.
+    """
+    given, args = args, [new_spelling(argument) for argument in args]
+    for old, new in zip(given, args, strict=True):
+        if old != new and local_rank() == 0:
+            print(f"{old.partition('=')[0]} is now {new.partition('=')[0]}", file=sys.stderr)
+    # Two passes, since tyro's own presets are subcommands, which must come before all flags.
+    start, _ = tyro.cli(_Start, args=args, return_unknown_args=True, add_help=False)
+    kind = type(next(iter(presets.values())))
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind],  # type: ignore[misc,valid-type]
+        default=_defaults(presets, start),
+        args=args,
+        description=description,
+    )
+    return override(config, config=None)
+
+
+def new_spelling(argument: str) -> str:
+    """Return an argument of a command line with the present name of its flag."""
+    flag, equals, value = argument.partition("=")
+    return _RENAMED.get(flag, flag) + equals + value
+
+
+def _defaults(presets: Mapping[str, Config], start: _Start) -> Config:
+    first = next(iter(presets.values()))
+    if start.resume and start.config is not None:
+        raise ValueError(f"--resume continues a run with its own settings: leave out --config {start.config}")
+    if start.resume and start.out is not None:
+        default = override(read_config(start.out, type(first)), out=start.out)
+    elif start.config is not None:
+        if start.preset:
+            raise ValueError(f"--preset {start.preset} and --config {start.config} exclude each other: take one")
+        default = override(read_config(start.config, type(first)), out=None)
+    elif start.preset in get_args(PresetName) and start.preset not in presets:
+        raise ValueError(f"--preset {start.preset} is of another script; this one has {', '.join(presets)}")
+    else:
+        default = presets.get(start.preset, first)  # an unknown one is reported by the parser, with the choices
+    # Steps that a run saved or a preset has must not overrule epochs that are asked for.
+    return default if start.epochs is None else override(default, steps=None)
+
+
+def run_script(
+    kind: type[Settings], work: Callable[[Settings], Any], description: str, *, stopped: str = "stopped"
+) -> None:
+    """Run a script from one config dataclass: parse the command line, do the work, exit with a sentence and a status.
+
+    Args:
+        kind: a dataclass; its fields are the flags, and their docstrings the help.
+        work: what the script is for. Its ValueError and OSError say in a sentence what is wrong, and are an exit
+            status of 1; Ctrl-C is one of 130. An error of all ranks is printed by rank 0.
+        description: heads the help.
+        stopped: printed after Ctrl-C, with fields in braces: "stopped; what was sampled is in {out}".
+    """
+    settings = tyro.cli(kind, args=sys.argv[1:], description=description)
+    try:
+        work(settings)
+    except (ValueError, OSError) as error:
+        sys.exit(1 if is_for_others_to_say(error) else f"error: {error}")
+    except KeyboardInterrupt:
+        print(stopped.format_map(vars(settings)), file=sys.stderr)
+        sys.exit(130)

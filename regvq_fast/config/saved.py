@@ -1,0 +1,72 @@
+"""Configurations as they are saved in a run's config.json, and changes by name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from regvq_fast.config.sections import Config
+
+# Settings that were removed, with their defaults: files that have these still describe the same run.
+_REMOVED: dict[str, object] = {"contrastive_max_places": 4096, "contrastive_layer_weights": [], "l1_weight": 1.0}
+
+
+def read_config(folder: Path, kind: type[Config]) -> Config:
+    """Read the configuration of a run: of its folder, or its config.json itself.
+
+    Raises:
+        ValueError: there is none, or it is not one of a run of this kind.
+    """
+    path = folder / "config.json" if folder.suffix != ".json" else folder
+    try:
+        return config_from_dict(json.loads(path.read_bytes()), kind)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"there is no run in {path.parent}: it has no {path.name}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the configuration of a run of this script: {error}") from None
+
+
+def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:
+    """Return the configuration that was saved as ``dataclasses.asdict`` in JSON; missing fields have their defaults.
+
+    Raises:
+        ValueError, TypeError: not such a configuration.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError("it has no sections")
+    sections: dict[str, Any] = {}
+    for section in fields(kind):
+        if not isinstance(saved := values.get(section.name), Mapping):
+            raise ValueError(f"it has no section {section.name!r}")
+        sections[section.name] = _section(saved, get_type_hints(kind)[section.name])
+    config = kind(**sections)
+    return replace(config, run=replace(config.run, resume=False, config=None))
+
+
+def _section(saved: Mapping[str, Any], kind: type) -> Any:
+    hints = get_type_hints(kind)
+    values = dict(saved)
+    for name, value in saved.items():
+        if name not in hints:
+            if name not in _REMOVED or value != _REMOVED[name]:
+                raise ValueError(f"no such field: {name}")
+            del values[name]
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+        elif value is not None and Path in (hints[name], *get_args(hints[name])):
+            values[name] = Path(value)
+    return kind(**values)
+
+
+def override(config: Config, /, **changes: object) -> Config:
+    """Return a copy with fields of any section replaced by name: ``override(config, steps=3, num_codes=16)``."""
+    sections: dict[str, object] = {}
+    for section in fields(config):
+        part = getattr(config, section.name)
+        own = {name: value for name, value in changes.items() if hasattr(part, name)}
+        sections[section.name] = replace(part, **own)
+        changes = {name: value for name, value in changes.items() if name not in own}
+    if changes:
+        raise ValueError(f"no such field: {', '.join(changes)}")
+    return replace(config, **sections)  # type: ignore[arg-type]

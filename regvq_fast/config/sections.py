@@ -1,0 +1,164 @@
+"""Sections that all training runs have: the run itself and its optimization. A field's docstring is its help."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from tyro.conf import FlagCreatePairsOff, arg
+
+from regvq_fast.config.runtime import CompileConfig, DeviceConfig, LoadingConfig, SeedConfig
+from regvq_fast.settings import Section, check_at_least, check_finite
+
+PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco"]
+OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
+OptionalInt = Annotated[int | None, arg(metavar="INT")]
+UNTITLED = arg(help="")
+"""Marks a section that has no description in the help."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """Optimization."""
+
+    steps: OptionalInt = None
+    """Optimizer steps; None: from --epochs."""
+    epochs: int = 100
+    """Passes over the images; ignored with --steps."""
+    batch_size: int = 16
+    """Images per step, of all ranks."""
+    accumulate: Annotated[int, arg(name="grad-accum-steps", metavar="N")] = 1
+    """Micro-batches per step, each with its own statistics."""
+    lr: float = 1.5e-4
+    """Learning rate of AdamW after warm-up."""
+    betas: Annotated[tuple[float, float], arg(metavar="X X")] = (0.9, 0.95)
+    """Betas of AdamW."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices and kernels."""
+    warmup_steps: int = 100
+    """Linear warm-up steps."""
+    final_lr_fraction: Annotated[float, arg(metavar="X")] = 1.0
+    """Cosine decay to this fraction."""
+    clip_grad: float = 1.0
+    """Maximum norm of gradients; 0: off."""
+    ema: float = 0.0
+    """Decay of the averaged weights; 0: off."""
+
+    def check(self) -> None:
+        super().check()
+        check_at_least(
+            1,
+            {
+                "--steps": 1 if self.steps is None else self.steps,
+                "--batch-size": self.batch_size,
+                "--grad-accum-steps": self.accumulate,
+                "--epochs": self.epochs,
+            },
+        )
+        check_at_least(
+            0,
+            {
+                "--clip-grad": self.clip_grad,
+                "--warmup-steps": self.warmup_steps,
+                "--weight-decay": self.weight_decay,
+                "--final-lr-fraction": self.final_lr_fraction,
+            },
+        )
+        if not self.lr > 0:
+            raise ValueError(f"--lr must be greater than 0, got {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--betas must be in [0, 1), got {self.betas}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--ema must be in [0, 1), got {self.ema}")
+        if self.batch_size % self.accumulate:
+            divisors = [str(k) for k in range(1, self.batch_size + 1) if self.batch_size % k == 0]
+            raise ValueError(
+                f"--grad-accum-steps {self.accumulate} does not divide --batch-size {self.batch_size}; "
+                f"use one of {', '.join(divisors)}"
+            )
+
+
+@dataclass(frozen=True)
+class FolderConfig(Section):
+    """Origin and folder of a run."""
+
+    preset: PresetName = "scenes"
+    """Named set of defaults."""
+    config: OptionalPath = None
+    """Start a new run from a run's config.json."""
+    out: OptionalPath = None
+    """Run folder; default: runs/PRESET-KIND-DATE."""
+    resume: FlagCreatePairsOff[bool] = False
+    """Continue the run in --out."""
+
+
+@dataclass(frozen=True)
+class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderConfig):
+    """Run."""
+
+    deterministic: bool = False
+    """Reproducible on a GPU; a CPU always is."""
+    activation_checkpointing: bool = False
+    """Recompute activations: less memory, slower."""
+    find_batch_size: FlagCreatePairsOff[bool] = False
+    """Print the largest batch that fits, and exit."""
+    trace_steps: int = 0
+    """Steps to profile into OUT/trace.json."""
+    log_every: int = 10
+    """Steps between log records."""
+    image_every: int = 250
+    """Steps between saved images."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: final only."""
+    checkpoint_every: Annotated[int, arg(metavar="N")] = 500
+    """Steps between checkpoints; 0: final only."""
+    keep_checkpoints: Annotated[int, arg(metavar="N")] = 2
+    """Newest checkpoints kept, besides the best."""
+    max_skipped: int = 20
+    """Non-finite steps in a row before an error."""
+
+    def check(self) -> None:
+        super().check()
+        check_at_least(
+            1,
+            {
+                "--log-every": self.log_every,
+                "--image-every": self.image_every,
+                "--keep-checkpoints": self.keep_checkpoints,
+            },
+        )
+        check_at_least(
+            0,
+            {
+                "--eval-every": self.eval_every,
+                "--checkpoint-every": self.checkpoint_every,
+                "--max-skipped": self.max_skipped,
+                "--trace-steps": self.trace_steps,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of a training script; each of them adds sections of its own."""
+
+    run: Annotated[RunConfig, UNTITLED] = field(default_factory=RunConfig)
+    optimizer: Annotated[OptimizerConfig, UNTITLED] = field(default_factory=OptimizerConfig)
+
+    @property
+    def label(self) -> str:
+        """Name of a run that has none."""
+        return self.run.preset
+
+    def check(self) -> None:
+        """Raise ValueError for settings that are wrong, by themselves or together."""
+        for section in (getattr(self, item.name) for item in fields(self)):
+            check_finite(section)
+            section.check()
+
+    def check_images(self, data: Path | None) -> None:
+        """Raise ValueError if a data set's preset would train on the embedded scenes, which are ``data`` None."""
+        if self.run.preset != "scenes" and data is None:
+            raise ValueError(f"--preset {self.run.preset} needs its images: give their folder with --data PATH")
+
+
+Config = TypeVar("Config", bound=TrainConfig)

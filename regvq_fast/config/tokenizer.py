@@ -1,0 +1,232 @@
+"""Configuration of a tokenizer run: one dataclass a concern, and the named presets."""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
+
+from regvq_fast.config.sections import (
+    UNTITLED,
+    OptimizerConfig,
+    OptionalInt,
+    OptionalPath,
+    PresetName,
+    RunConfig,
+    TrainConfig,
+)
+from regvq_fast.quantizers import QUANTIZERS
+from regvq_fast.settings import Section, check_at_least
+
+_MIN_IMAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Images."""
+
+    data: OptionalPath = None
+    """Folder of images or tar shards, or a pattern: "a-{0..9}.tar". Default: the embedded scenes."""
+    image_size: int = 64
+    """Side of the square images in pixels."""
+    crop: Literal["random-resized", "center"] = "random-resized"
+    """Training crop of a folder's images."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    val_images: int = 512
+    """Largest number of validation images."""
+
+    def check(self) -> None:
+        super().check()
+        check_at_least(1, {"--val-images": self.val_images})
+        if self.image_size < _MIN_IMAGE_SIZE:
+            raise ValueError(
+                f"--image-size must be at least {_MIN_IMAGE_SIZE} (for SSIM and VGG), got {self.image_size}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """Autoencoder and discriminator."""
+
+    ch: int = 32
+    """Base width of encoder and decoder."""
+    ch_mult: Annotated[tuple[int, ...], arg(metavar="N ...")] = (1, 1, 2)
+    """Width of each level, as a multiple of ch."""
+    num_res_blocks: int = 1
+    """Residual blocks per level."""
+    attn_resolutions: Annotated[tuple[int, ...], arg(metavar="N ...")] = ()
+    """Resolutions with attention, besides the lowest."""
+    z_channels: int = 64
+    """Channels of the encoder's output."""
+    dropout: float = 0.0
+    """Dropout in residual blocks."""
+    disc_filters: int = 32
+    """Base width of the discriminator."""
+    disc_layers: int = 2
+    """Its down-samplings."""
+    disc_norm: Literal["batch", "group", "none"] = "batch"
+    """Its normalization."""
+
+    def check(self) -> None:
+        super().check()
+        check_at_least(1, {"--disc-filters": self.disc_filters, "--disc-layers": self.disc_layers})
+
+    def check_image_size(self, size: int) -> int:
+        """Return the side of an image's token map; ValueError if the down-sampling does not divide ``size``."""
+        factor = 2 ** (len(self.ch_mult) - 1)
+        if size < factor or size % factor:
+            raise ValueError(
+                f"--image-size {size} is not a multiple of the down-sampling factor {factor}; "
+                f"try {max(factor, round(size / factor) * factor)}"
+            )
+        return size // factor
+
+
+@dataclass(frozen=True)
+class _QuantizerConfig(Section):
+    """Quantizer."""
+
+    quantizer: Literal[tuple(QUANTIZERS)] = next(iter(QUANTIZERS))  # type: ignore[valid-type]
+    """Reg-VQ, or a baseline."""
+    num_codes: int = 256
+    """Codebook size N."""
+    code_dim: int = 32
+    """Channels D of a code."""
+    fp32_scores: bool = False
+    """Scores in fp32 on a GPU even under --amp."""
+    collapse_threshold: Annotated[float, arg(metavar="X")] = 0.1
+    """Warn below this fraction of uniform code usage."""
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.collapse_threshold <= 1:
+            raise ValueError(f"--collapse-threshold must be between 0 and 1, got {self.collapse_threshold}")
+        QUANTIZERS[self.quantizer].settings_of(self).check()
+
+
+if TYPE_CHECKING:
+    QuantizerConfig = _QuantizerConfig
+else:  # with the settings of all quantizers; of several bases, the fields of the last come first
+    _SETTINGS = [kind.Settings for kind in reversed(QUANTIZERS.values()) if fields(kind.Settings)]
+    _OWN = {"__doc__": _QuantizerConfig.__doc__, "check": _QuantizerConfig.check}
+    QuantizerConfig = make_dataclass(
+        "QuantizerConfig", (), bases=(*_SETTINGS, _QuantizerConfig), namespace=_OWN, frozen=True
+    )
+
+
+@dataclass(frozen=True)
+class LossConfig(Section):
+    """Losses."""
+
+    perceptual_weight: Annotated[float, arg(metavar="X")] = 1.0
+    """Weight of LPIPS."""
+    perceptual_net: Literal["vgg16", "vgg19"] = "vgg16"
+    """Its feature network."""
+    perceptual_weights: OptionalPath = None
+    """File, or "random". Default: torch hub."""
+    contrastive: Literal["pcl", "cl", "none"] = "pcl"
+    """Contrastive loss: Eq. 3 (pcl), Eq. 2 or none."""
+    contrastive_weight: Annotated[float, arg(metavar="X")] = 0.02
+    """Weight of the contrastive loss."""
+    contrastive_region: Literal["all", "masked"] = "all"
+    """Positions with a positive: all, or masked ones."""
+    contrastive_sampling: Literal["dense", "sampled"] = "sampled"
+    """All positions of a feature map, or a sample."""
+    contrastive_patches: Annotated[int, arg(metavar="N")] = 256
+    """Sampled positions per image and layer."""
+    contrastive_net: Literal["same", "vgg16", "vgg19"] = "same"
+    """Its feature network; same: the perceptual one."""
+    contrastive_weights: OptionalPath = None
+    """File of its own network."""
+    disc_weight: float = 0.8
+    """Weight of the adversarial loss, times lambda."""
+    disc_start: OptionalInt = None
+    """First step with the discriminator; None: never."""
+
+    @property
+    def has_contrastive(self) -> bool:
+        """True if there is a contrastive loss; one of weight 0 is left out, and costs nothing."""
+        return self.contrastive != "none" and self.contrastive_weight > 0
+
+    @property
+    def has_own_contrastive_net(self) -> bool:
+        """True if the contrastive loss has another feature network than the perceptual distance."""
+        return self.has_contrastive and self.contrastive_net not in ("same", self.perceptual_net)
+
+    def check(self) -> None:
+        super().check()
+        check_at_least(
+            0,
+            {
+                "--perceptual-weight": self.perceptual_weight,
+                "--contrastive-weight": self.contrastive_weight,
+                "--disc-weight": self.disc_weight,
+                "--disc-start": self.disc_start or 0,
+            },
+        )
+        if self.contrastive != "none" and self.contrastive_patches < 2:
+            raise ValueError(
+                f"--contrastive-patches must be at least 2, for there to be negatives, got {self.contrastive_patches}"
+            )
+        if self.contrastive_weights is not None and not self.has_own_contrastive_net:
+            serves = f"with --contrastive-net {self.contrastive_net} the perceptual one serves both"
+            why = f"{serves}; use --perceptual-weights" if self.has_contrastive else "there is no contrastive loss"
+            raise ValueError(f"--contrastive-weights {self.contrastive_weights} has no network to go to: {why}")
+
+
+@dataclass(frozen=True)
+class VQGANConfig(TrainConfig):
+    """A run of ``train/vq.py``."""
+
+    data: Annotated[DataConfig, UNTITLED] = field(default_factory=DataConfig)
+    quantizer: Annotated[QuantizerConfig, UNTITLED] = field(default_factory=QuantizerConfig)
+    model: Annotated[ModelConfig, UNTITLED] = field(default_factory=ModelConfig)
+    loss: Annotated[LossConfig, UNTITLED] = field(default_factory=LossConfig)
+
+    @property
+    def label(self) -> str:
+        return f"{self.run.preset}-{self.quantizer.quantizer}"
+
+    def check(self) -> None:
+        super().check()
+        section, loss = self.quantizer, self.loss
+        side = self.model.check_image_size(self.data.image_size)
+        if loss.has_contrastive and loss.contrastive_region == "masked":
+            try:
+                QUANTIZERS[section.quantizer].settings_of(section).check_mask(side**2)
+            except ValueError as error:
+                raise ValueError(
+                    f"--contrastive-region masked needs stochastic tokens, but with --quantizer {section.quantizer} "
+                    f"{error}, or use the region all"
+                ) from None
+        self.check_images(self.data.data)
+
+
+def _paper(preset: PresetName, epochs: int) -> VQGANConfig:
+    """The paper's setting (section 4.1) on taming's VQGAN: 256 px, 16 x 16 tokens, 1024 codes of 256 channels."""
+    return VQGANConfig(
+        run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
+        data=DataConfig(image_size=256, val_images=5000),
+        quantizer=QuantizerConfig(num_codes=1024, code_dim=256),
+        model=ModelConfig(
+            ch=128,
+            ch_mult=(1, 1, 2, 2, 4),
+            num_res_blocks=2,
+            attn_resolutions=(16,),
+            z_channels=256,
+            disc_filters=64,
+            disc_layers=3,
+        ),
+        loss=LossConfig(contrastive_net="vgg19", disc_start=10_000),
+        optimizer=OptimizerConfig(steps=None, epochs=epochs, batch_size=40, warmup_steps=1000),
+    )
+
+
+VQGAN_PRESETS: dict[str, VQGANConfig] = {
+    # A few minutes on two CPU cores: a small model takes a larger learning rate (docs/sweeps.md).
+    "scenes": VQGANConfig(optimizer=OptimizerConfig(steps=600, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1)),
+    "ade20k": _paper("ade20k", epochs=100),
+    "celebahq": _paper("celebahq", epochs=60),
+    "cub200": _paper("cub200", epochs=300),
+    "coco": _paper("coco", epochs=50),
+}

@@ -1,0 +1,198 @@
+"""The interface of quantizers, and what those with a codebook of embeddings share."""
+
+import inspect
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from regvq_fast.matmul import compute_dtype, score_dtype
+from regvq_fast.settings import Section
+
+
+class QuantizerOutput(NamedTuple):
+    """Output of a quantizer for feature maps (B, D, H, W)."""
+
+    quantized: Tensor
+    """(B, D, H, W) with the quantizer's gradient to its input: float32 (float64 from a float64 module); of reg-vq and
+    gumbel-vq on a GPU in the type of the scores' products."""
+    indices: Tensor
+    """(B, H, W) int64, the selected codes."""
+    loss: Tensor
+    """0-dim float32 or float64: weighted sum of the quantizer's own losses."""
+    metrics: dict[str, Tensor]
+    """0-dim, detached, for logging."""
+    perturbation: Tensor
+    """(B, H, W), of that type: |z[index] - z[best_index]|^2; 0 where the selection is deterministic."""
+    mask: Tensor
+    """(B, H, W) bool, the stochastic positions."""
+
+
+@dataclass(frozen=True)
+class QuantizerSettings(Section):
+    """Settings of a quantizer beside its codebook's size; subclasses add fields, which are flags."""
+
+    def check_mask(self, positions: int) -> None:
+        """Raise ValueError unless a stochastic mask, of fewer positions than all, selects some of an image's."""
+        raise ValueError("there are none: choose another")
+
+
+class QuantizerSection(Protocol):
+    """The settings of a run that all quantizers share; its other fields are those of `QuantizerSettings`."""
+
+    @property
+    def num_codes(self) -> int: ...
+    @property
+    def code_dim(self) -> int: ...
+    @property
+    def fp32_scores(self) -> bool: ...
+
+
+class Quantizer(nn.Module):
+    """A map from latents to ``num_codes`` codes of ``code_dim`` channels; subclasses define `forward` and `codes_of`.
+
+    Args:
+        num_codes: N.
+        code_dim: D.
+        settings: fields of `Settings`, kept as `settings`.
+
+    Raises:
+        ValueError: a size or a setting that is out of range.
+    """
+
+    Settings: ClassVar[type[QuantizerSettings]] = QuantizerSettings
+    """Settings of a run, besides the size of the codebook."""
+    scheduled: ClassVar[tuple[str, ...]] = ()
+    """Names of what :meth:`set_progress` changes, for messages."""
+    fp32_scores = False
+    """Multiply latents and codes in fp32 on a GPU under autocast, too."""
+
+    def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
+        super().__init__()
+        if num_codes < 1 or code_dim < 1:
+            raise ValueError(f"num_codes and code_dim must be at least 1, got {num_codes} and {code_dim}")
+        self.num_codes = num_codes
+        self.code_dim = code_dim
+        self.settings = self.Settings(**settings)
+        self.settings.check()
+
+    @classmethod
+    def settings_of(cls, section: Any) -> QuantizerSettings:
+        """This quantizer's settings in a section that has those of others as well."""
+        return cls.Settings(**{item.name: getattr(section, item.name) for item in fields(cls.Settings)})
+
+    @classmethod
+    def from_section(cls, section: QuantizerSection) -> Self:
+        """Build the quantizer that a run's section describes; settings of other quantizers are ignored."""
+        quantizer = cls(section.num_codes, section.code_dim, **asdict(cls.settings_of(section)))
+        quantizer.fp32_scores = section.fp32_scores
+        return quantizer
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the constructor, as plain values."""
+        parameters = inspect.signature(type(self)).parameters.values()
+        named = {p.name: getattr(self, p.name) for p in parameters if p.kind is not p.VAR_KEYWORD}
+        return named | asdict(self.settings)
+
+    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+        """Select a code for each position of z (B, D, H, W).
+
+        In evaluation that is the best code everywhere. In training, quantizers that sample take the ``seed`` (0-dim
+        int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
+        position among those of all ranks and micro-batches. In a distributed run give all ranks the same seed.
+
+        Raises:
+            ValueError: maps of another shape, or none; on a CPU nan or inf in them.
+        """
+        raise NotImplementedError
+
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """Return the codes of a token map, in the module's type: (B, H, W) int64 -> (B, D, H, W)."""
+        raise NotImplementedError
+
+    def initialize(self, z: Tensor) -> None:
+        """Fit a new quantizer to the first latents (B, D, H, W) of a new encoder; some need no such start."""
+
+    def set_progress(self, fraction: float) -> None:
+        """Follow a schedule: called before each step with the fraction of training done, 0 to 1."""
+
+    def extra_repr(self) -> str:
+        return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+
+    def _to_rows(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B, D, H, W) -> (B*H*W, D) of this type; no copy for channels_last maps that have it."""
+        if z.ndim != 4 or z.shape[1] != self.code_dim:
+            raise ValueError(f"the quantizer takes (B, {self.code_dim}, H, W) maps, got {tuple(z.shape)}")
+        if z.numel() == 0:
+            raise ValueError(f"the quantizer needs a position at least: there is none in maps of {tuple(z.shape)}")
+        return z.to(dtype).permute(0, 2, 3, 1).reshape(-1, self.code_dim)
+
+    @staticmethod
+    def _to_maps(rows: Tensor, z: Tensor) -> Tensor:
+        """(B*H*W, D) -> (B, D, H, W) in channels_last, or (B*H*W,) -> (B, H, W), with the sizes of z."""
+        batch, _, height, width = z.shape
+        if rows.ndim == 1:
+            return rows.view(batch, height, width)
+        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    def _deterministic(
+        self, z: Tensor, quantized: Tensor, indices: Tensor, loss: Tensor, metrics: dict[str, Tensor]
+    ) -> QuantizerOutput:
+        """Output of a selection without noise, of rows as maps with the sizes of ``z``."""
+        index_map = self._to_maps(indices, z)
+        return QuantizerOutput(
+            self._to_maps(quantized, z),
+            index_map,
+            loss,
+            metrics,
+            torch.zeros_like(index_map, dtype=quantized.dtype),
+            torch.zeros_like(index_map, dtype=torch.bool),
+        )
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantizer whose codes are rows of ``embedding``.
+
+    On a GPU rows and codes are multiplied in the type of the maps, 16 bits under autocast, and summed in fp32. Set
+    ``fp32_scores`` to multiply them in fp32. Parameters, losses, averages and statistics are in fp32 in any case, and
+    so is everything on a CPU.
+    """
+
+    def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
+        super().__init__(num_codes, code_dim, **settings)
+        self.embedding = nn.Embedding(num_codes, code_dim)
+
+    def codes(self) -> Tensor:
+        """Return the codes (N, D) that indices stand for."""
+        return self.embedding.weight
+
+    def codes_of(self, indices: Tensor) -> Tensor:
+        return self.codes()[indices].permute(0, 3, 1, 2).to(self.embedding.weight.dtype)
+
+    def _score_dtype(self, z: Tensor) -> torch.dtype:
+        """Return the type in which rows of z are multiplied with codes."""
+        return score_dtype(z, self.embedding.weight, self.fp32_scores)
+
+    def _wide_rows(self, z: Tensor) -> Tensor:
+        """(B, D, H, W) -> (B*H*W, D) of the type of :func:`wide`."""
+        return self._to_rows(z, compute_dtype(self.embedding.weight))
+
+
+def wide(parameter: Tensor) -> Tensor:
+    """Return a parameter in the type that quantizers compute in: float32, or float64 if that is its own."""
+    return parameter.to(compute_dtype(parameter))
+
+
+def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
+    """``codes`` forward, the identity to ``rows`` backward.
+
+    Called before the losses of the rows it saves a copy of them: backward comes to it last, and adds its gradient to
+    the losses' instead of adding theirs to its own, which belongs to the decoder.
+    """
+    return rows + (codes - rows).detach()
+
+
+def sample_seed(device: torch.device) -> Tensor:
+    """Sample a 0-dim int64 seed from PyTorch's global generator of the device."""
+    return torch.randint(torch.iinfo(torch.int64).max, (), device=device)

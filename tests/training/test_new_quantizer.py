@@ -1,0 +1,107 @@
+"""One class and one line in the registry are a quantizer that train/vq.py trains, with flags of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import FAST, SCRIPT, TINY
+
+from regvq_fast.config import QuantizerConfig
+from regvq_fast.models import VQGAN
+from regvq_fast.quantizers import QUANTIZERS, Quantizer
+
+MODULE = '''
+from dataclasses import dataclass
+
+import torch
+from regvq_fast.quantizers import Quantizer, QuantizerSettings
+
+
+@dataclass(frozen=True)
+class ScalarSettings(QuantizerSettings):
+    """Settings of the toy."""
+
+    levels: int = 5
+    """scalar: levels of each channel."""
+
+    def check(self):
+        if self.levels < 2:
+            raise ValueError(f"levels must be at least 2, got {self.levels}")
+
+
+class ScalarQuantizer(Quantizer):
+    """Channels rounded to levels; without an embedding (finite scalar quantization)."""
+
+    Settings = ScalarSettings
+
+    def forward(self, z, seed=None, row_offset=0):
+        levels = self.settings.levels
+        rows = self._to_rows(z).sigmoid() * (levels - 1)
+        codes = rows + (rows.round() - rows).detach()
+        places = levels ** torch.arange(self.code_dim)
+        indices = (codes.detach().long() * places).sum(1)
+        return self._deterministic(z, codes, indices, rows.new_zeros(()), {})
+
+    def codes_of(self, indices):
+        places = self.settings.levels ** torch.arange(self.code_dim)
+        digits = indices.unsqueeze(-1) // places % self.settings.levels
+        return digits.permute(0, 3, 1, 2).float()
+'''
+START = """
+import runpy
+import sys
+
+from regvq_fast.quantizers import QUANTIZERS
+from scalar import ScalarQuantizer
+
+QUANTIZERS["scalar"] = ScalarQuantizer
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_a_new_quantizer_is_a_class_and_a_line(tmp_path: Path) -> None:
+    (tmp_path / "scalar.py").write_text(MODULE)
+    script = tmp_path / "start.py"
+    script.write_text(START)
+    flags = [*TINY, *FAST, "--quantizer", "scalar", "--levels", "3", "--code-dim", "2", "--num-codes", "9"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(script), str(SCRIPT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
+
+    shown = run("--help")
+    assert shown.returncode == 0, shown.stderr
+    help_text = shown.stdout
+    assert "--levels INT" in help_text
+    assert "scalar: levels of each channel." in help_text
+    assert "levels must be at least 2, got 1" in run(*flags, "--levels", "1").stderr
+
+    trained = run(*flags, "--out", str(tmp_path / "run"))
+    assert trained.returncode == 0, trained.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["quantizer"]["levels"] == 3
+    assert config["architecture"]["quantizer"] == {
+        "type": "ScalarQuantizer",
+        "num_codes": 9,
+        "code_dim": 2,
+        "levels": 3,
+    }
+    assert (tmp_path / "run" / "pictures" / "codebook.png").exists()
+    resumed = run("--resume", "--out", str(tmp_path / "run"), "--steps", "6")
+    assert resumed.returncode == 0, resumed.stderr
+
+    with pytest.raises(ValueError, match="ScalarQuantizer"):  # which is not registered here
+        VQGAN.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_section_builds_each_of_them_with_its_settings(name: str) -> None:
+    section = QuantizerConfig(quantizer=name, num_codes=12, code_dim=4, fp32_scores=True, tau=0.5)  # type: ignore[call-arg]
+    quantizer = QUANTIZERS[name].from_section(section)
+    assert isinstance(quantizer, Quantizer)
+    assert (quantizer.num_codes, quantizer.code_dim, quantizer.fp32_scores) == (12, 4, True)
+    assert getattr(quantizer.settings, "tau", 0.5) == 0.5
+    assert type(quantizer)(**quantizer.arguments()).arguments() == quantizer.arguments()
