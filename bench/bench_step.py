@@ -35,7 +35,7 @@ from regvq_fast.training import trainer as training
 from regvq_fast.training.compilation import CPU_STEPS
 from regvq_fast.training.recipe import Step
 from regvq_fast.training.trainer import Trainer
-from regvq_fast.training.vqgan import VQGANRecipe
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 SIZES = {
     "small": override(

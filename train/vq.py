@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 
 from regvq_fast.cli.train import train
 from regvq_fast.config import VQGAN_PRESETS
-from regvq_fast.training.vqgan import VQGANRecipe
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 if __name__ == "__main__":
     train(VQGANRecipe, VQGAN_PRESETS, description=str(__doc__))

@@ -29,7 +29,7 @@ from regvq_fast.evaluation.fid import (
 )
 from regvq_fast.evaluation.measurement import CODE_COUNTS, RESULTS, Measurement, print_measurements, write_measurements
 from regvq_fast.evaluation.metrics import SampledImages, evaluate_tokenizer, fid_of_samples
-from regvq_fast.evaluation.reconstruction import SSIM_WINDOW, ReconstructionMetrics
+from regvq_fast.evaluation.reconstruction_metrics import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
 from regvq_fast.files import atomic_path, check_writable
 from regvq_fast.models.features import NoWeightsError

@@ -10,7 +10,7 @@ from regvq_fast.evaluation.plots import (
     save_reconstruction_grid,
     save_usage_histogram,
 )
-from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.evaluation.reconstruction_metrics import ReconstructionMetrics, evaluate_reconstruction
 
 __all__ = [
     "CodebookUsage",

@@ -17,7 +17,7 @@ from regvq_fast.data.reading import opened_image
 from regvq_fast.data.samples import Batch, Sample
 from regvq_fast.data.transforms import Box, crop_rgb, image_to_tensor, upright_size
 from regvq_fast.evaluation.fid import FeatureStatistics, Reference, statistics_of
-from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.evaluation.reconstruction_metrics import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.evaluation.shares import rank_batches, rank_share
 from regvq_fast.models.vqgan import VQGAN
 

@@ -17,7 +17,7 @@ from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 from regvq_fast.priors.diffusion.model import VQDiffusion
 from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 from regvq_fast.priors.diffusion.sampler import DiffusionSampler, DiffusionSettings
-from regvq_fast.priors.recipe import PriorRecipe
+from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.sampler import PriorSampler
 
 

@@ -22,7 +22,7 @@ from regvq_fast.models import VQGAN
 from regvq_fast.models.model import Model
 from regvq_fast.priors.choosing import choose_tokens
 from regvq_fast.priors.config import PriorConfig
-from regvq_fast.priors.recipe import PriorRecipe
+from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.registry import PRIORS, Prior, SamplingConfig
 from regvq_fast.priors.sampler import PriorSampler, SamplingSettings
 from regvq_fast.quantizers import NearestQuantizer

@@ -19,7 +19,7 @@ from regvq_fast.models import VGGFeatures
 from regvq_fast.ranks import process_group, rank
 from regvq_fast.training import build
 from regvq_fast.training.trainer import Trainer
-from regvq_fast.training.vqgan import VQGANRecipe
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 TINY = override(
     VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=2, batch_size=4,

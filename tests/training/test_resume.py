@@ -25,7 +25,7 @@ from regvq_fast.models import VQGAN
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.training.recipe import Step
 from regvq_fast.training.trainer import Trainer
-from regvq_fast.training.vqgan import VQGANRecipe
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 STEPS = 12
 RUN = (

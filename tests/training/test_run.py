@@ -19,7 +19,7 @@ from regvq_fast.training import build
 from regvq_fast.training.build import build_model
 from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.trainer import Trainer
-from regvq_fast.training.vqgan import VQGANRecipe
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:

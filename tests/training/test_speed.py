@@ -12,7 +12,7 @@ from regvq_fast.config import VQGANConfig, override
 from regvq_fast.precision import configure_backends
 from regvq_fast.training.throughput import peak_flops
 from regvq_fast.training.trainer import Trainer
-from regvq_fast.training.vqgan import VQGANRecipe
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 
 def test_records_tell_how_long_the_step_waited_for_data(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from tiny_runs import FAST, assert_equal, checkpoints, records, train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import regvq_fast.training.vqgan
+import regvq_fast.training.vqgan_recipe
 from regvq_fast import ranks
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.training.optimization import AveragedWeights, Rollback, Watch
 from regvq_fast.training.trainer import Trainer
-from regvq_fast.training.vqgan import CodebookMeter, VQGANRecipe
+from regvq_fast.training.vqgan_recipe import CodebookMeter, VQGANRecipe
 
 NAN, INF = float("nan"), float("inf")
 
@@ -57,7 +57,7 @@ def let_through(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_images(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float = NAN) -> None:
     """Put one bad pixel into the images of these steps."""
-    original, step = regvq_fast.training.vqgan.to_float, Trainer.step
+    original, step = regvq_fast.training.vqgan_recipe.to_float, Trainer.step
     broken = []
 
     def to_float(images: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def break_images(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float 
         step(trainer, number)
         broken.clear()
 
-    monkeypatch.setattr(regvq_fast.training.vqgan, "to_float", to_float)
+    monkeypatch.setattr(regvq_fast.training.vqgan_recipe, "to_float", to_float)
     monkeypatch.setattr(Trainer, "step", counted)
 
 
@@ -296,7 +296,7 @@ def test_a_run_tells_of_a_collapse_after_its_warm_up(
     def collapsed(update: Callable[..., None]) -> Callable[..., None]:
         return lambda usage, indices: update(usage, torch.zeros_like(indices))
 
-    usage = regvq_fast.training.vqgan.CodebookUsage
+    usage = regvq_fast.training.vqgan_recipe.CodebookUsage
     monkeypatch.setattr(usage, "update", collapsed(usage.update))
     flags = ["--steps", 8, "--warmup-steps", 4, "--log-every", 1]
     train(*FAST, "--out", tmp_path / "run", *flags)

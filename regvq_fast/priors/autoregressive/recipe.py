@@ -9,7 +9,7 @@ from regvq_fast.image_grids import color_map, legend_of
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.autoregressive.sampler import ARSampler, sample_autoregressive
-from regvq_fast.priors.recipe import PriorRecipe
+from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.sampler import Progress
 
 _MAX_CLASSES = 256

@@ -13,7 +13,7 @@ from regvq_fast.priors.diffusion.model import VQDiffusion
 from regvq_fast.priors.diffusion.sampler import DiffusionSampler, sample_diffusion
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder
 from regvq_fast.priors.diffusion.timesteps import TimestepSampler
-from regvq_fast.priors.recipe import PriorRecipe
+from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.sampler import Progress
 
 

@@ -9,7 +9,7 @@ from skimage.metrics import structural_similarity
 from torch import nn
 
 from regvq_fast.data import to_float, to_uint8, validation_batches
-from regvq_fast.evaluation.reconstruction import evaluate_reconstruction
+from regvq_fast.evaluation.reconstruction_metrics import evaluate_reconstruction
 from regvq_fast.scenes import ScenesDataset
 
 

@@ -17,7 +17,7 @@ from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
 from regvq_fast.evaluation.plots import save_codebook_mosaic, save_reconstruction_grid, save_usage_histogram
-from regvq_fast.evaluation.reconstruction import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.evaluation.reconstruction_metrics import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.ranks import local_ranks, num_ranks, rank, sum_over_ranks
 from regvq_fast.training.build import build_discriminator, build_model, build_reconstruction_loss
