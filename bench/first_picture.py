@@ -17,7 +17,7 @@ from regvq_fast.data.loading import build_dataset, collate
 from regvq_fast.data.transforms import to_float, to_uint8
 from regvq_fast.evaluation.pictures import save_labelled_rows
 from regvq_fast.models import VQGAN
-from regvq_fast.training.units import percent
+from regvq_fast.number_formats import percent
 
 IMAGES = 8
 

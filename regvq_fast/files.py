@@ -48,3 +48,39 @@ def user_cache(name: str) -> Path:
     except RuntimeError:
         raise OSError("this user has no home folder to keep a cache in: set XDG_CACHE_HOME to a folder") from None
     return home / "regvq_fast" / name
+
+
+class LineFile:
+    """A file of lines that survives a full disk: lines that can't be written wait in memory for the next one.
+
+    Args:
+        path: made where it is missing.
+        keep: bytes of it to keep; the rest is cut off, and a last line that was not finished with it.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self._file = path.open("ab", buffering=0)
+        self.size = path.read_bytes()[:keep].rfind(b"\n") + 1
+        """Bytes of all lines so far, those that wait included."""
+        self._file.truncate(self.size)
+        self._waiting = b""
+
+    def write(self, line: str) -> None:
+        """Add a line; OSError where it has to wait."""
+        added = line.encode() + b"\n"
+        self._waiting += added
+        self.size += len(added)
+        self._flush()
+
+    def sync(self) -> None:
+        """Wait until the disk has all lines; OSError where it can't."""
+        self._flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; lines that still wait are lost."""
+        self._file.close()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]

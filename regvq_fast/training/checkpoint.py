@@ -201,6 +201,11 @@ class Checkpoints:
                     shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
 
+    @property
+    def newest_name(self) -> str:
+        """Name of the newest checkpoint, for messages."""
+        return "the beginning" if self.newest is None else self.newest.name
+
     def has(self, step: int) -> bool:
         """Whether the newest checkpoint is of this step."""
         return self.newest == self._path(step)

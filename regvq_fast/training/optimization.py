@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regvq_fast.config import OptimizerConfig
 from regvq_fast.precision import Precision
-from regvq_fast.ranks import rank, sum_over_ranks
+from regvq_fast.ranks import num_ranks, rank, sum_over_ranks
 from regvq_fast.training.recipe import Networks
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,6 +39,22 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
     others = [p for p in parameters if id(p) not in weights]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+
+def micro_batch_size(config: OptimizerConfig) -> int:
+    """Return the images of a micro-batch on each rank.
+
+    Raises:
+        ValueError: ranks and micro-batches don't divide the batch.
+    """
+    size, rest = divmod(config.batch_size, num_ranks() * config.accumulate)
+    if rest:
+        by = f" and --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise ValueError(
+            f"--batch-size {config.batch_size} does not divide among {num_ranks()} processes{by}: "
+            f"take a multiple of {num_ranks() * config.accumulate}"
+        )
+    return size
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import platform
 import threading
 import time
@@ -20,11 +19,11 @@ from rich.text import Text
 
 from regvq_fast.config import TrainConfig
 from regvq_fast.console import Items, progress_bar, say, stage
-from regvq_fast.files import atomic_path, check_new_folder
+from regvq_fast.files import LineFile, atomic_path, check_new_folder
 from regvq_fast.models.pretrained import WEIGHTS
+from regvq_fast.number_formats import evaluation_items, progress_items, result
 from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
-from regvq_fast.training.units import evaluation_items, progress_items, result
 from regvq_fast.version import __version__
 
 _SUMMARY = "summary.json"
@@ -54,41 +53,6 @@ def _finite(values: Mapping[str, object]) -> dict[str, object]:
 def reason(error: OSError) -> str:
     """What went wrong with a file, in words, without the number and a temporary name."""
     return error.strerror or str(error)
-
-
-class _Lines:
-    """A file of lines that outlives a full disk: what can't be written waits for the next line.
-
-    Args:
-        path: made where it is missing.
-        keep: bytes of it to keep; the rest is cut off, and a last line that was not finished with it.
-    """
-
-    def __init__(self, path: Path, keep: int) -> None:
-        self._file = path.open("ab", buffering=0)
-        self.size = path.read_bytes()[:keep].rfind(b"\n") + 1
-        """Bytes of all lines so far, those that wait included."""
-        self._file.truncate(self.size)
-        self._waiting = b""
-
-    def write(self, line: str) -> None:
-        """Add a line; OSError where it has to wait."""
-        added = line.encode() + b"\n"
-        self._waiting += added
-        self.size += len(added)
-        self._flush()
-
-    def sync(self) -> None:
-        """Wait until the disk has all lines; OSError where it can't."""
-        self._flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _flush(self) -> None:
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 class Recorder:
@@ -142,7 +106,7 @@ class Recorder:
             if start.folder is not None:
                 say(self.console, "resuming", f"from {start.folder}")
         keep = start.state.get("metrics_bytes", 0) if start else 0
-        self._lines = _Lines(folder / "metrics.jsonl", keep) if self._writes else None
+        self._lines = LineFile(folder / "metrics.jsonl", keep) if self._writes else None
         self._resuming = start is not None
         self._failing: set[str] = set()
         self._tensorboard: Any = None

@@ -12,6 +12,7 @@ import torch
 
 from regvq_fast.config import TrainConfig
 from regvq_fast.ranks import any_rank
+from regvq_fast.training.checkpoint import Checkpoints
 from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -120,22 +121,29 @@ class Run(Protocol):
     done: int
     rank_batch: int
     evaluating: bool
-    newest: str
+    checkpoints: Checkpoints
     command: str
+
+
+def remedy(run: Run) -> str:
+    """Return how to continue a run, for messages."""
+    return f"to continue from {run.checkpoints.newest_name}: {run.command}"
 
 
 def explained(error: BaseException, run: Run) -> RunStopped | None:
     """Return the exception that tells a user why their run stopped and how to continue; None for a bug."""
-    remedy = f"to continue from {run.newest}: {run.command}"
+    after = f"after step {run.done}"
     if isinstance(error, Interrupted):
         during = ", during an evaluation" if run.evaluating else ""
-        return RunStopped(f"stopped by {error} after step {run.done} of {run.steps}{during}; {remedy}", error.exit_code)
+        message = f"stopped by {error} {after} of {run.steps}{during}; {remedy(run)}"
+        return RunStopped(message, error.exit_code)
     if isinstance(error, FloatingPointError):
-        return RunStopped(
-            f"stopped after step {run.done}: {error}; to continue from {run.newest}, add a lower --lr, a lower "
-            f"--clip-grad or --no-amp to: {run.command}",
-            shared=not isinstance(error, ValueError),  # an op's, which is of its rank alone, is both
+        newest = run.checkpoints.newest_name
+        message = (
+            f"stopped {after}: {error}; to continue from {newest}, add a lower --lr, a lower --clip-grad or --no-amp "
+            f"to: {run.command}"
         )
+        return RunStopped(message, shared=not isinstance(error, ValueError))  # an op's, of its rank alone, is both
     if is_out_of_memory(error):
         why = out_of_memory_advice(run.config, run.device, run.rank_batch, training=not run.evaluating)
     elif isinstance(error, (ValueError, OSError)):
@@ -143,4 +151,4 @@ def explained(error: BaseException, run: Run) -> RunStopped | None:
         why = str(error).strip().rpartition("\n")[2].removeprefix(f"{type(error).__name__}: ")
     else:
         return None
-    return RunStopped(f"stopped after step {run.done}: {why}; {remedy}", shared=False)
+    return RunStopped(f"stopped {after}: {why}; {remedy(run)}", shared=False)

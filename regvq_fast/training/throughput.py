@@ -26,20 +26,22 @@ _PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
 
 
 class DeviceMonitor:
-    """Power, clocks and memory of a GPU for the records; nothing on a CPU, nor where NVML can't be asked.
+    """Power, clocks and memory of a GPU for the records; nothing on a CPU, or if NVML is not available.
 
     Args:
         device: that of the run.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.metadata: dict[str, str] = {}
-        """The driver, or why there will be no numbers."""
-        self._device = device
+        self._device, self._metadata = device, dict[str, str]()
         self._read: Callable[[], State] = lambda: None
         if device.type == "cuda":
             driver, self._read, problem = gpu_state(device)
-            self.metadata = {"driver": problem or str(driver)}
+            self._metadata = {"driver": problem or str(driver)}
+
+    def describe(self) -> tuple[str, dict[str, str]]:
+        """Return the device's name, and the driver of a GPU or why there will be no numbers."""
+        return "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device), self._metadata
 
     def read(self) -> dict[str, float]:
         """Watts, MHz, degrees Celsius and GiB in use by all processes of the GPU; GiB this one allocated at most."""

@@ -23,10 +23,10 @@ from regvq_fast.precision import choose_device, choose_precision, configure_back
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
 from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.memory import peak_memory
-from regvq_fast.training.optimization import Optimization, learning_rate
+from regvq_fast.training.optimization import Optimization, learning_rate, micro_batch_size
 from regvq_fast.training.recipe import Metrics, Recipe, Step
 from regvq_fast.training.recorder import Recorder, new_run_folder, reason
-from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained
+from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained, remedy
 from regvq_fast.training.throughput import Clock, DeviceMonitor, Utilization, count_flops
 from regvq_fast.training.trace import StepTrace
 
@@ -50,14 +50,8 @@ class Trainer(Generic[Config]):
         run, optimizer = config.run, config.optimizer
         self.device = choose_device(run.device)
         self.batch_size = optimizer.batch_size
-        self.rank_batch, rest = divmod(self.batch_size, ranks.num_ranks())
-        if rest or self.rank_batch % optimizer.accumulate:
-            by = f" and --accumulate {optimizer.accumulate}" if optimizer.accumulate > 1 else ""
-            raise ValueError(
-                f"--batch-size {self.batch_size} does not divide among {ranks.num_ranks()} processes{by}: "
-                f"take a multiple of {ranks.num_ranks() * optimizer.accumulate}"
-            )
-        self.micro_batch = self.rank_batch // optimizer.accumulate
+        self.micro_batch = micro_batch_size(optimizer)
+        self.rank_batch = self.micro_batch * optimizer.accumulate
         configure_backends(self.device, run.deterministic)
         self.precision = choose_precision(run.amp, self.device)
         self.recipe = kind(self.device, self.precision, self.micro_batch)
@@ -74,18 +68,14 @@ class Trainer(Generic[Config]):
             self.config, self.networks = self.recipe.build(override(config, device=device, steps=self.steps))
         self.networks.model.checkpoint_activations(run.activation_checkpointing)
         self.identity = {"training images": str(len(self.data.train)), **self.networks.identity}
-        for name, value in self.identity.items():
-            found = list(dict.fromkeys(ranks.texts_of_ranks(value)))
-            if len(found) > 1:  # their losses would differ
-                raise ValueError(f"the processes have {' and '.join(found)} {name}: all of them need the same files")
+        ranks.check_agreement(self.identity)
         self.recipe.distribute(self.compiles)
         torch.manual_seed(run.seed + ranks.rank())  # each rank has dropout of its own
         self.optimization = Optimization(self.networks, optimizer, self.precision, self.device)
 
-        monitor = DeviceMonitor(self.device)
-        self._read_device = monitor.read
+        self._monitor = DeviceMonitor(self.device)
         self.utilization = Utilization(self.device, self.precision.dtype, self._flops_per_image, self.networks.active)
-        self.metadata = self._describe() | monitor.metadata | ({"compilation": why_not} if why_not else {})
+        self.metadata = self._describe() | ({"compilation": why_not} if why_not else {})
         # One seed a step, counted on the device.
         self.seed = torch.tensor((run.seed & 0x7FFFFFFF) << 32, device=self.device)
         self.start = self.done = 0
@@ -96,11 +86,12 @@ class Trainer(Generic[Config]):
         self._unsaved: int | None = None  # the last step whose checkpoint could not be written
 
     def _describe(self) -> dict[str, str]:
-        device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        device, driver = self._monitor.describe()
         if ranks.num_ranks() > 1:
             device += f", {ranks.num_ranks()} processes with {self.rank_batch} images each"
         model = f"{sum(p.numel() for p in self.networks.model.parameters()) / 1e6:.1f} M parameters"
-        return {"device": device, "precision": self.precision.reason, "model": model, **self.networks.metadata}
+        found = {"device": device, "precision": self.precision.reason, "model": model}
+        return found | self.networks.metadata | driver
 
     @classmethod
     def open(cls, kind: type[Recipe[Config]], config: Config) -> "Trainer[Config]":
@@ -119,9 +110,7 @@ class Trainer(Generic[Config]):
             elif ranks.rank() == 0:
                 out = str(new_run_folder(config))
         out = ranks.texts_of_ranks(out)[0]
-        found = ranks.texts_of_ranks("" if start is None else str(start.step))
-        if len(set(found)) > 1:
-            raise ValueError(f"the processes see checkpoints of different steps ({', '.join(found)}): is --out shared?")
+        ranks.check_agreement({"as the newest checkpoint": "none" if start is None else f"step {start.step}"})
         trainer = cls(kind, config if start else override(config, out=Path(out)))
         with ranks.together():
             if start is not None:
@@ -142,7 +131,7 @@ class Trainer(Generic[Config]):
         Raises:
             RunStopped: by a signal, non-finite values, unreadable data, lack of memory, or a full disk at the end.
         """
-        with self.recorder, StopSignals(lambda: f"to continue from {self.newest}: {self.command}") as stop:
+        with self.recorder, StopSignals(lambda: remedy(self)) as stop:
             try:
                 self._loop(stop)
             except Exception as error:
@@ -160,7 +149,7 @@ class Trainer(Generic[Config]):
                 compiling[step] = f"compiling the {name.removeprefix('grad_norm_')}"
         recorder.status("starting")
         trace = StepTrace(recorder, range(self.start, self.steps), run.trace_steps, self.device)
-        checkpoint_due = False
+        checkpoint_due, self._metrics_bytes = False, recorder.metrics_bytes
         clock = Clock(lambda: self._batches.waited() if self._batches else 0.0)
         for step in range(self.start, self.steps):
             # Before the step, not after the one before it: a run continued from a checkpoint here evaluates, too.
@@ -255,7 +244,7 @@ class Trainer(Generic[Config]):
         if self.networks.meter is not None:
             numbers, warnings = self.networks.meter.read(self.done)
             values |= numbers
-        return values | {"lr": self.lr} | self._read_device(), warnings
+        return values | {"lr": self.lr} | self._monitor.read(), warnings
 
     def _flops_per_image(self, number: int) -> float:
         """Count a step's operations in an extra pass, whose effects are undone."""
@@ -283,9 +272,7 @@ class Trainer(Generic[Config]):
 
             def progress(done: int) -> None:
                 show(min(done * ranks.num_ranks(), images), images)
-                if (
-                    ranks.num_ranks() == 1
-                ):  # ranks may have different numbers of batches: they agree on signals afterwards
+                if ranks.num_ranks() == 1:  # ranks with fewer batches would miss it: they agree afterwards
                     stop.check()
 
             batches = rank_batches(self.data.val, self.micro_batch, self.workers, self.device)
@@ -328,7 +315,7 @@ class Trainer(Generic[Config]):
             if self._unsaved != self.done:
                 self.recorder.warn(
                     f"the checkpoint of step {self.done} could not be saved ({reason(error)}); the run can be resumed "
-                    f"from {self.newest}"
+                    f"from {self.checkpoints.newest_name}"
                 )
             self._unsaved = self.done
             return False
@@ -355,12 +342,6 @@ class Trainer(Generic[Config]):
         self.seed.copy_(checkpoint.state["seed"])
         ranks.set_random_state(checkpoint.state["random"], self.device)
         checkpoint.release()
-
-    @property
-    def newest(self) -> str:
-        """Name of the newest checkpoint, for messages."""
-        path = self.checkpoints.newest
-        return "the beginning" if path is None else path.name
 
     @property
     def command(self) -> str:

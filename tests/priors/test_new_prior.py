@@ -86,7 +86,7 @@ class ToyRecipe(PriorRecipe[ToyConfig]):
     def check(config: ToyConfig) -> None:
         check_prior_config(config)
 
-    def build_prior(self, config: ToyConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
+    def build_prior(self, config: ToyConfig) -> tuple[ToyModel, dict[str, nn.Module]]:
         classes = config.model.num_classes
         return ToyModel(self.tokenizer.quantize.num_codes, classes, self.tokenizer.token_shape), {}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from regvq_fast.training.units import duration, evaluation_items, progress_items, result
+from regvq_fast.number_formats import duration, evaluation_items, progress_items, result
 
 
 @pytest.mark.parametrize(
