@@ -15,7 +15,7 @@ on the CPU it is what a step adds to them.
 import functools
 import itertools
 import warnings
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import measuring
@@ -131,14 +131,17 @@ def check(size: str) -> None:
     nn.init.normal_(taming.autoencoder.quantize.embedding.weight)  # fresh codes are so small that none would matter
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the groups, which taming has from us
         ours.networks.model.load_taming_state_dict(taming.autoencoder.state_dict())
-    ours.recipe.discriminator.load_state_dict(taming.discriminator.state_dict())
+    recipe = cast(VQGANRecipe, ours.recipe)
+    recipe.discriminator.load_state_dict(taming.discriminator.state_dict())
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with torch.no_grad():
             expected_images, _ = taming.autoencoder(images)
             reconstruction = ours.networks.model(images).reconstruction
         theirs = {name.removeprefix("train/"): value for name, value in taming(images).items()}
-        metrics, _ = ours.train_step(images, torch.zeros((), dtype=torch.int64, device=batch.device), adversarial=True)
+        metrics, _ = recipe.train_step(
+            images, torch.zeros((), dtype=torch.int64, device=batch.device), adversarial=True
+        )
     assert expected_images.std() > 0.01
     torch.testing.assert_close(reconstruction, expected_images, rtol=0, atol=1e-3 * float(expected_images.abs().max()))
     expected = {

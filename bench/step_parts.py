@@ -4,13 +4,14 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import measuring
 import torch
 
 from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 
 class Stopwatch:
@@ -51,7 +52,7 @@ class Stopwatch:
 
 def parts_of_step(trainer: Trainer[Any], step: measuring.Run, device: str, repeats: int = 5) -> dict[str, float]:
     """Median milliseconds of the parts of an uncompiled step, waiting for the device between them."""
-    model, recipe = trainer.networks.model, trainer.recipe
+    model, recipe = trainer.networks.model, cast(VQGANRecipe, trainer.recipe)
     watched: dict[str, list[tuple[Any, str]]] = {
         "encoder": [(model.encoder, "forward")],
         "quantizer": [(model.quantize, "forward")],

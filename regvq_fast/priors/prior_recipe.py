@@ -62,7 +62,7 @@ class PriorRecipe(Recipe[Config]):
         """Raise ValueError or OSError where files that the network is built from can't be had."""
 
     @abstractmethod
-    def build_prior(self, config: Config) -> tuple[nn.Module, dict[str, nn.Module]]:
+    def build_prior(self, config: Config) -> tuple[Any, dict[str, nn.Module]]:
         """Build the network, and modules without an optimizer whose buffers a step changes, by name."""
 
     @abstractmethod
@@ -143,7 +143,7 @@ class PriorRecipe(Recipe[Config]):
         self.model.to(self.device)
         self._plain_loss = self.build_loss()
         # Tokens made in every step depend on the precision, images don't.
-        first = read_samples(self.data.train, range(min(config.optimizer.batch_size, 16)))
+        first: Any = read_samples(self.data.train, range(min(config.optimizer.batch_size, 16)))
         fingerprint = first["image" if tokens.cache is None else "tokens"].cpu().numpy().tobytes()
         height, width = self.tokenizer.token_shape
         source = f"token cache {tokens.cache}" if tokens.cache else f"{self.data.train.label}, on the fly"

@@ -113,16 +113,20 @@ class StopSignals:
 
 
 class Run(Protocol):
-    """What :func:`explained` needs of a run."""
+    """The members of a trainer that :func:`explained` needs."""
 
-    config: TrainConfig
+    checkpoints: Checkpoints
     device: torch.device
     steps: int
     done: int
     rank_batch: int
     evaluating: bool
-    checkpoints: Checkpoints
-    command: str
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+    @property
+    def command(self) -> str: ...
 
 
 def remedy(run: Run) -> str:
