@@ -136,16 +136,15 @@ def remedy(run: Run) -> str:
 
 def explained(error: BaseException, run: Run) -> RunStopped | None:
     """Return the exception that tells a user why their run stopped and how to continue; None for a bug."""
-    after = f"after step {run.done}"
     if isinstance(error, Interrupted):
         during = ", during an evaluation" if run.evaluating else ""
-        message = f"stopped by {error} {after} of {run.steps}{during}; {remedy(run)}"
+        message = f"stopped by {error} after step {run.done} of {run.steps}{during}; {remedy(run)}"
         return RunStopped(message, error.exit_code)
     if isinstance(error, FloatingPointError):
         newest = run.checkpoints.newest_name
         message = (
-            f"stopped {after}: {error}; to continue from {newest}, add a lower --lr, a lower --clip-grad or --no-amp "
-            f"to: {run.command}"
+            f"stopped after step {run.done}: {error}; to continue from {newest}, add a lower --lr, a lower "
+            f"--clip-grad or --no-amp to: {run.command}"
         )
         return RunStopped(message, shared=not isinstance(error, ValueError))  # an op's, of its rank alone, is both
     if is_out_of_memory(error):
@@ -155,4 +154,4 @@ def explained(error: BaseException, run: Run) -> RunStopped | None:
         why = str(error).strip().rpartition("\n")[2].removeprefix(f"{type(error).__name__}: ")
     else:
         return None
-    return RunStopped(f"stopped {after}: {why}; {remedy(run)}", shared=False)
+    return RunStopped(f"stopped after step {run.done}: {why}; {remedy(run)}", shared=False)
