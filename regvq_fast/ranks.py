@@ -150,12 +150,12 @@ def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
         yield
 
 
-def check_agreement(values: Mapping[str, str]) -> None:
+def check_agreement(values: Mapping[str, str], remedy: str = "all of them need the same files") -> None:
     """Raise ValueError if the ranks have different values of one name: their losses would differ."""
     for name, value in values.items():
         found = list(dict.fromkeys(texts_of_ranks(value)))
         if len(found) > 1:
-            raise ValueError(f"the processes have {' and '.join(found)} {name}: all of them need the same files")
+            raise ValueError(f"the processes have {' and '.join(found)} {name}: {remedy}")
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class Trainer(Generic[Config]):
             elif ranks.rank() == 0:
                 out = str(new_run_folder(config))
         out = ranks.texts_of_ranks(out)[0]
-        ranks.check_agreement({"as the newest checkpoint": "none" if start is None else f"step {start.step}"})
+        ranks.check_agreement({"steps done": str(start.step if start else 0)}, "is --out shared?")
         trainer = cls(kind, config if start else override(config, out=Path(out)))
         with ranks.together():
             if start is not None:
