@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from rich.text import Text
 
-from regvq_fast.ranks import num_ranks
+from regvq_fast.ranks import world_size
 
 _LINE_EVERY = 10.0  # seconds, without a terminal
 
@@ -53,7 +53,7 @@ def progress_bar(console: Console, below: RenderableType | None = None) -> Progr
         console: where it is displayed, if that is a terminal.
         below: shown on the lines below it.
     """
-    ranks = f" (rank 0 of {num_ranks()})" if num_ranks() > 1 else ""
+    ranks = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
     # Columns of text keep their width: only the bar adapts to the terminal.
     progress = _Progress(
         TextColumn(f"[bold]{{task.description}}{ranks}"),

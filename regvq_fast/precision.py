@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from regvq_fast.ranks import is_torchrun, local_rank, local_ranks
+from regvq_fast.ranks import is_torchrun, local_rank, local_world_size
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
         if is_torchrun():
             device = torch.device("cuda", local_rank())
         if (device.index or 0) >= (count := torch.cuda.device_count()):
-            needed = f" and {local_ranks()} processes need one each" if is_torchrun() else ""
+            needed = f" and {local_world_size()} processes need one each" if is_torchrun() else ""
             raise ValueError(f"--device {name}: this machine shows {count} CUDA device(s) to PyTorch{needed}")
         _check_build(device)
         if device.index is not None:

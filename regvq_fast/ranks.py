@@ -1,8 +1,8 @@
-"""The processes of a distributed run, as ``torchrun`` starts them, and what they tell each other.
+"""The processes of a distributed run, as ``torchrun`` starts them, and their communication.
 
 Every function here is that of one process alone where there are no others, and costs nothing then. Numbers of training
-go over NCCL without the host waiting for the GPUs; what the hosts themselves agree on (:func:`any_rank`,
-:func:`together`, :func:`texts_of_ranks`) goes over gloo and never touches a GPU.
+go over NCCL without the host waiting for the GPUs; what the hosts agree on (:func:`any_rank`,
+:func:`raise_on_all_ranks`, :func:`all_gather_strings`) goes over gloo and never touches a GPU.
 """
 
 import inspect
@@ -17,31 +17,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 _OF_ALL = "all ranks stop with this error"
-"""What :func:`together` notes on an error, and :func:`is_for_others_to_say` looks for."""
+"""Note on an error, added by :func:`raise_on_all_ranks` and read by :func:`reported_by_rank_0`."""
 
 
-def num_ranks() -> int:
-    """Processes of the run."""
+def world_size() -> int:
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, 0 to ``num_ranks() - 1``; 0 is the one that writes."""
+    """Return the number of this process, 0 to ``world_size() - 1``; 0 is the one that writes."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_torchrun() -> bool:
-    """Whether ``torchrun`` started this process."""
+    """Return whether ``torchrun`` started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def local_rank() -> int:
-    """Number of this process on its machine: that of its GPU."""
+    """Return the number of this process on its machine: that of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if is_torchrun() else 0
 
 
-def local_ranks() -> int:
-    """Processes of the run on this machine."""
+def local_world_size() -> int:
+    """Return the number of processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_torchrun() else 1
 
 
@@ -65,15 +65,15 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of equally shaped tensors of all ranks, without a gradient."""
-    if num_ranks() == 1:
+    """Return the mean of equally shaped tensors of all ranks, without a gradient."""
+    if world_size() == 1:
         return value.detach()
-    return sum_over_ranks(value) / num_ranks()
+    return sum_over_ranks(value) / world_size()
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum of equally shaped tensors of all ranks, without a gradient."""
-    if num_ranks() == 1:
+    """Return the sum of equally shaped tensors of all ranks, without a gradient."""
+    if world_size() == 1:
         return value.detach()
     total = value.detach().clone()
     dist.all_reduce(total)
@@ -81,27 +81,27 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Equally many rows (M, ...) of every rank, in the order of the ranks, without a gradient; (ranks * M, ...)."""
-    if num_ranks() == 1:
+    """Return equally many rows (M, ...) of every rank in their order, (ranks * M, ...), without a gradient."""
+    if world_size() == 1:
         return rows.detach()
-    everybody = rows.new_empty(num_ranks() * rows.shape[0], *rows.shape[1:])
+    everybody = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as newer versions call it
     gather(everybody, rows.detach().contiguous())
     return everybody
 
 
 def any_rank(value: int) -> int:
-    """The largest of the values that the ranks give; the hosts wait for each other, not for their GPUs."""
-    if num_ranks() == 1:
+    """Return the largest value of all ranks; the hosts wait for each other, not for their GPUs."""
+    if world_size() == 1:
         return value
     largest = torch.tensor(value)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
 
-def texts_of_ranks(text: str) -> list[str]:
-    """What each rank says, in their order."""
-    if num_ranks() == 1:
+def all_gather_strings(text: str) -> list[str]:
+    """Return the strings of all ranks in their order."""
+    if world_size() == 1:
         return [text]
     content = text.encode()
     padded = torch.zeros(any_rank(len(content) + 1), dtype=torch.uint8)
@@ -112,7 +112,7 @@ def texts_of_ranks(text: str) -> list[str]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of PyTorch's global generators, which dropout draws from; nothing else of a run draws from any.
+    """Return the state of PyTorch's global generators, which dropout samples from; nothing else of a run uses them.
 
     One row of bytes for each rank.
     """
@@ -132,7 +132,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 def distributed(module: nn.Module) -> nn.Module:
     """Return the module with its gradients averaged over the ranks, if there are several."""
-    if num_ranks() == 1:
+    if world_size() == 1:
         return module
     # Buffers are those of one rank's part (batch statistics), or equal on all ranks: nothing to broadcast.
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -153,14 +153,14 @@ def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
 def check_agreement(values: Mapping[str, str], remedy: str = "all of them need the same files") -> None:
     """Raise ValueError if the ranks have different values of one name: their losses would differ."""
     for name, value in values.items():
-        found = list(dict.fromkeys(texts_of_ranks(value)))
+        found = list(dict.fromkeys(all_gather_strings(value)))
         if len(found) > 1:
             raise ValueError(f"the processes have {' and '.join(found)} {name}: {remedy}")
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """No rank goes on after the block unless all do: an error (ValueError, OSError) of one of them is raised on all.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise an error (ValueError, OSError) that one rank meets in the block on all ranks.
 
     The block must not hold a collective operation that a rank with an error would miss.
     """
@@ -169,9 +169,9 @@ def together() -> Iterator[None]:
         yield
     except (ValueError, OSError) as caught:
         error = caught
-    if num_ranks() > 1:
+    if world_size() > 1:
         said = "" if error is None else ("value " if isinstance(error, ValueError) else "file ") + str(error)
-        first = next(filter(None, texts_of_ranks(said)), None)
+        first = next(filter(None, all_gather_strings(said)), None)
         if error is None and first is not None:
             kind, _, message = first.partition(" ")
             error = ValueError(message) if kind == "value" else OSError(message)
@@ -181,8 +181,8 @@ def together() -> Iterator[None]:
         raise error
 
 
-def is_for_others_to_say(error: BaseException) -> bool:
-    """Whether :func:`together` raised an error on all ranks, of which this is not rank 0; after they parted, too.
+def reported_by_rank_0(error: BaseException) -> bool:
+    """Return whether all ranks raised this error and this is not rank 0; works after the process group is gone, too.
 
     Any other error may be one that this rank alone knows of.
     """

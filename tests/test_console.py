@@ -35,7 +35,7 @@ ITEMS = ["loss 0.123", "l1 0.123", "utilization 100 %", "1,234 images/s", "perce
 
 
 def rendered(items, width: int, monkeypatch, world_size: int = 1) -> list[str]:
-    monkeypatch.setattr("regvq_fast.console.num_ranks", lambda: world_size)
+    monkeypatch.setattr("regvq_fast.console.world_size", lambda: world_size)
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     progress = progress_bar(console, Items(items))
     progress.add_task("step", total=1_000_000, completed=654_321)

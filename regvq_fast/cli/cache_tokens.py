@@ -40,7 +40,7 @@ from regvq_fast.evaluation.shares import unreadable_images
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
-from regvq_fast.ranks import any_rank, local_ranks, num_ranks, process_group, rank, together
+from regvq_fast.ranks import any_rank, local_world_size, process_group, raise_on_all_ranks, rank, world_size
 from regvq_fast.settings import check_at_least
 
 _SPLITS: tuple[Split, ...] = ("train", "val")
@@ -87,7 +87,7 @@ def cache_tokens(config: CacheConfig) -> None:
     _check(config)
     device = inference_device(config.device)
     with process_group(device):
-        with together():
+        with raise_on_all_ranks():
             caching = _Caching(config, device)
         caching.run()
 
@@ -182,7 +182,7 @@ class _Caching:
     def run(self) -> None:
         missing = [(split, number) for split in _SPLITS for number in self._missing(split)]
         any_rank(0)  # all have looked at the folder before anything changes in it
-        with together():
+        with raise_on_all_ranks():
             if missing and rank() == 0:
                 self._begin()
         total = sum(map(self.info.num_shards, _SPLITS))
@@ -191,9 +191,9 @@ class _Caching:
         say(self.console, "precision", self.precision.reason)
         if len(missing) < total:
             say(self.console, "resuming", f"{total - len(missing)} of {total} shards are there")
-        mine = missing[rank() :: num_ranks()]
+        mine = missing[rank() :: world_size()]
         start = time.perf_counter()
-        with together(), progress_bar(self.console) as progress:
+        with raise_on_all_ranks(), progress_bar(self.console) as progress:
             task = progress.add_task("images", total=sum(len(self.info.shard_range(*shard)) for shard in mine))
             for split in _SPLITS:
                 for done in self._encode(split, [number for name, number in mine if name == split]):
@@ -227,7 +227,7 @@ class _Caching:
         """Write these shards; yields the number of images after each batch."""
         if not numbers:
             return
-        workers = default_workers(local_ranks()) if self.config.workers is None else self.config.workers
+        workers = default_workers(local_world_size()) if self.config.workers is None else self.config.workers
         images = _Shards(self.datasets[split], self.info, split, numbers)
         batches = validation_batches(images, self.config.batch_size, workers, pin_memory=self.device.type == "cuda")
         remaining = list(numbers)

@@ -39,7 +39,7 @@ from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SAMPLING_SETTINGS, SamplingConfig
-from regvq_fast.ranks import local_ranks, num_ranks, process_group, rank, rank_0_first, together
+from regvq_fast.ranks import local_world_size, process_group, raise_on_all_ranks, rank, rank_0_first, world_size
 from regvq_fast.settings import changed_flags, check_at_least
 from regvq_fast.version import __version__
 
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
     """
     device = inference_device(config.device)
     with process_group(device):
-        with together(), rank_0_first():  # it may download weights, and index shards
+        with raise_on_all_ranks(), rank_0_first():  # it may download weights, and index shards
             _check(config)
             evaluation = _Evaluation(config, device)
         return evaluation.run()
@@ -131,7 +131,7 @@ class _Evaluation:
         check_writable(out, "name another folder for evaluation.json with --out")
         self.out = out
         self.precision = choose_precision(config.amp, device)
-        self.workers = default_workers(local_ranks()) if config.workers is None else config.workers
+        self.workers = default_workers(local_world_size()) if config.workers is None else config.workers
         self.cache = config.cache_dir or default_cache()
         self.net = None if config.fid_features == "none" else load_feature_net(config.fid_features).to(device)
         self.sampler: ImageSampler | None = None
@@ -263,7 +263,7 @@ class _Evaluation:
             facts |= {"tokenizer": str(source), "tokenizer_sha256": weights_hash(self.tokenizer)[:12]}
         return facts | {
             "precision": precision if self.device.type == "cpu" else f"{precision}, TF32 where fp32",
-            "device": device if num_ranks() == 1 else f"{device}, {num_ranks()} processes",
+            "device": device if world_size() == 1 else f"{device}, {world_size()} processes",
             "batch_size": self.config.batch_size,
             "versions": {
                 "regvq_fast": __version__,

@@ -10,7 +10,7 @@ import tyro
 
 from regvq_fast.config.saved import override, read_config
 from regvq_fast.config.sections import Config, PresetName
-from regvq_fast.ranks import is_for_others_to_say, local_rank
+from regvq_fast.ranks import local_rank, reported_by_rank_0
 
 Settings = TypeVar("Settings")
 
@@ -95,7 +95,7 @@ def run_script(
     try:
         work(settings)
     except (ValueError, OSError) as error:
-        sys.exit(1 if is_for_others_to_say(error) else f"error: {error}")
+        sys.exit(1 if reported_by_rank_0(error) else f"error: {error}")
     except KeyboardInterrupt:
         print(stopped.format_map(vars(settings)), file=sys.stderr)
         sys.exit(130)

@@ -7,12 +7,12 @@ from torch.utils.data import Subset
 
 from regvq_fast.data.image_files import ImageFileDataset
 from regvq_fast.data.loading import validation_batches
-from regvq_fast.ranks import num_ranks, rank, sum_over_ranks
+from regvq_fast.ranks import rank, sum_over_ranks, world_size
 
 
 def rank_share(count: int) -> range:
     """The numbers of this rank's samples, of ``count``."""
-    return range(*(count * k // num_ranks() for k in (rank(), rank() + 1)))
+    return range(*(count * k // world_size() for k in (rank(), rank() + 1)))
 
 
 def rank_batches(dataset: Any, batch_size: int, workers: int, device: torch.device | str) -> Any:

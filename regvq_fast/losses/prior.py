@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from regvq_fast.ranks import mean_over_ranks, num_ranks
+from regvq_fast.ranks import mean_over_ranks, world_size
 
 PriorScope = Literal["image", "batch", "global"]
 
@@ -40,6 +40,6 @@ def scoped_posterior(posterior: Tensor, scope: PriorScope) -> tuple[Tensor, int]
     For scope "global" that is all of them: the mean of the ranks' posteriors, with the gradient to this rank's rows.
     The mean of the ranks' gradients, which data-parallel training takes, is then that of the whole batch.
     """
-    if scope != "global" or num_ranks() == 1:
+    if scope != "global" or world_size() == 1:
         return posterior, 1
-    return posterior + (mean_over_ranks(posterior) - posterior.detach()), num_ranks()
+    return posterior + (mean_over_ranks(posterior) - posterior.detach()), world_size()

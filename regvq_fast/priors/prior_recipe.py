@@ -26,7 +26,7 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.sampler import Progress, decode_tokens
-from regvq_fast.ranks import distributed, local_ranks, sum_over_ranks, synchronized
+from regvq_fast.ranks import distributed, local_world_size, sum_over_ranks, synchronized
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recipe import Data, Networks, Recipe, Step
 from regvq_fast.training.recipe import Progress as Images
@@ -121,7 +121,7 @@ class PriorRecipe(Recipe[Config]):
         shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.condition_field,)}
         images = build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared)  # type: ignore[arg-type]
         held_out = build_dataset(tokens.data, split="val", length=tokens.val_images, **shared)  # type: ignore[arg-type]
-        self.data = Data(images, held_out, len(images), default_workers(local_ranks()))
+        self.data = Data(images, held_out, len(images), default_workers(local_world_size()))
         return self.data
 
     def _own_tokenizer(self, config: Config) -> Path | None:

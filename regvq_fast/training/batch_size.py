@@ -8,7 +8,7 @@ from rich.console import Console
 
 from regvq_fast.config import Config, override
 from regvq_fast.precision import choose_device
-from regvq_fast.ranks import num_ranks
+from regvq_fast.ranks import world_size
 from regvq_fast.training.memory import is_out_of_memory, memory_limit, peak_memory
 from regvq_fast.training.recipe import Recipe
 from regvq_fast.training.trainer import Trainer
@@ -55,7 +55,7 @@ def find_batch_size(kind: type[Recipe[Config]], config: Config) -> None:
         ValueError: no limit to find, several processes, or not even the smallest batch fits.
     """
     device = choose_device(config.run.device)
-    if num_ranks() > 1:
+    if world_size() > 1:
         raise ValueError("--find-batch-size looks at one GPU: run it without torchrun, then multiply by the processes")
     limit = memory_limit(device)
     if limit is None:

@@ -37,7 +37,7 @@ from regvq_fast.models.pretrained import (
     weights_to_bytes,
     write_folder,
 )
-from regvq_fast.ranks import rank, together
+from regvq_fast.ranks import raise_on_all_ranks, rank
 from regvq_fast.settings import flag_of
 
 TRAINING, BEST = "training.pt", "best.json"
@@ -223,7 +223,7 @@ class Checkpoints:
         Raises:
             OSError: it could not be written; nothing is left of it, and all others are still there. On every rank.
         """
-        with together():
+        with raise_on_all_ranks():
             if self.writes:
                 buffer = io.BytesIO()
                 torch.save({**state, "step": step}, buffer)

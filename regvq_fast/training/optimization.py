@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regvq_fast.config import OptimizerConfig
 from regvq_fast.precision import Precision
-from regvq_fast.ranks import num_ranks, rank, sum_over_ranks
+from regvq_fast.ranks import rank, sum_over_ranks, world_size
 from regvq_fast.training.recipe import Networks
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,12 +47,12 @@ def micro_batch_size(config: OptimizerConfig) -> int:
     Raises:
         ValueError: ranks and micro-batches don't divide the batch.
     """
-    size, rest = divmod(config.batch_size, num_ranks() * config.accumulate)
+    size, rest = divmod(config.batch_size, world_size() * config.accumulate)
     if rest:
         by = f" and --grad-accum-steps {config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
-            f"--batch-size {config.batch_size} does not divide among {num_ranks()} processes{by}: "
-            f"take a multiple of {num_ranks() * config.accumulate}"
+            f"--batch-size {config.batch_size} does not divide among {world_size()} processes{by}: "
+            f"take a multiple of {world_size() * config.accumulate}"
         )
     return size
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regvq_fast.nvml import State, gpu_state
-from regvq_fast.ranks import num_ranks
+from regvq_fast.ranks import world_size
 
 # Dense matrix products, TFLOP/s, by a part of the GPU's name and the type: NVIDIA's data sheets, SXM where there is a
 # choice, half of what they give with sparsity. fp32 is TF32, which precision.configure_backends switches on; V100 has
@@ -79,7 +79,7 @@ class Utilization:
             return {}
         if (kind := self._kind(step)) not in self._flops:
             self._flops[kind] = self._count(step)
-        return {"mfu": images_per_second * self._flops[kind] / (self._peak * num_ranks())}
+        return {"mfu": images_per_second * self._flops[kind] / (self._peak * world_size())}
 
 
 class Clock:

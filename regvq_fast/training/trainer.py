@@ -55,7 +55,7 @@ class Trainer(Generic[Config]):
         configure_backends(self.device, run.deterministic)
         self.precision = choose_precision(run.amp, self.device)
         self.recipe = kind(self.device, self.precision, self.micro_batch)
-        with ranks.together(), ranks.rank_0_first():  # which may index the data
+        with ranks.raise_on_all_ranks(), ranks.rank_0_first():  # which may index the data
             self.data = self.recipe.open_data(config)
         self.steps = optimizer.steps or math.ceil(optimizer.epochs * self.data.images_per_epoch / self.batch_size)
         self.workers = self.data.workers if run.workers is None else run.workers
@@ -64,7 +64,7 @@ class Trainer(Generic[Config]):
         torch.manual_seed(run.seed)
         # The number of a process's GPU does not belong to the run.
         device = self.device.type if ranks.is_torchrun() else str(self.device)
-        with ranks.together(), ranks.rank_0_first():  # which may download weights
+        with ranks.raise_on_all_ranks(), ranks.rank_0_first():  # which may download weights
             self.config, self.networks = self.recipe.build(override(config, device=device, steps=self.steps))
         self.networks.model.checkpoint_activations(run.activation_checkpointing)
         self.identity = {"training images": str(len(self.data.train)), **self.networks.identity}
@@ -87,8 +87,8 @@ class Trainer(Generic[Config]):
 
     def _describe(self) -> dict[str, str]:
         device, driver = self._monitor.describe()
-        if ranks.num_ranks() > 1:
-            device += f", {ranks.num_ranks()} processes with {self.rank_batch} images each"
+        if ranks.world_size() > 1:
+            device += f", {ranks.world_size()} processes with {self.rank_batch} images each"
         model = f"{sum(p.numel() for p in self.networks.model.parameters()) / 1e6:.1f} M parameters"
         found = {"device": device, "precision": self.precision.reason, "model": model}
         return found | self.networks.metadata | driver
@@ -104,18 +104,18 @@ class Trainer(Generic[Config]):
         """
         start: Checkpoint | None = None
         out = ""
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if config.run.resume:
                 start = find_checkpoint(config)
             elif ranks.rank() == 0:
                 out = str(new_run_folder(config))
-        out = ranks.texts_of_ranks(out)[0]
+        out = ranks.all_gather_strings(out)[0]
         ranks.check_agreement({"steps done": str(start.step if start else 0)}, "is --out shared?")
         trainer = cls(kind, config if start else override(config, out=Path(out)))
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if start is not None:
                 trainer.load(start)
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             model, beside = trainer.networks.model, trainer.networks.saved_beside
             recorder = trainer.recorder = Recorder(trainer.config, trainer.metadata, model.architecture(), start)
             for name, frozen in beside.items() if ranks.rank() == 0 else ():
@@ -231,7 +231,7 @@ class Trainer(Generic[Config]):
             try:
                 metrics = self.recipe.step(micro_batch, now)
             except FloatingPointError as error:
-                if ranks.num_ranks() > 1:  # the others are waiting for gradients that will not come
+                if ranks.world_size() > 1:  # the others are waiting for gradients that will not come
                     raise
                 self.optimization.watch.abort(error)
                 break
@@ -271,8 +271,8 @@ class Trainer(Generic[Config]):
         with self.recorder.stage("evaluating, images") as show:
 
             def progress(done: int) -> None:
-                show(min(done * ranks.num_ranks(), images), images)
-                if ranks.num_ranks() == 1:  # ranks with fewer batches would miss it: they agree afterwards
+                show(min(done * ranks.world_size(), images), images)
+                if ranks.world_size() == 1:  # ranks with fewer batches would miss it: they agree afterwards
                     stop.check()
 
             batches = rank_batches(self.data.val, self.micro_batch, self.workers, self.device)
@@ -287,7 +287,7 @@ class Trainer(Generic[Config]):
     def conclude(self, metrics: Metrics, images_per_second: float, stop: StopSignals) -> None:
         """Save the model and the images of a finished run, and print the summary; on rank 0."""
         unreadable = sum(map(unreadable_images, self.data[:2]))
-        with ranks.together(), stop.abandonable():
+        with ranks.raise_on_all_ranks(), stop.abandonable():
             if ranks.rank() > 0:
                 return
             recorder, model = self.recorder, self.eval_model
@@ -308,7 +308,7 @@ class Trainer(Generic[Config]):
             return True
         state = {**self.state(), "metrics_bytes": self._metrics_bytes}
         try:
-            with ranks.together():
+            with ranks.raise_on_all_ranks():
                 self.recorder.sync()
             self.checkpoints.save(self.done, self.recorder.description, self.eval_model.state_dict(), state)
         except OSError as error:
@@ -346,5 +346,5 @@ class Trainer(Generic[Config]):
     @property
     def command(self) -> str:
         """The command that continues the run."""
-        launcher = f"torchrun --nproc-per-node {ranks.local_ranks()}" if ranks.is_torchrun() else "python"
+        launcher = f"torchrun --nproc-per-node {ranks.local_world_size()}" if ranks.is_torchrun() else "python"
         return f"{launcher} {self.recipe.script} --resume --out {shlex.quote(str(self.recorder.folder))}"

@@ -19,7 +19,7 @@ from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilizatio
 from regvq_fast.evaluation.plots import save_codebook_mosaic, save_reconstruction_grid, save_usage_histogram
 from regvq_fast.evaluation.reconstruction_metrics import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.models.features import VGGFeatures
-from regvq_fast.ranks import local_ranks, num_ranks, rank, sum_over_ranks
+from regvq_fast.ranks import local_world_size, rank, sum_over_ranks, world_size
 from regvq_fast.training.build import build_discriminator, build_model, build_reconstruction_loss
 from regvq_fast.training.recipe import Data, Networks, Progress, Recipe, Step
 from regvq_fast.training.recorder import Recorder
@@ -39,7 +39,7 @@ class VQGANRecipe(Recipe[VQGANConfig]):
             data.data, split="train", image_size=data.image_size, seed=seed, crop=data.crop, flip=data.flip
         )
         val = build_dataset(data.data, split="val", image_size=data.image_size, length=data.val_images, seed=seed)
-        self.data = Data(train, val, len(train), default_workers(local_ranks()))
+        self.data = Data(train, val, len(train), default_workers(local_world_size()))
         return self.data
 
     def build(self, config: VQGANConfig) -> tuple[VQGANConfig, Networks]:
@@ -52,7 +52,7 @@ class VQGANRecipe(Recipe[VQGANConfig]):
                 f"--image-size {config.data.image_size} is too small for a discriminator of "
                 f"{config.model.disc_layers} layers, which needs {discriminator.min_size}: lower --disc-layers"
             )
-        if num_ranks() > 1 and device.type == "cuda":  # batch norm over all ranks; it exists on GPUs alone
+        if world_size() > 1 and device.type == "cuda":  # batch norm over all ranks; it exists on GPUs alone
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         self.discriminator = discriminator.to(device, memory_format=layout)  # type: ignore[call-overload]
         first = read_samples(self.data.train, range(min(config.optimizer.batch_size, 16)))["image"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import FAST, SCRIPT, TINY, checkpoints, records, resume, train, without_clock
 
 from regvq_fast.models import VGGFeatures
-from regvq_fast.ranks import texts_of_ranks, together
+from regvq_fast.ranks import all_gather_strings, raise_on_all_ranks
 
 # Batch statistics are those of a rank's part: group norm has none.
 RUN = [*TINY, *FAST, "--disc-norm", "group", "--disc-start", "1", "--kl-scope", "global", "--val-images", "5"]
@@ -119,13 +119,13 @@ def test_what_one_process_finds_wrong_is_said_by_all(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("regvq_fast.training.optimization.num_ranks", lambda: 3)
+    monkeypatch.setattr("regvq_fast.training.optimization.world_size", lambda: 3)
     with pytest.raises(SystemExit, match=r"--batch-size 4 does not divide among 3 processes: take a multiple of 3"):
         train("--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_alone_there_is_nobody_to_agree_with() -> None:
-    assert texts_of_ranks("ä") == ["ä"]
-    with pytest.raises(OSError, match="full"), together():
+    assert all_gather_strings("ä") == ["ä"]
+    with pytest.raises(OSError, match="full"), raise_on_all_ranks():
         raise OSError("full")

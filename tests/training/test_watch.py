@@ -247,7 +247,7 @@ def test_a_rank_whose_step_fails_says_so_itself(
 
     def on_rank_1(trainer: Trainer[Any], number: int) -> None:
         if number == 3:  # the others would be waiting for its gradients
-            two = SimpleNamespace(**{**vars(ranks), "num_ranks": lambda: 2})
+            two = SimpleNamespace(**{**vars(ranks), "world_size": lambda: 2})
             monkeypatch.setattr("regvq_fast.training.trainer.ranks", two)
             monkeypatch.setattr("regvq_fast.cli.train.rank", lambda: 1)
         step(trainer, number)

@@ -16,7 +16,7 @@ from regvq_fast.losses import LPIPS, ProbabilisticContrastiveLoss, Reconstructio
 from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
 from regvq_fast.precision import Precision
 from regvq_fast.quantizers import EMAQuantizer, RegularizedQuantizer
-from regvq_fast.ranks import mean_over_ranks, num_ranks, process_group, rank
+from regvq_fast.ranks import mean_over_ranks, process_group, rank, world_size
 from regvq_fast.training.vqgan_step import VQGANStep
 
 BATCH, STEPS = 8, 5
@@ -66,7 +66,7 @@ def train(case: Case) -> list[dict[str, dict]]:
         for name, module in modules.items():
             module.load_state_dict(start[name])
         images = torch.rand(BATCH, 3, 16, 16, generator=generator) * 2 - 1
-        size = BATCH // num_ranks()
+        size = BATCH // world_size()
         mine = images[rank() * size : (rank() + 1) * size]
         for k, part in enumerate(mine.chunk(case.parts)):
             metrics, _ = step(
