@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from regvq_fast.integrations.nearest_codes import NearestCode
+from regvq_fast.integrations.taming_forward import NearestCode
 
 
 class VectorQuantizer(NearestCode):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.integrations.common import Adapter, to_rows
+from regvq_fast.integrations.adapter import Adapter, to_rows
 from regvq_fast.matmul import score_dtype
 from regvq_fast.ops import softmax_statistics, vector_quantize
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from regvq_fast.integrations import diffusers, ibq, taming, vector_quantize_pytorch
-from regvq_fast.integrations.common import Adapter
+from regvq_fast.integrations.adapter import Adapter
 
 # By "module.Class". Copies of these files in other packages may compute something else under the same names.
 ADAPTERS: dict[str, type[Adapter]] = {

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.integrations.common import Adapter, to_rows
-from regvq_fast.integrations.nearest_codes import NearestCode, codes_and_loss
+from regvq_fast.integrations.adapter import Adapter, to_rows
+from regvq_fast.integrations.taming_forward import NearestCode, codes_and_loss
 from regvq_fast.matmul import score_dtype
 from regvq_fast.ops import softmax_statistics, vector_quantize
 from regvq_fast.quantizers.quantizer import sample_seed

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regvq_fast.integrations.common import Adapter, other_arguments
+from regvq_fast.integrations.adapter import Adapter, other_arguments
 from regvq_fast.ops import assign_codes, segment_sum, vector_quantize
 from regvq_fast.ops.segment_sum import segment_counts
 

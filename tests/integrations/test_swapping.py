@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from regvq_fast.integrations import accelerate, common
+from regvq_fast.integrations import accelerate, adapter
 from regvq_fast.ops import assign_codes
 
 PATH = "taming.modules.vqvae.quantize"
@@ -133,7 +133,7 @@ def test_under_autocast_the_look_up_stays_in_fp32():
 @pytest.mark.parametrize("fp32", [False, True])
 def test_on_a_gpu_rows_and_codes_meet_in_16_bits_unless_fp32_is_wanted(fp32, monkeypatch):
     """As on a GPU, whose rule takes the place of the CPU's."""
-    monkeypatch.setattr(common, "score_dtype", lambda rows, codes, fp32: torch.float32 if fp32 else rows.dtype)
+    monkeypatch.setattr(adapter, "score_dtype", lambda rows, codes, fp32: torch.float32 if fp32 else rows.dtype)
     model, batch = Autoencoder(), images()
     accelerate(model, fp32_scores=fp32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

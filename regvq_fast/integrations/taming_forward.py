@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from regvq_fast.integrations.common import Adapter, to_rows
+from regvq_fast.integrations.adapter import Adapter, to_rows
 
 
 class NearestCode(Adapter):
