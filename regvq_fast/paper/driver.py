@@ -194,7 +194,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
         judged = trained.folder
         evaluated += ("--prior-run", str(judged))
         if config.scale == "tiny":
-            for name, value in PRIORS[prior].sampler.preview.items():
+            for name, value in PRIORS[prior].sampler.preview_settings.items():
                 evaluated += (f"--{name.replace('_', '-')}", str(value))
     count = () if of_scale.val_images is None else ("--val-images", str(of_scale.val_images))
     settings = (*evaluated, *data, *count, "--fid-features", config.fid_features, *weights)

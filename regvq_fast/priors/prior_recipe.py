@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from regvq_fast.data.datasets import build_dataset, dataset_class
 from regvq_fast.data.image_dataset import TrainedPrior
 from regvq_fast.data.image_files import left_out_note
 from regvq_fast.data.loading import default_workers, read_samples
-from regvq_fast.data.samples import Batch, Field
+from regvq_fast.data.samples import Batch
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch
 from regvq_fast.data.transforms import to_float
@@ -25,7 +25,7 @@ from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.priors.config import PriorConfig
-from regvq_fast.priors.sampler import Progress, decode_tokens
+from regvq_fast.priors.sampler import PriorSampler, Progress, decode_tokens
 from regvq_fast.ranks import distributed, local_world_size, sum_over_ranks, synchronized
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recipe import Data, Networks, Recipe, Step
@@ -51,11 +51,11 @@ class LikelihoodMetrics:
 
 
 class PriorRecipe(Recipe[Config]):
-    """Training of a prior. A subclass defines its condition, network, loss and sampling."""
+    """Training of a prior. A subclass defines its network, condition and loss."""
 
     image_name = "samples"
-    condition_field: Field
-    """Key of a sample that images are conditioned on."""
+    sampler: ClassVar[type[PriorSampler]]
+    """Sampler of the prior."""
 
     @staticmethod
     def check_files(config: Config) -> None:
@@ -82,10 +82,6 @@ class PriorRecipe(Recipe[Config]):
         """Return the mean loss of some images in nats a token, without regularization."""
 
     @abstractmethod
-    def sample(self, model: Any, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
-        """Sample tokens (B, h, w) under the conditions of a batch; ``progress`` as in the samplers."""
-
-    @abstractmethod
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         """Return the conditions of a batch as images (B, 3, H, W) uint8, and names of the class ids in them."""
 
@@ -108,17 +104,15 @@ class PriorRecipe(Recipe[Config]):
                 TokenDataset(tokens.cache, split, seed=seed, tokenizer_hash=self.tokenizer_hash)
                 for split in ("train", "val")
             )
-            if self.condition_field not in train.info.fields:
-                raise ValueError(
-                    f"the token cache {tokens.cache} has no {self.condition_field}: make one with --fields "
-                    f"{self.condition_field}"
-                )
+            field = self.sampler.condition_field
+            if field not in train.info.fields:
+                raise ValueError(f"the token cache {tokens.cache} has no {field}: make one with --fields {field}")
             # An epoch passes over each image once, however many of its views the cache has. Loading processes would
             # cost more than they save: a batch is gathered in less time than a process hands one over.
             self.data = Data(train, val, train.info.train_images, workers=0)
             return self.data
         self.dataset = dataset_class(tokens.data)
-        shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.condition_field,)}
+        shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.sampler.condition_field,)}
         images = build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared)  # type: ignore[arg-type]
         held_out = build_dataset(tokens.data, split="val", length=tokens.val_images, **shared)  # type: ignore[arg-type]
         self.data = Data(images, held_out, len(images), default_workers(local_world_size()))
@@ -204,6 +198,11 @@ class PriorRecipe(Recipe[Config]):
         loss, images = sum_over_ranks(total).tolist()
         return LikelihoodMetrics(loss / images, int(images))
 
+    def sample(self, model: Any, batch: Any, progress: Progress | None = None) -> Tensor:
+        """Sample tokens (B, h, w) under the conditions of a batch, well enough to look at."""
+        sampler = self.sampler.preview(model, self.config.run.seed)
+        return sampler.sample(batch[self.sampler.condition_field], progress=progress)
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Return the images (B, 3, H, W) uint8 of tokens (B, h, w)."""
         parts = tokens.to(self.device).split(self.micro_batch)
@@ -240,7 +239,7 @@ class PriorRecipe(Recipe[Config]):
 
         return self.dataset.evaluate_samples(
             TrainedPrior(
-                condition=self.condition_field,
+                condition=self.sampler.condition_field,
                 image_size=self.tokenizer.image_size,
                 seed=getattr(self.data.val, "info", self.config.run).seed,
                 val_images=len(self.data.val),

@@ -11,12 +11,12 @@ from regvq_fast.models.model import Model
 from regvq_fast.priors.autoregressive.config import AR_PRESETS
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.autoregressive.recipe import ARRecipe
-from regvq_fast.priors.autoregressive.sampler import ARSampler, ARSettings
+from regvq_fast.priors.autoregressive.sampler import ARSettings
 from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 from regvq_fast.priors.diffusion.model import VQDiffusion
 from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
-from regvq_fast.priors.diffusion.sampler import DiffusionSampler, DiffusionSettings
+from regvq_fast.priors.diffusion.sampler import DiffusionSettings
 from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.sampler import PriorSampler
 
@@ -30,9 +30,12 @@ class Prior:
     presets: Mapping[str, PriorConfig]
     """Configurations by data set, the default first."""
     recipe: type[PriorRecipe[Any]]
-    """Training."""
-    sampler: type[PriorSampler]
-    """Sampling: conditions, settings, guidance."""
+    """Training, and the sampler."""
+
+    @property
+    def sampler(self) -> type[PriorSampler]:
+        """Sampling: conditions, settings, guidance."""
+        return self.recipe.sampler
 
     @property
     def config(self) -> type[PriorConfig]:
@@ -46,8 +49,8 @@ class Prior:
 
 
 PRIORS: dict[str, Prior] = {
-    "ar": Prior(TokenTransformer, AR_PRESETS, ARRecipe, ARSampler),
-    "diffusion": Prior(VQDiffusion, DIFFUSION_PRESETS, DiffusionRecipe, DiffusionSampler),
+    "ar": Prior(TokenTransformer, AR_PRESETS, ARRecipe),
+    "diffusion": Prior(VQDiffusion, DIFFUSION_PRESETS, DiffusionRecipe),
 }
 """Every prior by its name on command lines."""
 

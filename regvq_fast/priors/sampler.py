@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ class PriorSampler(ABC):
     """Field of a data set's samples that images are conditioned on."""
     settings_type: ClassVar[type[SamplingSettings]]
     """Settings that this sampler takes."""
-    preview: ClassVar[Mapping[str, Any]] = {}
-    """Settings that are enough for images to look at."""
+    preview_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of images that are good enough to look at."""
     has_states: ClassVar[bool] = False
     """True if `sample` records states: the tokens after each step, `num_codes` where there is none yet."""
 
@@ -64,6 +64,11 @@ class PriorSampler(ABC):
     def __init__(self, prior: Any, settings: SamplingSettings) -> None:
         self.prior, self.settings = prior, settings
         self.check()
+
+    @classmethod
+    def preview(cls, prior: Any, seed: int) -> Self:
+        """Return a sampler of images that are good enough to look at."""
+        return cls(prior, cls.settings_type(seed=seed, **cls.preview_settings))
 
     def check(self, run: Path | None = None) -> None:
         """Raise ValueError for settings that this prior can't take, as it was trained in the folder ``run``."""

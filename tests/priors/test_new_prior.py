@@ -80,7 +80,7 @@ class ToySampler(PriorSampler):
 
 class ToyRecipe(PriorRecipe[ToyConfig]):
     script = "train/toy.py"
-    condition_field = ToySampler.condition_field
+    sampler = ToySampler
 
     def build_prior(self, config: ToyConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
         classes = config.model.num_classes
@@ -95,16 +95,13 @@ class ToyRecipe(PriorRecipe[ToyConfig]):
     def validation_loss(self, model: ToyModel, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
         return model(tokens, condition)
 
-    def sample(self, model: ToyModel, batch: TokenBatch, progress: Any = None) -> Tensor:
-        return ToySampler(model, SamplingSettings()).sample(batch["segmentation"])
-
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         return color_map(batch["segmentation"], (16, 16)), {}
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Prior:
-    entry = Prior(ToyModel, {"scenes": ToyConfig()}, ToyRecipe, ToySampler)
+    entry = Prior(ToyModel, {"scenes": ToyConfig()}, ToyRecipe)
     monkeypatch.setitem(PRIORS, "toy", entry)
     return entry
 

@@ -8,9 +8,8 @@ from regvq_fast.data.tokens import TokenBatch, TokenDataset
 from regvq_fast.image_grids import color_map, legend_of
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
-from regvq_fast.priors.autoregressive.sampler import ARSampler, sample_autoregressive
+from regvq_fast.priors.autoregressive.sampler import ARSampler
 from regvq_fast.priors.prior_recipe import PriorRecipe
-from regvq_fast.priors.sampler import Progress
 
 _MAX_CLASSES = 256
 
@@ -19,7 +18,7 @@ class ARRecipe(PriorRecipe[ARConfig]):
     """Training of a transformer that predicts the tokens of an image from its semantic map."""
 
     script = "train/ar.py"
-    condition_field = ARSampler.condition_field
+    sampler = ARSampler
 
     def build_prior(self, config: ARConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
         model = config.model
@@ -61,9 +60,6 @@ class ARRecipe(PriorRecipe[ARConfig]):
 
     def validation_loss(self, model: TokenTransformer, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
         return model.loss(tokens, condition)
-
-    def sample(self, model: TokenTransformer, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
-        return sample_autoregressive(model, self.condition(batch), seed=self.config.run.seed, progress=progress)
 
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         size, maps = self.tokenizer.image_size, batch["segmentation"]

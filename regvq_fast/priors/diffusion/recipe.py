@@ -10,18 +10,17 @@ from regvq_fast.image_grids import caption_tiles
 from regvq_fast.priors.diffusion.config import DiffusionConfig, DiffusionModelConfig
 from regvq_fast.priors.diffusion.loss import diffusion_terms
 from regvq_fast.priors.diffusion.model import VQDiffusion
-from regvq_fast.priors.diffusion.sampler import DiffusionSampler, sample_diffusion
+from regvq_fast.priors.diffusion.sampler import DiffusionSampler
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder
 from regvq_fast.priors.diffusion.timesteps import TimestepSampler
 from regvq_fast.priors.prior_recipe import PriorRecipe
-from regvq_fast.priors.sampler import Progress
 
 
 class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
     """Training of a discrete diffusion over the tokens of an image, given its caption."""
 
     script = "train/diffusion.py"
-    condition_field = DiffusionSampler.condition_field
+    sampler = DiffusionSampler
 
     @staticmethod
     def check_files(config: DiffusionConfig) -> None:
@@ -62,10 +61,6 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
         noisy = model.transition.corrupt(tokens, t, seed, first_image)
         terms = diffusion_terms(model.transition, model(noisy, t, condition), tokens, noisy, t)
         return (terms.bound / probability).mean()
-
-    def sample(self, model: VQDiffusion, batch: TokenBatch, progress: Progress | None = None) -> Tensor:
-        steps = min(DiffusionSampler.preview["steps"], model.num_steps)
-        return sample_diffusion(model, batch["caption"], seed=self.config.run.seed, steps=steps, progress=progress)
 
     def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
         size = self.tokenizer.image_size

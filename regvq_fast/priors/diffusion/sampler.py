@@ -31,11 +31,15 @@ class DiffusionSampler(PriorSampler):
     title = "diffusion"
     condition_field = "caption"
     settings_type = DiffusionSettings
-    preview: ClassVar = {"steps": 25}
+    preview_settings: ClassVar = {"steps": 25}
     has_states = True
 
     prior: VQDiffusion
     settings: DiffusionSettings
+
+    @classmethod
+    def preview(cls, prior: VQDiffusion, seed: int) -> "DiffusionSampler":
+        return cls(prior, DiffusionSettings(seed=seed, steps=min(cls.preview_settings["steps"], prior.num_steps)))
 
     def check(self, run: Path | None = None) -> None:
         super().check(run)
