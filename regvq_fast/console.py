@@ -1,4 +1,4 @@
-"""What commands say while they work: facts, progress, and warnings that need saying once."""
+"""Console output of the commands: run metadata, progress, and warnings that are printed once."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ _LINE_EVERY = 10.0  # seconds, without a terminal
 
 
 def say(console: Console, name: str, value: str) -> None:
-    """A fact, in a line of its own, its name before it; the facts of a run stand in one column."""
+    """Print a named value on a line of its own; those of a run are aligned in one column."""
     console.print(Text.assemble((f"{name:>18}  ", "bold"), value), soft_wrap=True)
 
 
@@ -72,7 +72,7 @@ def progress_bar(console: Console, below: RenderableType | None = None) -> Progr
 
 @contextmanager
 def stage(progress: Progress, name: str) -> Iterator[Callable[[int, int], None]]:
-    """One more bar for a stage of long work; without a terminal, a line every 10 seconds.
+    """Show a second bar for a stage of long work; without a terminal, a line every 10 seconds.
 
     Args:
         progress: shows the bar until the block ends.
@@ -99,5 +99,5 @@ def stage(progress: Progress, name: str) -> Iterator[Callable[[int, int], None]]
 
 @cache
 def warn_once(message: str) -> None:
-    """A warning that several places of one run would repeat: training and validation come out of the same files."""
+    """Warn once about something that several callers of one run would repeat."""
     logging.getLogger("regvq_fast").warning(message)

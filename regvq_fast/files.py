@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, folders to write to, and where those are kept that can be made again."""
+"""Files that appear complete or not at all, folders to write to, and the user's cache."""
 
 import os
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def check_writable(out: Path, remedy: str = "name another one") -> None:
 
 
 def user_cache(name: str) -> Path:
-    """The folder of this user's cache for files of one kind: ``$XDG_CACHE_HOME/regvq_fast/NAME``; it may not exist.
+    """Return the user's cache folder for files of one kind, ``$XDG_CACHE_HOME/regvq_fast/NAME``; it may not exist.
 
     Raises:
         OSError: neither ``XDG_CACHE_HOME`` nor a home folder is known.
@@ -61,7 +61,7 @@ class LineFile:
     def __init__(self, path: Path, keep: int) -> None:
         self._file = path.open("ab", buffering=0)
         self.size = path.read_bytes()[:keep].rfind(b"\n") + 1
-        """Bytes of all lines so far, those that wait included."""
+        """Bytes of all lines so far, including those that wait."""
         self._file.truncate(self.size)
         self._waiting = b""
 

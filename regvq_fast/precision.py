@@ -9,7 +9,7 @@ from regvq_fast.ranks import is_torchrun, local_rank, local_world_size
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a flag names; "auto" is a GPU where there is one, and under torchrun the GPU of this process.
+    """Return the device that a flag names; "auto" is a GPU if there is one, and under torchrun this process's GPU.
 
     A GPU with a number becomes the current one: kernels, cuBLAS's workspace and random states are those of device 0
     otherwise.
@@ -51,8 +51,8 @@ def _check_build(device: torch.device) -> None:
 
 
 def inference_device(name: str) -> torch.device:
-    """:func:`choose_device`, and a GPU set to give the same bits every time: what one script draws is what another one
-    measures."""
+    """:func:`choose_device`, and a GPU set to give the same bits every time: one script measures what another one
+    samples."""
     device = choose_device(name)
     if device.type == "cuda":
         configure_backends(device, deterministic=True)
@@ -60,23 +60,23 @@ def inference_device(name: str) -> torch.device:
 
 
 class Precision(NamedTuple):
-    """How the networks compute; quantizer and losses are fp32 in each case."""
+    """Precision of the networks; the losses are fp32 in each case."""
 
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None: fp32 throughout
     reason: str  # one line for people
 
     def autocast(self) -> torch.autocast:
-        """A fresh autocast context; may be entered any number of times."""
+        """Return a new autocast context, which may be entered any number of times."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, active for fp16 only."""
+        """Return loss scaling, active for fp16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
 def configure_backends(device: torch.device, deterministic: bool) -> None:
-    """How cuBLAS and cuDNN compute for the networks, process-wide; scores of this project's ops stay fp32 all the same.
+    """Configure cuBLAS and cuDNN for the networks, process-wide; the scores of this project's ops stay fp32.
 
     fp32 convolutions and products use TF32, with its 10 bits of mantissa but fp32's range: mixed precision has 7 to 10.
     cuDNN tries its algorithms at each new shape, and keeps the fastest. ``deterministic`` gives that up for algorithms

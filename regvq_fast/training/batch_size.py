@@ -15,10 +15,10 @@ from regvq_fast.training.trainer import Trainer
 
 
 def largest_batch(fits: Callable[[int], bool], unit: int = 1) -> int:
-    """The largest multiple of ``unit`` that fits, found by doubling and then halving the interval; 0 if none does.
+    """Return the largest multiple of ``unit`` that fits, found by doubling, then halving the interval; 0 if none does.
 
     Args:
-        fits: whether a batch of this size does; monotone.
+        fits: returns whether a batch of this size fits; monotone.
         unit: what a batch size must be a multiple of.
     """
     good, bad = 0, 1

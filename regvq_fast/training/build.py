@@ -1,4 +1,4 @@
-"""From a configuration to its parts."""
+"""Construction of the tokenizer and its losses from a configuration."""
 
 from dataclasses import replace
 
@@ -8,14 +8,13 @@ from regvq_fast.config import LossConfig, VQGANConfig
 from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.losses.reconstruction import ReconstructionLoss
-from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import NoWeightsError, VGGName, load_vgg_features
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.quantizers import QUANTIZERS
 
 
 def build_model(config: VQGANConfig) -> VQGAN:
-    """The autoencoder with its quantizer."""
+    """Build the autoencoder with its quantizer."""
     model = config.model
     return VQGAN(
         QUANTIZERS[config.quantizer.quantizer].from_section(config.quantizer),
@@ -27,12 +26,6 @@ def build_model(config: VQGANConfig) -> VQGAN:
         z_channels=model.z_channels,
         dropout=model.dropout,
     )
-
-
-def build_discriminator(config: VQGANConfig) -> PatchDiscriminator:
-    """The patch discriminator."""
-    model = config.model
-    return PatchDiscriminator(filters=model.disc_filters, num_layers=model.disc_layers, norm=model.disc_norm)
 
 
 def build_reconstruction_loss(

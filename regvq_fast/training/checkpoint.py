@@ -58,7 +58,7 @@ _LOWER_IS_BETTER = {"perceptual": True, "psnr": False, "loss": True}
 
 @dataclass
 class Checkpoint:
-    """Where a run continues."""
+    """The state from which a run continues."""
 
     step: int
     """Steps done."""
@@ -67,18 +67,18 @@ class Checkpoint:
     weights: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
-    """Steps after which the run was to end; None where that is not known."""
+    """Length of the run in steps; None if unknown."""
     notes: list[str] = field(default_factory=list)
-    """What to tell: checkpoints that were passed over, settings and data that changed."""
+    """Warnings: checkpoints that were skipped, settings and data that changed."""
 
     def check(self, identity: Mapping[str, str], fingerprint: str, steps: int, scheduled: Collection[str] = ()) -> None:
-        """Compare with the run that is to continue, what its configuration doesn't tell.
+        """Compare with the run that continues what its configuration does not record.
 
         Args:
             identity: of the run, see `Networks.identity`.
             fingerprint: of its first training samples; another one is a note.
             steps: after which it ends.
-            scheduled: what changes by a schedule over all ``steps``; another number is a note then.
+            scheduled: quantities with a schedule over all ``steps``; another number is a note then.
 
         Raises:
             ValueError: the checkpoint is of other data or of other losses, or of a later step than the last one.
@@ -113,7 +113,7 @@ class Checkpoint:
 
 
 def find_checkpoint(config: TrainConfig) -> Checkpoint:
-    """The newest checkpoint that is whole, of the run that ``--out`` and ``--resume`` name. Writes nothing.
+    """Return the newest complete checkpoint of the run that ``--out`` and ``--resume`` name. Writes nothing.
 
     Each rank reads it for itself.
 
@@ -157,8 +157,8 @@ def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Conf
 
 
 def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]:
-    """What to tell of settings that may differ; ValueError names the first one that may not."""
-    told = []
+    """Return notes on settings that may differ; ValueError names the first one that may not."""
+    notes = []
     for section in dataclasses.fields(config):
         now, then = getattr(config, section.name), getattr(saved, section.name)
         for name in (item.name for item in dataclasses.fields(now)):
@@ -171,8 +171,8 @@ def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]
                     f"{flag} is {value} here but {old} in {source}: resume with the same, or start a new run in "
                     "another --out"
                 )
-            told.append(f"{flag} is {value} from here on; it was {old}")
-    return told
+            notes.append(f"{flag} is {value} from here on; it was {old}")
+    return notes
 
 
 class Checkpoints:
@@ -208,7 +208,7 @@ class Checkpoints:
         return "the beginning" if self.newest is None else self.newest.name
 
     def has(self, step: int) -> bool:
-        """Whether the newest checkpoint is of this step."""
+        """Return whether the newest checkpoint is of this step."""
         return self.newest == self._path(step)
 
     def save(self, step: int, config: Mapping[str, Any], weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
@@ -234,8 +234,8 @@ class Checkpoints:
         self._remove_old()
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether these numbers of an evaluation are better than any before, by the first that they have of
-        perceptual distance, PSNR and (of a prior) loss."""
+        """Return whether an evaluation is better than any before, by the first number that it has of perceptual
+        distance, PSNR and (of a prior) loss."""
         name = next(name for name in _LOWER_IS_BETTER if name in metrics)
         if not math.isfinite(metrics[name]):
             return False
@@ -259,7 +259,7 @@ class Checkpoints:
         return self.run / CHECKPOINTS / f"step-{step:07d}"
 
     def _read_best(self, begin: int) -> dict[str, Any]:
-        """What was best up to where the run begins."""
+        """Return the record of the best checkpoint up to the step that the run begins at."""
         try:
             best = json.loads((self.run / CHECKPOINTS / BEST).read_bytes())
             known = {path.name for step, path in step_folders(self.run).items() if step <= begin}

@@ -26,7 +26,7 @@ def worth_compiling(asked: bool, device: torch.device, steps: int) -> tuple[bool
 
 
 def maybe_compile(function: Function, enabled: bool) -> Function:
-    """``function``, compiled as one graph where enabled; a graph break is an error, not a slow-down.
+    """Return the function, compiled as one graph if enabled; a graph break is an error, not a slow-down.
 
     Give modules uncompiled names (``step = maybe_compile(model, ...)`` and keep ``model``): the original saves clean
     state dicts and evaluates batches of any size.

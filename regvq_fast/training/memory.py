@@ -8,33 +8,33 @@ from regvq_fast.config import TrainConfig
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: most that were allocated on the GPU, or the most memory this process had."""
+    """Return the peak in bytes of what was allocated on the GPU, or of this process's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_limit(device: torch.device) -> int | None:
-    """Bytes of the GPU; None on a CPU, whose system swaps and kills before an allocation fails."""
+    """Return the bytes of the GPU; None on a CPU, whose system swaps and kills before an allocation fails."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be allocated, on a GPU or on the host."""
+    """Return whether an error means that memory could not be allocated, on a GPU or on the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def out_of_memory_advice(config: TrainConfig, device: torch.device, rank_batch: int, *, training: bool = True) -> str:
-    """The peak, and the two flags that help most and are not used yet.
+    """Return a message with the peak and the two flags that help most and are not used yet.
 
     An evaluation (``training`` False) keeps no activations for a backward pass: to checkpoint them doesn't help there.
     """
     limit = memory_limit(device)
     peak = f"{peak_memory(device) / 2**30:.1f} GiB" + (f" of {limit / 2**30:.1f} GiB" if limit else "")
-    parts = config.optimizer.accumulate
-    finer = next((k for k in range(parts + 1, rank_batch + 1) if rank_batch % k == 0), None)
+    used = config.optimizer.accumulate
+    finer = next((k for k in range(used + 1, rank_batch + 1) if rank_batch % k == 0), None)
     flags = {
         "--amp": not config.run.amp and device.type == "cuda",
         "--activation-checkpointing": training and not config.run.activation_checkpointing,

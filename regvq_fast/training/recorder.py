@@ -1,4 +1,4 @@
-"""What a run leaves and what its user sees: run folder, metrics.jsonl, TensorBoard, progress bar."""
+"""Output of a run: its folder, metrics.jsonl, TensorBoard, progress bar."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ _SUMMARY = "summary.json"
 
 
 def new_run_folder(config: TrainConfig) -> Path:
-    """Where a new run will write; nothing is created yet.
+    """Return the folder of a new run; nothing is created yet.
 
     Raises:
         FileExistsError: the folder named by ``--out`` is not empty: runs don't mix.
@@ -51,7 +51,7 @@ def _finite(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong with a file, in words, without the number and a temporary name."""
+    """Return the reason of a file error without its number and a temporary name."""
     return error.strerror or str(error)
 
 
@@ -61,9 +61,9 @@ class Recorder:
     A disk that is full doesn't end a run: numbers wait in memory until there is room, TensorBoard's are lost.
 
     Args:
-        config: saved as config.json with ``facts``, ``architecture`` and versions; its ``out``, the run folder, is
+        config: saved as config.json with ``metadata``, ``architecture`` and versions; its ``out``, the run folder, is
             created here.
-        facts: what was found out at start: device, precision, weights of the feature network ...
+        metadata: of the run: device, precision, weights of the feature network ...
         architecture: what the model is built with; see ``Model.architecture``.
         start: where a resumed run continues: records that were made after it are removed.
     """
@@ -71,14 +71,14 @@ class Recorder:
     def __init__(
         self,
         config: TrainConfig,
-        facts: Mapping[str, str],
+        metadata: Mapping[str, str],
         architecture: Mapping[str, Any],
         start: Checkpoint | None = None,
     ) -> None:
         if config.run.out is None or config.optimizer.steps is None:
             raise ValueError("the recorder takes a resolved configuration: run.out and optimizer.steps are needed")
         self.begun = time.monotonic()
-        """When this process began its part of the run, on the monotonic clock."""
+        """Start of this process's part of the run, on the monotonic clock."""
         self.folder = folder = config.run.out
         self.steps = steps = config.optimizer.steps
         self._writes = rank() == 0
@@ -87,7 +87,7 @@ class Recorder:
             folder.mkdir(parents=True, exist_ok=True)
         self.description: dict[str, Any] = {
             **dataclasses.asdict(config),
-            "facts": dict(facts),
+            "facts": dict(metadata),
             "architecture": dict(architecture),
             "versions": {
                 "regvq_fast": __version__,
@@ -95,9 +95,9 @@ class Recorder:
                 "python": platform.python_version(),
             },
         }
-        """What config.json holds."""
+        """Contents of config.json."""
         self.save_json("config.json", self.description)
-        for name, value in facts.items():
+        for name, value in metadata.items():
             say(self.console, name, value)
         self._start = start.step if start else 0
         if start is not None:
@@ -163,7 +163,7 @@ class Recorder:
         return stage(self._progress, name)
 
     def warn(self, text: str) -> None:
-        """One line that stands out and stays."""
+        """Print a warning on a line that stays."""
         self.console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
 
     @contextmanager
@@ -210,11 +210,11 @@ class Recorder:
         self._show(self._trained)
 
     def picture(self, name: str, step: int | None = None) -> Path:
-        """Path of a picture in the run folder."""
+        """Return the path of an image in the run folder."""
         return self.folder / "pictures" / (f"{name}.png" if step is None else f"{name}-{step:07d}.png")
 
     def show_picture(self, path: Path, step: int) -> None:
-        """Put a picture that was saved into TensorBoard as well."""
+        """Add a saved image to TensorBoard."""
         import numpy as np
         from PIL import Image
 

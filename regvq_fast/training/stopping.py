@@ -1,4 +1,4 @@
-"""Why a run stops before its end: SIGINT and SIGTERM, handled between steps, and errors, explained in one sentence."""
+"""Stops before the end of a run: SIGINT and SIGTERM, handled between steps, and errors, explained in a sentence."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ class Interrupted(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
-        """What shells report for a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
+        """Status that shells report for a process ended by the signal: 130 for SIGINT, 143 for SIGTERM."""
 
 
 class _Abandoned(BaseException):
@@ -46,7 +46,7 @@ class _Abandoned(BaseException):
 
 
 class StopSignals:
-    """Inside the block the first signal is only noted; the second one ends the process at once.
+    """Signal handlers of a block: the first signal is only noted, the second one ends the process at once.
 
     Outside of the main thread, where Python takes no signals, it does nothing.
 

@@ -44,7 +44,7 @@ class DeviceMonitor:
         return "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device), self._metadata
 
     def read(self) -> dict[str, float]:
-        """Watts, MHz, degrees Celsius and GiB in use by all processes of the GPU; GiB this one allocated at most."""
+        """Return watts, MHz, degrees Celsius, GiB used by all processes of the GPU, and this process's peak in GiB."""
         state = self._read() or {}
         names = ("power_w", "sm_mhz", "celsius", "memory_used_gib")
         values = {name: float(state[name]) for name in names if state.get(name) is not None}
@@ -118,7 +118,7 @@ class Clock:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
-    """Operations a second that the device can do at most; None where that isn't known.
+    """Return the peak rate of the device in operations a second; None if it is unknown.
 
     Args:
         device: that of the run.

@@ -18,9 +18,10 @@ from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
 from regvq_fast.evaluation.plots import save_codebook_mosaic, save_reconstruction_grid, save_usage_histogram
 from regvq_fast.evaluation.reconstruction_metrics import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.ranks import local_world_size, rank, sum_over_ranks, world_size
-from regvq_fast.training.build import build_discriminator, build_model, build_reconstruction_loss
+from regvq_fast.training.build import build_model, build_reconstruction_loss
 from regvq_fast.training.recipe import Data, Networks, Progress, Recipe, Step
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.vqgan_step import VQGANStep
@@ -45,7 +46,8 @@ class VQGANRecipe(Recipe[VQGANConfig]):
     def build(self, config: VQGANConfig) -> tuple[VQGANConfig, Networks]:
         steps, device, layout = config.optimizer.steps or 0, self.device, torch.channels_last
         self.model = build_model(config).to(device, memory_format=layout)  # type: ignore[call-overload]
-        discriminator = build_discriminator(config)
+        shape = config.model
+        discriminator = PatchDiscriminator(3, shape.disc_filters, shape.disc_layers, shape.disc_norm)
         disc_start = steps if config.loss.disc_start is None else config.loss.disc_start
         if disc_start < steps and config.data.image_size < discriminator.min_size:
             raise ValueError(

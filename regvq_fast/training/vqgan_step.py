@@ -7,7 +7,7 @@ losses (reconstruction, adversarial) are taken at the reconstruction; with the i
 they give that layer's two weight gradients, whose norms balance the groups; then one combined gradient goes through
 decoder and encoder.
 
-In a distributed run each rank has an equal part of the batch, and the gradients that a step leaves are the means over
+In a distributed run each rank has an equal fraction of the batch, and a step's gradients are the means over
 the ranks (PyTorch's DistributedDataParallel): those of the whole batch.
 """
 
@@ -79,13 +79,13 @@ class VQGANStep:
 
         Args:
             images: (B, 3, H, W) float in [-1, 1].
-            seed: 0-dim int64 tensor: mask, noise and sampled places.
+            seed: 0-dim int64 tensor: mask, noise and sampled positions.
             first_image: number of the batch's first image in the global batch; a 0-dim int64 tensor where it changes,
                 which spares a compilation for each value.
-            adversarial: whether the discriminator takes part; without it, it costs nothing.
+            adversarial: the discriminator takes part; without it, it costs nothing.
             loss_scale: factor of all gradients (fp16 loss scaling, gradient accumulation).
-            synchronize: take the mean of the gradients over the ranks; False for all but the last part of a batch.
-            plain: leave the gradients of this rank, and use the networks as they are, not compiled.
+            synchronize: average the gradients over the ranks; False for all but the last micro-batch.
+            plain: use the networks as they are, neither compiled nor distributed.
 
         Returns:
             The losses and other numbers by name (0-dim, unscaled, this rank's) and the selected codes (B, h, w).
@@ -145,7 +145,7 @@ class VQGANStep:
 
 
 class _Networks(NamedTuple):
-    """What a step calls."""
+    """The networks as a step calls them."""
 
     autoencode: nn.Module
     discriminate: nn.Module  # in the generator's turn, where its parameters get no gradient
@@ -155,7 +155,7 @@ class _Networks(NamedTuple):
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for the parameters inside the block: backward makes only that of the input."""
+    """Switch off the gradients of the parameters inside the block: backward computes only that of the input."""
     module.requires_grad_(False)
     try:
         yield
