@@ -276,7 +276,7 @@ def _posterior_kernel(
 
 
 class Outputs(NamedTuple):
-    """Where a sweep writes, row by row; ``assign_codes`` has indices alone."""
+    """Outputs of a sweep, row by row; ``assign_codes`` has indices alone."""
 
     quantized: torch.Tensor | None
     indices: torch.Tensor

@@ -1,4 +1,4 @@
-"""How a call runs: in Triton's kernels or in PyTorch, by which schedule, in what tiles.
+"""Dispatch of a call: Triton kernels or PyTorch, schedule, tiles.
 
 Two schedules compute the same function in the same kernels:
 

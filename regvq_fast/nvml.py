@@ -1,4 +1,4 @@
-"""What NVML tells of a GPU: clocks, power, temperature, memory. It comes with the package nvidia-ml-py, if at all."""
+"""GPU state from NVML: clocks, power, temperature, memory; needs the package nvidia-ml-py."""
 
 from collections.abc import Callable
 from typing import Any

@@ -123,3 +123,15 @@ def test_links_into_documents_lead_somewhere(document: Path) -> None:
     for path, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#([^)\s]+)\)", text):
         target = document.parent / path if path else document
         assert anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    """Rule of the project's language; bench/ follows when its files are merged."""
+    opening = re.compile(r"^(What|Whether|Whom|Where|How|Of) ")
+    wrong = []
+    for path in [*ROOT.glob("regvq_fast/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("train/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if is_text and isinstance(node.value.value, str) and opening.match(node.value.value):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value.value[:40]}")
+    assert not wrong, "\n".join(wrong)

@@ -67,7 +67,7 @@ class EvaluateConfig(LoadingConfig, DeviceConfig, SamplingConfig):
     val_images: int | None = None
     """Use at most so many validation images. Not given: the whole split (of the scenes: 256)."""
     data_seed: int = 0
-    """Of the embedded scenes: which ones. 0 whatever the seed of the run: all runs are judged on the same scenes.
+    """Seed of the embedded scenes. 0 whatever the seed of the run: all runs are judged on the same scenes.
     The validation scenes of its training are those of the seed it was trained with."""
     fid_features: str = "inception"
     """"inception" or "inception:PATH" (FID, with torch-fidelity's network), "vgg16" or "vgg16:PATH", "random-vgg16";

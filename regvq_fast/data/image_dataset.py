@@ -48,7 +48,7 @@ class TrainedPrior:
     """Field of the samples that images are conditioned on."""
     image_size: int
     seed: int
-    """Of the data that it was trained on."""
+    """Seed of the data that it was trained on."""
     val_images: int
     """Length of its validation split."""
     reconstruct: Callable[[Tensor], Tensor]

@@ -28,7 +28,7 @@ class Manifest:
     size: int
     """Pixels of the shorter side."""
     quality: int
-    """Of the JPEGs."""
+    """Quality of the JPEGs."""
     splits: Mapping[str, Mapping[str, Any]]
     """By "train" and "val": its official split, and its numbers of images, captions, maps and shards."""
     classes: Sequence[str] = ()

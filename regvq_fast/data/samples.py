@@ -17,7 +17,7 @@ from torch import Tensor
 Split = Literal["train", "val"]
 """Part of a data set: endless and shuffled, or each sample once, in order."""
 Crop = Literal["random-resized", "center"]
-"""How training images are cropped: at a random position and scale, or the largest central square."""
+"""Crop of training images: at a random position and scale, or the largest central square."""
 Field = Literal["caption", "segmentation"]
 """Optional field of a sample."""
 Part = Literal["image", "caption", "segmentation"]

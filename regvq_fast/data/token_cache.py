@@ -44,7 +44,7 @@ class CacheInfo:
     tokenizer: str
     """Path of the tokenizer, as it was given."""
     tokenizer_sha256: str
-    """Of its weights (:func:`regvq_fast.models.weights.weights_hash`)."""
+    """Hash of its weights (:func:`regvq_fast.models.weights.weights_hash`)."""
     num_codes: int
     token_shape: tuple[int, int]
     """(h, w) of a sample's tokens."""
@@ -69,7 +69,7 @@ class CacheInfo:
     """Classes of the segmentation: as many as the data set names, else one more than the largest id. None: it has none,
     or the cache is not complete."""
     complete: bool = False
-    """Whether all shards are there."""
+    """True if all shards are there."""
     first_images: str | None = None
     """Fingerprint of the first images of both splits; None: of a cache that was made before it was kept."""
     format: int = FORMAT

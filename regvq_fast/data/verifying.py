@@ -29,9 +29,9 @@ class Need(NamedTuple):
     found: int
     expected: int
     required: bool
-    """Whether its absence is an error."""
+    """True if its absence is an error."""
     source: str
-    """Where to get it."""
+    """Address to get it from."""
     example: str = ""
     """A missing file, or an image without the field."""
 

@@ -1,4 +1,4 @@
-"""How much of a codebook is used."""
+"""Usage of a codebook."""
 
 import torch
 from torch import Tensor

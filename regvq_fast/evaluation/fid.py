@@ -51,7 +51,7 @@ class FeatureStatistics:
 
     @classmethod
     def zeros(cls, num_features: int, device: torch.device | str = "cpu") -> Self:
-        """Of no image."""
+        """Return the statistics of no image."""
         zeros = torch.zeros(num_features + 1, num_features, dtype=torch.float64, device=device)
         return cls(0, zeros[0], zeros[1:])
 
@@ -83,7 +83,7 @@ class TooFewImagesWarning(UserWarning):
 
 
 def too_few_images(images: int, features: int) -> str | None:
-    """What is to be said of a Fréchet distance between sets of which the smaller has so many images, if anything."""
+    """Return a caveat on a Fréchet distance between sets of which the smaller has so many images, if any."""
     if images > features:
         return None
     return (
@@ -142,23 +142,23 @@ def statistics_of(
 
 @dataclass(frozen=True)
 class Reference:
-    """What Fréchet distances are distances from: a data set's images, seen by a network."""
+    """Reference of Fréchet distances: features of a data set's images by a network."""
 
     net: FeatureNet
     statistics: FeatureStatistics
     data: dict[str, Any]
-    """What the images are: :func:`describe_data`."""
+    """Description of the images: :func:`describe_data`."""
     device: torch.device | str = "cpu"
-    """Where the network is."""
+    """Device of the network."""
     unreadable: int = 0
     """Images that couldn't be read when they were seen; the next ones of the list took their places."""
 
     def distance(self, other: FeatureStatistics) -> float:
-        """Of a set of images whose statistics :func:`statistics_of` made with the same network."""
+        """Measure the distance of a set of images whose statistics :func:`statistics_of` made with the same network."""
         return frechet_distance(self.statistics, other)
 
     def title(self, letter: str) -> str:
-        """What that distance is to be called: FID[R] of reconstructions, FID[G] of drawn images."""
+        """Return the name of that distance: FID[R] of reconstructions, FID[G] of sampled images."""
         return f"FID[{letter}]" if self.net.standard else f"Fréchet distance[{letter}] ({self.net.name})"
 
 
@@ -239,7 +239,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
 
 
 def default_cache() -> Path:
-    """Where the statistics of data sets are kept unless another folder is named. Raises OSError: as `user_cache`."""
+    """Return the default folder of the statistics of data sets. Raises OSError: as `user_cache`."""
     return user_cache("fid")
 
 

@@ -18,7 +18,7 @@ RESULTS = "evaluation.json"
 CODE_COUNTS = "code_counts.json"
 """Beside it, of a tokenizer: how often each code was selected, a list of N numbers."""
 NOTE = "note"
-"""Of a protocol: what has to be said of the number wherever it is shown."""
+"""Key of a protocol: a caveat to show beside the number."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Measurement:
     """A number, and all that it depends on."""
 
     name: str
-    """What it is to be called: FID is said of Inception's features alone, LPIPS of ImageNet's VGG-16."""
+    """Name to show: FID only for Inception features, LPIPS only for ImageNet's VGG-16."""
     value: float
     protocol: dict[str, Any]
     """Plain values."""

@@ -27,7 +27,7 @@ _NO_SAMPLES = ("grid.png", "strip.png")
 
 @dataclass(frozen=True)
 class TokenizerMetrics:
-    """How well a tokenizer reconstructs a split."""
+    """Quality of a tokenizer's reconstructions of a split."""
 
     reconstruction: ReconstructionMetrics
     """PSNR, SSIM, perceptual distance, codes."""

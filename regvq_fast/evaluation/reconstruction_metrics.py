@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs images it has not seen."""
+"""Quality of a tokenizer's reconstructions of validation images."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ class ReconstructionMetrics:
     perplexity: float
     """exp(entropy) of the code frequencies over all images, 1..N."""
     images: int
-    """How many images the means are over."""
+    """Number of images."""
     code_counts: Tensor
     """(N,) int64 on the CPU: how often each code was selected."""
 

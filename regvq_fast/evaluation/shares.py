@@ -22,7 +22,7 @@ def rank_batches(dataset: Any, batch_size: int, workers: int, device: torch.devi
 
 
 def unreadable_images(dataset: Any) -> int:
-    """How many images of a data set the ranks found unreadable, each counted once; all ranks must ask.
+    """Count the images of a data set that the ranks found unreadable, each once; all ranks must call it.
 
     The shares alone would not do: every rank opens the first image, and the one after its own where that is unreadable.
     """

@@ -1,4 +1,4 @@
-"""What the adapters share: how a class takes another's place."""
+"""Base of the adapters: replacement of a module's class."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Which modules of a model are swapped, and what is said of those that aren't."""
+"""Replacement of a model's quantizers, and warnings about those that stay."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
 
 
 class Acceleration(NamedTuple):
-    """What :func:`accelerate` did, by the names that ``model.named_modules()`` gives ("" is the model itself)."""
+    """Result of :func:`accelerate`, by the names that ``model.named_modules()`` gives ("" is the model itself)."""
 
     swapped: dict[str, str]
     """Class, by module."""

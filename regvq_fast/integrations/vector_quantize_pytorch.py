@@ -76,7 +76,7 @@ class Codebook(Adapter):
     all_reduce_fn: Callable[[Tensor], Any]
 
     gives_distances = False
-    """Whether this call is the library's own, since its caller reads the distances."""
+    """Return whether the library's own forward must run, since its caller reads the distances."""
 
     def forward(
         self,

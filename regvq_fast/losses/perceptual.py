@@ -19,7 +19,7 @@ LPIPS_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 
 
 class FeatureNetwork(Protocol):
-    """What the loss asks of the network behind the features; `regvq_fast.models.VGGFeatures` is one."""
+    """Feature network of the loss; `regvq_fast.models.VGGFeatures` is one."""
 
     @property
     def net(self) -> str:
@@ -35,7 +35,7 @@ class FeatureNetwork(Protocol):
 
     @property
     def imagenet(self) -> bool:
-        """Whether the weights are torchvision's own."""
+        """True if the weights are torchvision's own."""
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""What every model shares: the folder it is saved to and read from, less memory in training, evaluation mode."""
+"""Base of the models: saving and loading of folders, activation checkpointing, evaluation mode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Model(nn.Module):
     _arguments: dict[str, Any]
 
     def architecture(self) -> dict[str, Any]:
-        """What the model was built with, as plain values; "type" is its class."""
+        """Return the constructor's arguments as plain values; "type" is its class."""
         return {"type": type(self).__name__, **self._arguments}
 
     @classmethod
@@ -97,7 +97,7 @@ class Checkpointed(nn.Module):
     """A part of a model that can keep its inputs alone for backward and run once more there."""
 
     layers: Callable[..., Tensor]
-    """What the part computes, a method of the subclass."""
+    """The computation of the part, a method of the subclass."""
 
     def __init__(self) -> None:
         super().__init__()

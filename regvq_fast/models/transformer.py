@@ -1,4 +1,4 @@
-"""What the transformers share: attention, block, first weights, and the checks of sizes and ids.
+"""Layers of the transformers: attention, block, initialization, and checks of sizes and ids.
 
 The block is minGPT's, as taming-transformers has it: pre-LayerNorm, exact GELU. The priors build on it
 (`regvq_fast.priors.autoregressive.model`, `regvq_fast.priors.diffusion.model`), and so does the learned text encoder

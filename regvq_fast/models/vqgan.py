@@ -110,14 +110,14 @@ class Decoder(nn.Module):
 
 
 class VQGANOutput(NamedTuple):
-    """What one pass through the autoencoder yields."""
+    """Output of one pass through the autoencoder."""
 
     reconstruction: Tensor
     """(B, in_channels, H, W), not clamped."""
     features: Tensor
     """(B, ch * ch_mult[0], H, W), the input of decoder.conv_out, detached."""
     quantizer: QuantizerOutput
-    """What the quantizer returned."""
+    """Output of the quantizer."""
 
 
 class VQGAN(Model):
@@ -286,7 +286,7 @@ class VQGAN(Model):
             return self.decode(self.quantize.codes_of(indices))
 
     def architecture(self) -> dict[str, Any]:
-        """What the model was built with, as plain values: its arguments, and under "quantizer" those of the quantizer.
+        """Return the constructor's arguments as plain values, and under "quantizer" those of the quantizer.
 
         Raises:
             ValueError: the quantizer's class is not in `regvq_fast.quantizers.QUANTIZERS`.

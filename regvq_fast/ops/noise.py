@@ -28,7 +28,7 @@ _NATIVE_ELEMENTS = 1 << 20  # of a thread at least: starting one takes as long a
 
 
 class Stream:
-    """What :func:`row_words` draws: one stream for each kind of draw, independent of all others.
+    """Streams of :func:`row_words`, one for each kind of sample, independent of all others.
 
     A number is a counter's ``c3``, which is 0 in the Gumbel noise. It is part of every result: none may be changed.
     """

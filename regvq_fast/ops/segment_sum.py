@@ -9,7 +9,7 @@ from regvq_fast.ops.validation import check_matrix, whole_number
 
 
 def segment_counts(indices: Tensor, num_segments: int) -> Tensor:
-    """How often each of ``num_segments`` values occurs in ``indices`` (any shape, int64); (num_segments,) int64.
+    """Count how often each of ``num_segments`` values occurs in ``indices`` (any shape, int64); (num_segments,) int64.
 
     Integer additions commute exactly, so the scatter is deterministic on every device, and nothing synchronises.
     """

@@ -44,7 +44,7 @@ class _Tile(NamedTuple):
     rows: Tensor
     """Their numbers, (rows,) int64."""
     slice: slice
-    """Where they stand in the order of all rows."""
+    """Their positions in the order of all rows."""
     noisy: bool
 
 

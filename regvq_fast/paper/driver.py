@@ -31,7 +31,7 @@ class PaperConfig(CompileConfig, DeviceConfig):
     """A run of ``train/paper.py``."""
 
     experiment: Positional[ExperimentName]
-    """Which rows."""
+    """Rows to run."""
     preset: PresetName = "scenes"
     """Data set, and settings at scale full."""
     scale: Scale = "tiny"

@@ -1,4 +1,4 @@
-"""What the paper compares: the rows of Table 1 and Table 2, the masking ratios and the codebook sizes.
+"""Experiments of the paper: the rows of Table 1 and Table 2, the masking ratios and the codebook sizes.
 
 A row is a tokenizer, said by flags of ``train/vq.py`` on top of a preset; rows that are one and the same tokenizer have
 one key, so that experiments share its run. The paper's numbers are those of its Tables 1 and 2.
@@ -35,13 +35,13 @@ class Row:
     key: str
     """Names its folder."""
     flags: tuple[str, ...]
-    """Of train/vq.py."""
+    """Flags of train/vq.py."""
     published: Mapping[str, Published] = field(default_factory=dict)
     """By data set."""
     x: float | None = None
-    """Where it lies on the axis of a sweep."""
+    """Position on the axis of a sweep."""
     series: str = ""
-    """Which curve of a sweep it belongs to."""
+    """Curve of a sweep that it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Experiment:
     title: str
     rows: Mapping[Scale, tuple[Row, ...]]
     with_prior: bool
-    """Whether the paper judges generated images, too."""
+    """True if the paper evaluates generated images, too."""
     axis: str = ""
-    """Of a sweep: what is on its x-axis."""
+    """Label of a sweep's x-axis."""
 
 
 PUBLISHED_DATASETS: dict[str, str] = {
@@ -200,7 +200,7 @@ class Recipe(NamedTuple):
     """Flags that make a scale out of the presets."""
 
     preset: PresetName
-    """Of the scripts."""
+    """Preset of the scripts."""
     tokenizer: tuple[str, ...]
     """train/vq.py"""
     cache: tuple[str, ...]
@@ -212,7 +212,7 @@ class Recipe(NamedTuple):
 
 
 def recipe(preset: PresetName, scale: Scale) -> Recipe:
-    """How a preset is run at a scale: tiny, with the scenes' preset at 32 px on any data; or as the paper does."""
+    """Return how a preset is run at a scale: tiny, with the scenes' preset at 32 px on any data; or as in the paper."""
     if scale == "tiny":
         # Table 2 has to end within 40 minutes on two CPU cores. At 64 px that leaves 300 steps, after which most runs
         # can't tell white from red yet, and the seed decides more than the row (docs/failed-ideas.md).

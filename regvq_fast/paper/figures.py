@@ -109,7 +109,7 @@ def save_codebooks(path: Path, mosaics: Mapping[str, Path], counts: Mapping[str,
 
 
 def save_usage(path: Path, counts: Mapping[str, Tensor]) -> None:
-    """How often each code is selected, from the most to the least frequent, relative to uniform use.
+    """Plot how often each code is selected, from the most to the least frequent, relative to uniform use.
 
     Args:
         path: of the picture.
@@ -182,7 +182,7 @@ def _reconstruct(model: VQGAN, images: Tensor, device: torch.device) -> Tensor:
 
 
 def _counts(metrics: Path) -> Tensor:
-    """How often each code was selected when the row was measured, (N,)."""
+    """Return how often each code was selected when the row was measured, (N,)."""
     path = metrics.with_name(CODE_COUNTS)
     try:
         return torch.tensor(json.loads(path.read_bytes()))

@@ -30,10 +30,10 @@ from regvq_fast.paper.stages import Pipeline
 from regvq_fast.priors.registry import SAMPLING_SETTINGS
 
 Plan = Mapping[Row, Mapping[int, Pipeline]]
-"""Of each row the pipeline of each seed."""
+"""Pipelines of each row, by seed."""
 
 _AGREEMENT = ("agreement of samples", "layout of samples", "classes of samples")
-"""How well samples show what their conditions say; of runs on the scenes."""
+"""Agreement of samples with their conditions; of runs on the scenes."""
 _NAMES = {
     "fid_r": "FID[R]",
     "psnr": "PSNR[R]",
@@ -48,7 +48,7 @@ _NAMES = {
 _SHARES = frozenset({"utilization", *_AGREEMENT})
 _PROTOCOL = ("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256")
 _SAME = (*_PROTOCOL, *SAMPLING_SETTINGS)
-"""What numbers that are compared must have in common."""
+"""Parts of the protocol that compared numbers must share."""
 
 
 class Cell(NamedTuple):
@@ -154,7 +154,7 @@ class Report:
         return header, lines
 
     def _protocol(self, measured: Mapping[Row, Mapping[int, Any]]) -> str:
-        """What the numbers are of, in a sentence or two."""
+        """Return a description of the numbers in a sentence or two."""
         runs = [metrics for seeds in measured.values() for metrics in seeds.values()]
         if not runs:
             return "No row is done yet."
@@ -224,7 +224,7 @@ class Report:
 
 
 def _agreement(prior: Path) -> dict[str, dict[str, Any]]:
-    """How well a prior's samples show what their conditions say, where its run has measured it."""
+    """Return the agreement of a prior's samples with their conditions, if its run has measured it."""
     try:
         summary = json.loads((prior / "summary.json").read_bytes())
     except FileNotFoundError:

@@ -26,9 +26,9 @@ class Stage(NamedTuple):
     """A command, and what it leaves."""
 
     name: str
-    """What it makes."""
+    """File that it makes."""
     script: str
-    """Of train/."""
+    """Script in train/."""
     settings: tuple[str, ...]
     """Flags that decide its numbers."""
     folder: Path
@@ -36,7 +36,7 @@ class Stage(NamedTuple):
     result: Path
     """Written last: where it is, the stage is done."""
     trains: bool
-    """Whether it has checkpoints to resume from."""
+    """True if it has checkpoints to resume from."""
 
 
 class StageFailed(ValueError):
@@ -58,7 +58,7 @@ class Pipeline(NamedTuple):
         return next((path for path in paths if path.exists()), None)
 
     def record(self) -> dict[str, Any]:
-        """What is written down of each stage, by its name: settings, commands (of one that was
+        """Return the record of each stage by its name: settings, commands (of one that was
         interrupted, several) and seconds."""
         try:
             return json.loads((self.folder / _RECORD).read_bytes())

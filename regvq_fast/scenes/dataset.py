@@ -29,7 +29,7 @@ WHOLE_PROBABILITY = 0.25
 """Fraction of the scenes that are one crop of one photograph; the other layouts divide the rest equally."""
 
 _TRAIN_FRACTION = 2 / 3
-"""Of each photograph's columns."""
+"""Fraction of each photograph's columns."""
 _CLOSEST = 0.25
 """The closest view: a crop that would span this fraction of the photograph's size if it filled the whole scene.
 

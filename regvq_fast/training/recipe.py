@@ -49,7 +49,7 @@ class Data(NamedTuple):
 
 @dataclass
 class Networks:
-    """What `Recipe.build` has built."""
+    """The result of `Recipe.build`."""
 
     model: Any
     """The network that is evaluated and saved; a :class:`regvq_fast.models.model.Model`."""
@@ -64,7 +64,7 @@ class Networks:
     metadata: dict[str, str] = field(default_factory=dict)
     """Lines printed at the start and saved in config.json."""
     identity: dict[str, str] = field(default_factory=dict)
-    """What all ranks and a resumed run must have in common and the configuration doesn't say."""
+    """Values that all ranks and a resumed run must share and that the configuration does not record."""
     fingerprint: str = ""
     """Hash of the first training samples: resuming warns if it differs."""
     scheduled: tuple[str, ...] = ()

@@ -45,7 +45,7 @@ class Archive(ABC):
     mirror_pairs: ClassVar[tuple[tuple[int, int], ...]] = ()
     """Pairs of class ids, such as left and right eye, that a mirrored image exchanges."""
     maps_fit: ClassVar[bool] = True
-    """Whether maps must have the size of their images."""
+    """True if maps must have the size of their images."""
 
     title: str
     classes: tuple[str, ...] = ()
