@@ -166,9 +166,9 @@ def _weighted_info_nce_backward_eager(
 def _forward_op(
     query: Tensor, key: Tensor, weight: Tensor | None, tau: float, keeps: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the loss of every row (B, L), and for the backward of the same ``impl`` the log-sum-exp over the factor of
-    the negatives (the kernels' in log 2), the negatives' fraction of that sum, and eager's similarities (B, L, L) with the
-    weights in those of the positives; these are empty unless ``keeps``.
+    """Compute the loss of every row (B, L), and for the backward of the same ``impl`` the log-sum-exp over the factor
+    of the negatives (the kernels' in log 2), the negatives' fraction of that sum, and eager's similarities (B, L, L)
+    with the weights in those of the positives; these are empty unless ``keeps``.
     """
     largest = [check_finite(name, value) for name, value in (("query", query), ("key", key), ("weight", weight))]
     bound = (query.shape[2] * largest[0] * largest[1] + 1) / min(1.0, tau)

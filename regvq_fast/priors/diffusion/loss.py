@@ -302,7 +302,7 @@ def _token_sums(logits: Tensor, tokens: Tensor, noisy: Tensor, tilt: Tensor, log
 
 
 class _TokenSums(torch.autograd.Function):
-    """Sums over each token's logits z: log sum exp z', sum softplus(log p' + log r), z at the token, z at x_t; all (B, L).
+    """Sums of each token's logits z: log sum exp z', sum softplus(log p' + log r), z at the token, z at x_t, (B, L).
 
     Written with its backward pass, so that autograd keeps the logits and nothing else of their size.
     """
