@@ -7,10 +7,11 @@ import pickle
 import shutil
 from pathlib import Path
 
-import archive_trees as trees
 import numpy as np
 import pytest
 import torch
+from helpers import archive_trees as trees
+from helpers.flat_images import level_of, write_flat
 from PIL import Image
 
 from regvq_fast.data import ArchiveDataset, find_archive, reading, training_batches
@@ -18,13 +19,9 @@ from regvq_fast.data.archives.archive import MAP_FOLDER
 from regvq_fast.data.datasets import build_dataset
 
 
-def level(sample) -> int:
-    return int(sample["image"].float().mean())
-
-
 def levels(dataset) -> list[int]:
     """Of each picture once, in steps of 20: JPEG moves them a little."""
-    return [20 * round(level(dataset[k]) / 20) for k in range(len(dataset))]
+    return [20 * round(level_of(dataset[k]) / 20) for k in range(len(dataset))]
 
 
 def build(root, split="val", size=8, **options):
@@ -32,11 +29,9 @@ def build(root, split="val", size=8, **options):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def cache(cache_home):
     """Nothing of a test goes into the user's own cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
+    return cache_home
 
 
 @pytest.mark.parametrize(
@@ -73,10 +68,10 @@ def test_cub_has_its_official_split_and_ten_captions(tmp_path):
     assert sorted(levels(train)) == [20, 60, 100, 140]
     assert sorted(levels(val)) == [0, 40, 80, 120]
     for k in range(4):
-        bird = round(level(val[k]) / 20)
+        bird = round(level_of(val[k]) / 20)
         assert val[k]["caption"] == f"bird {bird} caption 0"
     drawn = [train[k] for k in range(80)]
-    assert all(sample["caption"].split()[1].rstrip("\ufffd") == str(round(level(sample) / 20)) for sample in drawn)
+    assert all(sample["caption"].split()[1].rstrip("\ufffd") == str(round(level_of(sample) / 20)) for sample in drawn)
     assert {sample["caption"].split(" ", 2)[2] for sample in drawn} == {f"caption {j}" for j in range(5)} | {
         "s caption 1"
     }
@@ -88,7 +83,7 @@ def test_cub_has_its_official_split_and_ten_captions(tmp_path):
 
 def test_one_caption_a_line_is_the_rule_of_plain_folders_too(tmp_path):
     for k in range(2):
-        trees.picture(tmp_path / f"{k}.jpg", 20 * k)
+        write_flat(tmp_path / f"{k}.jpg", 20 * k)
         (tmp_path / f"{k}.txt").write_text("\n one\ntwo \none\n\n\nthree\n")
     assert build(tmp_path, "val", fields=["caption"])[0]["caption"] == "one"
     train = build(tmp_path, "train", fields=["caption"])
@@ -104,7 +99,7 @@ def test_coco_has_its_captions_by_file_name(tmp_path, caplog):
         assert caplog.messages == [f"left out 1 of 4 images in {top}: no caption"]
         caplog.clear()
         assert [val[k]["caption"] for k in range(2)] == ["Photo 0.", "Photo 1."]
-        seen = {(round(level(train[k]) / 40), train[k]["caption"]) for k in range(90)}
+        seen = {(round(level_of(train[k]) / 40), train[k]["caption"]) for k in range(90)}
         assert seen == {(k, f"{photo} {k}{stop}") for k in range(3) for photo, stop in (("Photo", "."), ("photo", ""))}
 
 
@@ -127,7 +122,7 @@ def test_celeba_parts_are_merged_in_order_once(tmp_path):
     expected = torch.ones(16, 16, dtype=torch.uint8)
     expected[8:12, :8], expected[8:12, 8:], expected[:4] = 4, 5, 13
     assert torch.equal(face["segmentation"], expected)
-    assert 70 < level(face) < 90
+    assert 70 < level_of(face) < 90
     shutil.rmtree(top / "CelebAMask-HQ-mask-anno" / "0")  # it need not be looked at again
     assert Image.open(top / MAP_FOLDER / "4.png").size == (16, 16)
     assert np.array_equal(np.asarray(Image.open(top / MAP_FOLDER / "4.png")), expected.numpy())
@@ -267,7 +262,7 @@ def test_a_map_of_another_size_is_an_error_but_of_faces(tmp_path, caplog):
     top = trees.ade20k(tmp_path)
     trees.labels(top / "annotations" / "validation" / "ADE_val_00000001.png", np.full((10, 12), 3))
     dataset = build(top, fields=["segmentation"])
-    assert [level(dataset[k]) for k in range(2)] == [level(dataset[1])] * 2
+    assert [level_of(dataset[k]) for k in range(2)] == [level_of(dataset[1])] * 2
     (message,) = caplog.messages
     assert message.endswith("ADE_val_00000001.jpg (its map has 12 x 10 pixels, the image 24 x 20)")
 

@@ -2,8 +2,9 @@
 
 import shutil
 
-import archive_trees as trees
 import pytest
+from helpers import archive_trees as trees
+from helpers.flat_images import write_flat
 
 from regvq_fast.data import ArchiveDataset, ImageFolder, find_archive
 from regvq_fast.data.datasets import build_dataset
@@ -79,7 +80,7 @@ def test_coco_may_lie_in_a_folder_images_itself(tmp_path):
 
 def test_plain_folders_are_none(tmp_path):
     for k in range(2):
-        trees.picture(tmp_path / "images" / "training" / f"{k}.jpg", 20 * k)
+        write_flat(tmp_path / "images" / "training" / f"{k}.jpg", 20 * k)
     dataset = build(tmp_path)
     assert isinstance(dataset, ImageFolder)
     assert dataset.label == str(tmp_path)

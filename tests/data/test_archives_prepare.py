@@ -9,10 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
-import archive_trees as trees
 import numpy as np
 import pytest
 import torch
+from helpers import archive_trees as trees
 from PIL import Image
 from rich.console import Console
 
@@ -21,10 +21,7 @@ from regvq_fast.config import run_script
 from regvq_fast.data import ArchiveDataset, ImageShards, find_archive, preparing
 from regvq_fast.data.datasets import build_dataset
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 class Told:

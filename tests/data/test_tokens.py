@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import scenes_batch, tiny_tokenizer
 
 from regvq_fast.data import TokenDataset, training_batches, validation_batches
-from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import CacheInfo, open_shard, read_info, shard_path, write_info, write_shard
 from regvq_fast.data.tokens import majority_vote, tokenize_batch
-from regvq_fast.models import VQGAN
-from regvq_fast.quantizers import NearestQuantizer
-from regvq_fast.scenes import ScenesDataset
 
 INFO = CacheInfo(
     tokenizer="runs/tiny",
@@ -274,19 +271,8 @@ def test_majority_vote_refuses_what_is_no_map() -> None:
 # ----------------------------------------------------------------------------------------------- tokens out of images
 
 
-def tiny_vqgan() -> VQGAN:
-    torch.manual_seed(0)
-    quantizer = NearestQuantizer(32, 4)
-    model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
-    scenes = ScenesDataset("train", 16)
-    model.initialize_quantizer(collate([scenes[k] for k in range(8)])["image"] / 127.5 - 1)
-    torch.nn.init.normal_(quantizer.embedding.weight)
-    return model
-
-
 def test_tokenizing_keeps_what_images_come_with() -> None:
-    model, scenes = tiny_vqgan(), ScenesDataset("val", 16, length=5)
-    images = collate([scenes[k] for k in range(5)])
+    model, images = tiny_tokenizer(), scenes_batch(5)
     batch = tokenize_batch(model, images)
     assert batch["tokens"].shape == (5, 8, 8)
     assert batch["tokens"].dtype == torch.int64

@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import scipy.linalg
 import torch
+from helpers.tiny_models import TinyNet
 from PIL import Image
-from tiny_net import TinyNet
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -30,7 +30,6 @@ from regvq_fast.evaluation.fid import (
     make_reference,
     statistics_of,
 )
-from regvq_fast.models import features as vgg
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.weights import RemoteWeights
 from regvq_fast.scenes import ScenesDataset
@@ -231,14 +230,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def nothing_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    nowhere = RemoteWeights("http://127.0.0.1:9/weights.pth", "0000")
-    monkeypatch.setitem(vgg.IMAGENET_WEIGHTS, "vgg16", nowhere)
-    monkeypatch.setattr(feature_nets, "INCEPTION_WEIGHTS", nowhere)
-
-
 def test_vgg_features_are_named_after_their_weights(weights: Path) -> None:
     net, random = load_feature_net(f"vgg16:{weights}"), load_feature_net("random-vgg16")
     assert net.name == "VGG-16 of mine.safetensors, relu5_3 averaged"
@@ -266,7 +257,7 @@ def test_vgg_features_are_named_after_their_weights(weights: Path) -> None:
     torch.testing.assert_close(net(images[1:2]), found[1:2], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("nothing_to_download")
+@pytest.mark.usefixtures("no_downloads")
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
@@ -314,7 +305,7 @@ def torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
 
 
-@pytest.mark.usefixtures("torch_fidelity", "nothing_to_download")
+@pytest.mark.usefixtures("torch_fidelity", "no_downloads")
 def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"scale": torch.arange(2048.0)}
     torch.save(state, tmp_path / "mine.pth")
@@ -334,7 +325,7 @@ def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.Monkey
     assert titles == ["FID[R]", "Fréchet distance[R] (Inception-v3 of mine.pth)"]
 
 
-@pytest.mark.usefixtures("torch_fidelity", "nothing_to_download")
+@pytest.mark.usefixtures("torch_fidelity", "no_downloads")
 def test_inception_weights_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth doesn't fit Inception-v3: .*Missing key"):

@@ -40,12 +40,8 @@ def checkpoint():
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    """No test sees the user's cache or the network."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    for net in ("vgg16", "vgg19"):
-        monkeypatch.setitem(features.IMAGENET_WEIGHTS, net, RemoteWeights("http://127.0.0.1:9/vgg.pth", "0000"))
-    return tmp_path / "hub" / "checkpoints"
+def empty_cache(no_downloads):
+    return no_downloads
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -163,7 +159,7 @@ def test_weights_from_a_path(tmp_path, checkpoint, suffix, dtype):
 def test_a_path_to_torchvisions_own_file_is_recognised(tmp_path, checkpoint, monkeypatch):
     path = tmp_path / "renamed.pth"
     torch.save(checkpoint, path)
-    remote = RemoteWeights("http://127.0.0.1:9/vgg.pth", sha256_of(path)[:8])
+    remote = RemoteWeights("http://127.0.0.1:9/weights.pth", sha256_of(path)[:8])
     monkeypatch.setitem(features.IMAGENET_WEIGHTS, "vgg16", remote)
     network = load_vgg_features("vgg16", path, layers=SMALL)
     assert network.imagenet
@@ -196,10 +192,10 @@ def test_weights_of_the_other_network_are_told_apart(tmp_path, checkpoint):
 
 def test_weights_from_the_cache(checkpoint, empty_cache):
     empty_cache.mkdir(parents=True)
-    torch.save(checkpoint, empty_cache / "vgg.pth")
+    torch.save(checkpoint, empty_cache / "weights.pth")
     network = load_vgg_features("vgg16", layers=SMALL, download=False)
     assert torch.equal(network.features[2].weight, checkpoint["features.2.weight"])
-    assert (network.source, network.imagenet) == (f"cache:{empty_cache / 'vgg.pth'}", True)
+    assert (network.source, network.imagenet) == (f"cache:{empty_cache / 'weights.pth'}", True)
 
 
 @pytest.mark.parametrize(("download", "reason"), [(False, "downloads are switched off"), (True, "can't reach http")])

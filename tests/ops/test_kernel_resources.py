@@ -11,9 +11,9 @@ from unittest import mock
 import kernel_resources
 import pytest
 import torch
+from helpers.kernel_cases import in_a_new_process, without_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import in_a_new_process, without_interpreter
 
 pytest.importorskip("triton")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import (
+from helpers.kernel_cases import (
     if_kernels_are_elsewhere,
     kernels,
     needs_kernels,

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
-from hypothesis import strategies as st
-from kernel_cases import (
+from helpers.kernel_cases import (
     DEVICE,
     FLOATS,
     SCHEDULES,
@@ -16,8 +14,8 @@ from kernel_cases import (
     patch_dispatch,
     set_split,
 )
-from vq_cases import LEAVES, LOGITS, MASKS, assert_same, copy_leaves, make_inputs, outputs_and_gradients
-from vq_kernel_cases import (
+from helpers.vq_cases import LEAVES, LOGITS, MASKS, assert_same, copy_leaves, make_inputs, outputs_and_gradients
+from helpers.vq_kernel_cases import (
     CASES,
     OUTPUTS,
     Case,
@@ -26,6 +24,8 @@ from vq_kernel_cases import (
     is_separated,
     kernel_results,
 )
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
 
 from regvq_fast.dispatch import Tile
 from regvq_fast.ops import vector_quantize

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import (
+from helpers.kernel_cases import (
     DEVICE,
     FLOATS,
     SCHEDULES,
@@ -13,8 +13,8 @@ from kernel_cases import (
     pass_in_the_interpreter,
     set_split,
 )
-from vq_cases import SEED, assert_same, copy_leaves, frozen, make_inputs
-from vq_kernel_cases import CASES, OUTPUTS, Case, assert_outputs, kernel_results
+from helpers.vq_cases import SEED, assert_same, copy_leaves, frozen, make_inputs
+from helpers.vq_kernel_cases import CASES, OUTPUTS, Case, assert_outputs, kernel_results
 
 from regvq_fast.ops import vector_quantize
 

@@ -17,10 +17,10 @@ import pytest
 import report_tables
 import torch
 import trained_runs
+from helpers.runs import FAST, TRAIN, assert_same_run, records, resume, run_script, torchrun, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from training.tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
 
 from regvq_fast.config import override
 from regvq_fast.data.loading import read_samples
@@ -37,15 +37,8 @@ PRIOR = (
     "--steps 4 --batch-size 8 --log-every 2 --image-every 3 --device cpu --warmup-steps 2 --width 16 --depth 1 "
     "--heads 2"
 ).split()
+pytestmark = pytest.mark.usefixtures("few_regions")
 SMALL = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}  # as fields
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_regions() -> Iterator[None]:
-    """The classifier of regions takes twelve seconds to fit to 768 scenes: here it gets enough for every class."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 128)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +257,7 @@ def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path
     code += f"runpy.run_path({str(TRAIN / 'diffusion.py')!r}, run_name='__main__')"
     script = tmp_path / "script.py"
     script.write_text(code)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command = [sys.executable, *launcher, *PRIOR, "--cache", str(cache), "--out", str(out)]
+    command = torchrun(script, *PRIOR, "--cache", cache, "--out", out)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for row, alone in zip(records(out), records(runs["diffusion"]), strict=True):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_vqgan
 
-from regvq_fast.models import VQGAN
+from regvq_fast.cli.train import train
 from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder, restore_text_encoder
@@ -170,26 +171,23 @@ def test_pretrained_encoders_move_and_are_shared_by_copies(folders: dict[str, Pa
 
 
 def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], few_regions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled as one graph, with averaged weights, and resumed: train/diffusion.py --preset coco --compile."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("regvq_fast.training.compilation.CPU_STEPS", 0)
-    monkeypatch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 128)
-    quantizer = NearestQuantizer(16, 4)
-    shape = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}
-    VQGAN(quantizer, attn_resolutions=(), **shape).save_pretrained(tmp_path / "tokenizer")  # type: ignore[arg-type]
+    tiny_vqgan(NearestQuantizer(16, 4)).save_pretrained(tmp_path / "tokenizer")
 
-    def train(*flags: object) -> None:
+    def run(*flags: object) -> None:
         monkeypatch.setattr(sys, "argv", ["diffusion.py", *map(str, flags)])
         train(DiffusionRecipe, DIFFUSION_PRESETS, "")
 
     flags: list[object] = "--on-the-fly --compile --ema 0.5 --val-images 4 --workers 0 --device cpu".split()
     flags += "--batch-size 4 --width 16 --depth 1 --heads 2 --warmup-steps 1 --final-lr-fraction 1".split()
     flags += ["--tokenizer", tmp_path / "tokenizer", "--text-encoder", folders["clip"]]
-    train(*flags, "--steps", 2, "--out", tmp_path / "whole")
-    train(*flags, "--steps", 1, "--out", tmp_path / "broken")
-    train("--resume", "--steps", 2, "--out", tmp_path / "broken")
+    run(*flags, "--steps", 2, "--out", tmp_path / "whole")
+    run(*flags, "--steps", 1, "--out", tmp_path / "broken")
+    run("--resume", "--steps", 2, "--out", tmp_path / "broken")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
     assert b"text_encoder" not in weights[0]  # CLIP's own weights aren't saved with the prior

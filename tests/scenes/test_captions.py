@@ -15,11 +15,6 @@ from regvq_fast.scenes.layouts import LAYOUTS, PHOTOGRAPHS, Region, parse_captio
 
 
 @pytest.fixture(scope="module")
-def classifier() -> RegionClassifier:
-    return RegionClassifier.fit(ScenesDataset("train", 64), samples=384)
-
-
-@pytest.fixture(scope="module")
 def validation() -> tuple[Tensor, list[str]]:
     scenes = ScenesDataset("val", 64, length=96)
     batch = collate([scenes[k] for k in range(96)])

@@ -11,11 +11,6 @@ from regvq_fast.scenes.judges import RegionClassifier, region_accuracy, region_s
 
 
 @pytest.fixture(scope="module")
-def classifier() -> RegionClassifier:
-    return RegionClassifier.fit(ScenesDataset("train", 64), samples=384)
-
-
-@pytest.fixture(scope="module")
 def validation():
     scenes = ScenesDataset("val", 64, length=160)
     return collate([scenes[k] for k in range(160)])

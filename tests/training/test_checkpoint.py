@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import FAST, assert_same_run, checkpoints, records, resume, train
+from helpers.tiny_models import tiny_vqgan
 from safetensors.torch import save_file
-from tiny_runs import FAST, assert_same_run, checkpoints, records, resume, train
 
 from regvq_fast import EMAQuantizer, GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
 from regvq_fast.models import VQGAN
@@ -25,10 +26,7 @@ from regvq_fast.training.trainer import Trainer
 
 
 def tiny_model(quantizer: Quantizer | None = None) -> VQGAN:
-    return VQGAN(
-        quantizer or NearestQuantizer(4, 4),
-        image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=4,
-    ).eval()  # fmt: skip
+    return tiny_vqgan(quantizer, attn_resolutions=(8,)).eval()
 
 
 def save(checkpoints: Checkpoints, step: int) -> None:

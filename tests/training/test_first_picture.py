@@ -7,8 +7,8 @@ from pathlib import Path
 import first_picture
 import numpy as np
 import pytest
+from helpers.runs import FAST, train
 from PIL import Image
-from tiny_runs import FAST, train
 
 
 def test_the_first_picture_has_three_labelled_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

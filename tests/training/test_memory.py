@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import FAST, assert_same_run, checkpoints, records, resume, train
+from helpers.runs import FAST, assert_same_run, checkpoints, records, resume, train
 from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override

@@ -7,7 +7,7 @@ from typing import Self
 
 import pytest
 import torch
-from tiny_runs import FAST, records, run_script, train
+from helpers.runs import FAST, records, run_script, train
 
 from regvq_fast.data.datasets import DATASETS
 from regvq_fast.data.image_dataset import ImageDataset, SplitSettings, TrainedPrior

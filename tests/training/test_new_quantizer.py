@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import FAST, SCRIPT, TINY
+from helpers.runs import FAST, SCRIPT, TINY
 
 from regvq_fast.config import QuantizerConfig
 from regvq_fast.models import VQGAN

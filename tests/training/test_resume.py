@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
 from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.runs import FAST, checkpoints, records, resume, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import FAST, checkpoints, records, resume, train, without_clock
 
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.models import VGGFeatures, weights

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import FAST, records, train
+from helpers.runs import FAST, records, train
 
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.precision import configure_backends

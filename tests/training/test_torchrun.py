@@ -3,15 +3,14 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import refusals_on_ranks
+from helpers import refusals_on_ranks
+from helpers.runs import FAST, SCRIPT, TINY, checkpoints, records, resume, torchrun, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import FAST, SCRIPT, TINY, checkpoints, records, resume, train, without_clock
 
 from regvq_fast.models import VGGFeatures
 from regvq_fast.ranks import texts_of_ranks, together
@@ -21,13 +20,8 @@ RUN = [*TINY, *FAST, "--disc-norm", "group", "--disc-start", "1", "--kl-scope", 
 RUN += ["--final-lr-fraction", "1"]  # else the rate depends on the number of steps
 
 
-def torchrun(*flags: object, processes: int = 2) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
-
-
 def run_on_ranks(*flags: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(torchrun(*flags, processes=processes), capture_output=True, text=True, timeout=300)
+    return subprocess.run(torchrun(SCRIPT, *flags, processes=processes), capture_output=True, text=True, timeout=300)
 
 
 def assert_close_runs(one: Path, two: Path) -> None:
@@ -101,8 +95,8 @@ def test_what_one_process_finds_wrong_is_said_by_all(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / "rank-0" / split).mkdir(parents=True)
         Image.new("RGB", (40, 40), "red").save(tmp_path / "rank-0" / split / "a.png")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", refusals_on_ranks.__file__]
-    done = subprocess.run([sys.executable, *launcher, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    command = torchrun(refusals_on_ranks.__file__, tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first.keys() == second.keys() == {"weights", "data", "stalled"}

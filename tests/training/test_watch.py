@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import FAST, assert_equal, checkpoints, records, train
+from helpers.runs import FAST, assert_equal, checkpoints, records, train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
