@@ -1,12 +1,70 @@
-"""Fixtures that tests of several modules share. Plain functions that they share are in `helpers`."""
+"""Fixtures that tests of several modules share, and the marks that tests get by what they do.
 
-from collections.abc import Iterator
+Plain functions that tests share are in `helpers`.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType, FunctionType
 
 import pytest
 import torch
 
 pytest.register_assert_rewrite("helpers")
+
+TESTS = Path(__file__).parent
+BENCH = TESTS.parent / "bench"
+DOCS = {"test_docs.py", "test_readme.py", "test_integration_docs.py"}
+# A test that gets to one of these names starts processes, compiles, runs kernels in the interpreter or a whole command.
+NOT_UNIT = set(
+    "subprocess multiprocessing runpy Popen DataLoader compile opcheck kernels Trainer train evaluate cache_tokens "
+    "generate reproduce manage_data".split()
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is about the documents or bench/, what needs a GPU, and what is a unit test."""
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        if item.path.name in DOCS:
+            item.add_marker("docs")
+        if any(_is_of_bench(value) for value in vars(item.module).values()):
+            item.add_marker("bench")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if not any(item.get_closest_marker(name) for name in ("slow", "gpu", "docs")) and not NOT_UNIT & _names(item):
+            item.add_marker("unit")
+
+
+def _is_of_bench(value: object) -> bool:
+    module = sys.modules.get(getattr(value, "__module__", None) or getattr(value, "__name__", None) or "")
+    return Path(getattr(module, "__file__", None) or "").parent == BENCH
+
+
+def _names(item: pytest.Function) -> set[str]:
+    """Return the names in a test, its fixtures and the functions of tests/ that they call."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    waiting: list[Callable] = [item.function, *(definition.func for same in fixtures for definition in same)]
+    names: set[str] = set()
+    seen = set()
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        found = _names_in(function.__code__)
+        names |= found
+        if TESTS in Path(function.__code__.co_filename).parents:
+            waiting += [value for name in found if callable(value := function.__globals__.get(name))]
+    return names
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_it_is_the_formula_with_its_gradients(causal, keys):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("causal", "keys"), CASES)
 def test_both_implementations_agree(causal, keys, dtype):
@@ -54,7 +54,7 @@ def test_both_implementations_agree(causal, keys, dtype):
         torch.testing.assert_close(one, other, **tolerance)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_xformers_runs_on_a_gpu_unless_it_does_not_fit(monkeypatch):
     pytest.importorskip("xformers.ops")
     calls = []

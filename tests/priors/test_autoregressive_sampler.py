@@ -133,7 +133,7 @@ def test_half_precision(prior, condition):
         assert (tokens[:, 0, 0] == exact[:, 0, 0]).sum() >= 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_it_draws_the_same_without_waiting(prior, condition, compiled):
     expected = sample_autoregressive(prior, condition, seed=SEED, guidance=1.5, top_p=0.9)

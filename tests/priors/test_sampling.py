@@ -145,7 +145,7 @@ def test_a_network_is_wrapped_once() -> None:
     assert compiled(torch.relu) is not compiled(torch.tanh)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_a_captured_step_starts_from_what_was_there() -> None:
     index, total = torch.tensor(2, device="cuda"), torch.tensor(10, device="cuda")
     seen = torch.zeros(8, dtype=torch.int64, device="cuda")
