@@ -4,6 +4,7 @@ Plain functions that tests share are in `helpers`.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,22 @@ NOT_UNIT = set(
     "subprocess multiprocessing runpy Popen DataLoader compile opcheck kernels Trainer train evaluate cache_tokens "
     "generate reproduce manage_data".split()
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist makes processes of the number
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run folders of tests in a process of one thread for each core, up to four, unless -n says otherwise.
+
+    A file or a test is run here; so is everything on a GPU, which the processes would share.
+    """
+    option = config.option
+    asked = getattr(option, "numprocesses", 0) is not None or option.usepdb or hasattr(config, "workerinput")
+    if asked or torch.cuda.is_available() or not all(Path(argument).is_dir() for argument in config.args):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores > 1:
+        option.numprocesses, option.dist = min(4, cores), "worksteal"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -137,9 +137,10 @@ def test_a_run_that_stopped_goes_on_from_its_shards(
         cache(tokenizer, out, *SCENES)
     if isinstance(error, KeyboardInterrupt):
         assert stopped.value.code == 130
-        assert capsys.readouterr().err == "stopped; the same command goes on from the shards that are done\n"
+        (said,) = capsys.readouterr().err.splitlines()
+        assert "same command" in said
     else:
-        assert stopped.value.code == "error: [Errno 28] No space left on device"
+        assert "No space left on device" in stopped.value.code
     assert sorted(contents(out)) == ["cache.json", "train-000000.safetensors", "train-000001.safetensors"]
     with pytest.raises(ValueError, match="not complete"):
         TokenDataset(out)
@@ -176,16 +177,16 @@ def test_other_tokenizers_and_folders_are_refused(scenes: Path, tokenizer: Path,
     other = tiny_tokenizer()
     torch.nn.init.normal_(other.quantize.embedding.weight)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match=r"tokenizer_sha256 is .* here but .* in .*cache.json: continue with the same"):
+    with pytest.raises(SystemExit, match=r"tokenizer_sha256.*cache\.json"):
         cache(tmp_path / "other", scenes, *SCENES)
-    with pytest.raises(SystemExit, match="is not empty and no token cache: name a new folder"):
+    with pytest.raises(SystemExit, match="--out"):
         cache(tokenizer, tokenizer, *SCENES)
-    with pytest.raises(SystemExit, match=r"--out .*config.json is a file: name a folder"):
+    with pytest.raises(SystemExit, match=r"--out .*config\.json"):
         cache(tokenizer, tokenizer / "config.json", *SCENES)
     with pytest.raises(SystemExit, match="no such folder"):
         cache(tmp_path / "nowhere", tmp_path / "cache", *SCENES)
     tiny_tokenizer(num_codes=65537).save_pretrained(tmp_path / "large")
-    with pytest.raises(SystemExit, match=r"tokens are kept as uint16, of 65536 codes at most; .*large has 65537"):
+    with pytest.raises(SystemExit, match=r"65536.* 65537"):
         cache(tmp_path / "large", tmp_path / "cache", *SCENES)
     assert not (tmp_path / "cache").exists()
 
@@ -203,7 +204,7 @@ def test_other_images_under_the_same_path_are_refused(tokenizer: Path, tmp_path:
     before = contents(made)
     cache(tokenizer, made, *flags)
     draw(200)
-    with pytest.raises(SystemExit, match=r"the first images differ from those that .*cache has the tokens of"):
+    with pytest.raises(SystemExit, match=r"first images .*cache"):
         cache(tokenizer, made, *flags)
     assert contents(made) == before
     # A cache that was made before they were kept goes on, without a word on them.
@@ -225,7 +226,7 @@ def test_crops_are_central_unless_asked_for(tokenizer: Path, tmp_path: Path) -> 
     out = cache(tokenizer, tmp_path / "random", *flags, "--crop", "random-resized")
     assert read_info(out).crop == "random-resized"
     assert TokenDataset(out).info == read_info(out)  # as one of an earlier version
-    with pytest.raises(SystemExit, match=r"crop is center here but random-resized in"):
+    with pytest.raises(SystemExit, match=r"crop.*center.*random-resized"):
         cache(tokenizer, out, *flags)
     model, images = tiny_tokenizer(), ImageFolder(tmp_path / "photos", "train", 16, crop="center")
     first = collate([images[k] for k in range(len(images))])
@@ -258,7 +259,7 @@ def test_classes_that_the_data_set_does_not_name_are_refused(
 ) -> None:
     """On a GPU, an embedding that is asked for one of them would end the process."""
     monkeypatch.setattr(ScenesDataset, "num_classes", 2)
-    with pytest.raises(SystemExit, match=r"holds the class id 15, of 2 classes: delete it, and make it anew"):
+    with pytest.raises(SystemExit, match=r"class id 15\b"):
         cache(tokenizer, scenes, *SCENES)
 
 

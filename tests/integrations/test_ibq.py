@@ -97,7 +97,7 @@ def test_the_codebooks_of_the_paper(num_codes, monkeypatch):
 
 
 def test_remap_is_not_covered():
-    with pytest.raises(ValueError, match=r"IndexPropagationQuantize: remap, .* isn't covered"):
+    with pytest.raises(ValueError, match="IndexPropagationQuantize: remap"):
         accelerate(IndexPropagationQuantize(CODES, MAPS[1], remap="used.npy"))
 
 

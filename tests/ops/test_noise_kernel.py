@@ -83,7 +83,7 @@ CASES = {
 @needs_kernels
 @pytest.mark.parametrize("case", CASES)
 def test_words_equal_the_eager_ones_bit_for_bit(case):
-    import noise_kernel as kernel
+    from helpers import noise_kernel as kernel
 
     seed, rows, num_codes = CASES[case]
     seed = torch.tensor(seed)
@@ -95,7 +95,7 @@ def test_words_equal_the_eager_ones_bit_for_bit(case):
 @needs_kernels
 @pytest.mark.parametrize("case", CASES)
 def test_noise_is_within_a_few_ulps_of_the_eager_one_and_fills_every_element(case):
-    import noise_kernel as kernel
+    from helpers import noise_kernel as kernel
 
     seed, rows, num_codes = CASES[case]
     seed = torch.tensor(seed)

@@ -279,5 +279,5 @@ def test_any_shape_and_setting(data):
 def test_a_gradient_under_vmap_whose_forward_kept_nothing_is_refused():
     x, codebook = torch.randn(2, 6, 4, device=DEVICE, requires_grad=True), torch.randn(8, 4, device=DEVICE)
     quantized = torch.func.vmap(lambda rows: vector_quantize(rows, codebook, impl="triton").quantized)(x)
-    with pytest.raises(RuntimeError, match=r"for gradients under torch\.func\.vmap give impl='eager'"):
+    with pytest.raises(RuntimeError, match="impl='eager'"):
         quantized.sum().backward()

@@ -32,7 +32,7 @@ def test_this_file_passes_in_the_interpreter():
 
 def test_float64_has_no_kernels():
     x = torch.zeros(4, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match="impl='triton' has no float64: use impl='eager'"):
+    with pytest.raises(ValueError, match=r"float64.*impl='eager'"):
         vector_quantize(x, x, impl="triton")
 
 
@@ -241,7 +241,7 @@ def test_the_kernels_are_part_of_one_graph():
 @needs_kernels
 def test_more_masked_rows_than_int32_numbers_are_refused():
     few, many = (torch.empty((), device=DEVICE, dtype=dtype) for dtype in (torch.float16, torch.bool))
-    with pytest.raises(ValueError, match="at most 2147483647 rows with a mask, got 2147483648: split them"):
+    with pytest.raises(ValueError, match=r"2147483647 .*2147483648"):
         vector_quantize(
             few.expand(2**31, 1),
             few.expand(1, 1),

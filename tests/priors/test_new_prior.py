@@ -132,9 +132,9 @@ def test_a_new_prior_trains_samples_and_is_measured(
     generate(SampleConfig(run=trained, out=tmp_path / "samples", prior="toy", num_images=3, device="cpu"))
     with Image.open(tmp_path / "samples" / "00002.png") as image:
         assert image.size == (16, 16)
-    with pytest.raises(ValueError, match="--top-p is for autoregressive priors; this one is toy"):
+    with pytest.raises(ValueError, match=r"--top-p .*toy"):
         generate(SampleConfig(run=trained, out=tmp_path / "others", top_p=0.5, device="cpu"))
-    with pytest.raises(ValueError, match="--text is for diffusion priors; this one is toy"):
+    with pytest.raises(ValueError, match=r"--text .*toy"):
         generate(SampleConfig(run=trained, out=tmp_path / "others", text=("a cat",), device="cpu"))
 
     settings: dict[str, Any] = {"fid_features": "random-vgg16", "perceptual_weights": Path("random"), "workers": 0}

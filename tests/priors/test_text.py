@@ -67,16 +67,14 @@ def test_learned_encoders_are_restored_from_their_description() -> None:
     assert isinstance(restored, WordEncoder)
     assert restored.architecture() == encoder.architecture()
     restored.load_state_dict(encoder.state_dict())
-    with pytest.raises(ValueError, match="text encoder None is none of WordEncoder, PretrainedTextEncoder"):
+    with pytest.raises(ValueError, match=r"None .*WordEncoder, PretrainedTextEncoder"):
         restore_text_encoder({})
-    with pytest.raises(ValueError, match="the description of WordEncoder doesn't fit"):
+    with pytest.raises(ValueError, match="WordEncoder"):
         restore_text_encoder({"type": "WordEncoder", "colour": "red"})
 
 
 def test_long_captions_are_cut_only_on_request() -> None:
-    with pytest.raises(
-        ValueError, match=r"'a b c d e f g' has 7 words, over the encoder's 6: shorten it \(in Python, an encoder with"
-    ):
+    with pytest.raises(ValueError, match=r"'a b c d e f g' .*\b7 words.*\b6\b"):
         tiny_words().tokenize(["a b c d e f g"])
     cut = tiny_words(truncate=True)
     assert torch.equal(cut.tokenize(["a b c d e f g"]), cut.tokenize(["a b c d e f"]))
@@ -85,9 +83,9 @@ def test_long_captions_are_cut_only_on_request() -> None:
 def check_refusals(encoder: TextEncoder) -> None:
     for captions, error, message in [
         ([], ValueError, "at least one caption"),
-        (["a cat", " \n"], ValueError, "caption 1 is empty"),
-        ("a cat", TypeError, "must be a list of str, got a str"),
-        (["a cat", None], TypeError, "must be a list of str, got NoneType, str"),
+        (["a cat", " \n"], ValueError, r"caption 1\b"),
+        ("a cat", TypeError, r"list.* str$"),
+        (["a cat", None], TypeError, "NoneType, str"),
     ]:
         with pytest.raises(error, match=message):
             encoder.tokenize(captions)  # type: ignore[arg-type]
@@ -95,10 +93,10 @@ def check_refusals(encoder: TextEncoder) -> None:
 
 def test_what_is_no_caption_is_refused() -> None:
     check_refusals(tiny_words())
-    with pytest.raises(ValueError, match="width must be a multiple of heads, got width 9 and 2 heads"):
+    with pytest.raises(ValueError, match=r"width 9 .*2 heads"):
         tiny_words(width=9)
     for size in ("depth", "max_words"):
-        with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=rf"{size} .*\b0$"):
             tiny_words(**{size: 0})
 
 
@@ -107,9 +105,7 @@ def test_what_is_no_caption_is_refused() -> None:
 
 def test_without_transformers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        ValueError, match=r"pip install -e \"\.\[text\]\" in the checkout, or take WordEncoder.*--text-encoder words"
-    ):
+    with pytest.raises(ValueError, match=r"\.\[text\].*--text-encoder words"):
         PretrainedTextEncoder()
 
 
@@ -154,7 +150,7 @@ def test_pretrained_features_are_unit_length_and_frozen(folders: dict[str, Path]
     assert not encoder.state_dict()
     torch.testing.assert_close(encoder(encoder.tokenize(["a cat"])).features[0], features[0])
     check_refusals(encoder)
-    with pytest.raises(ValueError, match="has 8 tokens, over the encoder's 7: shorten it"):
+    with pytest.raises(ValueError, match=r"\b8 tokens.*\b7\b"):
         encoder.tokenize(["a cat on grass on a cat"])
     assert PretrainedTextEncoder(str(folders[name]), truncate=True).tokenize(["a " * 50]).shape == (1, 7, 2)
 
@@ -195,7 +191,7 @@ def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
 
 def test_missing_models_are_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(FileNotFoundError, match=r"no text encoder '.*nowhere', neither as a folder nor on"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         PretrainedTextEncoder(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"max_tokens .*\b0$"):
         PretrainedTextEncoder(max_tokens=0)

@@ -1,6 +1,7 @@
 """train/vq.py on several processes: what one process does, and how it ends."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -66,7 +67,10 @@ def test_two_processes_make_the_run_of_one_and_either_resumes_the_other(alone: P
 def test_sigterm_to_the_launcher_saves_a_refusal_is_one_sentence_and_resuming_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with subprocess.Popen(
-        torchrun(*RUN, "--out", out, "--steps", "5000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        torchrun(SCRIPT, *RUN, "--out", out, "--steps", "5000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() or len(records(out)) < 2:
@@ -75,14 +79,14 @@ def test_sigterm_to_the_launcher_saves_a_refusal_is_one_sentence_and_resuming_go
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    assert "stopped by SIGTERM after step" in errors
+    assert re.search(r"SIGTERM .*step \d", errors)
     assert f"torchrun --nproc-per-node 2 train/vq.py --resume --out {out}" in " ".join(errors.split())
     saved = checkpoints(out)
     assert saved
 
     again = run_on_ranks(*RUN, "--out", out)
     assert again.returncode == 1
-    assert again.stderr.count("exists and is not an empty folder") == 1
+    assert again.stderr.count("not an empty folder") == 1
 
     steps = int(saved[-1].removeprefix("step-")) + 1
     resumed = run_on_ranks("--resume", "--out", out, "--steps", steps)
@@ -102,19 +106,16 @@ def test_what_one_process_finds_wrong_is_said_by_all(tmp_path: Path) -> None:
     assert first.keys() == second.keys() == {"weights", "data", "stalled"}
     for name, said in first.items():
         assert said.partition(": ")[2] == second[name].partition(": ")[2], "rank 0 says what rank 1 found"
-    assert first["weights"] == f"OSError: no such weights file: {tmp_path / 'rank-1.safetensors'}"
+    assert re.search(f"^OSError: .*{tmp_path / 'rank-1.safetensors'}$", first["weights"])
     assert "rank-1" in first["data"]
-    assert first["stalled"] == (
-        "ValueError: the processes have ImageNet VGG-16 and random VGG-16 as feature network: all of them need the "
-        "same files"
-    )
+    assert re.search("^ValueError: .*ImageNet VGG-16 and random VGG-16 ", first["stalled"])
     assert not [path for path in tmp_path.iterdir() if path.name in first], "written before the refusal"
     assert (tmp_path / "none" / "config.json").exists()
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("regvq_fast.training.optimization.num_ranks", lambda: 3)
-    with pytest.raises(SystemExit, match=r"--batch-size 4 does not divide among 3 processes: take a multiple of 3"):
+    with pytest.raises(SystemExit, match=r"--batch-size 4 .*\b3 processes.* 3$"):
         train("--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
