@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_an_unknown_preset_is_refused_with_the_choices(capsys: pytest.CaptureFix
 
 
 def test_a_preset_of_another_script_is_refused() -> None:
-    with pytest.raises(ValueError, match="--preset coco is of another script; this one has scenes, ade20k, celebahq"):
+    with pytest.raises(ValueError, match=r"--preset coco .*scenes, ade20k, celebahq"):
         parse_config(AR_PRESETS, ["--preset", "coco"], "")
 
 
@@ -72,7 +73,7 @@ def test_paper_presets_have_the_papers_settings() -> None:
 
 
 def test_override_refuses_fields_that_do_not_exist() -> None:
-    with pytest.raises(ValueError, match="no such field: learning_rate"):
+    with pytest.raises(ValueError, match="learning_rate"):
         override(VQGANConfig(), learning_rate=1.0)
 
 
@@ -88,7 +89,7 @@ def test_a_contrastive_loss_of_masked_places_needs_masked_places() -> None:
         override(config, **fitting).check()
     override(config, mask_ratio=0.0, contrastive="none").check()
     for mode, ratio in (("exact", 0.0), ("bernoulli", 0.0), ("exact", 0.003)):
-        with pytest.raises(ValueError, match=f"--mask-ratio {ratio:g} gives an image of 256 tokens none: raise it"):
+        with pytest.raises(ValueError, match=f"--mask-ratio {ratio:g} .*256"):
             override(config, mask_ratio=ratio, mask_mode=mode).check()
 
 
@@ -98,11 +99,9 @@ def test_an_old_spelling_of_a_flag_works_with_a_notice(capsys: pytest.CaptureFix
         VQGAN_PRESETS, ["--grad-accum-steps", "2", "--kl-weight=0.3", "--kl-scope", "image"], ""
     )
     assert (config.optimizer.accumulate, config.quantizer.prior_weight) == (2, 0.3)
-    assert capsys.readouterr().err.splitlines() == [
-        "--accumulate is now --grad-accum-steps",
-        "--prior-weight is now --kl-weight",
-        "--prior-scope is now --kl-scope",
-    ]
+    notices = [re.findall(r"--[\w-]+", line) for line in capsys.readouterr().err.splitlines()]
+    renamed = {"--accumulate": "--grad-accum-steps", "--prior-weight": "--kl-weight", "--prior-scope": "--kl-scope"}
+    assert notices == [[old, new] for old, new in renamed.items()]
 
 
 OLD = Path(__file__).with_name("config-0.1.json")
@@ -130,7 +129,7 @@ def test_old_configurations_are_read_unless_a_removed_setting_was_used(tmp_path:
     }  # fmt: skip
     values["loss"]["l1_weight"] = 0.5
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="no such field: l1_weight"):
+    with pytest.raises(ValueError, match="l1_weight"):
         read_config(tmp_path, VQGANConfig)
 
 

@@ -35,7 +35,7 @@ def test_what_is_there_is_not_written_into(tmp_path: Path) -> None:
     check_new_folder(tmp_path / "new")
     (tmp_path / "file").touch()
     for out in (tmp_path, tmp_path / "file"):
-        with pytest.raises(FileExistsError, match=f"^--out {out} exists and is not an empty folder; or else$"):
+        with pytest.raises(FileExistsError, match=f"^--out {out} .*or else$"):
             check_new_folder(out, "or else")
 
 
@@ -47,5 +47,5 @@ def test_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert user_cache("fid") == tmp_path / "me" / ".cache" / "regvq_fast" / "fid"
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody's home
-    with pytest.raises(OSError, match="no home folder to keep a cache in: set XDG_CACHE_HOME"):
+    with pytest.raises(OSError, match="XDG_CACHE_HOME"):
         user_cache("fid")

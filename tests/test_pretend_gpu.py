@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import FAST, TRAIN, records, run_script, without_clock
 from PIL import Image
-from training.tiny_runs import FAST, TRAIN, records, run_script, without_clock
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests" / "pretend_gpu"

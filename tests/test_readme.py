@@ -220,10 +220,9 @@ def run_tiny(command: str, more: str = "") -> str:
 
 
 @pytest.mark.slow
-def test_from_nothing_to_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_nothing_to_samples(few_regions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's commands one after the other, then commands and code of the docs that take what those leave."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 128)  # of 768 scenes, which take twelve seconds
     save_file({name: value.half() for name, value in VGGFeatures("vgg16").state_dict().items()}, "vgg.safetensors")
     sequence = README.split("From nothing to samples")[1]
     commands = [command for command in shell_commands(sequence) if re.search("runs/(vq|ar|diffusion)", command)]

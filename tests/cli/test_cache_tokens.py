@@ -2,53 +2,39 @@
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from helpers.runs import TRAIN, run_script, torchrun
+from helpers.tiny_models import tiny_tokenizer
 from PIL import Image
 
 from regvq_fast.cli import cache_tokens as caching
 from regvq_fast.data import ImageFolder, TokenDataset, tokenize_batch, training_batches
 from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import read_info
-from regvq_fast.models import VQGAN
-from regvq_fast.quantizers import NearestQuantizer
 from regvq_fast.scenes import ScenesDataset
 
-SCRIPT = Path(__file__).parents[2] / "train" / "cache_tokens.py"
+SCRIPT = TRAIN / "cache_tokens.py"
 SCENES = "--scenes 10 --views 2 --val-images 5 --shard-samples 8 --batch-size 3 --device cpu --workers 0".split()
 """20 training samples in shards of 8, 8 and 4, and one shard of 5 for validation."""
 SHARDS = ["train-000000", "train-000001", "train-000002", "val-000000"]
 
 
-def tiny_vqgan(num_codes: int = 32) -> VQGAN:
-    torch.manual_seed(0)
-    quantizer = NearestQuantizer(num_codes, 4)
-    model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
-    scenes = ScenesDataset("train", 16)
-    model.initialize_quantizer(collate([scenes[k] for k in range(8)])["image"] / 127.5 - 1)
-    torch.nn.init.normal_(quantizer.embedding.weight)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "tiny"
-    tiny_vqgan().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def cache(tokenizer: Path, out: Path, *flags: object) -> Path:
-    arguments = ["cache_tokens.py", "--tokenizer", tokenizer, "--out", out, *flags]
-    with patch.object(sys, "argv", list(map(str, arguments))):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script("--tokenizer", tokenizer, "--out", out, *flags, script="cache_tokens.py")
     return out
 
 
@@ -74,7 +60,7 @@ def test_a_cache_holds_what_its_description_says(scenes: Path, tokenizer: Path) 
 
 
 def test_cached_samples_are_those_made_on_the_way(scenes: Path) -> None:
-    model = tiny_vqgan()
+    model = tiny_tokenizer()
     cached = training_batches(TokenDataset(scenes), 5)
     images = training_batches(ScenesDataset("train", 16, length=10), 5)
     distinct = set()
@@ -104,8 +90,7 @@ def test_two_ranks_make_the_cache_of_one(tokenizer: Path, tmp_path: Path) -> Non
     (photos / "val" / "1.png").write_bytes(b"no image")  # of the last of four shards: rank 1 alone meets it
     flags = ["--data", photos, *"--views 2 --shard-samples 8 --batch-size 3 --device cpu --workers 0".split()]
     one, two = cache(tokenizer, tmp_path / "one", *flags), tmp_path / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    command = [*launcher, "--tokenizer", str(tokenizer), "--out", str(two), *map(str, flags)]
+    command = torchrun(SCRIPT, "--tokenizer", tokenizer, "--out", two, *flags)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(two) == contents(one)
@@ -152,9 +137,10 @@ def test_a_run_that_stopped_goes_on_from_its_shards(
         cache(tokenizer, out, *SCENES)
     if isinstance(error, KeyboardInterrupt):
         assert stopped.value.code == 130
-        assert capsys.readouterr().err == "stopped; the same command goes on from the shards that are done\n"
+        (said,) = capsys.readouterr().err.splitlines()
+        assert "same command" in said
     else:
-        assert stopped.value.code == "error: [Errno 28] No space left on device"
+        assert "No space left on device" in stopped.value.code
     assert sorted(contents(out)) == ["cache.json", "train-000000.safetensors", "train-000001.safetensors"]
     with pytest.raises(ValueError, match="not complete"):
         TokenDataset(out)
@@ -188,19 +174,19 @@ def test_other_settings_are_refused_by_name(flags: list[str], message: str, scen
 
 def test_other_tokenizers_and_folders_are_refused(scenes: Path, tokenizer: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    other = tiny_vqgan()
+    other = tiny_tokenizer()
     torch.nn.init.normal_(other.quantize.embedding.weight)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match=r"tokenizer_sha256 is .* here but .* in .*cache.json: continue with the same"):
+    with pytest.raises(SystemExit, match=r"tokenizer_sha256.*cache\.json"):
         cache(tmp_path / "other", scenes, *SCENES)
-    with pytest.raises(SystemExit, match="is not empty and no token cache: name a new folder"):
+    with pytest.raises(SystemExit, match="--out"):
         cache(tokenizer, tokenizer, *SCENES)
-    with pytest.raises(SystemExit, match=r"--out .*config.json is a file: name a folder"):
+    with pytest.raises(SystemExit, match=r"--out .*config\.json"):
         cache(tokenizer, tokenizer / "config.json", *SCENES)
     with pytest.raises(SystemExit, match="no such folder"):
         cache(tmp_path / "nowhere", tmp_path / "cache", *SCENES)
-    tiny_vqgan(num_codes=65537).save_pretrained(tmp_path / "large")
-    with pytest.raises(SystemExit, match=r"tokens are kept as uint16, of 65536 codes at most; .*large has 65537"):
+    tiny_tokenizer(num_codes=65537).save_pretrained(tmp_path / "large")
+    with pytest.raises(SystemExit, match=r"65536.* 65537"):
         cache(tmp_path / "large", tmp_path / "cache", *SCENES)
     assert not (tmp_path / "cache").exists()
 
@@ -218,7 +204,7 @@ def test_other_images_under_the_same_path_are_refused(tokenizer: Path, tmp_path:
     before = contents(made)
     cache(tokenizer, made, *flags)
     draw(200)
-    with pytest.raises(SystemExit, match=r"the first images differ from those that .*cache has the tokens of"):
+    with pytest.raises(SystemExit, match=r"first images .*cache"):
         cache(tokenizer, made, *flags)
     assert contents(made) == before
     # A cache that was made before they were kept goes on, without a word on them.
@@ -240,9 +226,9 @@ def test_crops_are_central_unless_asked_for(tokenizer: Path, tmp_path: Path) -> 
     out = cache(tokenizer, tmp_path / "random", *flags, "--crop", "random-resized")
     assert read_info(out).crop == "random-resized"
     assert TokenDataset(out).info == read_info(out)  # as one of an earlier version
-    with pytest.raises(SystemExit, match=r"crop is center here but random-resized in"):
+    with pytest.raises(SystemExit, match=r"crop.*center.*random-resized"):
         cache(tokenizer, out, *flags)
-    model, images = tiny_vqgan(), ImageFolder(tmp_path / "photos", "train", 16, crop="center")
+    model, images = tiny_tokenizer(), ImageFolder(tmp_path / "photos", "train", 16, crop="center")
     first = collate([images[k] for k in range(len(images))])
     expected = tokenize_batch(model, first)["tokens"]
     assert torch.equal(TokenDataset(tmp_path / "plain").__getitems__(range(len(images)))["tokens"], expected)
@@ -259,7 +245,7 @@ def test_crops_say_nothing_of_scenes(scenes: Path, tokenizer: Path, tmp_path: Pa
 
 
 def test_the_largest_token_fits(tmp_path: Path) -> None:
-    model = tiny_vqgan(num_codes=65536)
+    model = tiny_tokenizer(num_codes=65536)
     with torch.no_grad():  # all latents are those of the last code
         model.quant_conv.weight.zero_()
         model.quant_conv.bias.copy_(model.quantize.embedding.weight[-1])
@@ -273,7 +259,7 @@ def test_classes_that_the_data_set_does_not_name_are_refused(
 ) -> None:
     """On a GPU, an embedding that is asked for one of them would end the process."""
     monkeypatch.setattr(ScenesDataset, "num_classes", 2)
-    with pytest.raises(SystemExit, match=r"holds the class id 15, of 2 classes: delete it, and make it anew"):
+    with pytest.raises(SystemExit, match=r"class id 15\b"):
         cache(tokenizer, scenes, *SCENES)
 
 
@@ -296,7 +282,7 @@ def test_images_with_captions_and_maps(tokenizer: Path, tmp_path: Path, capsys: 
     assert TokenDataset(plain)[0].keys() == {"tokens"}
     assert read_info(plain).num_classes is None
     assert read_info(out).num_classes == 8
-    images, tokens, model = ImageFolder(photos, "train", 16, crop="center"), TokenDataset(out), tiny_vqgan()
+    images, tokens, model = ImageFolder(photos, "train", 16, crop="center"), TokenDataset(out), tiny_tokenizer()
     assert len(tokens) == 2 * len(images)
     for index in range(len(tokens)):
         sample = tokens[index]

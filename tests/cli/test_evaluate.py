@@ -5,19 +5,17 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import runpy
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from evaluation.tiny_net import TinyNet
+from helpers.runs import run_script
+from helpers.tiny_models import TinyNet, scenes_batch, tiny_tokenizer, tiny_vqgan
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed import TCPStore
@@ -26,13 +24,11 @@ from regvq_fast.cli import evaluate as evaluation
 from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.data import ImageFolder, to_float, to_uint8
-from regvq_fast.data.loading import collate
 from regvq_fast.data.samples import Batch
 from regvq_fast.evaluation.fid import frechet_distance, statistics_of
 from regvq_fast.evaluation.measurement import Measurement, write_measurements
 from regvq_fast.evaluation.metrics import SampledImages
 from regvq_fast.image_grids import save_images
-from regvq_fast.models import VQGAN
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.precision import choose_precision
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
@@ -40,21 +36,9 @@ from regvq_fast.priors.autoregressive.config import AR_PRESETS
 from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SamplingConfig
-from regvq_fast.quantizers import NearestQuantizer
-from regvq_fast.scenes import ScenesDataset
 
-SCRIPT = Path(__file__).parents[2] / "train" / "evaluate.py"
 CODES, IMAGES = 32, 12
 CPU = torch.device("cpu")
-
-
-def make_tokenizer(seed: int = 0, num_codes: int = CODES) -> VQGAN:
-    torch.manual_seed(seed)
-    quantizer = NearestQuantizer(num_codes, 4)
-    model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
-    model.initialize_quantizer(to_float(val_batch(8)["image"]))
-    nn.init.normal_(quantizer.embedding.weight)
-    return model.eval()
 
 
 def make_prior() -> TokenTransformer:
@@ -66,11 +50,6 @@ def make_diffusion() -> VQDiffusion:
     torch.manual_seed(2)
     encoder = WordEncoder(width=16, depth=1, heads=2, max_words=8, buckets=64, truncate=True)
     return VQDiffusion(CODES, token_shape=(8, 8), text_encoder=encoder, num_steps=4, width=16, depth=1, heads=2).eval()
-
-
-def val_batch(count: int = IMAGES) -> Batch:
-    scenes = ScenesDataset("val", 16, length=count)
-    return collate([scenes[k] for k in range(count)])
 
 
 def save_run(folder: Path, model: Any, config: Any) -> Path:
@@ -86,11 +65,11 @@ def save_run(folder: Path, model: Any, config: Any) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tokenizer, two priors over its tokens, another tokenizer, and weights of VGG-16."""
     top = tmp_path_factory.mktemp("runs")
-    save_run(top / "vq", make_tokenizer(), VQGANConfig())
-    make_tokenizer(seed=3).save_pretrained(top / "other")
+    save_run(top / "vq", tiny_tokenizer(), VQGANConfig())
+    tiny_tokenizer(seed=3).save_pretrained(top / "other")
     for name, prior in (("ar", make_prior()), ("diffusion", make_diffusion())):
         prior.save_pretrained(top / name)
-        make_tokenizer().save_pretrained(top / name / "tokenizer")
+        tiny_tokenizer().save_pretrained(top / name / "tokenizer")
     trunk = VGGFeatures("vgg16", seed=7)
     safetensors.torch.save_file({k: v.half() for k, v in trunk.state_dict().items()}, top / "vgg.safetensors")
     return {path.stem: path for path in top.iterdir()}
@@ -141,7 +120,7 @@ def values(found: dict[str, Measurement]) -> dict[str, float]:
 @pytest.mark.usefixtures("tiny_nets")
 def test_a_tokenizer_by_hand(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = measure(tmp_path / "out", run=runs["vq"])
-    model, images, net = make_tokenizer(), val_batch()["image"], TinyNet()
+    model, images, net = tiny_tokenizer(), scenes_batch(IMAGES)["image"], TinyNet()
     with torch.no_grad():
         output = model(to_float(images))
     reconstructions = to_uint8(output.reconstruction)
@@ -194,7 +173,7 @@ def test_neither_a_second_run_nor_the_batch_size_moves_a_number(runs: dict[str, 
 def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
     found = measure(tmp_path, prior_run=runs[name], temperature=0.8, seed=4)
     sampler = ImageSampler.from_run(runs[name], SamplingConfig(temperature=0.8, seed=4), choose_precision(False, CPU))
-    whole, net = val_batch(), TinyNet()
+    whole, net = scenes_batch(IMAGES), TinyNet()
     drawn = sampler.sample(whole, 0)
     expected = frechet_distance(statistics_of([whole["image"]], net), statistics_of([drawn], net))
     assert found["fid_g"].value == pytest.approx(expected, rel=1e-6)
@@ -210,7 +189,7 @@ def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path],
 
 
 def test_maps_become_conditions_by_majority() -> None:
-    prior, tokenizer = make_prior(), make_tokenizer()
+    prior, tokenizer = make_prior(), tiny_tokenizer()
     sampler = ImageSampler(prior, tokenizer, SamplingConfig(top_k=5), choose_precision(False, CPU))
     maps = torch.zeros(2, 16, 16, dtype=torch.uint8)
     maps[1, :, 5:] = 3
@@ -220,18 +199,18 @@ def test_maps_become_conditions_by_majority() -> None:
     with torch.no_grad():
         assert torch.equal(sampler.sample(batch, 0), to_uint8(tokenizer.decode_indices(tokens)))
     batch["segmentation"] = maps + 20
-    with pytest.raises(ValueError, match="class id 23; the prior knows ids below 16"):
+    with pytest.raises(ValueError, match=r"\b23\b.*\b16\b"):
         sampler.sample(batch, 0)
-    with pytest.raises(TypeError, match="conditions of this autoregressive prior must be a tensor of maps, got list"):
+    with pytest.raises(TypeError, match=r"\blist\b"):
         sampler.sample_under(["bricks"], 0)
-    with pytest.raises(ValueError, match="states are of diffusion priors; this one is autoregressive"):
+    with pytest.raises(ValueError, match=r"states .*autoregressive"):
         sampler.sample_under(maps, 0, states=[])
 
 
 @pytest.mark.usefixtures("tiny_nets")
 def test_images_that_are_there(runs: dict[str, Path], tmp_path: Path) -> None:
     sampler = ImageSampler.from_run(runs["ar"], SamplingConfig(), choose_precision(False, CPU))
-    save_images(tmp_path / "drawn", sampler.sample(val_batch(), 0))
+    save_images(tmp_path / "drawn", sampler.sample(scenes_batch(IMAGES), 0))
     Image.new("RGB", (70, 70)).save(tmp_path / "drawn" / "grid.png")
     alone = measure(tmp_path / "alone", images=tmp_path / "drawn", image_size=16)
     assert alone.keys() == {"fid_g"}
@@ -255,7 +234,7 @@ def test_folders_of_drawn_images_that_will_not_do(tmp_path: Path) -> None:
     Image.new("RGBA", (16, 16), (10, 20, 30, 0)).save(tmp_path / "0.png")
     assert SampledImages(tmp_path, 16)[0]["image"].unique().tolist() == [255]
     Image.new("RGB", (16, 24)).save(tmp_path / "1.png")
-    with pytest.raises(ValueError, match=r"1.png has 16 x 24 pixels, the validation images 16 x 16"):
+    with pytest.raises(ValueError, match=r"1\.png .*16 x 24"):
         SampledImages(tmp_path, 16)
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1.png is not an image"):
@@ -322,7 +301,7 @@ def test_two_ranks_measure_what_one_does(runs: dict[str, Path], photos: Path, tm
 
     def fail() -> None:
         with pytest.raises(SystemExit) as stop:
-            script("--run", "nowhere", "--device", "cpu")
+            run_script("--run", "nowhere", "--device", "cpu", script="evaluate.py")
         (tmp_path / f"said-{os.environ['RANK']}").write_text(str(stop.value.code))
 
     on_two_ranks(measure_scenes, measure_photos, fail)
@@ -343,7 +322,7 @@ def test_two_ranks_measure_what_one_does(runs: dict[str, Path], photos: Path, tm
 def test_the_script_with_real_networks(runs: dict[str, Path], tmp_path: Path) -> None:
     flags = f"--data scenes --val-images 3 --device cpu --workers 0 --cache-dir {tmp_path} --out {tmp_path}".split()
     nets = ["--fid-features", f"vgg16:{runs['vgg']}", "--perceptual-weights", runs["vgg"]]
-    script("--prior-run", runs["ar"], "--top-k", "3", *flags, *nets)
+    run_script("--prior-run", runs["ar"], "--top-k", 3, *flags, *nets, script="evaluate.py")
     saved = json.loads((tmp_path / "evaluation.json").read_text())
     assert saved["fid_g"]["name"] == "Fréchet distance[G] (VGG-16 of vgg.safetensors, relu5_3 averaged)"
     assert saved["perceptual"]["name"] == "perceptual distance (VGG-16 of vgg.safetensors)"
@@ -357,7 +336,7 @@ def test_the_script_with_real_networks(runs: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.usefixtures("tiny_nets")
 def test_data_is_what_the_run_was_trained_on_and_all_of_its_split(photos: Path, tmp_path: Path) -> None:
     config = override(VQGAN_PRESETS["scenes"], data=photos, val_images=2)
-    run = save_run(tmp_path / "run", make_tokenizer(), config)
+    run = save_run(tmp_path / "run", tiny_tokenizer(), config)
     found = evaluate(EvaluateConfig(run=run, device="cpu", workers=0))
     assert found["psnr"].protocol["images"] == len(ImageFolder(photos, "val")) == 6
     assert found["psnr"].protocol["data"] == str(photos)
@@ -366,7 +345,7 @@ def test_data_is_what_the_run_was_trained_on_and_all_of_its_split(photos: Path, 
     scenes = tmp_path / "scenes"
     photos.rename(scenes)
     with contextlib.chdir(tmp_path):  # a folder of that name is one
-        here = save_run(tmp_path / "here", make_tokenizer(), override(config, data=Path("scenes")))
+        here = save_run(tmp_path / "here", tiny_tokenizer(), override(config, data=Path("scenes")))
         for data in (None, Path("scenes")):
             found = evaluate(EvaluateConfig(run=here, device="cpu", workers=0, data=data))
             assert found["psnr"].protocol["data"] == str(scenes)
@@ -376,10 +355,10 @@ def test_data_is_what_the_run_was_trained_on_and_all_of_its_split(photos: Path, 
 
     for name, tokens in (("trained", {"data": photos, "on_the_fly": True}), ("cached", {"cache": Path("gone")})):
         prior = save_run(tmp_path / name, make_prior(), override(AR_PRESETS["scenes"], **tokens))
-        make_tokenizer().save_pretrained(prior / "tokenizer")
-    with pytest.raises(FileNotFoundError, match=r"none of the 6 images in .*photos has its segmentation"):
+        tiny_tokenizer().save_pretrained(prior / "tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"6 .*photos.* segmentation"):
         evaluate(EvaluateConfig(prior_run=tmp_path / "trained", device="cpu"))
-    with pytest.raises(ValueError, match=r"token cache gone that .* is not there: give the images with --data PATH"):
+    with pytest.raises(ValueError, match=r"token cache gone .*--data"):
         evaluate(EvaluateConfig(prior_run=tmp_path / "cached", device="cpu"))
 
 
@@ -403,29 +382,29 @@ def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: P
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "nothing to evaluate: give --run, --prior-run or --images"),
-        ({"run": "nowhere"}, "no such folder: nowhere"),
-        ({"run": "ar"}, "holds a TokenTransformer, not a VQGAN"),
-        ({"prior_run": "vq"}, "holds a VQGAN, not a TokenTransformer or VQDiffusion"),
-        ({"prior_run": "ar", "run": "other"}, "is not the tokenizer of --prior-run"),
+        ({}, "--run, --prior-run or --images"),
+        ({"run": "nowhere"}, "nowhere"),
+        ({"run": "ar"}, r"TokenTransformer.* VQGAN"),
+        ({"prior_run": "vq"}, r"VQGAN.* TokenTransformer or VQDiffusion"),
+        ({"prior_run": "ar", "run": "other"}, "--prior-run"),
         ({"prior_run": "ar", "images": "vq"}, "give one of the two"),
-        ({"run": "vq", "top_p": 0.5}, "--top-p 0.5 says how a prior samples: give its run with --prior-run"),
-        ({"run": "vq", "guidance": 3.0}, "--guidance 3.0 says how a prior samples"),
+        ({"run": "vq", "top_p": 0.5}, r"--top-p 0\.5 "),
+        ({"run": "vq", "guidance": 3.0}, r"--guidance 3\.0 "),
         ({"images": "vq"}, "needs --image-size"),
-        ({"images": "vq", "image_size": 0}, "--image-size must be at least 1, got 0"),
-        ({"run": "vq", "image_size": 32}, "--image-size 32 is for --images alone"),
+        ({"images": "vq", "image_size": 0}, r"--image-size .*\b0$"),
+        ({"run": "vq", "image_size": 32}, "--data"),
         ({"images": "vq", "image_size": 16}, "no images in"),
         ({"run": "other", "data": None}, "doesn't say what it was trained on: give the images with --data PATH"),
-        ({"run": "vq", "data": Path("nowhere")}, "no such folder: nowhere"),
-        ({"run": "vq", "val_images": 0}, "--val-images must be at least 1, got 0"),
-        ({"run": "vq", "val_images": 1}, "a Fréchet distance needs at least 2 validation images, there is 1"),
-        ({"run": "vq", "batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"run": "vq", "data": Path("nowhere")}, "nowhere"),
+        ({"run": "vq", "val_images": 0}, r"--val-images .*\b0$"),
+        ({"run": "vq", "val_images": 1}, r"\b2 validation images.*\b1$"),
+        ({"run": "vq", "batch_size": 0}, r"--batch-size .*\b0$"),
         ({"run": "vq", "device": "tpu"}, "--device tpu"),
-        ({"prior_run": "ar", "steps": 3}, "--steps is for diffusion priors; this one is autoregressive"),
-        ({"prior_run": "diffusion", "top_k": 3}, "--top-k is for autoregressive priors; this one is diffusion"),
-        ({"prior_run": "diffusion", "steps": 5}, "steps must lie between 1 and the prior's 4, got 5"),
-        ({"prior_run": "ar", "top_p": 1.5}, r"top_p must lie in \(0, 1\]"),
-        ({"prior_run": "ar", "fid_features": "none"}, "--fid-features none measures nothing of sampled images"),
+        ({"prior_run": "ar", "steps": 3}, r"--steps .*autoregressive"),
+        ({"prior_run": "diffusion", "top_k": 3}, r"--top-k .*diffusion"),
+        ({"prior_run": "diffusion", "steps": 5}, r"steps .*\b4\b.*\b5$"),
+        ({"prior_run": "ar", "top_p": 1.5}, "top_p"),
+        ({"prior_run": "ar", "fid_features": "none"}, "--fid-features none"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(
@@ -444,27 +423,20 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
     (tmp_path / "file").touch()
     monkeypatch.setattr("regvq_fast.cli.evaluate.evaluate_tokenizer", lambda *_, **__: pytest.fail("it works"))
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(
-            NotADirectoryError, match=f"--out {out} is no folder: .*file is a file; name another folder"
-        ):
+        with pytest.raises(NotADirectoryError, match=f"--out {out} .*file"):
             measure(out, run=runs["vq"])
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(PermissionError, match="out can't be written to; name another folder"):
+    with pytest.raises(PermissionError, match=r"\bout\b"):
         measure(tmp_path / "out", run=runs["vq"])
 
 
-def script(*flags: object) -> None:
-    with patch.object(sys, "argv", ["evaluate.py", *map(str, flags)]):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
 def test_the_script_ends_with_the_sentence(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="error: --fid-features resnet is none of inception"):
-        script("--run", runs["vq"], "--fid-features", "resnet")
-    small = VQGAN(NearestQuantizer(4, 4), image_size=8, ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8)
-    small.save_pretrained(tmp_path / "small")
-    with pytest.raises(SystemExit, match="error: SSIM needs images of at least 11 pixels a side, these have 8"):
-        script("--run", tmp_path / "small", "--fid-features", "none", "--perceptual-weights", runs["vgg"])
+    with pytest.raises(SystemExit, match="--fid-features resnet"):
+        run_script("--run", runs["vq"], "--fid-features", "resnet", script="evaluate.py")
+    tiny_vqgan(image_size=8).save_pretrained(tmp_path / "small")
+    flags = ["--fid-features", "none", "--perceptual-weights", runs["vgg"]]
+    with pytest.raises(SystemExit, match=r"SSIM .*\b8\b"):
+        run_script("--run", tmp_path / "small", *flags, script="evaluate.py")
 
 
 @pytest.mark.usefixtures("tiny_nets")

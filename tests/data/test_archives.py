@@ -4,13 +4,15 @@ import errno
 import logging
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
-import archive_trees as trees
 import numpy as np
 import pytest
 import torch
+from helpers import archive_trees as trees
+from helpers.flat_images import level_of, write_flat
 from PIL import Image
 
 from regvq_fast.data import ArchiveDataset, find_archive, reading, training_batches
@@ -18,13 +20,9 @@ from regvq_fast.data.archives.archive import MAP_FOLDER
 from regvq_fast.data.datasets import build_dataset
 
 
-def level(sample) -> int:
-    return int(sample["image"].float().mean())
-
-
 def levels(dataset) -> list[int]:
     """Of each picture once, in steps of 20: JPEG moves them a little."""
-    return [20 * round(level(dataset[k]) / 20) for k in range(len(dataset))]
+    return [20 * round(level_of(dataset[k]) / 20) for k in range(len(dataset))]
 
 
 def build(root, split="val", size=8, **options):
@@ -32,11 +30,9 @@ def build(root, split="val", size=8, **options):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
+def cache(cache_home):
     """Nothing of a test goes into the user's own cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
+    return cache_home
 
 
 @pytest.mark.parametrize(
@@ -73,10 +69,10 @@ def test_cub_has_its_official_split_and_ten_captions(tmp_path):
     assert sorted(levels(train)) == [20, 60, 100, 140]
     assert sorted(levels(val)) == [0, 40, 80, 120]
     for k in range(4):
-        bird = round(level(val[k]) / 20)
+        bird = round(level_of(val[k]) / 20)
         assert val[k]["caption"] == f"bird {bird} caption 0"
     drawn = [train[k] for k in range(80)]
-    assert all(sample["caption"].split()[1].rstrip("\ufffd") == str(round(level(sample) / 20)) for sample in drawn)
+    assert all(sample["caption"].split()[1].rstrip("\ufffd") == str(round(level_of(sample) / 20)) for sample in drawn)
     assert {sample["caption"].split(" ", 2)[2] for sample in drawn} == {f"caption {j}" for j in range(5)} | {
         "s caption 1"
     }
@@ -88,7 +84,7 @@ def test_cub_has_its_official_split_and_ten_captions(tmp_path):
 
 def test_one_caption_a_line_is_the_rule_of_plain_folders_too(tmp_path):
     for k in range(2):
-        trees.picture(tmp_path / f"{k}.jpg", 20 * k)
+        write_flat(tmp_path / f"{k}.jpg", 20 * k)
         (tmp_path / f"{k}.txt").write_text("\n one\ntwo \none\n\n\nthree\n")
     assert build(tmp_path, "val", fields=["caption"])[0]["caption"] == "one"
     train = build(tmp_path, "train", fields=["caption"])
@@ -101,10 +97,11 @@ def test_coco_has_its_captions_by_file_name(tmp_path, caplog):
         top = trees.coco(tmp_path / str(year), year)
         with caplog.at_level(logging.WARNING, logger="regvq_fast"):
             train, val = (build(top, split, fields=["caption"]) for split in ("train", "val"))
-        assert caplog.messages == [f"left out 1 of 4 images in {top}: no caption"]
+        (said,) = caplog.messages
+        assert re.search(rf"\b1 of 4 .*{top}: .*caption", said)
         caplog.clear()
         assert [val[k]["caption"] for k in range(2)] == ["Photo 0.", "Photo 1."]
-        seen = {(round(level(train[k]) / 40), train[k]["caption"]) for k in range(90)}
+        seen = {(round(level_of(train[k]) / 40), train[k]["caption"]) for k in range(90)}
         assert seen == {(k, f"{photo} {k}{stop}") for k in range(3) for photo, stop in (("Photo", "."), ("photo", ""))}
 
 
@@ -127,7 +124,7 @@ def test_celeba_parts_are_merged_in_order_once(tmp_path):
     expected = torch.ones(16, 16, dtype=torch.uint8)
     expected[8:12, :8], expected[8:12, 8:], expected[:4] = 4, 5, 13
     assert torch.equal(face["segmentation"], expected)
-    assert 70 < level(face) < 90
+    assert 70 < level_of(face) < 90
     shutil.rmtree(top / "CelebAMask-HQ-mask-anno" / "0")  # it need not be looked at again
     assert Image.open(top / MAP_FOLDER / "4.png").size == (16, 16)
     assert np.array_equal(np.asarray(Image.open(top / MAP_FOLDER / "4.png")), expected.numpy())
@@ -226,16 +223,15 @@ def test_maps_that_cannot_be_kept_beside_the_archive_go_elsewhere(tmp_path, cach
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert [find_archive(top).read("4.jpg", "segmentation") for _ in range(2)] == [first, first]
     assert len(caplog.messages) == 1
-    assert "can't be kept, and are made anew each time" in caplog.messages[0]
+    assert re.search(rf"maps .*{top} ", caplog.messages[0])
     caplog.clear()
     scenes = trees.ade20k_full(tmp_path, 2016)
     (scenes / MAP_FOLDER).write_text("")
     archive = find_archive(scenes)
     for name in archive.listed("validation"):  # each in a folder of its own
         archive.read(name, "segmentation")
-    assert caplog.messages == [
-        f"semantic maps made of {scenes} can't be kept, and are made anew each time (Not a directory)"
-    ]
+    (said,) = caplog.messages
+    assert re.search(rf"maps .*{scenes} .*Not a directory", said)
 
 
 def test_ade20k_maps_are_the_files_or_the_benchmarks_classes_of_their_colours(tmp_path, caplog):
@@ -267,7 +263,7 @@ def test_a_map_of_another_size_is_an_error_but_of_faces(tmp_path, caplog):
     top = trees.ade20k(tmp_path)
     trees.labels(top / "annotations" / "validation" / "ADE_val_00000001.png", np.full((10, 12), 3))
     dataset = build(top, fields=["segmentation"])
-    assert [level(dataset[k]) for k in range(2)] == [level(dataset[1])] * 2
+    assert [level_of(dataset[k]) for k in range(2)] == [level_of(dataset[1])] * 2
     (message,) = caplog.messages
     assert message.endswith("ADE_val_00000001.jpg (its map has 12 x 10 pixels, the image 24 x 20)")
 
@@ -284,20 +280,16 @@ def test_missing_files_are_counted_and_named(tmp_path, caplog):
         text.unlink()
     dataset = build(top, "train")
     assert levels(dataset) in [[a, b, c] for a in (100, 140) for b in (100, 140) for c in (100, 140)]
-    assert caplog.messages[0].startswith(f"1 of the 4 train images of CUB-200-2011 in {top} are missing (002.Caf")
-    assert caplog.messages[1].startswith(f"skipped unreadable image {second}")
-    with pytest.raises(
-        FileNotFoundError, match=r"no image of .*\(test\) has its caption: get it from https://github.com"
-    ):
+    assert re.search(rf"\b1 .*\b4 train images .*{top} .*missing \(002\.Caf", caplog.messages[0])
+    assert f"unreadable image {second}" in caplog.messages[1]
+    with pytest.raises(FileNotFoundError, match=r"\(test\).* caption.*https://github\.com"):
         build(top, "val", fields=["caption"])
     for image in (top / "images" / trees.BIRDS[0]).iterdir():
         image.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"the 'test' split of CUB.* has no images: get it from https://data.cal"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'test'.* CUB.*https://data\.cal"):
         build(top, "val")
     (top / "train_test_split.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train_test_split.txt is missing: get it from https://data.caltech"):
+    with pytest.raises(FileNotFoundError, match=r"train_test_split\.txt .*https://data\.caltech"):
         build(top, "val")
 
 
@@ -305,24 +297,22 @@ def test_an_empty_split_and_damaged_lists(tmp_path):
     top = trees.cub200(tmp_path)
     split = top / "train_test_split.txt"
     split.write_text("".join(f"{k + 1} 0\n" for k in range(8)))
-    with pytest.raises(FileNotFoundError, match=r"the 'train' split of CUB-200-2011 in .* has no images"):
+    with pytest.raises(FileNotFoundError, match=r"'train'.* CUB-200-2011"):
         build(top, "train")
     split.write_text("1 0\n")
-    with pytest.raises(ValueError, match=r"train_test_split.txt does not say where image 2 of images.txt belongs"):
+    with pytest.raises(ValueError, match=r"train_test_split\.txt .*image 2\b"):
         build(top, "train")
     top = trees.celebahq(tmp_path)
     mapping = top / "CelebA-HQ-to-CelebA-mapping.txt"
     mapping.write_text("idx orig_idx orig_file\n<html>\n")
-    with pytest.raises(ValueError, match=r"mapping.txt has a line '<html>' instead of two numbers: unpack it anew"):
+    with pytest.raises(ValueError, match=r"mapping\.txt .*'<html>'"):
         build(top, "train")
     mapping.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"mapping.txt is missing: get it from https://github.com/switchablenorms"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"mapping\.txt .*https://github\.com/switchablenorms"):
         build(top, "train")
     top = trees.coco(tmp_path / "coco")
     (top / "annotations" / "captions_val2017.json").write_text('{"images": []')
-    with pytest.raises(ValueError, match=r"captions_val2017.json is damaged, or holds no captions .*: unpack it anew"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json .*captions"):
         build(top, "val", fields=["caption"])
 
 
@@ -335,11 +325,11 @@ def test_damaged_masks_and_fields_that_an_archive_has_not(tmp_path, caplog):
         mask.unlink()
     dataset = build(top, "train", fields=["segmentation"])
     assert len(dataset) == 2  # face 5 has no mask
-    with pytest.raises(ValueError, match="none of the 2 images of the 'train' split"):
+    with pytest.raises(ValueError, match=r"\b2 .*'train'"):
         dataset[0]
     assert any("00000_hair.png can't be read" in message for message in caplog.messages)
-    assert any("00001_hair.png has (8, 8) pixels, the others of this face (16, 16)" in m for m in caplog.messages)
-    with pytest.raises(ValueError, match="CelebA-HQ with CelebAMask-HQ has no caption; it has image, segmentation"):
+    assert any(re.search(r"00001_hair\.png .*\(8, 8\) .*\(16, 16\)", m) for m in caplog.messages)
+    with pytest.raises(ValueError, match=r"CelebA-HQ .*caption.*image, segmentation"):
         build(top, "train", fields=["caption"])
 
 

@@ -1,9 +1,11 @@
 """A path must stand for one archive: the one whose top folder or folder of images it is, or that alone lies in it."""
 
+import re
 import shutil
 
-import archive_trees as trees
 import pytest
+from helpers import archive_trees as trees
+from helpers.flat_images import write_flat
 
 from regvq_fast.data import ArchiveDataset, ImageFolder, find_archive
 from regvq_fast.data.datasets import build_dataset
@@ -16,15 +18,15 @@ def build(root, split="val", **options):
 def test_of_several_archives_none_is_chosen_silently(tmp_path, caplog):
     birds, scenes = trees.cub200(tmp_path), trees.ade20k(tmp_path)
     several = rf"^{tmp_path} holds ade20k \({scenes}\) and cub200 \({birds}\): name the top folder of one"
-    with pytest.raises(ValueError, match=rf"{several} \(train/data.py: or give --dataset\)$"):
+    with pytest.raises(ValueError, match=rf"{several} \(.*--dataset\)$"):
         build(tmp_path)
     assert find_archive(tmp_path, "cub200").top == birds
     older = trees.ade20k_full(tmp_path, 2016)
-    with pytest.raises(ValueError, match=rf"holds ade20k \({scenes}\) and ade20k \({older}\): name .* of one$"):
+    with pytest.raises(ValueError, match=rf"ade20k \({scenes}\) .*ade20k \({older}\)"):
         find_archive(tmp_path, "ade20k")
     assert caplog.messages == []
     trees.coco(birds)  # which is a top folder itself, with the other's files beside its own
-    with pytest.raises(ValueError, match=rf"holds cub200 \({birds}\) and coco \({birds}\)"):
+    with pytest.raises(ValueError, match=rf"cub200 \({birds}\) .*coco \({birds}\)"):
         find_archive(birds)
 
 
@@ -33,9 +35,8 @@ def test_a_top_folder_is_itself_whatever_lies_in_it(tmp_path, caplog):
     trees.coco(tmp_path)
     birds = trees.cub200(tmp_path)
     assert {build(tmp_path, split).archive.name for split in ("train", "val")} == {"coco"}
-    assert caplog.messages == [
-        f"MS-COCO 2017 in {tmp_path} is taken, not cub200 ({birds}) in it: name the top folder of the one you mean"
-    ]
+    (said,) = caplog.messages
+    assert re.search(rf"MS-COCO 2017 in {tmp_path} .*not cub200 \({birds}\)", said)
 
 
 def test_two_names_of_one_folder_are_one_archive(tmp_path):
@@ -79,7 +80,7 @@ def test_coco_may_lie_in_a_folder_images_itself(tmp_path):
 
 def test_plain_folders_are_none(tmp_path):
     for k in range(2):
-        trees.picture(tmp_path / "images" / "training" / f"{k}.jpg", 20 * k)
+        write_flat(tmp_path / "images" / "training" / f"{k}.jpg", 20 * k)
     dataset = build(tmp_path)
     assert isinstance(dataset, ImageFolder)
     assert dataset.label == str(tmp_path)

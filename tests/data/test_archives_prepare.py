@@ -9,10 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
-import archive_trees as trees
 import numpy as np
 import pytest
 import torch
+from helpers import archive_trees as trees
 from PIL import Image
 from rich.console import Console
 
@@ -21,10 +21,7 @@ from regvq_fast.config import run_script
 from regvq_fast.data import ArchiveDataset, ImageShards, find_archive, preparing
 from regvq_fast.data.datasets import build_dataset
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 class Told:
@@ -83,7 +80,7 @@ def test_what_is_missing_is_counted_and_where_to_get_it_is_said_once(tmp_path):
     top = trees.cub200(tmp_path)
     next((tmp_path / "text" / trees.BIRDS[1]).iterdir()).unlink()
     told = Told("verify", tmp_path, dataset="cub200")
-    assert told.error == f"CUB-200-2011 in {top} is incomplete: see above"
+    assert re.search(rf"CUB-200-2011 in {top} .*incomplete", told.error)
     assert told.rows()["train images"] == ("4", "5,994", "missing")
     assert told.rows()["train images with caption"] == ("3", "5,994", "missing")
     assert told.rows()["test images with caption"] == ("4", "5,794", "missing")
@@ -188,7 +185,7 @@ def test_faces_are_made_small_with_their_maps_and_still_mirror(tmp_path):
     eyes = {tuple(faces[k]["segmentation"][9].tolist()) for k in range(60)}
     assert eyes == {(4,) * 8 + (5,) * 8, (4,) * 8 + (1,) * 8, (1,) * 8 + (5,) * 8}
     (out / "regvq-data.json").write_text("{")
-    with pytest.raises(ValueError, match=r"regvq-data.json is damaged .*: prepare the shards anew"):
+    with pytest.raises(ValueError, match=r"regvq-data\.json"):
         ImageShards(out / "train-000000.tar", "train", 16)
 
 
@@ -204,7 +201,7 @@ def test_what_cannot_be_read_or_has_no_map_is_counted(tmp_path):
     for image in (top / "images" / "validation").iterdir():
         image.write_bytes(b"no image")
     error = Told("prepare", top, out=tmp_path / "other", size=10).error
-    assert re.match(r"none of the 2 validation images of ADE20K scene parsing benchmark in .* can be read", error)
+    assert re.search(r"\b2 validation images of ADE20K", error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ade", "out"]  # nothing half-made is left
 
 
@@ -262,7 +259,7 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
         ({"out": out, "fields": ("segmentation",)}, "--fields segmentation: CUB-200-2011 has caption only"),
     ):
         assert message in Told("prepare", top, **options).error
-    assert Told("verify", top, out=out).error == f"--out {out} is for prepare; verify writes nothing: leave it out"
+    assert re.search(rf"--out {out} .*prepare.*verify", Told("verify", top, out=out).error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cub", "full"]
 
 

@@ -167,11 +167,11 @@ def test_batches_of_a_data_set_are_timed_and_their_workers_end_with_them():
 
 def test_bad_arguments_name_the_value():
     dataset = ScenesDataset("train", 16)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"batch_size .*\b0$"):
         training_batches(dataset, 0)
-    with pytest.raises(ValueError, match="start must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"start .*-1$"):
         training_batches(dataset, 1, start=-1)
-    with pytest.raises(ValueError, match="workers must be at least 0, got -2"):
+    with pytest.raises(ValueError, match=r"workers .*-2$"):
         validation_batches(dataset, 1, workers=-2)
 
 

@@ -3,11 +3,12 @@
 import io
 import logging
 import pickle
+import re
 import tarfile
 
 import pytest
 import torch
-from PIL import Image
+from helpers.flat_images import encode_flat, level_of, levels_of
 from torch.utils.data import DataLoader
 
 from regvq_fast.data import ImageFolder, ImageShards, training_batches, write_shards
@@ -19,23 +20,14 @@ from regvq_fast.data.shards import expand_braces
 FIELDS = ("caption", "segmentation")
 
 
-def encoded(level: int, size=(24, 20), suffix="PNG", mode="RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size, level if mode == "L" else (level, level, level)).save(buffer, suffix)
-    return buffer.getvalue()
-
-
 def sample(k: int, folder="") -> dict[str, str | bytes]:
     """A sample whose number is its image's level, its caption and its class id."""
-    return {"__key__": f"{folder}{k:03d}", "png": encoded(k), "txt": f"number {k}", "seg.png": encoded(k, mode="L")}
-
-
-def level(item) -> int:
-    return int(item["image"].float().mean())
-
-
-def levels(dataset) -> list[int]:
-    return [level(dataset[position]) for position in range(len(dataset))]
+    return {
+        "__key__": f"{folder}{k:03d}",
+        "png": encode_flat(k),
+        "txt": f"number {k}",
+        "seg.png": encode_flat(k, mode="L"),
+    }
 
 
 @pytest.fixture
@@ -63,8 +55,8 @@ def test_shards_serve_what_the_folder_serves(both, split):
         expected, found = folder[index], shards[index]
         assert torch.equal(found["image"], expected["image"])
         assert torch.equal(found["segmentation"], expected["segmentation"])
-        assert found["caption"] == expected["caption"] == f"number {level(found)}"
-        assert (found["segmentation"] == level(found)).all()
+        assert found["caption"] == expected["caption"] == f"number {level_of(found)}"
+        assert (found["segmentation"] == level_of(found)).all()
 
 
 def test_ranks_with_workers_cover_each_sample_once(both):
@@ -74,7 +66,7 @@ def test_ranks_with_workers_cover_each_sample_once(both):
     together = torch.cat([next(ranks[k % 2])["image"] for k in range(-(-2 * count // 4))])[: 2 * count]
     alone = torch.cat([next(batches)["image"] for batches in [training_batches(dataset, 2 * count)]])
     assert torch.equal(together, alone)
-    served = sorted(level({"image": image}) for image in alone)
+    served = sorted(level_of({"image": image}) for image in alone)
     assert served[::2] == served[1::2] == sorted(set(served))
     assert len(set(served)) == count
 
@@ -96,8 +88,8 @@ def test_webdataset_writes_what_is_read_and_reads_what_is_written(tmp_path):
             writer.write(one)
     ours = ImageShards(f"{tmp_path}/theirs-{{000000..000001}}.tar", "val", 8, limit=6)
     training = ImageShards(f"{tmp_path}/theirs-{{000000..000001}}.tar", "train", 8, flip=False, fields=FIELDS)
-    assert sorted(levels(ours) + levels(training)) == list(range(6))
-    assert all(training[k]["caption"] == f"number {level(training[k])}" for k in range(len(training)))
+    assert sorted(levels_of(ours) + levels_of(training)) == list(range(6))
+    assert all(training[k]["caption"] == f"number {level_of(training[k])}" for k in range(len(training)))
 
     paths = write_shards(samples, f"{tmp_path}/ours-%d.tar")
     theirs = list(webdataset.WebDataset([str(path) for path in paths], shardshuffle=False))
@@ -128,10 +120,10 @@ def test_a_corrupt_member_is_skipped_counted_and_named_once(tar, caplog):
             file.seek(member(tar, name).offset_data)
             file.write(data)
     dataset = ImageShards(tar.parent, "train", 8, fields=FIELDS)
-    assert sorted(levels(dataset)) == [0, 10, 20, 40, 40, 60, 60, 80, 80, 90]
-    assert sorted(levels(dataset)) == [0, 10, 20, 40, 40, 60, 60, 80, 80, 90]
+    assert sorted(levels_of(dataset)) == [0, 10, 20, 40, 40, 60, 60, 80, 80, 90]
+    assert sorted(levels_of(dataset)) == [0, 10, 20, 40, 40, 60, 60, 80, 80, 90]
     assert dataset.unreadable == 3
-    assert sorted(caplog.messages)[0] == f"skipped unreadable image 030.png of {tar} (it is no image)"
+    assert re.search(rf"030\.png of {tar} .*no image", sorted(caplog.messages)[0])
     assert [message.split()[3] for message in sorted(caplog.messages)] == ["030.png", "050.png", "070.png"]
 
 
@@ -141,7 +133,7 @@ def test_workers_count_what_is_corrupt_in_the_parent(tar):
         file.write(b"no image")
     dataset = ImageShards(tar.parent, "train", 8)
     batches = training_batches(dataset, 5, workers=2)
-    assert sorted(level({"image": image}) for _ in range(2) for image in next(batches)["image"])[3:5] == [40, 40]
+    assert sorted(level_of({"image": image}) for _ in range(2) for image in next(batches)["image"])[3:5] == [40, 40]
     assert dataset.unreadable == 1
 
 
@@ -150,8 +142,8 @@ def test_a_truncated_shard_gives_its_whole_samples_and_is_named(tar, caplog, whe
     last = member(tar, "050.png")
     keep = {"data": last.offset_data + last.size - 1, "header": last.offset + 100, "member's end": last.offset}[where]
     tar.write_bytes(tar.read_bytes()[:keep])
-    assert sorted(levels(ImageShards(tar.parent, "train", 8))) == [0, 10, 20, 30, 40]
-    assert sorted(levels(ImageShards(tar.parent, "train", 8))) == [0, 10, 20, 30, 40]
+    assert sorted(levels_of(ImageShards(tar.parent, "train", 8))) == [0, 10, 20, 30, 40]
+    assert sorted(levels_of(ImageShards(tar.parent, "train", 8))) == [0, 10, 20, 30, 40]
     (message,) = caplog.messages  # though the second time the index came from the cache
     assert str(tar) in message
     assert "its 5 whole samples are used" in message
@@ -163,20 +155,20 @@ def test_a_shard_damaged_in_the_middle_or_throughout(tar, caplog):
         file.write(bytes(range(256)) * 2)
     (tar.parent / "train-1.tar").write_text("<html>not found</html>" * 100)
     (tar.parent / "train-2.tar").touch()
-    assert sorted(levels(ImageShards(tar.parent, "train", 8))) == [0, 10, 20, 30, 40]
-    assert ["train-0.tar is damaged from byte" in caplog.messages[0], len(caplog.messages)] == [True, 3]
-    assert "train-1.tar is no whole tar file" in caplog.messages[1]
-    assert "train-2.tar is no whole tar file (empty file): its 0 whole samples are used" in caplog.messages[2]
+    assert sorted(levels_of(ImageShards(tar.parent, "train", 8))) == [0, 10, 20, 30, 40]
+    assert ["train-0.tar is damaged" in caplog.messages[0], len(caplog.messages)] == [True, 3]
+    assert "train-1.tar is no whole" in caplog.messages[1]
+    assert re.search(r"train-2\.tar .*empty file.*\b0 ", caplog.messages[2])
 
 
 def test_a_shard_that_shrinks_or_vanishes_during_training(tar):
     dataset = ImageShards(tar.parent, "train", 8, fields=["caption"])
     end = member(tar, "050.txt").offset_data + len("number")
     tar.write_bytes(tar.read_bytes()[:end])
-    assert sorted(levels(dataset)) == sorted([0, 10, 20, 30, 40, 0, 0, 0, 0, 0])  # half a caption is none
+    assert sorted(levels_of(dataset)) == sorted([0, 10, 20, 30, 40, 0, 0, 0, 0, 0])  # half a caption is none
     tar.unlink()
-    with pytest.raises(ValueError, match="none of the 10 images of the 'train' split in"):
-        levels(dataset)
+    with pytest.raises(ValueError, match=r"\b10 .*'train'"):
+        levels_of(dataset)
 
 
 # --------------------------------------------------------------------------------------------------- layout and splits
@@ -197,11 +189,11 @@ def test_plain_tar_files_in_any_order(tmp_path):
         "./a/0.txt": b" a caption\n",
         "./a/0.json": b"{}",
         "./a/._0.png": b"a Mac was here",
-        "./a/2.depth.png": encoded(90),
-        "./b.c/0.png": encoded(20),
-        "./a/0.png": encoded(10),
-        "./a/0.seg.png": encoded(1, mode="L"),
-        long: encoded(40, suffix="JPEG"),
+        "./a/2.depth.png": encode_flat(90),
+        "./b.c/0.png": encode_flat(20),
+        "./a/0.png": encode_flat(10),
+        "./a/0.seg.png": encode_flat(1, mode="L"),
+        long: encode_flat(40, suffix="JPEG"),
     }
     add(tmp_path / "train-0.tar", members)
     with tarfile.open(tmp_path / "train-0.tar", "a") as archive:
@@ -209,23 +201,24 @@ def test_plain_tar_files_in_any_order(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "0.png"
         archive.addfile(link)
         archive.addfile(tarfile.TarInfo("a"))
-    add(tmp_path / "val-0.tar", {"0.png": encoded(0)})
-    assert sorted(levels(ImageShards(tmp_path, "train", 8))) == [10, 20, 40]
+    add(tmp_path / "val-0.tar", {"0.png": encode_flat(0)})
+    assert sorted(levels_of(ImageShards(tmp_path, "train", 8))) == [10, 20, 40]
     (only,) = (ImageShards(tmp_path, "train", 8, fields=FIELDS)[k] for k in range(1))
-    assert (level(only), only["caption"], int(only["segmentation"][0, 0])) == (10, "a caption", 1)
+    assert (level_of(only), only["caption"], int(only["segmentation"][0, 0])) == (10, "a caption", 1)
 
 
 def test_samples_without_a_field_are_left_out_with_a_warning(tmp_path, caplog):
     captions = [{"txt": f"number {k}"} if k % 3 else {} for k in range(9)]
     write_shards(
-        [{"__key__": str(k), "png": encoded(k), **caption} for k, caption in enumerate(captions)],
+        [{"__key__": str(k), "png": encode_flat(k), **caption} for k, caption in enumerate(captions)],
         f"{tmp_path}/train-%d.tar",
         8000,
     )
     write_shards([sample(0)], f"{tmp_path}/val-%d.tar")
     dataset = ImageShards(tmp_path, "train", 8, fields=["caption"])
     assert {dataset[k]["caption"] for k in range(6)} == {f"number {k}" for k in (1, 2, 4, 5, 7, 8)}
-    assert caplog.messages == [f"left out 3 of 9 images in {tmp_path}: no caption"]
+    (said,) = caplog.messages
+    assert re.search(rf"\b3 of 9 .*{tmp_path}: .*caption", said)
     told = r"none of the 9 images in .* has its caption and segmentation: .*, NAME.txt and NAME.seg.png must lie beside"
     with pytest.raises(FileNotFoundError, match=told):
         ImageShards(tmp_path, "train", 8, fields=FIELDS)
@@ -243,9 +236,9 @@ def test_the_shards_own_splits(tmp_path, train, val):
     write_shards([sample(k) for k in range(6)], f"{tmp_path}/{train}", 8000)
     write_shards([sample(k) for k in range(10, 14)], f"{tmp_path}/{val}", 8000)
     write_shards([sample(200)], f"{tmp_path}/extra-%d.tar")
-    assert sorted(levels(ImageShards(tmp_path, "train", 8))) == [0, 1, 2, 3, 4, 5]
-    assert levels(ImageShards(tmp_path, "val", 8)) == [10, 11, 12, 13]
-    assert levels(ImageShards(tmp_path, "val", 8, limit=2)) == [10, 12]
+    assert sorted(levels_of(ImageShards(tmp_path, "train", 8))) == [0, 1, 2, 3, 4, 5]
+    assert levels_of(ImageShards(tmp_path, "val", 8)) == [10, 11, 12, 13]
+    assert levels_of(ImageShards(tmp_path, "val", 8, limit=2)) == [10, 12]
 
 
 def test_one_split_alone_is_divided_by_hash_whatever_the_packing(tmp_path):
@@ -254,9 +247,9 @@ def test_one_split_alone_is_divided_by_hash_whatever_the_packing(tmp_path):
     write_shards(reversed(samples), f"{tmp_path}/b/train-%d.tar", 20000)
     (tmp_path / "c").mkdir()
     add(tmp_path / "c" / "train-0.tar", {f"./{one['__key__']}.png": one["png"] for one in samples})
-    held_out = [sorted(levels(ImageShards(tmp_path / name, "val", 8))) for name in "abc"]
+    held_out = [sorted(levels_of(ImageShards(tmp_path / name, "val", 8))) for name in "abc"]
     assert held_out[0] == held_out[1] == held_out[2]
-    training = sorted(levels(ImageShards(tmp_path / "a" / "train-0.tar", "train", 8)))
+    training = sorted(levels_of(ImageShards(tmp_path / "a" / "train-0.tar", "train", 8)))
     assert sorted(training + held_out[0]) == list(range(60))
 
 
@@ -264,7 +257,7 @@ def test_a_pattern_of_absolute_paths_has_splits_too(tmp_path):
     for split, level in (("train", 1), ("val", 2)):
         write_shards([sample(level)], f"{tmp_path}/{split}-%d.tar")
     pattern = f"{{{tmp_path}/train,{tmp_path}/val}}-0.tar"
-    assert [levels(ImageShards(pattern, split, 8)) for split in ("train", "val")] == [[1], [2]]
+    assert [levels_of(ImageShards(pattern, split, 8)) for split in ("train", "val")] == [[1], [2]]
 
 
 def test_what_data_stands_for(both):
@@ -302,25 +295,25 @@ def test_braces(pattern, names):
     "pattern", ["s-{0..2.tar", "s-0}.tar", "s-{}.tar", "s-{0-9}.tar", "s-{9..0}.tar", "{0..9999999}"]
 )
 def test_braces_that_mean_nothing(pattern):
-    with pytest.raises(ValueError, match=r"cannot expand "):
+    with pytest.raises(ValueError, match="expand"):
         expand_braces(pattern)
 
 
 def test_missing_shards_are_named(both):
     (both / "shards" / "s-001.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of the 3 shards of .* are missing: .*s-001\.tar$"):
+    with pytest.raises(FileNotFoundError, match=r"\b1 .*\b3 shards .*s-001\.tar$"):
         ImageShards(f"{both}/shards/s-{{000..002}}.tar")
     with pytest.raises(FileNotFoundError, match=r"97 of the 99 .*s-001\.tar, .*s-003\.tar, .*s-004\.tar, \.\.\.$"):
         ImageShards(f"{both}/shards/s-{{000..098}}.tar")
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*gone\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.tar"):
         build_dataset(both / "gone.tar", split="val", image_size=8)
 
 
 def test_folders_and_shards_without_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tar files in"):
+    with pytest.raises(FileNotFoundError, match="no tar files"):
         ImageShards(tmp_path)
-    add(tmp_path / "0.tar", {"notes.txt": b"", "photo.v1.jpg": encoded(0)})
-    with pytest.raises(FileNotFoundError, match=r"no images in the 1 tar files of .*no dot in KEY"):
+    add(tmp_path / "0.tar", {"notes.txt": b"", "photo.v1.jpg": encode_flat(0)})
+    with pytest.raises(FileNotFoundError, match=r"\b1 tar files .*KEY"):
         ImageShards(tmp_path)
 
 
@@ -328,7 +321,7 @@ def test_folders_and_shards_without_images(tmp_path):
 def test_compressed_shards_are_refused(tmp_path, compression):
     with tarfile.open(tmp_path / f"0.tar.{compression}", f"w:{compression}") as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
-    with pytest.raises(ValueError, match=rf"0\.tar\.{compression} is compressed with "):
+    with pytest.raises(ValueError, match=rf"0\.tar\.{compression} "):
         build_dataset(tmp_path, split="train", image_size=8)
 
 
@@ -368,19 +361,19 @@ def test_writing_is_atomic_repeatable_and_keeps_to_the_size(tmp_path):
 
 def test_writing_refuses_what_could_not_be_read_back(tmp_path):
     for pattern in ("s.tar", "s-%d-%d.tar", "s-%q.tar"):
-        with pytest.raises(ValueError, match="pattern must have one place for a number"):
+        with pytest.raises(ValueError, match="pattern"):
             write_shards([], pattern)
     for key in ("", "a.b", "a/", "a/.b"):
-        with pytest.raises(ValueError, match="__key__ must be a path without a dot"):
+        with pytest.raises(ValueError, match="__key__"):
             write_shards([{"__key__": key, "png": b""}], f"{tmp_path}/s-%d.tar")
-    with pytest.raises(ValueError, match=r"key '000' is in .*0\.tar already"):
+    with pytest.raises(ValueError, match=r"'000' .*0\.tar"):
         write_shards([sample(0), sample(0)], f"{tmp_path}/s-%d.tar")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_training_set_logs_nothing_of_sound_shards(both, caplog):
     with caplog.at_level(logging.WARNING, logger="regvq_fast"):
-        levels(ImageShards(both / "shards", "train", 8, fields=FIELDS))
+        levels_of(ImageShards(both / "shards", "train", 8, fields=FIELDS))
     assert caplog.messages == []
 
 
@@ -388,7 +381,7 @@ def test_images_that_shards_leave_out_are_counted_and_kept_in_the_index(tmp_path
     shard = tmp_path / "s.tar"
     with tarfile.open(shard, "w") as archive:
         for name in ("1.png", "2.png", "22.05.jpg", "3.avif", "4.JPE", "1.seg.png", "1.txt", "1.json", ".5.avif"):
-            data = encoded(9)
+            data = encode_flat(9)
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))

@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import scenes_batch, tiny_tokenizer
 
 from regvq_fast.data import TokenDataset, training_batches, validation_batches
-from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import CacheInfo, open_shard, read_info, shard_path, write_info, write_shard
 from regvq_fast.data.tokens import majority_vote, tokenize_batch
-from regvq_fast.models import VQGAN
-from regvq_fast.quantizers import NearestQuantizer
-from regvq_fast.scenes import ScenesDataset
 
 INFO = CacheInfo(
     tokenizer="runs/tiny",
@@ -124,21 +121,21 @@ def test_a_pickled_data_set_opens_the_cache_anew(cache: Path) -> None:
 
 def test_a_cache_of_another_tokenizer_is_refused(cache: Path) -> None:
     TokenDataset(cache, tokenizer_hash="5eed")
-    with pytest.raises(ValueError, match=r"made by runs/tiny \(SHA-256 5eed\), not by this tokenizer \(beef\)"):
+    with pytest.raises(ValueError, match=r"runs/tiny .*5eed.*beef"):
         TokenDataset(cache, tokenizer_hash="beef")
 
 
 def test_a_folder_without_a_whole_cache_is_refused(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         TokenDataset(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"has no cache.json; make a .* --out is a new folder"):
+    with pytest.raises(FileNotFoundError, match=r"cache\.json.* --out"):
         TokenDataset(tmp_path)
-    with pytest.raises(NotADirectoryError, match=r"cache.json is a file: give the folder of a token cache"):
+    with pytest.raises(NotADirectoryError, match=r"cache\.json is a file"):
         TokenDataset(cache / "cache.json")
-    with pytest.raises(ValueError, match="split must be one of"):
+    with pytest.raises(ValueError, match="split"):
         TokenDataset(cache, "test")
     write_info(cache, dataclasses.replace(INFO, complete=False))
-    with pytest.raises(ValueError, match=r"not complete: run train/cache_tokens.py again"):
+    with pytest.raises(ValueError, match=r"train/cache_tokens\.py"):
         TokenDataset(cache)
 
 
@@ -147,14 +144,14 @@ def test_a_folder_without_a_whole_cache_is_refused(tmp_path: Path, cache: Path) 
 )
 def test_damaged_descriptions_are_named(cache: Path, content: str) -> None:
     (cache / "cache.json").write_text(content)
-    with pytest.raises(ValueError, match=r"cache.json is damaged, or does not describe a token cache"):
+    with pytest.raises(ValueError, match=r"cache\.json is damaged"):
         TokenDataset(cache)
 
 
 def test_other_versions_of_the_format_are_refused(cache: Path) -> None:
     values = json.loads((cache / "cache.json").read_text()) | {"format": 2}
     (cache / "cache.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="is of format 2, this version reads 1"):
+    with pytest.raises(ValueError, match=r"format 2\b"):
         TokenDataset(cache)
 
 
@@ -166,20 +163,18 @@ def test_missing_and_truncated_shards_are_named(cache: Path) -> None:
         with pytest.raises(ValueError, match=r"train-000001.safetensors .*(truncated|damaged)"):
             TokenDataset(cache)
     shard.write_bytes(whole + b"x")
-    with pytest.raises(ValueError, match=r"train-000001.safetensors is truncated or damaged"):
+    with pytest.raises(ValueError, match=r"train-000001\.safetensors .*(truncated|damaged)"):
         TokenDataset(cache)
     TokenDataset(cache, "val")  # which needs other files
     shard.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"train-000001.safetensors is missing: run train/cache_tokens.py again"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"train-000001\.safetensors .*train/cache_tokens\.py"):
         TokenDataset(cache)
 
 
 def test_shards_of_another_cache_are_named(tmp_path: Path, cache: Path) -> None:
     other = write_cache(tmp_path / "other", dataclasses.replace(INFO, token_shape=(2, 2)))
     shard_path(cache, "val", 0).write_bytes(shard_path(other, "val", 0).read_bytes())
-    with pytest.raises(ValueError, match=r"tokens U16 \[3, 2, 2\].* where its cache has .*tokens U16 \[3, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"U16 \[3, 2, 2\].*U16 \[3, 2, 3\]"):
         TokenDataset(cache, "val")
 
 
@@ -190,7 +185,7 @@ def test_tokens_that_no_code_has_are_refused(cache: Path) -> None:
     write_shard(shard_path(cache, "val", 0), damaged, shard.segmentation, [shard.caption_of(row) for row in range(3)])
     dataset = TokenDataset(cache, "val")
     assert len(dataset[0]["tokens"]) == 2
-    with pytest.raises(ValueError, match="holds the token 1000, but its tokenizer has 1000 codes"):
+    with pytest.raises(ValueError, match=r"token 1000\b"):
         dataset.__getitems__([0, 1])
 
 
@@ -198,7 +193,7 @@ def test_classes_that_the_cache_has_not_are_refused(cache: Path) -> None:
     write_info(cache, dataclasses.replace(INFO, num_classes=2))  # as older versions wrote of a data set that names two
     dataset = TokenDataset(cache, "val")
     assert len(dataset.__getitems__([0, 1])["segmentation"]) == 2
-    with pytest.raises(ValueError, match="holds the class id 2, of 2 classes"):
+    with pytest.raises(ValueError, match=r"class id 2\b"):
         dataset[2]
 
 
@@ -206,7 +201,7 @@ def test_an_empty_caption_is_refused_before_a_step_meets_it(cache: Path) -> None
     shard = open_shard(cache, read_info(cache), "val", 0)
     for captions in (["", "b", "c"], ["a", "", "c"]):
         write_shard(shard_path(cache, "val", 0), shard.tokens.copy(), shard.segmentation.copy(), captions)
-        with pytest.raises(ValueError, match=r"val-000000.safetensors has an empty caption: run train/cache_tokens.py"):
+        with pytest.raises(ValueError, match=r"val-000000\.safetensors .*caption"):
             TokenDataset(cache, "val")
 
 
@@ -263,30 +258,19 @@ def test_the_smallest_id_wins_a_tie() -> None:
 
 def test_majority_vote_refuses_what_is_no_map() -> None:
     maps = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="4 x 4 pixels has no majority in each of 5 x 4 cells"):
+    with pytest.raises(ValueError, match=r"4 x 4 .*5 x 4"):
         majority_vote(maps, (5, 4))
-    with pytest.raises(ValueError, match=r"must be \(B, H, W\), got \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"\(B, H, W\).*\(4, 4\)"):
         majority_vote(maps[0], (2, 2))
-    with pytest.raises(TypeError, match=r"must be uint8, got torch.int64"):
+    with pytest.raises(TypeError, match=r"uint8.* torch\.int64"):
         majority_vote(maps.long(), (2, 2))
 
 
 # ----------------------------------------------------------------------------------------------- tokens out of images
 
 
-def tiny_vqgan() -> VQGAN:
-    torch.manual_seed(0)
-    quantizer = NearestQuantizer(32, 4)
-    model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=8)
-    scenes = ScenesDataset("train", 16)
-    model.initialize_quantizer(collate([scenes[k] for k in range(8)])["image"] / 127.5 - 1)
-    torch.nn.init.normal_(quantizer.embedding.weight)
-    return model
-
-
 def test_tokenizing_keeps_what_images_come_with() -> None:
-    model, scenes = tiny_vqgan(), ScenesDataset("val", 16, length=5)
-    images = collate([scenes[k] for k in range(5)])
+    model, images = tiny_tokenizer(), scenes_batch(5)
     batch = tokenize_batch(model, images)
     assert batch["tokens"].shape == (5, 8, 8)
     assert batch["tokens"].dtype == torch.int64

@@ -194,21 +194,21 @@ def test_labels_fit_an_image_whose_sides_are_rounded():
     labels = Image.new("L", (3000, 2003), 3)
     assert np.asarray(crop_labels(labels, Box(0, 0, 383, 256), (383, 256), 2, 2)).tolist() == [[3, 3], [3, 3]]
     for other in ((380, 256), (386, 256)):
-        with pytest.raises(ValueError, match="does not fit its image"):
+        with pytest.raises(ValueError, match="does not fit"):
             crop_labels(labels, Box(0, 0, *other), other, 2, 2)
 
 
 def test_labels_that_are_none_are_refused():
     box = Box(0, 0, 8, 8)
-    with pytest.raises(ValueError, match="one class id a pixel, this one is RGB"):
+    with pytest.raises(ValueError, match="RGB"):
         crop_labels(Image.new("RGB", (8, 8)), box, (8, 8), 4, 4)
-    with pytest.raises(ValueError, match=r"must be in 0..255, got 300..300"):
+    with pytest.raises(ValueError, match=r"255.*\b300\.\.300"):
         crop_labels(Image.fromarray(np.full((8, 8), 300, dtype=np.uint16)), box, (8, 8), 4, 4)
     labels = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     crop_labels(labels, Box(0, 0, 1, 1), (8, 8), 1, 1, 64)
-    with pytest.raises(ValueError, match=r"must be in 0..62, got 0..63"):  # wherever it is cut
+    with pytest.raises(ValueError, match=r"62.*\b0\.\.63"):  # wherever it is cut
         crop_labels(labels, Box(0, 0, 1, 1), (8, 8), 1, 1, 63)
-    with pytest.raises(ValueError, match=r"of \(8, 16\) does not fit its image of \(16, 8\)"):
+    with pytest.raises(ValueError, match=r"\(8, 16\).*\(16, 8\)"):
         crop_labels(Image.new("L", (8, 16)), box, (16, 8), 4, 4)
     crop_labels(Image.new("L", (33, 50)), box, (100, 150), 4, 4)  # a third, rounded
 

@@ -44,7 +44,7 @@ def test_random_counts_against_bincount():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="num_codes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"num_codes .*\b0$"):
         CodebookUsage(0)
     with pytest.raises(RuntimeError):
         CodebookUsage(4).update(torch.tensor([4]))

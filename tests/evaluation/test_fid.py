@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import scipy.linalg
 import torch
+from helpers.tiny_models import TinyNet
 from PIL import Image
-from tiny_net import TinyNet
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -30,7 +30,6 @@ from regvq_fast.evaluation.fid import (
     make_reference,
     statistics_of,
 )
-from regvq_fast.models import features as vgg
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.weights import RemoteWeights
 from regvq_fast.scenes import ScenesDataset
@@ -104,14 +103,14 @@ def test_batches_do_not_move_the_sums() -> None:
 
 def test_few_images_are_told_of_and_too_few_refused() -> None:
     few, enough, single = (statistics(mixed(count, 8, 1)) for count in (8, 9, 1))
-    with pytest.warns(TooFewImagesWarning, match="8 images are too few for 8 features: at least 9 are needed"):
+    with pytest.warns(TooFewImagesWarning, match=r"\b8 images .*\b9\b"):
         frechet_distance(few, enough)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frechet_distance(enough, enough)
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+    with pytest.raises(ValueError, match=r"\b2 images.*\b1$"):
         frechet_distance(enough, single)
-    with pytest.raises(ValueError, match="statistics are of 8 and 4 features"):
+    with pytest.raises(ValueError, match=r"\b8 and 4\b"):
         frechet_distance(enough, statistics(mixed(9, 4, 1)))
 
 
@@ -216,7 +215,7 @@ def test_a_folder_is_known_by_its_fields(photos: Path) -> None:
 
 
 def test_an_empty_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="the split is empty"):
+    with pytest.raises(ValueError, match="empty"):
         make_reference([], TinyNet())  # type: ignore[arg-type]
 
 
@@ -229,14 +228,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trunk = VGGFeatures("vgg16", seed=7)
     safetensors.torch.save_file({name: value.half() for name, value in trunk.state_dict().items()}, path)
     return path
-
-
-@pytest.fixture
-def nothing_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    nowhere = RemoteWeights("http://127.0.0.1:9/weights.pth", "0000")
-    monkeypatch.setitem(vgg.IMAGENET_WEIGHTS, "vgg16", nowhere)
-    monkeypatch.setattr(feature_nets, "INCEPTION_WEIGHTS", nowhere)
 
 
 def test_vgg_features_are_named_after_their_weights(weights: Path) -> None:
@@ -266,15 +257,15 @@ def test_vgg_features_are_named_after_their_weights(weights: Path) -> None:
     torch.testing.assert_close(net(images[1:2]), found[1:2], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("nothing_to_download")
+@pytest.mark.usefixtures("no_downloads")
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("resnet", ValueError, "--fid-features resnet is none of inception, inception:PATH, vgg16"),
-        ("vgg16:", ValueError, "--fid-features vgg16: is none of"),
-        ("random-vgg16:x.pth", ValueError, "is none of"),
-        ("vgg16:nowhere.pth", FileNotFoundError, "no such weights file: nowhere.pth"),
-        ("vgg16", OSError, r"no ImageNet weights of VGG-16 .* give a file with --fid-features vgg16:PATH"),
+        ("resnet", ValueError, "--fid-features resnet .*inception:PATH, vgg16"),
+        ("vgg16:", ValueError, "--fid-features vgg16: "),
+        ("random-vgg16:x.pth", ValueError, r"random-vgg16:x\.pth"),
+        ("vgg16:nowhere.pth", FileNotFoundError, r"nowhere\.pth"),
+        ("vgg16", OSError, "VGG-16 .*--fid-features vgg16:PATH"),
     ],
 )
 def test_features_that_are_not_to_be_had(spec: str, error: type[Exception], message: str) -> None:
@@ -284,11 +275,11 @@ def test_features_that_are_not_to_be_had(spec: str, error: type[Exception], mess
 
 def test_images_that_a_network_cannot_take() -> None:
     net = TinyNet()
-    with pytest.raises(TypeError, match=r"uint8 images, got torch.float32"):
+    with pytest.raises(TypeError, match=r"uint8 .*torch\.float32"):
         net(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"must be \(B, 3, H, W\), got \(3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*\(3, 8, 8\)"):
         net(noise(1, 0)[0])
-    with pytest.raises(ValueError, match="tiny needs images of at least 4 pixels, got 8 x 3"):
+    with pytest.raises(ValueError, match=r"tiny .*\b4 .*8 x 3"):
         net(noise(1, 0)[..., :3])
 
 
@@ -314,7 +305,7 @@ def torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
 
 
-@pytest.mark.usefixtures("torch_fidelity", "nothing_to_download")
+@pytest.mark.usefixtures("torch_fidelity", "no_downloads")
 def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"scale": torch.arange(2048.0)}
     torch.save(state, tmp_path / "mine.pth")
@@ -334,21 +325,21 @@ def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.Monkey
     assert titles == ["FID[R]", "Fréchet distance[R] (Inception-v3 of mine.pth)"]
 
 
-@pytest.mark.usefixtures("torch_fidelity", "nothing_to_download")
+@pytest.mark.usefixtures("torch_fidelity", "no_downloads")
 def test_inception_weights_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other.pth doesn't fit Inception-v3: .*Missing key"):
+    with pytest.raises(ValueError, match=r"other\.pth .*Inception.*Missing key"):
         load_feature_net(f"inception:{tmp_path / 'other.pth'}")
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"scale": print}, protocol=2))
-    with pytest.raises(ValueError, match=r"can't read weights file .*code.pth"):
+    with pytest.raises(ValueError, match=r"read .*code\.pth"):
         load_feature_net(f"inception:{tmp_path / 'code.pth'}")
-    with pytest.raises(OSError, match=r"no Inception weights .* give it with --fid-features inception:PATH"):
+    with pytest.raises(OSError, match="--fid-features inception:PATH"):
         load_feature_net("inception")
 
 
 def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r'need torch-fidelity: run pip install -e "\.\[fid\]"'):
+    with pytest.raises(ValueError, match=r"torch-fidelity.*\[fid\]"):
         load_feature_net("inception")
 
 

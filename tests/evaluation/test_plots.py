@@ -48,7 +48,7 @@ def test_a_grid_enlarges_small_images_and_takes_floats(tmp_path):
 def test_a_grid_refuses_other_shapes(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     for other in (images[:1], images[:, :1], images[0]):
-        with pytest.raises(ValueError, match=r"one shape \(B, 3, H, W\)"):
+        with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
             save_reconstruction_grid(tmp_path / "grid.png", images, other)
     assert not list(tmp_path.iterdir())
 
@@ -87,7 +87,7 @@ def test_a_mosaic_of_a_large_codebook_is_32_by_32(tmp_path):
     save_codebook_mosaic(tmp_path / "codes.png", decode_and_note, 5000, (2, 2))
     assert torch.equal(torch.cat(seen), torch.arange(1024))
     assert read(tmp_path / "codes.png").shape == (32 * 33 + 1, 32 * 33 + 1, 3)
-    with pytest.raises(ValueError, match="num_codes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"num_codes .*\b0$"):
         save_codebook_mosaic(tmp_path / "codes.png", decode, 0, (2, 2))
 
 
@@ -108,7 +108,7 @@ def test_a_histogram_shades_the_unused_share(tmp_path):
     grey = [(read(tmp_path / name) == 0xD9).all(axis=2).mean() for name in ("half.png", "all.png")]
     assert grey[0] > 0.25
     assert grey[1] < 0.01
-    with pytest.raises(ValueError, match=r"shape \(N,\), N >= 1, got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(N,\).*\(2, 2\)"):
         save_usage_histogram(tmp_path / "bad.png", torch.ones(2, 2), "bad")
 
 
@@ -162,7 +162,7 @@ def test_rows_have_their_labels_at_their_left(tmp_path):
     assert (bottom == 255).all()
     centres = images[[4 + 48, 104 + 4 + 48]][:, [4 + 48, 100 + 4 + 48], 0]
     assert centres.tolist() == [[10, 20], [110, 120]]
-    with pytest.raises(ValueError, match="rows must have one shape"):
+    with pytest.raises(ValueError, match="one shape"):
         save_labelled_rows(tmp_path / "rows.png", {"a": flat([10], 48), "b": flat([10], 32)})
-    with pytest.raises(ValueError, match="rows must have one shape"):
+    with pytest.raises(ValueError, match="one shape"):
         save_labelled_rows(tmp_path / "rows.png", {})

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from same_steps import assert_same_steps, largest_tensor
+from helpers.same_steps import assert_same_steps, largest_tensor
 
 from regvq_fast.integrations import accelerate
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from same_steps import assert_same_steps, largest_tensor
+from helpers.same_steps import assert_same_steps, largest_tensor
 from torch import nn
 
 from regvq_fast.integrations import accelerate
@@ -97,7 +97,7 @@ def test_the_codebooks_of_the_paper(num_codes, monkeypatch):
 
 
 def test_remap_is_not_covered():
-    with pytest.raises(ValueError, match=r"IndexPropagationQuantize: remap, .* isn't covered"):
+    with pytest.raises(ValueError, match="IndexPropagationQuantize: remap"):
         accelerate(IndexPropagationQuantize(CODES, MAPS[1], remap="used.npy"))
 
 

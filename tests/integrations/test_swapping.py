@@ -158,22 +158,22 @@ def test_subclasses_are_left_alone():
 
 def test_releases_with_other_arguments_are_left_alone(monkeypatch):
     monkeypatch.setattr(VectorQuantizer2, "forward", lambda self, z, noise: None)
-    with pytest.raises(ValueError, match=r"quantize is a VectorQuantizer2: its forward takes \(z, noise\), not"):
+    with pytest.raises(ValueError, match=r"VectorQuantizer2.* \(z, noise\)"):
         accelerate(Autoencoder())
 
 
 def test_a_model_without_a_known_quantizer():
-    with pytest.raises(ValueError, match=r"no look-up to swap in this Linear: no module .*\(known: taming"):
+    with pytest.raises(ValueError, match=r"Linear.*taming"):
         accelerate(nn.Linear(2, 2))
 
 
 def test_what_is_no_model():
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module.* dict$"):
         accelerate({"quantize": 1})
 
 
 def test_copies_of_the_file_in_other_packages_are_not_known(monkeypatch):
     """They may have options of their own: SEED-Voken's copy of taming's file has."""
     monkeypatch.setattr(VectorQuantizer2, "__module__", f"own.{PATH}")
-    with pytest.raises(ValueError, match=r"no look-up to swap in this Autoencoder: no module of it is a known"):
+    with pytest.raises(ValueError, match="Autoencoder"):
         accelerate(Autoencoder())

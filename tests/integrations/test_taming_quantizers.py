@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from same_steps import assert_same_steps, largest_tensor
+from helpers.same_steps import assert_same_steps, largest_tensor
 from torch import nn
 
 from regvq_fast.integrations import accelerate

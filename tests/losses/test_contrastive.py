@@ -168,33 +168,33 @@ def test_layers_are_averaged_by_their_weights() -> None:
 
 def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
     maps, perturbation = feature_maps(0), torch.rand(2, 2, 2)
-    with pytest.raises(ValueError, match="needs the mask"):
+    with pytest.raises(ValueError, match="mask"):
         ProbabilisticContrastiveLoss(region="masked")(maps, maps, perturbation, SEED)
-    with pytest.raises(ValueError, match="3 weights for 2 feature maps"):
+    with pytest.raises(ValueError, match=r"3 .*\b2 feature maps"):
         ProbabilisticContrastiveLoss(layer_weights=(1, 1, 1))(maps, maps, perturbation, SEED)
     for empty in ([], [torch.zeros(0, 6, 4, 4)]):
-        with pytest.raises(ValueError, match="there must be feature maps, of an image"):
+        with pytest.raises(ValueError, match="must be feature maps"):
             ProbabilisticContrastiveLoss()(empty, empty, perturbation[:0], SEED)
     larger = feature_maps(0, (8, 5))
     for other in (larger, maps[:1]):
-        with pytest.raises(ValueError, match=r"different shapes: .*\(2, 6, 4, 4\)\] and \[\(2, 6, 8, 8\)"):
+        with pytest.raises(ValueError, match=r"\(2, 6, 4, 4\).*\(2, 6, 8, 8\)"):
             ProbabilisticContrastiveLoss(num_patches=8)(maps, other, perturbation, SEED)
-    with pytest.raises(ValueError, match=r"perturbation must be \(B, h, w\) of 2 images, got \(3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"perturbation .*\(3, 2, 2\)"):
         ProbabilisticContrastiveLoss(num_patches=8)(maps, maps, torch.rand(3, 2, 2), SEED)
-    with pytest.raises(ValueError, match=r"mask must be \(B, h, w\) of 2 images, got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"mask .*\(2, 4\)"):
         ProbabilisticContrastiveLoss(region="masked")(maps, maps, perturbation, SEED, mask=torch.ones(2, 4) > 0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_patches": 1}, "num_patches must be at least 2"),
-        ({"max_places": 1}, "max_places must be at least 2"),
+        ({"num_patches": 1}, "num_patches"),
+        ({"max_places": 1}, "max_places"),
         ({"tau": 0.0}, "got 0"),
-        ({"region": "sky"}, "region must be 'all' or 'masked', got 'sky'"),
-        ({"layer_weights": (1.0, -1.0)}, "must not be negative"),
+        ({"region": "sky"}, r"region .*'sky'"),
+        ({"layer_weights": (1.0, -1.0)}, "negative"),
         ({"layer_weights": (0.0, 0.0)}, "nor all 0"),
-        ({"layer_weights": (1.0, float("nan"))}, "must not be negative, nor all 0, got .*nan"),
+        ({"layer_weights": (1.0, float("nan"))}, r"negative.*nan"),
     ],
 )
 def test_bad_settings_are_refused(arguments: dict, message: str) -> None:

@@ -135,7 +135,7 @@ def test_compiles_without_a_graph_break():
 def test_bad_features():
     loss = LPIPS(network())
     x = features(0)
-    with pytest.raises(ValueError, match="expected 5 feature maps, got 5 and 4"):
+    with pytest.raises(ValueError, match=r"\b5 .*5 and 4"):
         loss(x, x[1:])
-    with pytest.raises(ValueError, match=r"feature maps 2 have different shapes: .*\(2, 256, 5, 6\) and \(2, 256, 4"):
+    with pytest.raises(ValueError, match=r"feature maps 2 .*\(2, 256, 5, 6\).*\(2, 256, 4"):
         loss(x, [*x[:2], x[2][:, :, 1:], *x[3:]])

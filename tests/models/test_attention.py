@@ -40,7 +40,7 @@ def test_it_is_the_formula_with_its_gradients(causal, keys):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("causal", "keys"), CASES)
 def test_both_implementations_agree(causal, keys, dtype):
@@ -54,7 +54,7 @@ def test_both_implementations_agree(causal, keys, dtype):
         torch.testing.assert_close(one, other, **tolerance)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_xformers_runs_on_a_gpu_unless_it_does_not_fit(monkeypatch):
     pytest.importorskip("xformers.ops")
     calls = []
@@ -81,11 +81,11 @@ def test_one_graph():
 @pytest.mark.parametrize(
     ("change", "causal", "message"),
     [
-        (lambda q, k, v: (q[0], k, v), False, r"query must be \(B, L, heads, head_dim\).*got query \(5, 3, 8\)"),
-        (lambda q, k, v: (q, k, v[:, :6]), False, r"key and value \(B, S, heads, head_dim\).*value \(2, 6, 3, 8\)"),
-        (lambda q, k, v: (q[:1], k, v), False, r"same batch, heads and head_dim, got query \(1, 5, 3, 8\)"),
-        (lambda q, k, v: (q[:, :, :2], k, v), False, r"same batch, heads and head_dim, got query \(2, 5, 2, 8\)"),
-        (lambda q, k, v: (q, k, v), True, r"as many keys as queries, got query \(2, 5, 3, 8\), key \(2, 7, 3, 8\)"),
+        (lambda q, k, v: (q[0], k, v), False, r"query .*\(B, L, heads, head_dim\).*query \(5, 3, 8\)"),
+        (lambda q, k, v: (q, k, v[:, :6]), False, r"\(B, S, heads, head_dim\).*value \(2, 6, 3, 8\)"),
+        (lambda q, k, v: (q[:1], k, v), False, r"batch.*query \(1, 5, 3, 8\)"),
+        (lambda q, k, v: (q[:, :, :2], k, v), False, r"heads.*query \(2, 5, 2, 8\)"),
+        (lambda q, k, v: (q, k, v), True, r"query \(2, 5, 3, 8\), key \(2, 7, 3, 8\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change, causal, message):
@@ -95,7 +95,7 @@ def test_shapes_that_do_not_fit_are_refused(change, causal, message):
 
 def test_mixed_types_are_refused():
     query, key, value = make(5)
-    with pytest.raises(TypeError, match=r"one type, got torch\.float32, torch\.float64 and torch\.float64"):
+    with pytest.raises(TypeError, match=r"torch\.float32, torch\.float64 and torch\.float64"):
         attention(query.float(), key, value)
 
 
@@ -112,7 +112,7 @@ def test_where_xformers_has_no_kernel_pytorchs_attention_goes_on(monkeypatch):
     monkeypatch.setattr(module, "xformers_attention", refuses)
     query = torch.randn(2, 5, 3, 8)
     expected = pytorch_attention(query, query, query, causal=True)
-    with pytest.warns(UserWarning, match="no kernel: No operator found$"):
+    with pytest.warns(UserWarning, match="No operator found$"):
         assert torch.equal(attention(query, query, query, causal=True), expected)
     assert torch.equal(attention(query, query, query, causal=True), expected)
     assert asked == [True]  # the second call didn't ask again
@@ -133,7 +133,7 @@ def test_where_xformers_fails_to_import_pytorchs_attention_goes_on(monkeypatch, 
     (tmp_path / "xformers" / "__init__.py").touch()
     (tmp_path / "xformers" / "ops.py").write_text(f"raise {error}('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.warns(UserWarning, match=f"fails to import: {error}: undefined symbol$") as caught:
+    with pytest.warns(UserWarning, match=f"{error}: undefined symbol$") as caught:
         assert [load_xformers() for _ in range(2)] == [None, None]
     assert len(caught) == 1
 

@@ -47,7 +47,7 @@ def test_patches(num_layers):
     smallest = model.min_size
     assert smallest == 3 * 2**num_layers
     assert model(torch.zeros(1, 3, smallest, smallest + 2**num_layers)).shape == (1, 1, 1, 2)
-    with pytest.raises(ValueError, match=f"{smallest - 1} x {smallest} pixels are too small.*{num_layers} layers"):
+    with pytest.raises(ValueError, match=f"{smallest - 1} x {smallest} .*{num_layers} layers"):
         model(torch.zeros(1, 3, smallest - 1, smallest))
 
 
@@ -83,10 +83,10 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
-        ({"filters": 0}, "filters must be at least 1, got 0"),
-        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"norm": "layer"}, "norm must be one of batch, group, none, got 'layer'"),
+        ({"in_channels": 0}, r"in_channels .*\b0$"),
+        ({"filters": 0}, r"filters .*\b0$"),
+        ({"num_layers": 0}, r"num_layers .*\b0$"),
+        ({"norm": "layer"}, r"norm .*'layer'$"),
     ],
 )
 def test_bad_configuration(arguments, message):
@@ -95,5 +95,5 @@ def test_bad_configuration(arguments, message):
 
 
 def test_bad_images():
-    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(1, 4, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*\(1, 4, 32, 32\)"):
         PatchDiscriminator(filters=2)(torch.zeros(1, 4, 32, 32))

@@ -40,12 +40,8 @@ def checkpoint():
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    """No test sees the user's cache or the network."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    for net in ("vgg16", "vgg19"):
-        monkeypatch.setitem(features.IMAGENET_WEIGHTS, net, RemoteWeights("http://127.0.0.1:9/vgg.pth", "0000"))
-    return tmp_path / "hub" / "checkpoints"
+def empty_cache(no_downloads):
+    return no_downloads
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -121,20 +117,20 @@ def test_compiles_without_a_graph_break(images):
 
 def test_smallest_images(network):
     assert [h.shape[-1] for h in network(torch.zeros(1, 3, 16, 16))] == [16, 8, 4, 2, 1]
-    with pytest.raises(ValueError, match=r"15 x 16 pixels vanish.*relu5_3: at least 16 x 16"):
+    with pytest.raises(ValueError, match=r"15 x 16 .*relu5_3"):
         network(torch.zeros(1, 3, 15, 16))
-    with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(1, 1, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*\(1, 1, 16, 16\)"):
         network(torch.zeros(1, 1, 16, 16))
 
 
 @pytest.mark.parametrize(
     ("net", "layers", "message"),
     [
-        ("vgg11", SMALL, "net must be one of vgg16, vgg19, got 'vgg11'"),
-        ("vgg16", ("relu3_4",), "layers of vgg16 are relu1_1, .*; got relu3_4"),
-        ("vgg16", (), "layers of vgg16 are relu1_1, .*; got none"),
-        ("vgg16", ("relu2_1", "relu1_1"), "in order of depth, each once, got relu2_1, relu1_1"),
-        ("vgg16", ("relu2_1", "relu2_1"), "in order of depth, each once, got relu2_1, relu2_1"),
+        ("vgg11", SMALL, r"vgg16, vgg19.*'vgg11'"),
+        ("vgg16", ("relu3_4",), r"relu1_1, .*relu3_4$"),
+        ("vgg16", (), r"relu1_1, .*none$"),
+        ("vgg16", ("relu2_1", "relu1_1"), r"relu2_1, relu1_1$"),
+        ("vgg16", ("relu2_1", "relu2_1"), r"relu2_1, relu2_1$"),
     ],
 )
 def test_bad_configuration(net, layers, message):
@@ -163,7 +159,7 @@ def test_weights_from_a_path(tmp_path, checkpoint, suffix, dtype):
 def test_a_path_to_torchvisions_own_file_is_recognised(tmp_path, checkpoint, monkeypatch):
     path = tmp_path / "renamed.pth"
     torch.save(checkpoint, path)
-    remote = RemoteWeights("http://127.0.0.1:9/vgg.pth", sha256_of(path)[:8])
+    remote = RemoteWeights("http://127.0.0.1:9/weights.pth", sha256_of(path)[:8])
     monkeypatch.setitem(features.IMAGENET_WEIGHTS, "vgg16", remote)
     network = load_vgg_features("vgg16", path, layers=SMALL)
     assert network.imagenet
@@ -171,11 +167,11 @@ def test_a_path_to_torchvisions_own_file_is_recognised(tmp_path, checkpoint, mon
 
 
 def test_a_path_that_does_not_serve_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such weights file: .*missing\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pth"):
         load_vgg_features("vgg16", tmp_path / "missing.pth")
     path = tmp_path / "partial.pth"
     torch.save({"features.0.weight": torch.zeros(64, 1, 3, 3), "features.1.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"partial\.pth: the weights do not fit the vgg16 feature network") as error:
+    with pytest.raises(ValueError, match=r"partial\.pth: .*vgg16") as error:
         load_vgg_features("vgg16", path, layers=SMALL)
     assert str(error.value).splitlines()[1:] == [
         "  missing: features.0.bias",
@@ -190,16 +186,16 @@ def test_weights_of_the_other_network_are_told_apart(tmp_path, checkpoint):
     path = tmp_path / "vgg19.pth"
     torch.save(checkpoint | {"features.16.weight": torch.zeros(256, 256, 3, 3)}, path)  # a pooling layer of VGG-16
     assert load_vgg_features("vgg19", path, layers=SMALL).pretrained
-    with pytest.raises(ValueError, match=r"unexpected: features\.16\.weight"):
+    with pytest.raises(ValueError, match=r"features\.16\.weight"):
         load_vgg_features("vgg16", path, layers=SMALL)
 
 
 def test_weights_from_the_cache(checkpoint, empty_cache):
     empty_cache.mkdir(parents=True)
-    torch.save(checkpoint, empty_cache / "vgg.pth")
+    torch.save(checkpoint, empty_cache / "weights.pth")
     network = load_vgg_features("vgg16", layers=SMALL, download=False)
     assert torch.equal(network.features[2].weight, checkpoint["features.2.weight"])
-    assert (network.source, network.imagenet) == (f"cache:{empty_cache / 'vgg.pth'}", True)
+    assert (network.source, network.imagenet) == (f"cache:{empty_cache / 'weights.pth'}", True)
 
 
 @pytest.mark.parametrize(("download", "reason"), [(False, "downloads are switched off"), (True, "can't reach http")])

@@ -49,9 +49,8 @@ def test_the_folder_of_another_model_is_refused_in_a_sentence(
     tmp_path: Path, kind: type[Model], asked: type[Model]
 ) -> None:
     tiny(kind).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"model holds a \w+, not a \w+$") as error:
+    with pytest.raises(ValueError, match=f"{tmp_path / 'model'} .* {kind.__name__}, .* {asked.__name__}$"):
         asked.from_pretrained(tmp_path / "model")
-    assert str(error.value) == f"{tmp_path / 'model'} holds a {kind.__name__}, not a {asked.__name__}"
 
 
 def test_folders_without_a_type_are_of_a_vqgan(tmp_path: Path) -> None:
@@ -63,7 +62,7 @@ def test_folders_without_a_type_are_of_a_vqgan(tmp_path: Path) -> None:
     config.write_text(json.dumps(content))
     (tmp_path / "model" / "manifest.json").unlink()
     assert VQGAN.from_pretrained(tmp_path / "model").architecture() == json.loads(json.dumps(model.architecture()))
-    with pytest.raises(ValueError, match="holds a VQGAN, not a VQDiffusion"):
+    with pytest.raises(ValueError, match=r"VQGAN.* VQDiffusion"):
         VQDiffusion.from_pretrained(tmp_path / "model")
 
 

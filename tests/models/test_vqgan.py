@@ -89,7 +89,7 @@ def test_a_wrong_checkpoint_is_refused_as_a_whole(model):
     del wrong["encoder.conv_in.bias"], wrong["quantize.embedding.weight"]
     wrong["encoder.conv_im.bias"] = torch.zeros(8)
     wrong["decoder.conv_out.weight"] = torch.zeros(3, 4, 3, 3)
-    with pytest.raises(ValueError, match="do not fit this VQGAN") as error:
+    with pytest.raises(ValueError, match=r"fit .*VQGAN") as error:
         model.load_taming_state_dict(wrong)
     assert str(error.value).splitlines()[1:] == [
         "  missing: encoder.conv_in.bias",
@@ -109,7 +109,7 @@ def test_not_strict_loads_what_fits_by_name(model):
 
 
 def test_weights_on_a_width_that_taming_normalises_otherwise_are_warned_of(model):
-    with pytest.warns(UserWarning, match="fewer than taming's 32 groups"):
+    with pytest.warns(UserWarning, match="32 groups"):
         model.load_taming_state_dict(model.state_dict())
 
 
@@ -349,15 +349,15 @@ def test_bfloat16_autocast(model, images):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 17}, "image_size 17 is not a multiple of the down-sampling factor 2"),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
-        ({"ch": 0}, "ch must be at least 1, got 0"),
-        ({"num_res_blocks": 0}, "num_res_blocks must be at least 1, got 0"),
-        ({"z_channels": -1}, "z_channels must be at least 1, got -1"),
-        ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
-        ({"ch_mult": ()}, r"ch_mult must name at least one level.*\(\)"),
-        ({"ch_mult": (1, 0)}, r"ch_mult must name at least one level.*\(1, 0\)"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"image_size": 17}, r"image_size 17 .*\b2$"),
+        ({"image_size": 0}, r"image_size .*\b0$"),
+        ({"ch": 0}, r"^ch .*\b0$"),
+        ({"num_res_blocks": 0}, r"num_res_blocks .*\b0$"),
+        ({"z_channels": -1}, r"z_channels .*-1$"),
+        ({"in_channels": 0}, r"in_channels .*\b0$"),
+        ({"ch_mult": ()}, r"ch_mult .*\(\)"),
+        ({"ch_mult": (1, 0)}, r"ch_mult .*\(1, 0\)"),
+        ({"dropout": 1.0}, r"dropout .*\b1\.0$"),
     ],
 )
 def test_bad_configuration(change, message):
@@ -368,10 +368,10 @@ def test_bad_configuration(change, message):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 3, 16), r"images must be \(B, 3, H, W\), got \(2, 3, 16\)"),
-        ((2, 1, 16, 16), r"images must be \(B, 3, H, W\), got \(2, 1, 16, 16\)"),
-        ((2, 3, 15, 16), "image height 15 is not a multiple of the down-sampling factor 2"),
-        ((2, 3, 16, 9), "image width 9 is not a multiple of the down-sampling factor 2"),
+        ((2, 3, 16), r"\(B, 3, H, W\).*\(2, 3, 16\)"),
+        ((2, 1, 16, 16), r"\(B, 3, H, W\).*\(2, 1, 16, 16\)"),
+        ((2, 3, 15, 16), r"height 15 .*\b2$"),
+        ((2, 3, 16, 9), r"width 9 .*\b2$"),
     ],
 )
 def test_bad_images(model, shape, message):
@@ -380,19 +380,19 @@ def test_bad_images(model, shape, message):
 
 
 def test_bad_indices(model):
-    with pytest.raises(ValueError, match=r"indices must be \(B, h, w\), got \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(B, h, w\).*\(8, 8\)"):
         model.decode_indices(torch.zeros(8, 8, dtype=torch.int64))
-    with pytest.raises(TypeError, match=r"int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"int64.*torch\.float32"):
         model.decode_indices(torch.zeros(1, 8, 8))
     for token in (-1, 12):
-        with pytest.raises(ValueError, match=rf"indices must lie in \[0, 12\).*{token}"):
+        with pytest.raises(ValueError, match=rf"indices .*\[0, 12\).*{token}"):
             model.decode_indices(torch.full((1, 8, 8), token))
 
 
 def test_images_that_are_no_floats_in_the_range_are_refused(model, images):
-    with pytest.raises(ValueError, match=r"images must lie in \[-1, 1\], got values up to"):
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
         model.tokenize(images * 255)
-    with pytest.raises(TypeError, match=r"floating point.*torch.uint8"):
+    with pytest.raises(TypeError, match=r"torch\.uint8"):
         model.tokenize((images.abs() * 127).to(torch.uint8))
 
 

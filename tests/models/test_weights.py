@@ -72,12 +72,12 @@ def test_download_into_the_cache(server, tmp_path):
 @pytest.mark.parametrize(
     ("page", "reason"),
     [
-        ("missing", "can't reach .*404"),
-        ("silent", "127.0.0.1 did not answer within 0.5 s"),
-        ("stall", "stalled or broke off"),
-        ("trickle", "stalled or broke off"),
-        ("cut", "stalled or broke off|incomplete"),
-        ("portal", "stalled or broke off|incomplete"),
+        ("missing", "404"),
+        ("silent", r"127\.0\.0\.1 .*\b0\.5 s"),
+        ("stall", "broke off"),
+        ("trickle", "broke off"),
+        ("cut", "broke off|incomplete"),
+        ("portal", "broke off|incomplete"),
     ],
 )
 def test_a_failed_download_is_quick_and_leaves_nothing(server, tmp_path, page, reason):
@@ -97,7 +97,7 @@ def test_a_wrong_hash_is_refused(server, tmp_path):
 def test_slow_name_resolution_does_not_hang(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: time.sleep(3))
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"weights\.invalid did not answer"):
+    with pytest.raises(TimeoutError, match=r"weights\.invalid"):
         download_file(RemoteWeights("http://weights.invalid/file.pth", DIGEST[:8]), tmp_path / "file.pth")
     assert time.monotonic() - start < 2
 
@@ -114,7 +114,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return (open, (str(tmp_path / "owned"), "w"))
 
     torch.save({"a": Payload()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"can't read weights file .*evil\.pth"):
+    with pytest.raises(ValueError, match=r"read .*evil\.pth"):
         read_state_dict(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
 
@@ -122,15 +122,15 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 @pytest.mark.parametrize("name", ["damaged.pth", "damaged.safetensors"])
 def test_a_damaged_file(tmp_path, name):
     (tmp_path / name).write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=f"can't read weights file .*{name}"):
+    with pytest.raises(ValueError, match=f"read .*{name}"):
         read_state_dict(tmp_path / name)
 
 
 def test_a_file_of_another_kind(tmp_path):
-    with pytest.raises(ValueError, match=r"weights\.npz must end in one of \.safetensors, \.pth, \.pt"):
+    with pytest.raises(ValueError, match=r"weights\.npz .*\.safetensors, \.pth, \.pt"):
         read_state_dict(tmp_path / "weights.npz")
     torch.save([torch.ones(1)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"list\.pth holds no state dict"):
+    with pytest.raises(ValueError, match=r"list\.pth .*state dict"):
         read_state_dict(tmp_path / "list.pth")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import (
+from helpers.kernel_cases import (
     DEVICE,
     FLOATS,
     every_schedule,
@@ -47,7 +47,7 @@ def test_this_file_passes_in_the_interpreter():
 
 def test_float64_has_no_kernels():
     x = torch.zeros(4, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match="impl='triton' has no float64"):
+    with pytest.raises(ValueError, match="float64"):
         assign_codes(x, x, impl="triton")
 
 

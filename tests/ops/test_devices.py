@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from kernel_cases import DEVICE, if_kernels_are_elsewhere, kernels, needs_kernels, pass_in_the_interpreter
+from helpers.kernel_cases import DEVICE, if_kernels_are_elsewhere, kernels, needs_kernels, pass_in_the_interpreter
 
 from regvq_fast import dispatch
 from regvq_fast.ops import assign_codes, segment_sum, vector_quantize, weighted_info_nce

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ from unittest import mock
 import kernel_resources
 import pytest
 import torch
+from helpers.kernel_cases import in_a_new_process, without_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import in_a_new_process, without_interpreter
 
 pytest.importorskip("triton")
 
@@ -49,13 +50,13 @@ def test_the_schedule_follows_from_the_architecture(architecture, on, monkeypatc
     if fused:
         assert not dispatch.is_chunked(CPU)
     else:
-        with pytest.raises(ValueError, match=r"REGVQ_SCHEDULE=fused needs .* sm_80 or newer"):
+        with pytest.raises(ValueError, match=r"REGVQ_SCHEDULE=fused .*sm_80"):
             dispatch.is_chunked(CPU)
 
 
 def test_an_unknown_schedule_is_an_error(monkeypatch):
     monkeypatch.setenv("REGVQ_SCHEDULE", "best")
-    with pytest.raises(ValueError, match="REGVQ_SCHEDULE must be fused or chunked, got 'best'"):
+    with pytest.raises(ValueError, match=r"REGVQ_SCHEDULE .*'best'"):
         dispatch.is_chunked(CPU)
 
 
@@ -306,7 +307,7 @@ def test_an_architecture_that_nobody_knows_is_named():
     command = [sys.executable, f"{BENCH}/kernel_resources.py", "91"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.endswith("error: SM must be of 70, 75, 80, 86, 89, 90, 100, 120, got 91\n")
+    assert re.search(r"error: .*70, 75, 80, 86, 89, 90, 100, 120.*\b91\n$", done.stderr)
 
 
 def pinned(architecture: int) -> set[tuple[int, str, str, str]]:

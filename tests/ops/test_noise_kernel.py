@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import (
+from helpers.kernel_cases import (
     DEVICE,
     if_kernels_are_elsewhere,
     in_a_new_process,
@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, sys.argv.pop(1))
-from noise_kernel import CONFIG, gumbel_noise_kernel
+from helpers.noise_kernel import CONFIG, gumbel_noise_kernel
 
 types = {"seed_ptr": "*i64", "rows_ptr": "*i64", "out_ptr": "*fp32", "num_rows": "i32", "num_codes": "i32"}
 constants = {"WORDS": False, "BM": CONFIG["BM"], "BN": CONFIG["BN"]}
@@ -58,7 +58,9 @@ def test_this_file_passes_in_the_interpreter():
 
 @without_interpreter
 def test_it_compiles_for_every_supported_gpu_without_spills(tmp_path):
-    in_a_new_process("-c", COMPILE, str(Path(__file__).parent), "70", "80", "90", "100", TRITON_CACHE_DIR=str(tmp_path))
+    in_a_new_process(
+        "-c", COMPILE, str(Path(__file__).parents[1]), "70", "80", "90", "100", TRITON_CACHE_DIR=str(tmp_path)
+    )
 
 
 def eager_words(seed: torch.Tensor, rows: torch.Tensor, num_codes: int) -> torch.Tensor:
@@ -81,7 +83,7 @@ CASES = {
 @needs_kernels
 @pytest.mark.parametrize("case", CASES)
 def test_words_equal_the_eager_ones_bit_for_bit(case):
-    import noise_kernel as kernel
+    from helpers import noise_kernel as kernel
 
     seed, rows, num_codes = CASES[case]
     seed = torch.tensor(seed)
@@ -93,7 +95,7 @@ def test_words_equal_the_eager_ones_bit_for_bit(case):
 @needs_kernels
 @pytest.mark.parametrize("case", CASES)
 def test_noise_is_within_a_few_ulps_of_the_eager_one_and_fills_every_element(case):
-    import noise_kernel as kernel
+    from helpers import noise_kernel as kernel
 
     seed, rows, num_codes = CASES[case]
     seed = torch.tensor(seed)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.vq_cases import LOGITS, copy_leaves, make_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
-from vq_cases import LOGITS, copy_leaves, make_inputs
 
 from regvq_fast.matmul import compute_dtype
 from regvq_fast.ops import assign_codes, softmax_statistics, vector_quantize, weighted_info_nce

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import (
+from helpers.kernel_cases import (
     DEVICE,
     FLOATS,
     if_kernels_are_elsewhere,
@@ -36,13 +36,13 @@ def test_this_file_passes_in_the_interpreter():
 
 
 def test_float64_has_no_kernel():
-    with pytest.raises(ValueError, match="impl='triton' has no float64"):
+    with pytest.raises(ValueError, match="float64"):
         segment_sum(torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, dtype=torch.int64), 2, impl="triton")
 
 
 @without_interpreter
 def test_cpu_tensors_need_the_interpreter():
-    with pytest.raises(ValueError, match=r"impl='triton' runs on CUDA tensors, got cpu.*TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match=r"impl='triton' .*cpu.*TRITON_INTERPRET=1"):
         segment_sum(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), 2, impl="triton")
 
 

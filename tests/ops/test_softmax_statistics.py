@@ -109,10 +109,10 @@ def test_autocast_computes_in_fp32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keys": torch.zeros(4, 2)}, r"keys must have 3 in its last dimension, got shape \(4, 2\)"),
-        ({"keys": torch.zeros(0, 3)}, r"x and keys must have rows, got \(5, 3\) and \(0, 3\)"),
-        ({"bias": torch.zeros(3)}, r"bias must have 4 in its last dimension"),
-        ({"temperature": 0.0}, "temperature must be greater than 0.*got 0.0"),
+        ({"keys": torch.zeros(4, 2)}, r"keys .*\b3 .*\(4, 2\)"),
+        ({"keys": torch.zeros(0, 3)}, r"\(5, 3\) and \(0, 3\)"),
+        ({"bias": torch.zeros(3)}, r"bias .*\b4\b"),
+        ({"temperature": 0.0}, r"temperature .*\b0\.0"),
     ],
 )
 def test_bad_input_gets_a_sentence(change, message):

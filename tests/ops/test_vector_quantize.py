@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from vq_cases import (
+from helpers.vq_cases import (
     LOGITS,
     MASKS,
     SEED,
@@ -16,6 +14,8 @@ from vq_cases import (
     outputs_and_gradients,
     upstream,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.noise import gumbel_noise

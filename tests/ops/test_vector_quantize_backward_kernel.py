@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
-from hypothesis import strategies as st
-from kernel_cases import (
+from helpers.kernel_cases import (
     DEVICE,
     FLOATS,
     SCHEDULES,
@@ -16,8 +14,8 @@ from kernel_cases import (
     patch_dispatch,
     set_split,
 )
-from vq_cases import LEAVES, LOGITS, MASKS, assert_same, copy_leaves, make_inputs, outputs_and_gradients
-from vq_kernel_cases import (
+from helpers.vq_cases import LEAVES, LOGITS, MASKS, assert_same, copy_leaves, make_inputs, outputs_and_gradients
+from helpers.vq_kernel_cases import (
     CASES,
     OUTPUTS,
     Case,
@@ -26,6 +24,8 @@ from vq_kernel_cases import (
     is_separated,
     kernel_results,
 )
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
 
 from regvq_fast.dispatch import Tile
 from regvq_fast.ops import vector_quantize
@@ -279,5 +279,5 @@ def test_any_shape_and_setting(data):
 def test_a_gradient_under_vmap_whose_forward_kept_nothing_is_refused():
     x, codebook = torch.randn(2, 6, 4, device=DEVICE, requires_grad=True), torch.randn(8, 4, device=DEVICE)
     quantized = torch.func.vmap(lambda rows: vector_quantize(rows, codebook, impl="triton").quantized)(x)
-    with pytest.raises(RuntimeError, match=r"for gradients under torch\.func\.vmap give impl='eager'"):
+    with pytest.raises(RuntimeError, match="impl='eager'"):
         quantized.sum().backward()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from vq_cases import (
+from helpers.vq_cases import (
     LEAVES,
     LOGITS,
     SEED,

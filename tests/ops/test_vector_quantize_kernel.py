@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import (
+from helpers.kernel_cases import (
     DEVICE,
     FLOATS,
     SCHEDULES,
@@ -13,8 +13,8 @@ from kernel_cases import (
     pass_in_the_interpreter,
     set_split,
 )
-from vq_cases import SEED, assert_same, copy_leaves, frozen, make_inputs
-from vq_kernel_cases import CASES, OUTPUTS, Case, assert_outputs, kernel_results
+from helpers.vq_cases import SEED, assert_same, copy_leaves, frozen, make_inputs
+from helpers.vq_kernel_cases import CASES, OUTPUTS, Case, assert_outputs, kernel_results
 
 from regvq_fast.ops import vector_quantize
 
@@ -32,7 +32,7 @@ def test_this_file_passes_in_the_interpreter():
 
 def test_float64_has_no_kernels():
     x = torch.zeros(4, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match="impl='triton' has no float64: use impl='eager'"):
+    with pytest.raises(ValueError, match=r"float64.*impl='eager'"):
         vector_quantize(x, x, impl="triton")
 
 
@@ -241,7 +241,7 @@ def test_the_kernels_are_part_of_one_graph():
 @needs_kernels
 def test_more_masked_rows_than_int32_numbers_are_refused():
     few, many = (torch.empty((), device=DEVICE, dtype=dtype) for dtype in (torch.float16, torch.bool))
-    with pytest.raises(ValueError, match="at most 2147483647 rows with a mask, got 2147483648: split them"):
+    with pytest.raises(ValueError, match=r"2147483647 .*2147483648"):
         vector_quantize(
             few.expand(2**31, 1),
             few.expand(1, 1),

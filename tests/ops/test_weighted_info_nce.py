@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.info_nce_cases import make_inputs
 from torch import Tensor
 
 from regvq_fast.ops import tiling, weighted_info_nce
@@ -12,25 +13,6 @@ from regvq_fast.ops.reference import weighted_info_nce_reference
 
 SHAPES = [(1, 1, 1), (2, 2, 3), (3, 17, 5), (1, 40, 8)]
 WEIGHTS = ("none", "uniform", "random", "with zeros")
-
-
-def make_inputs(
-    shape: tuple[int, int, int] = (2, 9, 4), weights: str = "random", dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(sum(shape))
-    query, key = (
-        F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype).requires_grad_()
-        for _ in range(2)
-    )
-    if weights == "none":
-        return query, key, None
-    weight = torch.rand(shape[:2], generator=generator, dtype=torch.float64) + 0.01
-    if weights == "uniform":
-        weight = torch.ones_like(weight)
-    elif weights == "with zeros":
-        weight[:, ::2] = 0
-        weight[:, -1] = 1
-    return query, key, weight / weight.sum(1, keepdim=True)
 
 
 def loss_and_gradients(op, query: Tensor, key: Tensor, weight: Tensor | None, **settings) -> tuple[Tensor, ...]:

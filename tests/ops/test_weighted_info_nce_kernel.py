@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kernel_cases import (
+from helpers.info_nce_cases import make_inputs
+from helpers.kernel_cases import (
     DEVICE,
     FLOATS,
     every_schedule,
@@ -17,7 +18,6 @@ from kernel_cases import (
     patch_dispatch,
     surrounded,
 )
-from test_weighted_info_nce import make_inputs
 from torch import Tensor
 
 from regvq_fast.ops import weighted_info_nce

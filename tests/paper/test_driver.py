@@ -120,7 +120,7 @@ def test_what_is_done_is_not_run_again_and_experiments_share_it(scripts, tmp_pat
 
 def test_a_row_that_failed_goes_on_where_it_stopped(scripts, tmp_path):
     scripts.fails_at = 3
-    with pytest.raises(ValueError, match=r"the prior of .*seed-0 ended with status 3; what is done is kept"):
+    with pytest.raises(ValueError, match=r"seed-0 .*\b3\b"):
         reproduce(table2(tmp_path, rows=("reg-vq",), amp=True), SCRIPTS)
     reproduce(table2(tmp_path, rows=("reg-vq",), compile=True, device="cpu"), SCRIPTS)
     assert scripts.scripts == ["vq.py", "cache_tokens.py", "ar.py", "ar.py", "evaluate.py"]
@@ -153,7 +153,7 @@ def test_rows_of_other_settings_are_refused_before_anything_runs(scripts, tmp_pa
     weights = tmp_path / "vgg.pth"
     weights.touch()
     reproduce(table2(tmp_path), SCRIPTS)
-    with pytest.raises(ValueError, match=r"the tokenizer in .* was made with --preset scenes .*take another --out"):
+    with pytest.raises(ValueError, match=r"--preset scenes .*--out"):
         reproduce(table2(tmp_path, perceptual_weights=weights), SCRIPTS)
     reproduce(table2(tmp_path, compile=True, amp=True), SCRIPTS)  # speed is no setting
     assert len(scripts.commands) == 8
@@ -244,7 +244,7 @@ def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
         found = json.loads(path.read_text())
         other = found | {"fid_r": found["fid_r"] | {fact: value}}
         path.write_text(json.dumps(other))
-        with pytest.raises(ValueError, match=rf"of \+ PCL instead of CL, seed 0, was measured with another {fact}"):
+        with pytest.raises(ValueError, match=rf"\+ PCL instead of CL, seed 0.*{fact}"):
             reproduce(table2(tmp_path), SCRIPTS)
         path.write_text(json.dumps(found))
 
@@ -252,14 +252,14 @@ def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": ("Reg-VAE",)}, "table2 has no row 'Reg-VAE'; its rows are 'baseline"),
-        ({"preset": "ade20k"}, "--preset ade20k needs its images"),
-        ({"data": Path("images")}, "--data images needs the preset of its data set"),
-        ({"preset": "ade20k", "data": Path("nowhere")}, "no such folder: nowhere"),
-        ({"seeds": ()}, "--seeds must be at least 1"),
+        ({"rows": ("Reg-VAE",)}, "table2 .*'Reg-VAE'.*'baseline"),
+        ({"preset": "ade20k"}, "--preset ade20k"),
+        ({"data": Path("images")}, "--data images"),
+        ({"preset": "ade20k", "data": Path("nowhere")}, "nowhere"),
+        ({"seeds": ()}, "--seeds"),
         ({"fid_features": "vgg16:nowhere.pth"}, "nowhere.pth"),
-        ({"fid_features": "none"}, "--fid-features none leaves nothing to judge a prior by"),
-        ({"processes": 0}, "--processes must be at least 1, got 0"),
+        ({"fid_features": "none"}, "--fid-features none"),
+        ({"processes": 0}, r"--processes .*\b0$"),
     ],
 )
 def test_bad_settings_are_refused(scripts, tmp_path, changes, message):
@@ -277,12 +277,12 @@ def test_what_a_prior_lacks_is_said_before_a_tokenizer_is_trained_for_it(scripts
             Image.new("RGB", (16, 16)).save(path)
             path.with_suffix(".txt").write_text("a photograph")
     photos = {"preset": "coco", "data": tmp_path / "photos"}
-    with pytest.raises(FileNotFoundError, match=r"none of the 2 images in .*photos has its segmentation"):
+    with pytest.raises(FileNotFoundError, match=r"\b2 .*photos .*segmentation"):
         reproduce(table2(tmp_path, **photos, prior="ar"), SCRIPTS)
-    with pytest.raises(ValueError, match="--prior ar has no settings for --preset coco, only for scenes, ade20k"):
+    with pytest.raises(ValueError, match=r"--prior ar .*--preset coco.* scenes, ade20k"):
         reproduce(table2(tmp_path, **photos, prior="ar", scale="full"), SCRIPTS)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="the text encoder 'openai/clip-vit-base-patch32' needs transformers"):
+    with pytest.raises(ValueError, match=r"'openai/clip-vit-base-patch32' .*transformers"):
         reproduce(table2(tmp_path, **photos, scale="full"), SCRIPTS)
     assert not scripts.commands
     reproduce(table2(tmp_path, **photos), SCRIPTS)  # the tiny scale has its own encoder of words
@@ -292,7 +292,7 @@ def test_what_a_prior_lacks_is_said_before_a_tokenizer_is_trained_for_it(scripts
 def test_several_gpus_train_under_torchrun(scripts, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(stages, "_run", lambda command: commands.append(command) or 1)
-    with pytest.raises(ValueError, match="ended with status 1"):
+    with pytest.raises(ValueError, match=r"status 1\b"):
         reproduce(table2(tmp_path, processes=4), SCRIPTS)
     assert commands[0][1:3] == ["-m", "torch.distributed.run"]
     launched = torch.distributed.run.parse_args([*commands[0][3:], "--run", "runs/vq"])  # as metrics have it
@@ -306,7 +306,7 @@ def test_a_command_that_made_nothing_may_be_corrected(scripts, tmp_path, monkeyp
     wrong = {"perceptual_weights": tmp_path}
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_run", lambda command: 1)
-        with pytest.raises(ValueError, match=r"the tokenizer of .* ended with status 1"):
+        with pytest.raises(ValueError, match=r"tokenizer .*status 1\b"):
             reproduce(table2(tmp_path, **wrong), SCRIPTS)
     reproduce(table2(tmp_path, rows=("vq-gan",)), SCRIPTS)
     assert not any(str(tmp_path) == flag for command in scripts.commands for flag in command)
@@ -317,7 +317,7 @@ def test_a_command_that_made_nothing_may_be_corrected(scripts, tmp_path, monkeyp
     other = {"rows": ("vq-gan",), "fid_features": "vgg16"}
     with monkeypatch.context() as patch:
         patch.setattr(driver, "load_feature_net", lambda spec: None)
-        with pytest.raises(ValueError, match=r"the metrics with prior of .* ended with"):
+        with pytest.raises(ValueError, match="metrics with prior"):
             reproduce(table2(tmp_path, **other), SCRIPTS)
     reproduce(table2(tmp_path, rows=("vq-gan",)), SCRIPTS)
     assert result.exists()
@@ -350,7 +350,7 @@ def test_a_row_for_real(tmp_path, monkeypatch, capfd):
     reproduce(config, SCRIPTS)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
     (folder / "prior" / CODE_COUNTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"code_counts.json is missing: delete .*evaluation.json, and measure"):
+    with pytest.raises(FileNotFoundError, match=r"code_counts\.json .*evaluation\.json"):
         reproduce(config, SCRIPTS)
     assert VQGAN.from_pretrained(folder / "vq").quantize.num_codes == 16
 

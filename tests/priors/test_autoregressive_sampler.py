@@ -133,7 +133,7 @@ def test_half_precision(prior, condition):
         assert (tokens[:, 0, 0] == exact[:, 0, 0]).sum() >= 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_it_draws_the_same_without_waiting(prior, condition, compiled):
     expected = sample_autoregressive(prior, condition, seed=SEED, guidance=1.5, top_p=0.9)
@@ -153,15 +153,15 @@ def test_on_a_gpu_it_draws_the_same_without_waiting(prior, condition, compiled):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance": -1.0}, r"guidance must be a finite number of at least 0 \(1: none\), got -1\.0"),
-        ({"guidance": math.nan}, "guidance must be .* got nan"),
-        ({"temperature": -1.0}, "temperature must be"),
-        ({"top_k": 0}, "top_k must be at least 1"),
-        ({"keep": (torch.zeros(5, 3, 3).long(), torch.ones(5, 3, 4).bool())}, r"tokens .* \(5, 12\), got \(5, 3, 3\)"),
-        ({"keep": (torch.zeros(5, 3, 4).long(), torch.ones(1, 12).bool())}, r"the mask to keep .* got \(1, 12\)"),
+        ({"guidance": -1.0}, r"guidance .*-1\.0"),
+        ({"guidance": math.nan}, "guidance .*nan"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"keep": (torch.zeros(5, 3, 3).long(), torch.ones(5, 3, 4).bool())}, r"\(5, 12\).*\(5, 3, 3\)"),
+        ({"keep": (torch.zeros(5, 3, 4).long(), torch.ones(1, 12).bool())}, r"mask .*\(1, 12\)"),
         (
             {"keep": (torch.full((5, 12), 12), torch.ones(5, 12).bool())},
-            r"keep must lie in \[0, 12\), got ids from 12 to 12",
+            r"keep .*\[0, 12\).* 12 to 12",
         ),
     ],
 )
@@ -171,11 +171,11 @@ def test_settings_that_do_not_fit_are_refused(prior, condition, settings, messag
 
 
 def test_conditions_that_do_not_fit_are_refused(prior, condition):
-    with pytest.raises(ValueError, match=r"condition must be \(B, 1, 4\) or \(B, 4\), got \(5, 4, 1\)"):
+    with pytest.raises(ValueError, match=r"condition .*\(B, 1, 4\) or \(B, 4\).*\(5, 4, 1\)"):
         sample_autoregressive(prior, condition.transpose(1, 2), seed=SEED)
-    with pytest.raises(ValueError, match=r"at least one condition, got \(0, 1, 4\)"):
+    with pytest.raises(ValueError, match=r"condition.*\(0, 1, 4\)"):
         sample_autoregressive(prior, condition[:0], seed=SEED)
-    with pytest.raises(ValueError, match="the condition is on meta but the prior on cpu"):
+    with pytest.raises(ValueError, match=r"condition .*meta .*cpu"):
         sample_autoregressive(prior, condition.to("meta"), seed=SEED)
-    with pytest.raises(TypeError, match=r"the mask to keep must be bool, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"mask .*torch\.float32"):
         sample_autoregressive(prior, condition, seed=SEED, keep=(torch.zeros(5, 12).long(), torch.zeros(5, 12)))

@@ -276,11 +276,11 @@ def test_draws_depend_on_the_image_and_not_on_its_batch(chain: MaskAndReplace) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_codes": 1}, "num_codes must be at least 2, got 1"),
-        ({"num_steps": 1}, "num_steps must be at least 2, got 1"),
+        ({"num_codes": 1}, r"num_codes .*\b1$"),
+        ({"num_steps": 1}, r"num_steps .*\b1$"),
         ({"alpha_bar": (0.1, 0.9)}, "alpha_bar must fall"),
         ({"gamma_bar": (0.0, 0.9)}, "gamma_bar rise"),
-        ({"alpha_bar": (0.9, 0.2), "gamma_bar": (0.05, 0.9)}, "must stay below 1"),
+        ({"alpha_bar": (0.9, 0.2), "gamma_bar": (0.05, 0.9)}, "below 1"),
         ({"alpha_bar": (0.5, 0.09), "gamma_bar": (0.1, 0.9)}, "must not fall"),
     ],
 )
@@ -291,7 +291,7 @@ def test_impossible_chains_are_refused(arguments: dict, message: str) -> None:
 
 def test_wrong_shapes_are_refused() -> None:
     chain, logits, tokens, noisy, t = hard_case(32)
-    with pytest.raises(ValueError, match=r"logits \(B, L, 32\).*\(6, 8, 31\)"):
+    with pytest.raises(ValueError, match=r"logits .*\(B, L, 32\).*\(6, 8, 31\)"):
         diffusion_terms(chain, logits[..., 1:], tokens, noisy, t)
-    with pytest.raises(ValueError, match=r"don't fit.*\(1,\)"):
+    with pytest.raises(ValueError, match=r"\(1,\)"):
         diffusion_terms(chain, logits, tokens, noisy, t[:1])

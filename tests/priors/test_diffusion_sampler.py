@@ -173,26 +173,26 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     prior, without = make_prior(), make_prior(null_condition=False, text_encoder=None, text_shape=(2, 4))
     keep = (torch.zeros(8, 9, dtype=torch.int64), torch.zeros(8, 9, dtype=torch.bool))
     for settings, message in [
-        ({"steps": 11}, "steps must lie between 1 and the prior's 10, got 11"),
-        ({"steps": 0}, "steps must lie between 1 and the prior's 10, got 0"),
-        ({"truncation": 0.0}, r"truncation .* must lie in \(0, 1\], got 0.0"),
-        ({"temperature": -1.0}, "temperature must be .* got -1.0"),
-        ({"guidance": float("nan")}, "guidance must be a finite number .* got nan"),
-        ({"num_images": 3}, "num_images is 3 but there are 8 texts"),
-        ({"text": None}, "num_images must be given"),
-        ({"text": None, "num_images": 0}, "at least one image, got 0"),
-        ({"text": None, "num_images": 1, "guidance": 2.0}, "guidance 2.0 needs a text"),
-        ({"text": [""]}, "caption 0 is empty"),
-        ({"text": ["a b c d e"]}, "has 5 words, over the encoder's 4"),
-        ({"text": torch.zeros(1, 2, 3)}, r"text must be \(1, 4, 16\).*got \(1, 2, 3\)"),
-        ({"keep": (keep[0][:1], keep[1])}, "the tokens to keep must be"),
-        ({"prior": without, "text": torch.zeros(1, 2, 4), "guidance": 2.0}, "guidance 2.0 needs a null condition"),
-        ({"prior": without, "text": ["a cat"]}, "captions need a text_encoder"),
+        ({"steps": 11}, r"steps .*\b10\b.*\b11$"),
+        ({"steps": 0}, r"steps .*\b10\b.*\b0$"),
+        ({"truncation": 0.0}, r"truncation .*\b0\.0"),
+        ({"temperature": -1.0}, r"temperature .*-1\.0"),
+        ({"guidance": float("nan")}, "guidance .*nan"),
+        ({"num_images": 3}, r"num_images .*\b3 .*\b8 texts"),
+        ({"text": None}, "num_images .*given"),
+        ({"text": None, "num_images": 0}, r"image.*\b0$"),
+        ({"text": None, "num_images": 1, "guidance": 2.0}, r"guidance 2\.0 .*text"),
+        ({"text": [""]}, r"caption 0\b"),
+        ({"text": ["a b c d e"]}, r"\b5 words.*\b4\b"),
+        ({"text": torch.zeros(1, 2, 3)}, r"text .*\(1, 4, 16\).*\(1, 2, 3\)"),
+        ({"keep": (keep[0][:1], keep[1])}, "tokens to keep"),
+        ({"prior": without, "text": torch.zeros(1, 2, 4), "guidance": 2.0}, r"guidance 2\.0 .*null condition"),
+        ({"prior": without, "text": ["a cat"]}, "text_encoder"),
     ]:
         arguments = {"prior": prior, "text": CAPTIONS, "seed": 0, **settings}
         with pytest.raises(ValueError, match=message):
             sample_diffusion(**arguments)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="the mask to keep must be bool"):
+    with pytest.raises(TypeError, match=r"mask .*bool"):
         sample_diffusion(prior, CAPTIONS, seed=0, keep=(keep[0], keep[0]))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny_models import tiny_vqgan
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,7 +19,6 @@ from regvq_fast.cli.sample import SampleConfig, generate
 from regvq_fast.cli.train import train
 from regvq_fast.data.tokens import TokenBatch
 from regvq_fast.image_grids import color_map
-from regvq_fast.models import VQGAN
 from regvq_fast.models.model import Model
 from regvq_fast.priors.choosing import choose_tokens
 from regvq_fast.priors.config import PriorConfig
@@ -109,9 +109,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Prior:
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     """A cache of eight scenes' tokens."""
-    quantizer = NearestQuantizer(16, 4)
-    sizes: dict[str, Any] = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}
-    VQGAN(quantizer, attn_resolutions=(), **sizes).save_pretrained(tmp_path / "tokenizer")
+    tiny_vqgan(NearestQuantizer(16, 4)).save_pretrained(tmp_path / "tokenizer")
     out = tmp_path / "tokens"
     few = {"views": 1, "scenes": 8, "val_images": 4, "workers": 0, "device": "cpu"}
     cache_tokens(CacheConfig(tokenizer=tmp_path / "tokenizer", out=out, **few))
@@ -119,9 +117,8 @@ def tokens(tmp_path: Path) -> Path:
 
 
 def test_a_new_prior_trains_samples_and_is_measured(
-    toy: Prior, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Prior, tokens: Path, few_regions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 64)
     trained = tmp_path / "run"
     flags = "--steps 2 --batch-size 8 --log-every 1 --warmup-steps 0 --lr 0.1 --device cpu --workers 0".split()
     monkeypatch.setattr(sys, "argv", ["toy.py", *flags, "--cache", str(tokens), "--out", str(trained)])
@@ -132,9 +129,9 @@ def test_a_new_prior_trains_samples_and_is_measured(
     generate(SampleConfig(run=trained, out=tmp_path / "samples", prior="toy", num_images=3, device="cpu"))
     with Image.open(tmp_path / "samples" / "00002.png") as image:
         assert image.size == (16, 16)
-    with pytest.raises(ValueError, match="--top-p is for autoregressive priors; this one is toy"):
+    with pytest.raises(ValueError, match=r"--top-p .*toy"):
         generate(SampleConfig(run=trained, out=tmp_path / "others", top_p=0.5, device="cpu"))
-    with pytest.raises(ValueError, match="--text is for diffusion priors; this one is toy"):
+    with pytest.raises(ValueError, match=r"--text .*toy"):
         generate(SampleConfig(run=trained, out=tmp_path / "others", text=("a cat",), device="cpu"))
 
     settings: dict[str, Any] = {"fid_features": "random-vgg16", "perceptual_weights": Path("random"), "workers": 0}

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,10 @@ import pytest
 import report_tables
 import torch
 import trained_runs
+from helpers.runs import FAST, TRAIN, assert_same_run, records, resume, run_script, torchrun, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from training.tiny_runs import FAST, TRAIN, assert_same_run, records, resume, run_script, train, without_clock
 
 from regvq_fast.config import override
 from regvq_fast.data.loading import read_samples
@@ -37,15 +38,8 @@ PRIOR = (
     "--steps 4 --batch-size 8 --log-every 2 --image-every 3 --device cpu --warmup-steps 2 --width 16 --depth 1 "
     "--heads 2"
 ).split()
+pytestmark = pytest.mark.usefixtures("few_regions")
 SMALL = {"width": 16, "depth": 1, "heads": 2, "device": "cpu"}  # as fields
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_regions() -> Iterator[None]:
-    """The classifier of regions takes twelve seconds to fit to 768 scenes: here it gets enough for every class."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 128)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +208,9 @@ def test_a_signal_ends_the_closing_evaluation_which_resuming_repeats(
     assert len(counted) == 1
     assert counted[0][0] < counted[0][1]
     script = f"train/{PRIORS[prior]}"
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"stopped by SIGINT after step 4 of 4, during an evaluation; to continue from step-0000004: "
-        f"python {script} --resume --out {out}"
-    )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"SIGINT .*step 4 of 4\b.*evaluation.* step-0000004: ", said)
+    assert said.endswith(f": python {script} --resume --out {out}")
     assert not (out / "summary.json").exists()
     resume(out, script=PRIORS[prior])
     again, whole = (json.loads((folder / "summary.json").read_text()) for folder in (out, runs[prior]))
@@ -233,7 +226,7 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
     moved, gone = shutil.copytree(cache, tmp_path / "moved"), tmp_path / "gone"
     info = json.loads((moved / "cache.json").read_text())
     (moved / "cache.json").write_text(json.dumps(info | {"tokenizer": str(gone)}))
-    with pytest.raises(SystemExit, match=f"error: the tokenizer {gone} that {moved} names is not there"):
+    with pytest.raises(SystemExit, match=f"{gone} .*{moved}"):
         fit("ar", "--cache", moved, "--out", tmp_path / "cached")
     shutil.copytree(tokenizer, gone)
     fit("ar", "--cache", moved, "--out", tmp_path / "cached")
@@ -245,7 +238,7 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
     for run in ("cached", "on the fly"):
         resume(tmp_path / run, "--steps", 5, script="ar.py")
         assert records(tmp_path / run)[-1]["step"] == 5
-    with pytest.raises(SystemExit, match=r"this run has .* as tokenizer, the checkpoint .* has"):
+    with pytest.raises(SystemExit, match=r"tokenizer.* checkpoint"):
         resume(tmp_path / "on the fly", "--tokenizer", other, "--steps", 6, script="ar.py")
     shutil.rmtree(gone)
     for run in ("cached", "on the fly"):
@@ -253,7 +246,7 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
     own = tmp_path / "on the fly" / "tokenizer"
     shutil.rmtree(own)
     VQGAN.from_pretrained(other).save_pretrained(own)
-    with pytest.raises(SystemExit, match=r"this run has .* as tokenizer, the checkpoint .* has"):
+    with pytest.raises(SystemExit, match=r"tokenizer.* checkpoint"):
         resume(tmp_path / "on the fly", "--steps", 7, script="ar.py")
 
 
@@ -264,8 +257,7 @@ def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path
     code += f"runpy.run_path({str(TRAIN / 'diffusion.py')!r}, run_name='__main__')"
     script = tmp_path / "script.py"
     script.write_text(code)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command = [sys.executable, *launcher, *PRIOR, "--cache", str(cache), "--out", str(out)]
+    command = torchrun(script, *PRIOR, "--cache", cache, "--out", out)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for row, alone in zip(records(out), records(runs["diffusion"]), strict=True):
@@ -299,29 +291,29 @@ def test_counting_operations_changes_nothing(
 @pytest.mark.parametrize(
     ("prior", "flags", "message"),
     [
-        ("ar", [], "give a token cache with --cache"),
-        ("ar", ["--on-the-fly"], "--on-the-fly needs a tokenizer"),
-        ("diffusion", ["--cache", "nothing"], "no such folder: nothing"),
+        ("ar", [], "--cache"),
+        ("ar", ["--on-the-fly"], "--on-the-fly .*tokenizer"),
+        ("diffusion", ["--cache", "nothing"], "nothing"),
         ("diffusion", ["--cache", "{cache}", "--on-the-fly"], "exclude each other"),
-        ("diffusion", ["--cache", "{cache}", "--data", "photos"], "--data photos is for --on-the-fly"),
-        ("diffusion", ["--cache", "{cache}", "--val-images", "7"], "--val-images 7 is for --on-the-fly"),
-        ("ar", ["--cache", "{cache}", "--crop", "random-resized"], "--crop random-resized is for --on-the-fly"),
-        ("ar", ["--cache", "{cache}", "--no-flip"], "--no-flip is for --on-the-fly: the cache {cache} was made of"),
-        ("ar", ["--cache", "{cache}", "--tokenizer", "{other}"], "not by this tokenizer"),
+        ("diffusion", ["--cache", "{cache}", "--data", "photos"], "--data photos .*--on-the-fly"),
+        ("diffusion", ["--cache", "{cache}", "--val-images", "7"], "--val-images 7 .*--on-the-fly"),
+        ("ar", ["--cache", "{cache}", "--crop", "random-resized"], "--crop random-resized .*--on-the-fly"),
+        ("ar", ["--cache", "{cache}", "--no-flip"], "--no-flip .*--on-the-fly.* {cache}"),
+        ("ar", ["--cache", "{cache}", "--tokenizer", "{other}"], "this tokenizer"),
         (
             "ar",
             ["--cache", "{cache}", "--num-classes", "9"],
-            r"--num-classes must be at least 16 and at most 256, got 9 \({cache} has 16 classes\)",
+            r"--num-classes .*\b9 \({cache} .*16",
         ),
         (
             "ar",
             ["--on-the-fly", "--tokenizer", "{tokenizer}", "--num-classes", "300"],
-            r"at most 256, got 300 \(embedded scenes has 16 classes\)",
+            r"\b300 \(embedded scenes .*16",
         ),
-        ("ar", ["--on-the-fly", "--tokenizer", "x", "--preset", "ade20k"], "--preset ade20k needs its images"),
-        ("ar", ["--cache", "{cache}", "--keep", "2"], r"--keep is a probability and must lie in \[0, 1\], got 2"),
-        ("diffusion", ["--cache", "{cache}", "--diffusion-steps", "1"], "--diffusion-steps must be at least 2, got 1"),
-        ("ar", ["--cache", "{cache}", "--heads", "3"], "width must be a multiple of heads"),
+        ("ar", ["--on-the-fly", "--tokenizer", "x", "--preset", "ade20k"], "--preset ade20k"),
+        ("ar", ["--cache", "{cache}", "--keep", "2"], r"--keep .*\b2$"),
+        ("diffusion", ["--cache", "{cache}", "--diffusion-steps", "1"], r"--diffusion-steps .*\b1$"),
+        ("ar", ["--cache", "{cache}", "--heads", "3"], "width.* heads"),
         ("ar", ["--on-the-fly", "--tokenizer", "{cache}"], "{cache}"),
     ],
 )
@@ -413,25 +405,25 @@ def test_images_of_captions_with_their_states(runs: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prior", "ar", "--run", "{ar}", "--text", "a cat"], "--text is for diffusion priors; this one is autoreg"),
-        (["--run", "{ar}", "--strip"], "--strip is for diffusion priors; this one is autoregressive"),
-        (["--run", "{diffusion}", "--map", "map.png"], "--map is for autoregressive priors; this one is diffusion"),
-        (["--prior", "diffusion", "--run", "{ar}"], "holds a TokenTransformer, not a VQDiffusion"),
-        (["--prior", "ar", "--run", "nothing"], "no such folder: nothing"),
-        (["--prior", "ar", "--run", "{ar}", "--num-images", "0"], "--num-images must be at least 1, got 0"),
-        (["--prior", "ar", "--run", "{ar}", "--edit", "photo.png"], "--edit and --mask go together"),
-        (["--prior", "ar", "--run", "{ar}", "--map", "ids.png"], "ids.png holds the class id 16; the prior knows ids"),
+        (["--prior", "ar", "--run", "{ar}", "--text", "a cat"], "--text .*autoregressive"),
+        (["--run", "{ar}", "--strip"], "--strip .*autoregressive"),
+        (["--run", "{diffusion}", "--map", "map.png"], "--map .*diffusion"),
+        (["--prior", "diffusion", "--run", "{ar}"], "TokenTransformer.* VQDiffusion"),
+        (["--prior", "ar", "--run", "nothing"], "nothing"),
+        (["--prior", "ar", "--run", "{ar}", "--num-images", "0"], r"--num-images .*\b0$"),
+        (["--prior", "ar", "--run", "{ar}", "--edit", "photo.png"], "--edit .*--mask"),
+        (["--prior", "ar", "--run", "{ar}", "--map", "ids.png"], r"ids\.png .*\b16\b"),
         (
             ["--prior", "ar", "--run", "{ar}", "--map", "small.png"],
-            "--map small.png gives 2 x 2 pixels; the prior needs at least 8",
+            r"--map small\.png .*2 x 2 .*\b8\b",
         ),
-        (["--prior", "ar", "--run", "{ar}", "--map", "colours.png"], "one class id a pixel"),
-        (["--prior", "ar", "--run", "{ar}", "--map", "text.png"], "text.png is not an image"),
+        (["--prior", "ar", "--run", "{ar}", "--map", "colours.png"], "class id"),
+        (["--prior", "ar", "--run", "{ar}", "--map", "text.png"], r"text\.png"),
         (
             ["--prior", "ar", "--run", "{ar}", "--seed", str(2**63)],
-            f"--seed must be an integer of 64 bits, got {2**63}",
+            f"--seed .*{2**63}",
         ),
-        (["--prior", "ar", "--run", "{ar}", "--top-p", "0"], r"top_p must lie in \(0, 1\]"),
+        (["--prior", "ar", "--run", "{ar}", "--top-p", "0"], "top_p"),
         (["--prior", "diffusion", "--run", "{diffusion}", "--steps", "1000"], "steps"),
         (["--prior", "diffusion", "--run", "{diffusion}", "--text", " "], "empty"),
         (["--prior", "diffusion", "--run", "{diffusion}", "--text", "a cat " * 40], "80 words"),
@@ -458,7 +450,7 @@ def test_guidance_needs_a_null_condition_that_was_trained(runs: dict[str, Path],
     config["model"]["condition_dropout"] = 0.0
     (run / "config.json").write_text(json.dumps(config))
     flags = ["--prior", "ar", "--run", run, "--num-images", 1]
-    with pytest.raises(SystemExit, match=r"--guidance 2 needs the null condition, which .*run was trained without"):
+    with pytest.raises(SystemExit, match=r"--guidance 2 .*null condition"):
         sample(*flags, "--guidance", 2, "--out", tmp_path / "guided")
     sample(*flags, "--out", tmp_path / "plain")
 
@@ -473,24 +465,24 @@ def test_conditions_are_of_the_cache_that_the_prior_was_trained_on(
     config["tokens"]["cache"] = str(remade)
     (run / "config.json").write_text(json.dumps(config))
     flags = ["--run", run, "--num-images", 1, "--out", tmp_path / "samples"]
-    with pytest.raises(SystemExit, match=rf"{remade} that {run} was trained on is not there: give --data, or --map"):
+    with pytest.raises(SystemExit, match=rf"{remade} .*{run} .*--data, .*--map"):
         sample(*flags)
     made = ["--scenes", 4, "--views", 1, "--val-images", 2, "--fields", "caption", "--device", "cpu"]
     run_script("--tokenizer", tokenizer, "--out", remade, *made, script="cache_tokens.py")
-    with pytest.raises(SystemExit, match=rf"{remade} that {run} was trained on has no segmentation any more: give"):
+    with pytest.raises(SystemExit, match=rf"{remade} .*{run} .*segmentation"):
         sample(*flags)
     shutil.rmtree(remade)
     shutil.copytree(cache, remade)
     info = json.loads((remade / "cache.json").read_text())
     (remade / "cache.json").write_text(json.dumps(info | {"tokenizer_sha256": "0" * 64}))
-    with pytest.raises(SystemExit, match=rf"{remade} was made by .* \(SHA-256 000000000000\), not by this tokenizer"):
+    with pytest.raises(SystemExit, match=rf"{remade} .*000000000000"):
         sample(*flags)
     assert not (tmp_path / "samples").exists()
 
 
 def test_samples_are_not_mixed_with_others(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(SystemExit, match="exists and is not an empty folder"):
+    with pytest.raises(SystemExit, match="empty folder"):
         sample("--prior", "ar", "--run", runs["ar"], "--out", tmp_path)
 
 
@@ -539,7 +531,7 @@ def test_noise_of_a_tokenizer_is_measured_beside_its_records(
 
 
 def test_runs_of_other_seeds_or_quantizers_are_not_compared(tokenizer: Path) -> None:
-    with pytest.raises(SystemExit, match="--vq-gan got runs of"):
+    with pytest.raises(SystemExit, match="--vq-gan"):
         trained_runs.main_job({"reg-vq": [tokenizer], "vq-gan": [tokenizer]})
-    with pytest.raises(SystemExit, match="runs of the same seeds"):
+    with pytest.raises(SystemExit, match="same seeds"):
         trained_runs.main_job({"reg-vq": [tokenizer, tokenizer], "vq-gan": []})

@@ -103,12 +103,12 @@ def test_half_precision_is_computed_with_in_fp32():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.5}, r"temperature must be a finite number of at least 0.*got -0\.5"),
+        ({"temperature": -0.5}, r"temperature .*-0\.5"),
         ({"temperature": math.nan}, "temperature .* got nan"),
         ({"temperature": math.inf}, "temperature .* got inf"),
-        ({"top_k": 0}, "top_k must be at least 1, or None for all codes, got 0"),
-        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], or be None for all codes, got 0\.0"),
-        ({"top_p": 1.5}, r"top_p must lie .* got 1\.5"),
+        ({"top_k": 0}, r"top_k .*\b0$"),
+        ({"top_p": 0.0}, r"top_p .*\b0\.0$"),
+        ({"top_p": 1.5}, r"top_p .*\b1\.5$"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -130,7 +130,7 @@ def test_guidance_weighs_two_distributions():
 
 @pytest.mark.parametrize("guidance", [-0.5, math.inf, math.nan])
 def test_guidance_that_is_no_weight_is_refused(guidance):
-    with pytest.raises(ValueError, match=rf"guidance must be a finite number of at least 0.*got {guidance}"):
+    with pytest.raises(ValueError, match=rf"guidance .*{guidance}"):
         check_guidance(guidance)
 
 
@@ -145,7 +145,7 @@ def test_a_network_is_wrapped_once() -> None:
     assert compiled(torch.relu) is not compiled(torch.tanh)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_a_captured_step_starts_from_what_was_there() -> None:
     index, total = torch.tensor(2, device="cuda"), torch.tensor(10, device="cuda")
     seen = torch.zeros(8, dtype=torch.int64, device="cuda")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_vqgan
 
 from regvq_fast.cli.train import train
-from regvq_fast.models import VQGAN
 from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder, restore_text_encoder
@@ -67,16 +67,14 @@ def test_learned_encoders_are_restored_from_their_description() -> None:
     assert isinstance(restored, WordEncoder)
     assert restored.architecture() == encoder.architecture()
     restored.load_state_dict(encoder.state_dict())
-    with pytest.raises(ValueError, match="text encoder None is none of WordEncoder, PretrainedTextEncoder"):
+    with pytest.raises(ValueError, match=r"None .*WordEncoder, PretrainedTextEncoder"):
         restore_text_encoder({})
-    with pytest.raises(ValueError, match="the description of WordEncoder doesn't fit"):
+    with pytest.raises(ValueError, match="WordEncoder"):
         restore_text_encoder({"type": "WordEncoder", "colour": "red"})
 
 
 def test_long_captions_are_cut_only_on_request() -> None:
-    with pytest.raises(
-        ValueError, match=r"'a b c d e f g' has 7 words, over the encoder's 6: shorten it \(in Python, an encoder with"
-    ):
+    with pytest.raises(ValueError, match=r"'a b c d e f g' .*\b7 words.*\b6\b"):
         tiny_words().tokenize(["a b c d e f g"])
     cut = tiny_words(truncate=True)
     assert torch.equal(cut.tokenize(["a b c d e f g"]), cut.tokenize(["a b c d e f"]))
@@ -85,9 +83,9 @@ def test_long_captions_are_cut_only_on_request() -> None:
 def check_refusals(encoder: TextEncoder) -> None:
     for captions, error, message in [
         ([], ValueError, "at least one caption"),
-        (["a cat", " \n"], ValueError, "caption 1 is empty"),
-        ("a cat", TypeError, "must be a list of str, got a str"),
-        (["a cat", None], TypeError, "must be a list of str, got NoneType, str"),
+        (["a cat", " \n"], ValueError, r"caption 1\b"),
+        ("a cat", TypeError, r"list.* str$"),
+        (["a cat", None], TypeError, "NoneType, str"),
     ]:
         with pytest.raises(error, match=message):
             encoder.tokenize(captions)  # type: ignore[arg-type]
@@ -95,10 +93,10 @@ def check_refusals(encoder: TextEncoder) -> None:
 
 def test_what_is_no_caption_is_refused() -> None:
     check_refusals(tiny_words())
-    with pytest.raises(ValueError, match="width must be a multiple of heads, got width 9 and 2 heads"):
+    with pytest.raises(ValueError, match=r"width 9 .*2 heads"):
         tiny_words(width=9)
     for size in ("depth", "max_words"):
-        with pytest.raises(ValueError, match=f"{size} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=rf"{size} .*\b0$"):
             tiny_words(**{size: 0})
 
 
@@ -107,9 +105,7 @@ def test_what_is_no_caption_is_refused() -> None:
 
 def test_without_transformers_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        ValueError, match=r"pip install -e \"\.\[text\]\" in the checkout, or take WordEncoder.*--text-encoder words"
-    ):
+    with pytest.raises(ValueError, match=r"\.\[text\].*--text-encoder words"):
         PretrainedTextEncoder()
 
 
@@ -154,7 +150,7 @@ def test_pretrained_features_are_unit_length_and_frozen(folders: dict[str, Path]
     assert not encoder.state_dict()
     torch.testing.assert_close(encoder(encoder.tokenize(["a cat"])).features[0], features[0])
     check_refusals(encoder)
-    with pytest.raises(ValueError, match="has 8 tokens, over the encoder's 7: shorten it"):
+    with pytest.raises(ValueError, match=r"\b8 tokens.*\b7\b"):
         encoder.tokenize(["a cat on grass on a cat"])
     assert PretrainedTextEncoder(str(folders[name]), truncate=True).tokenize(["a " * 50]).shape == (1, 7, 2)
 
@@ -171,26 +167,23 @@ def test_pretrained_encoders_move_and_are_shared_by_copies(folders: dict[str, Pa
 
 
 def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], few_regions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled as one graph, with averaged weights, and resumed: train/diffusion.py --preset coco --compile."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("regvq_fast.training.compilation.CPU_STEPS", 0)
-    monkeypatch.setattr("regvq_fast.scenes.evaluation.FITTED_TO", 128)
-    quantizer = NearestQuantizer(16, 4)
-    shape = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}
-    VQGAN(quantizer, attn_resolutions=(), **shape).save_pretrained(tmp_path / "tokenizer")  # type: ignore[arg-type]
+    tiny_vqgan(NearestQuantizer(16, 4)).save_pretrained(tmp_path / "tokenizer")
 
-    def fit(*flags: object) -> None:
+    def run(*flags: object) -> None:
         monkeypatch.setattr(sys, "argv", ["diffusion.py", *map(str, flags)])
         train(DiffusionRecipe, DIFFUSION_PRESETS, "")
 
     flags: list[object] = "--on-the-fly --compile --ema 0.5 --val-images 4 --workers 0 --device cpu".split()
     flags += "--batch-size 4 --width 16 --depth 1 --heads 2 --warmup-steps 1 --final-lr-fraction 1".split()
     flags += ["--tokenizer", tmp_path / "tokenizer", "--text-encoder", folders["clip"]]
-    fit(*flags, "--steps", 2, "--out", tmp_path / "whole")
-    fit(*flags, "--steps", 1, "--out", tmp_path / "broken")
-    fit("--resume", "--steps", 2, "--out", tmp_path / "broken")
+    run(*flags, "--steps", 2, "--out", tmp_path / "whole")
+    run(*flags, "--steps", 1, "--out", tmp_path / "broken")
+    run("--resume", "--steps", 2, "--out", tmp_path / "broken")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
     assert b"text_encoder" not in weights[0]  # CLIP's own weights aren't saved with the prior
@@ -198,7 +191,7 @@ def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
 
 def test_missing_models_are_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(FileNotFoundError, match=r"no text encoder '.*nowhere', neither as a folder nor on"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         PretrainedTextEncoder(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"max_tokens .*\b0$"):
         PretrainedTextEncoder(max_tokens=0)

@@ -73,11 +73,11 @@ def test_history_takes_all_ranks_terms_at_once(monkeypatch: pytest.MonkeyPatch) 
     [
         ({"decay": 1.0}, "decay"),
         ({"uniform": 0.0}, "uniform"),
-        ({"warm_up": -5}, "warm_up must not be negative, got -5"),
+        ({"warm_up": -5}, "warm_up .*-5"),
     ],
 )
 def test_impossible_samplers_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TimestepSampler(4, **arguments)
-    with pytest.raises(ValueError, match="num_steps must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"num_steps .*\b1$"):
         TimestepSampler(1)

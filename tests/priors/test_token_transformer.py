@@ -134,7 +134,7 @@ def test_wrong_checkpoints_are_refused_as_a_whole():
     state = taming_state()
     wrong = state | {"head.weight": torch.zeros(9, WIDTH), "extra": torch.zeros(1)}
     del wrong["blocks.0.attn.key.bias"]
-    with pytest.raises(ValueError, match="do not fit this TokenTransformer") as error:
+    with pytest.raises(ValueError, match=r"fit .*TokenTransformer") as error:
         model.load_taming_state_dict(wrong)
     assert str(error.value).splitlines()[1:] == [
         "  missing: blocks.0.attn.key.bias",
@@ -143,13 +143,13 @@ def test_wrong_checkpoints_are_refused_as_a_whole():
     ]
     unmasked = state["blocks.0.attn.mask"].clone()
     unmasked[..., :4, :4] = 1
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.mask lets positions see later ones \(n_unmasked > 0\)"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.mask .*n_unmasked"):
         model.load_taming_state_dict(state | {"blocks.0.attn.mask": unmasked})
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     many_classes = TokenTransformer(
         CODES, 13, token_shape=(2, 3), condition_shape=(1, 4), width=WIDTH, depth=2, heads=2
     )
-    with pytest.raises(ValueError, match=r"one embedding of 12 ids .* too few for the 13 classes"):
+    with pytest.raises(ValueError, match=r"\b12 .*\b13 classes"):
         many_classes.load_taming_state_dict(state)
 
 
@@ -347,13 +347,13 @@ def test_folders_of_other_models_are_refused(model, tmp_path):
         config.write_text(json.dumps(description | {"architecture": architecture}))
 
     rewrite(type=None)
-    with pytest.raises(ValueError, match="prior holds a VQGAN, not a TokenTransformer"):
+    with pytest.raises(ValueError, match=r"VQGAN.* TokenTransformer"):
         TokenTransformer.from_pretrained(tmp_path / "prior")
     rewrite(feathers=2)
-    with pytest.raises(ValueError, match=r"the architecture in .*prior doesn't fit this version.*feathers"):
+    with pytest.raises(ValueError, match=r"prior .*feathers"):
         TokenTransformer.from_pretrained(tmp_path / "prior")
     rewrite(depth=1)
-    with pytest.raises(ValueError, match=r"do not fit this TokenTransformer:\n  unexpected: blocks\.1"):
+    with pytest.raises(ValueError, match=r"TokenTransformer:\n  unexpected: blocks\.1"):
         TokenTransformer.from_pretrained(tmp_path / "prior")
 
 
@@ -363,11 +363,11 @@ def test_folders_of_other_models_are_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 18, "heads": 4}, "width must be a multiple of heads, got width 18 and 4 heads"),
-        ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1\.0"),
-        ({"token_shape": (16,)}, r"token_shape must be \(height, width\), each at least 1, got \(16,\)"),
-        ({"condition_shape": (0, 4)}, r"condition_shape must be .* got \(0, 4\)"),
+        ({"width": 18, "heads": 4}, "width 18 .*4 heads"),
+        ({"depth": 0}, r"depth .*\b0$"),
+        ({"dropout": 1.0}, r"dropout .*\b1\.0$"),
+        ({"token_shape": (16,)}, r"token_shape .*\(16,\)$"),
+        ({"condition_shape": (0, 4)}, r"condition_shape .*\(0, 4\)$"),
     ],
 )
 def test_wrong_sizes_are_refused(options, message):
@@ -378,11 +378,11 @@ def test_wrong_sizes_are_refused(options, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, c: (t[:, :1], c), r"tokens must be \(B, 2, 3\) or \(B, 6\), got \(3, 1, 3\)"),
-        (lambda t, c: (t, c.flatten(1)[:, :3]), r"condition must be \(B, 1, 4\) or \(B, 4\), got \(3, 3\)"),
-        (lambda t, c: (t, c[:2]), "tokens and condition must be of equally many images, got 3, 2"),
-        (lambda t, c: (t + 12, c), r"tokens must lie in \[0, 12\), got ids from 1\d to 2\d"),
-        (lambda t, c: (t, c - 1), r"condition must lie in \[0, 6\), got ids from -1 to"),
+        (lambda t, c: (t[:, :1], c), r"tokens .*\(B, 2, 3\) or \(B, 6\).*\(3, 1, 3\)$"),
+        (lambda t, c: (t, c.flatten(1)[:, :3]), r"condition .*\(B, 1, 4\) or \(B, 4\).*\(3, 3\)$"),
+        (lambda t, c: (t, c[:2]), "tokens .*condition .*3, 2$"),
+        (lambda t, c: (t + 12, c), r"tokens .*\[0, 12\).* 1\d to 2\d"),
+        (lambda t, c: (t, c - 1), r"condition .*\[0, 6\).* -1 to"),
     ],
 )
 def test_wrong_batches_are_refused(model, change, message):
@@ -392,11 +392,11 @@ def test_wrong_batches_are_refused(model, change, message):
 
 def test_wrong_types_and_probabilities_are_refused(model):
     tokens, condition = make_batch()
-    with pytest.raises(TypeError, match=r"tokens must be int64, got torch\.int32"):
+    with pytest.raises(TypeError, match=r"tokens .*torch\.int32"):
         model(tokens.int(), condition)
-    with pytest.raises(TypeError, match=r"condition must be int64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"condition .*torch\.float32"):
         model.prefill(condition.float())
-    with pytest.raises(ValueError, match="inputs and tokens must be of equally many images, got 2, 3"):
+    with pytest.raises(ValueError, match=r"2, 3$"):
         model.loss(tokens, condition[:2], inputs=tokens[:2])
-    with pytest.raises(ValueError, match=r"keep is a probability and must lie in \[0, 1\], got 1\.5"):
+    with pytest.raises(ValueError, match=r"keep .*\b1\.5$"):
         model.corrupt(tokens, condition, seed=SEED, first_image=0, keep=1.5)

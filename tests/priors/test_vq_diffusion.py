@@ -225,10 +225,10 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     config = tmp_path / "prior" / "config.json"
     content = json.loads(config.read_text())
     for change, message in [
-        ({"type": "TokenTransformer"}, "holds a TokenTransformer, not a VQDiffusion"),
-        ({"depth": 1}, "do not fit this VQDiffusion"),
-        ({"colour": "red"}, "doesn't fit this version"),
-        ({"text_encoder": {"type": "Oracle"}}, "text encoder 'Oracle' is none of"),
+        ({"type": "TokenTransformer"}, "TokenTransformer.* VQDiffusion"),
+        ({"depth": 1}, "fit .*VQDiffusion"),
+        ({"colour": "red"}, "fit this version"),
+        ({"text_encoder": {"type": "Oracle"}}, "'Oracle'"),
     ]:
         config.write_text(json.dumps({"architecture": content["architecture"] | change}))
         with pytest.raises(ValueError, match=message):
@@ -241,12 +241,12 @@ def test_foreign_folders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"width": 15}, "width must be a multiple of heads, got width 15 and 2 heads"),
-        ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"num_steps": 1}, "num_steps must be at least 2, got 1"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
-        ({"token_shape": (0, 4)}, r"token_shape must be .* got \(0, 4\)"),
-        ({"text_shape": (0, 4)}, r"text_shape must be .* got \(0, 4\)"),
+        ({"width": 15}, "width 15 .*2 heads"),
+        ({"depth": 0}, r"depth .*\b0$"),
+        ({"num_steps": 1}, r"num_steps .*\b1$"),
+        ({"dropout": 1.0}, r"dropout .*\b1\.0$"),
+        ({"token_shape": (0, 4)}, r"token_shape .*\(0, 4\)$"),
+        ({"text_shape": (0, 4)}, r"text_shape .*\(0, 4\)$"),
     ],
 )
 def test_impossible_sizes_are_refused(arguments: dict, message: str) -> None:
@@ -259,20 +259,20 @@ def test_wrong_inputs_are_refused() -> None:
     tokens, t, text = inputs()
     without(tokens, t, text)
     for call, message in [
-        (lambda: model(tokens, t[:2], text), r"t must be \(3,\).*got \(2,\)"),
-        (lambda: model(tokens, t, text[:2]), r"text must be \(3, 4, 6\).*got \(2, 4, 6\)"),
-        (lambda: model(tokens, t, text, torch.ones(3, 2, dtype=torch.bool)), r"text_mask .*got \(3, 2\)"),
-        (lambda: model(tokens[:, 1:], t, text), r"tokens must be .*got \(3, 5\)"),
-        (lambda: model(tokens, t, tokens), "text of type torch.int64 needs a text_encoder"),
-        (lambda: model.tokenize_text(["a cat"]), "captions need a text_encoder"),
-        (lambda: without(tokens, t), "no null condition"),
+        (lambda: model(tokens, t[:2], text), r"\bt .*\(3,\).*\(2,\)$"),
+        (lambda: model(tokens, t, text[:2]), r"text .*\(3, 4, 6\).*\(2, 4, 6\)$"),
+        (lambda: model(tokens, t, text, torch.ones(3, 2, dtype=torch.bool)), r"text_mask .*\(3, 2\)$"),
+        (lambda: model(tokens[:, 1:], t, text), r"tokens .*\(3, 5\)$"),
+        (lambda: model(tokens, t, tokens), r"torch\.int64 .*text_encoder"),
+        (lambda: model.tokenize_text(["a cat"]), "captions .*text_encoder"),
+        (lambda: without(tokens, t), "null condition"),
         (lambda: without(tokens, t, text, torch.ones(3, 1, dtype=torch.bool)), "no null condition"),
-        (lambda: without.keep_text(3, 0.1, seed=SEED), "without a null condition"),
-        (lambda: model.keep_text(3, 1.5, seed=SEED), r"must lie in \[0, 1\], got 1.5"),
+        (lambda: without.keep_text(3, 0.1, seed=SEED), "null condition"),
+        (lambda: model.keep_text(3, 1.5, seed=SEED), r"\[0, 1\].*\b1\.5$"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match=r"tokens must be int64, got torch\.int32"):
+    with pytest.raises(TypeError, match=r"tokens .*torch\.int32"):
         model(tokens.int(), t, text)
 
 

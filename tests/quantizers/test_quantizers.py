@@ -163,7 +163,7 @@ def test_a_module_of_another_type_computes_in_fp32_or_fp64_with_its_rounded_code
 
 
 def test_maps_without_a_position_are_refused(quantizer: Quantizer) -> None:
-    with pytest.raises(ValueError, match=r"needs a position at least: .* maps of \(0, 8, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"\(0, 8, 4, 5\)"):
         quantizer(torch.zeros(0, D, 4, 5))
 
 
@@ -216,7 +216,7 @@ def test_reg_vq_masks_exactly_the_share_of_every_image_and_redraws_it() -> None:
 
 
 def test_a_mask_of_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="mode must be one of 'exact', 'bernoulli', got 'random'"):
+    with pytest.raises(ValueError, match=r"mode .*'random'$"):
         stochastic_mask(2, 20, 0.4, seed(), mode="random")
 
 
@@ -383,17 +383,17 @@ def test_reg_vq_loss_is_the_weighted_kl_of_its_scope(scope: str, groups: int) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mask_ratio": 1.5}, "mask_ratio must be between 0 and 1, got 1.5"),
-        ({"tau": 0.0}, "tau must be greater than 0, got 0"),
-        ({"perturbed": 0.0}, "perturbed must be between 0 and 1, got 0"),
-        ({"perturbed": 1.0}, "perturbed must be between 0 and 1, got 1"),
-        ({"perturbed": math.nan}, "perturbed must be between 0 and 1, got nan"),
-        ({"prior_weight": -0.1}, "prior_weight must not be negative, got -0.1"),
-        ({"prior_weight": math.nan}, "prior_weight must not be negative, got nan"),
-        ({"logits": "dot"}, "logits must be one of 'cosine', 'distance', 'linear', got 'dot'"),
-        ({"mask_mode": "random"}, "mask_mode must be one of 'exact', 'bernoulli', got 'random'"),
-        ({"prior_scope": "images"}, "prior_scope must be one of 'image', 'batch', 'global', got 'images'"),
-        ({"codebook_grad": "firm"}, "codebook_grad must be one of 'soft', 'hard', 'none', got 'firm'"),
+        ({"mask_ratio": 1.5}, r"mask_ratio .*\b1\.5$"),
+        ({"tau": 0.0}, r"tau .*\b0\.0$"),
+        ({"perturbed": 0.0}, r"perturbed .*\b0\.0$"),
+        ({"perturbed": 1.0}, r"perturbed .*\b1\.0$"),
+        ({"perturbed": math.nan}, "perturbed .*nan$"),
+        ({"prior_weight": -0.1}, r"prior_weight .*-0\.1$"),
+        ({"prior_weight": math.nan}, "prior_weight .*nan$"),
+        ({"logits": "dot"}, "logits .*'dot'$"),
+        ({"mask_mode": "random"}, "mask_mode .*'random'$"),
+        ({"prior_scope": "images"}, "prior_scope .*'images'$"),
+        ({"codebook_grad": "firm"}, "codebook_grad .*'firm'$"),
     ],
 )
 def test_reg_vq_refuses_bad_settings(arguments: dict, message: str) -> None:
@@ -539,15 +539,15 @@ def test_gumbel_vq_samples_every_position_as_torch_does_and_has_the_kl_of_its_so
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
-        (NearestQuantizer, {"commitment": -1.0}, "commitment must not be negative, got -1.0"),
-        (NearestQuantizer, {"commitment": math.nan}, "commitment must not be negative, got nan"),
-        (EMAQuantizer, {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
-        (EMAQuantizer, {"dead_threshold": -0.5}, "dead_threshold must not be negative, got 0.25, -0.5"),
-        (EMAQuantizer, {"dead_threshold": math.nan}, "dead_threshold must not be negative, got 0.25, nan"),
-        (EMAQuantizer, {"commitment": math.nan}, "commitment and dead_threshold must not be negative, got nan, 0.1"),
-        (GumbelQuantizer, {"tau_end": 0.0}, "tau_start and tau_end must be greater than 0, got 1.0 and 0.0"),
-        (GumbelQuantizer, {"kl_weight": -1.0}, "kl_weight must not be negative, got -1.0"),
-        (GumbelQuantizer, {"kl_weight": math.nan}, "kl_weight must not be negative, got nan"),
+        (NearestQuantizer, {"commitment": -1.0}, r"commitment .*-1\.0$"),
+        (NearestQuantizer, {"commitment": math.nan}, "commitment .*nan$"),
+        (EMAQuantizer, {"decay": 1.0}, r"decay .*\b1\.0$"),
+        (EMAQuantizer, {"dead_threshold": -0.5}, r"dead_threshold .*0\.25, -0\.5$"),
+        (EMAQuantizer, {"dead_threshold": math.nan}, r"dead_threshold .*0\.25, nan$"),
+        (EMAQuantizer, {"commitment": math.nan}, r"commitment .*nan, 0\.1$"),
+        (GumbelQuantizer, {"tau_end": 0.0}, r"tau_start .*tau_end .*1\.0 and 0\.0$"),
+        (GumbelQuantizer, {"kl_weight": -1.0}, r"kl_weight .*-1\.0$"),
+        (GumbelQuantizer, {"kl_weight": math.nan}, "kl_weight .*nan$"),
     ],
 )
 def test_baselines_refuse_bad_settings(build: type[Quantizer], arguments: dict, message: str) -> None:
@@ -557,5 +557,5 @@ def test_baselines_refuse_bad_settings(build: type[Quantizer], arguments: dict, 
 
 @pytest.mark.parametrize("build", [NearestQuantizer, EMAQuantizer, GumbelQuantizer, RegularizedQuantizer])
 def test_an_empty_codebook_is_refused(build: type[Quantizer]) -> None:
-    with pytest.raises(ValueError, match="num_codes and code_dim must be at least 1, got 0 and 8"):
+    with pytest.raises(ValueError, match=r"num_codes .*code_dim .*0 and 8$"):
         build(0, 8)

@@ -15,11 +15,6 @@ from regvq_fast.scenes.layouts import LAYOUTS, PHOTOGRAPHS, Region, parse_captio
 
 
 @pytest.fixture(scope="module")
-def classifier() -> RegionClassifier:
-    return RegionClassifier.fit(ScenesDataset("train", 64), samples=384)
-
-
-@pytest.fixture(scope="module")
 def validation() -> tuple[Tensor, list[str]]:
     scenes = ScenesDataset("val", 64, length=96)
     batch = collate([scenes[k] for k in range(96)])
@@ -119,10 +114,10 @@ def test_a_pixel_shows_the_last_region_that_takes_half_of_it() -> None:
 @pytest.mark.parametrize(
     ("caption", "message"),
     [
-        ("a dog on the left and bricks on the right", "'a dog on the left and bricks on the right' is no caption"),
-        ("a picture of a cat.", "is no caption of the scenes: write one like"),
-        ("a cat", "is no caption of the scenes"),
-        ("a cat in a square on a cat", "'a cat in a square on a cat' names a photograph twice"),
+        ("a dog on the left and bricks on the right", "'a dog on the left and bricks on the right'"),
+        ("a picture of a cat.", "no caption"),
+        ("a cat", "no caption"),
+        ("a cat in a square on a cat", "'a cat in a square on a cat' .*twice"),
     ],
 )
 def test_other_sentences_are_refused(caption: str, message: str) -> None:
@@ -132,13 +127,13 @@ def test_other_sentences_are_refused(caption: str, message: str) -> None:
 
 def test_what_is_no_image_is_refused(classifier) -> None:
     image, caption = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["a picture of a cat"]
-    with pytest.raises(ValueError, match="each image needs its caption, got 1 images and 2 captions"):
+    with pytest.raises(ValueError, match=r"\b1 images .*\b2 captions"):
         caption_accuracy(classifier, image, caption * 2)
-    with pytest.raises(TypeError, match=r"images must be uint8, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"uint8.* torch\.float32"):
         caption_accuracy(classifier, image.float(), caption)
-    with pytest.raises(ValueError, match=r"S of at least 16, as scenes are, got \(1, 3, 32, 16\)"):
+    with pytest.raises(ValueError, match=r"\b16\b.*\(1, 3, 32, 16\)"):
         caption_accuracy(classifier, image[..., :16], caption)
-    with pytest.raises(ValueError, match=r"got \(1, 3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\)"):
         caption_accuracy(classifier, image[..., :8, :8], caption)
-    with pytest.raises(ValueError, match="the classifier knows 5 classes, scenes have 16"):
+    with pytest.raises(ValueError, match=r"\b5 classes.*\b16$"):
         caption_accuracy(RegionClassifier(5, 5, 54), image, caption)

@@ -11,11 +11,6 @@ from regvq_fast.scenes.judges import RegionClassifier, region_accuracy, region_s
 
 
 @pytest.fixture(scope="module")
-def classifier() -> RegionClassifier:
-    return RegionClassifier.fit(ScenesDataset("train", 64), samples=384)
-
-
-@pytest.fixture(scope="module")
 def validation():
     scenes = ScenesDataset("val", 64, length=160)
     return collate([scenes[k] for k in range(160)])
@@ -114,13 +109,13 @@ def test_nothing_to_judge_is_nan(classifier) -> None:
 
 def test_what_is_no_image_or_map_is_refused(classifier) -> None:
     image, maps = half_and_half(1, 2)
-    with pytest.raises(TypeError, match=r"must be uint8, got torch.float32 and torch.uint8"):
+    with pytest.raises(TypeError, match=r"uint8.* torch\.float32 and torch\.uint8"):
         region_accuracy(classifier, image.float(), maps)
-    with pytest.raises(ValueError, match=r"got \(1, 3, 32, 32\) and \(1, 16, 32\)"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) and \(1, 16, 32\)"):
         region_accuracy(classifier, image, maps[:, :16])
-    with pytest.raises(ValueError, match=r"got \(1, 3, 32, 32\) and \(2, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\) and \(2, 32, 32\)"):
         region_accuracy(classifier, image, maps.expand(2, -1, -1))
-    with pytest.raises(ValueError, match="maps hold the class 16, the classifier knows 16"):
+    with pytest.raises(ValueError, match=r"class 16\b"):
         region_accuracy(classifier, image, maps + 13)
-    with pytest.raises(ValueError, match=r"classes \[.*\] have fewer than two regions in 2 samples"):
+    with pytest.raises(ValueError, match=r"\[.*\].* \b2 samples"):
         RegionClassifier.fit(ScenesDataset("train", 32), samples=2)

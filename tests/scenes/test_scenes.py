@@ -113,7 +113,7 @@ def test_training_never_ends_and_validation_does():
     validation = ScenesDataset("val", 32, length=2)
     assert len(list(validation)) == 2
     for index in (2, -1):
-        with pytest.raises(IndexError, match=f"sample {index} "):
+        with pytest.raises(IndexError, match=rf"sample {index}\b"):
             validation[index]
     with pytest.raises(IndexError):
         ScenesDataset("train", 32)[-1]
@@ -143,14 +143,14 @@ def test_splits_share_no_pixel_of_any_photograph(monkeypatch):
 def test_bad_arguments_name_the_value():
     with pytest.raises(ValueError, match="'test'"):
         ScenesDataset("test")
-    with pytest.raises(ValueError, match="at least 16, got 8"):
+    with pytest.raises(ValueError, match=r"\b16\b.*\b8$"):
         ScenesDataset("train", 8)
-    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"length .*\b0$"):
         ScenesDataset("val", 32, length=0)
 
 
 def test_a_missing_photograph_is_named(monkeypatch):
     extra = Photograph("unicorn", "a unicorn", "unicorn.png")
     monkeypatch.setattr(scenes_module, "PHOTOGRAPHS", (*PHOTOGRAPHS, extra))
-    with pytest.raises(FileNotFoundError, match=r"lacks unicorn\.png.*reinstall"):
+    with pytest.raises(FileNotFoundError, match=r"unicorn\.png.*reinstall"):
         scenes_module._open_photographs()

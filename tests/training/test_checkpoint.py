@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import FAST, assert_same_run, checkpoints, records, resume, train
+from helpers.tiny_models import tiny_vqgan
 from safetensors.torch import save_file
-from tiny_runs import FAST, assert_same_run, checkpoints, records, resume, train
 
 from regvq_fast import EMAQuantizer, GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
 from regvq_fast.models import VQGAN
@@ -25,10 +26,7 @@ from regvq_fast.training.trainer import Trainer
 
 
 def tiny_model(quantizer: Quantizer | None = None) -> VQGAN:
-    return VQGAN(
-        quantizer or NearestQuantizer(4, 4),
-        image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=4,
-    ).eval()  # fmt: skip
+    return tiny_vqgan(quantizer, attn_resolutions=(8,)).eval()
 
 
 def save(checkpoints: Checkpoints, step: int) -> None:
@@ -75,13 +73,13 @@ def test_a_saved_model_comes_back_as_it_was(tmp_path: Path, quantizer: Quantizer
 
 def test_saving_replaces_no_other_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists and is not a folder of weights"):
+    with pytest.raises(ValueError, match="not a folder"):
         tiny_model().save_pretrained(tmp_path)
 
     class Own(NearestQuantizer):
         pass
 
-    with pytest.raises(ValueError, match="only quantizers in QUANTIZERS"):
+    with pytest.raises(ValueError, match="QUANTIZERS"):
         tiny_model(Own(4, 4)).save_pretrained(tmp_path / "own")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -89,12 +87,12 @@ def test_saving_replaces_no_other_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is truncated: 0 of"),
-        (lambda f: save_file({"w": torch.ones(99_999)}, f / "model.safetensors"), "not the file that was written"),
-        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor checkpoints/"),
-        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-        (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json is damaged"),
-        (lambda f: (f / "manifest.json").write_bytes(b"\xff"), "manifest.json is damaged"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors .*\b0 of"),
+        (lambda f: save_file({"w": torch.ones(99_999)}, f / "model.safetensors"), "not the file"),
+        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors .*checkpoints/"),
+        (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+        (lambda f: (f / "manifest.json").write_text("{}"), r"manifest\.json"),
+        (lambda f: (f / "manifest.json").write_bytes(b"\xff"), r"manifest\.json"),
     ],
 )
 def test_damaged_and_foreign_files_are_named(tmp_path: Path, damage: Any, message: str) -> None:
@@ -113,25 +111,25 @@ def test_files_without_checksums_are_checked_by_what_they_say(tmp_path: Path) ->
     config, weights = tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"
     good = config.read_text()
     for bad, message in (
-        ("{", "no valid 'architecture'"),
-        ("[]", "no valid 'architecture'"),
-        (good.replace("NearestQuantizer", "Nothing"), "quantizer 'Nothing' is none of"),
-        (good.replace("z_channels", "channels"), "doesn't fit this version"),
-        (good.replace("commitment", "devotion"), "doesn't fit this version"),
+        ("{", "'architecture'"),
+        ("[]", "'architecture'"),
+        (good.replace("NearestQuantizer", "Nothing"), "'Nothing'"),
+        (good.replace("z_channels", "channels"), "fit this version"),
+        (good.replace("commitment", "devotion"), "fit this version"),
     ):
         config.write_text(bad)
         with pytest.raises(ValueError, match=message):
             VQGAN.from_pretrained(tmp_path / "model")
     config.write_text(good)
     weights.write_bytes(pickle.dumps({"w": 1}))
-    with pytest.raises(ValueError, match="is not a safetensors file, or damaged"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         VQGAN.from_pretrained(tmp_path / "model")
     save_file({"w": torch.ones(2)}, weights)
     with pytest.raises(ValueError, match="missing: encoder"):
         VQGAN.from_pretrained(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         VQGAN.from_pretrained(tmp_path / "nothing")
-    with pytest.raises(NotADirectoryError, match=f"model.safetensors is a file: give its folder, {tmp_path / 'model'}"):
+    with pytest.raises(NotADirectoryError, match=f"model.safetensors .*{tmp_path / 'model'}"):
         VQGAN.from_pretrained(weights)
 
 
@@ -199,7 +197,7 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
     content = (folder / "training.pt").read_bytes()
     manifest["files"]["training.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SystemExit, match="is not a state of training, or damaged"):
+    with pytest.raises(SystemExit, match="state of training"):
         resume(out)
     assert not (tmp_path / "exploded").exists()
 
@@ -260,10 +258,9 @@ def test_results_that_find_no_room_are_made_up_for_by_resuming(
         train(*FAST, "--out", out)
     monkeypatch.setattr(Trainer, "conclude", conclude)
     assert stop.value.code == 1
-    assert capsys.readouterr().err.strip() == (
-        "all steps are done, but the results could not be written (File too large); make room, then: "
-        f"python train/vq.py --resume --out {out}"
-    )
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "File too large" in said
+    assert said.endswith(f": python train/vq.py --resume --out {out}")
     assert not (out / "model.safetensors").exists()
     assert not list(out.rglob(".*"))
     resume(out)

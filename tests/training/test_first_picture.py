@@ -7,8 +7,8 @@ from pathlib import Path
 import first_picture
 import numpy as np
 import pytest
+from helpers.runs import FAST, train
 from PIL import Image
-from tiny_runs import FAST, train
 
 
 def test_the_first_picture_has_three_labelled_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +28,7 @@ def test_the_first_picture_has_three_labelled_rows(tmp_path: Path, monkeypatch: 
     assert all(not np.array_equal(a, b) for a, b in ((images[0], images[1]), (images[1], images[2])))
 
     (runs["vq-gan"] / "summary.json").unlink()
-    with pytest.raises(SystemExit, match="give the folder of a finished run"):
+    with pytest.raises(SystemExit, match="finished run"):
         first_picture.main()
     shutil.rmtree(runs["vq-gan"])
     train("--out", runs["vq-gan"], *FAST, "--seed", 1)

@@ -1,21 +1,19 @@
 """Two ranks do what one does: gloo on the CPU, GAN, contrastive loss and the global prior on."""
 
 import subprocess
-import sys
 
 import pytest
 import torch
-import train_on_ranks
-from train_on_ranks import CASES, Case
+from helpers import train_on_ranks
+from helpers.runs import torchrun
+from helpers.train_on_ranks import CASES, Case
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, dict]]]:
     """What two ranks made of every case, in one run: to start one takes longer than its steps."""
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, train_on_ranks.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(torchrun(train_on_ranks.__file__, folder), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in CASES}
 

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.runs import FAST, train
 from rich.console import Console
-from tiny_runs import FAST, train
 
 EVALUATION = r"evaluation: PSNR \d+\.\d dB · SSIM [-\d.]+ · utilization [\d.]+ % · perplexity \d+ of 16"
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
 from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override
@@ -112,10 +113,9 @@ def test_a_signal_ends_the_step_saves_a_checkpoint_and_says_how_to_go_on(
     assert stop.value.code == 128 + number
     assert signal.getsignal(number) is handler
     assert checkpoints(tmp_path / "broken") == ["step-0000007"]
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"stopped by {number.name} after step 7 of {STEPS}; to continue from step-0000007: "
-        f"python train/vq.py --resume --out {tmp_path / 'broken'}"
-    )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"{number.name} .*step 7 of {STEPS}\b.* step-0000007: ", said)
+    assert said.endswith(f": python train/vq.py --resume --out {tmp_path / 'broken'}")
     resume(tmp_path / "broken", "--workers", 1)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
@@ -132,10 +132,9 @@ def test_a_second_signal_stops_at_once_and_says_how_to_go_on(
         train(*FAST, "--out", tmp_path / "run", "--checkpoint-every", 2)
     assert stop.value.code == 143
     assert checkpoints(tmp_path / "run") == ["step-0000002"]
-    assert list(filter(None, capfd.readouterr().err.splitlines()))[-2:] == [
-        "stopping after this step or batch; a second signal stops at once",
-        f"stopped at once; to continue from step-0000002: python train/vq.py --resume --out {tmp_path / 'run'}",
-    ]
+    first, second = list(filter(None, capfd.readouterr().err.splitlines()))[-2:]
+    assert "second signal" in first
+    assert second.endswith(f" step-0000002: python train/vq.py --resume --out {tmp_path / 'run'}")
 
 
 def test_pictures_are_abandoned_at_a_signal(monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path) -> None:
@@ -202,7 +201,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
     weights = out / "checkpoints" / "step-0000004" / "model.safetensors"
     weights.write_bytes(bytes(reversed(weights.read_bytes())))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit, match=r"error: none of the checkpoints in .* can be read: .*SHA-256"):
+    with pytest.raises(SystemExit, match=r"checkpoints .*SHA-256"):
         resume(out)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
@@ -212,22 +211,21 @@ def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
     [
         (["--num-codes", "32", "--seed", "5"], "--seed is 5 here but 0 in"),
         (["--num-codes", "32"], "--num-codes is 32 here but 16 in"),
-        (["--preset", "ade20k", "--data", "."], "--preset is ade20k here but scenes in"),
-        (["--batch-size", "8"], "--batch-size is 8 here but 4 in"),
-        (["--perceptual-weight", "1"], "--perceptual-weight is 1.0 here but 0.0 in"),
+        (["--preset", "ade20k", "--data", "."], r"--preset .*ade20k .*scenes"),
+        (["--batch-size", "8"], r"--batch-size .*\b8 .*\b4\b"),
+        (["--perceptual-weight", "1"], r"--perceptual-weight .*1\.0 .*0\.0"),
     ],
 )
 def test_another_configuration_is_refused_by_its_first_field(whole: Path, flags: list[str], message: str) -> None:
     before = (whole / "config.json").read_bytes()
-    with pytest.raises(SystemExit, match="step-0000012: resume with the same, or start a new run") as stop:
+    with pytest.raises(SystemExit, match=f"{message}.*step-0000012"):
         resume(whole, *flags)
-    assert message in str(stop.value)
     assert before == (whole / "config.json").read_bytes()
 
 
 def test_a_run_cannot_end_before_the_steps_that_it_has_done(whole: Path) -> None:
     before = (whole / "config.json").read_bytes()
-    with pytest.raises(SystemExit, match="has 12 steps done, and the run is to end after 11: give more --steps"):
+    with pytest.raises(SystemExit, match=r"\b12 .*\b11\b.*--steps"):
         resume(whole, "--steps", 11)
     assert before == (whole / "config.json").read_bytes()
 
@@ -279,7 +277,7 @@ def test_a_finished_run_that_goes_on_serves_its_newest_checkpoint(
     out = tmp_path / "run"
     train(*FAST, "--out", out)
     finished = (out / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="--seed is 5 here"):
+    with pytest.raises(SystemExit, match=r"--seed .*5"):
         resume(out, "--steps", 6, "--seed", 5)
     resume(out)
     assert (out / "model.safetensors").read_bytes() == finished
@@ -305,7 +303,8 @@ def test_ctrl_c_before_the_first_step_is_one_sentence(
     with pytest.raises(SystemExit) as stop:
         train(*FAST, "--out", tmp_path / "run")
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "stopped before the first step\n"
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "before the first step" in said
 
 
 def test_a_run_that_saved_nothing_starts_from_its_beginning(
@@ -320,16 +319,16 @@ def test_a_run_that_saved_nothing_starts_from_its_beginning(
         train(*FAST, "--out", tmp_path / "broken")
     assert len(records(tmp_path / "broken")) == 2
     resume(tmp_path / "broken")
-    assert "there is no checkpoint in" in capsys.readouterr().out
+    assert "no checkpoint" in capsys.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--resume"], "--resume needs --out, the folder of the run to continue"),
-        (["--resume", "--out", "nothing"], "there is no run in nothing: it has no config.json"),
-        (["--resume", "--out", "foreign"], "foreign/config.json is not the configuration of a run"),
+        (["--resume"], "--resume .*--out"),
+        (["--resume", "--out", "nothing"], r"nothing.*config\.json"),
+        (["--resume", "--out", "foreign"], r"foreign/config\.json"),
         (["--resume", "--out", "file"], "there is no run in file"),
     ],
 )
@@ -366,9 +365,9 @@ def test_other_images_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = tmp_path / "run"
     train(*FAST, "--out", out, "--data", tmp_path / "a")
     resume(out, "--data", tmp_path / "b")
-    assert "warning: the first training images differ" in " ".join(capsys.readouterr().out.split())
+    assert "warning: the first training images" in " ".join(capsys.readouterr().out.split())
     picture(tmp_path / "b" / "train" / "5.png", 5)
-    with pytest.raises(SystemExit, match=r"this run has 5 training images, the checkpoint .* has 4"):
+    with pytest.raises(SystemExit, match=r"\b5 training images.* 4\b"):
         resume(out)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.runs import FAST, checkpoints, records, resume, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import FAST, checkpoints, records, resume, train, without_clock
 
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
 from regvq_fast.models import VGGFeatures, weights
@@ -79,7 +79,7 @@ def test_losses_without_weights_are_left_out_but_not_of_a_preset_of_the_paper(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(weights, "download_file", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     loss = VQGAN_PRESETS["ade20k"].loss
-    with pytest.raises(OSError, match=r"no network.*--perceptual-weights.*--contrastive none"):
+    with pytest.raises(OSError, match=r"--perceptual-weights.*--contrastive none"):
         build.build_reconstruction_loss(loss, optional=False)
     loss = replace(loss, perceptual_weights=Path("random"))
     with pytest.raises(OSError, match=r"VGG-19.*--contrastive-weights"):
@@ -173,54 +173,52 @@ def test_data_that_go_bad_end_a_run_with_the_way_to_continue(
     ("flags", "message"),
     [
         (["--data", "no/such/folder"], "no/such/folder"),
-        (["--image-size", "33"], "--image-size 33 is not a multiple of the down-sampling factor 2; try 32"),
-        (["--preset", "ade20k"], "--preset ade20k needs its images: give their folder with --data PATH"),
+        (["--image-size", "33"], r"--image-size 33 .*\b32$"),
+        (["--preset", "ade20k"], "--preset ade20k .*--data"),
         (["--device", "cuda:7"], "--device cuda:7"),
-        (["--device", "abacus"], "--device abacus is no device"),
-        (["--image-size", "8"], "--image-size must be at least 16 (for SSIM and VGG), got 8"),
-        (["--workers", "-1"], "--workers must not be negative, got -1"),
-        (["--contrastive-patches", "1"], "--contrastive-patches must be at least 2, for there to be negatives, got 1"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--image-size", "8"], r"--image-size .*\b16 .*\b8$"),
+        (["--workers", "-1"], "--workers .*-1$"),
+        (["--contrastive-patches", "1"], r"--contrastive-patches .*\b1$"),
         (
             ["--contrastive-region", "masked", "--quantizer", "vq-gan"],
-            "--contrastive-region masked needs stochastic tokens, but with --quantizer vq-gan there are none",
+            "--contrastive-region masked .*--quantizer vq-gan",
         ),
         (
             ["--contrastive-weights", "vgg.pth"],
-            "--contrastive-weights vgg.pth has no network to go to: with --contrastive-net same the perceptual one",
+            "--contrastive-weights vgg.pth .*--contrastive-net same",
         ),
         (
             ["--contrastive-weights", "vgg.pth", "--contrastive-net", "vgg19", "--contrastive-weight", "0"],
-            "--contrastive-weights vgg.pth has no network to go to: there is no contrastive loss",
+            "--contrastive-weights vgg.pth .*no contrastive loss",
         ),
-        (["--weight-decay", "nan"], "--weight-decay must be finite, got nan"),
-        (["--disc-layers", "0"], "--disc-layers must be at least 1, got 0"),
-        (["--kl-weight", "nan"], "--kl-weight must be finite, got nan"),
-        (["--betas", "0.9", "1"], "--betas must be in [0, 1), got (0.9, 1.0)"),
-        (["--seed", str(2**63)], f"--seed must be an integer of 64 bits, got {2**63}"),
-        (["--tau", "0"], "tau must be greater than 0, got 0.0"),
-        (["--mask-ratio", "1.5"], "mask_ratio must be between 0 and 1, got 1.5"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--keep-checkpoints", "0"], "--keep-checkpoints must be at least 1, got 0"),
-        (["--checkpoint-every", "-1"], "--checkpoint-every must not be negative, got -1"),
-        (["--max-skipped", "-1"], "--max-skipped must not be negative, got -1"),
-        (["--collapse-threshold", "1.5"], "--collapse-threshold must be between 0 and 1, got 1.5"),
+        (["--weight-decay", "nan"], "--weight-decay .*nan$"),
+        (["--disc-layers", "0"], r"--disc-layers .*\b0$"),
+        (["--kl-weight", "nan"], "--kl-weight .*nan$"),
+        (["--betas", "0.9", "1"], r"--betas .*\(0\.9, 1\.0\)$"),
+        (["--seed", str(2**63)], f"--seed .*{2**63}$"),
+        (["--tau", "0"], r"tau .*\b0\.0$"),
+        (["--mask-ratio", "1.5"], r"mask_ratio .*\b1\.5$"),
+        (["--steps", "0"], r"--steps .*\b0$"),
+        (["--keep-checkpoints", "0"], r"--keep-checkpoints .*\b0$"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every .*-1$"),
+        (["--max-skipped", "-1"], "--max-skipped .*-1$"),
+        (["--collapse-threshold", "1.5"], r"--collapse-threshold .*\b1\.5$"),
         (
             ["--batch-size", "6", "--grad-accum-steps", "4"],
-            "--grad-accum-steps 4 does not divide --batch-size 6; use one of 1, 2, 3, 6",
+            "--grad-accum-steps 4 .*--batch-size 6.* 1, 2, 3, 6",
         ),
-        (["--lr", "-1"], "--lr must be greater than 0, got -1.0"),
+        (["--lr", "-1"], r"--lr .*-1\.0$"),
         (["--perceptual-weights", "no/such.pth"], "no/such.pth"),
-        (["--disc-start", "0", "--disc-layers", "5"], "too small for a discriminator of 5 layers"),
+        (["--disc-start", "0", "--disc-layers", "5"], "5 layers"),
     ],
 )
 def test_bad_input_ends_in_one_sentence_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         train("--out", tmp_path / "run", *flags)
-    assert str(stop.value).startswith("error: ")
-    assert message in str(stop.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -260,7 +258,7 @@ def test_overflow_of_scaled_gradients_skips_the_step_and_lowers_the_scale() -> N
 
 def test_runs_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="is not an empty folder; name a new one, or continue its run with --resume"):
+    with pytest.raises(SystemExit, match=r"empty folder.*--resume"):
         train("--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_vqgan
 from torch import Tensor, nn
 
 from regvq_fast.losses import ReconstructionLoss, hinge_discriminator_loss, hinge_generator_loss
@@ -24,7 +25,7 @@ def build_parts(
 ) -> tuple[VQGAN, PatchDiscriminator, ReconstructionLoss]:
     torch.manual_seed(0)
     codebook = RegularizedQuantizer(16, 4) if quantizer == "reg-vq" else NearestQuantizer(16, 4)
-    model = VQGAN(codebook, image_size=16, ch=8, ch_mult=ch_mult, num_res_blocks=1, attn_resolutions=(), z_channels=4)
+    model = tiny_vqgan(codebook, ch_mult=ch_mult)
     discriminator = PatchDiscriminator(filters=4, num_layers=1)
     features = VGGFeatures("vgg16", layers)
     contrastive = ProbabilisticContrastiveLoss(num_patches=16)

@@ -1,17 +1,17 @@
 """train/vq.py on several processes: what one process does, and how it ends."""
 
 import json
+import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import refusals_on_ranks
+from helpers import refusals_on_ranks
+from helpers.runs import FAST, SCRIPT, TINY, checkpoints, records, resume, torchrun, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import FAST, SCRIPT, TINY, checkpoints, records, resume, train, without_clock
 
 from regvq_fast.models import VGGFeatures
 from regvq_fast.ranks import all_gather_strings, raise_on_all_ranks
@@ -21,13 +21,8 @@ RUN = [*TINY, *FAST, "--disc-norm", "group", "--disc-start", "1", "--kl-scope", 
 RUN += ["--final-lr-fraction", "1"]  # else the rate depends on the number of steps
 
 
-def torchrun(*flags: object, processes: int = 2) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
-
-
 def run_on_ranks(*flags: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(torchrun(*flags, processes=processes), capture_output=True, text=True, timeout=300)
+    return subprocess.run(torchrun(SCRIPT, *flags, processes=processes), capture_output=True, text=True, timeout=300)
 
 
 def assert_close_runs(one: Path, two: Path) -> None:
@@ -72,7 +67,10 @@ def test_two_processes_make_the_run_of_one_and_either_resumes_the_other(alone: P
 def test_sigterm_to_the_launcher_saves_a_refusal_is_one_sentence_and_resuming_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with subprocess.Popen(
-        torchrun(*RUN, "--out", out, "--steps", "5000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        torchrun(SCRIPT, *RUN, "--out", out, "--steps", "5000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() or len(records(out)) < 2:
@@ -81,14 +79,14 @@ def test_sigterm_to_the_launcher_saves_a_refusal_is_one_sentence_and_resuming_go
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    assert "stopped by SIGTERM after step" in errors
+    assert re.search(r"SIGTERM .*step \d", errors)
     assert f"torchrun --nproc-per-node 2 train/vq.py --resume --out {out}" in " ".join(errors.split())
     saved = checkpoints(out)
     assert saved
 
     again = run_on_ranks(*RUN, "--out", out)
     assert again.returncode == 1
-    assert again.stderr.count("exists and is not an empty folder") == 1
+    assert again.stderr.count("not an empty folder") == 1
 
     steps = int(saved[-1].removeprefix("step-")) + 1
     resumed = run_on_ranks("--resume", "--out", out, "--steps", steps)
@@ -101,26 +99,23 @@ def test_what_one_process_finds_wrong_is_said_by_all(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / "rank-0" / split).mkdir(parents=True)
         Image.new("RGB", (40, 40), "red").save(tmp_path / "rank-0" / split / "a.png")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", refusals_on_ranks.__file__]
-    done = subprocess.run([sys.executable, *launcher, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    command = torchrun(refusals_on_ranks.__file__, tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first.keys() == second.keys() == {"weights", "data", "stalled"}
     for name, said in first.items():
         assert said.partition(": ")[2] == second[name].partition(": ")[2], "rank 0 says what rank 1 found"
-    assert first["weights"] == f"OSError: no such weights file: {tmp_path / 'rank-1.safetensors'}"
+    assert re.search(f"^OSError: .*{tmp_path / 'rank-1.safetensors'}$", first["weights"])
     assert "rank-1" in first["data"]
-    assert first["stalled"] == (
-        "ValueError: the processes have ImageNet VGG-16 and random VGG-16 as feature network: all of them need the "
-        "same files"
-    )
+    assert re.search("^ValueError: .*ImageNet VGG-16 and random VGG-16 ", first["stalled"])
     assert not [path for path in tmp_path.iterdir() if path.name in first], "written before the refusal"
     assert (tmp_path / "none" / "config.json").exists()
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("regvq_fast.training.optimization.world_size", lambda: 3)
-    with pytest.raises(SystemExit, match=r"--batch-size 4 does not divide among 3 processes: take a multiple of 3"):
+    with pytest.raises(SystemExit, match=r"--batch-size 4 .*\b3 processes.* 3$"):
         train("--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

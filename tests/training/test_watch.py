@@ -1,6 +1,7 @@
 """Numbers that are not finite: skipped, counted, named; and the collapse of a codebook."""
 
 import copy
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import FAST, assert_equal, checkpoints, records, train
+from helpers.runs import FAST, assert_equal, checkpoints, records, train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -231,10 +232,10 @@ def test_a_run_that_only_skips_is_stopped_and_keeps_its_last_good_checkpoint(
     with pytest.raises(SystemExit) as stop:
         train(*FAST, "--out", out, *flags)
     assert stop.value.code == 1
-    assert capsys.readouterr().err.strip() == (
-        "stopped after step 12: 7 steps in a row were skipped (--max-skipped 6), not finite: latents; to continue from "
-        f"step-0000004, add a lower --lr, a lower --clip-grad or --no-amp to: python train/vq.py --resume --out {out}"
-    )
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(r"step 12\b.*\b7 steps .*--max-skipped 6\b.* latents\b.* step-0000004\b", said)
+    assert re.search("--lr.*--clip-grad.*--no-amp", said)
+    assert said.endswith(f": python train/vq.py --resume --out {out}")
     assert checkpoints(out) == ["step-0000002", "step-0000004"]
     assert [(row["step"], row["skipped"]) for row in records(out)] == [(1, 0), (4, 0), (8, 3), (12, 4)]
 
@@ -257,8 +258,7 @@ def test_a_rank_whose_step_fails_says_so_itself(
         train(*FAST, "--out", tmp_path / "run", "--checkpoint-every", 2)
     assert stop.value.code == 1
     said = capsys.readouterr().err
-    assert said.startswith("stopped after step 3: x has ")
-    assert "to continue from step-0000002, add a lower --lr" in said
+    assert re.search(r"step 3: x has .* step-0000002\b.*--lr", said)
 
 
 def test_a_checkpoint_waits_for_a_good_step(
@@ -267,7 +267,7 @@ def test_a_checkpoint_waits_for_a_good_step(
     break_images(monkeypatch, {2, 3})
     train(*FAST, "--out", tmp_path / "run", "--steps", 6, "--checkpoint-every", 3)
     assert checkpoints(tmp_path / "run") == ["step-0000005", "step-0000006"]
-    assert "warning: 2 steps were skipped since the last record, not finite: latents" in capsys.readouterr().out
+    assert re.search(r"warning: 2 steps .*latents", " ".join(capsys.readouterr().out.split()))
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,12 @@ def run_script(*flags: object, script: str = "vq.py") -> None:
         runpy.run_path(str(TRAIN / script), run_name="__main__")
 
 
+def torchrun(script: Path | str, *flags: object, processes: int = 2) -> list[str]:
+    """Return the command that runs a script on several processes of this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, str(script), *map(str, flags)]
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

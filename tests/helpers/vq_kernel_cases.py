@@ -3,9 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from kernel_cases import DEVICE, FLOATS, kernels, surrounded
+from helpers.kernel_cases import DEVICE, FLOATS, kernels, surrounded
+from helpers.vq_cases import LEAVES, copy_leaves, make_inputs, outputs_and_gradients, plain_low_precision
 from torch import Tensor
-from vq_cases import LEAVES, copy_leaves, make_inputs, outputs_and_gradients, plain_low_precision
 
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.noise import gumbel_noise

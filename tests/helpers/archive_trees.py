@@ -4,19 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+from helpers.flat_images import write_flat
 from PIL import Image
 
 from regvq_fast.data.archives.classes import ADE20K_CODE_TO_CLASS
 
 BIRDS = ("001.Black_footed_Albatross", "002.Café_Swallow")
 ADE_CODES = {"wall": 2978, "second door": 783, "traffic light": 2836, "none of the 150": 461}
-
-
-def picture(path: Path, level: int, size: tuple[int, int] = (24, 20), mode: str = "RGB") -> None:
-    """A flat picture, whose level says which it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    colour = {"L": level, "RGB": (level,) * 3, "CMYK": (0, 0, 0, 255 - level)}[mode]
-    Image.new(mode, size, colour).save(path)
 
 
 def labels(path: Path, ids: np.ndarray) -> None:
@@ -29,7 +23,7 @@ def cub200(folder: Path) -> Path:
     top = folder / "CUB_200_2011"
     names = [f"{BIRDS[k % 2]}/Vogel_Größe_{k:04d}.jpg" for k in range(8)]
     for k, name in enumerate(names):
-        picture(top / "images" / name, 20 * k, mode="L" if k == 2 else "RGB")
+        write_flat(top / "images" / name, 20 * k, mode="L" if k == 2 else "RGB")
         text = folder / "text" / name.replace(".jpg", ".txt")
         text.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"bird {k} caption {j // 2}" for j in range(10)]  # each twice
@@ -47,7 +41,7 @@ def celebahq(folder: Path) -> Path:
     lines = ["idx     orig_idx        orig_file"]
     for k, row in enumerate(rows):
         lines.append(f"{k}       {row}      {row + 1:06d}.jpg")
-        picture(top / "CelebA-HQ-img" / f"{k}.jpg", 20 * k, (32, 32))
+        write_flat(top / "CelebA-HQ-img" / f"{k}.jpg", 20 * k, (32, 32))
         masks = {"skin": np.ones((16, 16)), "hair": np.zeros((16, 16)), "l_eye": np.zeros((16, 16))}
         masks["hair"][:4] = 1  # over the skin
         masks["l_eye"][8:12, :8] = 1
@@ -68,7 +62,7 @@ def ade20k(folder: Path) -> Path:
     for partition, count, short in (("training", 4, "train"), ("validation", 2, "val")):
         for k in range(count):
             name = f"ADE_{short}_{k + 1:08d}"
-            picture(top / "images" / partition / f"{name}.jpg", 40 * k, mode="CMYK" if k == 1 else "RGB")
+            write_flat(top / "images" / partition / f"{name}.jpg", 40 * k, mode="CMYK" if k == 1 else "RGB")
             if (partition, k) != ("training", 3):
                 labels(top / "annotations" / partition / f"{name}.png", np.full((20, 24), 150 - k))
     (top / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.1576\t11664\t1172\twall\n")
@@ -82,7 +76,7 @@ def ade20k_full(folder: Path, year: int) -> Path:
     for partition in ("training", "validation"):
         for k, scene in enumerate(("a/abbey", "s/street")):
             path = images / partition / scene / f"ADE_{partition[:5]}_{k:08d}.jpg"
-            picture(path, 40 * k)
+            write_flat(path, 40 * k)
             colours = np.zeros((20, 24, 3))
             for column, code in enumerate(ADE_CODES.values()):
                 colours[:, 6 * column : 6 * column + 6] = (code // 256 * 10, code % 256, 17 * column)
@@ -103,7 +97,7 @@ def coco(folder: Path, year: int = 2017, images: str = "", stuff: str | None = "
         for k in range(count):
             number = 9 + 100 * k
             name = f"{prefix}{number:012d}.jpg"
-            picture(top / images / f"{split}{year}" / name, 40 * k, mode="L" if k == 1 else "RGB")
+            write_flat(top / images / f"{split}{year}" / name, 40 * k, mode="L" if k == 1 else "RGB")
             content["images"].append({"id": number, "file_name": name, "height": 20, "width": 24})
             captions = [] if (split, k) == ("train", 3) else [f"Photo {k}.", f"photo\n{k} ", f"Photo {k}.", "  "]
             for j, caption in enumerate(captions):
