@@ -21,7 +21,7 @@ DOCS = {"test_docs.py", "test_readme.py", "test_integration_docs.py"}
 # A test that gets to one of these names starts processes, compiles, runs kernels in the interpreter or a whole command.
 NOT_UNIT = set(
     "subprocess multiprocessing runpy Popen DataLoader compile opcheck kernels Trainer train evaluate cache_tokens "
-    "generate reproduce manage_data".split()
+    "generate reproduce manage_data main fit".split()
 )
 
 

@@ -311,7 +311,7 @@ def test_counting_operations_changes_nothing(
             r"\b300 \(embedded scenes .*16",
         ),
         ("ar", ["--on-the-fly", "--tokenizer", "x", "--preset", "ade20k"], "--preset ade20k"),
-        ("ar", ["--cache", "{cache}", "--keep", "2"], r"--keep .*\b2$"),
+        ("ar", ["--cache", "{cache}", "--keep", "2"], r"--keep .*\b2\.0$"),
         ("diffusion", ["--cache", "{cache}", "--diffusion-steps", "1"], r"--diffusion-steps .*\b1$"),
         ("ar", ["--cache", "{cache}", "--heads", "3"], "width.* heads"),
         ("ar", ["--on-the-fly", "--tokenizer", "{cache}"], "{cache}"),

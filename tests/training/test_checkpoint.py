@@ -202,6 +202,15 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    """Else its weights would continue with the batches of that step."""
+    out = tmp_path / "run"
+    train(*FAST, "--out", out)
+    (out / "checkpoints" / "step-0000004").rename(out / "checkpoints" / "step-0000003")
+    with pytest.raises(SystemExit, match=r"step-0000003.* step 3\b"):
+        resume(out)
+
+
 def test_a_checkpoint_or_a_run_is_a_model(tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(*FAST, "--out", out, "--ema", 0.5, "--checkpoint-every", 2)
