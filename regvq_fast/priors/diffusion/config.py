@@ -62,8 +62,8 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
     # For two CPU cores. So few steps see each kind of noise too seldom to learn from the bound alone
     # (docs/failed-ideas.md).
     "scenes": DiffusionConfig(
-        model=DiffusionModelConfig(auxiliary_weight=0.1),
-        optimizer=OptimizerConfig(steps=1000, batch_size=16, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1),
+        model=DiffusionModelConfig(auxiliary_weight=1.0),
+        optimizer=OptimizerConfig(steps=3000, batch_size=16, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1),
     ),
     "cub200": _vq_diffusion_b("cub200"),
     "coco": _vq_diffusion_b("coco"),
