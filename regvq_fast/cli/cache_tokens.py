@@ -1,14 +1,12 @@
 """The command of ``train/cache_tokens.py``: encode a data set once with a trained tokenizer."""
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +18,7 @@ from torch.utils.data import Dataset
 from regvq_fast.config.runtime import DeviceConfig, LoadingConfig, SeedConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset
-from regvq_fast.data.image_dataset import ImageDataset
-from regvq_fast.data.loading import collate, default_workers, validation_batches
+from regvq_fast.data.loading import default_workers, fingerprint, first_samples, validation_batches
 from regvq_fast.data.samples import Crop, Field, Sample, Split
 from regvq_fast.data.token_cache import (
     INFO,
@@ -44,7 +41,6 @@ from regvq_fast.ranks import any_rank, local_world_size, process_group, raise_on
 from regvq_fast.settings import check_at_least
 
 _SPLITS: tuple[Split, ...] = ("train", "val")
-_FIRST_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class CacheConfig(LoadingConfig, DeviceConfig, SeedConfig):
     views: int | None = None
     """Epochs of the training stream to keep, each with its own flips and captions, or scenes.
     Not given: 4; 2 of images without captions."""
-    fields: tuple[Literal["segmentation", "caption"], ...] = ()
+    fields: tuple[Field, ...] = ()
     """Fields to keep beside tokens. Not given: both of the scenes, none of images."""
     crop: Crop = "center"
     """Training crop of images; center is that of FID's reference images."""
@@ -138,6 +134,7 @@ class _Caching:
             )
             for split in _SPLITS
         }
+        first_images = [first_samples(dataset, len(dataset))["image"] for dataset in self.datasets.values()]
         self.info = CacheInfo(
             tokenizer=str(config.tokenizer),
             tokenizer_sha256=weights_hash(self.model),
@@ -154,7 +151,7 @@ class _Caching:
             val_images=len(self.datasets["val"]),
             fields=fields,
             shard_samples=config.shard_samples,
-            first_images=_fingerprint(self.datasets.values()),
+            first_images=fingerprint(*first_images)[:12],
         )
         self._check_folder()
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -289,15 +286,6 @@ class _Caching:
         for row in rows.items():
             table.add_row(*row)
         self.console.print(table)
-
-
-def _fingerprint(datasets: Iterable[ImageDataset]) -> str:
-    """Hash the first images of each data set: other ones under the same path must not be mixed into the cache."""
-    digest = hashlib.sha256()
-    for dataset in datasets:
-        first = collate([dataset[k] for k in range(min(len(dataset), _FIRST_IMAGES))])["image"]
-        digest.update(first.numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 class _Shards(Dataset[Sample]):

@@ -19,7 +19,7 @@ from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset, dataset_class
 from regvq_fast.data.image_files import OVERSAMPLING
-from regvq_fast.data.loading import collate
+from regvq_fast.data.loading import read_samples
 from regvq_fast.data.reading import opened_image
 from regvq_fast.data.samples import Field
 from regvq_fast.data.token_cache import read_info
@@ -67,8 +67,8 @@ class SubjectConfig(Section):
     """Image file that is white where `edit` is to be sampled anew."""
 
 
-@dataclass(frozen=True, kw_only=True)
 # Of several bases, the fields of the last come first in the help.
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
     """A run of ``train/sample.py``."""
 
@@ -224,7 +224,7 @@ class _Generator:
                 return self._cached(tokens.cache, count), f"the cache {tokens.cache}"
             data = tokens.data
         dataset = build_dataset(data, split="val", image_size=self.size, length=count, seed=seed, fields=fields)
-        return collate([dataset[k] for k in range(min(count, len(dataset)))]), str(data or dataset.label)
+        return read_samples(dataset, range(min(count, len(dataset)))), str(data or dataset.label)
 
     def _cached(self, folder: Path, count: int) -> Any:
         """Return at most ``count`` validation samples of the cache that the prior was trained on."""

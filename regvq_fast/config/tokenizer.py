@@ -14,6 +14,7 @@ from regvq_fast.config.sections import (
     RunConfig,
     TrainConfig,
 )
+from regvq_fast.data.samples import Crop
 from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.settings import Section, check_at_least
 
@@ -28,7 +29,7 @@ class DataConfig(Section):
     """Folder of images or tar shards, or a pattern: "a-{0..9}.tar". Default: the embedded scenes."""
     image_size: int = 64
     """Side of the square images in pixels."""
-    crop: Literal["random-resized", "center"] = "random-resized"
+    crop: Crop = "random-resized"
     """Training crop of a folder's images."""
     flip: bool = True
     """Mirror half of the training images."""

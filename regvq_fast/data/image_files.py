@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -110,9 +110,13 @@ class ImageFileDataset(ImageDataset):
 
     @classmethod
     def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
-        assert data is not None
         split, image_size, length, seed, crop, flip, fields = settings
-        return cls(data, split, image_size, crop, flip, seed, length, fields)
+        return cls(cls._source(data), split, image_size, crop, flip, seed, length, fields)
+
+    @classmethod
+    def _source(cls, data: str | os.PathLike[str] | None) -> Any:
+        """Return the first argument of the constructor for what ``--data`` names."""
+        return data
 
     # ----------------------------------------------------------------------------------------- for subclasses to define
 

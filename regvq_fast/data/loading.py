@@ -1,6 +1,7 @@
 """Batches of a data set, by worker processes where they pay."""
 
 import atexit
+import hashlib
 import itertools
 import os
 import signal
@@ -10,6 +11,7 @@ from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regvq_fast.data.samples import Batch, Sample
@@ -135,6 +137,19 @@ def read_samples(dataset: Any, indices: Iterable[int]) -> Batch:
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(list(indices))
     return collate([dataset[index] for index in indices])
+
+
+def first_samples(dataset: Any, most: int) -> Batch:
+    """Return the first samples of a data set as a batch: ``most``, or 16 if that is more."""
+    return read_samples(dataset, range(min(most, 16)))
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Return the SHA-256 of tensors' bytes, which tells first samples from those of other files of the same name."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def split_batch(batch: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, read_config
 from regvq_fast.data.datasets import build_dataset
-from regvq_fast.data.loading import collate
+from regvq_fast.data.loading import read_samples
 from regvq_fast.data.transforms import to_float, to_uint8
 from regvq_fast.evaluation.codebook import perplexity, utilization
 from regvq_fast.evaluation.measurement import CODE_COUNTS
@@ -55,7 +55,7 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
     dataset: Any = build_dataset(
         config.data.data, split="val", image_size=size, length=images, seed=0, fields=tuple(fields)
     )
-    shown = collate([dataset[k] for k in range(min(_SHOWN, len(dataset)))])
+    shown = read_samples(dataset, range(min(_SHOWN, len(dataset))))
 
     rebuilt: dict[str, Tensor] = {"original": shown["image"]}
     counts: dict[str, Tensor] = {}

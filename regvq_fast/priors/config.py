@@ -43,6 +43,20 @@ class TokensConfig(Section):
 
 
 @dataclass(frozen=True)
+class TransformerSizes(Section):
+    """Sizes of a prior's transformer."""
+
+    width: int = 192
+    """Channels."""
+    depth: int = 4
+    """Blocks."""
+    heads: int = 6
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout rate."""
+
+
+@dataclass(frozen=True)
 class PriorConfig(TrainConfig):
     """A run of a prior; each of them adds its network."""
 

@@ -1,6 +1,5 @@
 """The recipe that priors over tokens share: tokenizer, tokens, likelihood, samples."""
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from regvq_fast.config import read_config
 from regvq_fast.data.datasets import build_dataset, dataset_class
-from regvq_fast.data.image_dataset import TrainedPrior
+from regvq_fast.data.image_dataset import ImageDataset, TrainedPrior
 from regvq_fast.data.image_files import left_out_note
-from regvq_fast.data.loading import default_workers, read_samples
+from regvq_fast.data.loading import default_workers, fingerprint, first_samples, read_samples
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch
@@ -28,8 +27,7 @@ from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.sampler import PriorSampler, Progress, decode_tokens
 from regvq_fast.ranks import distributed, local_world_size, sum_over_ranks, synchronized
 from regvq_fast.training.compilation import maybe_compile
-from regvq_fast.training.recipe import Data, Networks, Recipe, Step
-from regvq_fast.training.recipe import Progress as Images
+from regvq_fast.training.recipe import Data, ImagesDone, Networks, Recipe, Step
 from regvq_fast.training.recorder import Recorder
 
 _SAMPLES = 8  # of an image grid
@@ -56,6 +54,8 @@ class PriorRecipe(Recipe[Config]):
     image_name = "samples"
     sampler: ClassVar[type[PriorSampler]]
     """Sampler of the prior."""
+    dataset: type[ImageDataset]
+    """Class of the data set that the images are of; `ImageDataset` itself if unknown."""
 
     @staticmethod
     def check_files(config: Config) -> None:
@@ -99,7 +99,6 @@ class PriorRecipe(Recipe[Config]):
         self.tokenizer = VQGAN.from_pretrained(source)
         self.tokenizer_hash = weights_hash(self.tokenizer)
         if tokens.cache is not None:
-            self.dataset = dataset_class(read_info(tokens.cache).data)  # of the images behind the tokens
             train, val = (
                 TokenDataset(tokens.cache, split, seed=seed, tokenizer_hash=self.tokenizer_hash)
                 for split in ("train", "val")
@@ -107,14 +106,18 @@ class PriorRecipe(Recipe[Config]):
             field = self.sampler.condition_field
             if field not in train.info.fields:
                 raise ValueError(f"the token cache {tokens.cache} has no {field}: make one with --fields {field}")
+            try:
+                self.dataset = dataset_class(train.info.data)
+            except OSError:  # the images may be out of reach; their tokens are here
+                self.dataset = ImageDataset  # type: ignore[type-abstract]  # of which nothing is made
             # An epoch passes over each image once, however many of its views the cache has. Loading processes would
             # cost more than they save: a batch is gathered in less time than a process hands one over.
             self.data = Data(train, val, train.info.train_images, workers=0)
             return self.data
-        self.dataset = dataset_class(tokens.data)
         shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.sampler.condition_field,)}
         images = build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared)  # type: ignore[arg-type]
         held_out = build_dataset(tokens.data, split="val", length=tokens.val_images, **shared)  # type: ignore[arg-type]
+        self.dataset = type(images)
         self.data = Data(images, held_out, len(images), default_workers(local_world_size()))
         return self.data
 
@@ -132,13 +135,11 @@ class PriorRecipe(Recipe[Config]):
     def build(self, config: Config) -> tuple[Config, Networks]:
         self.config, tokens = config, config.tokens
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._encoder = _MicroBatchEncoder(self.tokenizer, self.micro_batch)
         self.model, auxiliary = self.build_prior(config)
         self.model.to(self.device)
         self._plain_loss = self.build_loss()
         # Tokens made in every step depend on the precision, images don't.
-        first: Any = read_samples(self.data.train, range(min(config.optimizer.batch_size, 16)))
-        fingerprint = first["image" if tokens.cache is None else "tokens"].cpu().numpy().tobytes()
+        first: Any = first_samples(self.data.train, config.optimizer.batch_size)
         height, width = self.tokenizer.token_shape
         source = f"token cache {tokens.cache}" if tokens.cache else f"{self.data.train.label}, on the fly"
         return config, Networks(
@@ -152,7 +153,7 @@ class PriorRecipe(Recipe[Config]):
                 "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
             },
             identity={"as tokenizer": self.tokenizer_hash[:12]},
-            fingerprint=hashlib.sha256(fingerprint).hexdigest(),
+            fingerprint=fingerprint(first["image" if tokens.cache is None else "tokens"]),
         )
 
     def distribute(self, compile: bool) -> None:
@@ -184,7 +185,7 @@ class PriorRecipe(Recipe[Config]):
             return tokenize_batch(self._encoder, batch, self.device)
 
     @torch.no_grad()
-    def evaluate(self, model: Any, batches: Any, progress: Images | None = None) -> LikelihoodMetrics:
+    def evaluate(self, model: Any, batches: Any, progress: ImagesDone | None = None) -> LikelihoodMetrics:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         done, first = 0, rank_share(len(self.data.val)).start
         for batch in batches:
@@ -218,7 +219,7 @@ class PriorRecipe(Recipe[Config]):
     def summarize(
         self, model: Any, metrics: LikelihoodMetrics, recorder: Recorder
     ) -> tuple[dict[str, object], dict[str, Path]]:
-        path = recorder.picture(self.image_name)
+        path = recorder.image_path(self.image_name)
         self.save_images(model, path)
         numbers: dict[str, object] = {"loss (nats a token)": metrics.loss, "images": metrics.images}
         numbers |= self.evaluate_samples(model, recorder)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from regvq_fast.data.image_dataset import ImageDataset, TrainedPrior
-from regvq_fast.data.loading import collate
+from regvq_fast.data.loading import read_samples
 from regvq_fast.data.samples import Batch
 from regvq_fast.scenes.captions import caption_accuracy
 from regvq_fast.scenes.judges import RegionClassifier, region_accuracy
@@ -28,7 +28,7 @@ def evaluate_samples(prior: TrainedPrior, training: ImageDataset, validation: Im
     """
     with prior.stage("fitting a classifier, scenes") as progress:
         classifier = RegionClassifier.fit(training, FITTED_TO, len(CLASSES), prior.reconstruct, progress)
-    scenes = collate([validation[k] for k in range(min(CLASSIFIED, len(validation)))])
+    scenes = read_samples(validation, range(min(CLASSIFIED, len(validation))))
     with prior.stage("sampling, steps") as progress:
         samples = prior.sample(scenes, progress)
     images = {"scenes": scenes["image"], "reconstructions": prior.reconstruct(scenes["image"]), "samples": samples}

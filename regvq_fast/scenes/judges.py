@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from regvq_fast.data.loading import collate
+from regvq_fast.data.loading import read_samples
 from regvq_fast.data.samples import Sample
 
 _MIN_FRACTION = 1 / 128
@@ -103,7 +103,7 @@ class RegionClassifier(nn.Module):
         moments: list[_Moments] = []
         generator = torch.Generator().manual_seed(0)
         for first in range(0, samples, _CHUNK):
-            batch = collate([dataset[index] for index in range(first, min(first + _CHUNK, samples))])
+            batch = read_samples(dataset, range(first, min(first + _CHUNK, samples)))
             _check(batch["image"], batch["segmentation"], num_classes)
             member = region_members(batch["segmentation"], num_classes)
             versions = list(_versions(batch["image"], generator))

@@ -13,7 +13,7 @@ from regvq_fast.config import Config
 from regvq_fast.precision import Precision
 from regvq_fast.training.recorder import Recorder
 
-Progress = Callable[[int], None]
+ImagesDone = Callable[[int], None]
 """Called with the number of images evaluated so far on this rank."""
 
 
@@ -160,7 +160,7 @@ class Recipe(ABC, Generic[Config]):
         """
 
     @abstractmethod
-    def evaluate(self, model: Any, batches: Any, progress: Progress | None = None) -> Metrics:
+    def evaluate(self, model: Any, batches: Any, progress: ImagesDone | None = None) -> Metrics:
         """Evaluate the model on this rank's batches of the validation split; the result is that of all ranks."""
 
     @abstractmethod

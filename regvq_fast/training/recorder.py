@@ -209,11 +209,11 @@ class Recorder:
         self._print(f"step {step}/{self.steps}  evaluation: {' · '.join(items)}")
         self._show(self._trained)
 
-    def picture(self, name: str, step: int | None = None) -> Path:
+    def image_path(self, name: str, step: int | None = None) -> Path:
         """Return the path of an image in the run folder."""
         return self.folder / "pictures" / (f"{name}.png" if step is None else f"{name}-{step:07d}.png")
 
-    def show_picture(self, path: Path, step: int) -> None:
+    def show_image(self, path: Path, step: int) -> None:
         """Add a saved image to TensorBoard."""
         import numpy as np
         from PIL import Image

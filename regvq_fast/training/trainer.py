@@ -180,9 +180,9 @@ class Trainer(Generic[Config]):
             if done % run.image_every == 0 and done < self.steps:
                 if ranks.rank() == 0:
                     with recorder.surviving_a_full_disk("pictures/"), stop.abandonable():
-                        path = recorder.picture(self.recipe.image_name, done)
+                        path = recorder.image_path(self.recipe.image_name, done)
                         self.recipe.save_images(self.eval_model, path)
-                        recorder.show_picture(path, done)
+                        recorder.show_image(path, done)
                 clock.restart()
             self._metrics_bytes = recorder.metrics_bytes
             checkpoint_due |= run.checkpoint_every > 0 and done % run.checkpoint_every == 0
@@ -295,7 +295,7 @@ class Trainer(Generic[Config]):
                 temporary.write_bytes(weights_to_bytes(model.state_dict()))
             numbers, images = self.recipe.summarize(model, metrics, recorder)
             for path in images.values():
-                recorder.show_picture(path, self.steps)
+                recorder.show_image(path, self.steps)
             rows: dict[str, object] = {**numbers, **({"unreadable images": unreadable} if unreadable else {})}
             rows |= {"images/s": images_per_second, "peak memory (GiB)": peak_memory(self.device) / 2**30}
             since = f"minutes since step {self.start}" if self.start else "minutes"

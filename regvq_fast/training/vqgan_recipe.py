@@ -1,6 +1,5 @@
 """The recipe of the VQ-GAN: autoencoder, quantizer and discriminator (``train/vq.py``)."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from regvq_fast.config import VQGANConfig
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.image_files import left_out_note
-from regvq_fast.data.loading import default_workers, read_samples
+from regvq_fast.data.loading import default_workers, fingerprint, first_samples, read_samples
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
@@ -22,7 +21,7 @@ from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.ranks import local_world_size, rank, sum_over_ranks, world_size
 from regvq_fast.training.build import build_model, build_reconstruction_loss
-from regvq_fast.training.recipe import Data, Networks, Progress, Recipe, Step
+from regvq_fast.training.recipe import Data, ImagesDone, Networks, Recipe, Step
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.vqgan_step import VQGANStep
 
@@ -48,7 +47,7 @@ class VQGANRecipe(Recipe[VQGANConfig]):
         self.model = build_model(config).to(device, memory_format=layout)  # type: ignore[call-overload]
         shape = config.model
         discriminator = PatchDiscriminator(3, shape.disc_filters, shape.disc_layers, shape.disc_norm)
-        disc_start = steps if config.loss.disc_start is None else config.loss.disc_start
+        self.disc_start = disc_start = steps if config.loss.disc_start is None else config.loss.disc_start
         if disc_start < steps and config.data.image_size < discriminator.min_size:
             raise ValueError(
                 f"--image-size {config.data.image_size} is too small for a discriminator of "
@@ -57,7 +56,7 @@ class VQGANRecipe(Recipe[VQGANConfig]):
         if world_size() > 1 and device.type == "cuda":  # batch norm over all ranks; it exists on GPUs alone
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         self.discriminator = discriminator.to(device, memory_format=layout)  # type: ignore[call-overload]
-        first = read_samples(self.data.train, range(min(config.optimizer.batch_size, 16)))["image"]
+        first = first_samples(self.data.train, config.optimizer.batch_size)["image"]
         self.model.initialize_quantizer(to_float(first.to(device)))
         loss, losses, feature_networks = build_reconstruction_loss(config.loss, optional=config.run.preset == "scenes")
         self.config = config = replace(config, loss=losses)  # a resumed run has the same, whatever weights it finds
@@ -85,7 +84,7 @@ class VQGANRecipe(Recipe[VQGANConfig]):
                 **feature_networks,
             },
             identity={"as feature network": ", ".join(features) or "none"},
-            fingerprint=hashlib.sha256(first.numpy().tobytes()).hexdigest(),
+            fingerprint=fingerprint(first),
             scheduled=tuple(quantizer.scheduled),
             meter=self.meter,
         )
@@ -101,14 +100,13 @@ class VQGANRecipe(Recipe[VQGANConfig]):
         )
 
     def step(self, batch: Batch, now: Step) -> dict[str, Tensor]:
-        steps, disc_start = self.config.optimizer.steps or 1, self.config.loss.disc_start
         images = to_float(batch["image"].to(self.device, non_blocking=True))
-        self.model.quantize.set_progress(now.number / steps)
+        self.model.quantize.set_progress(now.number / (self.config.optimizer.steps or 1))
         metrics, indices = self.train_step(
             images.contiguous(memory_format=torch.channels_last),
             now.seed,
             first_image=now.first_image,
-            adversarial=disc_start is not None and disc_start <= now.number,
+            adversarial=self.disc_start <= now.number,
             loss_scale=now.loss_scale,
             synchronize=now.synchronize,
             plain=now.plain,
@@ -117,7 +115,7 @@ class VQGANRecipe(Recipe[VQGANConfig]):
             self.meter.usage.update(indices)
         return metrics
 
-    def evaluate(self, model: Any, batches: Any, progress: Progress | None = None) -> ReconstructionMetrics:
+    def evaluate(self, model: Any, batches: Any, progress: ImagesDone | None = None) -> ReconstructionMetrics:
         loss = self.reconstruction_loss
 
         def perceptual(x: Tensor, y: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ class VQGANRecipe(Recipe[VQGANConfig]):
     def summarize(
         self, model: Any, metrics: ReconstructionMetrics, recorder: Recorder
     ) -> tuple[dict[str, object], dict[str, Path]]:
-        paths = {name: recorder.picture(name) for name in ("reconstructions", "codebook", "usage")}
+        paths = {name: recorder.image_path(name) for name in ("reconstructions", "codebook", "usage")}
         config = self.config.quantizer
         self.save_images(model, paths["reconstructions"])
         with self.precision.autocast():

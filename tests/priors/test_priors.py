@@ -111,6 +111,16 @@ def test_epochs_count_images_whether_their_tokens_are_cached_or_not(cache: Path,
     assert steps == [(32, 12), (8192, 3072)]
 
 
+def test_a_cache_trains_while_its_images_are_out_of_reach(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def unreachable(data: object) -> None:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr("regvq_fast.priors.prior_recipe.dataset_class", unreachable)
+    trainer = Trainer(ARRecipe, override(ARConfig(), steps=1, batch_size=8, cache=cache, **SMALL))
+    assert trainer.recipe.dataset.class_names == ()
+    trainer.step(0)
+
+
 def test_another_precision_makes_other_tokens_but_no_other_images(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Path
 ) -> None:

@@ -3,14 +3,12 @@
 import logging
 import os
 from collections.abc import Collection, Iterable
-from typing import Self
 
 import numpy as np
 
 from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.archives.lookup import find_archive, holds_archive
 from regvq_fast.data.archives.split_files import SplitFiles
-from regvq_fast.data.image_dataset import SplitSettings
 from regvq_fast.data.image_files import ImageFileDataset
 from regvq_fast.data.manifest import mirrored_ids
 from regvq_fast.data.samples import Crop, Field, Part, Split
@@ -66,12 +64,8 @@ class ArchiveDataset(ImageFileDataset):
         return data is not None and holds_archive(data)
 
     @classmethod
-    def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
-        assert data is not None
-        archive = find_archive(data)
-        assert archive is not None
-        split, image_size, length, seed, crop, flip, fields = settings
-        return cls(archive, split, image_size, crop, flip, seed, length, fields)
+    def _source(cls, data: str | os.PathLike[str] | None) -> Archive | None:
+        return None if data is None else find_archive(data)
 
     @property
     def label(self) -> str:

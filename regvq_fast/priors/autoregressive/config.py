@@ -4,24 +4,16 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalInt, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig
-from regvq_fast.settings import Section, check_probabilities
+from regvq_fast.priors.config import PriorConfig, TransformerSizes
+from regvq_fast.settings import check_probabilities
 
 
 @dataclass(frozen=True)
-class TransformerConfig(Section):
+class TransformerConfig(TransformerSizes):
     """Autoregressive transformer."""
 
     num_classes: OptionalInt = None
     """Class ids of the maps. Default: those of the cache or data set."""
-    width: int = 192
-    """Channels."""
-    depth: int = 4
-    """Blocks."""
-    heads: int = 6
-    """Attention heads."""
-    dropout: float = 0.0
-    """Dropout of embeddings, attention and MLP."""
     keep: float = 1.0
     """Probability that an input token is not replaced by a random one (taming's pkeep)."""
     condition_dropout: float = 0.1

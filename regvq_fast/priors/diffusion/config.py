@@ -4,26 +4,18 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig
-from regvq_fast.settings import Section, check_at_least, check_probabilities
+from regvq_fast.priors.config import PriorConfig, TransformerSizes
+from regvq_fast.settings import check_at_least, check_probabilities
 
 
 @dataclass(frozen=True)
-class DiffusionModelConfig(Section):
+class DiffusionModelConfig(TransformerSizes):
     """Diffusion network and its condition."""
 
     text_encoder: str = "words"
     """words (trained with the prior), or a frozen one of transformers, by name or folder."""
     diffusion_steps: int = 100
     """Diffusion steps T."""
-    width: int = 192
-    """Channels."""
-    depth: int = 4
-    """Blocks."""
-    heads: int = 6
-    """Attention heads."""
-    dropout: float = 0.0
-    """Dropout of attention and MLP."""
     auxiliary_weight: float = 5e-4
     """Weight of the cross-entropy of x_0, besides the variational bound."""
     caption_dropout: float = 0.1
