@@ -3,9 +3,13 @@
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from tyro.conf import arg
+try:
+    from tyro.conf import arg
+except ModuleNotFoundError:  # ops, quantizers and losses need no command line
+    arg = SimpleNamespace
 
 
 class Section:

@@ -1,4 +1,4 @@
-"""The command of ``train/cache_tokens.py``: encode a data set once with a trained tokenizer."""
+"""The command ``regvq tokens``: encode a data set once with a trained tokenizer."""
 
 import dataclasses
 import itertools
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.data import Dataset
 
+from regvq_fast.config import run_command
 from regvq_fast.config.runtime import DeviceConfig, LoadingConfig, SeedConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset
@@ -43,16 +44,27 @@ from regvq_fast.settings import check_at_least
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
+USAGE = """Encode a data set once with a trained tokenizer: the priors train from its tokens.
+
+    regvq tokens --tokenizer runs/NAME --out cache/           # embedded scenes
+    regvq tokens --tokenizer runs/NAME --out cache/ --data photos/ --fields segmentation --amp
+    torchrun --nproc-per-node 8 -m regvq_fast tokens --tokenizer runs/NAME --out cache/ --data shards/ --amp
+
+The cache holds the first --views epochs of the training stream and the validation split. The same command completes a
+cache whose run was stopped.
+"""
+
+
 @dataclass(frozen=True)
 class CacheConfig(LoadingConfig, DeviceConfig, SeedConfig):
-    """A run of ``train/cache_tokens.py``."""
+    """A run of ``regvq tokens``."""
 
     tokenizer: Path
-    """Run of train/vq.py, one of its checkpoints, or a folder of VQGAN.save_pretrained."""
+    """Run of regvq train vq, one of its checkpoints, or a folder of VQGAN.save_pretrained."""
     out: Path
     """Folder of the cache. One that a run began with the same settings is completed."""
     data: Path | None = None
-    """Folder of images or of tar shards, as for train/vq.py. Not given: the embedded scenes."""
+    """Folder of images or of tar shards, as for regvq train vq. Not given: the embedded scenes."""
     views: int | None = None
     """Epochs of the training stream to keep, each with its own flips and captions, or scenes.
     Not given: 4; 2 of images without captions."""
@@ -323,3 +335,15 @@ def _slice(batch: TokenBatch, start: int, stop: int | None) -> TokenBatch:
     if "caption" in batch:
         rows["caption"] = batch["caption"][start:stop]
     return rows
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``regvq tokens``."""
+    run_command(
+        "tokens",
+        CacheConfig,
+        cache_tokens,
+        USAGE,
+        args,
+        stopped="stopped; the same command goes on from the shards that are done",
+    )

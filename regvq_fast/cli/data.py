@@ -1,8 +1,8 @@
-"""The command of ``train/data.py``: check the paper's data sets, and pack them into shards of small images."""
+"""The command ``regvq data``: check the paper's data sets, and pack them into shards of small images."""
 
 import signal
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,16 +10,26 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from regvq_fast.config import run_command
 from regvq_fast.data.archives import ARCHIVES, Archive, ArchiveName, find_archive
 from regvq_fast.data.loading import default_workers
 from regvq_fast.data.preparing import prepare
 from regvq_fast.data.samples import Field
 from regvq_fast.data.verifying import verify
 
+USAGE = """Check the paper's data sets as their official archives unpack, and pack them into shards.
+
+    regvq data verify --dataset cub200 --root data/               # which files exist, where to get the rest
+    regvq data verify --root data/CUB_200_2011 --decode           # and can all of it be read?
+    regvq data prepare --root data/CUB_200_2011 --out cub-shards  # resized, as tar files for --data
+
+Training reads the archives' folders as they are: --data data/CUB_200_2011. docs/data.md has addresses, layouts, splits.
+"""
+
 
 @dataclass(frozen=True)
 class DataCommand:
-    """A run of ``train/data.py``."""
+    """A run of ``regvq data``."""
 
     command: Annotated[Literal["verify", "prepare"], tyro.conf.Positional]
     """verify: list which files of a data set exist and where to get the rest. prepare: pack it, resized, in shards."""
@@ -44,7 +54,7 @@ class DataCommand:
 
 
 def manage_data(command: DataCommand, console: Console | None = None) -> None:
-    """Run a command line of ``train/data.py``.
+    """Run a command line of ``regvq data``.
 
     Raises:
         ValueError, OSError: what is wrong with settings, archive or folder, in one sentence; from verify also if
@@ -102,3 +112,8 @@ def _archive(command: DataCommand) -> Archive:
         f"{command.dataset} is not in {root}, nor in {tops}: there should be {kind.layout}; get it from "
         f"{kind.source('image')}"
     )
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``regvq data``."""
+    run_command("data", DataCommand, manage_data, USAGE, args, stopped="stopped; nothing unfinished is left")

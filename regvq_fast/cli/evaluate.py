@@ -1,8 +1,8 @@
-"""The command of ``train/evaluate.py``: metrics of trained models over a whole validation split, with protocols."""
+"""The command ``regvq evaluate``: metrics of trained models over a whole validation split, with protocols."""
 
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from regvq_fast.config import VQGANConfig, read_config
+from regvq_fast.config import VQGANConfig, read_config, run_command
 from regvq_fast.config.runtime import DeviceConfig, LoadingConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset
@@ -47,21 +47,32 @@ SCENES = "scenes"
 """Name of the embedded scenes for ``--data``."""
 
 
+USAGE = """Measure a trained tokenizer, and images sampled by a prior, over a whole validation split.
+
+    regvq evaluate --run runs/vq                                    # PSNR, SSIM, LPIPS, codebook, FID[R]
+    regvq evaluate --prior-run runs/ar --top-p 0.95                 # and FID[G] of images by the prior
+    regvq evaluate --images samples --data photos --image-size 256  # FID[G] of images that are there
+    regvq evaluate --run runs/vq --fid-features vgg16:vgg16.pth     # with other features, named as such
+
+Writes evaluation.json: each number beside the protocol it was measured by.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(LoadingConfig, DeviceConfig, SamplingConfig):
-    """A run of ``train/evaluate.py``."""
+    """A run of ``regvq evaluate``."""
 
     run: Path | None = None
-    """Tokenizer: run of train/vq.py, one of its checkpoints, or a folder of VQGAN.save_pretrained.
+    """Tokenizer: run of regvq train vq, one of its checkpoints, or a folder of VQGAN.save_pretrained.
     Not given: the one in the folder of `prior_run`."""
     prior_run: Path | None = None
-    """Run of train/ar.py or train/diffusion.py, to sample an image under the condition of each validation image."""
+    """Run of a prior, to sample an image under the condition of each validation image."""
     images: Path | None = None
     """Folder of images that exist already, in place of `prior_run`."""
     image_size: int | None = None
     """Pixels a side, where only `images` are evaluated; otherwise the tokenizer's."""
     data: Path | None = None
-    """Folder of images or of tar shards, as for train/vq.py.
+    """Folder of images or of tar shards, as for regvq train vq.
     "scenes": the embedded scenes, where nothing is there of that name.
     Not given: what the run was trained on."""
     val_images: int | None = None
@@ -318,3 +329,8 @@ def _data_of(config: EvaluateConfig, sampler: ImageSampler | None) -> Path | Non
         )
     data = read_info(tokens.cache).data
     return None if data is None else Path(data)
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``regvq evaluate``."""
+    run_command("evaluate", EvaluateConfig, evaluate, USAGE, args)

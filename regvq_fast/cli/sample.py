@@ -1,4 +1,4 @@
-"""The command of ``train/sample.py``: sample images from a trained prior."""
+"""The command ``regvq sample``: sample images from a trained prior."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from regvq_fast.config import read_config
+from regvq_fast.config import read_config, run_command
 from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset, dataset_class
@@ -40,6 +40,17 @@ _STRIP = 12  # states of a denoising strip
 _FLAGS: dict[Field, str] = {"segmentation": "--map", "caption": "--text"}
 
 
+USAGE = """Sample images from a trained prior.
+
+    regvq sample --run runs/ar --out samples                          # maps of the validation split
+    regvq sample --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
+    regvq sample --run runs/diffusion --out samples --text "grass on the left and bricks on the right"
+    regvq sample --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
+
+--out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SubjectConfig(Section):
     """Prior and conditions."""
@@ -48,7 +59,7 @@ class SubjectConfig(Section):
     """Prior that the run has to be of: ar (semantic maps to images), or diffusion (captions to images).
     Not given: any."""
     run: Path
-    """Run of train/ar.py or train/diffusion.py."""
+    """Run of a prior."""
     out: Path
     """Folder of the images; new, or empty."""
     num_images: int = 16
@@ -70,7 +81,7 @@ class SubjectConfig(Section):
 # Of several bases, the fields of the last come first in the help.
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
-    """A run of ``train/sample.py``."""
+    """A run of ``regvq sample``."""
 
     batch_size: int = 16
     """Images that are sampled at once."""
@@ -272,3 +283,8 @@ def _read_ids(path: Path) -> Tensor:
 def _opened(flag: str, path: Path) -> AbstractContextManager[Image.Image]:
     """Open the image file that a flag names."""
     return opened_image(path, f"{flag} {path}", lambda why: f"{flag} {path}: {why}")
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``regvq sample``."""
+    run_command("sample", SampleConfig, generate, USAGE, args, stopped="stopped; the images so far are in {out}")

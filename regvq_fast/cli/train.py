@@ -1,36 +1,48 @@
-"""Start of a training run from its command line."""
+"""The commands ``regvq train``: start a run of a tokenizer or a prior."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from regvq_fast.config import Config, parse_config
+from regvq_fast.config import VQGAN_PRESETS, Config, parse_config
+from regvq_fast.invocation import as_typed
 from regvq_fast.precision import choose_device
+from regvq_fast.priors.registry import PRIORS
 from regvq_fast.ranks import local_rank, process_group, rank
 from regvq_fast.training.batch_size import find_batch_size
 from regvq_fast.training.recipe import Recipe
 from regvq_fast.training.stopping import RunStopped
 from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 
-def train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], description: str) -> None:
-    """Parse the command line and train; on failure exit with a message and a status."""
+def main(args: Sequence[str]) -> None:
+    """Run ``regvq train`` with the name of what to train, and flags."""
+    kind, *flags = args
+    if kind == "vq":
+        train(VQGANRecipe, VQGAN_PRESETS, flags)
+    else:
+        train(PRIORS[kind].recipe, PRIORS[kind].presets, flags)
+
+
+def train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Sequence[str]) -> None:
+    """Parse the flags and train; on failure exit with a message and a status."""
     try:
-        _train(recipe, presets, description)
+        _train(recipe, presets, args)
     except KeyboardInterrupt:  # once a run trains, `StopSignals` handles it
         if local_rank() == 0:
             print("stopped before the first step", file=sys.stderr)
         sys.exit(130)
 
 
-def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], description: str) -> None:
+def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Sequence[str]) -> None:
     try:
-        config = parse_config(presets, sys.argv[1:], description)
+        config = parse_config(recipe.command, presets, args, recipe.usage)
     except (ValueError, OSError) as error:  # each process of a machine finds the same
-        sys.exit(f"error: {error}" if local_rank() == 0 else 1)
+        sys.exit(as_typed(f"error: {error}") if local_rank() == 0 else 1)
     try:
         device = choose_device(config.run.device)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(as_typed(f"error: {error}"))
     with process_group(device):
         try:
             if config.run.find_batch_size:
@@ -38,7 +50,7 @@ def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], descript
                 return
             trainer = Trainer.open(recipe, config)
         except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}" if rank() == 0 else 1)
+            sys.exit(as_typed(f"error: {error}") if rank() == 0 else 1)
         try:
             trainer.fit()
         except RunStopped as stop:

@@ -1,7 +1,7 @@
 """Command lines, which are generated from dataclasses."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -10,6 +10,7 @@ import tyro
 
 from regvq_fast.config.saved import override, read_config
 from regvq_fast.config.sections import Config, PresetName
+from regvq_fast.invocation import as_typed, command
 from regvq_fast.ranks import local_rank, reported_by_rank_0
 
 Settings = TypeVar("Settings")
@@ -28,16 +29,17 @@ class _Start:
     epochs: int | None = None
 
 
-def parse_config(presets: Mapping[str, Config], args: list[str], description: str) -> Config:
-    """Parse the command line of a training script: flags override a preset, or the settings of a run.
+def parse_config(name: str, presets: Mapping[str, Config], args: Sequence[str], usage: str) -> Config:
+    """Parse the flags of a training command, which override a preset, or the settings of a run.
 
     Args:
-        presets: those of the script, by name; the first is the default.
-        args: of the command line, without the script. Old spellings of flags are accepted, and reported on stderr.
-        description: heads the help.
+        name: of the command, such as "train vq".
+        presets: its presets by name; the first is the default.
+        args: behind the command. Old spellings of flags are accepted, and reported on stderr.
+        usage: heads the help, as of `run_command`.
 
     Raises:
-        ValueError: ``--resume`` or ``--config`` of no such run, or a preset of another script.
+        ValueError: ``--resume`` or ``--config`` of no such run, or a preset of another command.
     """
     given, args = args, [new_spelling(argument) for argument in args]
     for old, new in zip(given, args, strict=True):
@@ -50,7 +52,8 @@ def parse_config(presets: Mapping[str, Config], args: list[str], description: st
         tyro.conf.OmitArgPrefixes[kind],  # type: ignore[misc,valid-type]
         default=_defaults(presets, start),
         args=args,
-        description=description,
+        prog=command(name),
+        description=as_typed(usage),
     )
     return override(config, config=None)
 
@@ -72,30 +75,38 @@ def _defaults(presets: Mapping[str, Config], start: _Start) -> Config:
             raise ValueError(f"--preset {start.preset} and --config {start.config} exclude each other: take one")
         default = override(read_config(start.config, type(first)), out=None)
     elif start.preset in get_args(PresetName) and start.preset not in presets:
-        raise ValueError(f"--preset {start.preset} is of another script; this one has {', '.join(presets)}")
+        raise ValueError(f"--preset {start.preset} is of another command; this one has {', '.join(presets)}")
     else:
         default = presets.get(start.preset, first)  # an unknown one is reported by the parser, with the choices
     # Steps that a run saved or a preset has must not overrule epochs that are asked for.
     return default if start.epochs is None else override(default, steps=None)
 
 
-def run_script(
-    kind: type[Settings], work: Callable[[Settings], Any], description: str, *, stopped: str = "stopped"
+def run_command(
+    name: str,
+    kind: type[Settings],
+    work: Callable[[Settings], Any],
+    usage: str,
+    args: Sequence[str],
+    *,
+    stopped: str = "stopped",
 ) -> None:
-    """Run a script from one config dataclass: parse the command line, do the work, exit with a sentence and a status.
+    """Run a command from one config dataclass: parse its flags, do the work, exit with a sentence and a status.
 
     Args:
+        name: of the command, such as "train vq".
         kind: a dataclass; its fields are the flags, and their docstrings the help.
-        work: what the script is for. Its ValueError and OSError say in a sentence what is wrong, and are an exit
+        work: the purpose of the command. Its ValueError and OSError say in a sentence what is wrong, and are an exit
             status of 1; Ctrl-C is one of 130. An error of all ranks is printed by rank 0.
-        description: heads the help.
+        usage: heads the help; commands in it ("regvq sample") are shown as the user has to type them.
+        args: behind the command.
         stopped: printed after Ctrl-C, with fields in braces: "stopped; what was sampled is in {out}".
     """
-    settings = tyro.cli(kind, args=sys.argv[1:], description=description)
+    settings = tyro.cli(kind, args=args, prog=command(name), description=as_typed(usage))
     try:
         work(settings)
     except (ValueError, OSError) as error:
-        sys.exit(1 if reported_by_rank_0(error) else f"error: {error}")
+        sys.exit(1 if reported_by_rank_0(error) else as_typed(f"error: {error}"))
     except KeyboardInterrupt:
         print(stopped.format_map(vars(settings)), file=sys.stderr)
         sys.exit(130)

@@ -177,7 +177,7 @@ class LossConfig(Section):
 
 @dataclass(frozen=True)
 class VQGANConfig(TrainConfig):
-    """A run of ``train/vq.py``."""
+    """A run of ``regvq train vq``."""
 
     data: Annotated[DataConfig, UNTITLED] = field(default_factory=DataConfig)
     quantizer: Annotated[QuantizerConfig, UNTITLED] = field(default_factory=QuantizerConfig)

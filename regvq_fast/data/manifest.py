@@ -19,7 +19,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of ``regvq-data.json``, beside the shards that ``train/data.py prepare`` made."""
+    """Contents of ``regvq-data.json``, beside the shards that ``regvq data prepare`` made."""
 
     dataset: str
     title: str

@@ -31,7 +31,7 @@ INFO = "cache.json"
 FORMAT = 1
 MAX_CODES = 2**16
 """Number of ids in uint16."""
-REMEDY = ": run train/cache_tokens.py again, it makes damaged files anew"
+REMEDY = ": run `regvq tokens` again, it makes damaged files anew"
 
 _TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)}
 _MAX_HEADER = 10**6
@@ -112,7 +112,7 @@ def read_info(folder: Path) -> CacheInfo:
         raise NotADirectoryError(f"{folder} is a file: give the folder of a token cache")
     if not path.is_file():
         what = f"{folder} has no {INFO}" if folder.is_dir() else f"no such folder: {folder}"
-        raise FileNotFoundError(f"{what}; make a token cache with train/cache_tokens.py, whose --out is a new folder")
+        raise FileNotFoundError(f"{what}; make a token cache with `regvq tokens`, whose --out is a new folder")
     try:
         values = json.loads(path.read_bytes())
         version = values["format"]
@@ -179,9 +179,7 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
             length = int.from_bytes(file.read(8), "little")
             header = file.read(min(length, _MAX_HEADER))
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: run train/cache_tokens.py again, it makes what is missing"
-        ) from None
+        raise FileNotFoundError(f"{path} is missing: run `regvq tokens` again, it makes what is missing") from None
     try:
         entries = {name: _Entry.parse(entry) for name, entry in json.loads(header).items() if name != "__metadata__"}
         starts, stops = zip(*sorted(entry.extent for entry in entries.values()), strict=True)

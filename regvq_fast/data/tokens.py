@@ -1,4 +1,4 @@
-"""Samples of tokens: from a cache that ``train/cache_tokens.py`` made, or made of images on the fly.
+"""Samples of tokens: from a cache that ``regvq tokens`` made, or made of images on the fly.
 
 Both give the same samples. The cache holds the first ``views`` epochs of a training stream in its order, so that sample
 g of a cached data set and the tokens of sample g of the images are equal for every g below their number.
@@ -142,7 +142,7 @@ class TokenDataset(Dataset[TokenSample]):
         self.seed = seed
         self.info = info = read_info(self.folder)
         if not info.complete:
-            raise ValueError(f"the token cache {folder} is not complete: run train/cache_tokens.py again, it goes on")
+            raise ValueError(f"the token cache {folder} is not complete: run `regvq tokens` again, it goes on")
         if tokenizer_hash is not None and tokenizer_hash != info.tokenizer_sha256:
             raise ValueError(
                 f"the token cache {folder} was made by {info.tokenizer} (SHA-256 {info.tokenizer_sha256[:12]}), not by "

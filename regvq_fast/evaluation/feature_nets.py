@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.data.transforms import to_float
+from regvq_fast.invocation import install
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.models.features import NoWeightsError, VGGFeatures, load_vgg_features
 from regvq_fast.models.weights import RemoteWeights, find_weights, read_state_dict, sha256_of, weights_hash
@@ -26,7 +27,7 @@ INCEPTION_WEIGHTS = RemoteWeights(
 
 _CHOICES = "inception, inception:PATH, vgg16, vgg16:PATH, random-vgg16, none"
 _INSTALL = (
-    'the Inception features of FID need torch-fidelity: run pip install -e ".[fid]" in the checkout, or give other '
+    f"the Inception features of FID need torch-fidelity: {install('fid')}, or give other "
     "features with --fid-features vgg16:PATH"
 )
 

@@ -22,7 +22,7 @@ from regvq_fast.evaluation.shares import rank_batches, rank_share
 from regvq_fast.models.vqgan import VQGAN
 
 _NO_SAMPLES = ("grid.png", "strip.png")
-"""Files that train/sample.py saves beside the images it samples."""
+"""Files that regvq sample saves beside the images it samples."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def fid_of_samples(
 
 
 class SampledImages(Dataset[Sample]):
-    """Images of a folder, sampled at one size, as they are; sorted by name, train/sample.py's grid left out.
+    """Images of a folder, sampled at one size, as they are; sorted by name, regvq sample's grid left out.
 
     Every file is checked at once: the checksums of a PNG, whose pixels are decoded later; others are decoded.
 

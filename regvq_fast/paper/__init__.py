@@ -1,4 +1,4 @@
-"""The paper's tables and sweeps, each row of them from training to metrics: what ``train/paper.py`` runs."""
+"""The paper's tables and sweeps, each row of them from training to metrics: what ``regvq paper`` runs."""
 
 from regvq_fast.paper.driver import PaperConfig, reproduce
 from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, Row

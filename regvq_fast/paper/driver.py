@@ -1,4 +1,4 @@
-"""From the name of a table to its rows, trained, measured and compared: what ``train/paper.py`` runs."""
+"""From the name of a table to its rows, trained, measured and compared: what ``regvq paper`` runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ _SMALL = 16  # pixels of images that are only opened; the least of the scenes
 
 @dataclass(frozen=True)
 class PaperConfig(CompileConfig, DeviceConfig):
-    """A run of ``train/paper.py``."""
+    """A run of ``regvq paper``."""
 
     experiment: Positional[ExperimentName]
     """Rows to run."""
@@ -37,7 +37,7 @@ class PaperConfig(CompileConfig, DeviceConfig):
     scale: Scale = "tiny"
     """tiny: minutes a row, on a CPU, too; full: the paper's sizes (scenes: 128 px, for a GPU)."""
     data: Path | None = None
-    """Images of the preset, as for train/vq.py. Not given: the embedded scenes."""
+    """Images of the preset, as for regvq train vq. Not given: the embedded scenes."""
     out: Path | None = None
     """Folder of tables and figures, with the runs in its runs/. Not given: runs/paper/PRESET-SCALE."""
     seeds: tuple[int, ...] = (0,)
@@ -47,23 +47,22 @@ class PaperConfig(CompileConfig, DeviceConfig):
     prior: Literal["preset", "none"] | PriorName = "preset"
     """Prior that samples the images of FID[G]; "preset": the paper's on this data, and none in the sweeps."""
     fid_features: str = "inception"
-    """As in train/evaluate.py; random-vgg16 needs no file."""
+    """As in regvq evaluate; random-vgg16 needs no file."""
     perceptual_weights: Path | None = None
-    """VGG-16 weights of training and of the perceptual distance, as in train/vq.py."""
+    """VGG-16 weights of training and of the perceptual distance, as in regvq train vq."""
     contrastive_weights: Path | None = None
-    """VGG-19 weights of the contrastive loss at scale full, as in train/vq.py."""
+    """VGG-19 weights of the contrastive loss at scale full, as in regvq train vq."""
     processes: int = 1
     """GPUs: more than one trains under torchrun."""
     report_only: bool = False
     """Run nothing; write tables and figures of the rows that are done."""
 
 
-def reproduce(config: PaperConfig, scripts: Path) -> None:
+def reproduce(config: PaperConfig) -> None:
     """Run or resume every row of an experiment, and write its table and figures.
 
     Args:
         config: what to run.
-        scripts: folder of train/vq.py and its neighbours.
 
     Raises:
         ValueError, OSError: what is wrong with the settings, before anything runs; or which command failed.
@@ -91,7 +90,7 @@ def reproduce(config: PaperConfig, scripts: Path) -> None:
                         continue
                     title = f"{row.name}, seed {seed} (row {k} of {len(chosen)}): {stage.name}"
                     console.print(Text.assemble("\n", (title, "bold")), soft_wrap=True)
-                    pipeline.run(stage, scripts, _how(config, stage), config.processes)
+                    pipeline.run(stage, _how(config, stage), config.processes)
                 report.write_table()
     report.write_table()
     report.write_figures(inference_device(config.device))
@@ -163,7 +162,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
     preset, seeded = ("--preset", of_scale.preset), ("--seed", str(seed))
     tokenizer = Stage(
         "tokenizer",
-        "vq.py",
+        "train vq",
         (*preset, *data, *of_scale.tokenizer, *weights, *contrastive, *row.flags, *seeded),
         folder / "vq",
         folder / "vq" / "summary.json",
@@ -176,7 +175,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
         fields = () if config.data is None else ("--fields", PRIORS[prior].sampler.condition_field)
         cache = Stage(
             "token cache",
-            "cache_tokens.py",
+            "tokens",
             ("--tokenizer", str(tokenizer.folder), *data, *fields, *of_scale.cache),
             folder / "tokens",
             folder / "prior" / "config.json",  # a cache that is whole is left as it is
@@ -184,7 +183,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
         )
         trained = Stage(
             "prior",
-            PRIORS[prior].script,
+            PRIORS[prior].command,
             (*preset, "--cache", str(cache.folder), *of_scale.prior, *seeded),
             folder / "prior",
             folder / "prior" / "summary.json",
@@ -199,13 +198,13 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
     count = () if of_scale.val_images is None else ("--val-images", str(of_scale.val_images))
     settings = (*evaluated, *data, *count, "--fid-features", config.fid_features, *weights)
     name = "metrics" if prior == "none" else "metrics with prior"
-    planned.append(Stage(name, "evaluate.py", settings, judged, judged / RESULTS, trains=False))
+    planned.append(Stage(name, "evaluate", settings, judged, judged / RESULTS, trains=False))
     return Pipeline(folder, tuple(planned))
 
 
 def _how(config: PaperConfig, stage: Stage) -> list[str]:
     """Flags of speed; all of them are said, so that a stage that is resumed doesn't keep what it began with."""
     flags = ["--device", config.device, "--amp" if config.amp else "--no-amp"]
-    if stage.trains or stage.script == "evaluate.py":
+    if stage.trains or stage.command == "evaluate":
         flags.append("--compile" if config.compile else "--no-compile")
     return flags

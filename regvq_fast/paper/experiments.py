@@ -1,7 +1,7 @@
 """Experiments of the paper: the rows of Table 1 and Table 2, the masking ratios and the codebook sizes.
 
-A row is a tokenizer, said by flags of ``train/vq.py`` on top of a preset; rows that are one and the same tokenizer have
-one key, so that experiments share its run. The paper's numbers are those of its Tables 1 and 2.
+A row is a tokenizer, described by flags of ``regvq train vq`` on top of a preset; rows that are one and the same
+tokenizer have one key, so that experiments share its run. The paper's numbers are those of its Tables 1 and 2.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Row:
     key: str
     """Names its folder."""
     flags: tuple[str, ...]
-    """Flags of train/vq.py."""
+    """Flags of regvq train vq."""
     published: Mapping[str, Published] = field(default_factory=dict)
     """By data set."""
     x: float | None = None
@@ -200,13 +200,13 @@ class Recipe(NamedTuple):
     """Flags that make a scale out of the presets."""
 
     preset: PresetName
-    """Preset of the scripts."""
+    """Preset of the commands."""
     tokenizer: tuple[str, ...]
-    """train/vq.py"""
+    """Flags of `regvq train vq`."""
     cache: tuple[str, ...]
-    """train/cache_tokens.py"""
+    """Flags of `regvq tokens`."""
     prior: tuple[str, ...]
-    """Training script of the prior."""
+    """Flags of the prior's training."""
     val_images: int | None
     """Validation images of all metrics; None: the whole split."""
 
@@ -219,7 +219,7 @@ def recipe(preset: PresetName, scale: Scale) -> Recipe:
         prior: tuple[str, ...] = ("--steps", "600", "--eval-every", "200")
         return Recipe(
             "scenes",
-            # train/evaluate.py has all validation images.
+            # regvq evaluate has all validation images.
             ("--image-size", "32", "--ch-mult", "1", "1", "2", "--steps", "600", "--val-images", "128"),
             ("--views", "1", "--val-images", "256"),
             prior,

@@ -171,7 +171,7 @@ def save_curves(
 
 
 def _sampler(prior: Stage, device: torch.device) -> ImageSampler:
-    (name,) = (name for name, entry in PRIORS.items() if entry.script == prior.script)
+    (name,) = (name for name, entry in PRIORS.items() if entry.command == prior.command)
     settings = SamplingConfig(**PRIORS[name].sampler.preview_settings)
     return ImageSampler.from_run(prior.folder, settings, choose_precision(False, device), name)
 

@@ -1,4 +1,4 @@
-"""The stages of a row, each a command of one of the scripts: tokenizer, tokens, prior, metrics.
+"""The stages of a row, each a command of `regvq`: tokenizer, tokens, prior, metrics.
 
 A stage that is done is not run again, one that was interrupted continues: its folder tells. What decides its numbers is
 written down beside them, so that a row is never mixed from different settings.
@@ -27,8 +27,8 @@ class Stage(NamedTuple):
 
     name: str
     """File that it makes."""
-    script: str
-    """Script in train/."""
+    command: str
+    """Command of `regvq`, without its flags."""
     settings: tuple[str, ...]
     """Flags that decide its numbers."""
     folder: Path
@@ -79,23 +79,21 @@ class Pipeline(NamedTuple):
                     f"{' '.join(stage.settings) or 'none'}: take another --out, or delete {self.folder}"
                 )
 
-    def run(self, stage: Stage, scripts: Path, how: Sequence[str], processes: int = 1) -> None:
+    def run(self, stage: Stage, how: Sequence[str], processes: int = 1) -> None:
         """Run a stage, or the rest of it.
 
         Args:
-            scripts: their folder.
             how: flags that don't decide its numbers (beyond rounding).
             processes: more than one run under torchrun.
 
         Raises:
             StageFailed: its command failed.
         """
-        # "--": the launcher takes --run of a script for an abbreviation of its own flags.
-        under = ["--standalone", "--nproc-per-node", str(processes), "--"] if processes > 1 else []
-        start = [sys.executable, *(["-m", "torch.distributed.run", *under] if under else [])]
-        flags = self._flags(stage, how)
-        # As one would type it, wherever Python and the scripts are.
-        typed = shlex.join([*(["torchrun", *under] if under else ["python"]), f"train/{stage.script}", *flags])
+        # "--": the launcher takes a command's --run for an abbreviation of its own flags.
+        under = ["--standalone", "--nproc-per-node", str(processes), "-m", "--"] if processes > 1 else []
+        start = ["-m", "torch.distributed.run", *under] if under else ["-m"]
+        line = ["regvq_fast", *stage.command.split(), *self._flags(stage, how)]
+        typed = shlex.join(["torchrun", *under, *line] if under else ["regvq", *line[1:]])
         record = self.record()
         entry = record.setdefault(stage.name, {"commands": [], "seconds": 0.0})
         entry["settings"] = stage.settings
@@ -104,7 +102,7 @@ class Pipeline(NamedTuple):
         self._write(record)
         begin = time.monotonic()
         try:
-            status = _run([*start, str(scripts / stage.script), *flags])
+            status = _run([sys.executable, *start, *line])
         finally:
             entry["seconds"] = round(before + time.monotonic() - begin, 1)
             self._write(record)

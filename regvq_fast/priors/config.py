@@ -13,13 +13,13 @@ class TokensConfig(Section):
     """Source of the tokens."""
 
     cache: OptionalPath = None
-    """Token cache, made by train/cache_tokens.py."""
+    """Token cache, made by regvq tokens."""
     on_the_fly: bool = False
     """Make tokens of images in each step, by --tokenizer."""
     tokenizer: OptionalPath = None
     """Tokenizer: run, checkpoint or folder of VQGAN.save_pretrained. Default: the cache's."""
     data: OptionalPath = None
-    """on the fly: images, as for train/vq.py. Default: the embedded scenes."""
+    """on the fly: images, as for regvq train vq. Default: the embedded scenes."""
     crop: Crop = "center"
     """on the fly: training crop of a folder's images."""
     flip: bool = True
@@ -34,10 +34,10 @@ class TokensConfig(Section):
             raise ValueError(f"--on-the-fly and --cache {self.cache} exclude each other: take one")
         if not self.on_the_fly and self.cache is None:
             raise ValueError(
-                "give a token cache with --cache (train/cache_tokens.py makes one), or --on-the-fly with --tokenizer"
+                "give a token cache with --cache (`regvq tokens` makes one), or --on-the-fly with --tokenizer"
             )
         if self.on_the_fly and self.tokenizer is None:
-            raise ValueError("--on-the-fly needs a tokenizer: give the run of train/vq.py with --tokenizer")
+            raise ValueError("--on-the-fly needs a tokenizer: give the run of `regvq train vq` with --tokenizer")
         if not self.on_the_fly and (flags := changed_flags(self, ("data", "crop", "flip", "val_images"))):
             raise ValueError(f"{flags[0]} is for --on-the-fly: the cache {self.cache} was made of images of its own")
 

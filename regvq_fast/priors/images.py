@@ -59,7 +59,7 @@ class ImageSampler:
 
     @classmethod
     def from_run(cls, run: Path, config: SamplingConfig, precision: Precision, name: str | None = None) -> Self:
-        """The prior in the folder of a run of train/ar.py or train/diffusion.py, with the tokenizer that lies in it.
+        """Load the prior in the folder of its run, with the tokenizer that lies in it.
 
         Args:
             run: the folder.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -43,9 +42,9 @@ class Prior:
         return type(next(iter(self.presets.values())))
 
     @property
-    def script(self) -> str:
-        """Name of the training script in train/."""
-        return Path(self.recipe.script).name
+    def command(self) -> str:
+        """The command of `regvq` that trains it."""
+        return self.recipe.command
 
 
 PRIORS: dict[str, Prior] = {

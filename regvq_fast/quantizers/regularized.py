@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tyro.conf import arg
 
 from regvq_fast.losses.prior import PriorScope, posterior_groups, prior_kl, scoped_posterior
 from regvq_fast.ops import vector_quantize
@@ -16,6 +15,7 @@ from regvq_fast.quantizers.mask import MaskMode, stochastic_mask
 from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, QuantizerSettings, sample_seed, wide
 from regvq_fast.quantizers.statistics import softmax_of_some_rows
 from regvq_fast.ranks import mean_over_ranks
+from regvq_fast.settings import arg
 
 LogitKind = Literal["cosine", "distance", "linear"]
 

@@ -120,8 +120,10 @@ class Recipe(ABC, Generic[Config]):
         micro_batch: images that go through the networks at once, in training and in evaluation.
     """
 
-    script: ClassVar[str]
-    """The script that starts such a run."""
+    command: ClassVar[str]
+    """The command of `regvq` that starts such a run."""
+    usage: ClassVar[str]
+    """Head of its help."""
     image_name: ClassVar[str] = "reconstructions"
     """File name, without suffix, of what `save_images` shows."""
 

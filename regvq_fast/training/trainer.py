@@ -18,6 +18,7 @@ from regvq_fast.config import Config, override
 from regvq_fast.data.loading import TimedBatches, read_samples, split_batch, training_batches
 from regvq_fast.evaluation.shares import rank_batches, unreadable_images
 from regvq_fast.files import atomic_path
+from regvq_fast.invocation import command, launched
 from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
 from regvq_fast.precision import choose_device, choose_precision, configure_backends
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
@@ -346,5 +347,6 @@ class Trainer(Generic[Config]):
     @property
     def command(self) -> str:
         """The command that continues the run."""
-        launcher = f"torchrun --nproc-per-node {ranks.local_world_size()}" if ranks.is_torchrun() else "python"
-        return f"{launcher} {self.recipe.script} --resume --out {shlex.quote(str(self.recorder.folder))}"
+        name = self.recipe.command
+        typed = launched(name, ranks.local_world_size()) if ranks.is_torchrun() else command(name)
+        return f"{typed} --resume --out {shlex.quote(str(self.recorder.folder))}"

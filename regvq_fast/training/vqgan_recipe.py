@@ -1,4 +1,4 @@
-"""The recipe of the VQ-GAN: autoencoder, quantizer and discriminator (``train/vq.py``)."""
+"""The recipe of the VQ-GAN: autoencoder, quantizer and discriminator (``regvq train vq``)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,7 +31,16 @@ _GRID_IMAGES = 16
 class VQGANRecipe(Recipe[VQGANConfig]):
     """Training of an image tokenizer."""
 
-    script = "train/vq.py"
+    command = "train vq"
+    usage = """Train an image tokenizer: a VQ-GAN with Reg-VQ, or a baseline.
+
+    regvq train vq --compile --amp           # embedded scenes; minutes on a CPU
+    regvq train vq --data photos/ --image-size 128 --steps 20000 --compile --amp
+    torchrun --nproc-per-node 4 -m regvq_fast train vq --preset ade20k --data ADE20K/ --amp
+    regvq train vq --resume --out runs/NAME  # continue a run that stopped
+
+A run leaves its configuration, metrics, images, checkpoints and weights in --out.
+"""
 
     def open_data(self, config: VQGANConfig) -> Data:
         data, seed = config.data, config.run.seed

@@ -37,7 +37,7 @@ def find_archive(root: str | os.PathLike[str], name: ArchiveName | None = None) 
     below: list[Archive] = [archive for kind in kinds for archive in kind.within(root)]
     found = here or below
     if len(found) > 1:
-        hint = " (train/data.py: or give --dataset)" if len({archive.name for archive in found}) > 1 else ""
+        hint = " (`regvq data`: or give --dataset)" if len({archive.name for archive in found}) > 1 else ""
         raise ValueError(f"{root} holds {_listed(found)}: name the top folder of one{hint}")
     if here and below:
         warn_once(f"{here[0].label} is taken, not {_listed(below)} in it: name the top folder of the one you mean")

@@ -26,7 +26,7 @@ class TransformerConfig(TransformerSizes):
 
 @dataclass(frozen=True)
 class ARConfig(PriorConfig):
-    """A run of ``train/ar.py``."""
+    """A run of ``regvq train ar``."""
 
     model: Annotated[TransformerConfig, UNTITLED] = field(default_factory=TransformerConfig)
 

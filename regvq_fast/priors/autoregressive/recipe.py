@@ -1,4 +1,4 @@
-"""The recipe of the autoregressive prior (``train/ar.py``)."""
+"""The recipe of the autoregressive prior (``regvq train ar``)."""
 
 from typing import cast
 
@@ -17,7 +17,18 @@ _MAX_CLASSES = 256
 class ARRecipe(PriorRecipe[ARConfig]):
     """Training of a transformer that predicts the tokens of an image from its semantic map."""
 
-    script = "train/ar.py"
+    command = "train ar"
+    usage = """Train the autoregressive prior: a transformer over the tokens of an image, given its semantic map.
+
+    regvq train ar --cache runs/tokens --compile --amp                # tokens of a cache
+    regvq train ar --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
+    regvq train ar --preset ade20k --cache ADE20K/tokens --compile --amp
+    torchrun --nproc-per-node 4 -m regvq_fast train ar --preset ade20k --cache ADE20K/tokens --compile --amp
+    regvq train ar --resume --out runs/NAME
+
+A run leaves its resolved configuration, tokenizer, metrics, images, checkpoints and weights in --out (default:
+runs/...); regvq sample samples images from it.
+"""
     sampler = ARSampler
 
     def build_prior(self, config: ARConfig) -> tuple[nn.Module, dict[str, nn.Module]]:

@@ -31,7 +31,7 @@ class DiffusionModelConfig(TransformerSizes):
 
 @dataclass(frozen=True)
 class DiffusionConfig(PriorConfig):
-    """A run of ``train/diffusion.py``."""
+    """A run of ``regvq train diffusion``."""
 
     model: Annotated[DiffusionModelConfig, UNTITLED] = field(default_factory=DiffusionModelConfig)
 

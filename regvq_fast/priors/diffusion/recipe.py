@@ -1,4 +1,4 @@
-"""The recipe of the diffusion prior (``train/diffusion.py``)."""
+"""The recipe of the diffusion prior (``regvq train diffusion``)."""
 
 from typing import cast
 
@@ -19,7 +19,18 @@ from regvq_fast.priors.prior_recipe import PriorRecipe
 class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
     """Training of a discrete diffusion over the tokens of an image, given its caption."""
 
-    script = "train/diffusion.py"
+    command = "train diffusion"
+    usage = """Train the diffusion prior: VQ-Diffusion over the tokens of an image, given its caption.
+
+    regvq train diffusion --cache runs/tokens --compile --amp                # tokens of a cache
+    regvq train diffusion --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
+    regvq train diffusion --preset coco --cache COCO/tokens --compile --amp
+    torchrun --nproc-per-node 4 -m regvq_fast train diffusion --preset coco --cache COCO/tokens --compile --amp
+    regvq train diffusion --resume --out runs/NAME
+
+A run leaves its resolved configuration, tokenizer, metrics, images, checkpoints and weights in --out (default:
+runs/...); regvq sample samples images from it.
+"""
     sampler = DiffusionSampler
 
     @staticmethod

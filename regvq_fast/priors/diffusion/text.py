@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regvq_fast.invocation import install
 from regvq_fast.models.attention import attention
 from regvq_fast.models.pretrained import restore
 from regvq_fast.models.transformer import Block, check_sizes, initialize
@@ -257,8 +258,8 @@ def _load(name: str) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise ValueError(
-            f'the text encoder {name!r} needs transformers: run pip install -e ".[text]" in the checkout, or take '
-            "WordEncoder, which learns with the prior (train/diffusion.py: --text-encoder words)"
+            f"the text encoder {name!r} needs transformers: {install('text')}, or take "
+            "WordEncoder, which learns with the prior (`regvq train diffusion --text-encoder words`)"
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(name)

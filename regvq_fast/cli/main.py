@@ -1,0 +1,93 @@
+"""The command `regvq`. It imports a command's module, and with it PyTorch, only to run it."""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from regvq_fast.invocation import command, install
+from regvq_fast.version import __version__
+
+
+class Command(NamedTuple):
+    """A command of `regvq`."""
+
+    module: str
+    """Module in regvq_fast.cli, whose ``main(args)`` runs it."""
+    summary: str
+    """Line of the help."""
+
+
+COMMANDS = {
+    "train vq": Command("train", "Train an image tokenizer"),
+    "train ar": Command("train", "Train the autoregressive prior: semantic maps to images"),
+    "train diffusion": Command("train", "Train the diffusion prior: captions to images"),
+    "tokens": Command("cache_tokens", "Encode a data set once, for the priors"),
+    "sample": Command("sample", "Sample images from a prior"),
+    "evaluate": Command("evaluate", "Measure a tokenizer or sampled images"),
+    "data": Command("data", "Check the paper's data sets, or pack them into shards"),
+    "paper": Command("paper", "Reproduce a table or a sweep of the paper"),
+}
+"""Every command by its words."""
+
+
+def main() -> None:
+    """Run the command line of `regvq`."""
+    words, args = _split(sys.argv[1:])
+    if args[:1] in (["--version"], ["-V"]):
+        print(f"regvq_fast {__version__}")
+    elif words in COMMANDS:
+        run(words, args)
+    elif not args or args[0] in ("-h", "--help"):
+        print(_help(words))
+        sys.exit(0 if args else 2)
+    else:
+        sys.exit(_unknown(words, args[0]))
+
+
+def run(name: str, args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        name: one of `COMMANDS`.
+        args: behind it; None: those of this process.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+    try:
+        module = import_module(f"regvq_fast.cli.{COMMANDS[name].module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "regvq_fast":
+            raise
+        sys.exit(f"error: {command(name)} needs {error.name}: {install('train')}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    module.main([*name.split()[1:], *(sys.argv[1:] if args is None else args)])
+
+
+def _split(args: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the words of the command, and the arguments behind them."""
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    count = 2 if args[:1] and args[0] in groups and args[1:] and not args[1].startswith("-") else 1
+    words = " ".join(args[:count])
+    if words in COMMANDS:
+        return words, list(args[count:])
+    return (args[0], list(args[1:])) if args[:1] and args[0] in groups else ("", list(args))
+
+
+def _help(group: str) -> str:
+    names = [name for name in COMMANDS if not group or name.startswith(f"{group} ")]
+    width = max(map(len, names))
+    lines = [f"usage: {command(group or 'COMMAND')} {'COMMAND ' if group else ''}[flags]", ""]
+    if not group:
+        lines += ["Regularized vector quantization: train, use and measure image tokenizers and priors.", ""]
+    lines += [f"  {name:{width}}  {COMMANDS[name].summary}" for name in names]
+    return "\n".join([*lines, "", "With --help behind it, each command lists its flags."])
+
+
+def _unknown(group: str, word: str) -> str:
+    given = f"{group} {word}".strip()
+    near = difflib.get_close_matches(given, COMMANDS, 1, 0.5)
+    hint = f"did you mean {command(near[0])}?" if near else f"{command('--help')} lists them"
+    return f"error: there is no command {given!r}; {hint}"

@@ -1,0 +1,70 @@
+"""Commands as the user has to type them, which depends on how this process was started."""
+
+import re
+import sys
+from pathlib import Path
+
+SCRIPTS = {
+    "train vq": "vq.py",
+    "train ar": "ar.py",
+    "train diffusion": "diffusion.py",
+    "tokens": "cache_tokens.py",
+    "sample": "sample.py",
+    "evaluate": "evaluate.py",
+    "data": "data.py",
+    "paper": "paper.py",
+}
+"""Scripts in train/, by the name of the command that each of them runs."""
+
+_COMMAND = re.compile(r"(-m regvq_fast|regvq) ((?:train )?[a-z]+)")
+
+
+def command(name: str) -> str:
+    """Return a command as it is typed, without its flags.
+
+    Args:
+        name: "train vq", "sample", ...
+
+    Returns:
+        "regvq train vq"; "python train/vq.py" if a script of that folder was started, and the command has one;
+        "python -m regvq_fast train vq" if the module was.
+    """
+    return _script(name, "python ") or ("python -m " if _is_module() else "") + _package(name)
+
+
+def launched(name: str, processes: int) -> str:
+    """Return a command as it is typed to run on several processes of this machine."""
+    return f"torchrun --nproc-per-node {processes} {_script(name) or f'-m regvq_fast {name}'}"
+
+
+def as_typed(text: str) -> str:
+    """Return a text whose commands, such as "regvq sample", are as the user has to type them."""
+
+    def spelling(match: re.Match[str]) -> str:
+        if match[1] != "regvq":  # behind torchrun
+            return _script(match[2]) or match[0]
+        return command(match[2])
+
+    return _COMMAND.sub(spelling, text)
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an optional part of the package."""
+    from_checkout = (Path(__file__).parents[1] / "pyproject.toml").is_file()
+    return f'pip install -e ".[{extra}]"' if from_checkout else f'pip install "regvq-fast[{extra}]"'
+
+
+def _script(name: str, before: str = "") -> str:
+    """Return the script of a command, beside the script that was started; "" if there is none, or none was started."""
+    started = Path(sys.argv[0] if sys.argv else "")
+    if started.name not in SCRIPTS.values() or name not in SCRIPTS:
+        return ""
+    return before + str(started.with_name(SCRIPTS[name]))
+
+
+def _package(name: str) -> str:
+    return f"{'regvq_fast' if _is_module() else 'regvq'} {name}"
+
+
+def _is_module() -> bool:
+    return bool(sys.argv) and Path(sys.argv[0]).name == "__main__.py"
