@@ -39,7 +39,7 @@ def tree_of(module: ModuleType) -> ast.Module:
 
 def origin(package: ModuleType, name: str) -> ModuleType:
     """The module in which a package found a name that it exports."""
-    for node in tree_of(package).body:
+    for node in ast.walk(tree_of(package)):  # imports may stand behind a condition
         if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
             return origin(importlib.import_module(str(node.module)), name)
     return package

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "regvq_fast"
 # A layer may import from itself and from those above it in this list.
 LAYERS = [
-    "version files nvml dispatch matmul native",
+    "version invocation files nvml dispatch matmul native",
     "kernels",
     "ops",
     "ranks console number_formats settings precision",
@@ -19,7 +19,9 @@ LAYERS = [
     "evaluation",
     "training",
     "priors",
-    "paper cli",
+    "paper",
+    "cli",
+    "__main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 LEVEL["integrations"] = LEVEL["models"]

@@ -1,7 +1,7 @@
 """The documents can't drift from the project: every path, flag, command and import in them.
 
 The sequence "from nothing to samples" is run as it stands there, at tiny sizes. What needs a GPU, data, the network or
-minutes is parsed only: by the parser of the script that it starts.
+minutes is parsed only: by the parser of the command that it starts.
 """
 
 import ast
@@ -13,6 +13,7 @@ import shlex
 import sys
 import tomllib
 from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
+from regvq_fast.cli.main import COMMANDS as NAMES
+from regvq_fast.cli.main import run
 from regvq_fast.config import parse_config
+from regvq_fast.invocation import SCRIPTS
 from regvq_fast.models import VQGAN, VGGFeatures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,53 +78,66 @@ def mentioned_paths(text: str) -> set[str]:
     return paths | set(links)
 
 
+_OURS = re.compile(r"(?:train/(\w+\.py)|(?<![\w-])(?:-m regvq_fast|regvq) ((?:train )?[a-z]+))(?![\w/])")
+
+
+def named(code: str) -> tuple[str, str]:
+    """The name of our command in a command line, started in any way, and what is behind it; "" if there is none."""
+    found = _OURS.search(code)
+    if not found:
+        return "", code
+    return found[2] or next((name for name, script in SCRIPTS.items() if script == found[1]), ""), code[found.end() :]
+
+
 def mentioned_flags(text: str) -> dict[str, set[str]]:
-    """Flags by the script of train/ in whose command they stand; "" has those that stand alone in a code span."""
+    """Flags by the command behind which they stand; "" has those that stand alone in a code span."""
     flags: dict[str, set[str]] = {}
     for code in [*shell_commands(text), *code_spans(text)]:
-        script = re.match(r"--|.*?(train/\w+\.py)", code)
-        own = code[script.end() :] if script and script[1] else code  # what stands before is the launcher's
-        if script and (found := re.findall(r"(?<!\S)--[a-z][\w-]*", own)):
-            flags.setdefault(script[1] or "", set()).update(found)
+        name, own = named(code)  # what stands before is the launcher's
+        if (name or code.startswith("--")) and (found := re.findall(r"(?<!\S)--[a-z][\w-]*", own)):
+            flags.setdefault(name, set()).update(found)
     return flags
 
 
-def parse(script: str, *flags: str) -> object:
-    """What a script of train/, started as its users start it, makes of its command line."""
+def parse(name: str, *flags: str) -> object:
+    """What a command makes of its flags."""
     parsed: list[object] = []
+    module = import_module(f"regvq_fast.cli.{NAMES[name].module}")
 
-    def run(recipe: type, presets: dict, description: str) -> None:
-        parsed.append(parse_config(presets, sys.argv[1:], description))
+    def train(recipe: type, presets: dict, args: list[str]) -> None:
+        parsed.append(parse_config(presets, args, recipe.usage))  # type: ignore[attr-defined]
 
-    def run_script(kind: type, work: object, description: str, **_: str) -> None:
-        parsed.append(tyro.cli(kind, args=sys.argv[1:], description=description))
+    def run_command(name: str, kind: type, work: object, usage: str, args: list[str], **_: str) -> None:
+        parsed.append(tyro.cli(kind, args=args, description=usage))
 
-    with (
-        patch("regvq_fast.cli.train.train", run),
-        patch("regvq_fast.config.run_script", run_script),
-        patch.object(sys, "argv", [script, *flags]),
-    ):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+    training = name.startswith("train ")
+    with patch.object(module, "train" if training else "run_command", train if training else run_command):
+        run(name, flags)
     return parsed[0]
 
 
 @functools.cache
-def help_of(script: str) -> set[str]:
-    """The flags that a script explains."""
+def help_of(name: str) -> set[str]:
+    """The flags that a command explains."""
     with pytest.MonkeyPatch.context() as environment, redirect_stdout(io.StringIO()) as text:
         # Wide enough that the help wraps no flag, and without the terminal codes that could split one.
-        for name, value in {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}.items():
-            environment.setenv(name, value)
+        for variable, value in {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}.items():
+            environment.setenv(variable, value)
         with pytest.raises(SystemExit) as end:
-            parse(script, "--help")
+            parse(name, "--help")
     assert end.value.code == 0
     return set(re.findall(r"--[a-z][\w-]*", text.getvalue()))
 
 
-def usage_of(script: Path) -> list[str]:
-    """The commands in the docstring of a script."""
-    docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
-    return shell_commands("```bash\n" + "\n".join(re.findall(r"^    (\w.*)$", docstring, re.MULTILINE)) + "\n```")
+def usage_of(name: str) -> list[str]:
+    """The commands in the help of a command."""
+    module = import_module(f"regvq_fast.cli.{NAMES[name].module}")
+    if name.startswith("train "):
+        kind = name.split()[1]
+        usage = (module.VQGANRecipe if kind == "vq" else module.PRIORS[kind].recipe).usage
+    else:
+        usage = module.USAGE
+    return shell_commands("```bash\n" + "\n".join(re.findall(r"^    (\w.*)$", usage, re.MULTILINE)) + "\n```")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -137,30 +154,33 @@ def test_paths_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_exist(document: str) -> None:
-    known = {f"train/{script.name}": help_of(f"train/{script.name}") for script in (ROOT / "train").glob("*.py")}
+    known = {name: help_of(name) for name in NAMES}
     sources = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
     known["bench"] = set(re.findall(r'"(--[a-z][\w-]*)"', sources))
     known["torchrun"] = set(get_args_parser()._option_string_actions)
-    for script, mentioned in mentioned_flags(TEXTS[document]).items():
-        assert sorted(mentioned - (known[script] if script else set().union(*known.values()))) == [], script
+    for name, mentioned in mentioned_flags(TEXTS[document]).items():
+        assert sorted(mentioned - (known[name] if name else set().union(*known.values()))) == [], name
 
 
 def test_commands_are_understood(pytestconfig: pytest.Config) -> None:
     """By the parser of what they start; nothing is run."""
     commands = [command for text in TEXTS.values() for command in shell_commands(text)]
-    commands += [command for script in sorted((ROOT / "train").glob("*.py")) for command in usage_of(script)]
+    usages = {name: usage_of(name) for name in NAMES}
+    assert all(usages.values())
+    commands += [command for usage in usages.values() for command in usage]
     assert len(commands) > 60
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for command in commands:
         words = shlex.split(command)
         # A run to resume is not there: its own parser refuses that. An ellipsis stands for more flags.
         flags = [word for word in words if word not in ("--resume", "...")]
-        script = next((word for word in words if re.fullmatch(r"train/\w+\.py", word)), None)
-        if script is not None:
-            assert words[0] in ("python", "torchrun"), command
+        name, own = named(command)
+        if name:
+            assert words[0] in ("python", "torchrun", "regvq"), command
             if words[0] == "torchrun":
-                assert get_args_parser().parse_args(words[1:]).training_script == script, command
-            parse(script, *flags[flags.index(script) + 1 :])
+                launched = get_args_parser().parse_args(words[1:])
+                assert launched.training_script == ("regvq_fast" if launched.module else f"train/{SCRIPTS[name]}")
+            parse(name, *(word for word in shlex.split(own) if word in flags))
         elif words[0] == "python":
             known = (ROOT / words[1]).read_text()
             assert [flag for flag in words[2:] if flag.startswith("--") and f'"{flag}"' not in known] == [], command
@@ -168,8 +188,8 @@ def test_commands_are_understood(pytestconfig: pytest.Config) -> None:
             for flag in (word for word in words if word.startswith("-")):
                 pytestconfig.getoption(flag)
         elif words[:2] == ["pip", "install"]:
-            named = [name for group in re.findall(r"\[([\w,]+)\]", command) for name in group.split(",")]
-            assert set(named) <= extras.keys(), command
+            chosen = [name for group in re.findall(r"\[([\w,]+)\]", command) for name in group.split(",")]
+            assert set(chosen) <= extras.keys(), command
             assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).exists()
         else:
             assert words[0] == "pdoc" or command == "pre-commit install", f"no test knows this kind: {command}"
@@ -269,6 +289,7 @@ See [the log](docs/failed-ideas.md#format), [the paper](https://example.org/pape
 ```bash
 python train/vq.py --steps 3 \\
     --out runs/first  # not a --flag
+torchrun --nproc-per-node 2 -m regvq_fast tokens --views 2
 pytest tests/test_readme.py::test_paths_exist --benchmark-only && tensorboard --logdir runs
 ```
 """
@@ -280,6 +301,6 @@ pytest tests/test_readme.py::test_paths_exist --benchmark-only && tensorboard --
         "train/vq.py",
         "tests/test_readme.py",
     }
-    assert mentioned_flags(text) == {"": {"--tau", "--gone"}, "train/vq.py": {"--steps", "--out"}}
+    assert mentioned_flags(text) == {"": {"--tau", "--gone"}, "train vq": {"--steps", "--out"}, "tokens": {"--views"}}
     with pytest.raises(SystemExit), redirect_stdout(io.StringIO()):
-        parse("train/vq.py", "--gone")
+        parse("train vq", "--gone")

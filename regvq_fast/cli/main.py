@@ -81,7 +81,7 @@ def _help(group: str) -> str:
     width = max(map(len, names))
     lines = [f"usage: {command(group or 'COMMAND')} {'COMMAND ' if group else ''}[flags]", ""]
     if not group:
-        lines += ["Regularized vector quantization: train, use and measure image tokenizers and priors.", ""]
+        lines += ["Train, use and measure image tokenizers with regularized vector quantization.", ""]
     lines += [f"  {name:{width}}  {COMMANDS[name].summary}" for name in names]
     return "\n".join([*lines, "", "With --help behind it, each command lists its flags."])
 

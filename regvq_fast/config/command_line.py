@@ -29,14 +29,13 @@ class _Start:
     epochs: int | None = None
 
 
-def parse_config(name: str, presets: Mapping[str, Config], args: Sequence[str], usage: str) -> Config:
+def parse_config(presets: Mapping[str, Config], args: Sequence[str], usage: str = "", name: str = "") -> Config:
     """Parse the flags of a training command, which override a preset, or the settings of a run.
 
     Args:
-        name: of the command, such as "train vq".
-        presets: its presets by name; the first is the default.
+        presets: those of the command, by name; the first is the default.
         args: behind the command. Old spellings of flags are accepted, and reported on stderr.
-        usage: heads the help, as of `run_command`.
+        usage, name: of the command, as of `run_command`.
 
     Raises:
         ValueError: ``--resume`` or ``--config`` of no such run, or a preset of another command.

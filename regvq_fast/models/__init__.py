@@ -3,10 +3,17 @@
 from importlib import import_module
 from typing import Any
 
-from regvq_fast.models.discriminator import PatchDiscriminator
-from regvq_fast.models.features import VGGFeatures, load_vgg_features
-from regvq_fast.models.vqgan import VQGAN, VQGANOutput
-from regvq_fast.models.weights import weights_hash
+from regvq_fast.invocation import install
+
+try:
+    from regvq_fast.models.discriminator import PatchDiscriminator
+    from regvq_fast.models.features import VGGFeatures, load_vgg_features
+    from regvq_fast.models.vqgan import VQGAN, VQGANOutput
+    from regvq_fast.models.weights import weights_hash
+except ModuleNotFoundError as error:
+    if error.name in ("safetensors", "rich"):
+        error.msg = f"regvq_fast.models needs {error.name}: {install('train')}"
+    raise
 
 __all__ = [
     "VQGAN",

@@ -122,7 +122,7 @@ class Recipe(ABC, Generic[Config]):
 
     command: ClassVar[str]
     """The command of `regvq` that starts such a run."""
-    usage: ClassVar[str]
+    usage: ClassVar[str] = ""
     """Head of its help."""
     image_name: ClassVar[str] = "reconstructions"
     """File name, without suffix, of what `save_images` shows."""

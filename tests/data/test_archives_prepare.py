@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from regvq_fast.cli.data import DataCommand, manage_data
-from regvq_fast.config import run_script
+from regvq_fast.config import run_command
 from regvq_fast.data import ArchiveDataset, ImageShards, find_archive, preparing
 from regvq_fast.data.datasets import build_dataset
 
@@ -238,7 +237,7 @@ def test_nothing_half_made_is_left_by_a_cluster_that_ends_the_job(tmp_path, monk
 def test_one_of_several_archives_is_named_by_dataset(tmp_path, monkeypatch):
     trees.cub200(tmp_path)
     trees.celebahq(tmp_path)
-    assert Told("verify", tmp_path).error.endswith("of one (train/data.py: or give --dataset)")
+    assert Told("verify", tmp_path).error.endswith("of one (`regvq data`: or give --dataset)")
     expect(monkeypatch, tmp_path / "CUB_200_2011", {"train": 4, "test": 4})
     assert Told("verify", tmp_path, dataset="cub200").error == ""
 
@@ -280,10 +279,10 @@ def test_shards_take_the_place_of_an_empty_folder_or_say_before_that_they_cannot
 
 def test_the_script_ends_with_a_status(tmp_path, monkeypatch, capsys):
     trees.cub200(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["data.py", "verify", "--root", str(tmp_path), "--fields", "caption"])
+    flags = ["verify", "--root", str(tmp_path), "--fields", "caption"]
     with pytest.raises(SystemExit) as ended:
-        run_script(DataCommand, manage_data, "")
+        run_command("data", DataCommand, manage_data, "", flags)
     assert str(ended.value).endswith("is incomplete: see above")
     expect(monkeypatch, tmp_path, {"train": 4, "test": 4})
-    run_script(DataCommand, manage_data, "")
+    run_command("data", DataCommand, manage_data, "", flags)
     assert "5,994" not in capsys.readouterr().out.rsplit("what", 1)[1]

@@ -29,7 +29,7 @@ def resume(folder: Path, *flags: object, script: str = "vq.py") -> None:
 
 
 def run_script(*flags: object, script: str = "vq.py") -> None:
-    with patch.object(sys, "argv", [script, *map(str, flags)]):
+    with patch.object(sys, "argv", [f"train/{script}", *map(str, flags)]):
         runpy.run_path(str(TRAIN / script), run_name="__main__")
 
 

@@ -1,6 +1,7 @@
 """The driver and its report: rows run once, resumed, never mixed; tables say what was measured."""
 
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -23,7 +24,6 @@ from regvq_fast.paper.experiments import EXPERIMENTS, Recipe
 from regvq_fast.paper.figures import percent, save_curves, save_rows
 from regvq_fast.paper.report import Report
 
-SCRIPTS = Path(__file__).parents[2] / "train"
 NET = "random-vgg16"
 
 
@@ -32,7 +32,7 @@ def measurement(name, value, **facts):
 
 
 def evaluation(k):
-    """What train/evaluate.py leaves, with numbers that tell row k."""
+    """Results of `regvq evaluate`, with numbers that tell row k."""
     versions = {"torch": "2.13.0"}
     return {
         "psnr": measurement("PSNR (dB)", 18 + k, device="CPU", versions=versions),
@@ -41,8 +41,13 @@ def evaluation(k):
     }
 
 
-class Scripts:
-    """Stands for the scripts: notes each command, and leaves what it is expected to leave."""
+def words(command):
+    """Return the words of a command of `regvq` that a stage runs: "train vq"."""
+    return " ".join(itertools.takewhile(lambda word: not word.startswith("-"), command[3:]))
+
+
+class Commands:
+    """Stand-in for the processes: notes each command, and leaves what it is expected to leave."""
 
     def __init__(self):
         self.commands = []
@@ -50,42 +55,42 @@ class Scripts:
 
     def __call__(self, command):
         self.commands.append(command)
-        script, out = Path(command[1]).name, Path(command[command.index("--out") + 1])
+        name, out = words(command), Path(command[command.index("--out") + 1])
         out.mkdir(parents=True, exist_ok=True)
-        if script in ("vq.py", "ar.py", "diffusion.py"):
+        if name.startswith("train "):
             (out / "config.json").touch()
             (out / "checkpoints" / "step-0000001").mkdir(parents=True, exist_ok=True)
         if len(self.commands) == self.fails_at:
             return 3
-        if script == "evaluate.py":
+        if name == "evaluate":
             (out / RESULTS).write_text(json.dumps(evaluation(len(self.commands))))
-        elif script != "cache_tokens.py":
-            summary = {} if script == "vq.py" else {"agreement of samples": 0.25}
+        elif name != "tokens":
+            summary = {} if name == "train vq" else {"agreement of samples": 0.25}
             (out / "summary.json").write_text(json.dumps(summary))
         return 0
 
     @property
-    def scripts(self):
-        return [Path(command[1]).name for command in self.commands]
+    def names(self):
+        return [words(command) for command in self.commands]
 
 
 @pytest.fixture
-def scripts(monkeypatch):
-    scripts = Scripts()
-    monkeypatch.setattr(stages, "_run", scripts)
+def ran(monkeypatch):
+    commands = Commands()
+    monkeypatch.setattr(stages, "_run", commands)
     monkeypatch.setattr(Report, "write_figures", lambda self, device: None)
-    return scripts
+    return commands
 
 
 def table2(tmp_path, **changes):
     return PaperConfig("table2", out=tmp_path / "out", **{"rows": ("vq-gan", "reg-vq"), "fid_features": NET, **changes})
 
 
-def test_a_row_is_tokenizer_tokens_prior_and_metrics(scripts, tmp_path):
-    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(4,), amp=True), SCRIPTS)
-    assert scripts.scripts == ["vq.py", "cache_tokens.py", "ar.py", "evaluate.py"]
+def test_a_row_is_tokenizer_tokens_prior_and_metrics(ran, tmp_path):
+    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(4,), amp=True))
+    assert ran.names == ["train vq", "tokens", "train ar", "evaluate"]
     folder = tmp_path / "out" / "runs" / "reg-vq" / "seed-4"
-    tokenizer, cache, prior, metrics = (" ".join(command[2:]) for command in scripts.commands)
+    tokenizer, cache, prior, metrics = (" ".join(command[3:]) for command in ran.commands)
     assert "--seed 4" in tokenizer
     assert "--amp" in tokenizer
     assert f"--tokenizer {folder / 'vq'}" in cache
@@ -94,73 +99,73 @@ def test_a_row_is_tokenizer_tokens_prior_and_metrics(scripts, tmp_path):
     assert f"--run {folder / 'vq'} --prior-run {folder / 'prior'}" in metrics
     # What is run is what can be run by hand.
     record = json.loads((folder / "stages.json").read_text())
-    assert record["prior"]["commands"] == [shlex.join(["python", "train/ar.py", *scripts.commands[2][2:]])]
+    assert record["prior"]["commands"] == [shlex.join(["regvq", *ran.commands[2][3:]])]
 
 
-def test_without_out_the_committed_results_stay_as_they_are(scripts, tmp_path, monkeypatch):
+def test_without_out_the_committed_results_stay_as_they_are(ran, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    reproduce(PaperConfig("table2", rows=("reg-vq",), fid_features=NET), SCRIPTS)
+    reproduce(PaperConfig("table2", rows=("reg-vq",), fid_features=NET))
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert (tmp_path / "runs" / "paper" / "scenes-tiny" / "table2.md").exists()
 
 
-def test_what_is_done_is_not_run_again_and_experiments_share_it(scripts, tmp_path):
-    reproduce(table2(tmp_path), SCRIPTS)
-    assert len(scripts.commands) == 8
-    reproduce(table2(tmp_path), SCRIPTS)
-    assert len(scripts.commands) == 8
-    reproduce(table2(tmp_path, seeds=(0, 1)), SCRIPTS)
-    assert len(scripts.commands) == 16
+def test_what_is_done_is_not_run_again_and_experiments_share_it(ran, tmp_path):
+    reproduce(table2(tmp_path))
+    assert len(ran.commands) == 8
+    reproduce(table2(tmp_path))
+    assert len(ran.commands) == 8
+    reproduce(table2(tmp_path, seeds=(0, 1)))
+    assert len(ran.commands) == 16
     # The sweep of masking ratios has 40 % and 20 % here, without a prior: the first tokenizer is there.
-    reproduce(table2(tmp_path, rows=("reg-vq-no-contrast",)), SCRIPTS)
+    reproduce(table2(tmp_path, rows=("reg-vq-no-contrast",)))
     rows = ("reg-vq-no-contrast", "reg-vq-mask-0.2-no-contrast")
-    reproduce(PaperConfig("masking", out=tmp_path / "out", rows=rows, fid_features=NET), SCRIPTS)
-    assert scripts.scripts[20:] == ["vq.py", "evaluate.py", "evaluate.py"]
+    reproduce(PaperConfig("masking", out=tmp_path / "out", rows=rows, fid_features=NET))
+    assert ran.names[20:] == ["train vq", "evaluate", "evaluate"]
 
 
-def test_a_row_that_failed_goes_on_where_it_stopped(scripts, tmp_path):
-    scripts.fails_at = 3
+def test_a_row_that_failed_goes_on_where_it_stopped(ran, tmp_path):
+    ran.fails_at = 3
     with pytest.raises(ValueError, match=r"seed-0 .*\b3\b"):
-        reproduce(table2(tmp_path, rows=("reg-vq",), amp=True), SCRIPTS)
-    reproduce(table2(tmp_path, rows=("reg-vq",), compile=True, device="cpu"), SCRIPTS)
-    assert scripts.scripts == ["vq.py", "cache_tokens.py", "ar.py", "ar.py", "evaluate.py"]
+        reproduce(table2(tmp_path, rows=("reg-vq",), amp=True))
+    reproduce(table2(tmp_path, rows=("reg-vq",), compile=True, device="cpu"))
+    assert ran.names == ["train vq", "tokens", "train ar", "train ar", "evaluate"]
     prior = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior"
     # As fast as this call asks for, not as the one that was interrupted did.
-    assert scripts.commands[3][2:] == [*"--resume --device cpu --no-amp --compile --out".split(), str(prior)]
+    assert ran.commands[3][5:] == [*"--resume --device cpu --no-amp --compile --out".split(), str(prior)]
 
 
-def test_what_was_stopped_before_its_first_checkpoint_begins_anew(scripts, tmp_path):
+def test_what_was_stopped_before_its_first_checkpoint_begins_anew(ran, tmp_path):
     folder = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "vq"
     (folder / "pictures").mkdir(parents=True)
     (folder / "config.json").touch()
-    reproduce(table2(tmp_path, rows=("reg-vq",)), SCRIPTS)
-    assert "--resume" not in scripts.commands[0]
-    assert not (folder / "pictures").exists()  # train/vq.py refuses a folder that isn't empty
+    reproduce(table2(tmp_path, rows=("reg-vq",)))
+    assert "--resume" not in ran.commands[0]
+    assert not (folder / "pictures").exists()  # a new run refuses a folder that isn't empty
 
 
-def test_rows_made_with_old_spellings_of_flags_are_the_same(scripts, tmp_path):
+def test_rows_made_with_old_spellings_of_flags_are_the_same(ran, tmp_path):
     config = PaperConfig("codebook-size", out=tmp_path / "out", rows=("reg-vq-f4-kl-0.3-256",), fid_features=NET)
-    reproduce(config, SCRIPTS)
-    made = len(scripts.commands)
+    reproduce(config)
+    made = len(ran.commands)
     (record,) = (tmp_path / "out").rglob("stages.json")
     assert "--kl-weight" in record.read_text()
     record.write_text(record.read_text().replace("--kl-weight", "--prior-weight"))
-    reproduce(config, SCRIPTS)
-    assert len(scripts.commands) == made
+    reproduce(config)
+    assert len(ran.commands) == made
 
 
-def test_rows_of_other_settings_are_refused_before_anything_runs(scripts, tmp_path):
+def test_rows_of_other_settings_are_refused_before_anything_runs(ran, tmp_path):
     weights = tmp_path / "vgg.pth"
     weights.touch()
-    reproduce(table2(tmp_path), SCRIPTS)
+    reproduce(table2(tmp_path))
     with pytest.raises(ValueError, match=r"--preset scenes .*--out"):
-        reproduce(table2(tmp_path, perceptual_weights=weights), SCRIPTS)
-    reproduce(table2(tmp_path, compile=True, amp=True), SCRIPTS)  # speed is no setting
-    assert len(scripts.commands) == 8
+        reproduce(table2(tmp_path, perceptual_weights=weights))
+    reproduce(table2(tmp_path, compile=True, amp=True))  # speed is no setting
+    assert len(ran.commands) == 8
 
 
-def test_tables_hold_what_was_measured_beside_the_paper(scripts, tmp_path):
-    reproduce(table2(tmp_path, seeds=(0, 1)), SCRIPTS)
+def test_tables_hold_what_was_measured_beside_the_paper(ran, tmp_path):
+    reproduce(table2(tmp_path, seeds=(0, 1)))
     out = tmp_path / "out"
     lines = list(csv.DictReader((out / "table2.csv").open()))
     # Four commands a row and seed; the number of the last one is in its numbers.
@@ -187,9 +192,9 @@ def test_tables_hold_what_was_measured_beside_the_paper(scripts, tmp_path):
     assert details["+ PCL instead of CL"]["1"]["metrics"]["fid_r"]["features_sha256"] == "abc"
 
 
-def test_a_table_has_all_that_is_there_whatever_is_run(scripts, tmp_path):
-    reproduce(table2(tmp_path), SCRIPTS)
-    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(1,)), SCRIPTS)
+def test_a_table_has_all_that_is_there_whatever_is_run(ran, tmp_path):
+    reproduce(table2(tmp_path))
+    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(1,)))
     lines = list(csv.DictReader((tmp_path / "out" / "table2.csv").open()))
     assert [(line["row"], line["seed"]) for line in lines] == [
         ("baseline (VQ-GAN)", "0"),
@@ -198,10 +203,10 @@ def test_a_table_has_all_that_is_there_whatever_is_run(scripts, tmp_path):
     ]
 
 
-def test_a_seed_without_its_prior_counts_where_it_was_measured(scripts, tmp_path):
-    reproduce(table2(tmp_path, rows=("reg-vq",)), SCRIPTS)
-    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(1,), prior="none"), SCRIPTS)
-    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(0, 1), report_only=True), SCRIPTS)
+def test_a_seed_without_its_prior_counts_where_it_was_measured(ran, tmp_path):
+    reproduce(table2(tmp_path, rows=("reg-vq",)))
+    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(1,), prior="none"))
+    reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(0, 1), report_only=True))
     lines = list(csv.DictReader((tmp_path / "out" / "table2.csv").open()))
     assert [(line["seed"], line["fid_r"] != "", line["agreement of samples"]) for line in lines] == [
         ("0", True, "0.25"),
@@ -237,15 +242,15 @@ def test_signals_reach_the_command_that_saves_its_work_and_end_the_driver(tmp_pa
     assert process.returncode == 128 + number or (number == signal.SIGINT and b"KeyboardInterrupt" in error)
 
 
-def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
-    reproduce(table2(tmp_path), SCRIPTS)
+def test_numbers_of_other_protocols_are_not_compared(ran, tmp_path):
+    reproduce(table2(tmp_path))
     path = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior" / RESULTS
     for fact, value in (("features_sha256", "def"), ("top_p", 0.5)):
         found = json.loads(path.read_text())
         other = found | {"fid_r": found["fid_r"] | {fact: value}}
         path.write_text(json.dumps(other))
         with pytest.raises(ValueError, match=rf"\+ PCL instead of CL, seed 0.*{fact}"):
-            reproduce(table2(tmp_path), SCRIPTS)
+            reproduce(table2(tmp_path))
         path.write_text(json.dumps(found))
 
 
@@ -262,14 +267,14 @@ def test_numbers_of_other_protocols_are_not_compared(scripts, tmp_path):
         ({"processes": 0}, r"--processes .*\b0$"),
     ],
 )
-def test_bad_settings_are_refused(scripts, tmp_path, changes, message):
+def test_bad_settings_are_refused(ran, tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
-        reproduce(table2(tmp_path, **changes), SCRIPTS)
-    assert not scripts.commands
+        reproduce(table2(tmp_path, **changes))
+    assert not ran.commands
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_prior_lacks_is_said_before_a_tokenizer_is_trained_for_it(scripts, tmp_path, monkeypatch):
+def test_what_a_prior_lacks_is_said_before_a_tokenizer_is_trained_for_it(ran, tmp_path, monkeypatch):
     for split in ("train", "val"):
         for k in range(2):
             path = tmp_path / "photos" / split / f"{k}.png"
@@ -278,54 +283,56 @@ def test_what_a_prior_lacks_is_said_before_a_tokenizer_is_trained_for_it(scripts
             path.with_suffix(".txt").write_text("a photograph")
     photos = {"preset": "coco", "data": tmp_path / "photos"}
     with pytest.raises(FileNotFoundError, match=r"\b2 .*photos .*segmentation"):
-        reproduce(table2(tmp_path, **photos, prior="ar"), SCRIPTS)
+        reproduce(table2(tmp_path, **photos, prior="ar"))
     with pytest.raises(ValueError, match=r"--prior ar .*--preset coco.* scenes, ade20k"):
-        reproduce(table2(tmp_path, **photos, prior="ar", scale="full"), SCRIPTS)
+        reproduce(table2(tmp_path, **photos, prior="ar", scale="full"))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"'openai/clip-vit-base-patch32' .*transformers"):
-        reproduce(table2(tmp_path, **photos, scale="full"), SCRIPTS)
-    assert not scripts.commands
-    reproduce(table2(tmp_path, **photos), SCRIPTS)  # the tiny scale has its own encoder of words
-    assert "diffusion.py" in scripts.scripts
+        reproduce(table2(tmp_path, **photos, scale="full"))
+    assert not ran.commands
+    reproduce(table2(tmp_path, **photos))  # the tiny scale has its own encoder of words
+    assert "train diffusion" in ran.names
 
 
-def test_several_gpus_train_under_torchrun(scripts, tmp_path, monkeypatch):
+def test_several_gpus_train_under_torchrun(ran, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(stages, "_run", lambda command: commands.append(command) or 1)
     with pytest.raises(ValueError, match=r"status 1\b"):
-        reproduce(table2(tmp_path, processes=4), SCRIPTS)
+        reproduce(table2(tmp_path, processes=4))
     assert commands[0][1:3] == ["-m", "torch.distributed.run"]
     launched = torch.distributed.run.parse_args([*commands[0][3:], "--run", "runs/vq"])  # as metrics have it
     assert (launched.nproc_per_node, launched.standalone) == ("4", True)
-    assert launched.training_script == str(SCRIPTS / "vq.py")
+    assert launched.module
+    assert launched.training_script == "regvq_fast"
+    assert launched.training_script_args[:2] == ["train", "vq"]
     assert launched.training_script_args[-2:] == ["--run", "runs/vq"]
 
 
-def test_a_command_that_made_nothing_may_be_corrected(scripts, tmp_path, monkeypatch):
+def test_a_command_that_made_nothing_may_be_corrected(ran, tmp_path, monkeypatch):
     """The tokenizer's, and that of metrics, which lie in the folder of what they are of."""
     wrong = {"perceptual_weights": tmp_path}
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_run", lambda command: 1)
         with pytest.raises(ValueError, match=r"tokenizer .*status 1\b"):
-            reproduce(table2(tmp_path, **wrong), SCRIPTS)
-    reproduce(table2(tmp_path, rows=("vq-gan",)), SCRIPTS)
-    assert not any(str(tmp_path) == flag for command in scripts.commands for flag in command)
+            reproduce(table2(tmp_path, **wrong))
+    reproduce(table2(tmp_path, rows=("vq-gan",)))
+    assert not any(str(tmp_path) == flag for command in ran.commands for flag in command)
 
     (result,) = (tmp_path / "out" / "runs").rglob(RESULTS)
     result.unlink()
-    scripts.fails_at = len(scripts.commands) + 1
+    ran.fails_at = len(ran.commands) + 1
     other = {"rows": ("vq-gan",), "fid_features": "vgg16"}
     with monkeypatch.context() as patch:
         patch.setattr(driver, "load_feature_net", lambda spec: None)
         with pytest.raises(ValueError, match="metrics with prior"):
-            reproduce(table2(tmp_path, **other), SCRIPTS)
-    reproduce(table2(tmp_path, rows=("vq-gan",)), SCRIPTS)
+            reproduce(table2(tmp_path, **other))
+    reproduce(table2(tmp_path, rows=("vq-gan",)))
     assert result.exists()
 
 
 @pytest.mark.slow
 def test_a_row_for_real(tmp_path, monkeypatch, capfd):
-    """All four scripts at the smallest sizes; a second call leaves everything as it is."""
+    """All four commands at the smallest sizes; a second call leaves everything as it is."""
     tokenizer = "--steps 2 --image-size 32 --ch 8 --z-channels 8 --code-dim 8 --batch-size 2 --val-images 8".split()
     tokenizer += "--perceptual-weight 0.1 --warmup-steps 1 --ch-mult 1 1 1 --num-codes 16".split()
     prior = "--steps 2 --width 16 --depth 1 --heads 2 --batch-size 2".split()
@@ -335,7 +342,7 @@ def test_a_row_for_real(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "out"
     config = PaperConfig("table2", out=out, rows=("reg-vq",), prior="diffusion", fid_features="random-vgg16")
-    reproduce(config, SCRIPTS)
+    reproduce(config)
     folder = out / "runs" / "reg-vq" / "seed-0"
     measured = json.loads((folder / "prior" / RESULTS).read_text())
     assert {"psnr", "fid_r", "fid_g", "utilization"} <= measured.keys()
@@ -347,11 +354,11 @@ def test_a_row_for_real(tmp_path, monkeypatch, capfd):
     assert "layout of samples" in line
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(VQGAN, "tokenize", None)  # figures take the codes that were counted with the metrics
-    reproduce(config, SCRIPTS)
+    reproduce(config)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
     (folder / "prior" / CODE_COUNTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"code_counts\.json .*evaluation\.json"):
-        reproduce(config, SCRIPTS)
+        reproduce(config)
     assert VQGAN.from_pretrained(folder / "vq").quantize.num_codes == 16
 
 

@@ -1,7 +1,6 @@
 """A prior that is new: its classes and one entry in PRIORS are all that training, sampling and evaluation need."""
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ class ToySampler(PriorSampler):
 
 
 class ToyRecipe(PriorRecipe[ToyConfig]):
-    script = "train/toy.py"
+    command = "train toy"
     sampler = ToySampler
 
     def build_prior(self, config: ToyConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -121,8 +120,7 @@ def test_a_new_prior_trains_samples_and_is_measured(
 ) -> None:
     trained = tmp_path / "run"
     flags = "--steps 2 --batch-size 8 --log-every 1 --warmup-steps 0 --lr 0.1 --device cpu --workers 0".split()
-    monkeypatch.setattr(sys, "argv", ["toy.py", *flags, "--cache", str(tokens), "--out", str(trained)])
-    train(toy.recipe, toy.presets, "")
+    train(toy.recipe, toy.presets, [*flags, "--cache", str(tokens), "--out", str(trained)])
     before, after = (json.loads(line)["loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()[:2])
     assert after < before
 
