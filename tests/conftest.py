@@ -27,11 +27,14 @@ NOT_UNIT = set(
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist makes processes of the number
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run folders of tests in a process of one thread for each core, up to four, unless -n says otherwise.
+    """Leave out slow tests where none are named; run folders of tests in several processes unless -n says otherwise.
 
-    A file or a test is run here; so is everything on a GPU, which the processes would share.
+    There is a process of one thread for each core, up to four. A file or a test is run here; so is everything on a GPU,
+    which the processes would share.
     """
     option = config.option
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and not option.markexpr and not option.keyword:
+        option.markexpr = "not slow"
     asked = getattr(option, "numprocesses", 0) is not None or option.usepdb or hasattr(config, "workerinput")
     if asked or torch.cuda.is_available() or not all(Path(argument).is_dir() for argument in config.args):
         return

@@ -81,7 +81,6 @@ def test_training_on_a_gpu_is_that_on_a_cpu(on_gpu, tmp_path):
         assert ours == theirs | {name: pytest.approx(value, rel=2e-3, abs=1e-5) for name, value in numbers.items()}
 
 
-@pytest.mark.slow
 def test_fp16_with_loss_scaling_below_sm_80(on_gpu, tmp_path):
     """A V100's way: scores by cuBLAS in chunks, scaled losses."""
     flags = [*VQ, "--amp", "--device", "cuda"]

@@ -239,7 +239,6 @@ def run_tiny(command: str, more: str = "") -> str:
     return script
 
 
-@pytest.mark.slow
 def test_from_nothing_to_samples(few_regions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's commands one after the other, then commands and code of the docs that take what those leave."""
     monkeypatch.chdir(tmp_path)

@@ -31,7 +31,6 @@ def random_inputs(num_rows, num_segments, width, dtype=torch.float32):
 
 
 @if_kernels_are_elsewhere
-@pytest.mark.slow
 def test_this_file_passes_in_the_interpreter():
     pass_in_the_interpreter(__file__)
 

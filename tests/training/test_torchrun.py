@@ -64,6 +64,7 @@ def test_two_processes_make_the_run_of_one_and_either_resumes_the_other(alone: P
     assert_close_runs(tmp_path / "longer", alone)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_a_refusal_is_one_sentence_and_resuming_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with subprocess.Popen(
