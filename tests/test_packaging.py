@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import shutil
 import site
 import subprocess
@@ -59,10 +60,10 @@ def run(arguments: Sequence[str | Path], cwd: Path) -> str:
 
 def build(source: Path, kind: str, destination: Path) -> Path:
     """Call one hook of the build backend, as pip does without build isolation: nothing is downloaded."""
-    code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+    code = f"import sys, build_backend; build_backend.{kind}(sys.argv[1])"
     destination.mkdir()
     run([sys.executable, "-c", code, destination], cwd=source)
-    (built,) = destination.iterdir()
+    (built,) = (path for path in destination.iterdir() if path.suffix != ".egg-info")
     return built
 
 
@@ -98,15 +99,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(path, checkout / path.name, symlinks=True, ignore=ignore)
 
-    sdist = build(checkout, "sdist", folder / "sdist")
+    sdist = build(checkout, "build_sdist", folder / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     (unpacked,) = (folder / "unpacked").iterdir()
     wheels = {
-        "wheel": build(checkout, "wheel", folder / "from_checkout"),
-        "sdist": build(unpacked, "wheel", folder / "from_sdist"),
+        "wheel": build(checkout, "build_wheel", folder / "from_checkout"),
+        "sdist": build(unpacked, "build_wheel", folder / "from_sdist"),
     }
-    editable = install(build(checkout, "editable", folder / "editable"), folder / "installed_editable")
+    editable = install(build(checkout, "build_editable", folder / "editable"), folder / "installed_editable")
 
     forms = {
         "checkout": Form(checkout, checkout / "regvq_fast"),
@@ -148,6 +149,21 @@ def test_wheel_holds_the_package_and_nothing_else(built: Distributions, name: st
     assert contents(built.wheels[name]).keys() == expected | {"regvq_fast/py.typed", "regvq_fast/kernels/noise.c"}
 
 
+def test_a_wheel_is_slim_and_an_editable_install_trains(built: Distributions, tmp_path: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
+    assert names == {"torch", "numpy"}
+    folder = build(built.checkout, "prepare_metadata_for_build_editable", tmp_path / "metadata")
+    lines = importlib.metadata.Distribution.at(folder).metadata.get_all("Requires-Dist")
+    required = [line for line in lines if "extra ==" not in line]
+    assert required == [*project["dependencies"], *project["optional-dependencies"]["train"]]
+
+
+def test_versions_agree() -> None:
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_sdist_builds_the_same_wheel(built: Distributions) -> None:
     assert contents(built.wheels["sdist"]) == contents(built.wheels["wheel"])
 
@@ -156,7 +172,7 @@ def test_sdist_holds_what_the_main_job_needs(built: Distributions) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     scripts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "train").glob("*.py")}
-    assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", *scripts} <= names
+    assert {"pyproject.toml", "build_backend.py", "constraints.txt", "README.md", "LICENSE", *scripts} <= names
 
 
 @pytest.mark.parametrize("name", ["wheel", "sdist"])

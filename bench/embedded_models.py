@@ -1,0 +1,68 @@
+"""Train the tokenizer and the priors of the embedded scenes that ship with the package.
+
+    python bench/embedded_models.py --runs runs/embedded     # an hour or two on two CPU cores; goes on where it stopped
+
+It runs the commands below and writes the final weights to regvq_fast/scenes/pretrained, in half precision but for the
+quantizer's, on which tokens depend.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from regvq_fast.models.model import Model, read_model
+from regvq_fast.models.pretrained import pretrained_files, write_folder
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.priors.registry import PRIORS
+
+FOLDER = Path(__file__).parents[1] / "regvq_fast" / "scenes" / "pretrained"
+COMMANDS = {
+    "tokenizer": "train vq --compile --amp --perceptual-weight 0 --contrastive none --out {runs}/tokenizer",
+    "tokens": "tokens --tokenizer {runs}/tokenizer --out {runs}/tokens",
+    "ar": "train ar --cache {runs}/tokens --amp --out {runs}/ar",
+    "diffusion": "train diffusion --cache {runs}/tokens --amp --steps 1500 --out {runs}/diffusion",
+}
+"""Commands of `regvq` by the folder that each makes."""
+
+
+def train(runs: Path) -> None:
+    """Run the commands whose results are not there."""
+    for name, command in COMMANDS.items():
+        if (runs / name / "summary.json").exists() or (name == "tokens" and (runs / "ar" / "summary.json").exists()):
+            continue
+        words = [word.format(runs=runs) for word in command.split()]
+        if (runs / name / "checkpoints").exists():
+            words = [*words[:2], "--resume", "--out", str(runs / name)]
+        subprocess.run([sys.executable, "-m", "regvq_fast", *words], check=True)
+
+
+def pack(run: Path, folder: Path) -> None:
+    """Write a run's final weights in half precision, and its summary without paths."""
+    model: Model = read_model(run, VQGAN, *(prior.model for prior in PRIORS.values()))
+    weights = {
+        name: value.half() if value.dtype == torch.float32 and not name.startswith("quantize.") else value
+        for name, value in model.state_dict().items()
+    }
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    numbers = {name: value for name, value in summary.items() if not isinstance(value, str)}
+    command = "regvq " + COMMANDS[folder.name].format(runs="runs/embedded")
+    files = pretrained_files(model.architecture(), weights)
+    config = {**json.loads(files["config.json"]), "command": command, "summary": numbers}
+    write_folder(folder, {**files, "config.json": (json.dumps(config, indent=2) + "\n").encode()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/embedded"), help="folder of the runs")
+    runs = parser.parse_args().runs
+    train(runs)
+    for name in ("tokenizer", *PRIORS):
+        pack(runs / name, FOLDER / name)
+
+
+if __name__ == "__main__":
+    main()
