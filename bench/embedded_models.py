@@ -24,7 +24,7 @@ COMMANDS = {
     "tokenizer": "train vq --compile --amp --perceptual-weight 0 --contrastive none --out {runs}/tokenizer",
     "tokens": "tokens --tokenizer {runs}/tokenizer --out {runs}/tokens",
     "ar": "train ar --cache {runs}/tokens --amp --out {runs}/ar",
-    "diffusion": "train diffusion --cache {runs}/tokens --amp --steps 1500 --out {runs}/diffusion",
+    "diffusion": "train diffusion --cache {runs}/tokens --amp --out {runs}/diffusion",
 }
 """Commands of `regvq` by the folder that each makes."""
 

@@ -146,7 +146,10 @@ def test_wheel_holds_the_package_and_nothing_else(built: Distributions, name: st
     modules = [path for folder in ("regvq_fast", "kernels") for path in (ROOT / folder).rglob("*.py")]
     relative = {path.relative_to(ROOT).as_posix() for path in modules if "__pycache__" not in path.parts}
     expected = {path if path.startswith("regvq_fast/") else f"regvq_fast/{path}" for path in relative}
-    assert contents(built.wheels[name]).keys() == expected | {"regvq_fast/py.typed", "regvq_fast/kernels/noise.c"}
+    models = {path.relative_to(ROOT).as_posix() for path in (ROOT / "regvq_fast/scenes/pretrained").rglob("*.*")}
+    assert models
+    others = {"regvq_fast/py.typed", "regvq_fast/kernels/noise.c"}
+    assert contents(built.wheels[name]).keys() == expected | models | others
 
 
 def test_a_wheel_is_slim_and_an_editable_install_trains(built: Distributions, tmp_path: Path) -> None:
