@@ -1,5 +1,5 @@
-"""The fused ops in other people's models: :func:`accelerate` swaps the look-up of the quantizers it knows, in place."""
+"""The fused ops in other people's models: :func:`swap_quantizers` swaps the look-up of the quantizers it knows."""
 
-from regvq_fast.integrations.swapping import Acceleration, accelerate
+from regvq_fast.integrations.swapping import Acceleration, accelerate, swap_quantizers
 
-__all__ = ["Acceleration", "accelerate"]
+__all__ = ["Acceleration", "accelerate", "swap_quantizers"]
