@@ -89,7 +89,7 @@ def _is_as_built(quantizer: Quantizer) -> bool:
     """Return whether no buffer has changed, as they do when it is initialized, trained or loaded."""
     with torch.random.fork_rng(devices=[]):
         fresh = dict(type(quantizer)(**quantizer.arguments()).named_buffers())
-    return all(torch.equal(buffer.to(fresh[name]), fresh[name]) for name, buffer in quantizer.named_buffers())
+    return all(torch.equal(buffer.cpu(), fresh[name].to(buffer.dtype)) for name, buffer in quantizer.named_buffers())
 
 
 class Form(Adapter):
@@ -98,7 +98,7 @@ class Form(Adapter):
     num_codes: int
     code_dim: int
     is_new: bool
-    """Nobody has calibrated it or loaded its weights: what ``initialized`` says, without waiting for a GPU."""
+    """True until it is initialized or loaded: the negation of ``initialized``, for which no GPU is waited for."""
 
     def _select(self, z: Tensor) -> QuantizerOutput:
         if self.training and self.is_new:

@@ -87,7 +87,7 @@ def test_a_quantizer_without_parameters():
         ({"channel_last": False}, lambda z: z.flatten(2)),
         ({"accept_image_fmap": True}, lambda z: z),
     ],
-    ids=str,
+    ids=["rows", "channel_last=False", "accept_image_fmap"],
 )
 def test_layouts_of_lucidrains(options, to_x):
     plain = initialized()
@@ -230,6 +230,9 @@ def test_in_bf16_the_output_has_the_models_type():
     quantizer = as_taming(initialized()).bfloat16()
     assert quantizer(torch.randn(MAPS).bfloat16())[0].dtype == torch.bfloat16
     assert as_taming(initialized())(torch.randn(MAPS).bfloat16())[0].dtype == torch.float32
+    fresh = as_taming(RegularizedQuantizer(CODES, WIDTH).bfloat16())
+    fresh(torch.randn(MAPS).bfloat16())
+    assert fresh.shift.any(), "the first batch initializes it, too"
 
 
 def test_what_is_refused():
