@@ -1,6 +1,7 @@
 """Base of the adapters: replacement of a module's class."""
 
 import inspect
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,13 @@ class Adapter(nn.Module):
     ``super()`` lead to the library's class, copies and pickles are swapped as well, and nothing of the library needs
     to be imported here.
 
+    An adapter annotates the attributes that it uses: a module without one of them isn't what it is for.
+
     On a GPU rows and codes are multiplied in the type of the rows, 16 bits under autocast, unless ``fp32_scores``.
     """
 
+    methods: ClassVar[tuple[str, ...]] = ("forward",)
+    """Methods of the adapter whose arguments must be the library's."""
     fp32_scores = False
 
     def _nearest_codes(self, rows: Tensor, codebook: Tensor) -> Tensor:
@@ -29,9 +34,20 @@ class Adapter(nn.Module):
             return assign_codes(rows.to(dtype), codebook.to(dtype))
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
-        """Why this module must be left alone, one clause; None where it can be swapped."""
-        return other_arguments(cls, type(module))
+    def unlike(cls, module: nn.Module) -> str | None:
+        """Return a clause about what this module has other than the known classes do; None if it is like them."""
+        for method in cls.methods:
+            if reason := other_arguments(cls, type(module), method):
+                return reason
+        adapters = [base for base in cls.__mro__ if issubclass(base, Adapter)]
+        used = [name for base in adapters for name in vars(base).get("__annotations__", ())]
+        missing = [name for name in used if not hasattr(cls, name) and not hasattr(module, name)]
+        return f"it has no {', '.join(missing)}, which the known classes have" if missing else None
+
+    @classmethod
+    def uncovered(cls, module: nn.Module) -> str | None:
+        """Return a clause about an option of this module that isn't covered; None if all are."""
+        return None
 
     @classmethod
     def swap(cls, module: nn.Module) -> None:
@@ -61,21 +77,41 @@ def _bare_module(adapter: type[Adapter], library_class: type[nn.Module]) -> nn.M
     return new_class.__new__(new_class)
 
 
-def other_arguments(adapter: type[nn.Module], library_class: type[nn.Module]) -> str | None:
-    """A clause that says so where the two ``forward`` take other arguments: an unknown release of the library.
+def other_arguments(adapter: type[nn.Module], library_class: type[nn.Module], method: str = "forward") -> str | None:
+    """Return a clause about a library's method that takes other arguments than the adapter's: an unknown release.
 
-    Of an adapter that hands on ``*args`` and ``**options`` the named ones alone count, which come first.
+    Of an adapter that hands on ``*args`` and ``**options`` only the named ones count, which come first.
     """
-    known, found = (list(inspect.signature(c.forward).parameters.values())[1:] for c in (adapter, library_class))
+    if not hasattr(library_class, method):
+        return f"it has no method {method}"
+    methods = [getattr(owner, method) for owner in (adapter, library_class)]
+    known, found = (list(inspect.signature(function).parameters.values())[1:] for function in methods)
     named = [argument.name for argument in known if argument.kind is argument.POSITIONAL_OR_KEYWORD]
     names = [argument.name for argument in found]
     hands_on = len(named) < len(known)
     if named == (names[: len(named)] if hands_on else names):
         return None
     wanted = ", ".join([*named, "..."] if hands_on else named)
-    return f"its forward takes ({', '.join(names)}), not the ({wanted}) of the releases that are known"
+    return f"its {method} takes ({', '.join(names)}), not the ({wanted}) of the releases that are known"
 
 
 def to_rows(maps: Tensor) -> Tensor:
     """(B, D, H, W) -> (B, H, W, D) contiguous."""
     return maps.permute(0, 2, 3, 1).contiguous()
+
+
+def codes_and_loss(rows: Tensor, codes: Tensor, beta: float, legacy: bool) -> tuple[Tensor, Tensor]:
+    """Codes (B, H, W, D) -> maps (B, D, H, W), with the identity's gradient to the rows, and both terms of the loss.
+
+    In the order of operations of taming and its descendants, so that values are the same to the bit. ``legacy``: beta
+    weighs the codebook's term instead of the commitment.
+    """
+    commitment, codebook = two_losses(rows, codes)
+    loss = commitment + beta * codebook if legacy else beta * commitment + codebook
+    quantized = rows + (codes - rows).detach()
+    return quantized.permute(0, 3, 1, 2).contiguous(), loss
+
+
+def two_losses(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the commitment of rows to their codes, and the loss that moves codes to their rows: 0-dim."""
+    return ((codes.detach() - rows) ** 2).mean(), ((codes - rows.detach()) ** 2).mean()

@@ -23,9 +23,7 @@ class IndexPropagationQuantize(Adapter):
     remap: str | None
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
-        if reason := super().why_not(module):
-            return reason
+    def uncovered(cls, module: nn.Module) -> str | None:
         return None if module.remap is None else "remap, a softmax of a part of the codes, isn't covered"
 
     def forward(self, z: Tensor, temp: float | None = None, return_logits: bool = False) -> Any:

@@ -1,25 +1,47 @@
 """Replacement of a model's quantizers, and warnings about those that stay."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
 
-from regvq_fast.integrations import diffusers, ibq, taming, vector_quantize_pytorch
+from regvq_fast.integrations import codecs, ibq, image_tokenizers, taming, vector_quantize_pytorch
 from regvq_fast.integrations.adapter import Adapter
 
-# By "module.Class". Copies of these files in other packages may compute something else under the same names.
-ADAPTERS: dict[str, type[Adapter]] = {
-    "taming.modules.vqvae.quantize.VectorQuantizer": taming.VectorQuantizer,
-    "taming.modules.vqvae.quantize.VectorQuantizer2": taming.VectorQuantizer2,
-    "taming.modules.vqvae.quantize.GumbelQuantize": taming.GumbelQuantize,
-    "diffusers.models.autoencoders.vae.VectorQuantizer": diffusers.VectorQuantizer,
-    "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize": vector_quantize_pytorch.VectorQuantize,
-    "src.IBQ.modules.vqvae.quantize.IndexPropagationQuantize": ibq.IndexPropagationQuantize,
+INTERFACES: dict[str, tuple[type[Adapter], ...]] = {
+    "nearest": (taming.VectorQuantizer2, taming.DiffusersVectorQuantizer),
+    "one-hot": (taming.VectorQuantizer,),
+    "gumbel": (taming.GumbelQuantize,),
+    "ibq": (ibq.IndexPropagationQuantize,),
+    "llamagen": (image_tokenizers.LlamaGenQuantizer,),
+    "titok": (image_tokenizers.TiTokQuantizer,),
+    "lucidrains": (vector_quantize_pytorch.VectorQuantize,),
+    "encodec": (codecs.EnCodecCodebook, codecs.TransformersCodebook),
+    "dac": (codecs.DacQuantize, codecs.TransformersDacQuantize),
 }
+"""Adapters by the name of an interface: the first that fits a class is taken."""
+
+KNOWN: dict[str, str] = {
+    "taming.modules.vqvae.quantize.VectorQuantizer": "one-hot",
+    "taming.modules.vqvae.quantize.VectorQuantizer2": "nearest",
+    "taming.modules.vqvae.quantize.GumbelQuantize": "gumbel",
+    "diffusers.models.autoencoders.vae.VectorQuantizer": "nearest",
+    "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize": "lucidrains",
+    "src.IBQ.modules.vqvae.quantize.IndexPropagationQuantize": "ibq",
+    "tokenizer.tokenizer_image.vq_model.VectorQuantizer": "llamagen",
+    "modeling.quantizer.quantizer.VectorQuantizer": "titok",
+    "encodec.quantization.core_vq.EuclideanCodebook": "encodec",
+    "transformers.models.encodec.modeling_encodec.EncodecEuclideanCodebook": "encodec",
+    "dac.nn.quantize.VectorQuantize": "dac",
+    "transformers.models.dac.modeling_dac.DacVectorQuantize": "dac",
+}
+"""Interface by "module.Class". Copies of these files elsewhere may compute something else under the same names."""
+
+_ADAPTERS = tuple(adapter for fitting in INTERFACES.values() for adapter in fitting)
 
 
 class Acceleration(NamedTuple):
-    """Result of :func:`accelerate`, by the names that ``model.named_modules()`` gives ("" is the model itself)."""
+    """Result of :func:`swap_quantizers`, by the names that ``model.named_modules()`` gives ("" is the model itself)."""
 
     swapped: dict[str, str]
     """Class, by module."""
@@ -27,17 +49,21 @@ class Acceleration(NamedTuple):
     """Class and the reason, by module."""
 
 
-def accelerate(model: nn.Module, *, fp32_scores: bool = False) -> Acceleration:
+def swap_quantizers(
+    model: nn.Module, *, also: Mapping[str, str] | None = None, fp32_scores: bool = False
+) -> Acceleration:
     """Swap the look-up of the quantizers that are known, in place: no M x N matrix of distances or one-hot rows.
 
-    Known are taming-transformers' ``VectorQuantizer2``, ``VectorQuantizer`` and ``GumbelQuantize``, diffusers'
-    ``VectorQuantizer`` (that of its ``VQModel``), vector-quantize-pytorch's ``VectorQuantize`` (also those inside its
-    residual quantizers) and SEED-Voken's ``IndexPropagationQuantize`` (IBQ). They keep their class names, parameters,
-    ``state_dict``, options and outputs; gradients are those of the library. A module with an option that isn't covered
-    is left as it is. Calling it again changes nothing. Call it before ``torch.compile``, which wouldn't look again.
+    Known are the quantizers of taming-transformers, diffusers, vector-quantize-pytorch (also inside its residual
+    quantizers), SEED-Voken's IBQ, LlamaGen, TiTok (1d-tokenizer), EnCodec and DAC (the last two also transformers').
+    They keep their class names, parameters, ``state_dict``, options and outputs; gradients are those of
+    the library. A module with an option that isn't covered is left as it is. Calling it again changes nothing. Call it
+    before ``torch.compile``, which wouldn't look again. ``accelerate`` is the same function.
 
     Args:
         model: a model with such quantizers in it, or a quantizer.
+        also: classes of forks, by "module.Class", and the interface that each has: a key of ``INTERFACES``, such as
+            "nearest" for a copy of taming's ``VectorQuantizer2``. That they compute the same is for you to know.
         fp32_scores: multiply rows and codes in fp32 under autocast on a GPU, too; by default that is done in autocast's
             16 bits, summed in fp32, as the libraries' own products are (vector-quantize-pytorch's are in fp32 always).
 
@@ -46,30 +72,36 @@ def accelerate(model: nn.Module, *, fp32_scores: bool = False) -> Acceleration:
 
     Raises:
         TypeError: ``model`` isn't a module.
-        ValueError: nothing in it could be swapped; the model is as it was.
+        ValueError: nothing in it could be swapped; or ``also`` has an unknown interface, a class of which the model has
+            no module, or one that hasn't that interface. The model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    also = {} if also is None else dict(also)
+    _check_also(model, also)
+    interfaces = KNOWN | also
     chosen: list[tuple[nn.Module, type[Adapter]]] = []
     swapped: dict[str, str] = {}
     left_alone: dict[str, str] = {}
     for name, module in model.named_modules():
-        class_name, adapter = type(module).__name__, _adapter_of(type(module))
-        if adapter is None:
-            if known := next((base for base in type(module).__mro__ if _adapter_of(base)), None):
+        class_name, interface = type(module).__name__, interfaces.get(_path(type(module)))
+        if isinstance(module, _ADAPTERS):
+            swapped[name] = class_name
+        elif interface is None:
+            if known := next((base for base in type(module).__mro__ if _path(base) in KNOWN), None):
                 left_alone[name] = f"{class_name}: a subclass of {known.__name__}, which may compute something else"
-        elif isinstance(module, Adapter):
-            swapped[name] = class_name
-        elif reason := adapter.why_not(module):
-            left_alone[name] = f"{class_name}: {reason}"
         else:
-            swapped[name] = class_name
-            chosen.append((module, adapter))
+            adapter, reason = _fitting(interface, module)
+            if reason := reason or adapter.uncovered(module):
+                left_alone[name] = f"{class_name}: {reason}"
+            else:
+                swapped[name] = class_name
+                chosen.append((module, adapter))
     if not swapped:
         reasons = "; ".join(f"{name or '(the model)'} is a {reason}" for name, reason in left_alone.items())
         raise ValueError(
             f"no look-up to swap in this {type(model).__name__}: {reasons or 'no module of it is a known quantizer'} "
-            f"(known: {', '.join(ADAPTERS)})"
+            f"(known: {', '.join(KNOWN)}; name the class of a fork with also=)"
         )
     for module, adapter in chosen:
         adapter.swap(module)
@@ -78,5 +110,28 @@ def accelerate(model: nn.Module, *, fp32_scores: bool = False) -> Acceleration:
     return Acceleration(swapped, left_alone)
 
 
-def _adapter_of(module_class: type) -> type[Adapter] | None:
-    return ADAPTERS.get(f"{module_class.__module__}.{module_class.__qualname__}")
+accelerate = swap_quantizers
+
+
+def _path(module_class: type) -> str:
+    return f"{module_class.__module__}.{module_class.__qualname__}"
+
+
+def _fitting(interface: str, module: nn.Module) -> tuple[type[Adapter], str | None]:
+    """Return the adapter of an interface that fits a module; if none does the first, and why it doesn't."""
+    reasons = {adapter: adapter.unlike(module) for adapter in INTERFACES[interface]}
+    return next(((adapter, None) for adapter, reason in reasons.items() if reason is None), next(iter(reasons.items())))
+
+
+def _check_also(model: nn.Module, also: Mapping[str, str]) -> None:
+    modules = {_path(type(module)): module for module in model.modules()}
+    for path, interface in also.items():
+        if interface not in INTERFACES:
+            raise ValueError(f"also[{path!r}] is {interface!r}: it must be one of {', '.join(map(repr, INTERFACES))}")
+        if path not in modules:
+            last = path.rsplit(".", 1)[-1]
+            alike = [found for found in modules if found.endswith(f".{last}")]
+            advice = f"did you mean {', '.join(alike)}?" if alike else "print type(module).__module__ of its quantizer"
+            raise ValueError(f"also names {path}, of which this {type(model).__name__} has no module: {advice}")
+        if not isinstance(modules[path], _ADAPTERS) and (reason := _fitting(interface, modules[path])[1]):
+            raise ValueError(f"also names {path} as {interface!r}, but {reason}")

@@ -1,20 +1,42 @@
-"""taming-transformers: the quantizers of ``taming.modules.vqvae.quantize``."""
+"""taming-transformers: the quantizers of ``taming.modules.vqvae.quantize``, one of which diffusers has as well."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.integrations.adapter import Adapter, to_rows
-from regvq_fast.integrations.taming_forward import NearestCode, codes_and_loss
+from regvq_fast.integrations.adapter import Adapter, codes_and_loss, to_rows
 from regvq_fast.matmul import score_dtype
 from regvq_fast.ops import softmax_statistics, vector_quantize
 from regvq_fast.quantizers.quantizer import sample_seed
 
 
-class VectorQuantizer2(NearestCode):
-    """The quantizer of ``VQModel``, with all of its options."""
+class DiffusersVectorQuantizer(Adapter):
+    """The quantizer of diffusers' ``VQModel``, of its MoVQ and of Paella's, with all options."""
+
+    embedding: nn.Embedding
+    beta: float
+    legacy: bool
+    remap: str | None
+    sane_index_shape: bool
+    remap_to_used: Callable[[Tensor], Tensor]
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
+        """z (B, D, H, W) -> codes (B, D, H, W), loss, (None, None, indices); these (B * H * W,), options aside."""
+        rows = to_rows(z)
+        indices = self._nearest_codes(rows.flatten(0, 2), self.embedding.weight)
+        quantized, loss = codes_and_loss(rows, self.embedding(indices).view(rows.shape), self.beta, self.legacy)
+        if self.remap is not None:
+            indices = self.remap_to_used(indices.view(len(z), -1)).reshape(-1, 1)
+        if self.sane_index_shape:
+            indices = indices.view(rows.shape[:3])
+        return quantized, loss, (None, None, indices)
+
+
+class VectorQuantizer2(DiffusersVectorQuantizer):
+    """The quantizer of ``VQModel``, with all options."""
 
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
@@ -25,7 +47,7 @@ class VectorQuantizer2(NearestCode):
                 f"temp={temp}, rescale_logits={rescale_logits}, return_logits={return_logits} are GumbelQuantize's: "
                 "VectorQuantizer2 takes the nearest code, leave them out"
             )
-        return self._nearest(z)
+        return DiffusersVectorQuantizer.forward(self, z)
 
 
 class VectorQuantizer(Adapter):
@@ -62,9 +84,7 @@ class GumbelQuantize(Adapter):
     remap: str | None
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
-        if reason := super().why_not(module):
-            return reason
+    def uncovered(cls, module: nn.Module) -> str | None:
         assert isinstance(module.proj, nn.Conv2d)
         assert isinstance(module.embed, nn.Embedding)
         if module.remap is not None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regvq_fast.integrations.adapter import Adapter, other_arguments
+from regvq_fast.integrations.adapter import Adapter
 from regvq_fast.ops import assign_codes, segment_sum, vector_quantize
 from regvq_fast.ops.segment_sum import segment_counts
 
@@ -24,12 +24,10 @@ class VectorQuantize(Adapter):
     _codebook: "Codebook"
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
-        if reason := super().why_not(module):
-            return reason
+    def uncovered(cls, module: nn.Module) -> str | None:
         codebook = module._codebook
         assert isinstance(codebook, nn.Module)
-        if reason := other_arguments(Codebook, type(codebook)):
+        if reason := Codebook.unlike(codebook):
             return reason
         sample = codebook.gumbel_sample
         if not isinstance(sample, partial) or "stochastic" not in sample.keywords:

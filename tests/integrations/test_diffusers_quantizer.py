@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.same_steps import assert_same_steps, largest_tensor
 
-from regvq_fast.integrations import accelerate
+from regvq_fast.integrations import swap_quantizers
 
 pytest.importorskip("diffusers.models.autoencoders.vae")
 from diffusers import VQModel
@@ -25,7 +25,7 @@ def test_the_whole_model(norm_type, tmp_path):
     model = VQModel(block_out_channels=(32,), latent_channels=4, num_vq_embeddings=32, norm_type=norm_type).eval()
     images = torch.randn(2, 3, 8, 8)
     accelerated = copy.deepcopy(model)
-    assert accelerate(accelerated).swapped == {"quantize": "VectorQuantizer"}
+    assert swap_quantizers(accelerated).swapped == {"quantize": "VectorQuantizer"}
     with torch.no_grad():
         assert torch.equal(accelerated(images).sample, model(images).sample)
         accelerated.save_pretrained(tmp_path)
@@ -35,5 +35,5 @@ def test_the_whole_model(norm_type, tmp_path):
 def test_nothing_is_as_large_as_the_distances():
     quantizer, z = VectorQuantizer(256, 8, beta=0.25), torch.randn(4, 8, 8, 8)
     assert largest_tensor(quantizer, z) >= 256 * 256
-    accelerate(quantizer)
+    swap_quantizers(quantizer)
     assert largest_tensor(quantizer, z) < 256 * 256 / 8

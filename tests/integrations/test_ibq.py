@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.same_steps import assert_same_steps, largest_tensor
 from torch import nn
 
-from regvq_fast.integrations import accelerate
+from regvq_fast.integrations import swap_quantizers
 from regvq_fast.ops import tiling
 
 MAPS = (3, 8, 5, 4)  # B, D, H, W
@@ -98,11 +98,11 @@ def test_the_codebooks_of_the_paper(num_codes, monkeypatch):
 
 def test_remap_is_not_covered():
     with pytest.raises(ValueError, match="IndexPropagationQuantize: remap"):
-        accelerate(IndexPropagationQuantize(CODES, MAPS[1], remap="used.npy"))
+        swap_quantizers(IndexPropagationQuantize(CODES, MAPS[1], remap="used.npy"))
 
 
 def test_nothing_is_as_large_as_the_logits():
     quantizer, z = IndexPropagationQuantize(256, 8, use_entropy_loss=True), torch.randn(4, 8, 16, 16)
     assert largest_tensor(quantizer, z) >= 1024 * 256
-    accelerate(quantizer)
+    swap_quantizers(quantizer)
     assert largest_tensor(quantizer, z) < 1024 * 256 / 8

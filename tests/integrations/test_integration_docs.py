@@ -1,15 +1,15 @@
-"""The code of docs/integrations.md runs, and its tables name what `accelerate` knows."""
+"""The code of docs/integrations.md runs, and its tables name what `swap_quantizers` knows."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from regvq_fast.integrations.swapping import ADAPTERS
+from regvq_fast.integrations.swapping import KNOWN
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-LIBRARIES = {"taming": "einops", "diffusers": "diffusers", "vector_quantize_pytorch": "vector_quantize_pytorch"}
+LIBRARIES = {name: name for name in ("diffusers", "vector_quantize_pytorch", "transformers")} | {"taming": "einops"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.sub(r"\W+", "-", block)[:60])
@@ -29,5 +29,5 @@ def test_block_runs(block, capsys):
 
 def test_every_known_class_is_in_the_table():
     table = TEXT.split("## What is covered")[1].split("\nWhat changes:")[0]
-    assert len(BLOCKS) == 5
-    assert [name for name in ADAPTERS if f"`{name.rsplit('.', 1)[1]}`" not in table] == []
+    assert len(BLOCKS) == 10
+    assert [name for name in KNOWN if f"`{name.rsplit('.', 1)[1]}`" not in table] == []

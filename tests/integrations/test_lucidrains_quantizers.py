@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.same_steps import assert_same_steps, largest_tensor
 
-from regvq_fast.integrations import accelerate
+from regvq_fast.integrations import swap_quantizers
 
 library = pytest.importorskip("vector_quantize_pytorch")
 
@@ -28,7 +28,7 @@ def test_releases_with_other_arguments_are_left_alone(monkeypatch):
     monkeypatch.setattr(library.VectorQuantize, "forward", lambda self, x, mask=None, indices=None: None)
     message = r"its forward takes \(x, mask, indices\), not the \(x, indices, \.\.\.\) of the releases that are known"
     with pytest.raises(ValueError, match=message):
-        accelerate(quantizer)
+        swap_quantizers(quantizer)
 
 
 def rows():
@@ -105,7 +105,7 @@ def test_masked_heads():
 def test_updates_by_indices_from_outside():
     quantizer, batch, indices = build(), rows(), torch.arange(80).view(2, 40) % CODES
     accelerated = copy.deepcopy(quantizer)
-    accelerate(accelerated)
+    swap_quantizers(accelerated)
     for module in (quantizer, accelerated):
         module.update_indices(batch, indices)
     torch.testing.assert_close(accelerated.state_dict(), quantizer.state_dict())
@@ -128,7 +128,7 @@ def test_residual_quantizers(options, training):
     quantizer = library.ResidualVQ(dim=WIDTH, codebook_size=CODES, num_quantizers=3, **options)
     batch = rows()
     accelerated = copy.deepcopy(quantizer)
-    assert list(accelerate(accelerated).swapped) == ["layers.0", "layers.1", "layers.2"]
+    assert list(swap_quantizers(accelerated).swapped) == ["layers.0", "layers.1", "layers.2"]
     for _ in range(2):
         outputs, ours = (
             (torch.manual_seed(0), module.train(training)(batch))[1] for module in (quantizer, accelerated)
@@ -140,7 +140,7 @@ def test_residual_quantizers(options, training):
 def test_grouped_residual_quantizers():
     quantizer = library.GroupedResidualVQ(dim=WIDTH, codebook_size=CODES, num_quantizers=2, groups=2)
     batch, accelerated = rows(), copy.deepcopy(quantizer)
-    assert len(accelerate(accelerated).swapped) == 4
+    assert len(swap_quantizers(accelerated).swapped) == 4
     for training in (True, False):
         outputs, ours = (module.train(training)(batch) for module in (quantizer, accelerated))
         torch.testing.assert_close(ours, outputs)
@@ -162,12 +162,12 @@ def test_options_that_are_not_covered(options):
     quantizer = build(**options)
     model = torch.nn.ModuleList([quantizer, build()])
     classes = [type(module) for module in quantizer.modules()]
-    report = accelerate(model)
+    report = swap_quantizers(model)
     assert list(report.swapped) == ["1"]
     assert any(option in report.left_alone["0"] for option in options)
     assert [type(module) for module in quantizer.modules()] == classes
     with pytest.raises(ValueError, match="isn't covered"):
-        accelerate(quantizer)
+        swap_quantizers(quantizer)
 
 
 @pytest.mark.parametrize("options", [{}, LEARNS, {"use_cosine_sim": True}])
@@ -175,5 +175,5 @@ def test_options_that_are_not_covered(options):
 def test_nothing_is_as_large_as_the_distances(options, training):
     quantizer, batch = library.VectorQuantize(WIDTH, 256, **options).train(training), torch.randn(2, 128, WIDTH)
     assert largest_tensor(quantizer, batch) >= 256 * 256
-    accelerate(quantizer)
+    swap_quantizers(quantizer)
     assert largest_tensor(quantizer, batch) < 256 * 256 / 8

@@ -1,4 +1,4 @@
-"""What `accelerate` finds, swaps, leaves alone and says; on stand-ins for a library's classes."""
+"""What `swap_quantizers` finds, swaps, leaves alone and says; on stand-ins for a library's classes."""
 
 import copy
 import io
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from regvq_fast.integrations import accelerate, adapter
+from regvq_fast.integrations import accelerate, adapter, swap_quantizers
 from regvq_fast.ops import assign_codes
 
 PATH = "taming.modules.vqvae.quantize"
@@ -26,6 +26,9 @@ class VectorQuantizer2(nn.Module):
 
     def forward(self, z, temp=None, rescale_logits=False, return_logits=False):
         return "the library's"
+
+    def remap_to_used(self, indices):
+        return indices
 
     def get_codebook_entry(self, indices):
         return self.embedding(indices)
@@ -66,7 +69,7 @@ def test_only_the_class_of_the_quantizer_changes():
     model = Autoencoder()
     before, attributes = copy.deepcopy(model.state_dict()), dict(vars(model.quantize))
     parameters = list(model.parameters())
-    assert accelerate(model) == ({"quantize": "VectorQuantizer2"}, {})
+    assert swap_quantizers(model) == ({"quantize": "VectorQuantizer2"}, {})
     check_swapped(model)
     assert isinstance(model.quantize, VectorQuantizer2)
     assert repr(type(model.quantize)) == repr(VectorQuantizer2)
@@ -78,24 +81,28 @@ def test_only_the_class_of_the_quantizer_changes():
     assert VectorQuantizer2()(images()) == "the library's"
 
 
+def test_the_name_of_before():
+    assert accelerate is swap_quantizers
+
+
 def test_twice_is_once():
     model = Autoencoder()
-    report = accelerate(model)
+    report = swap_quantizers(model)
     swapped_class = type(model.quantize)
-    assert accelerate(model) == report
+    assert swap_quantizers(model) == report
     assert type(model.quantize) is swapped_class
 
 
 def test_a_quantizer_by_itself():
     quantizer = VectorQuantizer2()
-    assert accelerate(quantizer).swapped == {"": "VectorQuantizer2"}
+    assert swap_quantizers(quantizer).swapped == {"": "VectorQuantizer2"}
     assert quantizer(torch.randn(2, 4, 4, 4))[0].shape == (2, 4, 4, 4)
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_swapped_too(copier):
     model = Autoencoder()
-    accelerate(model)
+    swap_quantizers(model)
     copied = copier(model)
     check_swapped(copied)
     assert type(copied.quantize) is type(model.quantize)
@@ -105,7 +112,7 @@ def test_copies_are_swapped_too(copier):
 
 def test_saved_whole():
     model, file = Autoencoder(), io.BytesIO()
-    accelerate(model)
+    swap_quantizers(model)
     torch.save(model, file)
     file.seek(0)
     check_swapped(torch.load(file, weights_only=False))
@@ -113,14 +120,14 @@ def test_saved_whole():
 
 def test_compiled_in_one_graph():
     model, batch = Autoencoder(), images()
-    accelerate(model)
+    swap_quantizers(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(batch), model(batch))
 
 
 def test_under_autocast_the_look_up_stays_in_fp32():
     model, batch = Autoencoder(), images()
-    accelerate(model)
+    swap_quantizers(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latents = model.encoder(batch)
         quantized, _, (_, _, indices) = model(batch)
@@ -135,7 +142,7 @@ def test_on_a_gpu_rows_and_codes_meet_in_16_bits_unless_fp32_is_wanted(fp32, mon
     """As on a GPU, whose rule takes the place of the CPU's."""
     monkeypatch.setattr(adapter, "score_dtype", lambda rows, codes, fp32: torch.float32 if fp32 else rows.dtype)
     model, batch = Autoencoder(), images()
-    accelerate(model, fp32_scores=fp32)
+    swap_quantizers(model, fp32_scores=fp32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = model.encoder(batch).permute(0, 2, 3, 1).reshape(-1, 4)
         _, _, (_, _, indices) = model(batch)
@@ -150,7 +157,7 @@ def test_subclasses_are_left_alone():
         pass
 
     model = nn.ModuleList([Own(), VectorQuantizer2()])
-    report = accelerate(model)
+    report = swap_quantizers(model)
     assert report.swapped == {"1": "VectorQuantizer2"}
     assert report.left_alone == {"0": "Own: a subclass of VectorQuantizer2, which may compute something else"}
     assert type(model[0]) is Own
@@ -159,21 +166,67 @@ def test_subclasses_are_left_alone():
 def test_releases_with_other_arguments_are_left_alone(monkeypatch):
     monkeypatch.setattr(VectorQuantizer2, "forward", lambda self, z, noise: None)
     with pytest.raises(ValueError, match=r"VectorQuantizer2.* \(z, noise\)"):
-        accelerate(Autoencoder())
+        swap_quantizers(Autoencoder())
 
 
 def test_a_model_without_a_known_quantizer():
     with pytest.raises(ValueError, match=r"Linear.*taming"):
-        accelerate(nn.Linear(2, 2))
+        swap_quantizers(nn.Linear(2, 2))
 
 
 def test_what_is_no_model():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module.* dict$"):
-        accelerate({"quantize": 1})
+        swap_quantizers({"quantize": 1})
 
 
 def test_copies_of_the_file_in_other_packages_are_not_known(monkeypatch):
     """They may have options of their own: SEED-Voken's copy of taming's file has."""
     monkeypatch.setattr(VectorQuantizer2, "__module__", f"own.{PATH}")
     with pytest.raises(ValueError, match="Autoencoder"):
-        accelerate(Autoencoder())
+        swap_quantizers(Autoencoder())
+
+
+def test_a_fork_is_swapped_where_its_interface_is_named(monkeypatch):
+    monkeypatch.setattr(VectorQuantizer2, "__module__", "own.quantize")
+    model = Autoencoder()
+    assert swap_quantizers(model, also={"own.quantize.VectorQuantizer2": "nearest"}) == (
+        {"quantize": "VectorQuantizer2"},
+        {},
+    )
+    check_swapped(model)
+    assert swap_quantizers(model).swapped == {"quantize": "VectorQuantizer2"}, "without its name, once it is swapped"
+
+
+def test_a_subclass_is_swapped_where_its_interface_is_named():
+    class Own(VectorQuantizer2):
+        def forward(self, z):  # diffusers' arguments, as "nearest" may have
+            return "its own"
+
+    path = f"{Own.__module__}.{Own.__qualname__}"
+    model = nn.ModuleList([Own(), VectorQuantizer2()])
+    assert swap_quantizers(model, also={path: "nearest"}).swapped == {"0": "Own", "1": "VectorQuantizer2"}
+    assert len(model[0](torch.randn(2, 4, 4, 4))) == 3
+
+
+@pytest.mark.parametrize(
+    ("also", "message"),
+    [
+        ({f"{PATH}.VectorQuantizer2": "closest"}, "'closest'.*'nearest'"),
+        ({"own.VectorQuantizer2": "nearest"}, rf"own\.VectorQuantizer2.*did you mean {PATH}\.VectorQuantizer2\?"),
+        ({"own.Missing": "nearest"}, r"own\.Missing.*Autoencoder has no module.*__module__"),
+        ({f"{PATH}.VectorQuantizer2": "llamagen"}, r"forward takes \(z, temp, .*not the \(z\)"),
+        ({"torch.nn.modules.conv.Conv2d": "encodec"}, "no method quantize|forward takes"),
+    ],
+)
+def test_what_also_names_is_checked_before_anything_is_swapped(also, message):
+    model = Autoencoder()
+    with pytest.raises(ValueError, match=message):
+        swap_quantizers(model, also=also)
+    assert type(model.quantize) is VectorQuantizer2
+
+
+def test_attributes_that_an_interface_has():
+    model = Autoencoder()
+    del model.quantize.legacy
+    with pytest.raises(ValueError, match="has no legacy"):
+        swap_quantizers(model)

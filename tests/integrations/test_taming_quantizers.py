@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers.same_steps import assert_same_steps, largest_tensor
 from torch import nn
 
-from regvq_fast.integrations import accelerate
+from regvq_fast.integrations import swap_quantizers
 from regvq_fast.integrations import taming as adapters
 from regvq_fast.ops import tiling
 from regvq_fast.ops.noise import gumbel_noise
@@ -51,7 +51,7 @@ def test_the_older_one():
 
 def test_arguments_of_the_gumbel_quantizer_are_refused():
     quantizer = quantize.VectorQuantizer2(CODES, MAPS[1], beta=0.25)
-    accelerate(quantizer)
+    swap_quantizers(quantizer)
     with pytest.raises(ValueError, match=r"temp=0.5.*GumbelQuantize"):
         quantizer(maps(), temp=0.5)
 
@@ -79,7 +79,7 @@ def test_gumbel_quantize_with_the_same_noise(options, training, monkeypatch):
 
 def test_gumbel_quantize_draws_from_pytorchs_generator():
     quantizer = quantize.GumbelQuantize(MAPS[1], MAPS[1], CODES)
-    accelerate(quantizer)
+    swap_quantizers(quantizer)
     z = torch.randn(MAPS)
     draws = []
     for seed in (1, 1, 2):
@@ -93,7 +93,7 @@ def test_logits_are_the_librarys():
     quantizer = quantize.GumbelQuantize(MAPS[1], MAPS[1], CODES)
     z = torch.randn(MAPS)
     logits = quantizer.proj(z)
-    accelerate(quantizer)
+    swap_quantizers(quantizer)
     assert torch.equal(quantizer(z, return_logits=True)[3], logits)
 
 
@@ -103,7 +103,7 @@ def test_logits_are_the_librarys():
 def test_options_that_are_not_covered(options, reason):
     arguments = {"num_hiddens": MAPS[1], "embedding_dim": MAPS[1], "n_embed": CODES} | options
     with pytest.raises(ValueError, match=rf"GumbelQuantize: .*{reason}"):
-        accelerate(quantize.GumbelQuantize(**arguments))
+        swap_quantizers(quantize.GumbelQuantize(**arguments))
 
 
 @pytest.mark.parametrize("name", ["VectorQuantizer2", "GumbelQuantize"])
@@ -117,7 +117,7 @@ def test_nothing_is_as_large_as_the_distances(name, monkeypatch):
     arguments = (width, width, codes) if name == "GumbelQuantize" else (codes, width, 0.25)
     quantizer = getattr(quantize, name)(*arguments)
     assert largest_tensor(quantizer, z) >= 256 * codes
-    accelerate(quantizer)
+    swap_quantizers(quantizer)
     assert largest_tensor(quantizer, z) < 256 * codes / 8
 
 
@@ -140,7 +140,7 @@ def test_where_the_code_is_another_it_is_the_nearer_one():
     quantizer = quantize.VectorQuantizer2(1024, 64, beta=0.25)
     z = 8 * torch.randn(8, 64, 16, 16)
     theirs = quantizer(z)[2][2]
-    accelerate(quantizer)
+    swap_quantizers(quantizer)
     ours = quantizer(z)[2][2]
     rows, codes = z.permute(0, 2, 3, 1).reshape(-1, 64).double(), quantizer.embedding.weight.double()
     distances = [(rows - codes[indices]).square().sum(1) for indices in (ours, theirs)]

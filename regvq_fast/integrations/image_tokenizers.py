@@ -1,0 +1,92 @@
+"""LlamaGen's and TiTok's (1d-tokenizer's) ``VectorQuantizer``: nearest code, of normalised rows and codes if wanted."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regvq_fast.integrations.adapter import Adapter, to_rows, two_losses
+from regvq_fast.ops import softmax_statistics
+
+_ENTROPY_TEMPERATURE = 0.01  # the default of LlamaGen's function, which its quantizer leaves as it is
+
+
+class LlamaGenQuantizer(Adapter):
+    """``tokenizer.tokenizer_image.vq_model.VectorQuantizer``, with all options; its entropies go in tiles of rows."""
+
+    embedding: nn.Embedding
+    n_e: int
+    beta: float
+    entropy_loss_ratio: float
+    l2_norm: bool
+    show_usage: bool
+
+    def forward(self, z: Tensor) -> tuple[Tensor, tuple, tuple[None, None, Tensor]]:
+        """z (B, D, H, W) -> codes, losses, (None, None, indices (B * H * W,)).
+
+        The losses are (codebook's, commitment, entropy, used fraction of codes); in evaluation (None, None, None, 0).
+        """
+        rows, codebook = to_rows(z), self.embedding.weight
+        if self.l2_norm:
+            rows, codebook = F.normalize(rows, dim=-1), F.normalize(codebook, dim=-1)
+        indices = self._nearest_codes(rows.flatten(0, 2), codebook)
+        codes = F.embedding(indices, codebook).view(rows.shape)
+        losses: tuple = (None, None, None, 0)
+        if self.training:
+            usage = self._usage(indices) if self.show_usage else 0
+            commitment, loss = two_losses(rows, codes)
+            losses = (loss, self.beta * commitment, self._entropy_loss(rows.flatten(0, 2), codebook, loss), usage)
+        quantized = rows + (codes - rows).detach()
+        return quantized.permute(0, 3, 1, 2), losses, (None, None, indices)
+
+    def _entropy_loss(self, rows: Tensor, codebook: Tensor, loss: Tensor) -> Tensor:
+        """Mean entropy of the rows' softmax of -distance / 0.01, less the entropy of its mean; times the ratio."""
+        if self.entropy_loss_ratio == 0:
+            return 0 * loss  # with a gradient, as the library's
+        with torch.autocast(rows.device.type, enabled=False):
+            bias = -codebook.square().sum(1)
+            entropy, mean_p = softmax_statistics(
+                rows.to(codebook.dtype), 2 * codebook, bias, temperature=_ENTROPY_TEMPERATURE
+            )
+            return self.entropy_loss_ratio * (entropy + (mean_p * (mean_p + 1e-5).log()).sum())
+
+    @torch.no_grad()
+    def _usage(self, indices: Tensor) -> float:
+        """Add indices (M,) to the last 65536, and return the fraction of the codes among them (the host waits)."""
+        used = self.codebook_used
+        assert isinstance(used, Tensor)
+        used.copy_(torch.cat([used, indices.to(used.dtype)])[-len(used) :])
+        return len(used.unique()) / self.n_e
+
+
+class TiTokQuantizer(Adapter):
+    """``modeling.quantizer.quantizer.VectorQuantizer`` of 1d-tokenizer, in fp32 under autocast, as it is."""
+
+    embedding: nn.Embedding
+    commitment_cost: float
+    use_l2_norm: bool
+
+    @classmethod
+    def uncovered(cls, module: nn.Module) -> str | None:
+        if getattr(module, "clustering_vq", False):
+            return "clustering_vq, the nearest row of every code, isn't covered"
+        return None
+
+    def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """z (B, D, H, W) -> codes and a dict of losses and ``min_encoding_indices`` (B, H, W)."""
+        with torch.autocast(z.device.type, enabled=False):
+            rows, codebook = to_rows(z.float()), self.embedding.weight
+            if self.use_l2_norm:
+                rows, codebook = F.normalize(rows, dim=-1), F.normalize(codebook, dim=-1)
+            indices = self._nearest_codes(rows.flatten(0, 2), codebook)
+            codes = F.embedding(indices, codebook).view(rows.shape)
+            commitment, codebook_loss = two_losses(rows, codes)
+            commitment = self.commitment_cost * commitment
+            quantized = rows + (codes - rows).detach()
+        return quantized.permute(0, 3, 1, 2).contiguous(), {
+            "quantizer_loss": commitment + codebook_loss,
+            "commitment_loss": commitment,
+            "codebook_loss": codebook_loss,
+            "min_encoding_indices": indices.view(rows.shape[:3]),
+        }
