@@ -13,7 +13,7 @@ from regvq_fast.config import run_command
 from regvq_fast.console import say
 from regvq_fast.evaluation.measurement import RESULTS
 from regvq_fast.files import check_new_folder
-from regvq_fast.models.hub import CARD, PICTURES, check_name, publish
+from regvq_fast.models.hub import CARD, PICTURES, HubName, check_name, publish
 from regvq_fast.models.model import Model, read_model
 from regvq_fast.models.pretrained import CONFIG, TOKENIZER, WEIGHTS, step_folders, to_json, with_manifest
 from regvq_fast.models.vqgan import VQGAN
@@ -65,7 +65,7 @@ def push(config: PushConfig) -> None:
     check_name(config.to)
     if config.out is not None:
         check_new_folder(config.out)
-    files = published_files(config.run, config.to, config.license)
+    files = published_files(config.run, HubName(config.to, config.revision), config.license)
     console = Console()
     for name, content in files.items():
         say(console, f"{len(content):,} bytes", name)
@@ -81,7 +81,7 @@ def push(config: PushConfig) -> None:
     say(console, "not uploaded", f"{config.out} has what would be")
 
 
-def published_files(run: Path, to: str, license: str | None = None) -> dict[str, bytes]:
+def published_files(run: Path, name: HubName, license: str | None = None) -> dict[str, bytes]:
     """Return the files of a run for the hub, by name: its model, a prior's tokenizer, measurements, images, the card.
 
     Raises:
@@ -98,16 +98,19 @@ def published_files(run: Path, to: str, license: str | None = None) -> dict[str,
         )
     model = read_model(run, VQGAN, *(entry.model for entry in PRIORS.values()))
     files, tokenizer = _model_files(run), model
-    commands = [f"regvq evaluate --run {to} --data photos --out results", f"regvq tokens --tokenizer {to} --out cache"]
+    commands = [
+        f"regvq evaluate --run {name} --data photos --out results",
+        f"regvq tokens --tokenizer {name} --out cache",
+    ]
     train = "regvq train vq"
     if not isinstance(model, VQGAN):
         if not (run / TOKENIZER).is_dir():
             raise ValueError(f"{run} has no {TOKENIZER}/, which its prior needs: give the run itself")
         tokenizer = VQGAN.from_pretrained(run / TOKENIZER)
-        files |= {f"{TOKENIZER}/{name}": content for name, content in _model_files(run / TOKENIZER).items()}
+        files |= {f"{TOKENIZER}/{file}": content for file, content in _model_files(run / TOKENIZER).items()}
         entry = prior_of(model)
         condition = "--map map.png" if entry.sampler.condition_field == "segmentation" else '--text "a caption"'
-        commands, train = [f"regvq sample --run {to} --out samples {condition}"], f"regvq {entry.command}"
+        commands, train = [f"regvq sample --run {name} --out samples {condition}"], f"regvq {entry.command}"
     config = json.loads(files[CONFIG])
     evaluation = _evaluation(run, model, tokenizer)
     if evaluation is not None:
@@ -115,11 +118,11 @@ def published_files(run: Path, to: str, license: str | None = None) -> dict[str,
     pictures = [path for path in sorted((run / PICTURES).glob("*.png")) if not re.search(r"-\d{7}$", path.stem)]
     files |= {f"{PICTURES}/{path.name}": path.read_bytes() for path in pictures}
     card = model.card(
-        to,
+        name,
         config=config,
         evaluation=evaluation,
         license=license,
-        pictures=[name for name in files if name.startswith(f"{PICTURES}/")],
+        pictures=[file for file in files if file.startswith(f"{PICTURES}/")],
         commands=commands,
         train=train if "run" in config else "",
     )

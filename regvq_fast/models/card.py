@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from regvq_fast.models.hub import import_hub
+from regvq_fast.models.hub import HubName, import_hub
 from regvq_fast.models.pretrained import CONFIG
 from regvq_fast.quantizers import QUANTIZERS
 
@@ -26,8 +26,8 @@ _CAPTIONS = {
 class Card:
     """Contents of a model card."""
 
-    to: str
-    """ORGANIZATION/NAME."""
+    name: HubName
+    """Repository and branch that it is published in."""
     kind: Any
     """Class of the model, a `regvq_fast.models.model.Model`."""
     config: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Card:
     parameters: int
     """Number of them."""
     sha256: str
-    """Of the weights: `regvq_fast.models.weights_hash`."""
+    """Hash of the weights: `regvq_fast.models.weights_hash`."""
     evaluation: Mapping[str, Mapping[str, Any]] | None = None
     """Contents of evaluation.json: name, value and protocol of each number, by key."""
     license: str | None = None
@@ -71,7 +71,7 @@ class Card:
         quantizer = self.config["architecture"].get("quantizer", {}).get("type")
         names = [name for name, kind in QUANTIZERS.items() if kind.__name__ == quantizer]
         tags = ["vector-quantization", _slug(self.kind.title), *names]
-        measured = {"model_name": self.to.partition("/")[2], "eval_results": results} if results else {}
+        measured = {"model_name": self.name.title, "eval_results": results} if results else {}
         text: str = hub.ModelCardData(
             library_name="regvq_fast",
             pipeline_tag=self.kind.pipeline_tag,
@@ -88,7 +88,7 @@ class Card:
             "weights": f"SHA-256 {self.sha256[:12]} of names and values (`regvq_fast.models.weights_hash`)",
             "architecture": _items(self.config["architecture"], leave_out=("type",)),
         }
-        lines = [f"# {self.to.partition('/')[2]}", f"{self.kind.title}, made with regvq_fast {version}."]
+        lines = [f"# {self.name.title}", f"{self.kind.title}, made with regvq_fast {version}."]
         lines += [_picture(path) for path in self.pictures if _stem(path) in _FIRST]
         return "\n\n".join([*lines, _table(("", ""), facts.items())])
 
@@ -100,7 +100,7 @@ class Card:
             "## Use",
             '```bash\npip install "regvq-fast[train,hub]"\n```',
             f"```python\n{imports}from {package} import {name}\n\n"
-            f'model = {name}.from_pretrained("{self.to}")\n{example}```',
+            f'model = {name}.from_pretrained("{self.name}")\n{example}```',
         ]
         if self.commands:
             lines.append("```bash\n" + "\n".join(self.commands) + "\n```")

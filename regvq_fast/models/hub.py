@@ -35,6 +35,11 @@ class HubName(NamedTuple):
     revision: str | None
     """Branch, tag or commit; None: the main branch."""
 
+    @property
+    def title(self) -> str:
+        """NAME alone."""
+        return self.repo.partition("/")[2]
+
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
@@ -54,11 +59,11 @@ def local_folder(source: str | os.PathLike[str], revision: str | None = None) ->
 
     Raises:
         FileNotFoundError: neither such a folder nor such a repository or revision; or it isn't in the cache, and there
-            is no network.
+            is no network, or no huggingface_hub.
         NotADirectoryError: it is a file.
         PermissionError: the hub refuses access.
         OSError: the download failed, or the repository holds no model of this library.
-        ValueError: a revision of a folder, or two of them; or huggingface_hub is not installed.
+        ValueError: a revision of a folder, or two of them.
     """
     folder, name = Path(source), hub_name(source)
     if folder.is_file():
@@ -77,7 +82,7 @@ def local_folder(source: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def _download(name: HubName) -> Path:
-    hub = import_hub(f"no such folder: {name}; to look for it on {_HUB}")
+    hub = import_hub(f"no such folder: {name}; to look for it on {_HUB}", FileNotFoundError)
     try:
         folder = hub.snapshot_download(
             name.repo,
@@ -156,12 +161,12 @@ def _is_ours(path: str) -> bool:
     return path in {*_LOADED, "evaluation.json"} or (path.startswith(f"{PICTURES}/") and path.endswith(".png"))
 
 
-def import_hub(purpose: str) -> Any:
-    """Import huggingface_hub; ValueError that says what for, and how to install it, where it is missing."""
+def import_hub(purpose: str, error: type[Exception] = ValueError) -> Any:
+    """Import huggingface_hub; where it is missing, raise an error that says what for, and how to install it."""
     try:
         import huggingface_hub
     except ModuleNotFoundError:
-        raise ValueError(f"{purpose}, install huggingface_hub: {install('hub')}") from None
+        raise error(f"{purpose}, install huggingface_hub: {install('hub')}") from None
     return huggingface_hub
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.models.card import Card
-from regvq_fast.models.hub import CARD, local_folder, publish
+from regvq_fast.models.hub import CARD, HubName, local_folder, publish
 from regvq_fast.models.pretrained import CONFIG, pretrained_files, read_pretrained, with_manifest, write_folder
 from regvq_fast.models.weights import check_state_dict, weights_hash
 from regvq_fast.version import __version__
@@ -31,7 +31,7 @@ class Model(nn.Module):
 
     _arguments: dict[str, Any]
     title: ClassVar[str] = "Prior over image tokens"
-    """What it is, as a heading."""
+    """Kind of model, as a heading."""
     pipeline_tag: ClassVar[str] = "image-to-image"
     """Its task on the Hugging Face Hub."""
     example: ClassVar[str] = ""
@@ -79,7 +79,7 @@ class Model(nn.Module):
             NotADirectoryError: it is a file.
             OSError: the hub refuses it, or the download failed.
             ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it. Or the
-                text encoder needs transformers, or the hub huggingface_hub, which is not installed.
+                text encoder needs transformers, which is not installed.
         """
         return read_model(source, cls, revision=revision)
 
@@ -106,14 +106,14 @@ class Model(nn.Module):
             OSError: the hub can't be reached, or refuses it.
         """
         files = pretrained_files(self.architecture(), self.state_dict())
-        card = self.card(to, config=json.loads(files[CONFIG]), license=license).text().encode()
+        card = self.card(HubName(to, revision), config=json.loads(files[CONFIG]), license=license).text().encode()
         message = f"{self.title} of regvq_fast {__version__}"
         return publish({**with_manifest(files), CARD: card}, to, revision=revision, private=private, message=message)
 
-    def card(self, to: str, **contents: Any) -> Card:
+    def card(self, name: HubName, **contents: Any) -> Card:
         """Return the model's card, with further contents of `regvq_fast.models.card.Card`."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return Card(to=to, kind=type(self), parameters=parameters, sha256=weights_hash(self), **contents)
+        return Card(name=name, kind=type(self), parameters=parameters, sha256=weights_hash(self), **contents)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Trade time for memory: each `Checkpointed` part runs a second time in backward. Gradients stay."""

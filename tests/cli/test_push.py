@@ -21,6 +21,7 @@ from regvq_fast.cli.sample import SampleConfig, generate
 from regvq_fast.config import VQGANConfig, override, read_config
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.models import VQGAN, weights_hash
+from regvq_fast.models.hub import HubName
 from regvq_fast.models.pretrained import write_folder
 from regvq_fast.precision import choose_precision
 from regvq_fast.priors.autoregressive import TokenTransformer
@@ -29,6 +30,7 @@ from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import PRIORS, SamplingConfig
 
 CPU = torch.device("cpu")
+VQ, AR = HubName("org/vq", None), HubName("org/ar", None)
 
 
 def save_run(folder: Path, model: Any, config: Any) -> Path:
@@ -78,7 +80,7 @@ def metadata(card: bytes) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("no_downloads", "hub")
 def test_a_run_is_published_without_its_checkpoints_logs_and_folders(run: Path, tmp_path: Path) -> None:
-    files = published_files(run, "org/vq", "mit")
+    files = published_files(run, VQ, "mit")
     assert sorted(files) == [
         "README.md",
         "config.json",
@@ -109,7 +111,7 @@ def test_a_run_is_published_without_its_checkpoints_logs_and_folders(run: Path, 
 def test_what_was_published_is_taken_by_its_name(hub: StandInHub, run: Path, tmp_path: Path) -> None:
     push(PushConfig(run=run, to="org/vq", revision="v1"))
     files = hub.repositories["org/vq"].commits[hub.repositories["org/vq"].refs["v1"]]
-    assert files.keys() == published_files(run, "org/vq").keys() | {".gitattributes"}
+    assert files.keys() == published_files(run, VQ).keys() | {".gitattributes"}
     name = Path("org/vq@v1")
     assert weights_hash(VQGAN.from_pretrained(name)) == weights_hash(tiny_tokenizer())
 
@@ -169,7 +171,7 @@ def test_a_folder_of_what_would_be_uploaded(
     out = tmp_path / "published"
     push(PushConfig(run=run, to="org/vq", out=out))
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert files == published_files(run, "org/vq")
+    assert files == published_files(run, VQ)
     assert not any(request.startswith(("POST", "PUT")) for request in hub.requests)
     assert "not uploaded" in capsys.readouterr().out
     assert weights_hash(VQGAN.from_pretrained(out)) == weights_hash(tiny_tokenizer())
@@ -186,28 +188,28 @@ def test_runs_that_are_not_published(run: Path, prior_run: Path, tmp_path: Path)
         push(PushConfig(run=Path("org/vq"), to="org/vq"))
     safetensors.torch.save_file(tiny_tokenizer(seed=5).state_dict(), run / "model.safetensors")
     with pytest.raises(ValueError, match=r"evaluation\.json is of other weights .*tokenizer_sha256"):
-        published_files(run, "org/vq")
+        published_files(run, VQ)
     (run / "evaluation.json").write_text('{"psnr": 3}')
     with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):
-        published_files(run, "org/vq")
+        published_files(run, VQ)
     (run / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
-        published_files(run, "org/vq")
+        published_files(run, VQ)
     files = {name: (prior_run / "tokenizer" / name).read_bytes() for name in ("config.json", "model.safetensors")}
     write_folder(run / "checkpoints" / "step-0000500", files)
     with pytest.raises(ValueError, match=r"--run .*step-0000500"):
-        published_files(run, "org/vq")
-    assert "Not measured" in published_files(run / "checkpoints" / "step-0000500", "org/vq")["README.md"].decode()
+        published_files(run, VQ)
+    assert "Not measured" in published_files(run / "checkpoints" / "step-0000500", VQ)["README.md"].decode()
     shutil.rmtree(prior_run / "tokenizer")
     with pytest.raises(ValueError, match="tokenizer/"):
-        published_files(prior_run, "org/ar")
+        published_files(prior_run, AR)
 
 
 def test_measurements_of_another_prior_are_not_published(prior_run: Path) -> None:
     found = {"name": "FID", "value": 1.0, "data": "scenes", "split": "val", "prior": "autoregressive, 0123456789ab"}
     (prior_run / "evaluation.json").write_text(json.dumps({"fid_g": found}))
     with pytest.raises(ValueError, match="prior autoregressive, 0123456789ab"):
-        published_files(prior_run, "org/ar")
+        published_files(prior_run, AR)
 
 
 def test_only_names_remain_of_paths() -> None:

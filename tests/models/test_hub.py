@@ -228,7 +228,7 @@ def test_files_on_the_hub_are_compared_with_their_manifest(hub: StandInHub) -> N
 
 def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"org/vq; .*\[hub\]"):
+    with pytest.raises(FileNotFoundError, match=r"org/vq; .*\[hub\]"):
         VQGAN.from_pretrained("org/vq")
     with pytest.raises(ValueError, match=r"\[hub\]"):
         tiny_tokenizer().push_to_hub("org/vq")
@@ -270,8 +270,12 @@ def test_a_card_has_each_number_beside_its_protocol() -> None:
         "versions": {"regvq_fast": "1.2", "torch": "2"},
     }
     pictures = ["pictures/usage.png", "pictures/reconstructions.png"]
-    card = model.card("org/vq", config=config, evaluation=evaluation, pictures=pictures, train="regvq train vq")
+    card = model.card(
+        HubName("org/vq", "v1"), config=config, evaluation=evaluation, pictures=pictures, train="regvq train vq"
+    )
     text = card.text()
+    assert "# vq\n" in text
+    assert 'VQGAN.from_pretrained("org/vq@v1")' in text
     assert "| PSNR (dB) | 21.25 | of 8-bit images |" in text
     assert "| Fréchet distance[R] (tiny) | not finite | features a b |" in text
     assert "| images | 12 |" in text
