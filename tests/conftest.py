@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,16 @@ def no_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setitem(features.IMAGENET_WEIGHTS, net, nowhere)
     monkeypatch.setattr(feature_nets, "INCEPTION_WEIGHTS", nowhere)
     return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in of the Hugging Face Hub that huggingface_hub speaks with: `helpers.stand_in_hub.StandInHub`."""
+    from helpers.stand_in_hub import running_hub, use_hub
+
+    with running_hub() as running:
+        use_hub(monkeypatch, running.endpoint, tmp_path / "hf")
+        yield running
 
 
 @pytest.fixture(scope="module")

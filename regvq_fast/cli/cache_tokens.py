@@ -60,7 +60,8 @@ class CacheConfig(LoadingConfig, DeviceConfig, SeedConfig):
     """A run of ``regvq tokens``."""
 
     tokenizer: Path
-    """Run of regvq train vq, one of its checkpoints, or a folder of VQGAN.save_pretrained."""
+    """Run of regvq train vq, one of its checkpoints, a folder of VQGAN.save_pretrained, or
+    ORGANIZATION/NAME on the Hugging Face Hub."""
     out: Path
     """Folder of the cache. One that a run began with the same settings is completed."""
     data: Path | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from regvq_fast.config import VQGANConfig, read_config, run_command
+from regvq_fast.config import VQGANConfig, read_config, run_command, typed_command
 from regvq_fast.config.runtime import DeviceConfig, LoadingConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset
@@ -33,6 +33,7 @@ from regvq_fast.evaluation.reconstruction_metrics import SSIM_WINDOW, Reconstruc
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
 from regvq_fast.files import atomic_path, check_writable
 from regvq_fast.models.features import NoWeightsError
+from regvq_fast.models.hub import hub_name, local_folder
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
@@ -63,10 +64,11 @@ class EvaluateConfig(LoadingConfig, DeviceConfig, SamplingConfig):
     """A run of ``regvq evaluate``."""
 
     run: Path | None = None
-    """Tokenizer: run of regvq train vq, one of its checkpoints, or a folder of VQGAN.save_pretrained.
-    Not given: the one in the folder of `prior_run`."""
+    """Tokenizer: run of regvq train vq, one of its checkpoints, a folder of VQGAN.save_pretrained, or
+    ORGANIZATION/NAME on the Hugging Face Hub. Not given: the one in the folder of `prior_run`."""
     prior_run: Path | None = None
-    """Run of a prior, to sample an image under the condition of each validation image."""
+    """Run of a prior, to sample an image under the condition of each validation image; or its
+    ORGANIZATION/NAME on the hub."""
     images: Path | None = None
     """Folder of images that exist already, in place of `prior_run`."""
     image_size: int | None = None
@@ -91,7 +93,8 @@ class EvaluateConfig(LoadingConfig, DeviceConfig, SamplingConfig):
     batch_size: int = 32
     """Images that are computed at once."""
     out: Path | None = None
-    """Folder of evaluation.json. Not given: that of `prior_run`, of `run`, or of `images`, the first there is."""
+    """Folder of evaluation.json. Not given: that of `prior_run`, of `run`, or of `images`, the first there is;
+    what comes from the hub needs one."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
@@ -127,6 +130,9 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError(f"--images {config.images} needs --image-size, or --run for that of a tokenizer")
     if tokenizer is not None and config.image_size is not None:
         raise ValueError(f"--image-size {config.image_size} is for --images alone: {tokenizer} has a size of its own")
+    source = config.prior_run or config.run
+    if config.out is None and source is not None and hub_name(source) is not None:
+        raise ValueError(f"{source} is no folder here: if it is on the hub, name one for evaluation.json with --out")
     if config.fid_features == "none" and (config.images or config.prior_run) is not None:
         raise ValueError("--fid-features none measures nothing of sampled images: leave out --images and --prior-run")
 
@@ -276,6 +282,7 @@ class _Evaluation:
             "precision": precision if self.device.type == "cpu" else f"{precision}, TF32 where fp32",
             "device": device if world_size() == 1 else f"{device}, {world_size()} processes",
             "batch_size": self.config.batch_size,
+            "command": typed_command("evaluate", self.config),
             "versions": {
                 "regvq_fast": __version__,
                 "python": platform.python_version(),
@@ -312,13 +319,13 @@ def _data_of(config: EvaluateConfig, sampler: ImageSampler | None) -> Path | Non
     remedy = f"give the images with --data PATH, or --data {SCENES} for the embedded scenes"
     if config.run is not None:
         try:
-            return read_config(config.run, VQGANConfig).data.data
+            return read_config(local_folder(config.run), VQGANConfig).data.data
         except ValueError:
             raise ValueError(f"{config.run} doesn't say what it was trained on: {remedy}") from None
     if config.prior_run is None or sampler is None:
         raise ValueError(f"--images {config.images} don't say what they are to be compared with: {remedy}")
     try:
-        tokens = read_config(config.prior_run, sampler.entry.config).tokens
+        tokens = read_config(local_folder(config.prior_run), sampler.entry.config).tokens
     except ValueError:
         raise ValueError(f"{config.prior_run} doesn't say what it was trained on: {remedy}") from None
     if tokens.cache is None:

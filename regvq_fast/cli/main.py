@@ -28,6 +28,7 @@ COMMANDS = {
     "sample": Command("sample", "Sample images from a prior"),
     "evaluate": Command("evaluate", "Measure a tokenizer or sampled images"),
     "data": Command("data", "Check the paper's data sets, or pack them into shards"),
+    "push": Command("push", "Publish a run on the Hugging Face Hub, with a model card"),
     "paper": Command("paper", "Reproduce a table or a sweep of the paper"),
 }
 """Every command by its words."""

@@ -27,6 +27,7 @@ from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
 from regvq_fast.image_grids import caption_tiles, color_map, legend_of, save_image_grid, save_images
+from regvq_fast.models.hub import local_folder
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.priors.images import ImageSampler
@@ -59,7 +60,7 @@ class SubjectConfig(Section):
     """Prior that the run has to be of: ar (semantic maps to images), or diffusion (captions to images).
     Not given: any."""
     run: Path
-    """Run of a prior."""
+    """Run of a prior, or its ORGANIZATION/NAME on the Hugging Face Hub."""
     out: Path
     """Folder of the images; new, or empty."""
     num_images: int = 16
@@ -139,7 +140,8 @@ class _Generator:
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
         precision = choose_precision(config.amp, inference_device(config.device))
-        self.sampler = ImageSampler.from_run(config.run, config, precision, config.prior)
+        self.run = local_folder(config.run)
+        self.sampler = ImageSampler.from_run(self.run, config, precision, config.prior)
         wanted: tuple[tuple[str, object, Callable[[type[PriorSampler]], bool]], ...] = (
             ("--map", config.map, lambda sampler: sampler.condition_field == "segmentation"),
             ("--text", config.text, lambda sampler: sampler.condition_field == "caption"),
@@ -195,7 +197,7 @@ class _Generator:
     def _class_names(self) -> tuple[str, ...]:
         """Return the names of the classes that the prior was trained on; none if unknown."""
         try:
-            tokens = read_config(self.config.run, self.sampler.entry.config).tokens
+            tokens = read_config(self.run, self.sampler.entry.config).tokens
             return dataset_class(tokens.data if tokens.cache is None else read_info(tokens.cache).data).class_names
         except (ValueError, OSError):  # neither configuration nor cache is needed to sample
             return ()
@@ -229,7 +231,7 @@ class _Generator:
         """Return at most ``count`` validation samples of --data, or of the prior's data set, and a name for either."""
         data, seed, fields = self.config.data, 0, (self.sampler.field,)
         if data is None:
-            trained = read_config(self.config.run, self.sampler.entry.config)
+            trained = read_config(self.run, self.sampler.entry.config)
             tokens, seed = trained.tokens, trained.run.seed
             if tokens.cache is not None:
                 return self._cached(tokens.cache, count), f"the cache {tokens.cache}"

@@ -1,6 +1,6 @@
 """Configurations of the commands, from which their command lines are generated."""
 
-from regvq_fast.config.command_line import parse_config, run_command
+from regvq_fast.config.command_line import parse_config, run_command, typed_command
 from regvq_fast.config.saved import config_from_dict, override, read_config
 from regvq_fast.config.sections import Config, OptimizerConfig, PresetName, RunConfig, TrainConfig
 from regvq_fast.config.tokenizer import VQGAN_PRESETS, LossConfig, QuantizerConfig, VQGANConfig
@@ -20,4 +20,5 @@ __all__ = [
     "parse_config",
     "read_config",
     "run_command",
+    "typed_command",
 ]

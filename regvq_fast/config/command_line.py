@@ -1,8 +1,9 @@
 """Command lines, which are generated from dataclasses."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,6 +13,7 @@ from regvq_fast.config.saved import override, read_config
 from regvq_fast.config.sections import Config, PresetName
 from regvq_fast.invocation import as_typed, command
 from regvq_fast.ranks import local_rank, reported_by_rank_0
+from regvq_fast.settings import flag_of
 
 Settings = TypeVar("Settings")
 
@@ -79,6 +81,26 @@ def _defaults(presets: Mapping[str, Config], start: _Start) -> Config:
         default = presets.get(start.preset, first)  # an unknown one is reported by the parser, with the choices
     # Steps that a run saved or a preset has must not overrule epochs that are asked for.
     return default if start.epochs is None else override(default, steps=None)
+
+
+def typed_command(name: str, settings: Any) -> str:
+    """Return the command line of a command with these settings: "regvq evaluate --run runs/vq --amp".
+
+    Args:
+        name: of the command.
+        settings: of `run_command`, whose fields all have defaults; those that have them are left out.
+    """
+    words = ["regvq", *name.split()]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default:
+            continue
+        flag = flag_of(type(settings), field.name)
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def run_command(

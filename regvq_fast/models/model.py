@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from regvq_fast.models.pretrained import pretrained_files, read_pretrained, write_folder
-from regvq_fast.models.weights import check_state_dict
+from regvq_fast.models.card import Card
+from regvq_fast.models.hub import CARD, HubName, local_folder, publish
+from regvq_fast.models.pretrained import CONFIG, pretrained_files, read_pretrained, with_manifest, write_folder
+from regvq_fast.models.weights import check_state_dict, weights_hash
+from regvq_fast.version import __version__
 
 AnyModel = TypeVar("AnyModel", bound="Model")
 
@@ -26,6 +30,12 @@ class Model(nn.Module):
     """
 
     _arguments: dict[str, Any]
+    title: ClassVar[str] = "Prior over image tokens"
+    """Kind of model, as a heading."""
+    pipeline_tag: ClassVar[str] = "image-to-image"
+    """Its task on the Hugging Face Hub."""
+    example: ClassVar[str] = ""
+    """Lines of Python for a model card, behind those that load ``model``; fields in braces are its arguments."""
 
     def architecture(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain values; "type" is its class."""
@@ -49,22 +59,61 @@ class Model(nn.Module):
         write_folder(Path(folder), pretrained_files(self.architecture(), self.state_dict()))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """The model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run.
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+        """Load the model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run; or from the hub.
 
         Of a run it is the final model, or that of the newest checkpoint where the run has not come to its end. Files
         that have checksums are compared with them, and nothing is unpickled.
+
+        Args:
+            source: a folder; if there is none, ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION on the Hugging Face Hub,
+                whose cache serves it without a network, too.
+            revision: branch, tag or commit on the hub. None: the main branch.
 
         Returns:
             The model on the CPU, in evaluation mode.
 
         Raises:
-            FileNotFoundError: no such folder, or no weights in it, or not those of a pre-trained text encoder.
+            FileNotFoundError: neither such a folder nor such a repository, or no weights in it, or not those of a
+                pre-trained text encoder.
             NotADirectoryError: it is a file.
+            OSError: the hub refuses it, or the download failed.
             ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it. Or the
                 text encoder needs transformers, which is not installed.
         """
-        return read_model(folder, cls)
+        return read_model(source, cls, revision=revision)
+
+    def push_to_hub(
+        self, to: str, *, revision: str | None = None, private: bool = False, license: str | None = None
+    ) -> str:
+        """Publish the model on the Hugging Face Hub, as `from_pretrained` loads it, with a model card.
+
+        Card and files of a model that was published there earlier are replaced, in one commit. `regvq push` publishes
+        a run, whose card has settings and measurements, and a prior with its tokenizer.
+
+        Args:
+            to: ORGANIZATION/NAME.
+            revision: branch, made if it isn't there. None: the main branch.
+            private: make a private repository; a public one that exists is refused.
+            license: identifier of the weights' license on the hub, such as "mit". None: the card states none.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: not such a name, a public repository, a quantizer that is not one of this library's; or
+                huggingface_hub is not installed.
+            OSError: the hub can't be reached, or refuses it.
+        """
+        files = pretrained_files(self.architecture(), self.state_dict())
+        card = self.card(HubName(to, revision), config=json.loads(files[CONFIG]), license=license).text().encode()
+        message = f"{self.title} of regvq_fast {__version__}"
+        return publish({**with_manifest(files), CARD: card}, to, revision=revision, private=private, message=message)
+
+    def card(self, name: HubName, **contents: Any) -> Card:
+        """Return the model's card, with further contents of `regvq_fast.models.card.Card`."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return Card(name=name, kind=type(self), parameters=parameters, sha256=weights_hash(self), **contents)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Trade time for memory: each `Checkpointed` part runs a second time in backward. Gradients stay."""
@@ -73,21 +122,21 @@ class Model(nn.Module):
                 module.checkpointing = enabled
 
 
-def read_model(folder: str | os.PathLike[str], *kinds: type[AnyModel]) -> AnyModel:
-    """The model in a folder, as :meth:`Model.from_pretrained` of whichever of some kinds it is.
+def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision: str | None = None) -> AnyModel:
+    """Load a model as :meth:`Model.from_pretrained` of whichever of some kinds it is.
 
     Raises:
         OSError, ValueError: as there; a model of none of the kinds.
     """
-    description, weights = read_pretrained(Path(folder))
+    description, weights = read_pretrained(local_folder(source, revision))
     name = description.pop("type", "VQGAN")  # whose folders had none at first
     kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if kind is None:
-        raise ValueError(f"{folder} holds a {name}, not a {' or '.join(kind.__name__ for kind in kinds)}")
+        raise ValueError(f"{source} holds a {name}, not a {' or '.join(kind.__name__ for kind in kinds)}")
     try:
         model = kind._build(**description)
     except TypeError as error:
-        raise ValueError(f"the architecture in {folder} doesn't fit this version: {error}") from None
+        raise ValueError(f"the architecture in {source} doesn't fit this version: {error}") from None
     check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {name}")
     model.load_state_dict(weights)
     return model.eval()

@@ -30,6 +30,7 @@ TOKENIZER = "tokenizer"
 """Folder in a prior's run that holds its tokenizer, so that the run is all that sampling needs."""
 
 Part = TypeVar("Part")
+Content = TypeVar("Content", bytes, memoryview, bytes | memoryview)
 
 _STEP_FOLDER = re.compile(r"step-(\d{7,})")
 
@@ -61,11 +62,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
     temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         temporary.mkdir()
-        manifest = {}
-        for name, content in files.items():
+        for name, content in with_manifest(files).items():
             _write(temporary / name, content)
-            manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        _write(temporary / MANIFEST, to_json({"files": manifest}))
         _sync(temporary)
         if folder.exists():
             folder.rename(replaced)
@@ -76,6 +74,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
             replaced.rename(folder)
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def with_manifest(files: Mapping[str, Content]) -> dict[str, Content | bytes]:
+    """Return files by name, and with them the manifest of their sizes and checksums."""
+    entries = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
+    }
+    return {**files, MANIFEST: to_json({"files": entries})}
 
 
 def read_folder(folder: Path, names: Sequence[str]) -> dict[str, bytes]:

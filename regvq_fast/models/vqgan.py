@@ -142,6 +142,12 @@ class VQGAN(Model):
             the down-sampling factor.
     """
 
+    title = "Image tokenizer"
+    example = """images = torch.rand(1, {in_channels}, {image_size}, {image_size}) * 2 - 1  # yours, in [-1, 1]
+tokens = model.tokenize(images)  # (B, h, w) int64
+reconstructions = model.decode_indices(tokens)
+"""
+
     def __init__(
         self,
         quantizer: Quantizer,

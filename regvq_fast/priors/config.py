@@ -17,7 +17,7 @@ class TokensConfig(Section):
     on_the_fly: bool = False
     """Make tokens of images in each step, by --tokenizer."""
     tokenizer: OptionalPath = None
-    """Tokenizer: run, checkpoint or folder of VQGAN.save_pretrained. Default: the cache's."""
+    """Tokenizer: run, checkpoint, folder or ORGANIZATION/NAME on the hub. Default: the cache's."""
     data: OptionalPath = None
     """on the fly: images, as for regvq train vq. Default: the embedded scenes."""
     crop: Crop = "center"

@@ -7,6 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from regvq_fast.data.samples import Batch, Field
+from regvq_fast.models.hub import local_folder
 from regvq_fast.models.model import Model, read_model
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
@@ -58,17 +59,18 @@ class ImageSampler:
         self.field: Field = kind.condition_field
 
     @classmethod
-    def from_run(cls, run: Path, config: SamplingConfig, precision: Precision, name: str | None = None) -> Self:
+    def from_run(cls, run: str | Path, config: SamplingConfig, precision: Precision, name: str | None = None) -> Self:
         """Load the prior in the folder of its run, with the tokenizer that lies in it.
 
         Args:
-            run: the folder.
+            run: the folder, or a name on the Hugging Face Hub, as of `Model.from_pretrained`.
             config, precision: as of the class itself.
             name: name of the prior in `PRIORS`; None: any of them.
 
         Raises:
-            FileNotFoundError, ValueError: it isn't there, is no such prior, or is damaged; or as the class itself.
+            OSError, ValueError: it isn't there, is no such prior, or is damaged; or as the class itself.
         """
+        run = local_folder(run)
         entries = PRIORS.values() if name is None else [PRIORS[name]]
         prior = read_model(run, *(entry.model for entry in entries)).to(precision.device)
         tokenizer = VQGAN.from_pretrained(run / TOKENIZER).to(precision.device)

@@ -20,6 +20,7 @@ from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.shares import rank_share
 from regvq_fast.image_grids import save_image_grid
+from regvq_fast.models.hub import hub_name
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
@@ -93,7 +94,7 @@ class PriorRecipe(Recipe[Config]):
         source = self._own_tokenizer(config) or tokens.tokenizer
         if source is None and tokens.cache is not None:
             source = Path(read_info(tokens.cache).tokenizer)
-            if not source.exists():
+            if not source.exists() and hub_name(source) is None:
                 raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
         assert source is not None  # checked
         self.tokenizer = VQGAN.from_pretrained(source)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import tyro
 from helpers.runs import run_script
 from helpers.tiny_models import TinyNet, scenes_batch, tiny_tokenizer, tiny_vqgan
 from PIL import Image
@@ -22,7 +24,7 @@ from torch.distributed import TCPStore
 
 from regvq_fast.cli import evaluate as evaluation
 from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
-from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
+from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override, typed_command
 from regvq_fast.data import ImageFolder, to_float, to_uint8
 from regvq_fast.data.samples import Batch
 from regvq_fast.evaluation.fid import frechet_distance, statistics_of
@@ -186,6 +188,17 @@ def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path],
     part = Batch(image=whole["image"][7:], segmentation=whole["segmentation"][7:], caption=whole["caption"][7:])
     assert torch.equal(sampler.sample(part, 7), drawn[7:])
     assert not torch.equal(sampler.sample(part, 0), drawn[7:])
+
+
+def test_the_command_of_a_measurement_is_its_own() -> None:
+    config = EvaluateConfig(
+        run=Path("my runs/vq"), data=Path("scenes"), amp=True, val_images=3, guidance=2.5, fid_features="none"
+    )
+    command = typed_command("evaluate", config)
+    assert command.startswith("regvq evaluate ")
+    assert "'my runs/vq'" in command
+    assert tyro.cli(EvaluateConfig, args=shlex.split(command)[2:]) == config
+    assert typed_command("evaluate", EvaluateConfig()) == "regvq evaluate"
 
 
 def test_maps_become_conditions_by_majority() -> None:

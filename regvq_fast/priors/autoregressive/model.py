@@ -51,6 +51,8 @@ class TokenTransformer(Model):
         ValueError: a size that is not positive, a width that is not a multiple of `heads`, a dropout outside [0, 1).
     """
 
+    title = "Autoregressive prior over image tokens"
+
     def __init__(
         self,
         num_codes: int = 1024,

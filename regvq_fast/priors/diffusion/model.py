@@ -115,6 +115,9 @@ class VQDiffusion(Model):
         ValueError: a size that is not positive, a width that is not a multiple of `heads`, a dropout outside [0, 1).
     """
 
+    title = "Diffusion prior over image tokens"
+    pipeline_tag = "text-to-image"
+
     def __init__(
         self,
         num_codes: int = 1024,

@@ -1,0 +1,187 @@
+"""The command ``regvq push``: publish a run on the Hugging Face Hub, with a model card."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from regvq_fast.config import run_command
+from regvq_fast.console import say
+from regvq_fast.evaluation.measurement import RESULTS
+from regvq_fast.files import check_new_folder
+from regvq_fast.models.hub import CARD, PICTURES, HubName, check_name, publish
+from regvq_fast.models.model import Model, read_model
+from regvq_fast.models.pretrained import CONFIG, TOKENIZER, WEIGHTS, step_folders, to_json, with_manifest
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.models.weights import weights_hash
+from regvq_fast.priors.registry import PRIORS, prior_of
+from regvq_fast.settings import Section
+from regvq_fast.version import __version__
+
+USAGE = """Publish a run on the Hugging Face Hub, with a model card of its settings and measurements.
+
+    regvq push --run runs/vq --to me/scenes-vq --out published   # look at what would be uploaded
+    regvq push --run runs/vq --to me/scenes-vq --private
+    regvq push --run runs/ar --to me/scenes-ar --license mit     # a prior, with its tokenizer
+
+Log in with `hf auth login` first. Uploaded are the final model, config.json, the
+evaluation.json of regvq evaluate, the last images and the card: no checkpoints, no logs,
+and of paths on this machine only the last name. Anybody then loads it by its name, with
+VQGAN.from_pretrained("me/scenes-vq") or as a --run.
+"""
+
+_DIGITS = 12  # of a hash in evaluation.json
+_ABSOLUTE = re.compile(r"(?<![^\s=:,;\"'(\[])/(?:[^\s/\"',:;]+/)*([^\s/\"',:;]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig(Section):
+    """A run of ``regvq push``."""
+
+    run: Path
+    """Run to publish, at its end; one of its checkpoints, or a folder of save_pretrained."""
+    to: str
+    """Repository: ORGANIZATION/NAME. Made if it isn't there."""
+    out: Path | None = None
+    """Upload nothing: write what would be uploaded to this new folder."""
+    private: bool = False
+    """Make a private repository."""
+    revision: str | None = None
+    """Branch, made if it isn't there. Not given: main."""
+    license: str | None = None
+    """License of the weights, as the hub names it, such as mit. Not given: the card states none."""
+
+
+def push(config: PushConfig) -> None:
+    """Publish a run, or write what would be published to a folder, and print where it is.
+
+    Raises:
+        ValueError, OSError: what is wrong with the run, the name or the hub, in one sentence.
+    """
+    check_name(config.to)
+    if config.out is not None:
+        check_new_folder(config.out)
+    files = published_files(config.run, HubName(config.to, config.revision), config.license)
+    console = Console()
+    for name, content in files.items():
+        say(console, f"{len(content):,} bytes", name)
+    if config.out is None:
+        message = f"Publish a run of regvq_fast {__version__}"
+        address = publish(files, config.to, revision=config.revision, private=config.private, message=message)
+        say(console, "published", address)
+        return
+    for name, content in files.items():
+        path = config.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    say(console, "not uploaded", f"{config.out} has what would be")
+
+
+def published_files(run: Path, name: HubName, license: str | None = None) -> dict[str, bytes]:
+    """Return the files of a run for the hub, by name: its model, a prior's tokenizer, measurements, images, the card.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model in it.
+        ValueError: a run that has not come to its end, a file that is damaged, a prior without its tokenizer, or
+            measurements of other weights.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"no such folder: --run {run}")
+    if not (run / WEIGHTS).exists() and (steps := step_folders(run)):
+        raise ValueError(
+            f"{run} has not come to its end: continue it with --resume, or publish its newest checkpoint, --run "
+            f"{list(steps.values())[-1]}"
+        )
+    model = read_model(run, VQGAN, *(entry.model for entry in PRIORS.values()))
+    files, tokenizer = _model_files(run), model
+    commands = [
+        f"regvq evaluate --run {name} --data photos --out results",
+        f"regvq tokens --tokenizer {name} --out cache",
+    ]
+    train = "regvq train vq"
+    if not isinstance(model, VQGAN):
+        if not (run / TOKENIZER).is_dir():
+            raise ValueError(f"{run} has no {TOKENIZER}/, which its prior needs: give the run itself")
+        tokenizer = VQGAN.from_pretrained(run / TOKENIZER)
+        files |= {f"{TOKENIZER}/{file}": content for file, content in _model_files(run / TOKENIZER).items()}
+        entry = prior_of(model)
+        condition = "--map map.png" if entry.sampler.condition_field == "segmentation" else '--text "a caption"'
+        commands, train = [f"regvq sample --run {name} --out samples {condition}"], f"regvq {entry.command}"
+    config = json.loads(files[CONFIG])
+    evaluation = _evaluation(run, model, tokenizer)
+    if evaluation is not None:
+        files[RESULTS] = to_json(evaluation)
+    pictures = [path for path in sorted((run / PICTURES).glob("*.png")) if not re.search(r"-\d{7}$", path.stem)]
+    files |= {f"{PICTURES}/{path.name}": path.read_bytes() for path in pictures}
+    card = model.card(
+        name,
+        config=config,
+        evaluation=evaluation,
+        license=license,
+        pictures=[file for file in files if file.startswith(f"{PICTURES}/")],
+        commands=commands,
+        train=train if "run" in config else "",
+    )
+    return {CARD: card.text().encode(), **files}
+
+
+def _model_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of a model that was read, without folders of this machine, and their manifest."""
+    config = json.loads((folder / CONFIG).read_bytes())
+    config.setdefault("versions", {"regvq_fast": "of unknown version"})
+    files = {CONFIG: to_json(without_folders(config)), WEIGHTS: (folder / WEIGHTS).read_bytes()}
+    return with_manifest(files)
+
+
+def _evaluation(run: Path, model: Model, tokenizer: Model) -> dict[str, Any] | None:
+    """Return the measurements in a run's folder without folders of this machine; None if there are none."""
+    path = run / RESULTS
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = without_folders(json.loads(path.read_bytes()))
+        for found in content.values():
+            _ = found["name"], found["value"], found["data"], found["split"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged, or not of `regvq evaluate`: remove it, or measure again") from None
+    hashes = {"tokenizer_sha256": weights_hash(tokenizer)[:_DIGITS], "prior": weights_hash(model)[:_DIGITS]}
+    for found in content.values():
+        for key, expected in hashes.items():
+            if key in found and not str(found[key]).endswith(expected):
+                raise ValueError(
+                    f"{path} is of other weights ({key} {found[key]}) than those in {run} ({expected}): remove it, or "
+                    "measure again with `regvq evaluate`"
+                )
+    return content
+
+
+def without_folders(value: Any) -> Any:
+    """Return JSON values with absolute paths, alone and within texts, reduced to their names."""
+    paths: set[str] = set()
+    _walk(value, lambda text: paths.add(text) if text.startswith("/") and "\n" not in text else None)
+    longest_first = sorted(paths, key=len, reverse=True)
+
+    def shortened(text: str) -> str:
+        for path in longest_first:
+            text = text.replace(path, Path(path).name)
+        return _ABSOLUTE.sub(r"\1", text)
+
+    return _walk(value, shortened)
+
+
+def _walk(value: Any, change: Any) -> Any:
+    """Return a copy of JSON values whose strings were changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _walk(item, change) for key, item in value.items()}
+    return [_walk(item, change) for item in value] if isinstance(value, list) else value
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``regvq push``."""
+    run_command("push", PushConfig, push, USAGE, args)
