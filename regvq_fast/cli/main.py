@@ -29,6 +29,7 @@ COMMANDS = {
     "reconstruct": Command("reconstruct", "Pass images through a tokenizer, and save what comes back"),
     "encode": Command("encode", "Turn images into a file of tokens"),
     "decode": Command("decode", "Turn a file of tokens into images"),
+    "export": Command("export", "Export a tokenizer as programs for PyTorch or ONNX Runtime"),
     "evaluate": Command("evaluate", "Measure a tokenizer or sampled images"),
     "data": Command("data", "Check the paper's data sets, or pack them into shards"),
     "paper": Command("paper", "Reproduce a table or a sweep of the paper"),

@@ -125,7 +125,7 @@ class ImageFile(NamedTuple):
 
     path: Path
     name: str
-    """Of the file, or its path in the folder, with slashes."""
+    """Name of the file, or its path in the folder, with slashes."""
 
 
 class OpenedImage(NamedTuple):

@@ -37,7 +37,7 @@ class EncodedImages:
     """
 
     names: Sequence[str]
-    """Of the image files, or their paths in the folder that was encoded."""
+    """Names of the image files, or their paths in the folder that was encoded."""
     tokens: Sequence[Tensor]
     """(h, w) int64 in [0, num_codes), for each image."""
     sizes: Sequence[tuple[int, int]]

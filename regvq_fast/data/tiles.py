@@ -66,6 +66,8 @@ def pad(images: Tensor, factor: int) -> Tensor:
     """
     for axis in (-2, -1):
         size = images.shape[axis]
+        if size % factor == 0:
+            continue
         index = torch.arange(-(-size // factor) * factor, device=images.device)
         index = torch.where(index < size, index, 2 * (size - 1) - index).clamp(min=0)
         images = images.index_select(axis, index)
