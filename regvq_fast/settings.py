@@ -16,8 +16,8 @@ class Section:
     """Base of the dataclasses whose fields are flags."""
 
     def __init_subclass__(cls) -> None:
-        # The help shows a default as "[0.1]", and leaves one that is None to the docstring.
-        shown = arg(help_behavior_hint=lambda default: "" if default == "None" else f"[{default}]")
+        # The help shows a default as "[0.1]", and leaves one that is None, or empty, to the docstring.
+        shown = arg(help_behavior_hint=lambda default: "" if default in ("None", "") else f"[{default}]")
         cls.__annotations__ = {
             name: hint if get_origin(hint) is ClassVar else Annotated[hint, shown]
             for name, hint in inspect.get_annotations(cls).items()

@@ -223,15 +223,24 @@ reconstructions = model.decode_indices(tokens)
         return self.quant_conv(self.encoder(self._as_convolved(images)))
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """Quantized latents (B, D, h, w) to images (B, in_channels, H, W), not clamped."""
+        """Quantized latents (B, D, h, w) to images (B, in_channels, H, W), not clamped.
+
+        Raises:
+            TypeError: latents that are not floating point, such as tokens.
+            ValueError: another shape.
+        """
         return self.decoder.conv_out(self.decoder_features(quantized))
 
     def decoder_features(self, quantized: Tensor) -> Tensor:
         """Quantized latents (B, D, h, w) to the input (B, ch * ch_mult[0], H, W) of `decoder.conv_out`.
 
         With it the gradient of the last layer's weight, which the adaptive weight of the adversarial loss needs,
-        follows from a gradient at the reconstruction alone, without a walk through the decoder.
+        follows from a gradient at the reconstruction alone, without a walk through the decoder. Raises as `decode`.
         """
+        if not quantized.is_floating_point():
+            raise TypeError(f"latents must be floating point, got {quantized.dtype}: give tokens to decode_indices")
+        if quantized.ndim != 4 or quantized.shape[1] != self.quantize.code_dim:
+            raise ValueError(f"latents must be (B, {self.quantize.code_dim}, h, w), got {tuple(quantized.shape)}")
         return self.decoder.features(self.post_quant_conv(self._as_convolved(quantized)))
 
     def _as_convolved(self, value: Tensor) -> Tensor:

@@ -51,6 +51,9 @@ class GumbelQuantizer(CodebookQuantizer):
         # A tensor: a new value does not recompile a compiled step.
         self.tau.fill_(self.tau_start * (self.tau_end / self.tau_start) ** fraction)
 
+    def _linear_form(self) -> tuple[Tensor, Tensor]:
+        return wide(self.proj.weight.detach()), wide(self.proj.bias.detach())
+
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows, dtype = self._wide_rows(z), self._score_dtype(z)

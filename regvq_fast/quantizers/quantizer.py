@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.matmul import compute_dtype, score_dtype
@@ -111,6 +112,14 @@ class Quantizer(nn.Module):
         """Return the codes of a token map, in the module's type: (B, H, W) int64 -> (B, D, H, W)."""
         raise NotImplementedError
 
+    def logits(self, z: Tensor) -> Tensor:
+        """Return the logits of all codes, (B, D, H, W) -> (B, H, W, N), up to a constant of each position.
+
+        Their argmax is the code that evaluation selects, ties aside. Plain PyTorch, which can be exported, with all
+        B*H*W x N logits in memory.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no logits(z)")
+
     def initialize(self, z: Tensor) -> None:
         """Fit a new quantizer to the first latents (B, D, H, W) of a new encoder; some need no such start."""
 
@@ -169,6 +178,19 @@ class CodebookQuantizer(Quantizer):
 
     def codes_of(self, indices: Tensor) -> Tensor:
         return self.codes()[indices].permute(0, 3, 1, 2).to(self.embedding.weight.dtype)
+
+    def logits(self, z: Tensor) -> Tensor:
+        weight, bias = self._linear_form()
+        return F.linear(self._standardized(self._wide_rows(z)), weight, bias).unflatten(0, (z.shape[0], *z.shape[2:]))
+
+    def _standardized(self, rows: Tensor) -> Tensor:
+        """Return rows (M, D) in the form that the logits take."""
+        return rows
+
+    def _linear_form(self) -> tuple[Tensor, Tensor]:
+        """Weight (N, D) and bias (N,) of the logits as a linear map, up to a constant of each row; no gradient."""
+        codes = wide(self.codes().detach())
+        return codes, -0.5 * codes.square().sum(1)
 
     def _score_dtype(self, z: Tensor) -> torch.dtype:
         """Return the type in which rows of z are multiplied with codes."""

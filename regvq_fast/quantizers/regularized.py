@@ -163,7 +163,6 @@ class RegularizedQuantizer(CodebookQuantizer):
             low, high = ((low + high) / 2, high) if 1 - largest > self._target else (low, (low + high) / 2)
 
     def _standardized(self, rows: Tensor) -> Tensor:
-        """Return rows (M, D) in the form that the logits take."""
         rows = (rows - wide(self.shift)) * wide(self.gain)
         return rows if self.settings.logits == "distance" else _root_mean_square_norm(rows)
 
@@ -175,7 +174,6 @@ class RegularizedQuantizer(CodebookQuantizer):
         return wide(self.log_scale).exp()
 
     def _linear_form(self) -> tuple[Tensor, Tensor]:
-        """Weight (N, D) and bias (N,) of the logits as a linear map, up to a constant of each row; no gradient."""
         scale = self._scale()
         if self.settings.logits == "linear":
             return wide(self.proj.weight.detach()) * scale, wide(self.proj.bias.detach()) * scale

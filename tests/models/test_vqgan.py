@@ -396,6 +396,14 @@ def test_images_that_are_no_floats_in_the_range_are_refused(model, images):
         model.tokenize((images.abs() * 127).to(torch.uint8))
 
 
+def test_tokens_and_latents_of_another_shape_are_not_decoded(model):
+    with pytest.raises(TypeError, match="decode_indices"):
+        model.decode(torch.zeros(1, 8, 8, dtype=torch.int64))
+    for shape in ((1, 3, 8, 8), (8, 8)):
+        with pytest.raises(ValueError, match=str(shape[-1])):
+            model.decode(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("quantizer", [RegularizedQuantizer, NearestQuantizer])
 def test_a_model_in_bfloat16_takes_images_in_fp32(quantizer):
     model = VQGAN(quantizer(12, 4), **TINY).to(torch.bfloat16)

@@ -80,6 +80,15 @@ def test_evaluation_takes_the_best_code_everywhere_and_changes_nothing(quantizer
     assert all(torch.equal(value, state[name]) for name, value in quantizer.state_dict().items())
 
 
+def test_the_best_code_has_the_largest_logit(quantizer: Quantizer) -> None:
+    quantizer.initialize(maps())
+    quantizer.eval()
+    logits = quantizer.logits(maps())
+    assert logits.shape == (3, 4, 5, N)
+    assert torch.equal(logits.argmax(-1), quantizer(maps()).indices)
+    assert len(logits.argmax(-1).unique()) > 1
+
+
 def test_the_seed_decides_and_the_global_generator_serves_where_none_is_given(quantizer: Quantizer) -> None:
     a = copy.deepcopy(quantizer)(maps(), seed(5))
     b = copy.deepcopy(quantizer)(maps(), seed(5))

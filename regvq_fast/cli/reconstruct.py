@@ -1,0 +1,129 @@
+"""The command ``regvq reconstruct``: pass images through a tokenizer, and save what comes back."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+from tyro.conf import arg
+
+from regvq_fast.cli.tokenizer_use import (
+    ComputeConfig,
+    ImagesConfig,
+    OpenedImage,
+    TokenizerConfig,
+    UsedTokenizer,
+    find_images,
+    output_name,
+    read_images,
+)
+from regvq_fast.config import run_command
+from regvq_fast.console import progress_bar, say
+from regvq_fast.data.tiles import decode_tokens, tokenize_images
+from regvq_fast.data.transforms import image_to_tensor
+from regvq_fast.files import check_new_folder
+from regvq_fast.image_grids import save_image, save_image_grid
+
+_SHEET_IMAGES, _SHEET_SIDE = 16, 256
+_LISTED = 16  # images with a line each
+_ROWS = 256  # of an image that are compared at once
+
+USAGE = """Pass images through a tokenizer, and save what comes back.
+
+    regvq reconstruct --run runs/vq a.jpg photos/ --out back --sheet sheet.png
+    regvq reconstruct --run runs/vq panorama.jpg --out back --tile 512
+
+- Images of any size are padded to the down-sampling factor and cropped back.
+- --out gets NAME.png for NAME.jpg, in the folders that it had inside its own.
+- --tile bounds memory. Each tile is normalized and attends by itself: results
+  are near those of the whole image, not equal to them (docs/use.md).
+"""
+
+
+# Of several bases, the fields of the last come first in the help.
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(ComputeConfig, ImagesConfig, TokenizerConfig):
+    """A run of ``regvq reconstruct``."""
+
+    out: Path
+    """Folder of the reconstructions; new, or empty."""
+    sheet: Annotated[Path | None, arg(metavar="PATH")] = None
+    """Image file to save with the first 16 images, each above its reconstruction."""
+
+
+def reconstruct(config: ReconstructConfig) -> None:
+    """Reconstruct images, save them as PNG files, and print how near they are and how many codes they used.
+
+    Raises:
+        ValueError, OSError: what is wrong with settings, images or tokenizer, in one sentence; nothing is written.
+    """
+    files = find_images(config.images)
+    check_new_folder(config.out)
+    if config.sheet is not None and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--sheet {config.sheet} must end in .png, .jpg or .webp")
+    if config.sheet is not None and config.sheet.exists():
+        raise FileExistsError(f"--sheet {config.sheet} exists; name a new file")
+    used = UsedTokenizer.load(config.run, config)
+    console, counts = Console(), torch.zeros(used.model.quantize.num_codes, dtype=torch.int64)
+    shown: list[tuple[Tensor, Tensor]] = []
+    ratios: list[float] = []
+    start = time.perf_counter()
+    with progress_bar(console) as progress:
+        task = progress.add_task("images", total=len(files))
+        images = read_images(files, used.model.image_size if config.square else None)
+        for batch in used.batches(images):
+            for image, reconstruction, tokens in zip(batch, *_reconstruct(used, batch), strict=True):
+                save_image(config.out / output_name(image.name), reconstruction)
+                counts += tokens.flatten().bincount(minlength=len(counts))
+                ratios.append(psnr(reconstruction, image.pixels))
+                if len(files) <= _LISTED:
+                    height, width = image.size
+                    codes = len(tokens.unique())
+                    say(console, f"{ratios[-1]:.2f} dB", f"{image.name}, {width} x {height}, {codes:,} codes")
+                if config.sheet is not None and len(shown) < _SHEET_IMAGES:
+                    shown.append((_thumbnail(image.pixels), _thumbnail(reconstruction)))
+                progress.advance(task)
+    if config.sheet is not None:
+        originals, reconstructions = (torch.stack(column) for column in zip(*shown, strict=True))
+        save_image_grid(config.sheet, originals, reconstructions)
+        say(console, "sheet", str(config.sheet))
+    say(console, "psnr", f"{sum(ratios) / len(ratios):.2f} dB, the mean over images")
+    num_used = int((counts > 0).sum())
+    say(console, "codes", f"{num_used:,} of {len(counts):,} used ({100 * num_used / len(counts):.1f} %)")
+    left_out = f", {len(files) - len(ratios)} left out" if len(ratios) < len(files) else ""
+    say(console, "images", f"{len(ratios)} in {config.out}{left_out}, {time.perf_counter() - start:.1f} s")
+
+
+def _reconstruct(used: UsedTokenizer, batch: Sequence[OpenedImage]) -> tuple[Tensor, Tensor]:
+    """Return the reconstructions (B, 3, H, W) uint8 of images of one size, and their tokens (B, h, w)."""
+    pixels = torch.stack([image.pixels for image in batch])
+    tokens = tokenize_images(used.model, pixels, used.tiling, used.autocast)
+    return decode_tokens(used.model, tokens, batch[0].size, used.tiling, used.autocast), tokens
+
+
+def psnr(image: Tensor, original: Tensor) -> float:
+    """Return the peak signal-to-noise ratio of two images (3, H, W) uint8 in dB; infinite if they are equal."""
+    rows = zip(image.split(_ROWS, 1), original.split(_ROWS, 1), strict=True)
+    error = sum(float((a.float() - b.float()).square().sum(dtype=torch.float64)) for a, b in rows) / image.numel()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def _thumbnail(image: Tensor) -> Tensor:
+    """Return an image (3, H, W) uint8 within a white square, scaled down if it is larger than that."""
+    small = Image.fromarray(image.permute(1, 2, 0).numpy())
+    small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
+    room = _SHEET_SIDE - small.width, _SHEET_SIDE - small.height
+    return F.pad(image_to_tensor(small), (0, room[0], 0, room[1]), value=255)
+
+
+def main(args: Sequence[str]) -> None:
+    """Run ``regvq reconstruct``."""
+    stopped = "stopped; the reconstructions so far are in {out}"
+    run_command("reconstruct", ReconstructConfig, reconstruct, USAGE, args, stopped=stopped)
