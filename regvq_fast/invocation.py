@@ -59,7 +59,8 @@ def _script(name: str, before: str = "") -> str:
     started = Path(sys.argv[0] if sys.argv else "")
     if started.name not in SCRIPTS.values() or name not in SCRIPTS:
         return ""
-    return before + str(started.with_name(SCRIPTS[name]))
+    script, here = started.with_name(SCRIPTS[name]), Path.cwd()
+    return before + str(script.relative_to(here) if script.is_relative_to(here) else script)
 
 
 def _package(name: str) -> str:
