@@ -26,6 +26,7 @@ COMMANDS = {
     "train diffusion": Command("train", "Train the diffusion prior: captions to images"),
     "tokens": Command("cache_tokens", "Encode a data set once, for the priors"),
     "sample": Command("sample", "Sample images from a prior"),
+    "demo": Command("demo", "Open a web page to use a tokenizer and its priors"),
     "evaluate": Command("evaluate", "Measure a tokenizer or sampled images"),
     "data": Command("data", "Check the paper's data sets, or pack them into shards"),
     "paper": Command("paper", "Reproduce a table or a sweep of the paper"),
