@@ -92,8 +92,8 @@ def _reconstruct_tab(reconstructor: Reconstructor, examples: ImageDataset) -> No
             )
         with gr.Column(scale=2, min_width=320):
             result = _html(example(0), elem_id="reconstruction")
-    upload.upload(_in_words(uploaded), upload, result, **_MODEL)
-    another.click(_in_words(lambda: example(random.randrange(1000))), None, result, **_MODEL)
+    upload.upload(_in_words(uploaded), upload, result, api_name="reconstruct", **_MODEL)
+    another.click(_in_words(lambda: example(random.randrange(1000))), None, result, api_name="example", **_MODEL)
 
 
 def _map_tab(painter: Painter) -> None:
@@ -126,7 +126,7 @@ def _map_tab(painter: Painter) -> None:
                 controls.append(
                     gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Choose among the likeliest codes only")
                 )
-    button.click(_in_words(sample), [board, *controls], result, **_MODEL)
+    button.click(_in_words(sample), [board, *controls], result, api_name="map", **_MODEL)
 
 
 def _caption_tab(painter: Painter) -> None:
@@ -158,7 +158,7 @@ def _caption_tab(painter: Painter) -> None:
                 controls = _controls(painter)
                 controls.append(gr.Slider(1, most, most, step=1, label="Steps", info="Fewer are faster"))
     for event in (button.click, text.submit):
-        event(_in_words(sample), [text, *controls], result, **_MODEL)
+        event(_in_words(sample), [text, *controls], result, api_name="caption", **_MODEL)
 
 
 def _controls(painter: Painter) -> list[Any]:

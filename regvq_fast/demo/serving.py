@@ -32,6 +32,7 @@ _READS = re.compile(
 )
 _WRITES = (_UPLOAD, _JOIN)
 _FORM = 64 * 2**10  # bytes that a form adds to its file
+_DRAINED = 4 * MAX_BYTES  # largest request that is read to its end before it is refused
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -84,6 +85,8 @@ class Guard:
             receive = _replay(body, receive)
         added = _FILE_HEADERS if path.startswith(_FILE) else _HEADERS
         if refusal is not None:
+            if refusal.status == 413 and int(headers["content-length"]) <= _DRAINED:
+                await _read(receive, keep=False)  # who is cut off while sending never sees the answer
             await _answer(send, refusal)
             return
         if path == _UPLOAD:
@@ -244,11 +247,11 @@ def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(receive: Receive, keep: bool = True) -> bytes:
     chunks, more = [], True
     while more:
         message = await receive()
-        chunks.append(message.get("body", b""))
+        chunks.append(message.get("body", b"") if keep else b"")
         more = message["type"] == "http.request" and message.get("more_body", False)
     return b"".join(chunks)
 

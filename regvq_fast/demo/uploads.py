@@ -1,5 +1,6 @@
 """Images that strangers upload: read within limits, refused in a sentence."""
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,7 @@ def read_square(file: Path | bytes, size: int) -> Square:
         raise ValueError(f"The file has {length / 2**20:.1f} MiB, the limit is {MAX_BYTES // 2**20}: make it smaller.")
     content = file if isinstance(file, bytes) else file.read_bytes()
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             width, height = upright_size(image)
