@@ -1,9 +1,9 @@
 """The command ``regvq demo``: a web page on a tokenizer and its priors."""
 
-import importlib.util
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -61,7 +61,7 @@ def open_demo(config: DemoConfig) -> None:
     Raises:
         ValueError, OSError: what is wrong with settings or models, in one sentence; no port is open.
     """
-    if importlib.util.find_spec("gradio") is None:
+    if find_spec("gradio") is None:
         raise ValueError(f"regvq demo needs gradio: {install('demo')}")
     config.check()
     if not 0 <= config.port < 2**16:

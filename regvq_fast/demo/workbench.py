@@ -117,9 +117,9 @@ class Request:
     count: int = 4
     """Images, 1 to MAX_IMAGES."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     temperature: float = 1.0
-    """Of the choice of a token."""
+    """Temperature of the choice of a token."""
     guidance: float = 1.0
     """Weight of classifier-free guidance."""
     top_p: float = 1.0

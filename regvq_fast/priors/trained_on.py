@@ -36,7 +36,7 @@ class TrainedOn:
             run: the folder.
             config: class of its configuration.
         """
-        if run.parent == FOLDER:
+        if run.resolve().parent == FOLDER.resolve():
             return cls(ScenesDataset, None)
         try:
             tokens = read_config(run, config).tokens
