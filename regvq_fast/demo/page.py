@@ -82,9 +82,11 @@ def _reconstruct_tab(reconstructor: Reconstructor, examples: ImageDataset) -> No
 
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            upload = gr.Image(label="Image", sources=["upload", "clipboard"], height=300, elem_id="upload", buttons=[])
+            upload: Any = gr.Image(
+                label="Image", sources=["upload", "clipboard"], height=300, elem_id="upload", buttons=[]
+            )
             # The file as it came: the component's own code opens anything. (A subclass would write a .pyi file here.)
-            upload.preprocess = _path_of  # type: ignore[method-assign]
+            upload.preprocess = _path_of
             another = gr.Button("Show an example", elem_id="example")
             _html(
                 f'<p class="rv-note">{", ".join(FORMATS)}, at most {MAX_BYTES // 2**20} MiB. Of an image that is not '
@@ -220,8 +222,8 @@ def _shown(shown: Reconstruction, reconstructor: Reconstructor, note: str) -> st
     }
     listed = "".join(f"<div><b>{html.escape(value)}</b><span>{name}</span></div>" for name, value in facts.items())
     codes = "".join(
-        f'<figure title="code {code.code}, {code.count} times"><img alt="code {code.code}" src="{_png(code.patch)}">'
-        f"<b>{code.code}</b><br>{code.count} &times;</figure>"
+        f'<figure title="code {code.code}, {code.positions} times"><img alt="code {code.code}" src="{_png(code.patch)}">'
+        f"<b>{code.code}</b><br>{code.positions} &times;</figure>"
         for code in shown.codes
     )
     most = "" if shown.used == len(shown.codes) else f"{len(shown.codes)} most frequent "

@@ -32,8 +32,8 @@ class UsedCode(NamedTuple):
 
     code: int
     """Its index."""
-    count: int
-    """Positions of the image that it was chosen for."""
+    positions: int
+    """Number of positions of the image that it was chosen for."""
     patch: Tensor
     """(3, f, f) uint8: the decoder's output among neighbours of the same code."""
 

@@ -41,10 +41,10 @@ def test_reconstruction_and_codes() -> None:
     shown = Reconstructor(tokenizer, CPU).reconstruct(pixels)
     tokens = tokenizer.tokenize(to_float(pixels[None]))[0]
     assert shown.used == len(tokens.unique()) > 3
-    assert {code.code: code.count for code in shown.codes} == {
+    assert {code.code: code.positions for code in shown.codes} == {
         int(code): int((tokens == code).sum()) for code in tokens.unique()
     }
-    assert [code.count for code in shown.codes] == sorted((code.count for code in shown.codes), reverse=True)
+    assert [code.positions for code in shown.codes] == sorted((code.positions for code in shown.codes), reverse=True)
     assert all(code.patch.shape == (3, 2, 2) for code in shown.codes)
     error = (shown.reconstruction.double() - pixels.double()).square().mean().item()
     assert shown.psnr == pytest.approx(20 * math.log10(255) - 10 * math.log10(error))
