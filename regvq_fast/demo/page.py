@@ -222,7 +222,7 @@ def _shown(shown: Reconstruction, reconstructor: Reconstructor, note: str) -> st
     }
     listed = "".join(f"<div><b>{html.escape(value)}</b><span>{name}</span></div>" for name, value in facts.items())
     codes = "".join(
-        f'<figure title="code {code.code}, {code.positions} times"><img alt="code {code.code}" src="{_png(code.patch)}">'
+        f'<figure title="code {code.code}"><img alt="code {code.code}" src="{_png(code.patch)}">'
         f"<b>{code.code}</b><br>{code.positions} &times;</figure>"
         for code in shown.codes
     )
