@@ -19,7 +19,7 @@ LAYERS = [
     "evaluation",
     "training",
     "priors",
-    "paper",
+    "paper demo",
     "cli",
     "__main__",
 ]

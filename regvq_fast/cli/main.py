@@ -30,6 +30,7 @@ COMMANDS = {
     "encode": Command("encode", "Turn images into a file of tokens"),
     "decode": Command("decode", "Turn a file of tokens into images"),
     "export": Command("export", "Export a tokenizer as programs for PyTorch or ONNX Runtime"),
+    "demo": Command("demo", "Open a web page to use a tokenizer and its priors"),
     "evaluate": Command("evaluate", "Measure a tokenizer or sampled images"),
     "data": Command("data", "Check the paper's data sets, or pack them into shards"),
     "push": Command("push", "Publish a run on the Hugging Face Hub, with a model card"),

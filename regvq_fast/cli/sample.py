@@ -17,12 +17,11 @@ from torch import Tensor
 from regvq_fast.config import read_config, run_command
 from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
-from regvq_fast.data.datasets import build_dataset, dataset_class
+from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.image_files import OVERSAMPLING
 from regvq_fast.data.loading import read_samples
 from regvq_fast.data.reading import opened_image
 from regvq_fast.data.samples import Field
-from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
@@ -33,6 +32,7 @@ from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
 from regvq_fast.priors.sampler import PriorSampler, Progress
+from regvq_fast.priors.trained_on import TrainedOn
 from regvq_fast.settings import Section, check_at_least
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
@@ -196,11 +196,7 @@ class _Generator:
 
     def _class_names(self) -> tuple[str, ...]:
         """Return the names of the classes that the prior was trained on; none if unknown."""
-        try:
-            tokens = read_config(self.run, self.sampler.entry.config).tokens
-            return dataset_class(tokens.data if tokens.cache is None else read_info(tokens.cache).data).class_names
-        except (ValueError, OSError):  # neither configuration nor cache is needed to sample
-            return ()
+        return TrainedOn.of(self.run, self.sampler.entry.config).class_names
 
     def strip(self) -> Tensor:
         """Return some states of the first image, from masked (grey) to done."""

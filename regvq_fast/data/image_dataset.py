@@ -69,6 +69,8 @@ class ImageDataset(Dataset[Sample], ABC):
     """Number of class ids in the semantic maps; None: unknown."""
     class_names: tuple[str, ...] = ()
     """Names of the class ids for legends, where they are the same for all data sets of the class."""
+    vocabulary: str = ""
+    """A text of all words of the captions, where they are the same for all data sets of the class."""
 
     @property
     @abstractmethod

@@ -60,7 +60,7 @@ class ImageSampler:
 
     @classmethod
     def from_run(cls, run: str | Path, config: SamplingConfig, precision: Precision, name: str | None = None) -> Self:
-        """Load the prior in the folder of its run, with the tokenizer that lies in it.
+        """Load the prior in the folder of its run, with the tokenizer that lies in it, else beside it.
 
         Args:
             run: the folder, or a name on the Hugging Face Hub, as of `Model.from_pretrained`.
@@ -73,7 +73,9 @@ class ImageSampler:
         run = local_folder(run)
         entries = PRIORS.values() if name is None else [PRIORS[name]]
         prior = read_model(run, *(entry.model for entry in entries)).to(precision.device)
-        tokenizer = VQGAN.from_pretrained(run / TOKENIZER).to(precision.device)
+        shared = run.parent / TOKENIZER  # of several priors
+        folder = shared if shared.is_dir() and not (run / TOKENIZER).exists() else run / TOKENIZER
+        tokenizer = VQGAN.from_pretrained(folder).to(precision.device)
         sampler = cls(prior, tokenizer, config, precision)
         sampler.token_sampler.check(run)
         return sampler

@@ -59,6 +59,9 @@ class ScenesDataset(ImageDataset):
     label = "embedded scenes"
     num_classes = len(CLASSES)
     class_names = CLASSES
+    vocabulary = " ".join(
+        [layout.caption.format("", "", "", "") for layout in LAYOUTS.values()] + [photo.phrase for photo in PHOTOGRAPHS]
+    )
 
     def __init__(self, split: Split = "train", image_size: int = 64, length: int | None = None, seed: int = 0) -> None:
         check_split(split)

@@ -122,7 +122,7 @@ class WordEncoder(TextEncoder):
         check_captions(captions)
         ids = torch.zeros(len(captions), self.max_words, self.hashes, dtype=torch.int64)
         for row, caption in enumerate(captions):
-            words = _WORD.findall(caption.lower())
+            words = words_of(caption)
             if len(words) > self.max_words and not self.truncate:
                 raise _too_long(caption, len(words), "words", self.max_words)
             hashes = [_hashes(word, self.hashes) for word in words[: self.max_words]]
@@ -200,6 +200,11 @@ def restore_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
     """
     kinds: dict[str, type[TextEncoder]] = {cls.__name__: cls for cls in (WordEncoder, PretrainedTextEncoder)}
     return restore("text encoder", kinds, description)
+
+
+def words_of(caption: str) -> list[str]:
+    """Return the words of a caption in lower case; a punctuation mark is a word."""
+    return _WORD.findall(caption.lower())
 
 
 def check_captions(captions: Sequence[str]) -> None:

@@ -1,0 +1,264 @@
+"""Models behind the demo page: an image to its reconstruction and codes, a map or a caption to images."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regvq_fast.data.transforms import to_float, to_uint8
+from regvq_fast.image_grids import color_map
+from regvq_fast.models.vqgan import VQGAN
+from regvq_fast.precision import Precision
+from regvq_fast.priors.diffusion.text import words_of
+from regvq_fast.priors.images import ImageSampler
+from regvq_fast.priors.registry import SamplingConfig
+from regvq_fast.priors.sampler import Progress, decode_tokens
+from regvq_fast.priors.trained_on import TrainedOn
+
+MAX_IMAGES = 8
+"""Images that are sampled at once."""
+MAX_CAPTION = 500
+"""Characters of a caption."""
+
+_MAP_SIDE = 64  # cells of a painted map, or as many as the prior's grid has
+_SHOWN_CODES = 48
+
+
+class UsedCode(NamedTuple):
+    """A code of an image."""
+
+    code: int
+    """Its index."""
+    positions: int
+    """Number of positions of the image that it was chosen for."""
+    patch: Tensor
+    """(3, f, f) uint8: the decoder's output among neighbours of the same code."""
+
+
+class Reconstruction(NamedTuple):
+    """An image after the tokenizer, and its tokens."""
+
+    image: Tensor
+    """(3, S, S) uint8: the pixels that the tokenizer got."""
+    reconstruction: Tensor
+    """(3, S, S) uint8."""
+    token_map: Tensor
+    """(3, h, w) uint8: tokens as colours, similar codes in similar colours."""
+    codes: list[UsedCode]
+    """The most frequent codes, at most 48."""
+    used: int
+    """Number of different codes."""
+    psnr: float
+    """dB; infinite if the reconstruction is exact."""
+
+
+class Reconstructor:
+    """A tokenizer that shows its work.
+
+    Args:
+        tokenizer: of RGB images, in evaluation mode, on the device of the precision.
+        precision: of its networks.
+
+    Raises:
+        ValueError: a tokenizer of other images.
+    """
+
+    def __init__(self, tokenizer: VQGAN, precision: Precision) -> None:
+        if tokenizer.in_channels != 3:
+            raise ValueError(f"the demo shows RGB images, this tokenizer takes {tokenizer.in_channels} channels")
+        self.tokenizer, self.precision = tokenizer, precision
+        self.size = tokenizer.image_size
+        self.num_codes = tokenizer.quantize.num_codes
+        self.token_shape = tokenizer.token_shape
+        self._colors = self._code_colors()
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor) -> Reconstruction:
+        """Encode and decode an image (3, S, S) uint8."""
+        device, factor = self.precision.device, self.tokenizer.downsampling_factor
+        with self.precision.autocast():
+            tokens = self.tokenizer.tokenize(to_float(pixels[None].to(device)))
+        decoded = decode_tokens(self.tokenizer, tokens, self.precision)[0].cpu()
+        error = (decoded.double() - pixels.double()).square().mean().item()
+        ids, counts = tokens.unique(return_counts=True)
+        order = counts.argsort(descending=True, stable=True)[:_SHOWN_CODES]
+        alike = ids[order].view(-1, 1, 1).expand(-1, 3, 3).contiguous()
+        patches = decode_tokens(self.tokenizer, alike, self.precision)[..., factor : 2 * factor, factor : 2 * factor]
+        shown = zip(ids[order].tolist(), counts[order].tolist(), patches.cpu(), strict=True)
+        return Reconstruction(
+            image=pixels,
+            reconstruction=decoded,
+            token_map=self._colors[tokens[0].cpu()].permute(2, 0, 1),
+            codes=[UsedCode(*code) for code in shown],
+            used=len(ids),
+            psnr=10 * math.log10(255**2 / error) if error else math.inf,
+        )
+
+    @torch.no_grad()
+    def _code_colors(self) -> Tensor:
+        """(N, 3) uint8 colours of the codes: their rank along each of three principal components."""
+        ids = torch.arange(self.num_codes, device=self.precision.device)
+        codes = self.tokenizer.quantize.codes_of(ids.view(1, -1, 1))[0, :, :, 0].T.cpu().double()
+        centered = codes - codes.mean(0)
+        _, axes = torch.linalg.eigh(centered.T @ centered)
+        ranks = (centered @ axes.flip(1)[:, :3]).argsort(0).argsort(0) / max(1, self.num_codes - 1)
+        if ranks.shape[1] < 3:
+            ranks = torch.cat([ranks, ranks.new_full((len(ranks), 3 - ranks.shape[1]), 0.5)], 1)
+        return to_uint8(1.7 * ranks - 0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Settings of one request for images."""
+
+    count: int = 4
+    """Images, 1 to MAX_IMAGES."""
+    seed: int = 0
+    """Seed of the noise."""
+    temperature: float = 1.0
+    """Temperature of the choice of a token."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance."""
+    top_p: float = 1.0
+    """Autoregressive: probability of the codes to choose from."""
+    steps: int | None = None
+    """Diffusion: denoising steps; None: all."""
+
+    @classmethod
+    def of(cls, **values: Any) -> "Request":
+        """Check values that come from a page, which may be anything, and return them as a request.
+
+        Raises:
+            ValueError: not a number, or one that is out of range.
+        """
+        count = _number("The number of images", values.pop("count", cls.count), 1, MAX_IMAGES)
+        seed = _number("The seed", values.pop("seed", cls.seed), 0, 2**53)  # integers that a browser can hold
+        steps = values.pop("steps", None)
+        checked = {name: _number(f"The {name.replace('_', '-')}", value, 0, 100) for name, value in values.items()}
+        return cls(
+            count=int(count),
+            seed=int(seed),
+            steps=None if steps is None else int(_number("Steps", steps, 1, 1e6)),
+            **checked,
+        )
+
+
+class Painter:
+    """A prior with its tokenizer, which samples images under semantic maps or captions.
+
+    Args:
+        run: folder of a prior.
+        precision: of the networks.
+
+    Attributes:
+        field: "segmentation" or "caption", the kind of its conditions.
+        guided: True if it can be guided.
+        class_names: names of the class ids that maps may hold, their numbers where unknown.
+        map_side: cells a side of the maps that :meth:`map_of` takes.
+
+    Raises:
+        FileNotFoundError, ValueError: as `ImageSampler.from_run`.
+    """
+
+    def __init__(self, run: Path, precision: Precision) -> None:
+        self.run = run
+        self.sampler = ImageSampler.from_run(run, SamplingConfig(), precision)
+        self.field = self.sampler.field
+        self.trained_on = TrainedOn.of(run, self.sampler.entry.config)
+        self.guided = self._can_be_guided()
+        self.class_names: list[str] = []
+        self.map_side = 0
+        self.words: frozenset[str] = frozenset()
+        if self.field == "segmentation":
+            names, number = self.trained_on.class_names, self.sampler.prior.num_classes
+            self.class_names = [names[k] if k < len(names) else f"class {k}" for k in range(number)]
+            self.map_side = max(_MAP_SIDE, *self.sampler.prior.condition_shape)
+        else:
+            self.words = self.trained_on.words()
+
+    def examples(self, count: int) -> list[Any]:
+        """Return conditions to start from: maps (map_side, map_side) uint8, or captions; none if unknown."""
+        found = self.trained_on.examples(self.field, self.map_side or self.sampler.tokenizer.image_size, count)
+        if self.field == "caption":
+            return list(dict.fromkeys(found))
+        shape = (self.map_side, self.map_side)
+        return [torch.nn.functional.interpolate(ids[None, None], shape)[0, 0] for ids in found]
+
+    def colors(self) -> list[str]:
+        """Return the colours of the classes in maps, as "#rrggbb"."""
+        ids = torch.arange(len(self.class_names)).view(-1, 1, 1)
+        return ["#" + bytes(color.flatten().tolist()).hex() for color in color_map(ids, (1, 1))]
+
+    def map_of(self, text: str) -> Tensor:
+        """Read a painted map, (1, map_side, map_side) uint8.
+
+        Args:
+            text: two hexadecimal digits a cell, row by row.
+
+        Raises:
+            ValueError: another length, other characters, or an unknown class.
+        """
+        try:
+            content = bytes.fromhex(text)
+        except (TypeError, ValueError):
+            content = b""
+        if len(content) != self.map_side**2:
+            raise ValueError("The map can't be read: reload the page, and paint it anew.")
+        ids = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(self.map_side, self.map_side)
+        if int(ids.max()) >= len(self.class_names):
+            raise ValueError(f"The map has the class {int(ids.max())}; there are {len(self.class_names)}.")
+        return ids[None]
+
+    def caption_of(self, text: Any) -> str:
+        """Return a caption in one line.
+
+        Raises:
+            ValueError: no text, or too long a one.
+        """
+        caption = " ".join(text.split()) if isinstance(text, str) else ""
+        if not caption:
+            raise ValueError("There is no caption: type one.")
+        if len(caption) > MAX_CAPTION:
+            raise ValueError(f"The caption has {len(caption)} characters, the limit is {MAX_CAPTION}: shorten it.")
+        return caption
+
+    def unknown_words(self, caption: str) -> list[str]:
+        """Return the words of a caption that no training caption had, each once; none if that is not known."""
+        return [word for word in dict.fromkeys(words_of(caption)) if word not in self.words] if self.words else []
+
+    def sample(self, condition: Tensor | str, request: Request, progress: Progress | None = None) -> Tensor:
+        """Sample images (count, 3, S, S) uint8 on the CPU under one map (1, H, W) or caption.
+
+        Raises:
+            ValueError: a setting out of range; a caption of too many words.
+        """
+        kind = self.sampler.entry.sampler
+        sampler = kind(self.sampler.prior, self._settings(request))
+        sampler.check(self.run)
+        conditions: Any = [condition] * request.count
+        if isinstance(condition, Tensor):
+            conditions = condition.expand(request.count, -1, -1)
+        conditions = sampler.prepare(conditions, "The map" if self.field == "segmentation" else "text", strict=True)
+        return self.sampler.decode(sampler.sample(conditions, progress=progress)).cpu()
+
+    def _settings(self, request: Request) -> Any:
+        kind = self.sampler.entry.sampler.settings_type
+        values = {name: getattr(request, name) for name in kind.names() if hasattr(request, name)}
+        return kind(**values)
+
+    def _can_be_guided(self) -> bool:
+        kind = self.sampler.entry.sampler
+        try:
+            kind(self.sampler.prior, kind.settings_type(guidance=2.0)).check(self.run)
+        except ValueError:
+            return False
+        return True
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {str(value)[:20]!r}.")
+    return value
