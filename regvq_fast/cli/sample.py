@@ -33,6 +33,7 @@ from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
 from regvq_fast.priors.sampler import PriorSampler, Progress
 from regvq_fast.priors.trained_on import TrainedOn
+from regvq_fast.scenes.embedded import embedded_model, is_embedded
 from regvq_fast.settings import Section, check_at_least
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
@@ -43,6 +44,7 @@ _FLAGS: dict[Field, str] = {"segmentation": "--map", "caption": "--text"}
 
 USAGE = """Sample images from a trained prior.
 
+    regvq sample --out samples                                        # the embedded prior of the scenes
     regvq sample --run runs/ar --out samples                          # maps of the validation split
     regvq sample --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
     regvq sample --run runs/diffusion --out samples --text "grass on the left and bricks on the right"
@@ -59,8 +61,9 @@ class SubjectConfig(Section):
     prior: PriorName | None = None
     """Prior that the run has to be of: ar (semantic maps to images), or diffusion (captions to images).
     Not given: any."""
-    run: Path
-    """Run of a prior, or its ORGANIZATION/NAME on the Hugging Face Hub."""
+    run: Path | None = None
+    """Run of a prior, or its ORGANIZATION/NAME on the Hugging Face Hub.
+    Not given: the embedded prior of the scenes, for maps, or with `text` for captions."""
     out: Path
     """Folder of the images; new, or empty."""
     num_images: int = 16
@@ -140,7 +143,8 @@ class _Generator:
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
         precision = choose_precision(config.amp, inference_device(config.device))
-        self.run = local_folder(config.run)
+        embedded = config.prior or ("diffusion" if config.text else "ar")
+        self.run = embedded_model(embedded) if config.run is None else local_folder(config.run)
         self.sampler = ImageSampler.from_run(self.run, config, precision, config.prior)
         wanted: tuple[tuple[str, object, Callable[[type[PriorSampler]], bool]], ...] = (
             ("--map", config.map, lambda sampler: sampler.condition_field == "segmentation"),
@@ -226,7 +230,7 @@ class _Generator:
     def _validation(self, count: int) -> tuple[Any, str]:
         """Return at most ``count`` validation samples of --data, or of the prior's data set, and a name for either."""
         data, seed, fields = self.config.data, 0, (self.sampler.field,)
-        if data is None:
+        if data is None and not is_embedded(self.run):
             trained = read_config(self.run, self.sampler.entry.config)
             tokens, seed = trained.tokens, trained.run.seed
             if tokens.cache is not None:
@@ -244,7 +248,7 @@ class _Generator:
                 return cached.__getitems__(list(range(min(count, len(cached)))))
             lack = f"has no {self.sampler.field} any more"
         raise ValueError(
-            f"the token cache {folder} that {self.config.run} was trained on {lack}: give --data, or "
+            f"the token cache {folder} that {self.run} was trained on {lack}: give --data, or "
             f"{_FLAGS[self.sampler.field]}"
         )
 

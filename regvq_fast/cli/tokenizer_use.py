@@ -17,9 +17,11 @@ from regvq_fast.data.image_files import OVERSAMPLING
 from regvq_fast.data.reading import opened_image
 from regvq_fast.data.tiles import Tiling, checked_tiling
 from regvq_fast.data.transforms import Box, center_box, crop_rgb, image_to_tensor, upright_size
+from regvq_fast.models.hub import local_folder
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.precision import choose_precision, inference_device
+from regvq_fast.scenes.embedded import embedded_model
 from regvq_fast.settings import Section, check_at_least
 
 logger = logging.getLogger("regvq_fast")
@@ -39,8 +41,9 @@ Item = TypeVar("Item", bound=Sized)
 class TokenizerConfig(Section):
     """Tokenizer."""
 
-    run: str
-    """Run of regvq train vq or of a prior, a checkpoint, or a folder of VQGAN.save_pretrained."""
+    run: Annotated[str | None, arg(metavar="RUN")] = None
+    """Run of a tokenizer or prior, a checkpoint, a folder of VQGAN.save_pretrained, or a name on the Hugging Face Hub.
+    Default: the embedded tokenizer of the scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class UsedTokenizer(NamedTuple):
     """Pixels that are computed at once."""
 
     @classmethod
-    def load(cls, run: str, config: ComputeConfig) -> Self:
+    def load(cls, run: str | None, config: ComputeConfig) -> Self:
         """Load the tokenizer of a run.
 
         Raises:
@@ -111,10 +114,14 @@ class UsedTokenizer(NamedTuple):
             yield batch
 
 
-def load_tokenizer(run: str) -> VQGAN:
-    """Load the tokenizer of whatever :meth:`VQGAN.from_pretrained` takes, or of a prior's run; raises as that."""
-    own = Path(run) / TOKENIZER
-    return VQGAN.from_pretrained(own if own.is_dir() else run)
+def load_tokenizer(run: str | None) -> VQGAN:
+    """Load the tokenizer of whatever :meth:`VQGAN.from_pretrained` takes, or of a prior's run; raises as that.
+
+    None: the embedded one.
+    """
+    folder = embedded_model("tokenizer") if run is None else local_folder(run)
+    own = folder / TOKENIZER
+    return VQGAN.from_pretrained(own if own.is_dir() else folder)
 
 
 # ------------------------------------------------------------------------------------------------------- images in, out

@@ -7,14 +7,13 @@ from typing import Any, Self
 import torch
 
 from regvq_fast.config import read_config
-from regvq_fast.data.datasets import dataset_class
+from regvq_fast.data.datasets import build_dataset, dataset_class
 from regvq_fast.data.image_dataset import ImageDataset
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.diffusion.text import words_of
-from regvq_fast.scenes import ScenesDataset
-from regvq_fast.scenes.embedded import FOLDER
+from regvq_fast.scenes.embedded import is_embedded
 
 _CHUNK = 4096  # samples of a cache that are read at once
 
@@ -36,8 +35,8 @@ class TrainedOn:
             run: the folder.
             config: class of its configuration.
         """
-        if run.resolve().parent == FOLDER.resolve():
-            return cls(ScenesDataset, None)
+        if is_embedded(run):
+            return cls(dataset_class(None), None)
         try:
             tokens = read_config(run, config).tokens
             data = tokens.data if tokens.cache is None else read_info(tokens.cache).data
@@ -71,10 +70,9 @@ class TrainedOn:
             size: side of the maps of the embedded scenes; those of a cache have the size of its token grid.
             count: largest number.
         """
-        if self.kind is ScenesDataset:
-            scenes = ScenesDataset("val", size, count)
-            samples: list[Any] = [scenes[k] for k in range(count)]
-            return [sample[field] for sample in samples]
+        if self.kind is dataset_class(None):
+            dataset: Any = build_dataset(None, split="val", image_size=size, length=count)
+            return [dataset[k][field] for k in range(count)]
         cached = self._cached("val")
         if cached is None or field not in cached.info.fields:
             return []

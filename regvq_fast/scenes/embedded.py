@@ -32,3 +32,8 @@ def embedded_model(name: str) -> Path:
             f"`{EMBEDDED[name]}` and give its run"
         )
     return folder
+
+
+def is_embedded(folder: Path) -> bool:
+    """Return whether a folder is that of an embedded model."""
+    return folder.resolve().parent == FOLDER.resolve()
