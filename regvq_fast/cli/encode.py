@@ -69,7 +69,7 @@ def encode(config: EncodeConfig) -> EncodedImages:
     )
     encoded.save(config.out)
     left_out = f", {len(files) - len(names)} left out" if len(names) < len(files) else ""
-    say(console, "tokens", f"{sum(map(torch.numel, tokens)):,} of {model.quantize.num_codes:,} codes")
+    say(console, "tokens", f"{sum(map(torch.numel, tokens)):,}, of a codebook of {model.quantize.num_codes:,}")
     say(console, "images", f"{len(names)} in {config.out}{left_out}, {time.perf_counter() - start:.1f} s")
     return encoded
 
