@@ -99,6 +99,8 @@ def published_files(run: Path, name: HubName, license: str | None = None) -> dic
     model = read_model(run, VQGAN, *(entry.model for entry in PRIORS.values()))
     files, tokenizer = _model_files(run), model
     commands = [
+        f"regvq reconstruct --run {name} photos --out back --sheet sheet.png",
+        f"regvq encode --run {name} photos --out photos.npz",
         f"regvq evaluate --run {name} --data photos --out results",
         f"regvq tokens --tokenizer {name} --out cache",
     ]
