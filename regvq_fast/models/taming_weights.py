@@ -32,6 +32,8 @@ _DISCRIMINATOR = "loss.discriminator."
 class TamingCheckpoint(NamedTuple):
     """Contents of a file of taming's."""
 
+    path: Path
+    """The file."""
     kind: str
     """Taming's class, "VQModel" or "GumbelVQ"."""
     architecture: dict[str, Any]
@@ -78,7 +80,7 @@ def read_taming(path: Path, config: Path | None = None, image_size: int | None =
     architecture["image_size"] = size = image_size or DEFAULT_IMAGE_SIZE
     architecture["attn_resolutions"] = [size >> level for level in levels]
     kind = "GumbelVQ" if "quantize.embed.weight" in given else "VQModel"
-    return TamingCheckpoint(kind, architecture, given, prefix, outside, found)
+    return TamingCheckpoint(path, kind, architecture, given, prefix, outside, found)
 
 
 def fitting(
@@ -100,14 +102,14 @@ def fitting(
     for name, value in names.items():
         name = name.replace("quantize.embed.", "quantize.embedding.")
         given[name] = value.flatten(1) if name == "quantize.proj.weight" and value.ndim == 4 else value
-    left_out = {name for name in given if name not in shapes and (not strict or _LEFT_OUT.match(name))}
-    given = {name: value for name, value in given.items() if name not in left_out}
+    left_out = [name for name in given if name not in shapes and (not strict or _LEFT_OUT.match(name))]
+    given = {name: value for name, value in given.items() if name in shapes or name not in left_out}
     needed = given.keys() if not strict else shapes.keys() - (optional - given.keys())
     check_state_dict(given, {name: shape for name, shape in shapes.items() if name in needed}, "this VQGAN")
     return given, LoadedWeights(len(given), (*left_out, *outside), prefix)
 
 
-def discriminator_in(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, Tensor]] | None:
+def discriminator_in(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Return the arguments and the weights of the `PatchDiscriminator` among the losses of a checkpoint, by its names.
 
     None where there is none, or one of another kind, such as with ActNorm.

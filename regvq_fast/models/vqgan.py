@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from regvq_fast.models.layers import Downsample, Level, Middle, Upsample, group_norm
 from regvq_fast.models.model import Model, evaluating
 from regvq_fast.models.pretrained import describe_quantizer, restore_quantizer
-from regvq_fast.models.taming_weights import NORM_GROUPS, fitting, read_taming
+from regvq_fast.models.taming_weights import NORM_GROUPS, TamingCheckpoint, fitting, read_taming
 from regvq_fast.models.transformer import flat_ids
 from regvq_fast.models.weights import LoadedWeights
 from regvq_fast.quantizers import Quantizer, QuantizerOutput
@@ -338,12 +338,17 @@ class VQGAN(Model):
             ValueError: the file can't be read or is no such model, or the yaml is of another one.
         """
         found = read_taming(Path(path), None if config is None else Path(config), image_size)
+        return cls.from_taming_checkpoint(found)[0]
+
+    @classmethod
+    def from_taming_checkpoint(cls, found: TamingCheckpoint) -> tuple[Self, LoadedWeights]:
+        """Build the model of a file that was read, as :meth:`from_taming`, and return what was loaded beside it."""
         model = cls._build(**found.architecture)
         try:
-            model.load_taming_state_dict(found.state_dict)
+            loaded = model.load_taming_state_dict(found.state_dict)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        return model.eval()
+            raise ValueError(f"{found.path}: {error}") from None
+        return model.eval(), LoadedWeights(loaded.taken, loaded.left_out + found.outside, found.prefix)
 
     def load_taming_state_dict(self, state_dict: Mapping, strict: bool = True) -> LoadedWeights:
         """Load a checkpoint of taming-transformers: its state dict, or a dict that has it as "state_dict".

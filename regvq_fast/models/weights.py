@@ -172,8 +172,8 @@ def strip_prefix(given: Mapping[str, Any], expected: Collection[str], owner: str
             if ".".join(parts[k:]) in expected:
                 counts["".join(f"{part}." for part in parts[:k])] += 1
     if not counts:
-        like = f"{next(iter(given))!r} is one of them, " if given else ""
-        raise ValueError(f"none of the {len(given)} names fits {owner}: {like}{next(iter(expected))!r} one that it has")
+        such = f", such as {next(iter(given))!r}," if given else ""
+        raise ValueError(f"none of the {len(given)} names{such} fits {owner}, which has {next(iter(expected))!r}")
     most = max(counts.values())
     # A wrapper's prefix goes before another one: taming's transformers hold two first stages.
     known = [p for p, n in counts.items() if 2 * n >= most and _KNOWN_PREFIXES.issuperset(p.split(".")[:-1])]
