@@ -36,7 +36,7 @@ def train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Seq
 
 def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Sequence[str]) -> None:
     try:
-        config = parse_config(presets, args, recipe.usage, recipe.command)
+        config = parse_config(presets, args, recipe.usage, recipe.command, recipe.begin)
     except (ValueError, OSError) as error:  # each process of a machine finds the same
         sys.exit(as_typed(f"error: {error}") if local_rank() == 0 else 1)
     try:

@@ -29,18 +29,27 @@ class _Start:
     resume: bool = False
     out: Path | None = None
     epochs: int | None = None
+    init_from: str | None = None
 
 
-def parse_config(presets: Mapping[str, Config], args: Sequence[str], usage: str = "", name: str = "") -> Config:
+def parse_config(
+    presets: Mapping[str, Config],
+    args: Sequence[str],
+    usage: str = "",
+    name: str = "",
+    begin: Callable[[Config, str], tuple[Config, Callable[[Config], Config]]] | None = None,
+) -> Config:
     """Parse the flags of a training command, which override a preset, or the settings of a run.
 
     Args:
         presets: those of the command, by name; the first is the default.
         args: behind the command. Old spellings of flags are accepted, and reported on stderr.
         usage, name: of the command, as of `run_command`.
+        begin: `Recipe.begin`, for ``--init-from``.
 
     Raises:
-        ValueError: ``--resume`` or ``--config`` of no such run, or a preset of another command.
+        OSError, ValueError: ``--resume`` or ``--config`` of no such run, a preset of another command, weights that
+            can't be used.
     """
     given, args = args, [new_spelling(argument) for argument in args]
     for old, new in zip(given, args, strict=True):
@@ -49,14 +58,18 @@ def parse_config(presets: Mapping[str, Config], args: Sequence[str], usage: str 
     # Two passes, since tyro's own presets are subcommands, which must come before all flags.
     start, _ = tyro.cli(_Start, args=args, return_unknown_args=True, add_help=False)
     kind = type(next(iter(presets.values())))
+    defaults, complete = _defaults(presets, start), None
+    if begin is not None and start.init_from is not None and not start.resume:
+        defaults, complete = begin(defaults, start.init_from)
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[kind],  # type: ignore[misc,valid-type]
-        default=_defaults(presets, start),
+        default=defaults,
         args=args,
         prog=command(name),
         description=as_typed(usage),
     )
-    return override(config, config=None)
+    config = override(config, config=None)
+    return config if complete is None else complete(config)
 
 
 def new_spelling(argument: str) -> str:

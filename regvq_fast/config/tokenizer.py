@@ -1,9 +1,9 @@
 """Configuration of a tokenizer run: one dataclass a concern, and the named presets."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from regvq_fast.config.sections import (
     UNTITLED,
@@ -17,6 +17,8 @@ from regvq_fast.config.sections import (
 from regvq_fast.data.samples import Crop
 from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.settings import Section, check_at_least
+
+FrozenPart = Literal["encoder", "decoder", "codebook"]
 
 _MIN_IMAGE_SIZE = 16
 
@@ -49,6 +51,12 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """Autoencoder and discriminator."""
 
+    init_from: Annotated[str | None, arg(metavar="X")] = None
+    """Start from a run, a folder, a hub id or a .ckpt."""
+    reset_codebook: FlagCreatePairsOff[bool] = False
+    """New codebook, of the first latents."""
+    freeze: Annotated[tuple[FrozenPart, ...], arg(metavar="PART ...")] = ()
+    """Not trained: encoder, decoder, codebook."""
     ch: int = 32
     """Base width of encoder and decoder."""
     ch_mult: Annotated[tuple[int, ...], arg(metavar="N ...")] = (1, 1, 2)
@@ -61,6 +69,8 @@ class ModelConfig(Section):
     """Channels of the encoder's output."""
     dropout: float = 0.0
     """Dropout in residual blocks."""
+    norm_groups: OptionalInt = None
+    """Groups of GroupNorm; None: 32 or fewer."""
     disc_filters: int = 32
     """Base width of the discriminator."""
     disc_layers: int = 2
@@ -71,6 +81,12 @@ class ModelConfig(Section):
     def check(self) -> None:
         super().check()
         check_at_least(1, {"--disc-filters": self.disc_filters, "--disc-layers": self.disc_layers})
+        unknown = set(self.freeze) - set(get_args(FrozenPart))
+        if unknown:
+            raise ValueError(f"--freeze takes {', '.join(get_args(FrozenPart))}, got {', '.join(sorted(unknown))}")
+        flag = "--reset-codebook" if self.reset_codebook else f"--freeze {' '.join(self.freeze)}"
+        if self.init_from is None and (self.reset_codebook or self.freeze):
+            raise ValueError(f"{flag} is for weights that are there: name them with --init-from")
 
     def check_image_size(self, size: int) -> int:
         """Return the side of an image's token map; ValueError if the down-sampling does not divide ``size``."""

@@ -56,25 +56,32 @@ def written_out_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor,
     return (x - mean) * (scale * weight[:, None, None]) + bias[:, None, None].expand_as(mean)
 
 
-def group_norm(channels: int) -> GroupNorm:
+def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
     """GroupNorm with taming's 32 groups, or fewer where they would have under 4 channels each or not divide them.
 
     Taming's own models have 4 channels a group or more. Groups of one channel, which 32 groups of 32 would be, erase
     the mean of every channel, and with it the colour of a region.
+
+    Args:
+        channels: of the maps.
+        groups: another number of groups, which divides them.
     """
-    most = max(1, min(MAX_GROUPS, channels // MIN_GROUP_CHANNELS))
-    groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+    if groups is None:
+        most = max(1, min(MAX_GROUPS, channels // MIN_GROUP_CHANNELS))
+        groups = next(g for g in range(most, 0, -1) if channels % g == 0)
     return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on the skip path where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, dropout: float = 0.0, norm_groups: int | None = None
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         # None rather than Identity: a registered module would not change the keys, but None says "no such weights".
@@ -90,9 +97,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """x + single-head self-attention over the H * W places, scaled by 1/sqrt(C)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm_groups: int | None = None) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, norm_groups)
         self.q = nn.Conv2d(channels, channels, kernel_size=1)
         self.k = nn.Conv2d(channels, channels, kernel_size=1)
         self.v = nn.Conv2d(channels, channels, kernel_size=1)
@@ -139,11 +146,13 @@ class Upsample(nn.Module):
 class Level(Checkpointed):
     """The blocks of one resolution; each residual block is followed by attention where the level has attention."""
 
-    def __init__(self, widths: Sequence[int], *, attention: bool, dropout: float) -> None:
+    def __init__(
+        self, widths: Sequence[int], *, attention: bool, dropout: float, norm_groups: int | None = None
+    ) -> None:
         super().__init__()
         pairs = list(itertools.pairwise(widths))
-        self.block = nn.ModuleList(ResnetBlock(c_in, c_out, dropout) for c_in, c_out in pairs)
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _, c_out in pairs if attention)
+        self.block = nn.ModuleList(ResnetBlock(c_in, c_out, dropout, norm_groups) for c_in, c_out in pairs)
+        self.attn = nn.ModuleList(AttnBlock(c_out, norm_groups) for _, c_out in pairs if attention)
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
@@ -163,11 +172,11 @@ class Level(Checkpointed):
 class Middle(nn.Module):
     """Residual block, attention, residual block, at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, dropout: float, norm_groups: int | None = None) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, dropout, norm_groups)
+        self.attn_1 = AttnBlock(channels, norm_groups)
+        self.block_2 = ResnetBlock(channels, channels, dropout, norm_groups)
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C, h, w)."""

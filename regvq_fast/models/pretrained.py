@@ -120,7 +120,9 @@ def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: a file is damaged or not what its name says.
     """
     if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file: give its folder, {folder.parent}")
+        raise NotADirectoryError(
+            f"{folder} is a file: give its folder, {folder.parent}, or VQGAN.from_taming a file of taming-transformers"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     if not (folder / WEIGHTS).exists():

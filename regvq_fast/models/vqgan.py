@@ -2,7 +2,7 @@
 
 Architecture, module names and tensor layouts are those of taming-transformers' `VQModel` (Esser, Rombach, Ommer,
 "Taming Transformers for High-Resolution Image Synthesis", CVPR 2021), whose checkpoints load with
-`VQGAN.load_taming_state_dict`.
+`VQGAN.from_taming`.
 
 Shapes: images (B, in_channels, H, W); latents, codes (B, D, h, w) and tokens (B, h, w) with h = H / f, w = W / f and
 the down-sampling factor f = 2 ** (len(ch_mult) - 1). Values of images lie in [-1, 1]; reconstructions aren't clamped.
@@ -10,19 +10,22 @@ the down-sampling factor f = 2 ** (len(ch_mult) - 1). Values of images lie in [-
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regvq_fast.models.layers import MAX_GROUPS, MIN_GROUP_CHANNELS, Downsample, Level, Middle, Upsample, group_norm
+from regvq_fast.models.layers import Downsample, Level, Middle, Upsample, group_norm
 from regvq_fast.models.model import Model, evaluating
 from regvq_fast.models.pretrained import describe_quantizer, restore_quantizer
+from regvq_fast.models.taming_weights import NORM_GROUPS, TamingCheckpoint, fitting, read_taming
 from regvq_fast.models.transformer import flat_ids
-from regvq_fast.models.weights import check_state_dict
+from regvq_fast.models.weights import LoadedWeights
 from regvq_fast.quantizers import Quantizer, QuantizerOutput
 
 _LARGEST_PIXEL = 10.0  # images in [0, 255] are taken for what they are, normal noise passes
@@ -41,6 +44,7 @@ class Encoder(nn.Module):
         attn_resolutions: Sequence[int],
         z_channels: int,
         dropout: float,
+        norm_groups: int | None,
         in_channels: int,
     ) -> None:
         super().__init__()
@@ -49,13 +53,14 @@ class Encoder(nn.Module):
         width = ch
         for i, multiple in enumerate(ch_mult):
             widths = [width, *[ch * multiple] * num_res_blocks]
-            level = Level(widths, attention=image_size >> i in attn_resolutions, dropout=dropout)
+            attention = image_size >> i in attn_resolutions
+            level = Level(widths, attention=attention, dropout=dropout, norm_groups=norm_groups)
             width = widths[-1]
             if i < len(ch_mult) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(width, dropout)
-        self.norm_out = group_norm(width)
+        self.mid = Middle(width, dropout, norm_groups)
+        self.norm_out = group_norm(width, norm_groups)
         self.conv_out = nn.Conv2d(width, z_channels, kernel_size=3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -79,22 +84,24 @@ class Decoder(nn.Module):
         attn_resolutions: Sequence[int],
         z_channels: int,
         dropout: float,
+        norm_groups: int | None,
         out_channels: int,
     ) -> None:
         super().__init__()
         width = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, width, kernel_size=3, padding=1)
-        self.mid = Middle(width, dropout)
+        self.mid = Middle(width, dropout, norm_groups)
         levels = []
         for i in reversed(range(len(ch_mult))):
             widths = [width, *[ch * ch_mult[i]] * (num_res_blocks + 1)]
-            level = Level(widths, attention=image_size >> i in attn_resolutions, dropout=dropout)
+            attention = image_size >> i in attn_resolutions
+            level = Level(widths, attention=attention, dropout=dropout, norm_groups=norm_groups)
             width = widths[-1]
             if i > 0:
                 level.upsample = Upsample(width)
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))  # taming numbers the levels by resolution: up.0 is the finest
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, norm_groups)
         self.conv_out = nn.Conv2d(width, out_channels, kernel_size=3, padding=1)
 
     def features(self, z: Tensor) -> Tensor:
@@ -128,18 +135,20 @@ class VQGAN(Model):
             `codes_of(indices (B, h, w)) -> (B, D, h, w)`. Kept as `self.quantize`.
         image_size: side of the images, in pixels; a multiple of 2 ** (len(ch_mult) - 1). It decides which levels
             have attention; images of another size that is such a multiple are processed all the same.
-        ch: base width. GroupNorm takes 32 groups, fewer where they would have under 4 channels each.
+        ch: base width.
         ch_mult: width of each level as a multiple of `ch`, from full resolution downwards.
         num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
         attn_resolutions: resolutions, in pixels of an `image_size` image, at which residual blocks are followed by
             attention. Resolutions that no level has are ignored, as in taming.
         z_channels: width of the latents outside the quantizer's 1x1 convolutions.
         dropout: probability, in [0, 1), inside residual blocks.
+        norm_groups: groups of each GroupNorm, 32 in taming's models. None: 32, or fewer where they would have under 4
+            channels each.
         in_channels: channels of the images.
 
     Raises:
         ValueError: a size that is not positive, a dropout outside [0, 1), an `image_size` that is not a multiple of
-            the down-sampling factor.
+            the down-sampling factor, `norm_groups` that do not divide a width.
     """
 
     title = "Image tokenizer"
@@ -159,6 +168,7 @@ reconstructions = model.decode_indices(tokens)
         attn_resolutions: Sequence[int] = (16,),
         z_channels: int = 256,
         dropout: float = 0.0,
+        norm_groups: int | None = None,
         in_channels: int = 3,
     ) -> None:
         super().__init__()
@@ -170,6 +180,9 @@ reconstructions = model.decode_indices(tokens)
             raise ValueError(f"ch_mult must name at least one level, each at least 1, got {tuple(ch_mult)}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if norm_groups is not None and (norm_groups < 1 or any(ch * m % norm_groups for m in (1, *ch_mult))):
+            widths = sorted({ch * multiple for multiple in (1, *ch_mult)})
+            raise ValueError(f"norm_groups {norm_groups} does not divide the widths {', '.join(map(str, widths))}")
         self.image_size = image_size
         self.in_channels = in_channels
         self.downsampling_factor = 2 ** (len(ch_mult) - 1)
@@ -183,6 +196,7 @@ reconstructions = model.decode_indices(tokens)
             "attn_resolutions": attn_resolutions,
             "z_channels": z_channels,
             "dropout": dropout,
+            "norm_groups": norm_groups,
         }
         self._arguments = {**shared, "in_channels": in_channels}
         self.encoder = Encoder(**shared, in_channels=in_channels)
@@ -312,34 +326,73 @@ reconstructions = model.decode_indices(tokens)
     def _build(cls, quantizer: Mapping[str, Any] | None = None, **arguments: Any) -> Self:
         return cls(restore_quantizer(quantizer or {}), **arguments)
 
-    def load_taming_state_dict(self, state_dict: Mapping, strict: bool = True) -> None:
-        """Load a taming-transformers `VQModel` checkpoint: its state dict, or a dict that has it as "state_dict".
+    @classmethod
+    def from_taming(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        image_size: int | None = None,
+    ) -> Self:
+        """Build the model in a file of taming-transformers: a `VQModel`, a `GumbelVQ`, or one that is a first stage.
 
-        The keys of the training losses (`loss.*`) are ignored. Buffers of the quantizer (statistics of training, which
-        taming does not have) are not asked for.
+        The architecture is read from the tensors' shapes; GroupNorm has taming's 32 groups at any width. Nothing in the
+        file is run.
+
+        Args:
+            path: .ckpt of Lightning, .pth, .pt or .safetensors, with or without `loss.*`; one prefix is stripped.
+            config: taming's yaml, for the size of the images. None: one beside the file, or in `configs/` of its run,
+                if PyYAML is installed.
+            image_size: side of the images in pixels. None: the yaml's, or 256 without one. Levels keep their attention.
+
+        Returns:
+            The model on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file can't be read or is no such model, or the yaml is of another one.
+        """
+        found = read_taming(Path(path), None if config is None else Path(config), image_size)
+        return cls.from_taming_checkpoint(found)[0]
+
+    @classmethod
+    def from_taming_checkpoint(cls, found: TamingCheckpoint) -> tuple[Self, LoadedWeights]:
+        """Build the model of a file that was read, as :meth:`from_taming`, and return what was loaded beside it."""
+        model = cls._build(**found.architecture)
+        try:
+            loaded = model.load_taming_state_dict(found.state_dict)
+        except ValueError as error:
+            raise ValueError(f"{found.path}: {error}") from None
+        return model.eval(), LoadedWeights(loaded.taken, loaded.left_out + found.outside, found.prefix)
+
+    def load_taming_state_dict(self, state_dict: Mapping, strict: bool = True) -> LoadedWeights:
+        """Load a checkpoint of taming-transformers: its state dict, or a dict that has it as "state_dict".
+
+        One prefix before all names is stripped, such as "module.". The training losses (`loss.*`) are left out, and
+        buffers of the quantizer (statistics of training, which taming does not have) are not asked for.
 
         Args:
             state_dict: names to tensors.
             strict: names that are missing or unexpected are an error; otherwise what fits by name is loaded.
 
+        Returns:
+            The number of tensors loaded, the names left out, and the prefix.
+
         Raises:
-            ValueError: with all missing and unexpected names and wrong shapes; nothing has been loaded then.
+            ValueError: no name fits, or with all missing and unexpected names and wrong shapes; nothing has been loaded
+                then.
         """
-        nested = state_dict.get("state_dict", state_dict)
-        given = {name: tensor for name, tensor in nested.items() if not name.startswith("loss.")}
-        optional = {f"quantize.{name}" for name, _ in self.quantize.named_buffers()} - given.keys()
-        expected = {name: tensor.shape for name, tensor in self.state_dict().items() if name not in optional}
-        if not strict:
-            given = {name: tensor for name, tensor in given.items() if name in expected}
-            expected = {name: shape for name, shape in expected.items() if name in given}
-        check_state_dict(given, expected, "this VQGAN")
-        if any(norm.num_groups != MAX_GROUPS for norm in self.modules() if isinstance(norm, nn.GroupNorm)):
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        optional = {f"quantize.{name}" for name, _ in self.quantize.named_buffers()}
+        given, loaded = fitting(state_dict, shapes, optional, strict=strict)
+        if any(norm.num_groups != NORM_GROUPS for norm in self.modules() if isinstance(norm, nn.GroupNorm)):
             warnings.warn(
-                f"this VQGAN has fewer than taming's {MAX_GROUPS} groups in a GroupNorm, since its width is below "
-                f"{MAX_GROUPS * MIN_GROUP_CHANNELS}: the weights fit but compute something else",
+                f"this VQGAN has fewer than taming's {NORM_GROUPS} groups in a GroupNorm: the weights fit but compute "
+                f"something else; build it with norm_groups={NORM_GROUPS}",
                 stacklevel=2,
             )
         self.load_state_dict(given, strict=False)
+        return loaded
 
     def _check_multiple(self, name: str, size: int) -> None:
         if size < 1 or size % self.downsampling_factor:

@@ -7,6 +7,7 @@ do where none is to be had, is the network's business; see `regvq_fast.models.fe
 import hashlib
 import http.client
 import os
+import pickle
 import queue
 import sys
 import tempfile
@@ -14,7 +15,9 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -27,6 +30,8 @@ from torch import Tensor, nn
 CONNECT_SECONDS = 5.0  # name resolution, connection and first answer together
 STALL_SECONDS = 15.0  # longest silence within a download
 MIN_BYTES_PER_SECOND = 16 * 1024  # slower than this over STALL_SECONDS counts as a stall, too
+
+_KNOWN_PREFIXES = frozenset({"module", "first_stage_model", "transformer"})  # "_orig_mod" goes wherever it is
 
 
 class RemoteWeights(NamedTuple):
@@ -74,10 +79,39 @@ def find_weights(remote: RemoteWeights, path: Path | None = None, *, download: b
     return FoundWeights(cached, f"download:{remote.url}")
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from .safetensors, .pth or .pt onto the CPU; half-precision tensors are cast to float32.
+class LoadedWeights(NamedTuple):
+    """Count of the tensors that a load took, and what it left out; as text, a report for people."""
 
-    A dict that has the state dict as "state_dict" is accepted. Pickled code is never run (`weights_only=True`).
+    taken: int
+    """Tensors that were loaded."""
+    left_out: tuple[str, ...] = ()
+    """Names of those that were not."""
+    prefix: str = ""
+    """Stripped from the names, such as "module."."""
+
+    def __str__(self) -> str:
+        text = f"{self.taken} tensors loaded" + (f" from {self.prefix}*" if self.prefix else "")
+        groups = Counter(name.partition(".")[0] + ".*" * ("." in name) for name in self.left_out)
+        listed = ", ".join(f"{group} {count}" for group, count in groups.most_common(5))
+        return text + (f", {len(self.left_out)} left out ({listed})" if listed else "")
+
+
+class NamedWeights(NamedTuple):
+    """A state dict under the names of the model that it is for."""
+
+    state_dict: dict[str, Any]
+    """Without the prefix."""
+    prefix: str
+    """Stood before each name; "" if none did."""
+    outside: tuple[str, ...]
+    """Names that don't have it, and are not in `state_dict`."""
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from .safetensors, .pth, .pt or .ckpt onto the CPU; half-precision is cast to float32.
+
+    A dict that has the state dict as "state_dict" or "model" is accepted, such as a checkpoint of Lightning. Nothing in
+    the file is run or imported: tensors and plain values are read, any other object becomes an empty one.
 
     Raises:
         ValueError: another suffix, an unreadable or damaged file, or no state dict in it; the message names the path.
@@ -86,19 +120,71 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ".safetensors": safetensors.torch.load_file,
         ".pth": _torch_load,
         ".pt": _torch_load,
+        ".ckpt": _torch_load,
     }
     if path.suffix not in readers:
         raise ValueError(f"weights file {path} must end in one of {', '.join(readers)}")
     try:
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")
         state = readers[path.suffix](path)
     except Exception as error:  # a damaged file can make the readers raise anything
-        raise ValueError(f"can't read weights file {path}: {error}") from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
+        unsafe = "it is damaged, or holds objects that can't be read safely"  # and not PyTorch's advice to read them
+        reason = unsafe if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        cached = path.parent == Path(torch.hub.get_dir()) / "checkpoints"
+        remedy = "; delete it, and it is downloaded again" if cached else ""
+        raise ValueError(f"can't read weights file {path}: {reason}{remedy}") from error
+    state = nested_state_dict(state)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"weights file {path} holds no state dict (names to tensors)")
     half = (torch.float16, torch.bfloat16)
     return {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in state.items()}
+
+
+def nested_state_dict(content: Any) -> Any:
+    """Return the state dict that a dict has as "state_dict" or "model", or what was given."""
+    if isinstance(content, Mapping):
+        for name in ("state_dict", "model"):
+            if isinstance(content.get(name), Mapping):
+                return content[name]
+    return content
+
+
+def strip_prefix(given: Mapping[str, Any], expected: Collection[str], owner: str) -> NamedWeights:
+    """Return a state dict under the names of a model, without the one prefix that stands before all of them.
+
+    Wrappers leave such prefixes ("module.", "_orig_mod.", stacked, too), and so do models that hold this one
+    ("first_stage_model."). "_orig_mod." is dropped wherever it is.
+
+    Args:
+        given: names to anything.
+        expected: names of the model.
+        owner: the model, for errors.
+
+    Raises:
+        ValueError: no name fits, or several prefixes do equally well.
+    """
+    given = {name.replace("_orig_mod.", ""): value for name, value in given.items()}
+    counts: Counter[str] = Counter()
+    for name in given:
+        parts = name.split(".")
+        for k in range(len(parts)):
+            if ".".join(parts[k:]) in expected:
+                counts["".join(f"{part}." for part in parts[:k])] += 1
+    if not counts:
+        such = f", such as {next(iter(given))!r}," if given else ""
+        raise ValueError(f"none of the {len(given)} names{such} fits {owner}, which has {next(iter(expected))!r}")
+    most = max(counts.values())
+    # A wrapper's prefix goes before another one: taming's transformers hold two first stages.
+    known = [p for p, n in counts.items() if 2 * n >= most and _KNOWN_PREFIXES.issuperset(p.split(".")[:-1])]
+    found = known or [prefix for prefix, count in counts.items() if count == most]
+    best = max(counts[prefix] for prefix in found)
+    found = [prefix for prefix in found if counts[prefix] == best]
+    if len(found) > 1:
+        raise ValueError(f"names that fit {owner} begin with {' and with '.join(found)}: give those of one, without it")
+    (prefix,) = found
+    inside = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+    return NamedWeights(inside, prefix, tuple(name for name in given if not name.startswith(prefix)))
 
 
 def check_state_dict(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size], owner: str) -> None:
@@ -157,8 +243,28 @@ def download_file(remote: RemoteWeights, target: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+class _Inert:
+    """Stand-in for the classes and functions that a file names: called, it makes an empty dict of any arguments.
+
+    Checkpoints of Lightning hold callbacks and settings, which must be neither imported nor run. An OrderedDict is what
+    PyTorch's unpickler gives items as well as attributes to.
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
 def _torch_load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Unpickle with PyTorch's restricted unpickler, which knows `_Inert` by the names of all else."""
+    foreign: list[Any] = []
+    if zipfile.is_zipfile(path):
+        foreign = [(_Inert, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+    with torch.serialization.safe_globals(foreign):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _open_url(url: str) -> http.client.HTTPResponse:

@@ -9,7 +9,14 @@ from torch import Tensor
 from regvq_fast.ops import assign_codes, segment_sum
 from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.ops.segment_sum import segment_counts
-from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, sample_seed, straight_through, wide
+from regvq_fast.quantizers.quantizer import (
+    CodebookQuantizer,
+    CodeMap,
+    QuantizerOutput,
+    sample_seed,
+    straight_through,
+    wide,
+)
 from regvq_fast.ranks import gather_rows
 
 
@@ -53,6 +60,7 @@ class EMAQuantizer(CodebookQuantizer):
             raise ValueError(f"commitment and dead_threshold must not be negative, got {commitment}, {dead_threshold}")
         self.decay, self.commitment, self.dead_threshold = decay, commitment, dead_threshold
         self.embedding.weight.requires_grad_(False)
+        self.frozen = False
         # Fractions of the rows, not counts: they don't depend on the batch size.
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
@@ -66,6 +74,16 @@ class EMAQuantizer(CodebookQuantizer):
         self.cluster_share.fill_(1 / self.num_codes)
         self.cluster_sum.copy_(self.embedding.weight / self.num_codes)
 
+    @torch.no_grad()
+    def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
+        super().adopt(codes, z)
+        self.start_from_embedding()
+        return None
+
+    def freeze(self) -> None:
+        super().freeze()
+        self.frozen = True
+
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows, dtype = self._wide_rows(z), self._score_dtype(z)
@@ -76,7 +94,7 @@ class EMAQuantizer(CodebookQuantizer):
             commitment = F.mse_loss(rows, codes)
             metrics = {"commitment": commitment.detach()}
             out = self._deterministic(z, quantized, indices, self.commitment * commitment, metrics)
-            if self.training:  # with the rows of all ranks: each makes the same update
+            if self.training and not self.frozen:  # with the rows of all ranks: each makes the same update
                 seed = sample_seed(z.device) if seed is None else seed
                 self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed)
             return out

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from regvq_fast.ops import softmax_statistics, vector_quantize
-from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, sample_seed, wide
-from regvq_fast.quantizers.statistics import softmax_of_some_rows
+from regvq_fast.quantizers.quantizer import (
+    CodebookQuantizer,
+    CodeMap,
+    NearestCodes,
+    QuantizerOutput,
+    sample_seed,
+    wide,
+)
+from regvq_fast.quantizers.statistics import FITTED_ROWS, log_scale_that_perturbs, softmax_of_some_rows
+
+_FIRST_PERTURBED = 0.24
+"""Fraction of the positions that noise moves when given codes are adopted: as many as of reg-vq by default."""
 
 
 class GumbelQuantizer(CodebookQuantizer):
@@ -46,6 +56,24 @@ class GumbelQuantizer(CodebookQuantizer):
         self.tau_start, self.tau_end, self.kl_weight = tau_start, tau_end, kl_weight
         self.proj = nn.Linear(code_dim, num_codes)
         self.register_buffer("tau", torch.tensor(float(tau_start)))
+
+    def nearest_codes(self) -> NearestCodes | None:
+        return None
+
+    @torch.no_grad()
+    def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
+        super().adopt(codes, z)
+        rows, codes = self._wide_rows(z), wide(codes)
+        some = rows[torch.randperm(len(rows)).to(rows.device)[:FITTED_ROWS]]
+        weight, bias = 2 * codes, -codes.square().sum(1)  # logits of the squared distance
+
+        def perturbed(log_scale: float) -> Tensor:
+            return 1 - softmax_of_some_rows(some, math.exp(log_scale) * weight, math.exp(log_scale) * bias)[1]
+
+        scale = math.exp(log_scale_that_perturbs(_FIRST_PERTURBED, perturbed))
+        self.proj.weight.copy_(scale * weight)
+        self.proj.bias.copy_(scale * bias)
+        return None
 
     def set_progress(self, fraction: float) -> None:
         # A tensor: a new value does not recompile a compiled step.

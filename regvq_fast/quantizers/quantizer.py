@@ -30,6 +30,26 @@ class QuantizerOutput(NamedTuple):
     """(B, H, W) bool, the stochastic positions."""
 
 
+class NearestCodes(NamedTuple):
+    """Codes of which the best one for a latent z is the nearest to ``(z - shift) * gain``."""
+
+    codes: Tensor
+    """(N, D), as the decoder gets them."""
+    shift: Tensor
+    """(D,)."""
+    gain: Tensor
+    """(D,)."""
+
+
+class CodeMap(NamedTuple):
+    """A map of a quantizer's codes to those that a decoder knows: ``scale * code + shift``."""
+
+    scale: Tensor
+    """(D,)."""
+    shift: Tensor
+    """(D,)."""
+
+
 @dataclass(frozen=True)
 class QuantizerSettings(Section):
     """Settings of a quantizer beside its codebook's size; subclasses add fields, which are flags."""
@@ -123,6 +143,29 @@ class Quantizer(nn.Module):
     def initialize(self, z: Tensor) -> None:
         """Fit a new quantizer to the first latents (B, D, H, W) of a new encoder; some need no such start."""
 
+    def nearest_codes(self) -> NearestCodes | None:
+        """Return the codes, detached, if the best one is the nearest; None if latents select them in another way."""
+        return None
+
+    def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
+        """Start from codes (N, D) that a decoder knows, each the best one of the latents that it is nearest to.
+
+        Args:
+            codes: of a trained model, or as many latents.
+            z: latents (B, D, H, W) of the encoder, to which the quantizer's scales are fitted.
+
+        Returns:
+            The map of the quantizer's codes to those given; None where they are these.
+
+        Raises:
+            ValueError: the quantizer has no use for codes.
+        """
+        raise ValueError(f"{type(self).__name__} can't start from given codes")
+
+    def freeze(self) -> None:
+        """Keep the codes, and the weights that select them, as they are from now on, in training, too."""
+        self.requires_grad_(False)
+
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule: called before each step with the fraction of training done, 0 to 1."""
 
@@ -175,6 +218,15 @@ class CodebookQuantizer(Quantizer):
     def codes(self) -> Tensor:
         """Return the codes (N, D) that indices stand for."""
         return self.embedding.weight
+
+    def nearest_codes(self) -> NearestCodes | None:
+        codes = self.codes().detach()
+        return NearestCodes(codes, torch.zeros_like(codes[0]), torch.ones_like(codes[0]))
+
+    @torch.no_grad()
+    def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
+        self.embedding.weight.copy_(codes)
+        return None
 
     def codes_of(self, indices: Tensor) -> Tensor:
         return self.codes()[indices].permute(0, 3, 1, 2).to(self.embedding.weight.dtype)

@@ -9,11 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.losses.prior import PriorScope, posterior_groups, prior_kl, scoped_posterior
-from regvq_fast.ops import vector_quantize
+from regvq_fast.ops import assign_codes, vector_quantize
 from regvq_fast.ops.vector_quantize import CodebookGrad
 from regvq_fast.quantizers.mask import MaskMode, stochastic_mask
-from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, QuantizerSettings, sample_seed, wide
-from regvq_fast.quantizers.statistics import softmax_of_some_rows
+from regvq_fast.quantizers.quantizer import (
+    CodebookQuantizer,
+    CodeMap,
+    NearestCodes,
+    QuantizerOutput,
+    QuantizerSettings,
+    sample_seed,
+    wide,
+)
+from regvq_fast.quantizers.statistics import (
+    FITTED_ROWS,
+    MAX_LOG_SCALE,
+    log_scale_that_perturbs,
+    softmax_of_some_rows,
+)
 from regvq_fast.ranks import mean_over_ranks
 from regvq_fast.settings import arg
 
@@ -21,12 +34,8 @@ LogitKind = Literal["cosine", "distance", "linear"]
 
 _RATE = 0.1
 """Change of the log of the scale in a step, over the error of the perturbed fraction in the step before."""
-_MAX_LOG_SCALE = 30.0
-"""Bound of the log of the scale, which degenerate logits (equal codes) would take out of fp32's range."""
 _JITTER = 0.1
 """Standard deviation, in each channel, of what is added to the latents that become codes, which have 1."""
-_FITTED_ROWS = 512
-"""Latents that the first scale is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -153,14 +162,48 @@ class RegularizedQuantizer(CodebookQuantizer):
         rows = self._standardized(rows)
         # Half of the latents become codes, repeatedly if there are too few; the scale is fitted to the others.
         order = torch.randperm(len(rows)).to(rows.device)
-        half, others = order[: len(rows) // 2], order[len(rows) // 2 :][:_FITTED_ROWS]
+        half, others = order[: len(rows) // 2], order[len(rows) // 2 :][:FITTED_ROWS]
         chosen = rows[half.repeat(-(-self.num_codes // len(half)))[: self.num_codes]]
         self._set_codes(chosen + _JITTER * torch.randn(chosen.shape).to(rows))
-        low, high = -_MAX_LOG_SCALE, _MAX_LOG_SCALE
-        for _ in range(40):  # 1 - max p falls with the scale
-            self.log_scale.fill_((low + high) / 2)
-            _, largest = softmax_of_some_rows(rows[others], *self._linear_form())
-            low, high = ((low + high) / 2, high) if 1 - largest > self._target else (low, (low + high) / 2)
+        self._fit_scale(rows[others])
+
+    @torch.no_grad()
+    def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
+        """Start from codes (N, D) that a decoder knows: with "distance" they are kept, and so is their selection.
+
+        "cosine" and "linear" keep directions: of codes and latents less the latents' mean, over their deviation in each
+        channel. All codes then have the length that those in use have on average.
+        """
+        rows = self._wide_rows(z)
+        some = rows[torch.randperm(len(rows)).to(rows.device)[:FITTED_ROWS]]
+        if self.settings.logits == "distance":
+            self.shift.zero_()
+            self.gain.fill_(1)
+            self.embedding.weight.copy_(codes)
+            self._fit_scale(some)
+            return None
+        std, mean = torch.std_mean(rows, dim=0)
+        self.shift.copy_(mean)
+        self.gain.copy_(1 / std.clamp(min=1e-6))
+        directions = (wide(codes) - mean) * wide(self.gain)
+        lengths = directions[assign_codes(rows, wide(codes))].norm(dim=1)
+        self._set_codes(directions)
+        self._fit_scale(self._standardized(some))
+        return CodeMap(lengths.mean() / math.sqrt(self.code_dim) / wide(self.gain), mean)
+
+    def nearest_codes(self) -> NearestCodes | None:
+        if self.settings.logits == "linear":
+            return None
+        return NearestCodes(self.codes().detach(), self.shift, self.gain)
+
+    def _fit_scale(self, rows: Tensor) -> None:
+        """Let sampling of these rows (M, D), in the form of the logits, perturb the target fraction."""
+
+        def perturbed(log_scale: float) -> Tensor:
+            self.log_scale.fill_(log_scale)
+            return 1 - softmax_of_some_rows(rows, *self._linear_form())[1]
+
+        self.log_scale.fill_(log_scale_that_perturbs(self._target, perturbed))
 
     def _standardized(self, rows: Tensor) -> Tensor:
         rows = (rows - wide(self.shift)) * wide(self.gain)
@@ -237,7 +280,7 @@ class RegularizedQuantizer(CodebookQuantizer):
         """
         byte = (seed & 0xFF).to(self.last_seed.dtype)
         is_new = byte != self.last_seed
-        self.log_scale.add_(torch.where(is_new, _RATE * self.error, 0)).clamp_(-_MAX_LOG_SCALE, _MAX_LOG_SCALE)
+        self.log_scale.add_(torch.where(is_new, _RATE * self.error, 0)).clamp_(-MAX_LOG_SCALE, MAX_LOG_SCALE)
         self.last_seed.copy_(byte)
         entropy, largest = softmax_of_some_rows(rows, *self._linear_form())
         error = 1 - mean_over_ranks(largest) - self._target

@@ -1,9 +1,15 @@
 """Sharpness of the softmax over the codes, measured on a few rows of each image."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 _ROWS_OF_AN_IMAGE = 8
+MAX_LOG_SCALE = 30.0
+"""Bound of the log of the scale, which degenerate logits (equal codes) would take out of fp32's range."""
+FITTED_ROWS = 512
+"""Latents that a first scale is fitted to."""
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 """Multiples of this fraction of an image's positions spread over rows and columns of its grid."""
 
@@ -28,3 +34,17 @@ def softmax_of_some_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
         log_p = torch.addmm(bias, rows, weight.t()).log_softmax(1)
     entropy = -(log_p.exp() * log_p).sum(1).mean()
     return entropy, log_p.amax(1).exp().mean()
+
+
+def log_scale_that_perturbs(fraction: float, perturbed: Callable[[float], float | Tensor]) -> float:
+    """Return the log of the scale of the logits at which samples of the softmax take another code than the best one.
+
+    Args:
+        fraction: of the rows, which falls with the scale.
+        perturbed: gives it at the log of a scale.
+    """
+    low, high = -MAX_LOG_SCALE, MAX_LOG_SCALE
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if perturbed(middle) > fraction else (low, middle)
+    return middle

@@ -25,6 +25,7 @@ def build_model(config: VQGANConfig) -> VQGAN:
         attn_resolutions=model.attn_resolutions,
         z_channels=model.z_channels,
         dropout=model.dropout,
+        norm_groups=model.norm_groups,
     )
 
 

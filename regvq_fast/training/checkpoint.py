@@ -145,15 +145,23 @@ def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Conf
         config = config_from_dict(json.loads(contents[CONFIG]), kind)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run: {error}") from None
-    try:
-        state = torch.load(io.BytesIO(contents[TRAINING]), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the reader raise anything, in many lines
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{folder / TRAINING} is not a state of training, or damaged ({reason})") from None
-    if not isinstance(state, dict) or state.get("step") != step:
+    state = training_state(contents[TRAINING], folder / TRAINING)
+    if state.get("step") != step:
         raise ValueError(f"{folder / TRAINING} is not the state of training after step {step}")
     weights = weights_from_bytes(contents[WEIGHTS], folder / WEIGHTS)
     return Checkpoint(step, folder, weights, state, config.optimizer.steps), config
+
+
+def training_state(content: bytes, path: Path) -> dict[str, Any]:
+    """Return the state of training in a checkpoint's file; ``path`` is named where that is not one (ValueError)."""
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the reader raise anything, in many lines
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is not a state of training, or damaged ({reason})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a state of training")
+    return state
 
 
 def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]:

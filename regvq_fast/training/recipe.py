@@ -130,6 +130,22 @@ class Recipe(ABC, Generic[Config]):
     def __init__(self, device: torch.device, precision: Precision, micro_batch: int) -> None:
         self.device, self.precision, self.micro_batch = device, precision, micro_batch
 
+    @classmethod
+    def begin(cls, config: Config, source: str) -> tuple[Config, Callable[[Config], Config]]:
+        """Start a run from weights, if the command has ``--init-from``: called before its flags are parsed.
+
+        Args:
+            config: a preset.
+            source: what ``--init-from`` names.
+
+        Returns:
+            The defaults of the flags, and a function that completes what was parsed.
+
+        Raises:
+            OSError, ValueError: the weights can't be used; of the function, flags that contradict them.
+        """
+        return config, lambda given: given
+
     @abstractmethod
     def open_data(self, config: Config) -> Data:
         """Open both splits. Rank 0 runs it first, so it must not call collective operations.

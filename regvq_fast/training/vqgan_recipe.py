@@ -1,6 +1,6 @@
 """The recipe of the VQ-GAN: autoencoder, quantizer and discriminator (``regvq train vq``)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from regvq_fast.evaluation.plots import save_codebook_mosaic, save_reconstructio
 from regvq_fast.evaluation.reconstruction_metrics import ReconstructionMetrics, evaluate_reconstruction
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import VGGFeatures
+from regvq_fast.models.pretrained import step_folders
 from regvq_fast.ranks import local_world_size, rank, sum_over_ranks, world_size
 from regvq_fast.training.build import build_model, build_reconstruction_loss
 from regvq_fast.training.recipe import Data, ImagesDone, Networks, Recipe, Step
 from regvq_fast.training.recorder import Recorder
+from regvq_fast.training.starting import begin, check_architecture, freeze, read_weights, start_model
 from regvq_fast.training.vqgan_step import VQGANStep
 
 _GRID_IMAGES = 16
+_START_IMAGES = 64  # whose latents a given codebook is fitted to
 
 
 class VQGANRecipe(Recipe[VQGANConfig]):
@@ -38,9 +41,14 @@ class VQGANRecipe(Recipe[VQGANConfig]):
     regvq train vq --data photos/ --image-size 128 --steps 20000 --compile --amp
     torchrun --nproc-per-node 4 -m regvq_fast train vq --preset ade20k --data ADE20K/ --amp
     regvq train vq --resume --out runs/NAME  # continue a run that stopped
+    regvq train vq --init-from last.ckpt --quantizer reg-vq --data photos/
 
 A run leaves its configuration, metrics, images, checkpoints and weights in --out.
 """
+
+    @classmethod
+    def begin(cls, config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
+        return begin(config, source)
 
     def open_data(self, config: VQGANConfig) -> Data:
         data, seed = config.data, config.run.seed
@@ -53,6 +61,10 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
 
     def build(self, config: VQGANConfig) -> tuple[VQGANConfig, Networks]:
         steps, device, layout = config.optimizer.steps or 0, self.device, torch.channels_last
+        run, weights = config.run, None
+        if config.model.init_from is not None and not (run.resume and run.out and step_folders(run.out)):
+            weights = read_weights(config.model.init_from)
+            check_architecture(config, weights.model)
         self.model = build_model(config).to(device, memory_format=layout)  # type: ignore[call-overload]
         shape = config.model
         discriminator = PatchDiscriminator(3, shape.disc_filters, shape.disc_layers, shape.disc_norm)
@@ -64,9 +76,30 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
             )
         if world_size() > 1 and device.type == "cuda":  # batch norm over all ranks; it exists on GPUs alone
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        started: dict[str, str] = {}
+        if weights is not None:
+            started["weights"] = f"{config.model.init_from}: {weights.report}"
+            found = weights.discriminator
+            if found and all(getattr(shape, name) == value for name, value in found.settings.items()):
+                discriminator.load_state_dict(found.state_dict)
+                started["weights"] += ", discriminator taken"
         self.discriminator = discriminator.to(device, memory_format=layout)  # type: ignore[call-overload]
         first = first_samples(self.data.train, config.optimizer.batch_size)["image"]
-        self.model.initialize_quantizer(to_float(first.to(device)))
+        if weights is None:
+            self.model.initialize_quantizer(to_float(first.to(device)))
+        else:
+            some = read_samples(self.data.train, range(min(_START_IMAGES, len(self.data.train))))["image"]
+            started["codebook"] = start_model(
+                self.model,
+                weights.model.to(device, memory_format=layout),  # type: ignore[call-overload]
+                to_float(some.to(device)),
+                reset_codebook=config.model.reset_codebook,
+                micro_batch=self.micro_batch,
+            )
+        self._frozen = freeze(self.model, config.model.freeze)
+        if config.model.freeze:
+            count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            started["frozen"] = f"{', '.join(config.model.freeze)}; {count / 1e6:.1f} M parameters of the model train"
         loss, losses, feature_networks = build_reconstruction_loss(config.loss, optional=config.run.preset == "scenes")
         self.config = config = replace(config, loss=losses)  # a resumed run has the same, whatever weights it finds
         self.reconstruction_loss = loss.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -89,6 +122,7 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
                 "data": f"{self.data.train.label}: {images} of {config.data.image_size} px{left_out}",
                 "tokens": f"{height} x {width} an image",
                 "quantizer": f"{type(quantizer).__name__}({quantizer.extra_repr()})",
+                **started,
                 "discriminator": joins,
                 **feature_networks,
             },
@@ -110,6 +144,8 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
 
     def step(self, batch: Batch, now: Step) -> dict[str, Tensor]:
         images = to_float(batch["image"].to(self.device, non_blocking=True))
+        for module in self._frozen:
+            module.eval()
         self.model.quantize.set_progress(now.number / (self.config.optimizer.steps or 1))
         metrics, indices = self.train_step(
             images.contiguous(memory_format=torch.channels_last),

@@ -124,11 +124,10 @@ class VQGANStep:
             gradient = gradient + self.disc_weight * factor * gan_gradient
             metrics |= {"generator": generator_loss.detach(), "lambda": factor}
 
-        outputs, gradients = [out.reconstruction], [gradient.to(out.reconstruction.dtype)]
-        if out.quantizer.loss.requires_grad:
-            outputs.append(out.quantizer.loss)
-            gradients.append(loss_scale * torch.ones_like(out.quantizer.loss))
-        torch.autograd.backward(outputs, gradients)
+        ends = [(out.reconstruction, gradient.to(out.reconstruction.dtype))]
+        ends.append((out.quantizer.loss, loss_scale * torch.ones_like(out.quantizer.loss)))
+        ends = [(output, value) for output, value in ends if output.requires_grad]  # parts may be frozen
+        torch.autograd.backward([output for output, _ in ends], [value for _, value in ends])
 
         if adversarial:
             with self.precision.autocast():

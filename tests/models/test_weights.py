@@ -1,6 +1,8 @@
 """Reading weights files, and downloads that never hang and never leave half a file."""
 
 import hashlib
+import importlib
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +11,16 @@ import pytest
 import torch
 
 from regvq_fast.models import weights
-from regvq_fast.models.weights import RemoteWeights, download_file, find_weights, read_state_dict, weights_hash
+from regvq_fast.models.features import IMAGENET_WEIGHTS, load_vgg_features
+from regvq_fast.models.weights import (
+    LoadedWeights,
+    RemoteWeights,
+    download_file,
+    find_weights,
+    read_state_dict,
+    strip_prefix,
+    weights_hash,
+)
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -114,9 +125,87 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return (open, (str(tmp_path / "owned"), "w"))
 
     torch.save({"a": Payload()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"read .*evil\.pth"):
+    with pytest.raises(ValueError, match=r"evil\.pth .*state dict"):
         read_state_dict(tmp_path / "evil.pth")
+    torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": [Payload()]}, tmp_path / "last.ckpt")
+    assert read_state_dict(tmp_path / "last.ckpt").keys() == {"a"}
     assert not (tmp_path / "owned").exists()
+    torch.save({"a": Payload()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"read .*old\.pth.*safely$"):
+        read_state_dict(tmp_path / "old.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_lightning_checkpoint_is_read_without_its_classes(tmp_path, monkeypatch):
+    """Callbacks are listed by their classes, settings are of a class of Lightning's, a dict."""
+    source = tmp_path / "lightning_like.py"
+    source.write_text(
+        "class AttributeDict(dict): pass\n"
+        "class ModelCheckpoint:\n"
+        "    def __init__(self): self.best = 1\n"
+        "raise_here = __import__('os').environ.get('NOT_AGAIN') and 1 / 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("lightning_like")
+    content = {
+        "epoch": 3,
+        "callbacks": {module.ModelCheckpoint: {"best_model_score": torch.ones(())}},
+        "kept": module.ModelCheckpoint(),
+        "state_dict": {"a": torch.arange(3.0)},
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    torch.save(content | {"hyper_parameters": module.AttributeDict(lr=1)}, tmp_path / "settings.ckpt")
+    monkeypatch.delitem(sys.modules, "lightning_like")
+    monkeypatch.setenv("NOT_AGAIN", "1")
+    assert read_state_dict(tmp_path / "last.ckpt")["a"].tolist() == [0, 1, 2]
+    assert read_state_dict(tmp_path / "settings.ckpt").keys() == {"a"}
+    assert "lightning_like" not in sys.modules
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 half a file"])
+def test_a_damaged_file_in_the_cache_is_to_be_deleted(tmp_path, content):
+    (cache := tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (cache / IMAGENET_WEIGHTS["vgg16"].file_name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"vgg16.*\.pth: .*; delete it") as error:
+        load_vgg_features("vgg16")
+    assert "weights_only" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert ("empty" in str(error.value)) == (content == b"")
+
+
+EXPECTED = {"encoder.conv_in.weight": 0, "encoder.conv_in.bias": 0, "quantize.embedding.weight": 0}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "first_stage_model.", "module.first_stage_model.", "tokenizer."])
+def test_one_prefix_is_stripped(prefix):
+    others = {"transformer.head.weight": 1, "cond_stage_model.encoder.conv_in.weight": 2}
+    found = strip_prefix({prefix + name: 0 for name in EXPECTED} | others, EXPECTED, "this model")
+    assert found.prefix == prefix
+    assert {name for name, value in found.state_dict.items() if value == 0} == set(EXPECTED)
+    assert found.outside == (tuple(others) if prefix else ())
+
+
+def test_the_mark_of_compilation_is_stripped_wherever_it_is():
+    given = {"_orig_mod.module.encoder._orig_mod.conv_in.weight": 7}
+    assert strip_prefix(given, EXPECTED, "this model") == ({"encoder.conv_in.weight": 7}, "module.", ())
+
+
+def test_no_prefix_or_several_are_refused():
+    with pytest.raises(ValueError, match=r"none of the 0 names .*this model.*conv_in"):
+        strip_prefix({}, EXPECTED, "this model")
+    with pytest.raises(ValueError, match=r"'head\.bias'.*conv_in"):
+        strip_prefix({"head.bias": 0}, EXPECTED, "this model")
+    both = {f"{model}.{name}": 0 for name in EXPECTED for model in ("teacher", "student")}
+    with pytest.raises(ValueError, match=r"teacher\. and with student\."):
+        strip_prefix(both, EXPECTED, "this model")
+
+
+def test_a_report_of_loaded_weights():
+    assert str(LoadedWeights(3)) == "3 tensors loaded"
+    left_out = ("loss.a", "loss.b", "colorize")
+    assert str(LoadedWeights(3, left_out, "module.")) == (
+        "3 tensors loaded from module.*, 3 left out (loss.* 2, colorize 1)"
+    )
 
 
 @pytest.mark.parametrize("name", ["damaged.pth", "damaged.safetensors"])

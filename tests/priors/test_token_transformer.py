@@ -128,6 +128,16 @@ def test_a_checkpoint_of_the_whole_model_loads_and_leaves_the_null_condition():
     assert torch.equal(model.blocks[1].attn.qkv.bias, fused)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module.transformer."])
+def test_a_prefix_of_a_wrapper_is_stripped(prefix):
+    model, state = make_model(), taming_state()
+    loaded = model.load_taming_state_dict({prefix + name: tensor for name, tensor in state.items()} | {"step": 1})
+    assert torch.equal(model.tok_emb.weight, state["tok_emb.weight"])
+    assert loaded.left_out == ("step",)
+    with pytest.raises(ValueError, match=r"none of the 0 names fits this TokenTransformer"):
+        model.load_taming_state_dict({})
+
+
 def test_wrong_checkpoints_are_refused_as_a_whole():
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from regvq_fast.models.attention import KeyValueCache, attention
 from regvq_fast.models.model import Model
 from regvq_fast.models.transformer import Block, check_sizes, flat_ids, grid_shape, grid_sinusoids, initialize
-from regvq_fast.models.weights import check_state_dict
+from regvq_fast.models.weights import LoadedWeights, check_state_dict, nested_state_dict, strip_prefix
 from regvq_fast.ops.noise import Stream, row_words
 
 _LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
@@ -227,21 +227,24 @@ class TokenTransformer(Model):
     # ------------------------------------------------------------------------------------------------------ weights
 
     @torch.no_grad()
-    def load_taming_state_dict(self, state_dict: Mapping) -> None:
+    def load_taming_state_dict(self, state_dict: Mapping) -> LoadedWeights:
         """Load taming's `GPT`: its state dict, or one of a `Net2NetTransformer` that has it as `transformer.*`.
 
-        A dict that has the state dict as "state_dict" is accepted. taming's condition and image share one embedding,
-        which goes into both of ours; the null condition, which it doesn't have, keeps the weights it has here. The
-        number of heads is not in a checkpoint: it must be the right one.
+        A dict that has the state dict as "state_dict" is accepted, and one prefix before all names is stripped, such as
+        "module.". taming's condition and image share one embedding, which goes into both of ours; the null condition,
+        which it doesn't have, keeps the weights it has here. The number of heads is not in a checkpoint: it must be the
+        right one.
+
+        Returns:
+            The number of tensors loaded, the names left out, and the prefix.
 
         Raises:
-            ValueError: with all missing and unexpected names and wrong shapes, more classes than the shared embedding
-                has, or attention that isn't causal throughout (`n_unmasked`); nothing has been loaded then.
+            ValueError: no name fits, or with all missing and unexpected names and wrong shapes, more classes than the
+                shared embedding has, or attention that isn't causal throughout (`n_unmasked`); nothing has been loaded
+                then.
         """
-        given = dict(state_dict.get("state_dict", state_dict))
-        if any(name.startswith("transformer.") for name in given):
-            prefix = "transformer."
-            given = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+        names = self.state_dict().keys()
+        given, prefix, outside = strip_prefix(nested_state_dict(state_dict), names, "this TokenTransformer")
         for name in [name for name in given if name.endswith("attn.mask")]:
             mask = given.pop(name)
             if not torch.equal(mask, mask.tril()):
@@ -264,6 +267,7 @@ class TokenTransformer(Model):
         weights |= {name: torch.cat([given[name.replace("qkv", part)] for part in parts]) for name in fused}
         self.load_state_dict(weights, strict=False)
         self.cond_emb.weight[: self.num_classes] = self.tok_emb.weight[: self.num_classes]
+        return LoadedWeights(len(given), outside, prefix)
 
     # ----------------------------------------------------------------------------------------------------- internal
 
