@@ -12,7 +12,6 @@ from helpers.tiny_models import scenes_batch, tiny_tokenizer, tiny_vqgan
 from regvq_fast.data.transforms import to_float
 from regvq_fast.demo.workbench import MAX_IMAGES, Painter, Reconstructor, Request
 from regvq_fast.precision import choose_precision
-from regvq_fast.priors import trained_on
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SamplingConfig
 from regvq_fast.scenes import CLASSES, embedded
@@ -31,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def painters(models: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Painter]:
     """The priors of the embedded models."""
-    monkeypatch.setattr(trained_on, "FOLDER", models)
+    monkeypatch.setattr(embedded, "FOLDER", models)
     return {name: Painter(models / name, CPU) for name in ("ar", "diffusion")}
 
 
