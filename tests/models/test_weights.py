@@ -68,7 +68,7 @@ def server():
 def isolated(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(weights, "CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(weights, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(weights, "STALL_SECONDS", 0.8)  # the connection gives up first
     monkeypatch.setenv("no_proxy", "*")
 
 

@@ -87,7 +87,7 @@ def test_a_gpu_older_than_the_build_of_pytorch_is_refused(
         lambda out: evaluate(EvaluateConfig(run=out, out=out, device="cuda")),
         lambda out: generate(SampleConfig(run=out, out=out, device="cuda")),
         lambda out: cache_tokens(CacheConfig(tokenizer=out, out=out, device="cuda")),
-        lambda out: reproduce(PaperConfig("table1", out=out, device="cuda", report_only=True), out),
+        lambda out: reproduce(PaperConfig("table1", out=out, device="cuda", report_only=True)),
     ],
     ids=["evaluate", "sample", "cache_tokens", "paper"],
 )
