@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+import runpy
 import shutil
 import site
 import subprocess
@@ -147,10 +148,11 @@ def test_wheel_holds_the_package_and_nothing_else(built: Distributions, name: st
     relative = {path.relative_to(ROOT).as_posix() for path in modules if "__pycache__" not in path.parts}
     expected = {path if path.startswith("regvq_fast/") else f"regvq_fast/{path}" for path in relative}
     models = {path.relative_to(ROOT).as_posix() for path in (ROOT / "regvq_fast/scenes/pretrained").rglob("*.*")}
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "regvq_fast/cli/help").iterdir()}
     assert models
     others = {"regvq_fast/py.typed", "regvq_fast/kernels/noise.c"}
     others |= {"regvq_fast/demo/page.css", "regvq_fast/demo/painter.js"}
-    assert contents(built.wheels[name]).keys() == expected | models | others
+    assert contents(built.wheels[name]).keys() == expected | models | pages | others
 
 
 def test_a_wheel_is_slim_and_an_editable_install_trains(built: Distributions, tmp_path: Path) -> None:
@@ -161,6 +163,20 @@ def test_a_wheel_is_slim_and_an_editable_install_trains(built: Distributions, tm
     lines = importlib.metadata.Distribution.at(folder).metadata.get_all("Requires-Dist")
     required = [line for line in lines if "extra ==" not in line]
     assert required == [*project["dependencies"], *project["optional-dependencies"]["train"]]
+
+
+def test_the_page_of_an_index_has_no_link_that_leads_nowhere_there(built: Distributions) -> None:
+    (folder,) = built.forms["wheel"].target.glob("*.dist-info")
+    page = importlib.metadata.Distribution.at(folder).metadata.get_payload()
+    assert "# regvq_fast" in page
+    assert re.findall(r"\]\((?!\w+:|#)", page) == []
+    assert "](https://arxiv.org/abs/2303.06424)" in page
+    build_backend = runpy.run_path(str(ROOT / "build_backend.py"))
+    text = "![a](docs/a.png) [b](docs/b.md#c) [d](#d) [e](https://e.org)"
+    assert build_backend["index_page"](text, None) == " b [d](#d) [e](https://e.org)"
+    assert build_backend["index_page"](text, "https://x.org/r") == (
+        "![a](https://x.org/r/raw/main/docs/a.png) [b](https://x.org/r/blob/main/docs/b.md#c) [d](#d) [e](https://e.org)"
+    )
 
 
 def test_versions_agree() -> None:

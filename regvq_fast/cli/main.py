@@ -1,13 +1,18 @@
-"""The command `regvq`. It imports a command's module, and with it PyTorch, only to run it."""
+"""The command `regvq`. It imports a command's module, and with it PyTorch, only to run it.
+
+The help of each command, as the parser prints it at 80 columns, is kept in help/: it is shown without that import, too.
+`python tests/cli/test_help_pages.py` writes these pages.
+"""
 
 import difflib
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
-from regvq_fast.invocation import command, install
+from regvq_fast.invocation import as_typed, command, install
 from regvq_fast.version import __version__
 
 
@@ -39,6 +44,9 @@ COMMANDS = {
 """Every command by its words."""
 
 
+PAGES = Path(__file__).with_name("help")
+
+
 def main() -> None:
     """Run the command line of `regvq`."""
     words, args = _split(sys.argv[1:])
@@ -60,6 +68,11 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
         name: one of `COMMANDS`.
         args: behind it; None: those of this process.
     """
+    args = list(sys.argv[1:] if args is None else args)
+    page = PAGES / f"{name.replace(' ', '-')}.txt"
+    if args in (["-h"], ["--help"]) and page.is_file():
+        print(as_typed(page.read_text(encoding="ascii")), end="")
+        sys.exit(0)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
     try:
         module = import_module(f"regvq_fast.cli.{COMMANDS[name].module}")
@@ -69,7 +82,7 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {command(name)} needs {error.name}: {install('train')}")
     except KeyboardInterrupt:
         sys.exit(130)
-    module.main([*name.split()[1:], *(sys.argv[1:] if args is None else args)])
+    module.main([*name.split()[1:], *args])
 
 
 def _split(args: Sequence[str]) -> tuple[str, list[str]]:

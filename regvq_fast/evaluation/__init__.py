@@ -1,4 +1,4 @@
-"""Metrics and pictures of trained models."""
+"""Metrics and images of trained models."""
 
 from regvq_fast.evaluation.codebook import CodebookUsage
 from regvq_fast.evaluation.feature_nets import FeatureNet, PerceptualDistance, load_feature_net

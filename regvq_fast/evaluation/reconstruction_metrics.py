@@ -59,7 +59,7 @@ def evaluate_reconstruction(
 
     On several ranks each has batches of its own, and the result is that over all of them.
 
-    A reconstruction with a NaN or an infinity makes PSNR and SSIM NaN, rather than being scored as the picture it
+    A reconstruction with a NaN or an infinity makes PSNR and SSIM NaN, rather than being scored as the image it
     would be clamped to. The device is read once, at the end.
 
     Args:

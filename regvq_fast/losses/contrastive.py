@@ -74,7 +74,7 @@ class ProbabilisticContrastiveLoss(nn.Module):
             original: feature maps (B, C_l, H_l, W_l) of the original; no gradient.
             reconstruction: the same of the reconstruction; they get the gradient.
             perturbation: (B, h, w) of the tokens, >= 0; mapped to each layer by nearest neighbour.
-            seed: 0-dim int64 tensor, the draw of the places.
+            seed: 0-dim int64 tensor, selects the positions.
             first_image: global number of the first image: an image's sampled places depend on (seed, number) alone.
             mask: (B, h, w) bool, the stochastic tokens; needed for the region "masked".
 

@@ -101,7 +101,7 @@ class _Head(nn.Module):
 
     def __init__(self, channels: int, weight: float) -> None:
         super().__init__()
-        conv = nn.utils.skip_init(nn.Conv2d, channels, 1, kernel_size=1, bias=False)  # draws no random numbers
+        conv = nn.utils.skip_init(nn.Conv2d, channels, 1, kernel_size=1, bias=False)  # takes no random numbers
         nn.init.constant_(conv.weight, weight)
         self.model = nn.Sequential(nn.Identity(), conv)
 

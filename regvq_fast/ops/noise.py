@@ -132,7 +132,7 @@ def _native_uniform(native: ctypes.CDLL, seed: Tensor, rows: Tensor, num_codes: 
 
 
 def row_words(seed: Tensor, rows: Tensor, stream: int) -> Tensor:
-    """One 32-bit word a row, for draws that are made once a row, a token or an image: the mask, the sampled places.
+    """One 32-bit word a row, for what is sampled once a row, a token or an image: the mask, the sampled positions.
 
     Args:
         seed: 0-dim int64 tensor.

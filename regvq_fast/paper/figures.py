@@ -72,11 +72,11 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
     save_codebooks(_named(stem, "codebooks"), codebooks, counts)
     save_usage(_named(stem, "usage"), counts)
     if samplers:
-        drawn = {"image": shown["image"]}
+        rows = {"image": shown["image"]}
         if "segmentation" in shown:
-            drawn = {"map": color_map(shown["segmentation"], (size, size))} | drawn
-        drawn |= {name: sampler.sample(shown, 0).cpu() for name, sampler in samplers.items()}
-        save_rows(_named(stem, "samples"), drawn)
+            rows = {"map": color_map(shown["segmentation"], (size, size))} | rows
+        rows |= {name: sampler.sample(shown, 0).cpu() for name, sampler in samplers.items()}
+        save_rows(_named(stem, "samples"), rows)
 
 
 def save_rows(path: Path, rows: Mapping[str, Tensor]) -> None:
@@ -112,7 +112,7 @@ def save_usage(path: Path, counts: Mapping[str, Tensor]) -> None:
     """Plot how often each code is selected, from the most to the least frequent, relative to uniform use.
 
     Args:
-        path: of the picture.
+        path: of the image.
         counts: (N,) each; N may differ.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -142,7 +142,7 @@ def save_curves(
     """One panel a metric, one curve a series: means over seeds, with the seeds as points.
 
     Args:
-        path: of the picture.
+        path: of the image.
         metrics: by name of the metric and the series: places on the x-axis, with a value for each seed.
         axis: what is on the x-axis; logarithmic where the places span a factor of 8 or more.
     """

@@ -193,7 +193,7 @@ class Report:
     def write_figures(self, device: torch.device) -> None:
         """NAME-reconstructions.png, -samples.png (with a prior), -codebooks.png, -usage.png; NAME-curves.png of sweeps.
 
-        Pictures are of the first seed of each row that is done.
+        Images are of the first seed of each row that is done.
         """
         measured = self.measured()
         if not measured:

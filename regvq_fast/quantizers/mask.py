@@ -20,7 +20,7 @@ def stochastic_mask(
     mode: MaskMode = "exact",
     row_offset: int | Tensor = 0,
 ) -> Tensor:
-    """A mask for each image, redrawn with the seed.
+    """Sample a mask for each image from the seed.
 
     Args:
         batch_size: B.

@@ -137,7 +137,7 @@ class Recorder:
         with self.surviving_a_full_disk("metrics.jsonl"):
             self._lines.sync()
         self._lines.close()
-        self._draw(lambda board: board.close())
+        self._to_board(lambda board: board.close())
         threading.excepthook = self._excepthook
 
     def advance(self, step: int) -> None:
@@ -195,7 +195,9 @@ class Recorder:
         with self.surviving_a_full_disk("metrics.jsonl"):
             self._lines.write(json.dumps({"step": step, "split": prefix, **_finite(values)}, allow_nan=False))
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        self._draw(lambda board: [board.add_scalar(f"{prefix}/{name}", value, step) for name, value in numbers.items()])
+        self._to_board(
+            lambda board: [board.add_scalar(f"{prefix}/{name}", value, step) for name, value in numbers.items()]
+        )
         if prefix == "train":
             self._trained = progress_items(values)
             self._show(self._trained)
@@ -220,14 +222,14 @@ class Recorder:
 
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self._draw(lambda board: board.add_image(path.stem.split("-")[0], pixels, step, dataformats="HWC"))
+        self._to_board(lambda board: board.add_image(path.stem.split("-")[0], pixels, step, dataformats="HWC"))
 
-    def _draw(self, draw: Callable[[Any], object]) -> None:
+    def _to_board(self, write: Callable[[Any], object]) -> None:
         """Write to TensorBoard, until that fails once: its queue has no reader from then on, and would block."""
         if self._tensorboard is None:
             return
         try:
-            draw(self._tensorboard)
+            write(self._tensorboard)
         except OSError as error:
             self._tensorboard = None
             self.warn(f"TensorBoard gets no more numbers ({reason(error)}); metrics.jsonl has them")

@@ -286,7 +286,7 @@ def test_records_wait_for_room_on_the_disk(
         if step in (2, 4):
             with largest_file((recorder.folder / "metrics.jsonl").stat().st_size + 20):
                 record(recorder, step, *arguments, **others)
-                recorder._draw(lambda board: board.flush())  # its thread writes when it likes, else
+                recorder._to_board(lambda board: board.flush())  # its thread writes when it likes, else
         else:
             record(recorder, step, *arguments, **others)
 
