@@ -175,8 +175,7 @@ def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
     tiny_vqgan(NearestQuantizer(16, 4)).save_pretrained(tmp_path / "tokenizer")
 
     def run(*flags: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["diffusion.py", *map(str, flags)])
-        train(DiffusionRecipe, DIFFUSION_PRESETS, "")
+        train(DiffusionRecipe, DIFFUSION_PRESETS, list(map(str, flags)))
 
     flags: list[object] = "--on-the-fly --compile --ema 0.5 --val-images 4 --workers 0 --device cpu".split()
     flags += "--batch-size 4 --width 16 --depth 1 --heads 2 --warmup-steps 1 --final-lr-fraction 1".split()
