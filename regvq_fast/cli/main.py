@@ -70,7 +70,8 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     page = PAGES / f"{name.replace(' ', '-')}.txt"
-    if args in (["-h"], ["--help"]) and page.is_file():
+    # Where PyTorch is imported already, a program may have added a quantizer with settings of its own.
+    if args in (["-h"], ["--help"]) and "torch" not in sys.modules and page.is_file():
         print(as_typed(page.read_text(encoding="ascii")), end="")
         sys.exit(0)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
