@@ -70,7 +70,8 @@ semantic maps into images, `diffusion` captions. `regvq reconstruct`, `encode`, 
 use them where no run is given. They know 16 photographs (those of scikit-image's wheel) and nothing else: they show how
 the commands work, not how good a tokenizer can be.
 
-Made by `python bench/embedded_models.py` with regvq_fast {version}, torch {torch}, on two CPU cores (seed 0), by
+Made by `python bench/embedded_models.py` with regvq_fast {version}, torch {torch}, on two cores of an AMD
+EPYC that other work shared (seed 0), by
 
 {commands}
 

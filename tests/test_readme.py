@@ -100,7 +100,7 @@ def mentioned_flags(text: str) -> dict[str, set[str]]:
 
 
 def parse(name: str, *flags: str) -> object:
-    """What a command makes of its flags."""
+    """Parse the flags of a command into its configuration."""
     parsed: list[object] = []
     module = import_module(f"regvq_fast.cli.{NAMES[name].module}")
 

@@ -16,7 +16,7 @@ from regvq_fast.data.datasets import build_dataset
 from regvq_fast.demo.serving import listen, serve
 from regvq_fast.demo.workbench import Painter, Reconstructor
 from regvq_fast.invocation import install
-from regvq_fast.models.pretrained import TOKENIZER
+from regvq_fast.models.pretrained import TOKENIZER, tokenizer_folder
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import Precision, choose_precision, inference_device
@@ -101,8 +101,7 @@ def _folders(config: DemoConfig) -> tuple[Path, list[Path]]:
         return config.run, list(config.prior_runs)
     if not config.prior_runs:
         return embedded_model("tokenizer"), [embedded_model("ar"), embedded_model("diffusion")]
-    first = config.prior_runs[0]
-    return (first / TOKENIZER if (first / TOKENIZER).is_dir() else first.parent / TOKENIZER), list(config.prior_runs)
+    return tokenizer_folder(config.prior_runs[0]), list(config.prior_runs)
 
 
 def _beside(run: Path, tokenizer: VQGAN, precision: Precision) -> list[Painter]:

@@ -46,6 +46,12 @@ def step_folders(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def tokenizer_folder(prior: Path) -> Path:
+    """Return the folder of a prior's tokenizer: in the prior's, else beside it, where several priors share one."""
+    own, shared = prior / TOKENIZER, prior.parent / TOKENIZER
+    return shared if shared.is_dir() and not own.exists() else own
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
     """Make a folder of these files and their manifest; it is on the disk, complete, when this returns.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from regvq_fast.data.samples import Batch, Field
 from regvq_fast.models.hub import local_folder
 from regvq_fast.models.model import Model, read_model
-from regvq_fast.models.pretrained import TOKENIZER
+from regvq_fast.models.pretrained import tokenizer_folder
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import Precision
@@ -73,9 +73,7 @@ class ImageSampler:
         run = local_folder(run)
         entries = PRIORS.values() if name is None else [PRIORS[name]]
         prior = read_model(run, *(entry.model for entry in entries)).to(precision.device)
-        shared = run.parent / TOKENIZER  # of several priors
-        folder = shared if shared.is_dir() and not (run / TOKENIZER).exists() else run / TOKENIZER
-        tokenizer = VQGAN.from_pretrained(folder).to(precision.device)
+        tokenizer = VQGAN.from_pretrained(tokenizer_folder(run)).to(precision.device)
         sampler = cls(prior, tokenizer, config, precision)
         sampler.token_sampler.check(run)
         return sampler

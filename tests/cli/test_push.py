@@ -34,7 +34,7 @@ VQ, AR = HubName("org/vq", None), HubName("org/ar", None)
 
 
 def save_run(folder: Path, model: Any, config: Any) -> Path:
-    """What training leaves at its end."""
+    """Outputs of training at its end."""
     (folder / "pictures").mkdir(parents=True)
     (folder / "checkpoints").mkdir()
     for name in ("reconstructions", "reconstructions-0000250", "usage"):

@@ -1,4 +1,4 @@
-"""What `swap_quantizers` finds, swaps, leaves alone and says; on stand-ins for a library's classes."""
+"""Swapping, skipping and reporting by `swap_quantizers`, on stand-ins for a library's classes."""
 
 import copy
 import io
