@@ -1,6 +1,5 @@
 """The command ``regvq reconstruct``: pass images through a tokenizer, and save what comes back."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ from regvq_fast.config import run_command
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.tiles import decode_tokens, tokenize_images
 from regvq_fast.data.transforms import image_to_tensor
+from regvq_fast.evaluation.reconstruction_metrics import image_psnr
 from regvq_fast.files import check_new_folder
 from regvq_fast.image_grids import save_image, save_image_grid
 
 _SHEET_IMAGES, _SHEET_SIDE = 16, 256
 _LISTED = 16  # images with a line each
-_ROWS = 256  # of an image that are compared at once
 
 USAGE = """Pass images through a tokenizer, and save what comes back.
 
@@ -82,7 +81,7 @@ def reconstruct(config: ReconstructConfig) -> None:
             for image, reconstruction, tokens in zip(batch, *_reconstruct(used, batch), strict=True):
                 save_image(config.out / output_name(image.name), reconstruction)
                 counts += tokens.flatten().bincount(minlength=len(counts))
-                ratios.append(psnr(reconstruction, image.pixels))
+                ratios.append(image_psnr(reconstruction, image.pixels))
                 if len(files) <= _LISTED:
                     height, width = image.size
                     codes = len(tokens.unique())
@@ -106,13 +105,6 @@ def _reconstruct(used: UsedTokenizer, batch: Sequence[OpenedImage]) -> tuple[Ten
     pixels = torch.stack([image.pixels for image in batch])
     tokens = tokenize_images(used.model, pixels, used.tiling, used.autocast)
     return decode_tokens(used.model, tokens, batch[0].size, used.tiling, used.autocast), tokens
-
-
-def psnr(image: Tensor, original: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of two images (3, H, W) uint8 in dB; infinite if they are equal."""
-    rows = zip(image.split(_ROWS, 1), original.split(_ROWS, 1), strict=True)
-    error = sum(float((a.float() - b.float()).square().sum(dtype=torch.float64)) for a, b in rows) / image.numel()
-    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _thumbnail(image: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Models behind the demo page: an image to its reconstruction and codes, a map or a caption to images."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regvq_fast.data.transforms import to_float, to_uint8
+from regvq_fast.evaluation.reconstruction_metrics import image_psnr
 from regvq_fast.image_grids import color_map
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.precision import Precision
@@ -82,7 +82,6 @@ class Reconstructor:
         with self.precision.autocast():
             tokens = self.tokenizer.tokenize(to_float(pixels[None].to(device)))
         decoded = decode_tokens(self.tokenizer, tokens, self.precision)[0].cpu()
-        error = (decoded.double() - pixels.double()).square().mean().item()
         ids, counts = tokens.unique(return_counts=True)
         order = counts.argsort(descending=True, stable=True)[:_SHOWN_CODES]
         alike = ids[order].view(-1, 1, 1).expand(-1, 3, 3).contiguous()
@@ -94,7 +93,7 @@ class Reconstructor:
             token_map=self._colors[tokens[0].cpu()].permute(2, 0, 1),
             codes=[UsedCode(*code) for code in shown],
             used=len(ids),
-            psnr=10 * math.log10(255**2 / error) if error else math.inf,
+            psnr=image_psnr(decoded, pixels),
         )
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Quality of a tokenizer's reconstructions of validation images."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from regvq_fast.ranks import sum_over_ranks
 
 SSIM_WINDOW = 11
 """Pixels a side that SSIM needs."""
+_ROWS = 256  # of an image that are compared at once
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,13 @@ def evaluate_reconstruction(
         images=int(images),
         code_counts=counts.cpu(),
     )
+
+
+def image_psnr(image: Tensor, original: Tensor) -> float:
+    """Return the peak signal-to-noise ratio of two images (3, H, W) uint8 in dB; infinite if they are equal."""
+    rows = zip(image.split(_ROWS, 1), original.split(_ROWS, 1), strict=True)
+    error = sum(float((a.float() - b.float()).square().sum(dtype=torch.float64)) for a, b in rows) / image.numel()
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _psnr(images: Tensor, originals: Tensor) -> Tensor:

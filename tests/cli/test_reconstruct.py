@@ -11,8 +11,9 @@ from helpers.tiny_models import tiny_tokenizer
 from PIL import Image
 
 from regvq_fast.cli.main import run
-from regvq_fast.cli.reconstruct import ReconstructConfig, psnr, reconstruct
+from regvq_fast.cli.reconstruct import ReconstructConfig, reconstruct
 from regvq_fast.data import Tiling, decode_tokens, tokenize_images
+from regvq_fast.evaluation.reconstruction_metrics import image_psnr
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_each_image_comes_back_under_its_name_in_its_size(
     assert pixels(out / "turned.png").shape == (3, 20, 10)  # upright
     assert pixels(out / "single.png").shape == (3, 7, 5)
     printed = capsys.readouterr().out
-    assert f"{psnr(expected, original):.2f} dB  a.png, 40 x 31, {len(tokens.unique())} codes" in printed
+    assert f"{image_psnr(expected, original):.2f} dB  a.png, 40 x 31, {len(tokens.unique())} codes" in printed
     assert "of 32 used" in printed
     assert f"4 in {out}" in printed
     assert pixels(sheet).shape[1] > 2 * 256
@@ -139,8 +140,8 @@ def test_errors_come_before_anything_is_written(tokenizer: str, photos: Path, tm
 
 def test_psnr() -> None:
     image = torch.full((3, 300, 4), 100, dtype=torch.uint8)
-    assert psnr(image, image) == float("inf")
-    assert psnr(image, image + 1) == pytest.approx(48.1308, abs=1e-4)  # 20 log10 255
+    assert image_psnr(image, image) == float("inf")
+    assert image_psnr(image, image + 1) == pytest.approx(48.1308, abs=1e-4)  # 20 log10 255
     other = image.clone()
     other[0, 299, 3] = 160  # of the last rows
-    assert psnr(image, other) == pytest.approx(10 * np.log10(255**2 * 3600 / 60**2))
+    assert image_psnr(image, other) == pytest.approx(10 * np.log10(255**2 * 3600 / 60**2))
