@@ -196,7 +196,7 @@ class _Caching:
             if missing and rank() == 0:
                 self._begin()
         total = sum(map(self.info.num_shards, _SPLITS))
-        data = self.datasets["train"].label
+        data = self.datasets["train"].title
         say(self.console, "data", f"{data}, {self.info.train_images} training images x {self.info.views} views")
         say(self.console, "precision", self.precision.reason)
         if len(missing) < total:

@@ -237,7 +237,7 @@ class _Generator:
                 return self._cached(tokens.cache, count), f"the cache {tokens.cache}"
             data = tokens.data
         dataset = build_dataset(data, split="val", image_size=self.size, length=count, seed=seed, fields=fields)
-        return read_samples(dataset, range(min(count, len(dataset)))), str(data or dataset.label)
+        return read_samples(dataset, range(min(count, len(dataset)))), str(data or dataset.title)
 
     def _cached(self, folder: Path, count: int) -> Any:
         """Return at most ``count`` validation samples of the cache that the prior was trained on."""

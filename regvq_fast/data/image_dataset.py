@@ -26,6 +26,18 @@ class SplitSettings(NamedTuple):
     fields: Collection[Field] = ()
 
 
+class FieldCounts(NamedTuple):
+    """Number of training images, and how many of them have each optional field."""
+
+    images: int
+    having: Mapping[Field, int]
+
+    @property
+    def complete(self) -> tuple[Field, ...]:
+        """Fields that every image has, which a prior can be conditioned on without leaving any out."""
+        return tuple(sorted(field for field, count in self.having.items() if count == self.images > 0))
+
+
 class Provenance(NamedTuple):
     """Origin of the images of a validation split, for protocols of measurements."""
 
@@ -69,12 +81,14 @@ class ImageDataset(Dataset[Sample], ABC):
     """Number of class ids in the semantic maps; None: unknown."""
     class_names: tuple[str, ...] = ()
     """Names of the class ids for legends, where they are the same for all data sets of the class."""
+    label_names: tuple[str, ...] = ()
+    """Names of the labels, the classes of whole images, by id; of samples with the field "label"."""
     vocabulary: str = ""
     """A text of all words of the captions, where they are the same for all data sets of the class."""
 
     @property
     @abstractmethod
-    def label(self) -> str:
+    def title(self) -> str:
         """Name of the data set, for messages."""
 
     @classmethod
@@ -88,6 +102,11 @@ class ImageDataset(Dataset[Sample], ABC):
         """Open a split of what ``--data`` names; raises ValueError or OSError that say what is wrong with it."""
 
     @classmethod
+    def count_fields(cls, data: str | os.PathLike[str] | None) -> "FieldCounts":
+        """Count the training images of what ``--data`` names, and those with each field; without an override, none."""
+        return FieldCounts(0, {})
+
+    @classmethod
     def evaluate_samples(cls, prior: TrainedPrior) -> Mapping[str, float]:
         """Measure how well samples of a prior show what their conditions state; without an override, nothing.
 
@@ -98,7 +117,7 @@ class ImageDataset(Dataset[Sample], ABC):
 
     def provenance(self) -> Provenance:
         """Return the origin of the images."""
-        return Provenance(self.label)
+        return Provenance(self.title)
 
     @abstractmethod
     def __len__(self) -> int:

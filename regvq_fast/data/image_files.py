@@ -181,13 +181,13 @@ class ImageFileDataset(ImageDataset):
         return len(self.unreadable_flags)
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         return self.source
 
     def provenance(self) -> Provenance:
         # The fields: an image without one of them is left out.
-        label = os.path.abspath(self.source) if self.label == self.source else self.label
-        return Provenance(label, CROP, RESIZE, " ".join(sorted(self.fields)), self._files(), self.source)
+        title = os.path.abspath(self.source) if self.title == self.source else self.title
+        return Provenance(title, CROP, RESIZE, " ".join(sorted(self.fields)), self._files(), self.source)
 
     @property
     def unreadable(self) -> int:

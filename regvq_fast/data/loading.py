@@ -118,7 +118,7 @@ def _as_it_is(item: Any) -> Any:
 
 
 def collate(samples: Sequence[Sample] | Batch) -> Batch:
-    """Stack images and semantic maps, list captions; every sample must have the same keys.
+    """Stack images, semantic maps and labels, list captions; every sample must have the same keys.
 
     A batch that the data set itself gathered (``__getitems__``, as TokenDataset) is returned unchanged.
     """
@@ -129,6 +129,8 @@ def collate(samples: Sequence[Sample] | Batch) -> Batch:
         batch["segmentation"] = torch.stack([sample["segmentation"] for sample in samples])
     if "caption" in samples[0]:
         batch["caption"] = [sample["caption"] for sample in samples]
+    if "label" in samples[0]:
+        batch["label"] = torch.tensor([sample["label"] for sample in samples])
     return batch
 
 

@@ -18,7 +18,7 @@ Split = Literal["train", "val"]
 """Part of a data set: endless and shuffled, or each sample once, in order."""
 Crop = Literal["random-resized", "center"]
 """Crop of training images: at a random position and scale, or the largest central square."""
-Field = Literal["caption", "segmentation"]
+Field = Literal["caption", "label", "segmentation"]
 """Optional field of a sample."""
 Part = Literal["image", "caption", "segmentation"]
 """A file of a sample."""
@@ -32,6 +32,8 @@ class Sample(TypedDict):
     segmentation: NotRequired[Tensor]
     """(H, W) uint8, a class id at each pixel."""
     caption: NotRequired[str]
+    label: NotRequired[int]
+    """Class of the whole image, an id into `ImageDataset.label_names`."""
 
 
 class Batch(TypedDict):
@@ -42,6 +44,8 @@ class Batch(TypedDict):
     segmentation: NotRequired[Tensor]
     """(B, H, W) uint8."""
     caption: NotRequired[list[str]]
+    label: NotRequired[Tensor]
+    """(B,) int64."""
 
 
 def check_split(split: str) -> None:

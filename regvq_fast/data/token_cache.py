@@ -68,6 +68,8 @@ class CacheInfo:
     num_classes: int | None = None
     """Classes of the segmentation: as many as the data set names, else one more than the largest id. None: it has none,
     or the cache is not complete."""
+    label_names: tuple[str, ...] = ()
+    """Names of the labels by id; empty without the field "label"."""
     complete: bool = False
     """True if all shards are there."""
     first_images: str | None = None

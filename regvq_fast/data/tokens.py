@@ -29,6 +29,7 @@ class TokenSample(TypedDict):
     segmentation: NotRequired[Tensor]
     """(h, w) uint8, a class id at each token."""
     caption: NotRequired[str]
+    label: NotRequired[int]
 
 
 class TokenBatch(TypedDict):
@@ -39,6 +40,8 @@ class TokenBatch(TypedDict):
     segmentation: NotRequired[Tensor]
     """(B, h, w) uint8."""
     caption: NotRequired[list[str]]
+    label: NotRequired[Tensor]
+    """(B,) int64."""
 
 
 class Tokenizer(Protocol):
@@ -55,11 +58,11 @@ def tokenize_batch(tokenizer: Tokenizer, batch: Batch, device: torch.device | st
 
     Args:
         tokenizer: for example a VQGAN.
-        batch: images (B, 3, H, W) uint8, semantic maps (B, H, W) uint8 and captions, if it has them.
+        batch: images (B, 3, H, W) uint8; semantic maps (B, H, W) uint8, captions and labels (B,), if it has them.
         device: of the tokenizer.
 
     Returns:
-        Tokens (B, h, w) int64 and maps (B, h, w) uint8 by :func:`majority_vote`, on ``device``; the captions.
+        Tokens (B, h, w) int64, maps (B, h, w) uint8 by :func:`majority_vote` and labels on ``device``; the captions.
     """
     tokens = tokenizer.tokenize(to_float(batch["image"].to(device, non_blocking=True)))
     converted = TokenBatch(tokens=tokens)
@@ -68,6 +71,8 @@ def tokenize_batch(tokenizer: Tokenizer, batch: Batch, device: torch.device | st
         converted["segmentation"] = majority_vote(segmentation, (tokens.shape[1], tokens.shape[2]))
     if "caption" in batch:
         converted["caption"] = batch["caption"]
+    if "label" in batch:
+        converted["label"] = batch["label"].to(device, non_blocking=True)
     return converted
 
 
@@ -162,6 +167,8 @@ class TokenDataset(Dataset[TokenSample]):
             sample["segmentation"] = batch["segmentation"][0]
         if "caption" in batch:
             sample["caption"] = batch["caption"][0]
+        if "label" in batch:
+            sample["label"] = int(batch["label"][0])
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> TokenBatch:

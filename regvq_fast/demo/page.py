@@ -78,7 +78,7 @@ def _reconstruct_tab(reconstructor: Reconstructor, examples: ImageDataset) -> No
 
     def example(number: int) -> str:
         pixels = examples[number % len(examples)]["image"]
-        return _shown(reconstructor.reconstruct(pixels), reconstructor, f"An example of the {examples.label}.")
+        return _shown(reconstructor.reconstruct(pixels), reconstructor, f"An example of the {examples.title}.")
 
     with gr.Row():
         with gr.Column(scale=1, min_width=280):

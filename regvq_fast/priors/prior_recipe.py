@@ -142,7 +142,7 @@ class PriorRecipe(Recipe[Config]):
         # Tokens made in every step depend on the precision, images don't.
         first: Any = first_samples(self.data.train, config.optimizer.batch_size)
         height, width = self.tokenizer.token_shape
-        source = f"token cache {tokens.cache}" if tokens.cache else f"{self.data.train.label}, on the fly"
+        source = f"token cache {tokens.cache}" if tokens.cache else f"{self.data.train.title}, on the fly"
         return config, Networks(
             self.model,
             {"grad_norm": self.model},

@@ -56,7 +56,7 @@ class ScenesDataset(ImageDataset):
         FileNotFoundError: the installed scikit-image lacks a photograph.
     """
 
-    label = "embedded scenes"
+    title = "embedded scenes"
     num_classes = len(CLASSES)
     class_names = CLASSES
     vocabulary = " ".join(

@@ -119,7 +119,7 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
             {"grad_norm": self.model, "grad_norm_discriminator": self.discriminator},
             first_step={"grad_norm_discriminator": disc_start},
             metadata={
-                "data": f"{self.data.train.label}: {images} of {config.data.image_size} px{left_out}",
+                "data": f"{self.data.train.title}: {images} of {config.data.image_size} px{left_out}",
                 "tokens": f"{height} x {width} an image",
                 "quantizer": f"{type(quantizer).__name__}({quantizer.extra_repr()})",
                 **started,

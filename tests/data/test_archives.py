@@ -54,7 +54,7 @@ def test_a_layout_is_known_from_its_top_folder_and_from_the_one_around_it(tmp_pa
         datasets = [build(root, split) for split in ("train", "val")]
         assert all(isinstance(dataset, ArchiveDataset) for dataset in datasets)
         assert tuple(map(len, datasets)) == counts
-        assert str(top) in datasets[0].label
+        assert str(top) in datasets[0].title
     drawn = [levels(dataset) for dataset in datasets]
     assert tuple(len(set(split)) for split in drawn) == counts  # all can be read, and none comes twice
 

@@ -83,5 +83,5 @@ def test_plain_folders_are_none(tmp_path):
         write_flat(tmp_path / "images" / "training" / f"{k}.jpg", 20 * k)
     dataset = build(tmp_path)
     assert isinstance(dataset, ImageFolder)
-    assert dataset.label == str(tmp_path)
+    assert dataset.title == str(tmp_path)
     assert find_archive(trees.ade20k(tmp_path / "ade") / "images" / "training") is None  # mixes nothing with validation

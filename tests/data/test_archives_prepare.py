@@ -220,7 +220,7 @@ def test_missing_images_are_counted_and_a_field_that_nobody_has_is_an_error(tmp_
     assert "of the 4 test images" not in told.text
     splits = json.loads((out / "regvq-data.json").read_bytes())["splits"]
     assert [splits[split]["missing"] for split in ("train", "val")] == [1, 0]
-    assert ImageShards(out, "train", 16).label == str(out)  # which reads the manifest
+    assert ImageShards(out, "train", 16).title == str(out)  # which reads the manifest
 
 
 def test_nothing_half_made_is_left_by_a_cluster_that_ends_the_job(tmp_path, monkeypatch):

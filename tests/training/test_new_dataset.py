@@ -18,7 +18,7 @@ from regvq_fast.data.samples import Sample, check_index, sample_random
 class Stripes(ImageDataset):
     """Dark and bright rows, as many as an image has, from a random row on: what `--data stripes` names."""
 
-    label = "stripes"
+    title = "stripes"
     num_classes = 2
     class_names = ("dark", "bright")
 

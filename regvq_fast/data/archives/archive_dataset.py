@@ -68,7 +68,7 @@ class ArchiveDataset(ImageFileDataset):
         return None if data is None else find_archive(data)
 
     @property
-    def label(self) -> str:
+    def title(self) -> str:
         return f"{self.archive.label} ({self.archive.served[self.split]})"
 
     def _read(self, position: int, part: Part) -> bytes:

@@ -53,7 +53,7 @@ runs/...); regvq sample samples images from it.
         if given is None and found is None:
             raise ValueError("--on-the-fly does not know the classes of these images: give --num-classes")
         if given is not None and not (found or 1) <= given <= _MAX_CLASSES:
-            source = self.config.tokens.cache if cached else train.label
+            source = self.config.tokens.cache if cached else train.title
             there = f" ({source} has {found} classes)" if found else ""
             raise ValueError(
                 f"--num-classes must be at least {found or 1} and at most {_MAX_CLASSES}, got {given}{there}"
