@@ -1,7 +1,7 @@
 """The command ``regvq sample``: sample images from a trained prior."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +21,33 @@ from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.image_files import OVERSAMPLING
 from regvq_fast.data.loading import read_samples
 from regvq_fast.data.reading import opened_image
-from regvq_fast.data.samples import Field
 from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
-from regvq_fast.image_grids import caption_tiles, color_map, legend_of, save_image_grid, save_images
+from regvq_fast.image_grids import save_image_grid, save_images
 from regvq_fast.models.hub import local_folder
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
+from regvq_fast.priors.conditions import (
+    CONDITION_FLAGS,
+    Condition,
+    Conditions,
+    conditions_of,
+    fields_of,
+    no_conditions,
+    render,
+    take,
+)
+from regvq_fast.priors.diffusion.text import words_of
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
-from regvq_fast.priors.sampler import PriorSampler, Progress
+from regvq_fast.priors.sampler import Progress
 from regvq_fast.priors.trained_on import TrainedOn
 from regvq_fast.scenes.embedded import embedded_model, is_embedded
 from regvq_fast.settings import Section, check_at_least
 
 _GRID = 64  # images of the grid at most, and conditions that are taken of a data set
-_TEXT_SIZE = 192  # least pixels of a caption's tile
 _STRIP = 12  # states of a denoising strip
-_FLAGS: dict[Field, str] = {"segmentation": "--map", "caption": "--text"}
 
 
 USAGE = """Sample images from a trained prior.
@@ -48,6 +56,8 @@ USAGE = """Sample images from a trained prior.
     regvq sample --run runs/ar --out samples                          # maps of the validation split
     regvq sample --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
     regvq sample --run runs/diffusion --out samples --text "grass on the left and bricks on the right"
+    regvq sample --run runs/ar --out samples --label "golden retriever" --guidance 2
+    regvq sample --run runs/ar --out samples --per-class 50           # every label of the prior
     regvq sample --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
 
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
@@ -59,8 +69,7 @@ class SubjectConfig(Section):
     """Prior and conditions."""
 
     prior: PriorName | None = None
-    """Prior that the run has to be of: ar (semantic maps to images), or diffusion (captions to images).
-    Not given: any."""
+    """Prior that the run has to be of. Not given: any."""
     run: Path | None = None
     """Run of a prior, or its ORGANIZATION/NAME on the Hugging Face Hub.
     Not given: the embedded prior of the scenes, for maps, or with `text` for captions."""
@@ -68,14 +77,18 @@ class SubjectConfig(Section):
     """Folder of the images; new, or empty."""
     num_images: int = 16
     """Images to sample. Conditions are used in turn."""
+    per_class: int | None = None
+    """Images of each label, all those of the first one first, in place of `num_images`."""
     map: Path | None = None
-    """ar: a semantic map, an image file whose pixels are class ids (greyscale or palette).
+    """A semantic map, an image file whose pixels are class ids (greyscale or palette).
     Of one that is not square, the largest square in its middle counts, as of `edit` and `mask`."""
     text: tuple[str, ...] = ()
-    """diffusion: one or more captions."""
+    """One or more captions."""
+    label: tuple[str, ...] = ()
+    """One or more labels, by name or number. Not given: all of the prior's, in turn."""
     data: Path | None = None
     """Take the conditions, 64 at most, of a data set's validation split: a folder or shards with maps or captions.
-    Not given (nor map or text): of the one that the prior was trained on."""
+    Not given (nor a condition): of the one that the prior was trained on."""
     edit: Path | None = None
     """An image to edit: it is kept where `mask` is black."""
     mask: Path | None = None
@@ -90,7 +103,7 @@ class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
     batch_size: int = 16
     """Images that are sampled at once."""
     strip: bool = False
-    """diffusion: save the states of the first image as a strip, too."""
+    """Save the states of the first image as a strip, too; of priors that sample in steps."""
 
 
 def generate(config: SampleConfig) -> None:
@@ -106,13 +119,13 @@ def generate(config: SampleConfig) -> None:
     start, seconds = 0, 0.0
     images: list[Tensor] = []
     with progress_bar(console) as progress:
-        task = progress.add_task("images", total=config.num_images)
+        task = progress.add_task("images", total=generator.num_images)
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=start + count * done / total)
 
-        while start < config.num_images:
-            count = min(config.batch_size, config.num_images - start)
+        while start < generator.num_images:
+            count = min(config.batch_size, generator.num_images - start)
             begin = time.perf_counter()
             sampled = generator.sample(start, count, advance).cpu()
             seconds += time.perf_counter() - begin
@@ -120,12 +133,13 @@ def generate(config: SampleConfig) -> None:
             images.append(sampled[: max(0, _GRID - start)])
             start += count
     grid = torch.cat(images)
-    save_image_grid(config.out / "grid.png", *generator.show(len(grid)), grid, legend=generator.legend(len(grid)))
+    rows, legend = generator.show(len(grid))
+    save_image_grid(config.out / "grid.png", *rows, grid, legend=legend)
     if generator.states:
         save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
         say(console, "strip", str(config.out / "strip.png"))
     say(console, "grid", str(config.out / "grid.png"))
-    say(console, "images", f"{config.out / '00000.png'} ..., {config.num_images} in {seconds:.1f} s")
+    say(console, "images", f"{config.out / '00000.png'} ..., {generator.num_images} in {seconds:.1f} s")
 
 
 def _check(config: SampleConfig) -> None:
@@ -133,8 +147,11 @@ def _check(config: SampleConfig) -> None:
     check_new_folder(config.out)
     if (config.edit is None) != (config.mask is None):
         raise ValueError("--edit and --mask go together: the image, and where it is to be sampled anew")
-    if config.data is not None and (config.map is not None or config.text):
-        raise ValueError(f"--data {config.data} brings conditions of its own: leave out --map or --text")
+    if config.per_class is not None:
+        check_at_least(1, {"--per-class": config.per_class})
+    given = (config.map, config.text, config.label)
+    if config.data is not None and any(given):
+        raise ValueError(f"--data {config.data} brings conditions of its own: leave out --map, --text or --label")
 
 
 class _Generator:
@@ -146,17 +163,11 @@ class _Generator:
         embedded = config.prior or ("diffusion" if config.text else "ar")
         self.run = embedded_model(embedded) if config.run is None else local_folder(config.run)
         self.sampler = ImageSampler.from_run(self.run, config, precision, config.prior)
-        wanted: tuple[tuple[str, object, Callable[[type[PriorSampler]], bool]], ...] = (
-            ("--map", config.map, lambda sampler: sampler.condition_field == "segmentation"),
-            ("--text", config.text, lambda sampler: sampler.condition_field == "caption"),
-            ("--strip", config.strip, lambda sampler: sampler.has_states),
-        )
-        own = self.sampler.entry.sampler
-        for flag, value, has in wanted:
-            if value and not has(own):
-                raise ValueError(f"{flag} is for {titles(has)} priors; this one is {own.title}")
+        self._check_flags()
         self.size = self.sampler.tokenizer.image_size
+        self.trained_on = TrainedOn.of(self.run, self.sampler.entry.config)
         self.conditions = self._conditions()
+        self.num_images = config.num_images if config.per_class is None else len(self.conditions)
         self.kept = None if config.edit is None or config.mask is None else self._edited(config.edit, config.mask)
         self.states: list[Tensor] | None = [] if config.strip else None
 
@@ -167,40 +178,28 @@ class _Generator:
             tokens, kept = self.kept
             keep = tokens.expand(count, -1, -1), kept.expand(count, -1, -1)
         states: list[Tensor] | None = [] if self.states is not None and start == 0 else None
-        conditions = self._chosen(range(start, start + count))
+        conditions = self._of(range(start, start + count))
         images = self.sampler.sample_under(conditions, start, keep=keep, states=states, progress=progress)
         if states is not None:
             self.states = [state[:1] for state in states]
         return images
 
-    def _chosen(self, numbers: range) -> Tensor | list[str]:
+    def _of(self, numbers: range) -> Any:
         """Return the conditions of some images."""
-        chosen = [k % len(self.conditions) for k in numbers]
-        if isinstance(self.conditions, Tensor):
-            return self.conditions[chosen]
-        return [self.conditions[k] for k in chosen]
+        return take(self.conditions, [k % len(self.conditions) for k in numbers])
 
-    def show(self, count: int) -> list[Tensor]:
-        """Return the rows above the first ``count`` images in the grid: conditions, and the edited image."""
-        conditions = self._chosen(range(count))
-        if isinstance(conditions, Tensor):
-            rows = [color_map(conditions, (self.size, self.size))]
-        else:
-            rows = [caption_tiles(conditions, self.size * -(-_TEXT_SIZE // self.size))]
+    def show(self, count: int) -> tuple[list[Tensor], dict[int, str]]:
+        """Return the rows above the first ``count`` images in the grid, and the names of the class ids in maps.
+
+        The rows are their conditions, and the edited image.
+        """
+        names = self.sampler.prior.label_names or self.trained_on.class_names
+        rows, legend = render(self.sampler.condition, self._of(range(count)), self.size, names)
         if self.kept is not None:
             tokens, kept = self.kept
             whole = self.sampler.decode(tokens).cpu()
             rows.append(torch.where(self._enlarged(kept), whole, whole // 2 + 127).expand(count, -1, -1, -1))
-        return rows
-
-    def legend(self, count: int) -> dict[int, str]:
-        """Return names of the class ids in the maps of the first ``count`` images."""
-        conditions = self._chosen(range(count))
-        return legend_of(conditions, self._class_names()) if isinstance(conditions, Tensor) else {}
-
-    def _class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes that the prior was trained on; none if unknown."""
-        return TrainedOn.of(self.run, self.sampler.entry.config).class_names
+        return rows, legend
 
     def strip(self) -> Tensor:
         """Return some states of the first image, from masked (grey) to done."""
@@ -217,19 +216,48 @@ class _Generator:
 
     # --------------------------------------------------------------------------------------------------- conditions
 
-    def _conditions(self) -> Tensor | Sequence[str]:
-        """Return semantic maps (K, h', w') on the CPU, or captions."""
+    def _check_flags(self) -> None:
+        """Raise ValueError for flags that are for priors of another kind."""
+        config, condition, title = self.config, self.sampler.condition, self.sampler.entry.sampler.title
+        given: dict[str, tuple[object, Condition]] = {
+            "--map": (config.map, "segmentation"),
+            "--text": (config.text, "caption"),
+            "--label": (config.label, "label"),
+            "--per-class": (config.per_class, "label"),
+        }
+        for flag, (value, kind) in given.items():
+            if value and kind != condition:
+                there = "without a condition" if condition == "none" else f"conditioned on a {condition}"
+                raise ValueError(f"{flag} is for priors conditioned on a {kind}; this {title} one is {there}")
+        if config.strip and not self.sampler.entry.sampler.has_states:
+            raise ValueError(f"--strip is for {titles(lambda kind: kind.has_states)} priors; this one is {title}")
+
+    def _conditions(self) -> Conditions:
+        """Return the conditions that images get in turn, on the CPU."""
         config, prepare = self.config, self.sampler.token_sampler.prepare
+        if self.sampler.condition == "none":
+            return no_conditions(config.num_images)
         if config.text:
+            self._warn_of_words(config.text)
             return prepare(config.text, "--text", strict=True)
         if config.map is not None:
             return prepare(_read_ids(config.map), f"--map {config.map}")
+        if self.sampler.condition == "label" and config.data is None:
+            labels = prepare(config.label or range(len(self.sampler.prior.label_names)), "--label")
+            return labels.repeat_interleave(config.per_class or 1)
         batch, source = self._validation(min(config.num_images, _GRID))
-        return prepare(batch[self.sampler.field], source)
+        return prepare(conditions_of(batch, self.sampler.condition), source)
+
+    def _warn_of_words(self, captions: Sequence[str]) -> None:
+        """Warn of words that no training caption had: the prior can't know them."""
+        known = self.trained_on.words()
+        words = dict.fromkeys(word for caption in captions for word in words_of(caption))
+        if known and (unknown := [word for word in words if word not in known]):
+            say(Console(), "warning", f"no training caption has {', '.join(map(repr, unknown))}: the prior ignores it")
 
     def _validation(self, count: int) -> tuple[Any, str]:
         """Return at most ``count`` validation samples of --data, or of the prior's data set, and a name for either."""
-        data, seed, fields = self.config.data, 0, (self.sampler.field,)
+        data, seed, fields = self.config.data, 0, fields_of(self.sampler.condition)
         if data is None and not is_embedded(self.run):
             trained = read_config(self.run, self.sampler.entry.config)
             tokens, seed = trained.tokens, trained.run.seed
@@ -244,12 +272,12 @@ class _Generator:
         lack = "is not there"
         if folder.exists():
             cached = TokenDataset(folder, "val", tokenizer_hash=weights_hash(self.sampler.tokenizer))
-            if self.sampler.field in cached.info.fields:
+            if self.sampler.condition in cached.info.fields:
                 return cached.__getitems__(list(range(min(count, len(cached)))))
-            lack = f"has no {self.sampler.field} any more"
+            lack = f"has no {self.sampler.condition} any more"
         raise ValueError(
             f"the token cache {folder} that {self.run} was trained on {lack}: give --data, or "
-            f"{_FLAGS[self.sampler.field]}"
+            f"{CONDITION_FLAGS[self.sampler.condition]}"
         )
 
     def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
