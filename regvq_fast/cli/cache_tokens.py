@@ -23,12 +23,12 @@ from regvq_fast.data.loading import default_workers, fingerprint, first_samples,
 from regvq_fast.data.samples import Crop, Field, Sample, Split
 from regvq_fast.data.token_cache import (
     INFO,
-    MAX_CODES,
     REMEDY,
     CacheInfo,
     open_shard,
     read_info,
     shard_path,
+    token_type,
     write_info,
     write_shard,
 )
@@ -126,10 +126,6 @@ class _Caching:
         self.console = Console(quiet=rank() > 0)
         self.model = VQGAN.from_pretrained(config.tokenizer)
         num_codes = self.model.quantize.num_codes
-        if num_codes > MAX_CODES:
-            raise ValueError(
-                f"tokens are kept as uint16, of {MAX_CODES} codes at most; {config.tokenizer} has {num_codes}"
-            )
         self.precision = choose_precision(config.amp, device)
         fields: tuple[Field, ...] = tuple(sorted(set(config.fields)))
         if config.data is None:
@@ -175,7 +171,12 @@ class _Caching:
         if INFO in names:
             saved = read_info(self.folder).settings()
             for name, value in self.info.settings().items():
-                if name == "first_images":
+                if name == "label_names":
+                    if saved[name] != value:
+                        raise ValueError(
+                            f"the names of the classes differ from those in {self.folder / INFO}: name another --out"
+                        )
+                elif name == "first_images":
                     if saved[name] not in (None, value):
                         raise ValueError(
                             f"the first images differ from those that {self.folder} has the tokens of (other files, or "
@@ -252,10 +253,11 @@ class _Caching:
                 held = [_slice(whole, size, None)]
 
     def _write(self, split: Split, number: int, batch: TokenBatch) -> None:
-        tokens = batch["tokens"].cpu().numpy().astype(np.uint16)
+        tokens = batch["tokens"].cpu().numpy().astype(token_type(self.info.num_codes))
         segmentation = batch["segmentation"].cpu().numpy() if "segmentation" in self.info.fields else None
         captions = batch["caption"] if "caption" in self.info.fields else None
-        write_shard(shard_path(self.folder, split, number), tokens, segmentation, captions)
+        labels = batch["label"].cpu().numpy().astype(np.int32) if "label" in self.info.fields else None
+        write_shard(shard_path(self.folder, split, number), tokens, segmentation, captions, labels)
 
     def _finish(self, encoded: int, seconds: float, unreadable: int) -> None:
         """Check the shards of all ranks, mark the cache complete, and print a summary."""
@@ -324,6 +326,8 @@ def _concatenated(batches: Sequence[TokenBatch]) -> TokenBatch:
     whole = TokenBatch(tokens=torch.cat([batch["tokens"] for batch in batches]))
     if "segmentation" in batches[0]:
         whole["segmentation"] = torch.cat([batch["segmentation"] for batch in batches])
+    if "label" in batches[0]:
+        whole["label"] = torch.cat([batch["label"] for batch in batches])
     if "caption" in batches[0]:
         whole["caption"] = list(itertools.chain.from_iterable(batch["caption"] for batch in batches))
     return whole
@@ -333,6 +337,8 @@ def _slice(batch: TokenBatch, start: int, stop: int | None) -> TokenBatch:
     rows = TokenBatch(tokens=batch["tokens"][start:stop])
     if "segmentation" in batch:
         rows["segmentation"] = batch["segmentation"][start:stop]
+    if "label" in batch:
+        rows["label"] = batch["label"][start:stop]
     if "caption" in batch:
         rows["caption"] = batch["caption"][start:stop]
     return rows
