@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.data.finding import CAPTION_SUFFIX, SEGMENTATION_SUFFIX, left_out_text
-from regvq_fast.data.image_dataset import ImageDataset, Provenance, SplitSettings
+from regvq_fast.data.image_dataset import FieldCounts, ImageDataset, Provenance, SplitSettings
 from regvq_fast.data.manifest import mirrored_ids, read_manifest
 from regvq_fast.data.reading import caption_lines, check_same_size, is_of_the_machine, patiently, why_unreadable
 from regvq_fast.data.samples import (
@@ -39,6 +39,12 @@ logger = logging.getLogger("regvq_fast")
 
 FIELD_SUFFIXES: dict[Field, str] = {"caption": CAPTION_SUFFIX, "segmentation": SEGMENTATION_SUFFIX}
 """Suffix of the file of a field, beside the image of the same name."""
+_NEEDED: dict[Field, str] = {
+    "caption": "NAME.txt beside NAME.jpg",
+    "label": "a folder for each of two classes or more, or NAME.cls beside NAME.jpg in tar shards",
+    "segmentation": "NAME.seg.png beside NAME.jpg",
+}
+"""Files that a field needs, for messages."""
 
 HOLD_OUT = 0.05
 """Fraction of the images held out for validation where the data have no splits of their own."""
@@ -102,11 +108,13 @@ class ImageFileDataset(ImageDataset):
         self.fields = frozenset(fields)
         self.left_out: dict[str, Mapping[str, int]] = {}
         """Files that look like images but are not used: counts by reason, for each folder or shard."""
+        self._labels = np.empty(0, dtype=np.int32)  # of the split's images, if samples have labels
         self._maps_fit = False  # maps must have the size of their images, not only their shape
         manifest = read_manifest(self.source)
         # An image whose map has other class ids can't be read.
         self.num_classes = len(manifest.classes) or None if manifest else None
         self._mirrored_ids = mirrored_ids(manifest.mirror_pairs if manifest else ())
+        self._stated_labels = manifest.label_names if manifest else ()
 
     @classmethod
     def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
@@ -117,6 +125,13 @@ class ImageFileDataset(ImageDataset):
     def _source(cls, data: str | os.PathLike[str] | None) -> Any:
         """Return the first argument of the constructor for what ``--data`` names."""
         return data
+
+    @classmethod
+    def count_fields(cls, data: str | os.PathLike[str] | None) -> FieldCounts:
+        """Count the training images, and those with each field; a field of no validation image counts as none."""
+        train, val = (cls.open(data, SplitSettings(split, image_size=1)) for split in get_args(Split))
+        held_out = val._having()
+        return FieldCounts(len(train), {field: count for field, count in train._having().items() if held_out[field]})
 
     # ----------------------------------------------------------------------------------------- for subclasses to define
 
@@ -131,6 +146,10 @@ class ImageFileDataset(ImageDataset):
     @abstractmethod
     def _files(self) -> Iterable[str | Path]:
         """Return the files that hold the images of the split."""
+
+    @abstractmethod
+    def _having(self) -> Mapping[Field, int]:
+        """Return the number of the split's images that have each field; called on a split opened without fields."""
 
     def _choose(self, hashes: NDArray[np.uint32] | None, count: int) -> NDArray[np.int64]:
         """Return the positions of the split's images among ``count`` >= 1.
@@ -155,10 +174,9 @@ class ImageFileDataset(ImageDataset):
         complete = np.flatnonzero(np.logical_and.reduce(has)) if has else np.arange(count)
         missing = " and ".join(sorted(self.fields))
         if not len(complete):
-            files = " and ".join(f"NAME{FIELD_SUFFIXES[field]}" for field in sorted(self.fields))
+            files = ", and ".join(_NEEDED[field] for field in sorted(self.fields))
             raise FileNotFoundError(
-                f"none of the {count} images in {self.source} has its {missing}: in folders and tar shards, {files} "
-                "must lie beside NAME.jpg"
+                f"none of the {count} images in {self.source} has its {missing}: folders and tar shards need {files}"
             )
         if len(complete) < count:
             logger.warning("left out %d of %d images in %s: no %s", count - len(complete), count, self.source, missing)
@@ -226,6 +244,8 @@ class ImageFileDataset(ImageDataset):
         if "caption" in self.fields:
             captions = caption_lines(self._read(position, "caption"))
             sample["caption"] = rng.choice(captions) if training else captions[0]
+        if "label" in self.fields:
+            sample["label"] = int(self._labels[position])
         return sample
 
     def _none_readable(self) -> ValueError:
