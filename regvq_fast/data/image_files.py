@@ -54,6 +54,8 @@ OVERSAMPLING: dict[Split, float] = {"train": 1.5, "val": 3.0}
 Samples of 256 pixels of detailed photographs, compared with full decoding: 44 dB at 1.5, as much as JPEG of quality 90
 itself loses (45 dB); 52 dB at 3, a third of a level, so that validation hardly depends on the reduction.
 """
+_IGNORED = 255
+"""Id of pixels of no class in maps of PASCAL VOC and others."""
 CROP = "largest central square"
 RESIZE = "Lanczos with antialiasing (Pillow)"
 
@@ -131,7 +133,8 @@ class ImageFileDataset(ImageDataset):
         """Count the training images, and those with each field; a field of no validation image counts as none."""
         train, val = (cls.open(data, SplitSettings(split, image_size=1)) for split in get_args(Split))
         held_out = val._having()
-        return FieldCounts(len(train), {field: count for field, count in train._having().items() if held_out[field]})
+        having = {field: count if held_out[field] else 0 for field, count in train._having().items()}
+        return FieldCounts(len(train), having)
 
     # ----------------------------------------------------------------------------------------- for subclasses to define
 
@@ -186,6 +189,7 @@ class ImageFileDataset(ImageDataset):
         """Prepare to serve ``count`` images, and check that one of them can be opened."""
         # One flag an image; in shared memory, so that all worker processes and the parent see each flag.
         self.unreadable_flags = torch.zeros(count, dtype=torch.bool).share_memory_()
+        self._has_255 = torch.zeros((), dtype=torch.bool).share_memory_()
         self._reporting = multiprocessing.get_context("spawn").Lock()  # works with every start method
         for candidate in range(count):  # by its header, without decoding; usually the first one is readable
             with self._skipping_unreadable(candidate), Image.open(BytesIO(self._read(candidate, "image"))):
@@ -238,6 +242,8 @@ class ImageFileDataset(ImageDataset):
                 if self._maps_fit:
                     check_same_size(file, size)
                 labels = np.array(crop_labels(file, box, size, side, side, self.num_classes))
+            if self.num_classes is None and labels.max() == _IGNORED and not self._has_255:
+                self._report_255()
             if mirrored:
                 labels = labels[:, ::-1] if self._mirrored_ids is None else self._mirrored_ids[labels[:, ::-1]]
             sample["segmentation"] = torch.from_numpy(labels.copy())
@@ -247,6 +253,15 @@ class ImageFileDataset(ImageDataset):
         if "label" in self.fields:
             sample["label"] = int(self._labels[position])
         return sample
+
+    def _report_255(self) -> None:
+        with self._reporting:  # one warning, even if two workers meet the first such maps at once
+            if not self._has_255:
+                self._has_255.fill_(True)
+                logger.warning(
+                    "semantic maps of %s have pixels of 255, which some data sets ignore: here that is a class",
+                    self.source,
+                )
 
     def _none_readable(self) -> ValueError:
         return ValueError(f"none of the {len(self)} images of the {self.split!r} split in {self.source} can be read")

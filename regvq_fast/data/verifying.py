@@ -77,10 +77,11 @@ def verify(
         expected = f"{need.expected:,}" if need.expected else "unknown"
         table.add_row(Text(need.what), f"{need.found:,}", expected, Text(need.state, style))
     console.print(table)
+    missing = [need for need in found if need.state == "missing"]
     splits = f"training takes {archive.served['train']}, validation {archive.served['val']}"
     maps = f"; maps have {len(archive.classes)} class ids" if archive.classes else ""
-    console.print(Text(splits + maps), soft_wrap=True)
-    missing = [need for need in found if need.state == "missing"]
+    labels = f"; labels have {len(archive.label_names)} classes" if "label" in archive.fields and not missing else ""
+    console.print(Text(splits + maps + labels), soft_wrap=True)
     for source in dict.fromkeys(need.source for need in missing):
         same = [need for need in missing if need.source == source]
         example = next((f" ({need.example})" for need in same if need.example), "")
@@ -105,7 +106,7 @@ def needs(archive: Archive, fields: Collection[Field]) -> Iterator[Need]:
         names = archive.listed(partition) if all(path.is_file() for path in archive.lists()) else []
         parts: tuple[Part, ...] = ("image", *archive.fields)
         for part in parts:
-            has = archive.has(part, names)
+            has = archive.has(part, names) if names else np.zeros(0, dtype=bool)
             what = f"{partition} images" if part == "image" else f"{partition} images with {part}"
             count = int(np.count_nonzero(has))
             example = _example(archive, part, names[int(np.argmin(has))]) if count < len(names) else ""

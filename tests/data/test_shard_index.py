@@ -30,9 +30,10 @@ def reads(monkeypatch):
 
 def test_entries_say_where_the_parts_are(tmp_path):
     shard, *_ = pack(tmp_path)
-    entries, damage, left_out = read_index(shard)
+    entries, damage, left_out, labels = read_index(shard)
     assert damage == ""
     assert not left_out
+    assert labels == []
     assert len(entries) == 2
     with tarfile.open(shard) as archive:
         for entry, key in zip(entries, ("00", "01"), strict=True):
@@ -40,6 +41,7 @@ def test_entries_say_where_the_parts_are(tmp_path):
             assert tuple(entry["image"]) == (image.offset_data, 600)
             assert tuple(entry["caption"]) == (text.offset_data, 2)
             assert entry["segmentation"]["offset"] == -1
+            assert entry["label"] == -1
             assert member_name(shard, image.offset_data) == f"{key}.png"
     assert entries["hash"][0] != entries["hash"][1]
     assert member_name(shard, 700) == "byte 700"

@@ -112,7 +112,7 @@ class ImageNet(Archive):
         try:
             synsets = loadmat(meta, squeeze_me=True)["synsets"]
             return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in synsets}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except Exception as error:  # of many kinds, for a damaged file
             raise ValueError(f"{meta} is damaged, or of no development kit ({error!r}): unpack it anew") from None
 
     def _list(self, name: str) -> Path | None:
