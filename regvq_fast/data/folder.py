@@ -94,6 +94,8 @@ class ImageFolder(ImageFileDataset):
                 f"no images in {self.folder} or its subfolders; put some there ({kinds}), or tar shards"
             )
         self._spelled = {_lowered(file): file for file in found if _lowered(file) != file}
+        for both in self._spelled.keys() & set(found):
+            del self._spelled[both]  # lower case comes first
         has = [_have_beside(images, suffix, found) for suffix in suffixes]
         if "label" in self.fields:
             self.label_names = self._classes(images, splits)
