@@ -38,6 +38,7 @@ from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
+from regvq_fast.priors.conditions import fields_of
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SAMPLING_SETTINGS, SamplingConfig
 from regvq_fast.ranks import local_world_size, process_group, raise_on_all_ranks, rank, rank_0_first, world_size
@@ -171,7 +172,7 @@ class _Evaluation:
             image_size=size,
             length=config.val_images,
             seed=config.data_seed,
-            fields=() if self.sampler is None else (self.sampler.field,),
+            fields=() if self.sampler is None else fields_of(self.sampler.condition),
         )
         self.samples = None if config.images is None else SampledImages(config.images, size)
         for what, images in (("validation", self.dataset), ("sampled", self.samples)):

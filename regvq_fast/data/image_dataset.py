@@ -56,8 +56,8 @@ class Provenance(NamedTuple):
 class TrainedPrior:
     """A trained prior and its tokenizer, as the evaluation of a data set uses them."""
 
-    condition: Field
-    """Field of the samples that images are conditioned on."""
+    condition: str
+    """Field of the samples that images are conditioned on, or "none"."""
     image_size: int
     seed: int
     """Seed of the data that it was trained on."""
