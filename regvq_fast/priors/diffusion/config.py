@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig, TransformerConfig
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName
+from regvq_fast.priors.config import PriorConfig, PriorRunConfig, TransformerConfig
 from regvq_fast.settings import check_at_least
 
 
@@ -40,7 +40,7 @@ class DiffusionConfig(PriorConfig):
 def _vq_diffusion_b(preset: PresetName) -> DiffusionConfig:
     """The paper's setting (section 4.1): VQ-Diffusion-B under CLIP's text features."""
     return DiffusionConfig(
-        run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
+        run=PriorRunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         model=DiffusionModelConfig(text_encoder="openai/clip-vit-base-patch32", width=1024, depth=19, heads=16),
         # VQ-Diffusion averages weights by 0.99 every 25 steps: 0.99 ** (1 / 25) in every step.
         optimizer=OptimizerConfig(epochs=100, batch_size=40, warmup_steps=1000, ema=0.9996),
