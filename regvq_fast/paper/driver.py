@@ -112,9 +112,7 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
     check_at_least(1, {"--processes": config.processes, "--seeds": len(config.seeds)})
     if config.preset not in ("scenes", *PUBLISHED_DATASETS):
         theirs = ", ".join(PUBLISHED_DATASETS)
-        raise ValueError(
-            f"the paper has no experiments on --preset {config.preset}: take scenes, or one of {published}"
-        )
+        raise ValueError(f"the paper has no experiments on --preset {config.preset}: take scenes, or one of {theirs}")
     if config.preset == "scenes" and config.data is not None:
         raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
     if config.preset != "scenes" and config.data is None:
