@@ -1,8 +1,8 @@
 """The command ``regvq sample``: sample images from a trained prior."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from regvq_fast.config import read_config, run_command
 from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.image_arrays import image_array_writer
 from regvq_fast.data.image_files import OVERSAMPLING
 from regvq_fast.data.loading import read_samples
 from regvq_fast.data.reading import opened_image
@@ -49,6 +50,7 @@ USAGE = """Sample images from a trained prior.
     regvq sample --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
     regvq sample --run runs/diffusion --out samples --text "grass on the left and bricks on the right"
     regvq sample --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
+    regvq sample --run runs/ar --out samples --num-images 50000 --npz samples.npz   # for regvq evaluate --reference
 
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
 """
@@ -89,6 +91,8 @@ class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
 
     batch_size: int = 16
     """Images that are sampled at once."""
+    npz: Path | None = None
+    """Write the images to this file, arr_0 (N, H, W, 3) uint8 as evaluation suites read it, in place of NUMBER.png."""
     strip: bool = False
     """diffusion: save the states of the first image as a strip, too."""
 
@@ -105,7 +109,7 @@ def generate(config: SampleConfig) -> None:
     console = Console()
     start, seconds = 0, 0.0
     images: list[Tensor] = []
-    with progress_bar(console) as progress:
+    with progress_bar(console) as progress, _saving(config, generator.size) as save:
         task = progress.add_task("images", total=config.num_images)
 
         def advance(done: int, total: int) -> None:
@@ -116,7 +120,7 @@ def generate(config: SampleConfig) -> None:
             begin = time.perf_counter()
             sampled = generator.sample(start, count, advance).cpu()
             seconds += time.perf_counter() - begin
-            save_images(config.out, sampled, first=start)
+            save(sampled, start)
             images.append(sampled[: max(0, _GRID - start)])
             start += count
     grid = torch.cat(images)
@@ -125,12 +129,27 @@ def generate(config: SampleConfig) -> None:
         save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
         say(console, "strip", str(config.out / "strip.png"))
     say(console, "grid", str(config.out / "grid.png"))
-    say(console, "images", f"{config.out / '00000.png'} ..., {config.num_images} in {seconds:.1f} s")
+    where = f"{config.out / '00000.png'} ..." if config.npz is None else str(config.npz)
+    say(console, "images", f"{where}, {config.num_images} in {seconds:.1f} s")
+
+
+@contextmanager
+def _saving(config: SampleConfig, size: int) -> Iterator[Callable[[Tensor, int], None]]:
+    """Yield a function that saves images (B, 3, size, size) uint8 from a number on: as files, or in one."""
+    if config.npz is None:
+        yield lambda images, first: save_images(config.out, images, first)
+        return
+    with image_array_writer(config.npz, config.num_images, size) as write:
+        yield lambda images, _: write(images)
 
 
 def _check(config: SampleConfig) -> None:
     check_at_least(1, {"--num-images": config.num_images, "--batch-size": config.batch_size})
     check_new_folder(config.out)
+    if config.npz is not None and config.npz.suffix != ".npz":
+        raise ValueError(f"--npz {config.npz} must end in .npz")
+    if config.npz is not None and config.npz.exists():
+        raise FileExistsError(f"--npz {config.npz} exists; name a new file")
     if (config.edit is None) != (config.mask is None):
         raise ValueError("--edit and --mask go together: the image, and where it is to be sampled anew")
     if config.data is not None and (config.map is not None or config.text):
@@ -289,4 +308,4 @@ def _opened(flag: str, path: Path) -> AbstractContextManager[Image.Image]:
 
 def main(args: Sequence[str]) -> None:
     """Run ``regvq sample``."""
-    run_command("sample", SampleConfig, generate, USAGE, args, stopped="stopped; the images so far are in {out}")
+    run_command("sample", SampleConfig, generate, USAGE, args, stopped="stopped; images saved so far are in {out}")
