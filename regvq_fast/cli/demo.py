@@ -20,7 +20,6 @@ from regvq_fast.models.pretrained import TOKENIZER, tokenizer_folder
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import Precision, choose_precision, inference_device
-from regvq_fast.priors.registry import PRIORS
 from regvq_fast.scenes.embedded import embedded_model
 from regvq_fast.settings import Section
 
@@ -105,7 +104,7 @@ def _folders(config: DemoConfig) -> tuple[Path, list[Path]]:
 
 
 def _beside(run: Path, tokenizer: VQGAN, precision: Precision) -> list[Painter]:
-    """Load the newest prior of each kind in the folders beside a run that was trained on its tokens."""
+    """Load the newest prior of each kind of condition in the folders beside a run that was trained on its tokens."""
     expected = weights_hash(tokenizer)
     found: dict[str, Painter] = {}
     folders = [folder for folder in run.resolve().parent.iterdir() if (folder / TOKENIZER).is_dir()]
@@ -113,11 +112,9 @@ def _beside(run: Path, tokenizer: VQGAN, precision: Precision) -> list[Painter]:
         try:
             if weights_hash(VQGAN.from_pretrained(folder / TOKENIZER)) == expected:
                 painter = Painter(folder, precision)
-                found.setdefault(painter.field, painter)
+                found.setdefault(painter.condition, painter)
         except (ValueError, OSError):  # a run that has only begun, or of another version
             continue
-        if len(found) == len(PRIORS):
-            break
     return list(found.values())
 
 

@@ -40,6 +40,7 @@ from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import inference_device
+from regvq_fast.priors.conditions import fields_of
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.ranks import process_group, raise_on_all_ranks, rank, rank_0_first
 
@@ -111,7 +112,7 @@ class _SplitEvaluation:
             image_size=size,
             length=config.val_images,
             seed=config.data_seed,
-            fields=() if self.sampler is None else (self.sampler.field,),
+            fields=() if self.sampler is None else fields_of(self.sampler.condition),
         )
         self.samples = None if config.images is None else open_samples(config.images, size)
         for what, images in (("validation", self.dataset), ("sampled", self.samples)):

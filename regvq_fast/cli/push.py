@@ -18,6 +18,7 @@ from regvq_fast.models.model import Model, read_model
 from regvq_fast.models.pretrained import CONFIG, TOKENIZER, WEIGHTS, step_folders, to_json, with_manifest
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
+from regvq_fast.priors.conditions import CONDITION_FLAGS
 from regvq_fast.priors.registry import PRIORS, prior_of
 from regvq_fast.settings import Section
 from regvq_fast.version import __version__
@@ -111,8 +112,7 @@ def published_files(run: Path, name: HubName, license: str | None = None) -> dic
         tokenizer = VQGAN.from_pretrained(run / TOKENIZER)
         files |= {f"{TOKENIZER}/{file}": content for file, content in _model_files(run / TOKENIZER).items()}
         entry = prior_of(model)
-        condition = "--map map.png" if entry.sampler.condition_field == "segmentation" else '--text "a caption"'
-        commands, train = [f"regvq sample --run {name} --out samples {condition}"], f"regvq {entry.command}"
+        commands, train = [f"regvq sample --run {name} --out samples{_example(model)}"], f"regvq {entry.command}"
     config = json.loads(files[CONFIG])
     evaluation = _evaluation(run, model, tokenizer)
     if evaluation is not None:
@@ -129,6 +129,13 @@ def published_files(run: Path, name: HubName, license: str | None = None) -> dic
         train=train if "run" in config else "",
     )
     return {CARD: card.text().encode(), **files}
+
+
+def _example(prior: Any) -> str:
+    """Return a condition as flags of `regvq sample`."""
+    example = {"segmentation": "map.png", "caption": '"a caption"', "label": f'"{[*prior.label_names, ""][0]}"'}
+    kind = prior.conditioned_on
+    return f" {CONDITION_FLAGS[kind]} {example[kind]}" if kind in example else ""
 
 
 def _model_files(folder: Path) -> dict[str, bytes]:

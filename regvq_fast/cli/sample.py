@@ -2,45 +2,38 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from regvq_fast.config import read_config, run_command
+from regvq_fast.cli.sample_inputs import MOST_CONDITIONS, SubjectConfig, check_flags, read_conditions, read_edit
+from regvq_fast.config import run_command
 from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
-from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.image_arrays import image_array_writer
-from regvq_fast.data.image_files import OVERSAMPLING
-from regvq_fast.data.loading import read_samples
-from regvq_fast.data.reading import opened_image
-from regvq_fast.data.samples import Field
-from regvq_fast.data.tokens import TokenDataset
-from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
-from regvq_fast.image_grids import caption_tiles, color_map, legend_of, save_image_grid, save_images
+from regvq_fast.image_grids import save_image_grid, save_images
 from regvq_fast.models.hub import local_folder
-from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
+from regvq_fast.priors.canvas import plan, sample_canvas
+from regvq_fast.priors.conditions import render, take
 from regvq_fast.priors.images import ImageSampler
-from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
-from regvq_fast.priors.sampler import PriorSampler, Progress
+from regvq_fast.priors.registry import SamplingConfig, titles
+from regvq_fast.priors.sampler import Progress
 from regvq_fast.priors.trained_on import TrainedOn
-from regvq_fast.scenes.embedded import embedded_model, is_embedded
-from regvq_fast.settings import Section, check_at_least
+from regvq_fast.scenes.embedded import embedded_model
+from regvq_fast.settings import check_at_least
 
-_GRID = 64  # images of the grid at most, and conditions that are taken of a data set
-_TEXT_SIZE = 192  # least pixels of a caption's tile
+_GRID = MOST_CONDITIONS  # images of the grid at most
 _STRIP = 12  # states of a denoising strip
-_FLAGS: dict[Field, str] = {"segmentation": "--map", "caption": "--text"}
 
 
 USAGE = """Sample images from a trained prior.
@@ -49,39 +42,14 @@ USAGE = """Sample images from a trained prior.
     regvq sample --run runs/ar --out samples                          # maps of the validation split
     regvq sample --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
     regvq sample --run runs/diffusion --out samples --text "grass on the left and bricks on the right"
+    regvq sample --run runs/ar --out samples --label "golden retriever" --guidance 2
+    regvq sample --run runs/ar --out samples --per-class 50           # every label of the prior
     regvq sample --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
+    regvq sample --run runs/ar --out samples --edit photo.png --extend right right
     regvq sample --run runs/ar --out samples --num-images 50000 --npz samples.npz   # for regvq evaluate --reference
 
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubjectConfig(Section):
-    """Prior and conditions."""
-
-    prior: PriorName | None = None
-    """Prior that the run has to be of: ar (semantic maps to images), or diffusion (captions to images).
-    Not given: any."""
-    run: Path | None = None
-    """Run of a prior, or its ORGANIZATION/NAME on the Hugging Face Hub.
-    Not given: the embedded prior of the scenes, for maps, or with `text` for captions."""
-    out: Path
-    """Folder of the images; new, or empty."""
-    num_images: int = 16
-    """Images to sample. Conditions are used in turn."""
-    map: Path | None = None
-    """ar: a semantic map, an image file whose pixels are class ids (greyscale or palette).
-    Of one that is not square, the largest square in its middle counts, as of `edit` and `mask`."""
-    text: tuple[str, ...] = ()
-    """diffusion: one or more captions."""
-    data: Path | None = None
-    """Take the conditions, 64 at most, of a data set's validation split: a folder or shards with maps or captions.
-    Not given (nor map or text): of the one that the prior was trained on."""
-    edit: Path | None = None
-    """An image to edit: it is kept where `mask` is black."""
-    mask: Path | None = None
-    """Image file that is white where `edit` is to be sampled anew."""
 
 
 # Of several bases, the fields of the last come first in the help.
@@ -94,7 +62,7 @@ class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
     npz: Path | None = None
     """Write the images to this file, arr_0 (N, H, W, 3) uint8 as evaluation suites read it, in place of NUMBER.png."""
     strip: bool = False
-    """diffusion: save the states of the first image as a strip, too."""
+    """Save the states of the first image as a strip, too; of priors that sample in steps."""
 
 
 def generate(config: SampleConfig) -> None:
@@ -109,14 +77,14 @@ def generate(config: SampleConfig) -> None:
     console = Console()
     start, seconds = 0, 0.0
     images: list[Tensor] = []
-    with progress_bar(console) as progress, _saving(config, generator.size) as save:
-        task = progress.add_task("images", total=config.num_images)
+    with progress_bar(console) as progress, generator.saving() as save:
+        task = progress.add_task("images", total=generator.num_images)
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=start + count * done / total)
 
-        while start < config.num_images:
-            count = min(config.batch_size, config.num_images - start)
+        while start < generator.num_images:
+            count = min(config.batch_size, generator.num_images - start)
             begin = time.perf_counter()
             sampled = generator.sample(start, count, advance).cpu()
             seconds += time.perf_counter() - begin
@@ -124,23 +92,14 @@ def generate(config: SampleConfig) -> None:
             images.append(sampled[: max(0, _GRID - start)])
             start += count
     grid = torch.cat(images)
-    save_image_grid(config.out / "grid.png", *generator.show(len(grid)), grid, legend=generator.legend(len(grid)))
+    rows, legend = generator.show(len(grid))
+    save_image_grid(config.out / "grid.png", *rows, grid, legend=legend)
     if generator.states:
         save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
         say(console, "strip", str(config.out / "strip.png"))
     say(console, "grid", str(config.out / "grid.png"))
     where = f"{config.out / '00000.png'} ..." if config.npz is None else str(config.npz)
-    say(console, "images", f"{where}, {config.num_images} in {seconds:.1f} s")
-
-
-@contextmanager
-def _saving(config: SampleConfig, size: int) -> Iterator[Callable[[Tensor, int], None]]:
-    """Yield a function that saves images (B, 3, size, size) uint8 from a number on: as files, or in one."""
-    if config.npz is None:
-        yield lambda images, first: save_images(config.out, images, first)
-        return
-    with image_array_writer(config.npz, config.num_images, size) as write:
-        yield lambda images, _: write(images)
+    say(console, "images", f"{where}, {generator.num_images} in {seconds:.1f} s")
 
 
 def _check(config: SampleConfig) -> None:
@@ -150,10 +109,17 @@ def _check(config: SampleConfig) -> None:
         raise ValueError(f"--npz {config.npz} must end in .npz")
     if config.npz is not None and config.npz.exists():
         raise FileExistsError(f"--npz {config.npz} exists; name a new file")
-    if (config.edit is None) != (config.mask is None):
-        raise ValueError("--edit and --mask go together: the image, and where it is to be sampled anew")
-    if config.data is not None and (config.map is not None or config.text):
-        raise ValueError(f"--data {config.data} brings conditions of its own: leave out --map or --text")
+    if config.mask is not None and config.edit is None:
+        raise ValueError(f"--mask {config.mask} needs the image that it is of: give --edit")
+    if config.edit is not None and config.mask is None and not config.extend:
+        raise ValueError(f"--edit {config.edit} needs --mask, where to sample it anew, or --extend")
+    if config.strip and config.extend:
+        raise ValueError("--strip shows a single grid of tokens: leave out --extend")
+    if config.per_class is not None:
+        check_at_least(1, {"--per-class": config.per_class})
+    given = (config.map, config.text, config.label)
+    if config.data is not None and any(given):
+        raise ValueError(f"--data {config.data} brings conditions of its own: leave out --map, --text or --label")
 
 
 class _Generator:
@@ -165,18 +131,17 @@ class _Generator:
         embedded = config.prior or ("diffusion" if config.text else "ar")
         self.run = embedded_model(embedded) if config.run is None else local_folder(config.run)
         self.sampler = ImageSampler.from_run(self.run, config, precision, config.prior)
-        wanted: tuple[tuple[str, object, Callable[[type[PriorSampler]], bool]], ...] = (
-            ("--map", config.map, lambda sampler: sampler.condition_field == "segmentation"),
-            ("--text", config.text, lambda sampler: sampler.condition_field == "caption"),
-            ("--strip", config.strip, lambda sampler: sampler.has_states),
-        )
-        own = self.sampler.entry.sampler
-        for flag, value, has in wanted:
-            if value and not has(own):
-                raise ValueError(f"{flag} is for {titles(has)} priors; this one is {own.title}")
-        self.size = self.sampler.tokenizer.image_size
-        self.conditions = self._conditions()
-        self.kept = None if config.edit is None or config.mask is None else self._edited(config.edit, config.mask)
+        check_flags(config, self.sampler)
+        kind = self.sampler.entry.sampler
+        if config.strip and not kind.has_states:
+            owners = titles(lambda other: other.has_states)
+            raise ValueError(f"--strip is for {owners} priors; this one is {kind.title}")
+        self.factor = self.sampler.tokenizer.downsampling_factor
+        self.plan = plan(self.sampler.prior.token_shape, config.extend)
+        self.trained_on = TrainedOn.of(self.run, self.sampler.entry.config)
+        self.conditions = read_conditions(config, self.sampler, self.run, self.trained_on, self.plan)
+        self.num_images = config.num_images if config.per_class is None else len(self.conditions)
+        self.kept = None if config.edit is None else read_edit(self.sampler, config.edit, config.mask)
         self.states: list[Tensor] | None = [] if config.strip else None
 
     def sample(self, start: int, count: int, progress: Progress) -> Tensor:
@@ -186,40 +151,55 @@ class _Generator:
             tokens, kept = self.kept
             keep = tokens.expand(count, -1, -1), kept.expand(count, -1, -1)
         states: list[Tensor] | None = [] if self.states is not None and start == 0 else None
-        conditions = self._chosen(range(start, start + count))
+        conditions = self._of(range(start, start + count))
+        if self.config.extend:
+            of_window = partial(self.plan.part, conditions, self.sampler.condition)
+            tokens = sample_canvas(
+                self.sampler.token_sampler, self.plan, of_window, start, self.num_images, keep=keep, progress=progress
+            )
+            return self.sampler.decode(tokens)
         images = self.sampler.sample_under(conditions, start, keep=keep, states=states, progress=progress)
         if states is not None:
             self.states = [state[:1] for state in states]
         return images
 
-    def _chosen(self, numbers: range) -> Tensor | list[str]:
-        """Return the conditions of some images."""
-        chosen = [k % len(self.conditions) for k in numbers]
-        if isinstance(self.conditions, Tensor):
-            return self.conditions[chosen]
-        return [self.conditions[k] for k in chosen]
+    @contextmanager
+    def saving(self) -> Iterator[Callable[[Tensor, int], None]]:
+        """Yield a function that saves images (B, 3, H, W) uint8 from a number on: as files, or in one."""
+        if self.config.npz is None:
+            yield lambda images, first: save_images(self.config.out, images, first)
+            return
+        with image_array_writer(self.config.npz, self.num_images, self._pixels()) as write:
+            yield lambda images, _: write(images)
 
-    def show(self, count: int) -> list[Tensor]:
-        """Return the rows above the first ``count`` images in the grid: conditions, and the edited image."""
-        conditions = self._chosen(range(count))
-        if isinstance(conditions, Tensor):
-            rows = [color_map(conditions, (self.size, self.size))]
-        else:
-            rows = [caption_tiles(conditions, self.size * -(-_TEXT_SIZE // self.size))]
+    def _of(self, numbers: range) -> Any:
+        """Return the conditions of some images."""
+        return take(self.conditions, [k % len(self.conditions) for k in numbers])
+
+    def show(self, count: int) -> tuple[list[Tensor], dict[int, str]]:
+        """Return the rows above the first ``count`` images in the grid, and the names of the class ids in maps.
+
+        The rows are their conditions, and the edited image.
+        """
+        names = self.sampler.prior.label_names or self.trained_on.class_names
+        rows, legend = render(self.sampler.condition, self._of(range(count)), self._pixels(), names)
         if self.kept is not None:
             tokens, kept = self.kept
             whole = self.sampler.decode(tokens).cpu()
-            rows.append(torch.where(self._enlarged(kept), whole, whole // 2 + 127).expand(count, -1, -1, -1))
-        return rows
+            edited = torch.where(self._enlarged(kept), whole, whole // 2 + 127)
+            rows.append(self._on_canvas(edited).expand(count, -1, -1, -1))
+        return rows, legend
 
-    def legend(self, count: int) -> dict[int, str]:
-        """Return names of the class ids in the maps of the first ``count`` images."""
-        conditions = self._chosen(range(count))
-        return legend_of(conditions, self._class_names()) if isinstance(conditions, Tensor) else {}
+    def _pixels(self) -> tuple[int, int]:
+        """Return height and width of the images."""
+        return self.plan.height * self.factor, self.plan.width * self.factor
 
-    def _class_names(self) -> tuple[str, ...]:
-        """Return the names of the classes that the prior was trained on; none if unknown."""
-        return TrainedOn.of(self.run, self.sampler.entry.config).class_names
+    def _on_canvas(self, image: Tensor) -> Tensor:
+        """Return an image (1, 3, H, W) uint8 at its position on a grey canvas."""
+        canvas = torch.full((1, 3, *self._pixels()), 127, dtype=torch.uint8)
+        top, left = (side * self.factor for side in self.plan.windows[0])
+        canvas[..., top : top + image.shape[2], left : left + image.shape[3]] = image
+        return canvas
 
     def strip(self) -> Tensor:
         """Return some states of the first image, from masked (grey) to done."""
@@ -232,78 +212,7 @@ class _Generator:
 
     def _enlarged(self, mask: Tensor) -> Tensor:
         """Return a mask of tokens (B, h, w) as one of pixels (B, 1, H, W), on the CPU."""
-        return F.interpolate(mask[:, None].float().cpu(), (self.size, self.size)).bool()
-
-    # --------------------------------------------------------------------------------------------------- conditions
-
-    def _conditions(self) -> Tensor | Sequence[str]:
-        """Return semantic maps (K, h', w') on the CPU, or captions."""
-        config, prepare = self.config, self.sampler.token_sampler.prepare
-        if config.text:
-            return prepare(config.text, "--text", strict=True)
-        if config.map is not None:
-            return prepare(_read_ids(config.map), f"--map {config.map}")
-        batch, source = self._validation(min(config.num_images, _GRID))
-        return prepare(batch[self.sampler.field], source)
-
-    def _validation(self, count: int) -> tuple[Any, str]:
-        """Return at most ``count`` validation samples of --data, or of the prior's data set, and a name for either."""
-        data, seed, fields = self.config.data, 0, (self.sampler.field,)
-        if data is None and not is_embedded(self.run):
-            trained = read_config(self.run, self.sampler.entry.config)
-            tokens, seed = trained.tokens, trained.run.seed
-            if tokens.cache is not None:
-                return self._cached(tokens.cache, count), f"the cache {tokens.cache}"
-            data = tokens.data
-        dataset = build_dataset(data, split="val", image_size=self.size, length=count, seed=seed, fields=fields)
-        return read_samples(dataset, range(min(count, len(dataset)))), str(data or dataset.title)
-
-    def _cached(self, folder: Path, count: int) -> Any:
-        """Return at most ``count`` validation samples of the cache that the prior was trained on."""
-        lack = "is not there"
-        if folder.exists():
-            cached = TokenDataset(folder, "val", tokenizer_hash=weights_hash(self.sampler.tokenizer))
-            if self.sampler.field in cached.info.fields:
-                return cached.__getitems__(list(range(min(count, len(cached)))))
-            lack = f"has no {self.sampler.field} any more"
-        raise ValueError(
-            f"the token cache {folder} that {self.run} was trained on {lack}: give --data, or "
-            f"{_FLAGS[self.sampler.field]}"
-        )
-
-    def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
-        """Return tokens (1, h, w) of the image, and which of them to keep."""
-        pixels, image_size = _read_square("--edit", path, self.size)
-        white, mask_size = _read_square("--mask", mask, self.size)
-        if image_size != mask_size:
-            raise ValueError(f"--mask {mask} has {mask_size} pixels, --edit {path} {image_size}: make them alike")
-        sampler, device = self.sampler, self.sampler.precision.device
-        pixels, resampled = pixels[None].to(device), white[0] > 127
-        with torch.no_grad(), sampler.precision.autocast():
-            tokens = sampler.tokenizer.tokenize(to_float(pixels))
-        anew = F.adaptive_max_pool2d(resampled[None, None].float(), sampler.prior.token_shape)[:, 0] > 0
-        return tokens, ~anew.to(device)
-
-
-def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
-    """Read the largest square in the middle of an image file, (3, size, size) uint8, and the file's width, height."""
-    with _opened(flag, path) as image:
-        width, height = upright_size(image)
-        square = crop_rgb(image, center_box(width, height), size, size, OVERSAMPLING["val"])
-    return image_to_tensor(square), (width, height)
-
-
-def _read_ids(path: Path) -> Tensor:
-    """Read the class ids of the largest square in the middle of a semantic map, (1, S, S) uint8."""
-    with _opened("--map", path) as image:
-        side = min(image.size)
-        labels = crop_labels(image, center_box(*image.size), image.size, side, side)
-    return torch.from_numpy(np.array(labels, dtype=np.uint8))[None]
-
-
-def _opened(flag: str, path: Path) -> AbstractContextManager[Image.Image]:
-    """Open the image file that a flag names."""
-    return opened_image(path, f"{flag} {path}", lambda why: f"{flag} {path}: {why}")
+        return F.interpolate(mask[:, None].float().cpu(), scale_factor=self.factor).bool()
 
 
 def main(args: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from regvq_fast.config.sections import Config
 
 # Settings that were removed, with their defaults: files that have these still describe the same run.
 _REMOVED: dict[str, object] = {"contrastive_max_places": 4096, "contrastive_layer_weights": [], "l1_weight": 1.0}
+_RENAMED = {"caption_dropout": "condition_dropout"}
 
 
 def read_config(folder: Path, kind: type[Config]) -> Config:
@@ -46,8 +47,8 @@ def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:
 
 def _section(saved: Mapping[str, Any], kind: type) -> Any:
     hints = get_type_hints(kind)
-    values = dict(saved)
-    for name, value in saved.items():
+    values = {_RENAMED.get(name, name): value for name, value in saved.items()}
+    for name, value in list(values.items()):
         if name not in hints:
             if name not in _REMOVED or value != _REMOVED[name]:
                 raise ValueError(f"no such field: {name}")

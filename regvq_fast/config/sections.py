@@ -9,7 +9,7 @@ from tyro.conf import FlagCreatePairsOff, arg
 from regvq_fast.config.runtime import CompileConfig, DeviceConfig, LoadingConfig, SeedConfig
 from regvq_fast.settings import Section, check_at_least, check_finite
 
-PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco"]
+PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco", "imagenet"]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 UNTITLED = arg(help="")

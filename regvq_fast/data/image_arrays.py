@@ -96,12 +96,12 @@ class ImageWriter(Protocol):
 
 
 @contextmanager
-def image_array_writer(path: Path, count: int, image_size: int) -> Iterator[ImageWriter]:
-    """Write ``count`` square images to an .npz file, batch by batch: none is held in memory.
+def image_array_writer(path: Path, count: int, image_size: tuple[int, int]) -> Iterator[ImageWriter]:
+    """Write ``count`` images of height and width ``image_size`` to an .npz file, batch by batch: none stays in memory.
 
     The file appears whole, once the body has written all of them, or not at all.
     """
-    shape = count, image_size, image_size, 3
+    shape = count, *image_size, 3
     header = {"descr": npy.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     with (
         atomic_path(path) as temporary,

@@ -1,4 +1,4 @@
-"""The demo page: tabs to reconstruct an image, to paint a map and to type a caption."""
+"""The demo page: tabs to reconstruct an image, and to sample from priors by map, caption, label or without either."""
 
 import base64
 import html
@@ -17,6 +17,7 @@ from torch import Tensor
 from regvq_fast.data.image_dataset import ImageDataset
 from regvq_fast.demo.uploads import FORMATS, MAX_BYTES, read_square
 from regvq_fast.demo.workbench import MAX_CAPTION, MAX_IMAGES, Painter, Reconstruction, Reconstructor, Request
+from regvq_fast.priors.conditions import Condition
 from regvq_fast.version import __version__
 
 logger = logging.getLogger("regvq_fast")
@@ -53,8 +54,8 @@ def build_page(reconstructor: Reconstructor, painters: Sequence[Painter], exampl
             with gr.Tab("Reconstruct"):
                 _reconstruct_tab(reconstructor, examples)
             for painter in painters:
-                with gr.Tab("Paint a map" if painter.field == "segmentation" else "Type a caption"):
-                    (_map_tab if painter.field == "segmentation" else _caption_tab)(painter)
+                with gr.Tab(_TITLES[painter.condition]):
+                    _TABS[painter.condition](painter)
     page.queue(max_size=QUEUE, default_concurrency_limit=1)
     theme = gr.themes.Default(
         primary_hue="teal", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
@@ -99,79 +100,107 @@ def _reconstruct_tab(reconstructor: Reconstructor, examples: ImageDataset) -> No
 
 
 def _map_tab(painter: Painter) -> None:
-    def sample(map_text: str, *values: Any, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-        names = ("count", "seed", "temperature", "guidance", "top_p")
-        request = Request.of(**dict(zip(names, values, strict=True)))
-        return _sampled(painter.sample(painter.map_of(map_text), request, partial(_advance, progress)), request)
-
     several = [ids for ids in painter.examples(4 * _STARTS) if len(ids.unique()) > 1]
     starts = [bytes(ids.flatten().tolist()).hex() for ids in several[:_STARTS]]
-    blank = "00" * painter.map_side**2
-    with gr.Row():
-        with gr.Column(scale=1, min_width=300):
-            board = _html(
-                (starts or [blank])[0],
-                html_template='<div class="rv-painter"></div>',
-                js_on_load=(_HERE / "painter.js").read_text(encoding="utf-8"),
-                side=painter.map_side,
-                classes=list(zip(painter.class_names, painter.colors(), strict=True)),
-                starts=starts,
-                elem_id="painter",
-            )
-        with gr.Column(scale=1, min_width=300):
-            button = gr.Button("Sample images", variant="primary", elem_id="sample-map")
-            result = _html(
-                _empty("Paint a map, or start from an example. Then sample images of it."), elem_id="map-images"
-            )
-            with gr.Accordion("Settings", open=True):
-                controls = _controls(painter)
-                controls.append(
-                    gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Choose among the likeliest codes only")
-                )
-    button.click(_in_words(sample), [board, *controls], result, api_name="map", **_MODEL)
+
+    def board() -> Any:
+        return _html(
+            [*starts, "00" * painter.map_side**2][0],
+            html_template='<div class="rv-painter"></div>',
+            js_on_load=(_HERE / "painter.js").read_text(encoding="utf-8"),
+            side=painter.map_side,
+            classes=list(zip(painter.class_names, painter.colors(), strict=True)),
+            starts=starts,
+            elem_id="painter",
+        )
+
+    _prior_tab(painter, "map", "Paint a map, or start from an example. Then sample images of it.", board)
 
 
 def _caption_tab(painter: Painter) -> None:
-    most = painter.sampler.prior.num_steps
-
-    def sample(text: str, *values: Any, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-        request = Request.of(**dict(zip(("count", "seed", "temperature", "guidance", "steps"), values, strict=True)))
-        caption = painter.caption_of(text)
-        images = painter.sample(caption, request, partial(_advance, progress))
-        return _unknown(painter.unknown_words(caption)) + _sampled(images, request, caption)
-
     examples = [caption for caption in painter.examples(20) if len(caption) <= _SHORT][:5]
+
+    def text() -> Any:
+        first = [*examples, ""][0]
+        box = gr.Textbox(first, label="Caption", lines=2, max_length=MAX_CAPTION, elem_id="caption", submit_btn=False)
+        if examples:
+            gr.Examples([[example] for example in examples], [box], label="Captions of the validation split")
+        return box
+
+    _prior_tab(painter, "caption", "Type a caption, then sample images of it.", text)
+
+
+def _label_tab(painter: Painter) -> None:
+    def choice() -> Any:
+        names = list(painter.sampler.prior.label_names)
+        return gr.Dropdown(names, value=names[0], label=f"One of {len(names)} labels", elem_id="label")
+
+    _prior_tab(painter, "label", "Choose a label, then sample images of it.", choice)
+
+
+def _unconditional_tab(painter: Painter) -> None:
+    _prior_tab(painter, "any", "This prior has no condition: sample images of what it has learned.", None)
+
+
+def _prior_tab(painter: Painter, name: str, hint: str, make_condition: Callable[[], Any] | None) -> None:
+    """Lay out a prior's tab: the condition and a button beside the images and settings."""
+
+    def sample(*values: Any, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+        given, settings = (values[0], values[1:]) if make_condition else (None, values)
+        request = Request.of(**dict(zip(controls, settings, strict=True)))
+        condition = painter.read(given)
+        images = painter.sample(condition, request, partial(_advance, progress))
+        text = condition if isinstance(condition, str) else ""
+        return _unknown(painter.unknown_words(text)) + _sampled(images, request, text)
+
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            text = gr.Textbox(
-                (examples or [""])[0],
-                label="Caption",
-                lines=2,
-                max_length=MAX_CAPTION,
-                elem_id="caption",
-                submit_btn=False,
-            )
-            if examples:
-                gr.Examples([[example] for example in examples], [text], label="Captions of the validation split")
-            button = gr.Button("Sample images", variant="primary", elem_id="sample-caption")
+            condition = make_condition() if make_condition else None
+            button = gr.Button("Sample images", variant="primary", elem_id=f"sample-{name}")
         with gr.Column(scale=1, min_width=300):
-            result = _html(_empty("Type a caption, then sample images of it."), elem_id="caption-images")
+            result = _html(_empty(hint), elem_id=f"{name}-images")
             with gr.Accordion("Settings", open=True):
                 controls = _controls(painter)
-                controls.append(gr.Slider(1, most, most, step=1, label="Steps", info="Fewer are faster"))
-    for event in (button.click, text.submit):
-        event(_in_words(sample), [text, *controls], result, api_name="caption", **_MODEL)
+    inputs = [*([] if condition is None else [condition]), *controls.values()]
+    for event in (button.click, *([condition.submit] if isinstance(condition, gr.Textbox) else [])):
+        event(_in_words(sample), inputs, result, api_name=name, **_MODEL)
 
 
-def _controls(painter: Painter) -> list[Any]:
-    """Return the components of the settings that all priors have: count, seed, temperature, guidance."""
+def _controls(painter: Painter) -> dict[str, Any]:
+    """Return the components of the prior's settings by name."""
+    names = painter.sampler.entry.sampler.settings_type.names()
+    controls: dict[str, Any] = {}
     with gr.Row():
-        count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", min_width=120)
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, info="Equal seeds, equal images")
-    temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature", info="0: always the likeliest code")
-    info = "1: none" if painter.guided else "This prior was trained without a null condition: none"
-    guidance = gr.Slider(0, 6, 1, step=0.25, label="Guidance", info=info, interactive=painter.guided)
-    return [count, seed, temperature, guidance]
+        controls["count"] = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", min_width=120)
+        info = "Equal seeds, equal images"
+        controls["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, info=info)
+    info = "0: always the likeliest code"
+    controls["temperature"] = gr.Slider(0, 2, 1, step=0.05, label="Temperature", info=info)
+    if painter.condition != "none":
+        info = "1: none" if painter.guided else "This prior was trained without a null condition: none"
+        controls["guidance"] = gr.Slider(0, 6, 1, step=0.25, label="Guidance", info=info, interactive=painter.guided)
+    if "top_p" in names:
+        info = "Choose among the likeliest codes only"
+        controls["top_p"] = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info=info)
+    if "steps" in names:
+        most = painter.sampler.token_sampler.most_steps
+        value = painter.sampler.token_sampler.describe()["steps"]
+        controls["steps"] = gr.Slider(1, most, value, step=1, label="Steps", info="Fewer are faster")
+    return controls
+
+
+_TABS: dict[Condition, Callable[[Painter], None]] = {
+    "segmentation": _map_tab,
+    "caption": _caption_tab,
+    "label": _label_tab,
+    "none": _unconditional_tab,
+}
+_TITLES: dict[Condition, str] = {
+    "segmentation": "Paint a map",
+    "caption": "Type a caption",
+    "label": "Choose a label",
+    "none": "Sample",
+}
 
 
 def _html(value: str, **settings: Any) -> gr.HTML:

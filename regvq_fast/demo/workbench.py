@@ -12,6 +12,7 @@ from regvq_fast.evaluation.reconstruction_metrics import image_psnr
 from regvq_fast.image_grids import color_map
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.precision import Precision
+from regvq_fast.priors.conditions import no_conditions
 from regvq_fast.priors.diffusion.text import words_of
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SamplingConfig
@@ -146,14 +147,14 @@ class Request:
 
 
 class Painter:
-    """A prior with its tokenizer, which samples images under semantic maps or captions.
+    """A prior with its tokenizer, which samples images.
 
     Args:
         run: folder of a prior.
         precision: of the networks.
 
     Attributes:
-        field: "segmentation" or "caption", the kind of its conditions.
+        condition: kind of its conditions.
         guided: True if it can be guided.
         class_names: names of the class ids that maps may hold, their numbers where unknown.
         map_side: cells a side of the maps that :meth:`map_of` takes.
@@ -165,23 +166,23 @@ class Painter:
     def __init__(self, run: Path, precision: Precision) -> None:
         self.run = run
         self.sampler = ImageSampler.from_run(run, SamplingConfig(), precision)
-        self.field = self.sampler.field
+        self.condition = self.sampler.condition
         self.trained_on = TrainedOn.of(run, self.sampler.entry.config)
         self.guided = self._can_be_guided()
         self.class_names: list[str] = []
         self.map_side = 0
         self.words: frozenset[str] = frozenset()
-        if self.field == "segmentation":
+        if self.condition == "segmentation":
             names, number = self.trained_on.class_names, self.sampler.prior.num_classes
             self.class_names = [names[k] if k < len(names) else f"class {k}" for k in range(number)]
             self.map_side = max(_MAP_SIDE, *self.sampler.prior.condition_shape)
-        else:
+        elif self.condition == "caption":
             self.words = self.trained_on.words()
 
     def examples(self, count: int) -> list[Any]:
         """Return conditions to start from: maps (map_side, map_side) uint8, or captions; none if unknown."""
-        found = self.trained_on.examples(self.field, self.map_side or self.sampler.tokenizer.image_size, count)
-        if self.field == "caption":
+        found = self.trained_on.examples(self.condition, self.map_side or self.sampler.tokenizer.image_size, count)
+        if self.condition == "caption":
             return list(dict.fromkeys(found))
         shape = (self.map_side, self.map_side)
         return [torch.nn.functional.interpolate(ids[None, None], shape)[0, 0] for ids in found]
@@ -190,6 +191,18 @@ class Painter:
         """Return the colours of the classes in maps, as "#rrggbb"."""
         ids = torch.arange(len(self.class_names)).view(-1, 1, 1)
         return ["#" + bytes(color.flatten().tolist()).hex() for color in color_map(ids, (1, 1))]
+
+    def read(self, given: Any) -> Tensor | str:
+        """Return a condition that comes from a page, which may be anything, as `sample` takes it.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if self.condition == "segmentation":
+            return self.map_of(given)
+        if self.condition == "caption":
+            return self.caption_of(given)
+        return str(given) if self.condition == "label" else no_conditions(1)
 
     def map_of(self, text: str) -> Tensor:
         """Read a painted map, (1, map_side, map_side) uint8.
@@ -229,18 +242,18 @@ class Painter:
         return [word for word in dict.fromkeys(words_of(caption)) if word not in self.words] if self.words else []
 
     def sample(self, condition: Tensor | str, request: Request, progress: Progress | None = None) -> Tensor:
-        """Sample images (count, 3, S, S) uint8 on the CPU under one map (1, H, W) or caption.
+        """Sample images (count, 3, S, S) uint8 on the CPU under one map (1, H, W), caption or label, or none (1, 0).
 
         Raises:
-            ValueError: a setting out of range; a caption of too many words.
+            ValueError: a setting out of range; a caption of too many words; an unknown label.
         """
         kind = self.sampler.entry.sampler
         sampler = kind(self.sampler.prior, self._settings(request))
         sampler.check(self.run)
         conditions: Any = [condition] * request.count
         if isinstance(condition, Tensor):
-            conditions = condition.expand(request.count, -1, -1)
-        conditions = sampler.prepare(conditions, "The map" if self.field == "segmentation" else "text", strict=True)
+            conditions = condition.expand(request.count, *condition.shape[1:])
+        conditions = sampler.prepare(conditions, "The map" if self.condition == "segmentation" else "text", strict=True)
         return self.sampler.decode(sampler.sample(conditions, progress=progress)).cpu()
 
     def _settings(self, request: Request) -> Any:

@@ -18,6 +18,7 @@ from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName
 from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import inference_device
+from regvq_fast.priors.conditions import fields_of
 from regvq_fast.priors.registry import PRIORS, PriorName
 from regvq_fast.settings import check_at_least
 
@@ -125,7 +126,7 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
             load_feature_net(config.fid_features)
         if prior != "none":
             _check_prior(config, prior)
-        condition = () if prior == "none" else (PRIORS[prior].sampler.condition_field,)
+        condition = () if prior == "none" else fields_of(PRIORS[prior].sampler.conditions[0])
         for split in get_args(Split):
             build_dataset(config.data, split=split, image_size=_SMALL, fields=condition)
     return [row for row in rows if not config.rows or row.name in config.rows or row.key in config.rows]
@@ -176,7 +177,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
     judged = tokenizer.folder
     evaluated: tuple[str, ...] = ("--run", str(judged))
     if prior != "none":
-        fields = () if config.data is None else ("--fields", PRIORS[prior].sampler.condition_field)
+        fields = () if config.data is None else ("--fields", PRIORS[prior].sampler.conditions[0])
         cache = Stage(
             "token cache",
             "tokens",

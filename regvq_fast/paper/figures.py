@@ -24,6 +24,7 @@ from regvq_fast.image_grids import color_map
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import choose_precision
+from regvq_fast.priors.conditions import fields_of
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import PRIORS, SamplingConfig
 
@@ -51,7 +52,7 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
         for name, of_row in stages.items()
         if "prior" in of_row and of_row["prior"].result.exists()
     }
-    fields = sorted({sampler.field for sampler in samplers.values()})
+    fields = sorted({field for sampler in samplers.values() for field in fields_of(sampler.condition)})
     dataset: Any = build_dataset(
         config.data.data, split="val", image_size=size, length=images, seed=0, fields=tuple(fields)
     )

@@ -5,7 +5,8 @@ from typing import Annotated
 
 from regvq_fast.config.sections import UNTITLED, OptionalPath, TrainConfig
 from regvq_fast.data.samples import Crop
-from regvq_fast.settings import Section, changed_flags, check_at_least
+from regvq_fast.priors.conditions import Condition
+from regvq_fast.settings import Section, changed_flags, check_at_least, check_probabilities
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class TokensConfig(Section):
     """Make tokens of images in each step, by --tokenizer."""
     tokenizer: OptionalPath = None
     """Tokenizer: run, checkpoint, folder or ORGANIZATION/NAME on the hub. Default: the cache's."""
+    condition: Condition | None = None
+    """Condition of an image. Default: the first that 95 % of the images have."""
     data: OptionalPath = None
     """on the fly: images, as for regvq train vq. Default: the embedded scenes."""
     crop: Crop = "center"
@@ -43,8 +46,8 @@ class TokensConfig(Section):
 
 
 @dataclass(frozen=True)
-class TransformerSizes(Section):
-    """Sizes of a prior's transformer."""
+class TransformerConfig(Section):
+    """Transformer of a prior."""
 
     width: int = 192
     """Channels."""
@@ -54,6 +57,12 @@ class TransformerSizes(Section):
     """Attention heads."""
     dropout: float = 0.0
     """Dropout rate."""
+    condition_dropout: float = 0.1
+    """Fraction of images without their condition, for classifier-free guidance."""
+
+    def check(self) -> None:
+        super().check()
+        check_probabilities({"--condition-dropout": self.condition_dropout})
 
 
 @dataclass(frozen=True)

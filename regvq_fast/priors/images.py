@@ -1,4 +1,4 @@
-"""Images that a trained prior samples under its conditions, semantic maps or captions."""
+"""Images that a trained prior samples under its conditions."""
 
 from functools import partial
 from pathlib import Path
@@ -6,17 +6,26 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from regvq_fast.data.samples import Batch, Field
+from regvq_fast.data.samples import Batch
 from regvq_fast.models.hub import local_folder
 from regvq_fast.models.model import Model, read_model
 from regvq_fast.models.pretrained import tokenizer_folder
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import Precision
+from regvq_fast.priors.conditions import Condition, conditions_of
 from regvq_fast.priors.registry import PRIORS, SamplingConfig, prior_of, titles
 from regvq_fast.priors.sampler import PriorSampler, Progress, decode_tokens
 
-_CONDITIONS: dict[Field, str] = {"segmentation": "a tensor of maps", "caption": "captions"}
+_CONDITIONS: dict[Condition, str] = {
+    "segmentation": "a tensor of maps (B, H, W)",
+    "caption": "captions",
+    "label": "a tensor of labels (B,)",
+    "none": "a tensor (B, 0)",
+}
+
+
+_DIMENSIONS: dict[Condition, int] = {"segmentation": 3, "caption": 0, "label": 1, "none": 2}
 
 
 class ImageSampler:
@@ -31,7 +40,7 @@ class ImageSampler:
     Attributes:
         entry: the prior's entry in `PRIORS`.
         token_sampler: the prior's own sampler, of tokens.
-        field: field of a data set's samples that images are conditioned on.
+        condition: kind of condition.
         hash: the first 12 digits of the prior's `weights_hash`, before the cast.
 
     Raises:
@@ -56,7 +65,7 @@ class ImageSampler:
         if precision.dtype is not None:
             prior.to(precision.dtype)
         self.tokenizer, self.precision = tokenizer, precision
-        self.field: Field = kind.condition_field
+        self.condition = self.token_sampler.condition
 
     @classmethod
     def from_run(cls, run: str | Path, config: SamplingConfig, precision: Precision, name: str | None = None) -> Self:
@@ -82,13 +91,13 @@ class ImageSampler:
         """Sample one image for each sample of a batch, (B, 3, H, W) uint8 on the prior's device.
 
         Args:
-            batch: with ``segmentation`` or ``caption``, as :attr:`field` says.
+            batch: with the field that :attr:`condition` names.
             first_image: number of its first sample among all that are sampled, by all ranks.
 
         Raises:
             ValueError: as :meth:`sample_under`.
         """
-        return self.sample_under(batch[self.field], first_image)
+        return self.sample_under(conditions_of(batch, self.condition), first_image)
 
     def sample_under(
         self,
@@ -109,9 +118,10 @@ class ImageSampler:
             TypeError: conditions of another prior.
         """
         kind = self.entry.sampler
-        if isinstance(conditions, Tensor) != (self.field == "segmentation"):
-            given = type(conditions).__name__
-            raise TypeError(f"conditions of this {kind.title} prior must be {_CONDITIONS[self.field]}, got {given}")
+        dimensions = conditions.ndim if isinstance(conditions, Tensor) else 0
+        if dimensions != _DIMENSIONS[self.condition]:
+            given = tuple(conditions.shape) if dimensions else type(conditions).__name__
+            raise TypeError(f"conditions of this {kind.title} prior must be {_CONDITIONS[self.condition]}, got {given}")
         if states is not None and not kind.has_states:
             owners = titles(lambda sampler: sampler.has_states)
             raise ValueError(f"states are of {owners} priors; this one is {kind.title}: leave them out")

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ from regvq_fast.models.hub import hub_name
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
+from regvq_fast.priors.conditions import Condition, choose_condition, conditions_of, fields_of, render
 from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.sampler import PriorSampler, Progress, decode_tokens
 from regvq_fast.ranks import distributed, local_world_size, sum_over_ranks, synchronized
@@ -50,13 +51,17 @@ class LikelihoodMetrics:
 
 
 class PriorRecipe(Recipe[Config]):
-    """Training of a prior. A subclass defines its network, condition and loss."""
+    """Training of a prior. A subclass defines its network and loss."""
 
     image_name = "samples"
     sampler: ClassVar[type[PriorSampler]]
     """Sampler of the prior."""
     dataset: type[ImageDataset]
     """Class of the data set that the images are of; `ImageDataset` itself if unknown."""
+    conditioned_on: Condition
+    """Kind of condition."""
+    label_names: tuple[str, ...]
+    """Names of the labels; empty unless images are conditioned on them."""
 
     @staticmethod
     def check_files(config: Config) -> None:
@@ -64,27 +69,23 @@ class PriorRecipe(Recipe[Config]):
 
     @abstractmethod
     def build_prior(self, config: Config) -> tuple[Any, dict[str, nn.Module]]:
-        """Build the network, and modules without an optimizer whose buffers a step changes, by name."""
+        """Build the network, a `TokenPrior`.
+
+        Returns:
+            It, and modules without an optimizer whose buffers a step changes, by name.
+        """
 
     @abstractmethod
     def build_loss(self) -> nn.Module:
         """Return the module of a training step.
 
-        It takes tokens, condition, seed and number of the first image, and returns losses and other numbers by name,
-        and tensors for :meth:`observe`.
+        It takes tokens, ids of conditions (the network's `condition_ids`), seed and number of the first image, and
+        returns losses and other numbers by name, and tensors for :meth:`observe`.
         """
 
     @abstractmethod
-    def condition(self, batch: TokenBatch) -> Tensor:
-        """Return the condition of a batch on the device."""
-
-    @abstractmethod
-    def validation_loss(self, model: Any, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
+    def validation_loss(self, model: Any, tokens: Tensor, condition: Tensor | None, first_image: int) -> Tensor:
         """Return the mean loss of some images in nats a token, without regularization."""
-
-    @abstractmethod
-    def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
-        """Return the conditions of a batch as images (B, 3, H, W) uint8, and names of the class ids in them."""
 
     def observe(self, *tensors: Tensor) -> None:
         """Learn from what a step returned, without a gradient."""
@@ -104,9 +105,9 @@ class PriorRecipe(Recipe[Config]):
                 TokenDataset(tokens.cache, split, seed=seed, tokenizer_hash=self.tokenizer_hash)
                 for split in ("train", "val")
             )
-            field = self.sampler.condition_field
-            if field not in train.info.fields:
-                raise ValueError(f"the token cache {tokens.cache} has no {field}: make one with --fields {field}")
+            has, made_of = train.info.fields, f"the token cache {tokens.cache}"
+            self.conditioned_on = choose_condition(tokens.condition, self.sampler.conditions, has, made_of)
+            self.label_names = train.info.label_names if self.conditioned_on == "label" else ()
             try:
                 self.dataset = dataset_class(train.info.data)
             except OSError:  # the images may be out of reach; their tokens are here
@@ -115,10 +116,14 @@ class PriorRecipe(Recipe[Config]):
             # cost more than they save: a batch is gathered in less time than a process hands one over.
             self.data = Data(train, val, train.info.train_images, workers=0)
             return self.data
-        shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": (self.sampler.condition_field,)}
+        kind = dataset_class(tokens.data)
+        has = kind.count_fields(tokens.data).usable
+        self.conditioned_on = choose_condition(tokens.condition, self.sampler.conditions, has, f"--data {tokens.data}")
+        shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": fields_of(self.conditioned_on)}
         images = build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared)  # type: ignore[arg-type]
         held_out = build_dataset(tokens.data, split="val", length=tokens.val_images, **shared)  # type: ignore[arg-type]
         self.dataset = type(images)
+        self.label_names = images.label_names if self.conditioned_on == "label" else ()
         self.data = Data(images, held_out, len(images), default_workers(local_world_size()))
         return self.data
 
@@ -134,7 +139,8 @@ class PriorRecipe(Recipe[Config]):
         return None if given else out / TOKENIZER
 
     def build(self, config: Config) -> tuple[Config, Networks]:
-        self.config, tokens = config, config.tokens
+        tokens = replace(config.tokens, condition=self.conditioned_on)  # a resumed run has the same
+        self.config = config = replace(config, tokens=tokens)
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, auxiliary = self.build_prior(config)
         self.model.to(self.device)
@@ -152,10 +158,17 @@ class PriorRecipe(Recipe[Config]):
                 "tokens": f"{source}: {len(self.data.train):,} training samples, {len(self.data.val):,} for validation"
                 f"{left_out_note(self.data.train, self.data.val)}",
                 "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
+                "condition": self._describe_condition(),
             },
             identity={"as tokenizer": self.tokenizer_hash[:12]},
             fingerprint=fingerprint(first["image" if tokens.cache is None else "tokens"]),
         )
+
+    def _describe_condition(self) -> str:
+        if self.conditioned_on == "none":
+            return f"none: unconditional ({' or '.join(self.sampler.conditions[:-1])} would be one)"
+        names = f"one of {len(self.label_names)}: {', '.join(self.label_names[:3])} ..." if self.label_names else ""
+        return f"{self.conditioned_on} {names}".rstrip()
 
     def distribute(self, compile: bool) -> None:
         self._encoder = _MicroBatchEncoder(self.tokenizer, self.micro_batch, compile=compile)
@@ -172,10 +185,12 @@ class PriorRecipe(Recipe[Config]):
             self.observe(*observed)
         return {name: value.detach() for name, value in metrics.items()}
 
-    def inputs(self, batch: Batch | TokenBatch) -> tuple[Tensor, Tensor]:
+    def inputs(self, batch: Batch | TokenBatch) -> tuple[Tensor, Tensor | None]:
         """Return tokens and condition of a batch on the device."""
         ready = self.tokenize(batch)
-        return ready["tokens"].to(self.device, non_blocking=True), self.condition(ready)
+        ids = self.model.condition_ids(conditions_of(ready, self.conditioned_on))
+        condition = None if ids is None else ids.to(self.device, non_blocking=True)
+        return ready["tokens"].to(self.device, non_blocking=True), condition
 
     def tokenize(self, batch: Any) -> TokenBatch:
         """Return the batch with tokens in place of its images."""
@@ -203,7 +218,7 @@ class PriorRecipe(Recipe[Config]):
     def sample(self, model: Any, batch: Any, progress: Progress | None = None) -> Tensor:
         """Sample tokens (B, h, w) under the conditions of a batch, well enough to look at."""
         sampler = self.sampler.preview(model, self.config.run.seed)
-        return sampler.sample(batch[self.sampler.condition_field], progress=progress)
+        return sampler.sample(conditions_of(batch, self.conditioned_on), progress=progress)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Return the images (B, 3, H, W) uint8 of tokens (B, h, w)."""
@@ -214,8 +229,10 @@ class PriorRecipe(Recipe[Config]):
         batch = self.tokenize(read_samples(self.data.val, range(min(_SAMPLES, len(self.data.val)))))
         with self.precision.autocast():
             tokens = self.sample(model, batch)
-        conditions, legend = self.show(batch)
-        save_image_grid(path, conditions, self.decode(tokens), self.decode(batch["tokens"]), legend=legend)
+        kind, names = self.conditioned_on, self.label_names or self.dataset.class_names
+        size = self.tokenizer.image_size
+        rows, legend = render(kind, conditions_of(batch, kind), (size, size), names)
+        save_image_grid(path, *rows, self.decode(tokens), self.decode(batch["tokens"]), legend=legend)
 
     def summarize(
         self, model: Any, metrics: LikelihoodMetrics, recorder: Recorder
@@ -241,7 +258,7 @@ class PriorRecipe(Recipe[Config]):
 
         return self.dataset.evaluate_samples(
             TrainedPrior(
-                condition=self.sampler.condition_field,
+                condition=self.conditioned_on,
                 image_size=self.tokenizer.image_size,
                 seed=getattr(self.data.val, "info", self.config.run).seed,
                 val_images=len(self.data.val),

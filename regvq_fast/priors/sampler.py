@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from regvq_fast.config.runtime import CompileConfig, SeedConfig
-from regvq_fast.data.samples import Field
 from regvq_fast.data.transforms import to_uint8
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.precision import Precision
 from regvq_fast.priors.choosing import check_choice, check_guidance
+from regvq_fast.priors.conditions import Condition, label_ids
 
 Progress = Callable[[int, int], object]  # steps done, steps in all
-Conditions = Tensor | Sequence[str]  # semantic maps (B, H, W) uint8, or B captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,8 @@ class PriorSampler(ABC):
 
     title: ClassVar[str]
     """Name of the prior in messages and protocols."""
-    condition_field: ClassVar[Field]
-    """Field of a data set's samples that images are conditioned on."""
+    conditions: ClassVar[tuple[Condition, ...]]
+    """Kinds of conditions that the prior takes, the preferred first."""
     settings_type: ClassVar[type[SamplingSettings]]
     """Settings that this sampler takes."""
     preview_settings: ClassVar[Mapping[str, Any]] = {}
@@ -65,6 +64,16 @@ class PriorSampler(ABC):
         self.prior, self.settings = prior, settings
         self.check()
 
+    @property
+    def condition(self) -> Condition:
+        """Kind of condition that the prior was built for."""
+        return self.prior.conditioned_on
+
+    @property
+    def most_steps(self) -> int:
+        """Largest setting "steps", of a prior that has it."""
+        return self.prior.num_steps
+
     @classmethod
     def preview(cls, prior: Any, seed: int) -> Self:
         """Return a sampler of images that are good enough to look at."""
@@ -75,18 +84,22 @@ class PriorSampler(ABC):
         self.settings.check()
         check_choice(self.settings.temperature)
         check_guidance(self.settings.guidance)
+        if self.settings.guidance != 1.0 and self.condition == "none":
+            raise ValueError(f"--guidance {self.settings.guidance:g} needs a condition, and this prior has none")
 
     def prepare(self, conditions: Any, source: str, *, strict: bool = False) -> Any:
         """Check conditions and bring them to the size that the prior takes.
 
         Args:
-            conditions: semantic maps (B, H, W) uint8, or B captions.
+            conditions: semantic maps (B, H, W) uint8; B captions; labels, by name or id.
             source: of them, for messages.
             strict: refuse captions that are too long, which are cut otherwise.
 
         Raises:
             ValueError: conditions that the prior can't take.
         """
+        if self.condition == "label":
+            return label_ids(conditions, self.prior.label_names, source)
         return conditions
 
     @abstractmethod
@@ -102,7 +115,7 @@ class PriorSampler(ABC):
         """Sample the tokens (B, h, w) int64 of one image under each condition.
 
         Args:
-            conditions: maps (B, H, W) uint8 or B captions, as `condition_field` says.
+            conditions: as `regvq_fast.priors.conditions.Conditions`, of the kind that `condition` says.
             first_image: global number of the first image.
             keep: for editing: tokens, and where to keep them, (B, h, w) int64 and bool on the prior's device.
             states: a list that gets the tokens after each step; None where `has_states` is false.
@@ -125,11 +138,22 @@ def decode_tokens(tokenizer: VQGAN, tokens: Tensor, precision: Precision) -> Ten
 
 
 class TokenPrior(Protocol):
-    """Sizes that every prior has as attributes."""
+    """Attributes of every prior."""
 
     token_shape: tuple[int, int]
     num_tokens: int
     num_codes: int
+
+    @property
+    def conditioned_on(self) -> Condition:
+        """Kind of condition."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels by id; empty unless images are conditioned on them."""
+
+    def condition_ids(self, conditions: Any) -> Tensor | None:
+        """Return prepared conditions as the network takes them; None without."""
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from regvq_fast.data.image_dataset import ImageDataset, Provenance, SplitSettings, TrainedPrior
+from regvq_fast.data.image_dataset import FieldCounts, ImageDataset, Provenance, SplitSettings, TrainedPrior
 from regvq_fast.data.samples import Sample, Split, check_index, check_split, sample_random
 from regvq_fast.data.transforms import Box, resize_box
 from regvq_fast.scenes.evaluation import evaluate_samples
@@ -30,6 +30,8 @@ WHOLE_PROBABILITY = 0.25
 
 _TRAIN_FRACTION = 2 / 3
 """Fraction of each photograph's columns."""
+TRAIN_LENGTH = 8192
+"""Scenes that count as an epoch."""
 _CLOSEST = 0.25
 """The closest view: a crop that would span this fraction of the photograph's size if it filled the whole scene.
 
@@ -71,7 +73,7 @@ class ScenesDataset(ImageDataset):
             raise ValueError(f"length must be at least 1, got {length}")
         self.split: Split = split
         self.image_size = image_size
-        self.length = length or (8192 if split == "train" else 256)
+        self.length = length or (TRAIN_LENGTH if split == "train" else 256)
         self.seed = seed
         _load_photographs(split)  # here: a missing file is an error at once, and forked workers share the pixels
 
@@ -84,7 +86,13 @@ class ScenesDataset(ImageDataset):
         return cls(settings.split, settings.image_size, settings.length, settings.seed)
 
     @classmethod
+    def count_fields(cls, data: str | os.PathLike[str] | None) -> FieldCounts:
+        return FieldCounts(TRAIN_LENGTH, {"caption": TRAIN_LENGTH, "segmentation": TRAIN_LENGTH})
+
+    @classmethod
     def evaluate_samples(cls, prior: TrainedPrior) -> Mapping[str, float]:
+        if prior.condition not in ("segmentation", "caption"):
+            return {}
         size, seed = prior.image_size, prior.seed
         return evaluate_samples(prior, cls("train", size, seed=seed), cls("val", size, prior.val_images, seed))
 

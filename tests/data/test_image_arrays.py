@@ -17,7 +17,7 @@ def noise(count: int, size: int = 5) -> Tensor:
 
 
 def write(path: Path, images: Tensor, batch: int = 3) -> None:
-    with image_array_writer(path, len(images), images.shape[-1]) as save:
+    with image_array_writer(path, len(images), (images.shape[2], images.shape[3])) as save:
         for part in images.split(batch):
             save(part)
 
@@ -33,13 +33,13 @@ def test_numpy_reads_what_is_written(tmp_path: Path) -> None:
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     def stopped() -> None:
-        with image_array_writer(tmp_path / "x.npz", 4, 5) as save:
+        with image_array_writer(tmp_path / "x.npz", 4, (5, 5)) as save:
             save(noise(3))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
-    with pytest.raises(ValueError, match=r"3 images .*\b4$"), image_array_writer(tmp_path / "x.npz", 4, 5) as save:
+    with pytest.raises(ValueError, match=r"3 images .*\b4$"), image_array_writer(tmp_path / "x.npz", 4, (5, 5)) as save:
         save(noise(3))
     assert not list(tmp_path.iterdir())
 

@@ -16,8 +16,6 @@ from regvq_fast.cli.cache_tokens import CacheConfig, cache_tokens
 from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
 from regvq_fast.cli.sample import SampleConfig, generate
 from regvq_fast.cli.train import train
-from regvq_fast.data.tokens import TokenBatch
-from regvq_fast.image_grids import color_map
 from regvq_fast.models.model import Model
 from regvq_fast.priors.choosing import choose_tokens
 from regvq_fast.priors.config import PriorConfig
@@ -35,7 +33,11 @@ class ToyModel(Model):
         super().__init__()
         self._arguments = {"num_codes": num_codes, "num_classes": num_classes, "token_shape": token_shape}
         self.num_codes, self.token_shape = num_codes, tuple(token_shape)
+        self.conditioned_on, self.label_names = "segmentation", ()
         self.logits = nn.Embedding(num_classes, num_codes)
+
+    def condition_ids(self, maps: Tensor) -> Tensor:
+        return maps.long()
 
     def forward(self, tokens: Tensor, maps: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(maps).flatten(0, 2), tokens.flatten())
@@ -67,7 +69,7 @@ class ToyLoss(nn.Module):
 
 class ToySampler(PriorSampler):
     title = "toy"
-    condition_field = "segmentation"
+    conditions = ("segmentation", "none")
     settings_type = SamplingSettings
 
     def sample(self, conditions: Tensor, first_image: int = 0, **unused: Any) -> Tensor:
@@ -88,14 +90,8 @@ class ToyRecipe(PriorRecipe[ToyConfig]):
     def build_loss(self) -> nn.Module:
         return ToyLoss(self.model)
 
-    def condition(self, batch: TokenBatch) -> Tensor:
-        return batch["segmentation"].long()
-
     def validation_loss(self, model: ToyModel, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
         return model(tokens, condition)
-
-    def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
-        return color_map(batch["segmentation"], (16, 16)), {}
 
 
 @pytest.fixture

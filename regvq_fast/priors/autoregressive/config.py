@@ -4,31 +4,29 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalInt, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig, TransformerSizes
+from regvq_fast.priors.config import PriorConfig, TransformerConfig
 from regvq_fast.settings import check_probabilities
 
 
 @dataclass(frozen=True)
-class TransformerConfig(TransformerSizes):
+class ARModelConfig(TransformerConfig):
     """Autoregressive transformer."""
 
     num_classes: OptionalInt = None
     """Class ids of the maps. Default: those of the cache or data set."""
     keep: float = 1.0
     """Probability that an input token is not replaced by a random one (taming's pkeep)."""
-    condition_dropout: float = 0.1
-    """Fraction of images without their condition, for classifier-free guidance."""
 
     def check(self) -> None:
         super().check()
-        check_probabilities({"--keep": self.keep, "--condition-dropout": self.condition_dropout})
+        check_probabilities({"--keep": self.keep})
 
 
 @dataclass(frozen=True)
 class ARConfig(PriorConfig):
     """A run of ``regvq train ar``."""
 
-    model: Annotated[TransformerConfig, UNTITLED] = field(default_factory=TransformerConfig)
+    model: Annotated[ARModelConfig, UNTITLED] = field(default_factory=ARModelConfig)
 
     @property
     def label(self) -> str:
@@ -39,7 +37,7 @@ def _paper(preset: PresetName, num_classes: int) -> ARConfig:
     """The paper's setting (section 4.1), with the sizes of taming's transformer for semantic synthesis."""
     return ARConfig(
         run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
-        model=TransformerConfig(num_classes=num_classes, width=1024, depth=24, heads=16, condition_dropout=0.0),
+        model=ARModelConfig(num_classes=num_classes, width=1024, depth=24, heads=16, condition_dropout=0.0),
         optimizer=OptimizerConfig(epochs=50, batch_size=40, warmup_steps=1000),
     )
 

@@ -1,4 +1,4 @@
-"""The autoregressive prior: a causal transformer over the tokens of an image, after those of a semantic map.
+"""The autoregressive prior: a causal transformer over the tokens of an image, after those of its condition.
 
 The network is the minGPT of taming-transformers (Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Image
 Synthesis", CVPR 2021): pre-LayerNorm blocks, exact GELU, learned positions. Its checkpoints load with
@@ -27,6 +27,7 @@ from regvq_fast.models.model import Model
 from regvq_fast.models.transformer import Block, check_sizes, flat_ids, grid_shape, grid_sinusoids, initialize
 from regvq_fast.models.weights import LoadedWeights, check_state_dict, nested_state_dict, strip_prefix
 from regvq_fast.ops.noise import Stream, row_words
+from regvq_fast.priors.conditions import Condition
 
 _LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
 
@@ -35,12 +36,14 @@ class TokenTransformer(Model):
     """p(image tokens | condition), one token after the other; the defaults are taming's for semantic synthesis.
 
     The sequence is the K ids of the condition, then the L tokens. A position attends to itself and to those before it.
+    The condition is a semantic map; or a label, which is one id; or nothing, one id that is always the null condition.
 
     Args:
         num_codes: N, the codes that image tokens name.
-        num_classes: ids of the condition; the id `num_classes` is the null condition.
+        num_classes: ids of the condition; the id `num_classes` is the null condition. 0: unconditional.
         token_shape: (h, w) of an image's tokens.
-        condition_shape: (h', w') of the condition; None: `token_shape`.
+        condition_shape: (h', w') of a map; None: `token_shape`.
+        label_names: names of the `num_classes` labels; empty: the condition is a map.
         width: C, a multiple of `heads`.
         depth: blocks.
         heads: attention heads.
@@ -60,6 +63,7 @@ class TokenTransformer(Model):
         *,
         token_shape: Sequence[int] = (16, 16),
         condition_shape: Sequence[int] | None = None,
+        label_names: Sequence[str] = (),
         width: int = 1024,
         depth: int = 24,
         heads: int = 16,
@@ -67,20 +71,26 @@ class TokenTransformer(Model):
     ) -> None:
         super().__init__()
         self.token_shape = grid_shape("token_shape", token_shape)
-        self.condition_shape = (
-            self.token_shape if condition_shape is None else grid_shape("condition_shape", condition_shape)
-        )
+        self.label_names = tuple(label_names)
+        if self.label_names and len(self.label_names) != num_classes:
+            raise ValueError(f"there are {len(self.label_names)} label_names, but num_classes is {num_classes}")
+        self.conditioned_on: Condition = "none" if num_classes == 0 else "label" if label_names else "segmentation"
+        whole = self.token_shape if condition_shape is None else grid_shape("condition_shape", condition_shape)
+        self.condition_shape = whole if self.conditioned_on == "segmentation" else (1, 1)
         self._arguments: dict[str, Any] = {
             "num_codes": num_codes,
             "num_classes": num_classes,
             "token_shape": self.token_shape,
             "condition_shape": self.condition_shape,
+            "label_names": self.label_names,
             "width": width,
             "depth": depth,
             "heads": heads,
             "dropout": dropout,
         }
-        sizes = ("num_codes", "num_classes", "width", "depth", "heads")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative (0: unconditional), got {num_classes}")
+        sizes = ("num_codes", "width", "depth", "heads")
         check_sizes({name: self._arguments[name] for name in sizes}, dropout)
         self.num_codes, self.num_classes = num_codes, num_classes
         self.num_tokens, self.condition_length = math.prod(self.token_shape), math.prod(self.condition_shape)
@@ -99,6 +109,16 @@ class TokenTransformer(Model):
         with torch.no_grad():
             self.pos_emb[0, : self.condition_length] = grid_sinusoids(self.condition_shape, width)
             self.pos_emb[0, self.condition_length - 1 : -1] = grid_sinusoids(self.token_shape, width)
+
+    def condition_ids(self, conditions: Tensor) -> Tensor:
+        """Return conditions as ids (B, K) int64.
+
+        Args:
+            conditions: maps (B, h', w') of any integer type, labels (B,), or (B, 0) of an unconditional prior.
+        """
+        if self.conditioned_on == "none":
+            return torch.zeros(len(conditions), 1, dtype=torch.int64, device=conditions.device)
+        return conditions.long().view(len(conditions), -1)
 
     # ----------------------------------------------------------------------------------------------------- training
 

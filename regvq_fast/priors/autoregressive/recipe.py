@@ -1,11 +1,10 @@
 """The recipe of the autoregressive prior (``regvq train ar``)."""
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from regvq_fast.data.tokens import TokenBatch, TokenDataset
-from regvq_fast.image_grids import color_map, legend_of
+from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.autoregressive.sampler import ARSampler
@@ -18,7 +17,7 @@ class ARRecipe(PriorRecipe[ARConfig]):
     """Training of a transformer that predicts the tokens of an image from its semantic map."""
 
     command = "train ar"
-    usage = """Train the autoregressive prior: a transformer over the tokens of an image, given its semantic map.
+    usage = """Train the autoregressive prior: a transformer over the tokens of an image, given a map or label.
 
     regvq train ar --cache runs/tokens --compile --amp                # tokens of a cache
     regvq train ar --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
@@ -35,7 +34,8 @@ runs/...); regvq sample samples images from it.
         model = config.model
         prior = TokenTransformer(
             self.tokenizer.quantize.num_codes,
-            self._num_classes(),
+            self._num_classes() if self.conditioned_on == "segmentation" else len(self.label_names),
+            label_names=self.label_names,
             token_shape=self.tokenizer.token_shape,
             width=model.width,
             depth=model.depth,
@@ -63,18 +63,10 @@ runs/...); regvq sample samples images from it.
         return given or found or 0
 
     def build_loss(self) -> nn.Module:
-        model = self.config.model
-        return _Loss(self.model, model.keep, model.condition_dropout)
+        return _Loss(self.model, self.config.model.keep, self.config.model.condition_dropout)
 
-    def condition(self, batch: TokenBatch) -> Tensor:
-        return batch["segmentation"].to(self.device, non_blocking=True).long()
-
-    def validation_loss(self, model: TokenTransformer, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
+    def validation_loss(self, model: TokenTransformer, tokens: Tensor, condition: Any, first_image: int) -> Tensor:
         return model.loss(tokens, condition)
-
-    def show(self, batch: TokenBatch) -> tuple[Tensor, dict[int, str]]:
-        size, maps = self.tokenizer.image_size, batch["segmentation"]
-        return color_map(maps, (size, size)), legend_of(maps, self.dataset.class_names)
 
 
 class _Loss(nn.Module):

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +29,10 @@ class ARSettings(SamplingSettings):
 
 
 class ARSampler(PriorSampler):
-    """Sampler of a `TokenTransformer` under semantic maps."""
+    """Sampler of a `TokenTransformer`."""
 
     title = "autoregressive"
-    condition_field = "segmentation"
+    conditions = ("segmentation", "label", "none")
     settings_type = ARSettings
 
     prior: TokenTransformer
@@ -46,12 +47,14 @@ class ARSampler(PriorSampler):
                 "(--condition-dropout 0): leave it out, or train one with --condition-dropout 0.1"
             )
 
-    def prepare(self, conditions: Tensor, source: str, *, strict: bool = False) -> Tensor:
-        """Reduce semantic maps (B, H, W) uint8 to the prior's grid (B, h', w') by majority vote.
+    def prepare(self, conditions: Any, source: str, *, strict: bool = False) -> Tensor:
+        """Reduce semantic maps (B, H, W) uint8 to the prior's grid (B, h', w') by majority vote; look up labels.
 
         Raises:
-            ValueError: a class id that the prior doesn't know; maps that are smaller than the grid.
+            ValueError: an id or label that the prior doesn't know; maps that are smaller than the grid.
         """
+        if self.condition != "segmentation":
+            return super().prepare(conditions, source)
         shape, least = conditions.shape[1:], self.prior.condition_shape
         if any(side < cells for side, cells in zip(shape, least, strict=False)):
             given, needed = (" x ".join(map(str, sides)) for sides in (shape, least))
@@ -65,16 +68,17 @@ class ARSampler(PriorSampler):
 
     def sample(
         self,
-        conditions: Tensor,
+        conditions: Any,
         first_image: int = 0,
         *,
         keep: tuple[Tensor, Tensor] | None = None,
         states: list[Tensor] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        maps = self.prepare(conditions, "a map").to(self.prior.pos_emb.device).long()
+        prepared = self.prepare(conditions, "a condition").to(self.prior.pos_emb.device)
+        ids = self.prior.condition_ids(prepared)
         return sample_autoregressive(
-            self.prior, maps, first_image=first_image, keep=keep, progress=progress, **self.describe()
+            self.prior, ids, first_image=first_image, keep=keep, progress=progress, **self.describe()
         )
 
 

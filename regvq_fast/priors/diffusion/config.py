@@ -4,27 +4,24 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig, TransformerSizes
-from regvq_fast.settings import check_at_least, check_probabilities
+from regvq_fast.priors.config import PriorConfig, TransformerConfig
+from regvq_fast.settings import check_at_least
 
 
 @dataclass(frozen=True)
-class DiffusionModelConfig(TransformerSizes):
+class DiffusionModelConfig(TransformerConfig):
     """Diffusion network and its condition."""
 
     text_encoder: str = "words"
-    """words (trained with the prior), or a frozen one of transformers, by name or folder."""
+    """Encoder of captions: words (trained with the prior), or a frozen one of transformers."""
     diffusion_steps: int = 100
     """Diffusion steps T."""
     auxiliary_weight: float = 5e-4
     """Weight of the cross-entropy of x_0, besides the variational bound."""
-    caption_dropout: float = 0.1
-    """Fraction of images without their caption, for classifier-free guidance."""
 
     def check(self) -> None:
         super().check()
         check_at_least(0, {"--auxiliary-weight": self.auxiliary_weight})
-        check_probabilities({"--caption-dropout": self.caption_dropout})
         if self.diffusion_steps < 2:
             raise ValueError(f"--diffusion-steps must be at least 2, got {self.diffusion_steps}")
 
@@ -59,4 +56,5 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
     ),
     "cub200": _vq_diffusion_b("cub200"),
     "coco": _vq_diffusion_b("coco"),
+    "imagenet": _vq_diffusion_b("imagenet"),  # by label
 }

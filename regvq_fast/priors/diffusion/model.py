@@ -28,6 +28,7 @@ from regvq_fast.models.attention import attention
 from regvq_fast.models.model import Checkpointed, Model
 from regvq_fast.models.transformer import SelfAttention, check_sizes, flat_ids, grid_shape, initialize
 from regvq_fast.ops.noise import Stream, row_words
+from regvq_fast.priors.conditions import Condition
 from regvq_fast.priors.diffusion.loss import MaskAndReplace
 from regvq_fast.priors.diffusion.text import TextEncoder, restore_text_encoder
 
@@ -100,8 +101,8 @@ class VQDiffusion(Model):
     Args:
         num_codes: N, the codes that tokens name; N itself is the mask.
         token_shape: (h, w) of an image's tokens.
-        text_encoder: kept as `self.text_encoder`, and trained with the rest if it is a learned one; None: the text
-            comes as features.
+        text_encoder: of captions, or of labels (`LabelEncoder`); kept as `self.text_encoder`, and trained with the rest
+            if it is a learned one. None: the text comes as features, or the prior is unconditional.
         text_shape: (K, C_text) of the features; an encoder decides it where there is one.
         num_steps: T, the steps of the diffusion.
         width: C, a multiple of `heads`.
@@ -166,6 +167,20 @@ class VQDiffusion(Model):
         null = torch.randn(positions, text_width) / math.sqrt(text_width)
         self.null_text = nn.Parameter(null) if null_condition else None
         self.text_encoder = text_encoder
+
+    @property
+    def conditioned_on(self) -> Condition:
+        """Kind of condition that the text encoder reads."""
+        return "none" if self.text_encoder is None else self.text_encoder.condition
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels by id; empty unless images are conditioned on them."""
+        return getattr(self.text_encoder, "names", ())
+
+    def condition_ids(self, conditions: Any) -> Tensor | None:
+        """Return captions or labels as ids (B, K, W) int64 on the CPU, which `forward` takes as text; None without."""
+        return None if self.text_encoder is None else self.text_encoder.tokenize(conditions)
 
     def forward(self, tokens: Tensor, t: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """Return logits of p(x_0 | x_t, text).

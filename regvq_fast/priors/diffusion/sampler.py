@@ -26,10 +26,10 @@ class DiffusionSettings(SamplingSettings):
 
 
 class DiffusionSampler(PriorSampler):
-    """Sampler of a `VQDiffusion` under captions."""
+    """Sampler of a `VQDiffusion`."""
 
     title = "diffusion"
-    condition_field = "caption"
+    conditions = ("caption", "label", "none")
     settings_type = DiffusionSettings
     preview_settings: ClassVar = {"steps": 25}
     has_states = True
@@ -43,33 +43,34 @@ class DiffusionSampler(PriorSampler):
 
     def check(self, run: Path | None = None) -> None:
         super().check(run)
-        check_settings(
-            self.prior, self.settings.steps, self.settings.truncation, self.settings.guidance, self.condition_field
-        )
+        settings = self.settings
+        check_settings(self.prior, settings.steps, settings.truncation, settings.guidance, self.condition)
 
-    def prepare(self, conditions: Sequence[str], source: str, *, strict: bool = False) -> Sequence[str]:
-        """Return captions as they are.
+    def prepare(self, conditions: Any, source: str, *, strict: bool = False) -> Any:
+        """Return captions as they are; look up labels.
 
         Raises:
-            ValueError: `strict`, and a caption is empty or too long.
+            ValueError: an unknown label; or `strict`, and a caption is empty or too long.
         """
-        if strict and self.prior.text_encoder is not None:
-            self.prior.text_encoder.truncate = False
+        if strict and self.condition == "caption":
+            self.prior.text_encoder.truncate = False  # type: ignore[union-attr]
             self.prior.tokenize_text(conditions)
-        return conditions
+        return super().prepare(conditions, source)
 
     def sample(
         self,
-        conditions: Sequence[str],
+        conditions: Any,
         first_image: int = 0,
         *,
         keep: tuple[Tensor, Tensor] | None = None,
         states: list[Tensor] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
+        ids = self.prior.condition_ids(self.prepare(conditions, "a condition"))
         return sample_diffusion(
             self.prior,
-            conditions,
+            None if ids is None else ids.to(self.prior.head.weight.device),
+            num_images=len(conditions),
             first_image=first_image,
             keep=keep,
             states=states,
@@ -110,8 +111,8 @@ def sample_diffusion(
 
     Args:
         prior: the model.
-        text: B captions, which the prior's encoder reads, or its ids or features, as in `VQDiffusion.forward`, on the
-            prior's device. None: images of the null condition.
+        text: B captions or labels, which the prior's encoder reads, or its ids or features as in `VQDiffusion.forward`
+            on the prior's device. None: images of the null condition.
         seed: an int, or a 0-dim int64 tensor on the prior's device.
         text_mask: of the text, as in `VQDiffusion.forward`.
         num_images: B where there is no text.

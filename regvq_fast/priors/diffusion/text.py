@@ -4,7 +4,8 @@
     features, mask = encoder(ids)       # (B, K, C), and (B, K) where there is text
 
 K positions a caption, C features a position. `WordEncoder` is small and trains with the prior;
-`PretrainedTextEncoder` is frozen, by default CLIP's, whose features VQ-Diffusion takes.
+`PretrainedTextEncoder` is frozen, by default CLIP's, whose features VQ-Diffusion takes. `LabelEncoder` stands in for
+them where images have labels: a label is a text of one learned word.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from regvq_fast.invocation import install
 from regvq_fast.models.attention import attention
 from regvq_fast.models.pretrained import restore
 from regvq_fast.models.transformer import Block, check_sizes, initialize
+from regvq_fast.priors.conditions import Condition, label_ids
 
 CLIP = "openai/clip-vit-base-patch32"
 
@@ -46,14 +48,16 @@ class TextFeatures(NamedTuple):
 class TextEncoder(nn.Module, ABC):
     """Captions to features. A subclass keeps each argument of its constructor as an attribute of the same name."""
 
+    condition: ClassVar[Condition] = "caption"
+    """Kind of condition that it reads."""
     shape: tuple[int, int]
     """(K, C)."""
     truncate: bool
     """Cut captions that are too long, which are an error otherwise."""
 
     @abstractmethod
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Convert captions to ids (B, K, W) int64 on the CPU, which `forward` understands.
+    def tokenize(self, captions: Any) -> Tensor:
+        """Convert captions (B strings) to ids (B, K, W) int64 on the CPU, which `forward` understands.
 
         Raises:
             ValueError: no captions, an empty one, or one that is too long.
@@ -192,14 +196,45 @@ class PretrainedTextEncoder(TextEncoder):
         return super()._apply(fn, recurse)
 
 
+class LabelEncoder(TextEncoder):
+    """A learned row for each label, in place of a text.
+
+    Args:
+        names: of the labels by id; saved with the prior.
+        width: C.
+
+    Raises:
+        ValueError: no names, or a width below 1.
+    """
+
+    condition = "label"
+    truncate = False
+
+    def __init__(self, names: Sequence[str], *, width: int = 256) -> None:
+        super().__init__()
+        if not names or width < 1:
+            raise ValueError(f"a LabelEncoder needs names and a positive width, got {len(names)} names, width {width}")
+        self.names, self.width, self.shape = tuple(names), width, (1, width)
+        self.embedding = nn.Embedding(len(names), width)  # N(0, 1), as the words of WordEncoder
+
+    def tokenize(self, captions: Sequence[str | int] | Tensor) -> Tensor:
+        """Labels, as of `label_ids`, to (B, 1, 1) int64."""
+        return label_ids(captions, self.names, "the label")[:, None, None]
+
+    def forward(self, ids: Tensor) -> TextFeatures:
+        """(B, 1, 1) to (B, 1, C) and (B, 1), all true."""
+        ids = ids[..., 0]
+        return TextFeatures(self.embedding(ids), torch.ones_like(ids, dtype=torch.bool))
+
+
 def restore_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
     """Return the encoder of `TextEncoder.architecture`, a learned one with fresh weights.
 
     Raises:
         ValueError: not such a description. Otherwise as the encoder itself.
     """
-    kinds: dict[str, type[TextEncoder]] = {cls.__name__: cls for cls in (WordEncoder, PretrainedTextEncoder)}
-    return restore("text encoder", kinds, description)
+    kinds: list[type[TextEncoder]] = [WordEncoder, PretrainedTextEncoder, LabelEncoder]
+    return restore("text encoder", {kind.__name__: kind for kind in kinds}, description)
 
 
 def words_of(caption: str) -> list[str]:
