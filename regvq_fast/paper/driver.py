@@ -91,6 +91,10 @@ def reproduce(config: PaperConfig) -> None:
 
     console = Console()
     report = Report(experiment, config.experiment, config.preset, out, plan)
+    if config.report_only and not report.measured():
+        raise ValueError(
+            f"no row of {config.experiment} is done in {out}: leave out --report-only, or give its folder with --out"
+        )
     if not config.report_only:
         for seed in config.seeds:  # all rows with one seed first: a table that is stopped early compares all of them
             for k, row in enumerate(chosen, 1):
