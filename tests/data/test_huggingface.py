@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from regvq_fast.data import HuggingFaceImages, ImageFolder, ImageShards, write_shards
 from regvq_fast.data.datasets import build_dataset, dataset_class
-from regvq_fast.data.huggingface.images import row_hashes
+from regvq_fast.data.huggingface.table import row_hashes
 from regvq_fast.data.loading import collate
 from regvq_fast.evaluation.fid import describe_data
 
@@ -121,7 +121,7 @@ def test_workers_get_file_names_instead_of_images(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
-@pytest.mark.parametrize("name", ["val", "validation", "test"])
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "dev", "test"])
 def test_own_splits(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, train=table([1, 2]), **{name: table([5, 6, 7])}, unsupervised=table([9]))
     assert sorted(levels_of(HuggingFaceImages(path, "train", 8))) == [1, 2]

@@ -119,6 +119,14 @@ def test_unreadable_images_are_passed_over_with_a_warning(tmp_path: Path, caplog
     assert "skipped unreadable image x.png" in caplog.text
 
 
+def test_maps_come_with_their_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    maps = [{"bytes": encode_flat(255, mode="L"), "path": None}] * 10
+    data = published(tmp_path, shards=1, mask=(IMAGE, maps))
+    stream = build_dataset(data, split="train", image_size=8, fields=["segmentation"])
+    assert {int(stream[k]["segmentation"].max()) for k in range(10)} == {255}
+    assert sum("255" in message for message in caplog.messages) == 1
+
+
 def test_it_says_once_what_a_stream_gives_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = published(tmp_path)
     for split in ("train", "val", "train"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 from urllib.parse import parse_qsl
 
-from regvq_fast.data.finding import SPLIT_NAMES, holds_parquet
+from regvq_fast.data.finding import holds_parquet
 from regvq_fast.data.reading import is_of_the_machine
 from regvq_fast.data.samples import Field, Split
 from regvq_fast.invocation import install
@@ -22,6 +22,10 @@ from regvq_fast.models.hub import HUB, LOG_IN, hub_name
 PREFIX = "hf:"
 KEYS = ("config", "image", *get_args(Field), *get_args(Split), "stream", "length")
 """Keys behind the "?": a configuration, the column of each part, the name of each split, and those of streams."""
+
+
+_SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}
+"""Usual names of the splits; the first that exists is used."""
 
 
 class Source(NamedTuple):
@@ -125,7 +129,7 @@ def find_split(source: Source, names: Collection[str], split: Split) -> tuple[st
     """
     listed = ", ".join(map(repr, names))
     found: dict[str, str | None] = {}
-    for part, usual in SPLIT_NAMES.items():
+    for part, usual in _SPLITS.items():
         stated = source.options.get(part)
         if stated is not None and stated not in names:
             raise ValueError(f"{source.text} has no split {stated!r}; its splits are {listed}")
@@ -162,10 +166,10 @@ def _explained(error: Exception, source: Source) -> Exception:
             f"{source.path} is neither a folder here nor a data set on {HUB} that you may read: check the spelling; if "
             f"it is private, {LOG_IN}"
         )
-    if isinstance(error, ConnectionError) and not source.is_local:
+    if not source.is_local and (isinstance(error, ConnectionError) or "LocalEntryNotFoundError" in reason):
         return OSError(
-            f"{source.path} is not in the cache of {HUB}, which can't be reached or is switched off by HF_HUB_OFFLINE: "
-            "load it once with a network"
+            f"{source.path} is neither a folder here nor in the cache of {HUB}, which can't be reached or is switched "
+            "off by HF_HUB_OFFLINE: check the path, or load it once with a network"
         )
     if isinstance(error, ValueError) and "onfig" in reason:  # none chosen of several, or one that isn't there
         names = reason[reason.find("[") + 1 : reason.find("]")].replace("'", "")

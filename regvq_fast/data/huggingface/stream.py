@@ -31,14 +31,14 @@ MOST_UNREADABLE = 1000
 class HuggingFaceStream(ImageFileDataset):
     """The rows of ``hf:...?stream`` as they arrive, as square uint8 RGB images.
 
-    For data that don't fit on the disk. Training samples are *no* function of (seed, index) as those of other data
-    sets are; only crop, flip and the choice of a caption are, given the image. A process (of a rank, or one of its
-    workers) has files of its own, or every so manieth row where there are fewer files than processes. It shuffles
-    within a buffer of 1000 rows, and starts over once it is through. So
+    For data that don't fit on the disk. Training samples are not a function of (seed, index), as those of other data
+    sets are; only crop, flip and the choice of a caption are, given the image. Each process (a rank, or one of its
+    workers) reads files of its own; where there are fewer files than processes, all read every file and serve
+    different rows. It shuffles within a buffer of 1000 rows, and begins another pass after the last row. So
 
-    - which image comes when depends on the numbers of ranks and workers;
+    - the order depends on the numbers of ranks and workers;
     - an epoch is a number of samples, in which some images may come twice and others not at all;
-    - a resumed run starts the current epoch's pass over again.
+    - a resumed run begins the pass of its epoch anew.
 
     Validation samples are exact: they are read once, at the start, and kept in memory as encoded files.
 

@@ -26,16 +26,16 @@ class HuggingFaceImages(ImageFileDataset):
 
     Like :class:`~regvq_fast.data.folder.ImageFolder`: images are decoded here, from the bytes or the path of a row, so
     that crops, orientation and the skipping of unreadable images are the same. ``datasets`` downloads what is on the
-    hub and keeps it as Arrow files in its cache; these are memory-mapped, so that memory is 8 bytes a row, and 8 for a
-    label, and a worker process gets the files' names, not their contents.
+    hub and keeps it as Arrow files in its cache; these are memory-mapped, so that memory is 9 bytes an image, and 4 for
+    a label, and a worker process gets the files' names, not their contents.
 
     Columns are found by type and usual name (:data:`~regvq_fast.data.huggingface.columns.NAMES`) or stated:
     ``hf:ORGANIZATION/NAME?image=photo&caption=title``. Labels are class labels, whole numbers from 0 on, whose names
     are their digits, or texts, sorted over both splits. A negative number, as test splits without labels have, is none.
 
-    Splits: the data set's own where it has "train" and one of "val", "validation" or "test" (the first of these), or
-    those stated: ``?train=train_full&val=dev``. Otherwise about 5 % of the rows are for validation, chosen by a hash of
-    their numbers, so that adding rows at the end moves none from one split to the other.
+    Splits: the data set's own where it has "train" and one of "val", "validation", "valid", "dev" or "test" (the first
+    of these), or those stated: ``?train=train_full&val=small``. Otherwise about 5 % of the rows are for validation,
+    chosen by a hash of their numbers, so that adding rows at the end moves none from one split to the other.
 
     Args:
         source: as :mod:`regvq_fast.data.huggingface.source` describes it.
