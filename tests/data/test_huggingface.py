@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.flat_images import encode_flat, level_of, levels_of, write_flat
-from helpers.runs import FAST, assert_same_run, resume, train
+from helpers.runs import FAST, assert_same_run, resume, run_script, train
 from torch.utils.data import DataLoader
 
 from regvq_fast.data import HuggingFaceImages, ImageFolder, ImageShards, write_shards
@@ -76,7 +76,7 @@ def test_orientation_and_crops_are_those_of_a_folder(tmp_path: Path) -> None:
     path = saved(tmp_path / "data", train=one, validation=one)
     for split in ("train", "val"):
         ours, theirs = (build_dataset(root, split=split, image_size=16) for root in (path, tmp_path / "folder"))
-        assert all(torch.equal(ours[0]["image"], theirs[0]["image"]) for _ in range(1 if split == "val" else 5))
+        assert all(torch.equal(ours[k]["image"], theirs[k]["image"]) for k in range(1 if split == "val" else 5))
 
 
 def test_parquet_beside_images_or_shards_leaves_them_what_they_are(tmp_path: Path) -> None:
@@ -263,9 +263,9 @@ def test_fields_are_counted(tmp_path: Path) -> None:
     assert (counts.images, counts.having) == (4, {"caption": 2, "label": 3, "segmentation": 0})
     ambiguous = table(range(3), text=(TEXT, ["a"] * 3), caption=(TEXT, ["b"] * 3))
     path = saved(tmp_path / "b", train=ambiguous)
-    assert HuggingFaceImages.count_fields(path).complete == ()
+    assert not any(HuggingFaceImages.count_fields(path).having.values())
     counts = HuggingFaceImages.count_fields(source(path, caption="text"))
-    assert counts.complete == ("caption",)
+    assert counts.having["caption"] == counts.images
     assert counts.images == len(HuggingFaceImages(path, "train", 8)) == 2
     hidden = saved(tmp_path / "c", train=one, test=table([9], label=(ANIMALS, [-1]), caption=(TEXT, ["e"])))
     assert HuggingFaceImages.count_fields(hidden).having["label"] == 0
@@ -308,6 +308,18 @@ def test_a_tokenizer_trains_on_it_and_a_resumed_run_has_the_same_bits(
     train(*FAST, *data, "--steps", 2, "--out", tmp_path / "halves")
     resume(tmp_path / "halves", "--steps", 4)
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_prior_trains_on_its_labels(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (6, 40, 40, 3), dtype=np.uint8)
+    features = datasets.Features(image=IMAGE, kind=ANIMALS)
+    one = datasets.Dataset.from_dict({"image": list(noise), "kind": [0, 1, 2] * 2}, features)
+    data = saved(tmp_path / "data", train=one, test=one)
+    train(*FAST, "--data", data, "--steps", 1, "--out", tmp_path / "tokenizer")
+    small = "--steps 1 --batch-size 2 --val-images 6 --width 16 --depth 1 --heads 2 --device cpu --on-the-fly".split()
+    flags = ["--tokenizer", tmp_path / "tokenizer", "--data", data, "--out", tmp_path / "prior"]
+    run_script(*small, *flags, script="ar.py")
+    assert '"condition": "label"' in (tmp_path / "prior" / "config.json").read_text()
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

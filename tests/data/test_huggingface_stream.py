@@ -103,7 +103,8 @@ def test_fields_come_with_their_images(tmp_path: Path) -> None:
     assert stream.label_names == ("cat", "dog", "owl")
     found = {(level_of(sample), sample["label"], sample["caption"]) for sample in (stream[k] for k in range(8))}
     assert found == {(0, 0, "a"), (1, 1, "b"), (5, 0, "a"), (6, 1, "b")}
-    assert HuggingFaceStream.count_fields(data).complete == ("caption", "label")
+    counts = HuggingFaceStream.count_fields(data)
+    assert (counts.images, counts.having) == (10, {"caption": 10, "label": 10, "segmentation": 0})
     with pytest.raises(ValueError, match=r"'caption' .* has no class labels \(or, unless streamed"):
         build_dataset(data + "&label=caption", split="val", image_size=8, fields=["label"])
 
