@@ -28,7 +28,7 @@ class DataConfig(Section):
     """Images."""
 
     data: OptionalPath = None
-    """Folder of images or tar shards, or a pattern: "a-{0..9}.tar". Default: the embedded scenes."""
+    """Folder of images, tar shards or parquet, "a-{0..9}.tar", or hf:ORG/NAME. Default: the embedded scenes."""
     image_size: int = 64
     """Side of the square images in pixels."""
     crop: Crop = "random-resized"
