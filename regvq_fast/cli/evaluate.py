@@ -114,6 +114,8 @@ class _SplitEvaluation:
             seed=config.data_seed,
             fields=() if self.sampler is None else fields_of(self.sampler.condition),
         )
+        if self.sampler is not None:
+            self.sampler.check_labels(self.dataset)
         self.samples = None if config.images is None else open_samples(config.images, size)
         for what, images in (("validation", self.dataset), ("sampled", self.samples)):
             if self.net is not None and images is not None and len(images) < 2:

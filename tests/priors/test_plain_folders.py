@@ -57,6 +57,10 @@ def test_a_folder_trains_every_prior(
         run_script(*sampled, tmp_path / "fox", "--label", "Red Fox", "--guidance", 2, script="sample.py")
         run_script(*sampled, tmp_path / "each", "--per-class", 3, script="sample.py")
         assert len(list((tmp_path / "each").glob("0*.png"))) == 6
+        other = photos(tmp_path / "other photos", ("cow", "dog"))
+        with pytest.raises(SystemExit, match=r"2 labels"):
+            run_script(*sampled, tmp_path / "no", "--data", other, script="sample.py")
+        run_script(*sampled, tmp_path / "val", "--data", data, script="sample.py")
         with pytest.raises(SystemExit, match=r"'fox' .*'red fox'"):
             run_script(*sampled, tmp_path / "no", "--label", "fox", script="sample.py")
     else:
