@@ -14,7 +14,16 @@ from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.samples import Split
 from regvq_fast.evaluation.feature_nets import load_feature_net
 from regvq_fast.evaluation.measurement import RESULTS
-from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName, Row, Scale, prior_of, recipe
+from regvq_fast.paper.experiments import (
+    EXPERIMENTS,
+    PUBLISHED_DATASETS,
+    Experiment,
+    ExperimentName,
+    Row,
+    Scale,
+    prior_of,
+    recipe,
+)
 from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import inference_device
@@ -101,6 +110,9 @@ def reproduce(config: PaperConfig) -> None:
 def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
     """The rows that are asked for; raises ValueError or OSError for what is wrong."""
     check_at_least(1, {"--processes": config.processes, "--seeds": len(config.seeds)})
+    if config.preset not in ("scenes", *PUBLISHED_DATASETS):
+        theirs = ", ".join(PUBLISHED_DATASETS)
+        raise ValueError(f"the paper has no experiments on --preset {config.preset}: take scenes, or one of {theirs}")
     if config.preset == "scenes" and config.data is not None:
         raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
     if config.preset != "scenes" and config.data is None:

@@ -20,7 +20,7 @@ class TokensConfig(Section):
     tokenizer: OptionalPath = None
     """Tokenizer: run, checkpoint, folder or ORGANIZATION/NAME on the hub. Default: the cache's."""
     condition: Condition | None = None
-    """Condition of an image. Default: the first that all images have; none: unconditional."""
+    """Condition of an image. Default: the first that 95 % of the images have."""
     data: OptionalPath = None
     """on the fly: images, as for regvq train vq. Default: the embedded scenes."""
     crop: Crop = "center"

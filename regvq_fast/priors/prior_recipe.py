@@ -118,7 +118,7 @@ class PriorRecipe(Recipe[Config]):
             self.data = Data(train, val, train.info.train_images, workers=0)
             return self.data
         kind = dataset_class(tokens.data)
-        has = kind.count_fields(tokens.data).complete
+        has = kind.count_fields(tokens.data).usable
         self.conditioned_on = choose_condition(tokens.condition, self.sampler.conditions, has, f"--data {tokens.data}")
         shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": fields_of(self.conditioned_on)}
         images = build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ class DiffusionModelConfig(TransformerConfig):
     """Diffusion network and its condition."""
 
     text_encoder: str = "words"
-    """Of captions: words (trained with the prior), or a frozen one of transformers, by name or folder."""
+    """Encoder of captions: words (trained with the prior), or a frozen one of transformers."""
     diffusion_steps: int = 100
     """Diffusion steps T."""
     auxiliary_weight: float = 5e-4
@@ -56,4 +56,5 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
     ),
     "cub200": _vq_diffusion_b("cub200"),
     "coco": _vq_diffusion_b("coco"),
+    "imagenet": _vq_diffusion_b("imagenet"),  # by label
 }
