@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from regvq_fast.config import override
+from regvq_fast.config import override, read_config
 from regvq_fast.precision import Precision
 from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.registry import PRIORS
@@ -62,9 +62,12 @@ def config_of(folder: Path, prior: str = "ar", **changes: Any) -> Any:
 
 
 def run(folder: Path, name: str, prior: str = "ar", **changes: Any) -> Trainer[Any]:
-    """A whole run in FOLDER/NAME; with ``resume`` it goes on there."""
+    """A whole run in FOLDER/NAME; with ``resume`` the one that is there goes on."""
+    config = config_of(folder, prior)
+    if changes.get("resume"):
+        config = read_config(folder / name, type(config))
     with quick():
-        opened = Trainer.open(PRIORS[prior].recipe, config_of(folder, prior, out=folder / name, **changes))
+        opened = Trainer.open(PRIORS[prior].recipe, override(config, out=folder / name, **changes))
         opened.fit()
     return opened
 
