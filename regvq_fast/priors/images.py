@@ -93,8 +93,8 @@ class ImageSampler:
         names = self.prior.label_names
         if self.condition == "label" and dataset.label_names != names:
             raise ValueError(
-                f"the {len(dataset.label_names)} labels of {dataset.title} are not the prior's {len(names)}: take the data "
-                "that it was trained on"
+                f"the {len(dataset.label_names)} labels of {dataset.title} are not the prior's {len(names)}: take the "
+                "data that it was trained on"
             )
 
     def sample(self, batch: Batch, first_image: int) -> Tensor:
