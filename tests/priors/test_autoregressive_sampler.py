@@ -1,11 +1,13 @@
 """Sampling from the autoregressive prior: what the chain rule says, in every batch, guided, edited, compiled."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
+from regvq_fast.priors.autoregressive.model import Arch
 from regvq_fast.priors.choosing import choose_tokens
 
 SEED = 5
@@ -24,9 +26,9 @@ def make_prior(num_codes=CODES, **options):
     return prior
 
 
-@pytest.fixture(scope="module")
-def prior():
-    return make_prior()
+@pytest.fixture(scope="module", params=get_args(Arch))
+def prior(request):
+    return make_prior(arch=request.param)
 
 
 @pytest.fixture
@@ -124,9 +126,9 @@ def test_progress_counts_positions(prior, condition):
 
 
 def test_half_precision(prior, condition):
-    low = make_prior().bfloat16()
+    low = make_prior(arch=prior.arch).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        automatic = sample_autoregressive(make_prior().float(), condition, seed=SEED)
+        automatic = sample_autoregressive(make_prior(arch=prior.arch).float(), condition, seed=SEED)
     exact = sample_autoregressive(prior, condition, seed=SEED)
     # Rounding sends an image another way sooner or later, but at its first token hardly ever.
     for tokens in (automatic, sample_autoregressive(low, condition, seed=SEED)):
@@ -137,7 +139,7 @@ def test_half_precision(prior, condition):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_it_draws_the_same_without_waiting(prior, condition, compiled):
     expected = sample_autoregressive(prior, condition, seed=SEED, guidance=1.5, top_p=0.9)
-    there, condition = make_prior().cuda(), condition.cuda()
+    there, condition = make_prior(arch=prior.arch).cuda(), condition.cuda()
     settings = {"seed": torch.tensor(SEED, device="cuda"), "guidance": 1.5, "top_p": 0.9, "compile": compiled}
 
     def forbid_waiting(done, total):
