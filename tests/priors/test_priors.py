@@ -185,6 +185,7 @@ def test_a_resumed_run_equals_one_without_a_break(
     moved = shutil.copytree(cache, tmp_path / "moved")
     resume(tmp_path / "broken", "--cache", moved, script=PRIORS[prior])
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    assert ("blocks.0.attn.qk_gain" in load_file(tmp_path / "whole" / "model.safetensors")) == ("llama" in own)
 
 
 @pytest.mark.parametrize(("stage", "prior"), [("fit", "ar"), ("sample", "ar"), ("sample", "diffusion")])

@@ -15,7 +15,6 @@ class ARModelConfig(TransformerConfig):
 
     arch: Arch = "taming"
     """Blocks and positions of taming-transformers, or of Llama-like image models (LlamaGen)."""
-
     num_classes: OptionalInt = None
     """Class ids of the maps. Default: those of the cache or data set."""
     keep: float = 1.0

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from regvq_fast.models.attention import KeyValueCache, attention
 from regvq_fast.models.llama import LlamaBlock, RMSNorm, grid_rotation
 from regvq_fast.models.model import Model
-from regvq_fast.models.transformer import Block, check_sizes, flat_ids, grid_shape, grid_sinusoids, initialize
+from regvq_fast.models.transformer import INIT_STD, Block, check_sizes, flat_ids, grid_shape, grid_sinusoids, initialize
 from regvq_fast.models.weights import LoadedWeights, check_state_dict, nested_state_dict, strip_prefix
 from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.priors.conditions import Condition
@@ -127,6 +127,12 @@ class TokenTransformer(Model):
             rotation = grid_rotation(self.condition_shape, self.token_shape, width // heads)
             self.register_buffer("pos_emb", rotation, persistent=False)
             nn.init.zeros_(self.head.weight)
+            # Without biases, queries and keys of all ids have in common what their embeddings do; only that makes
+            # scores by position alone (docs/priors.md).
+            shared = nn.init.normal_(torch.empty(width), std=INIT_STD)
+            with torch.no_grad():
+                self.tok_emb.weight += shared
+                self.cond_emb.weight += shared
         else:
             self.pos_emb = nn.Parameter(_first_positions(self.condition_shape, self.token_shape, width))
 
