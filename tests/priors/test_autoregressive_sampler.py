@@ -85,8 +85,10 @@ def test_an_image_does_not_depend_on_its_batch(prior, condition):
     assert not torch.equal(whole, sample_autoregressive(prior, condition, seed=SEED, first_image=8))
 
 
-def test_images_have_the_frequencies_of_the_chain_rule():
-    images, prior = 6000, make_prior(num_codes=3, token_shape=(1, 2), condition_shape=(1, 1), width=8, depth=1)
+@pytest.mark.parametrize("arch", get_args(Arch))
+def test_images_have_the_frequencies_of_the_chain_rule(arch):
+    sizes = {"token_shape": (1, 2), "condition_shape": (1, 1), "width": 8, "depth": 1}
+    images, prior = 6000, make_prior(num_codes=3, arch=arch, **sizes)
     tokens = sample_autoregressive(prior, torch.full((images, 1), 2), seed=SEED).flatten(1)
     first, second = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)
     pairs = torch.stack([first, second], 1)

@@ -127,12 +127,11 @@ class TokenTransformer(Model):
             rotation = grid_rotation(self.condition_shape, self.token_shape, width // heads)
             self.register_buffer("pos_emb", rotation, persistent=False)
             nn.init.zeros_(self.head.weight)
-            # Without biases, queries and keys of all ids have in common what their embeddings do; only that makes
-            # scores by position alone (docs/priors.md).
-            shared = nn.init.normal_(torch.empty(width), std=INIT_STD)
+            # Without biases, attention by position alone needs what all tokens, and all ids of the condition, have in
+            # common (docs/priors.md).
             with torch.no_grad():
-                self.tok_emb.weight += shared
-                self.cond_emb.weight += shared
+                for embedding in (self.tok_emb, self.cond_emb):
+                    embedding.weight += nn.init.normal_(torch.empty(width), std=INIT_STD)
         else:
             self.pos_emb = nn.Parameter(_first_positions(self.condition_shape, self.token_shape, width))
 
