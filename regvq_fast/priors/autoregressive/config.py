@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalInt, PresetName
+from regvq_fast.priors.autoregressive.model import Arch
 from regvq_fast.priors.config import PriorConfig, PriorRunConfig, TransformerConfig
 from regvq_fast.settings import check_probabilities
 
@@ -12,6 +13,8 @@ from regvq_fast.settings import check_probabilities
 class ARModelConfig(TransformerConfig):
     """Autoregressive transformer."""
 
+    arch: Arch = "taming"
+    """Blocks and positions of taming-transformers, or of Llama-like image models (LlamaGen)."""
     num_classes: OptionalInt = None
     """Class ids of the maps. Default: those of the cache or data set."""
     keep: float = 1.0

@@ -41,6 +41,7 @@ runs/...); regvq sample samples images from it.
             depth=model.depth,
             heads=model.heads,
             dropout=model.dropout,
+            arch=model.arch,
         )
         return prior, {}
 
