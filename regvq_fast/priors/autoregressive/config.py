@@ -52,4 +52,10 @@ AR_PRESETS: dict[str, ARConfig] = {
     ),
     "ade20k": _paper("ade20k", num_classes=151),
     "celebahq": _paper("celebahq", num_classes=19),
+    # By label; sizes and schedule of LlamaGen-L (Sun et al. 2024).
+    "imagenet": ARConfig(
+        run=PriorRunConfig(preset="imagenet", image_every=1000, log_every=50, checkpoint_every=1000),
+        model=ARModelConfig(arch="llama", width=1024, depth=24, heads=16, dropout=0.1),
+        optimizer=OptimizerConfig(epochs=300, batch_size=256, lr=1e-4, weight_decay=0.05, warmup_steps=1000),
+    ),
 }
