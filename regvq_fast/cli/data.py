@@ -1,4 +1,4 @@
-"""The command ``regvq data``: check the paper's data sets, pack them into shards, get the emoji."""
+"""The command ``regvq data``: check official archives of data sets, pack them into shards, get the emoji."""
 
 import signal
 import sys
@@ -19,7 +19,7 @@ from regvq_fast.data.samples import Field
 from regvq_fast.data.verifying import verify
 from regvq_fast.settings import changed_flags
 
-USAGE = """Check the paper's data sets as their official archives unpack, and pack them into shards; get the emoji.
+USAGE = """Check the paper's data sets and ImageNet as they unpack, pack them into shards; get the emoji.
 
     regvq data verify --dataset cub200 --root data/               # which files exist, where to get the rest
     regvq data verify --root data/CUB_200_2011 --decode           # and can all of it be read?
@@ -46,7 +46,7 @@ class DataCommand:
     dataset: ArchiveName | None = None
     """Name of the data set. Default: the one whose layout is found; needed if there are several."""
     fields: tuple[Field, ...] | None = None
-    """Required fields of its images. Default: those of the paper's prior."""
+    """Required fields of its images. Default: those of its preset's prior; prepare also packs labels."""
     decode: bool = False
     """verify: open every image, map and caption as well."""
     out: Path | None = None
@@ -102,6 +102,8 @@ def _run(command: DataCommand, console: Console) -> None:
     if command.command == "verify":
         verify(archive, fields, decode=command.decode, workers=workers, console=console)
         return
+    if command.fields is None and "label" in archive.fields and archive.label_names:
+        fields = {*fields, "label"}
     assert command.out is not None
     prepare(
         archive,
