@@ -94,13 +94,20 @@ def test_every_emoji_is_an_image_with_its_names_in_the_folder_of_its_group(packa
     assert files(tmp_path / "again") == found
 
 
-def test_training_reads_the_folder(package, tmp_path):
+def test_names_are_captions_and_groups_are_labels(package, tmp_path):
     run(tmp_path / "emoji", package)
     splits = [
-        build_dataset(tmp_path / "emoji", split=split, image_size=8, fields=["caption"]) for split in ("train", "val")
+        build_dataset(tmp_path / "emoji", split=split, image_size=8, fields=["caption", "label"])
+        for split in ("train", "val")
     ]
-    captions = {split[k]["caption"] for split in splits for k in range(len(split))}
-    assert len(captions) == 3
+    names = {"Animals & Nature": ["dog face", "dog", "good dog"], "People & Body": ["thumbs up", "+1"]}
+    names["______Symbols"] = ["up", "../up"]
+    for split in splits:
+        assert split.label_names == tuple(sorted(names))
+        assert all(
+            sample["caption"] in names[split.label_names[sample["label"]]]
+            for sample in map(split.__getitem__, range(len(split)))
+        )
 
 
 def test_the_package_is_downloaded_and_checked(package, tmp_path, monkeypatch):
