@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalInt, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig, TransformerConfig
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalInt, PresetName
+from regvq_fast.priors.config import PriorConfig, PriorRunConfig, TransformerConfig
 from regvq_fast.settings import check_probabilities
 
 
@@ -36,7 +36,7 @@ class ARConfig(PriorConfig):
 def _paper(preset: PresetName, num_classes: int) -> ARConfig:
     """The paper's setting (section 4.1), with the sizes of taming's transformer for semantic synthesis."""
     return ARConfig(
-        run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
+        run=PriorRunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         model=ARModelConfig(num_classes=num_classes, width=1024, depth=24, heads=16, condition_dropout=0.0),
         optimizer=OptimizerConfig(epochs=50, batch_size=40, warmup_steps=1000),
     )
