@@ -28,8 +28,8 @@ _NAMES, _IMAGES = "package/emoji.json", "package/img/google/64/"
 def prepare_emoji(out: Path, package: Path | None = None, *, console: Console) -> None:
     """Write each emoji as ``GROUP/NAME.png`` (64 px, transparency composited on white) and its names as ``NAME.txt``.
 
-    The first name is Unicode's, such as "dog face", the others are short ones, such as "dog". Skin tones are left out,
-    which would make two thirds of all images people and hands. The folder appears when it is complete.
+    The first name is Unicode's, such as "dog face", the others are short ones, such as "dog". Skin tones are left out:
+    with them 60 % of the images would be people and hands. The folder appears when it is complete.
 
     Args:
         out: new or empty folder.
