@@ -1,6 +1,7 @@
 """Files that appear complete or not at all, folders to write to, and the user's cache."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,29 @@ def check_new_folder(out: Path, remedy: str = "name a new one") -> None:
     """Raise FileExistsError unless ``out`` is an empty folder, or isn't there; ``remedy`` ends the message."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} exists and is not an empty folder; {remedy}")
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``out`` to fill; it takes the place of ``out`` once the body succeeds.
+
+    Creates missing parent folders. Where the body fails, the temporary folder is removed.
+
+    Raises:
+        FileExistsError: ``out`` is there, and not empty. ValueError: it is a mount point or the current folder.
+    """
+    check_new_folder(out)
+    out = out.resolve()
+    if out.is_mount() or out == Path.cwd():  # a folder made beside it can't replace it
+        raise ValueError(f"--out {out} is a mount point or the current folder: name a new folder in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_writable(out: Path, remedy: str = "name another one") -> None:

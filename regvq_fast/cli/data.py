@@ -1,4 +1,4 @@
-"""The command ``regvq data``: check official archives of data sets, and pack them into shards of small images."""
+"""The command ``regvq data``: check official archives of data sets, pack them into shards, get the emoji."""
 
 import signal
 import sys
@@ -12,29 +12,37 @@ from rich.console import Console
 
 from regvq_fast.config import run_command
 from regvq_fast.data.archives import ARCHIVES, Archive, ArchiveName, find_archive
+from regvq_fast.data.emoji import prepare_emoji
 from regvq_fast.data.loading import default_workers
 from regvq_fast.data.preparing import prepare
 from regvq_fast.data.samples import Field
 from regvq_fast.data.verifying import verify
+from regvq_fast.settings import changed_flags
 
-USAGE = """Check the paper's data sets and ImageNet as their official archives unpack, and pack them into shards.
+USAGE = """Check the paper's data sets and ImageNet as they unpack, pack them into shards; get the emoji.
 
     regvq data verify --dataset cub200 --root data/               # which files exist, where to get the rest
     regvq data verify --root data/CUB_200_2011 --decode           # and can all of it be read?
     regvq data prepare --root data/CUB_200_2011 --out cub-shards  # resized, as tar files for --data
+    regvq data emoji --out emoji                                  # 1,906 images with names and groups, for --data
 
 Training reads the archives' folders as they are: --data data/CUB_200_2011. docs/data.md has addresses, layouts, splits.
 """
+
+
+_OF_ARCHIVES = ("dataset", "fields", "decode", "size", "quality", "shard_mib", "workers")
 
 
 @dataclass(frozen=True)
 class DataCommand:
     """A run of ``regvq data``."""
 
-    command: Annotated[Literal["verify", "prepare"], tyro.conf.Positional]
-    """verify: list which files of a data set exist and where to get the rest. prepare: pack it, resized, in shards."""
-    root: Path
-    """Folder that the official archives are unpacked in, or the top folder of one."""
+    command: Annotated[Literal["verify", "prepare", "emoji"], tyro.conf.Positional]
+    """verify: list which files of a data set exist and where to get the rest. prepare: pack it, resized, in shards.
+    emoji: download Google's emoji (74 MB) into a folder of images with captions, in a folder for each group."""
+    root: Path | None = None
+    """Folder that the official archives are unpacked in, or the top folder of one.
+    emoji: the npm package emoji-datasource-google, a .tgz, in place of the download."""
     dataset: ArchiveName | None = None
     """Name of the data set. Default: the one whose layout is found; needed if there are several."""
     fields: tuple[Field, ...] | None = None
@@ -42,7 +50,7 @@ class DataCommand:
     decode: bool = False
     """verify: open every image, map and caption as well."""
     out: Path | None = None
-    """prepare: folder of the shards, new or empty."""
+    """prepare: folder of the shards; emoji: of the images. New or empty."""
     size: int = 384
     """prepare: pixels of the shorter side; smaller images keep their size. Training crops take down to 71 % of it."""
     quality: int = 95
@@ -65,8 +73,26 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
         raise ValueError(f"--workers must not be negative, got {command.workers}")
     if command.command == "verify" and command.out is not None:
         raise ValueError(f"--out {command.out} is for prepare; verify writes nothing: leave it out")
+    if command.command != "verify" and command.out is None:
+        raise ValueError(f"{command.command} needs a folder to write to: name a new one with --out")
     if command.command == "prepare" and command.decode:
         raise ValueError("--decode is for verify; prepare opens every file in any case: leave it out")
+    if command.command == "emoji" and (flags := changed_flags(command, _OF_ARCHIVES)):
+        raise ValueError(f"{flags[0]} is for the archives of verify and prepare: leave it out")
+    # SIGTERM removes unfinished folders, as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        _run(command, console)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(command: DataCommand, console: Console) -> None:
+    """Run a command line whose flags fit together."""
+    if command.command == "emoji":
+        assert command.out is not None
+        prepare_emoji(command.out, command.root, console=console)
+        return
     archive = _archive(command)
     fields: Collection[Field] = archive.needed if command.fields is None else command.fields
     for field in fields:
@@ -76,30 +102,26 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
     if command.command == "verify":
         verify(archive, fields, decode=command.decode, workers=workers, console=console)
         return
-    if command.out is None:
-        raise ValueError("prepare needs a folder for the shards: name a new one with --out")
     if command.fields is None and "label" in archive.fields and archive.label_names:
         fields = {*fields, "label"}
-    # SIGTERM removes unfinished shards, as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    try:
-        prepare(
-            archive,
-            command.out,
-            fields,
-            size=command.size,
-            quality=command.quality,
-            shard_mib=command.shard_mib,
-            workers=workers,
-            console=console,
-        )
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert command.out is not None
+    prepare(
+        archive,
+        command.out,
+        fields,
+        size=command.size,
+        quality=command.quality,
+        shard_mib=command.shard_mib,
+        workers=workers,
+        console=console,
+    )
 
 
 def _archive(command: DataCommand) -> Archive:
     """Return the archive in the folder that the command names; raise FileNotFoundError if there is none."""
     root = command.root
+    if root is None:
+        raise ValueError(f"{command.command} needs the folder that the archives are unpacked in: name it with --root")
     if not root.is_dir():
         raise FileNotFoundError(f"--root {root} is no folder: name the one that the archives are unpacked in")
     archive = find_archive(root, command.dataset)

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +23,7 @@ from regvq_fast.data.samples import Field
 from regvq_fast.data.shards import write_shards
 from regvq_fast.data.transforms import Box, crop_labels, crop_rgb, upright_size
 from regvq_fast.data.verifying import SHOWN_PROBLEMS
-from regvq_fast.files import check_new_folder
+from regvq_fast.files import atomic_folder
 
 
 def prepare(
@@ -56,17 +55,10 @@ def prepare(
         raise ValueError(f"--quality must be between 1 and 100, got {quality}")
     if shard_mib < 1:
         raise ValueError(f"--shard-mib must be at least 1, got {shard_mib}")
-    check_new_folder(out)
-    out = out.resolve()
-    if out.is_mount() or out == Path.cwd():  # a folder made beside it can't replace it
-        raise ValueError(f"--out {out} is a mount point or the current folder: name a new folder in it")
-    found = {split: SplitFiles(archive, partition, fields) for split, partition in archive.served.items()}
-    for files in found.values():
-        files.require()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    partial.mkdir()
-    try:
+    with atomic_folder(out) as partial:
+        found = {split: SplitFiles(archive, partition, fields) for split, partition in archive.served.items()}
+        for files in found.values():
+            files.require()
         splits: dict[str, dict[str, Any]] = {}
         for split, files in found.items():
             partition = files.partition
@@ -92,9 +84,6 @@ def prepare(
             mirror_pairs=archive.mirror_pairs if "segmentation" in fields else (),
         )
         write_manifest(partial, manifest)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     for name, packed_split in manifest.splits.items():
         with_fields = "".join(f", {packed_split[field]:,} with {field}" for field in sorted(fields))
         without = f"{packed_split['missing']:,} missing, {packed_split['unreadable']:,} unreadable left out"
