@@ -60,14 +60,11 @@ def save_images(folder: Path, images: Tensor, first: int = 0) -> None:
         save_image(folder / f"{number:05d}.png", image)
 
 
-def caption_tiles(captions: Sequence[str], size: int, least: int | None = None) -> Tensor:
-    """Render captions, wrapped, as images (B, 3, H, size) uint8.
-
-    H is ``least`` (None: ``size``), or more if the longest needs it.
-    """
+def caption_tiles(captions: Sequence[str], size: int) -> Tensor:
+    """Render captions, wrapped, as images (B, 3, H, size) uint8; H is what the longest needs."""
     font_size = max(9, size // 12)
     texts = ["\n".join(_wrap(caption, size - 4, font_size)) for caption in captions]
-    height = max(size if least is None else least, *(_text_size(text, font_size)[1] + 4 for text in texts))
+    height = max(_text_size(text or " ", font_size)[1] + 4 for text in texts)
     return torch.stack([text_tile(text, size, height, font_size) for text in texts])
 
 

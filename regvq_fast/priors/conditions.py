@@ -117,7 +117,7 @@ def render(
     if condition == "segmentation":
         return [color_map(conditions, shape)], legend_of(conditions, names)
     if condition == "label":
-        return [caption_tiles([names[k] for k in conditions.tolist()], text_size, least=0)], {}
+        return [caption_tiles([names[k] for k in conditions.tolist()], text_size)], {}
     return [], {}
 
 

@@ -144,14 +144,14 @@ def test_captions_are_shown_whole():
 
     word = "description"
     short, long, unbroken = (caption_tiles([text], 192)[0] for text in (word, " ".join([word] * 60), word * 60))
-    assert short.shape == (3, 192, 192)
+    assert short.shape[1] < 40, "a line of text needs no more"
     for tile in (long, unbroken):
         assert tile.shape[1] > 192
         assert ink(tile) == pytest.approx(60 * ink(short), rel=0.1)
         assert (tile[:, -2:] == 255).all()
         assert (tile[:, :, -1:] == 255).all()
     assert caption_tiles([word, " ".join([word] * 60)], 192).shape == (2, *long.shape)
-    assert caption_tiles([""], 192).shape == (1, 3, 192, 192)
+    assert caption_tiles([""], 192).shape[3] == 192
 
 
 def test_rows_have_their_labels_at_their_left(tmp_path):
