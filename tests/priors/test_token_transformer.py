@@ -9,8 +9,8 @@ import taming_gpt
 import torch
 import torch.nn.functional as F
 
+from regvq_fast.priors import prefix as module
 from regvq_fast.priors.autoregressive import TokenTransformer
-from regvq_fast.priors.autoregressive import model as module
 
 SEED = torch.tensor(3)
 CODES, CLASSES, WIDTH, DEPTH, HEADS = 12, 5, 16, 2, 2

@@ -3,17 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalInt, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig, TransformerConfig
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName, RunConfig
+from regvq_fast.priors.config import PriorConfig
+from regvq_fast.priors.prefix import PrefixModelConfig
 from regvq_fast.settings import check_probabilities
 
 
 @dataclass(frozen=True)
-class ARModelConfig(TransformerConfig):
+class ARModelConfig(PrefixModelConfig):
     """Autoregressive transformer."""
 
-    num_classes: OptionalInt = None
-    """Class ids of the maps. Default: those of the cache or data set."""
     keep: float = 1.0
     """Probability that an input token is not replaced by a random one (taming's pkeep)."""
 
