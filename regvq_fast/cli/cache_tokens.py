@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,17 +19,18 @@ from torch.utils.data import Dataset
 from regvq_fast.config import run_command
 from regvq_fast.config.runtime import DeviceConfig, LoadingConfig, SeedConfig
 from regvq_fast.console import progress_bar, say
-from regvq_fast.data.datasets import build_dataset
+from regvq_fast.data.datasets import build_dataset, dataset_class
+from regvq_fast.data.image_dataset import FieldCounts
 from regvq_fast.data.loading import default_workers, fingerprint, first_samples, validation_batches
 from regvq_fast.data.samples import Crop, Field, Sample, Split
 from regvq_fast.data.token_cache import (
     INFO,
-    MAX_CODES,
     REMEDY,
     CacheInfo,
     open_shard,
     read_info,
     shard_path,
+    token_type,
     write_info,
     write_shard,
 )
@@ -38,6 +40,8 @@ from regvq_fast.evaluation.shares import unreadable_images
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
+from regvq_fast.priors.conditions import trainable
+from regvq_fast.priors.registry import PRIORS
 from regvq_fast.ranks import any_rank, local_world_size, process_group, raise_on_all_ranks, rank, world_size
 from regvq_fast.settings import check_at_least
 
@@ -47,11 +51,11 @@ _SPLITS: tuple[Split, ...] = ("train", "val")
 USAGE = """Encode a data set once with a trained tokenizer: the priors train from its tokens.
 
     regvq tokens --tokenizer runs/NAME --out cache/           # embedded scenes
-    regvq tokens --tokenizer runs/NAME --out cache/ --data photos/ --fields segmentation --amp
+    regvq tokens --tokenizer runs/NAME --out cache/ --data photos/ --amp
     torchrun --nproc-per-node 8 -m regvq_fast tokens --tokenizer runs/NAME --out cache/ --data shards/ --amp
 
-The cache holds the first --views epochs of the training stream and the validation split. The same command completes a
-cache whose run was stopped.
+The cache holds the first --views epochs of the training stream and the validation split, with the captions, labels and
+semantic maps that all images have. The same command completes a cache whose run was stopped.
 """
 
 
@@ -69,8 +73,8 @@ class CacheConfig(LoadingConfig, DeviceConfig, SeedConfig):
     views: int | None = None
     """Epochs of the training stream to keep, each with its own flips and captions, or scenes.
     Not given: 4; 2 of images without captions."""
-    fields: tuple[Field, ...] = ()
-    """Fields to keep beside tokens. Not given: both of the scenes, none of images."""
+    fields: tuple[Field, ...] | None = None
+    """Fields to keep beside tokens; images that lack one are left out. Not given: those that all images have."""
     crop: Crop = "center"
     """Training crop of images; center is that of FID's reference images."""
     flip: bool = True
@@ -126,14 +130,11 @@ class _Caching:
         self.console = Console(quiet=rank() > 0)
         self.model = VQGAN.from_pretrained(config.tokenizer)
         num_codes = self.model.quantize.num_codes
-        if num_codes > MAX_CODES:
-            raise ValueError(
-                f"tokens are kept as uint16, of {MAX_CODES} codes at most; {config.tokenizer} has {num_codes}"
-            )
         self.precision = choose_precision(config.amp, device)
-        fields: tuple[Field, ...] = tuple(sorted(set(config.fields)))
-        if config.data is None:
-            fields = fields or ("caption", "segmentation")
+        self.counts = (
+            FieldCounts(0, {}) if config.fields is not None else dataset_class(config.data).count_fields(config.data)
+        )
+        fields = self.counts.complete if config.fields is None else tuple(sorted(set(config.fields)))
         self.datasets = {
             split: build_dataset(
                 config.data,
@@ -164,6 +165,7 @@ class _Caching:
             val_images=len(self.datasets["val"]),
             fields=fields,
             shard_samples=config.shard_samples,
+            label_names=self.datasets["train"].label_names if "label" in fields else (),
             first_images=fingerprint(*first_images)[:12],
         )
         self._check_folder()
@@ -175,7 +177,12 @@ class _Caching:
         if INFO in names:
             saved = read_info(self.folder).settings()
             for name, value in self.info.settings().items():
-                if name == "first_images":
+                if name == "label_names":
+                    if saved[name] != value:
+                        raise ValueError(
+                            f"the names of the classes differ from those in {self.folder / INFO}: name another --out"
+                        )
+                elif name == "first_images":
                     if saved[name] not in (None, value):
                         raise ValueError(
                             f"the first images differ from those that {self.folder} has the tokens of (other files, or "
@@ -198,6 +205,7 @@ class _Caching:
         total = sum(map(self.info.num_shards, _SPLITS))
         data = self.datasets["train"].title
         say(self.console, "data", f"{data}, {self.info.train_images} training images x {self.info.views} views")
+        self._say_fields()
         say(self.console, "precision", self.precision.reason)
         if len(missing) < total:
             say(self.console, "resuming", f"{total - len(missing)} of {total} shards are there")
@@ -212,6 +220,17 @@ class _Caching:
         unreadable = sum(map(unreadable_images, self.datasets.values()))
         if rank() == 0:
             self._finish(sum(len(self.info.shard_range(*shard)) for shard in missing), seconds, unreadable)
+
+    def _say_fields(self) -> None:
+        """Print what is kept beside tokens, what only some images have, and the priors that can be trained."""
+        kept, images = self.info.fields, self.counts.images
+        say(self.console, "fields", ", ".join(kept) or "none beside tokens")
+        for field, having in sorted(self.counts.having.items()):
+            if 0 < having < images and field not in kept:
+                flags = " ".join(sorted((*kept, field)))
+                some = f"{field}: {having:,} of {images:,} images; --fields {flags} keeps only these"
+                say(self.console, "left out", some)
+        say(self.console, "priors", trainable(kept, {name: prior.sampler.conditions for name, prior in PRIORS.items()}))
 
     def _missing(self, split: Split) -> list[int]:
         """Return the numbers of shards that are missing or damaged."""
@@ -252,10 +271,11 @@ class _Caching:
                 held = [_slice(whole, size, None)]
 
     def _write(self, split: Split, number: int, batch: TokenBatch) -> None:
-        tokens = batch["tokens"].cpu().numpy().astype(np.uint16)
+        tokens = batch["tokens"].cpu().numpy().astype(token_type(self.info.num_codes))
         segmentation = batch["segmentation"].cpu().numpy() if "segmentation" in self.info.fields else None
         captions = batch["caption"] if "caption" in self.info.fields else None
-        write_shard(shard_path(self.folder, split, number), tokens, segmentation, captions)
+        labels = batch["label"].cpu().numpy().astype(np.int32) if "label" in self.info.fields else None
+        write_shard(shard_path(self.folder, split, number), tokens, segmentation, captions, labels)
 
     def _finish(self, encoded: int, seconds: float, unreadable: int) -> None:
         """Check the shards of all ranks, mark the cache complete, and print a summary."""
@@ -321,21 +341,15 @@ def _samples(batches: Sequence[TokenBatch]) -> int:
 
 
 def _concatenated(batches: Sequence[TokenBatch]) -> TokenBatch:
-    whole = TokenBatch(tokens=torch.cat([batch["tokens"] for batch in batches]))
-    if "segmentation" in batches[0]:
-        whole["segmentation"] = torch.cat([batch["segmentation"] for batch in batches])
-    if "caption" in batches[0]:
-        whole["caption"] = list(itertools.chain.from_iterable(batch["caption"] for batch in batches))
-    return whole
+    whole: dict[str, Any] = {}
+    for name, first in batches[0].items():
+        values: list[Any] = [batch[name] for batch in batches]  # type: ignore[literal-required]
+        whole[name] = torch.cat(values) if isinstance(first, torch.Tensor) else list(itertools.chain(*values))
+    return cast(TokenBatch, whole)
 
 
 def _slice(batch: TokenBatch, start: int, stop: int | None) -> TokenBatch:
-    rows = TokenBatch(tokens=batch["tokens"][start:stop])
-    if "segmentation" in batch:
-        rows["segmentation"] = batch["segmentation"][start:stop]
-    if "caption" in batch:
-        rows["caption"] = batch["caption"][start:stop]
-    return rows
+    return cast(TokenBatch, {name: cast(Any, values)[start:stop] for name, values in batch.items()})
 
 
 def main(args: Sequence[str]) -> None:

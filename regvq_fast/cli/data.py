@@ -1,4 +1,4 @@
-"""The command ``regvq data``: check the paper's data sets, and pack them into shards of small images."""
+"""The command ``regvq data``: check official archives of data sets, and pack them into shards of small images."""
 
 import signal
 import sys
@@ -17,7 +17,7 @@ from regvq_fast.data.preparing import prepare
 from regvq_fast.data.samples import Field
 from regvq_fast.data.verifying import verify
 
-USAGE = """Check the paper's data sets as their official archives unpack, and pack them into shards.
+USAGE = """Check the paper's data sets and ImageNet as their official archives unpack, and pack them into shards.
 
     regvq data verify --dataset cub200 --root data/               # which files exist, where to get the rest
     regvq data verify --root data/CUB_200_2011 --decode           # and can all of it be read?
@@ -38,7 +38,7 @@ class DataCommand:
     dataset: ArchiveName | None = None
     """Name of the data set. Default: the one whose layout is found; needed if there are several."""
     fields: tuple[Field, ...] | None = None
-    """Required fields of its images. Default: those of the paper's prior."""
+    """Required fields of its images. Default: those of its preset's prior; prepare also packs labels."""
     decode: bool = False
     """verify: open every image, map and caption as well."""
     out: Path | None = None
@@ -78,6 +78,8 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
         return
     if command.out is None:
         raise ValueError("prepare needs a folder for the shards: name a new one with --out")
+    if command.fields is None and "label" in archive.fields and archive.label_names:
+        fields = {*fields, "label"}
     # SIGTERM removes unfinished shards, as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:

@@ -2,51 +2,34 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from regvq_fast.config import read_config, run_command
+from regvq_fast.cli.sample_inputs import MOST_CONDITIONS, SubjectConfig, check_flags, read_conditions, read_edit
+from regvq_fast.config import run_command
 from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
-from regvq_fast.data.datasets import build_dataset
-from regvq_fast.data.image_files import OVERSAMPLING
-from regvq_fast.data.loading import read_samples
-from regvq_fast.data.reading import opened_image
-from regvq_fast.data.tokens import TokenDataset
-from regvq_fast.data.transforms import center_box, crop_labels, crop_rgb, image_to_tensor, to_float, upright_size
 from regvq_fast.files import check_new_folder
 from regvq_fast.image_grids import save_image_grid, save_images
 from regvq_fast.models.hub import local_folder
-from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import choose_precision, inference_device
-from regvq_fast.priors.conditions import (
-    CONDITION_FLAGS,
-    Condition,
-    Conditions,
-    conditions_of,
-    fields_of,
-    no_conditions,
-    render,
-    take,
-)
-from regvq_fast.priors.diffusion.text import words_of
+from regvq_fast.priors.canvas import plan, sample_canvas
+from regvq_fast.priors.conditions import render, take
 from regvq_fast.priors.images import ImageSampler
-from regvq_fast.priors.registry import PriorName, SamplingConfig, titles
+from regvq_fast.priors.registry import SamplingConfig, titles
 from regvq_fast.priors.sampler import Progress
 from regvq_fast.priors.trained_on import TrainedOn
-from regvq_fast.scenes.embedded import embedded_model, is_embedded
-from regvq_fast.settings import Section, check_at_least
+from regvq_fast.scenes.embedded import embedded_model
+from regvq_fast.settings import check_at_least
 
-_GRID = 64  # images of the grid at most, and conditions that are taken of a data set
+_GRID = MOST_CONDITIONS  # images of the grid at most
 _STRIP = 12  # states of a denoising strip
 
 
@@ -59,40 +42,10 @@ USAGE = """Sample images from a trained prior.
     regvq sample --run runs/ar --out samples --label "golden retriever" --guidance 2
     regvq sample --run runs/ar --out samples --per-class 50           # every label of the prior
     regvq sample --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
+    regvq sample --run runs/ar --out samples --edit photo.png --extend right right
 
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubjectConfig(Section):
-    """Prior and conditions."""
-
-    prior: PriorName | None = None
-    """Prior that the run has to be of. Not given: any."""
-    run: Path | None = None
-    """Run of a prior, or its ORGANIZATION/NAME on the Hugging Face Hub.
-    Not given: the embedded prior of the scenes, for maps, or with `text` for captions."""
-    out: Path
-    """Folder of the images; new, or empty."""
-    num_images: int = 16
-    """Images to sample. Conditions are used in turn."""
-    per_class: int | None = None
-    """Images of each label, all those of the first one first, in place of `num_images`."""
-    map: Path | None = None
-    """A semantic map, an image file whose pixels are class ids (greyscale or palette).
-    Of one that is not square, the largest square in its middle counts, as of `edit` and `mask`."""
-    text: tuple[str, ...] = ()
-    """One or more captions."""
-    label: tuple[str, ...] = ()
-    """One or more labels, by name or number. Not given: all of the prior's, in turn."""
-    data: Path | None = None
-    """Take the conditions, 64 at most, of a data set's validation split: a folder or shards with maps or captions.
-    Not given (nor a condition): of the one that the prior was trained on."""
-    edit: Path | None = None
-    """An image to edit: it is kept where `mask` is black."""
-    mask: Path | None = None
-    """Image file that is white where `edit` is to be sampled anew."""
 
 
 # Of several bases, the fields of the last come first in the help.
@@ -145,8 +98,12 @@ def generate(config: SampleConfig) -> None:
 def _check(config: SampleConfig) -> None:
     check_at_least(1, {"--num-images": config.num_images, "--batch-size": config.batch_size})
     check_new_folder(config.out)
-    if (config.edit is None) != (config.mask is None):
-        raise ValueError("--edit and --mask go together: the image, and where it is to be sampled anew")
+    if config.mask is not None and config.edit is None:
+        raise ValueError(f"--mask {config.mask} needs the image that it is of: give --edit")
+    if config.edit is not None and config.mask is None and not config.extend:
+        raise ValueError(f"--edit {config.edit} needs --mask, where to sample it anew, or --extend")
+    if config.strip and config.extend:
+        raise ValueError("--strip shows a single grid of tokens: leave out --extend")
     if config.per_class is not None:
         check_at_least(1, {"--per-class": config.per_class})
     given = (config.map, config.text, config.label)
@@ -163,12 +120,17 @@ class _Generator:
         embedded = config.prior or ("diffusion" if config.text else "ar")
         self.run = embedded_model(embedded) if config.run is None else local_folder(config.run)
         self.sampler = ImageSampler.from_run(self.run, config, precision, config.prior)
-        self._check_flags()
-        self.size = self.sampler.tokenizer.image_size
+        check_flags(config, self.sampler)
+        kind = self.sampler.entry.sampler
+        if config.strip and not kind.has_states:
+            owners = titles(lambda other: other.has_states)
+            raise ValueError(f"--strip is for {owners} priors; this one is {kind.title}")
+        self.factor = self.sampler.tokenizer.downsampling_factor
+        self.plan = plan(self.sampler.prior.token_shape, config.extend)
         self.trained_on = TrainedOn.of(self.run, self.sampler.entry.config)
-        self.conditions = self._conditions()
+        self.conditions = read_conditions(config, self.sampler, self.run, self.trained_on, self.plan)
         self.num_images = config.num_images if config.per_class is None else len(self.conditions)
-        self.kept = None if config.edit is None or config.mask is None else self._edited(config.edit, config.mask)
+        self.kept = None if config.edit is None else read_edit(self.sampler, config.edit, config.mask)
         self.states: list[Tensor] | None = [] if config.strip else None
 
     def sample(self, start: int, count: int, progress: Progress) -> Tensor:
@@ -179,6 +141,12 @@ class _Generator:
             keep = tokens.expand(count, -1, -1), kept.expand(count, -1, -1)
         states: list[Tensor] | None = [] if self.states is not None and start == 0 else None
         conditions = self._of(range(start, start + count))
+        if self.config.extend:
+            of_window = partial(self.plan.part, conditions, self.sampler.condition)
+            tokens = sample_canvas(
+                self.sampler.token_sampler, self.plan, of_window, start, self.num_images, keep=keep, progress=progress
+            )
+            return self.sampler.decode(tokens)
         images = self.sampler.sample_under(conditions, start, keep=keep, states=states, progress=progress)
         if states is not None:
             self.states = [state[:1] for state in states]
@@ -194,12 +162,24 @@ class _Generator:
         The rows are their conditions, and the edited image.
         """
         names = self.sampler.prior.label_names or self.trained_on.class_names
-        rows, legend = render(self.sampler.condition, self._of(range(count)), self.size, names)
+        rows, legend = render(self.sampler.condition, self._of(range(count)), self._pixels(), names)
         if self.kept is not None:
             tokens, kept = self.kept
             whole = self.sampler.decode(tokens).cpu()
-            rows.append(torch.where(self._enlarged(kept), whole, whole // 2 + 127).expand(count, -1, -1, -1))
+            edited = torch.where(self._enlarged(kept), whole, whole // 2 + 127)
+            rows.append(self._on_canvas(edited).expand(count, -1, -1, -1))
         return rows, legend
+
+    def _pixels(self) -> tuple[int, int]:
+        """Return height and width of the images."""
+        return self.plan.height * self.factor, self.plan.width * self.factor
+
+    def _on_canvas(self, image: Tensor) -> Tensor:
+        """Return an image (1, 3, H, W) uint8 at its position on a grey canvas."""
+        canvas = torch.full((1, 3, *self._pixels()), 127, dtype=torch.uint8)
+        top, left = (side * self.factor for side in self.plan.windows[0])
+        canvas[..., top : top + image.shape[2], left : left + image.shape[3]] = image
+        return canvas
 
     def strip(self) -> Tensor:
         """Return some states of the first image, from masked (grey) to done."""
@@ -212,107 +192,7 @@ class _Generator:
 
     def _enlarged(self, mask: Tensor) -> Tensor:
         """Return a mask of tokens (B, h, w) as one of pixels (B, 1, H, W), on the CPU."""
-        return F.interpolate(mask[:, None].float().cpu(), (self.size, self.size)).bool()
-
-    # --------------------------------------------------------------------------------------------------- conditions
-
-    def _check_flags(self) -> None:
-        """Raise ValueError for flags that are for priors of another kind."""
-        config, condition, title = self.config, self.sampler.condition, self.sampler.entry.sampler.title
-        given: dict[str, tuple[object, Condition]] = {
-            "--map": (config.map, "segmentation"),
-            "--text": (config.text, "caption"),
-            "--label": (config.label, "label"),
-            "--per-class": (config.per_class, "label"),
-        }
-        for flag, (value, kind) in given.items():
-            if value and kind != condition:
-                there = "without a condition" if condition == "none" else f"conditioned on a {condition}"
-                raise ValueError(f"{flag} is for priors conditioned on a {kind}; this {title} one is {there}")
-        if config.strip and not self.sampler.entry.sampler.has_states:
-            raise ValueError(f"--strip is for {titles(lambda kind: kind.has_states)} priors; this one is {title}")
-
-    def _conditions(self) -> Conditions:
-        """Return the conditions that images get in turn, on the CPU."""
-        config, prepare = self.config, self.sampler.token_sampler.prepare
-        if self.sampler.condition == "none":
-            return no_conditions(config.num_images)
-        if config.text:
-            self._warn_of_words(config.text)
-            return prepare(config.text, "--text", strict=True)
-        if config.map is not None:
-            return prepare(_read_ids(config.map), f"--map {config.map}")
-        if self.sampler.condition == "label" and config.data is None:
-            labels = prepare(config.label or range(len(self.sampler.prior.label_names)), "--label")
-            return labels.repeat_interleave(config.per_class or 1)
-        batch, source = self._validation(min(config.num_images, _GRID))
-        return prepare(conditions_of(batch, self.sampler.condition), source)
-
-    def _warn_of_words(self, captions: Sequence[str]) -> None:
-        """Warn of words that no training caption had: the prior can't know them."""
-        known = self.trained_on.words()
-        words = dict.fromkeys(word for caption in captions for word in words_of(caption))
-        if known and (unknown := [word for word in words if word not in known]):
-            say(Console(), "warning", f"no training caption has {', '.join(map(repr, unknown))}: the prior ignores it")
-
-    def _validation(self, count: int) -> tuple[Any, str]:
-        """Return at most ``count`` validation samples of --data, or of the prior's data set, and a name for either."""
-        data, seed, fields = self.config.data, 0, fields_of(self.sampler.condition)
-        if data is None and not is_embedded(self.run):
-            trained = read_config(self.run, self.sampler.entry.config)
-            tokens, seed = trained.tokens, trained.run.seed
-            if tokens.cache is not None:
-                return self._cached(tokens.cache, count), f"the cache {tokens.cache}"
-            data = tokens.data
-        dataset = build_dataset(data, split="val", image_size=self.size, length=count, seed=seed, fields=fields)
-        return read_samples(dataset, range(min(count, len(dataset)))), str(data or dataset.title)
-
-    def _cached(self, folder: Path, count: int) -> Any:
-        """Return at most ``count`` validation samples of the cache that the prior was trained on."""
-        lack = "is not there"
-        if folder.exists():
-            cached = TokenDataset(folder, "val", tokenizer_hash=weights_hash(self.sampler.tokenizer))
-            if self.sampler.condition in cached.info.fields:
-                return cached.__getitems__(list(range(min(count, len(cached)))))
-            lack = f"has no {self.sampler.condition} any more"
-        raise ValueError(
-            f"the token cache {folder} that {self.run} was trained on {lack}: give --data, or "
-            f"{CONDITION_FLAGS[self.sampler.condition]}"
-        )
-
-    def _edited(self, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
-        """Return tokens (1, h, w) of the image, and which of them to keep."""
-        pixels, image_size = _read_square("--edit", path, self.size)
-        white, mask_size = _read_square("--mask", mask, self.size)
-        if image_size != mask_size:
-            raise ValueError(f"--mask {mask} has {mask_size} pixels, --edit {path} {image_size}: make them alike")
-        sampler, device = self.sampler, self.sampler.precision.device
-        pixels, resampled = pixels[None].to(device), white[0] > 127
-        with torch.no_grad(), sampler.precision.autocast():
-            tokens = sampler.tokenizer.tokenize(to_float(pixels))
-        anew = F.adaptive_max_pool2d(resampled[None, None].float(), sampler.prior.token_shape)[:, 0] > 0
-        return tokens, ~anew.to(device)
-
-
-def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
-    """Read the largest square in the middle of an image file, (3, size, size) uint8, and the file's width, height."""
-    with _opened(flag, path) as image:
-        width, height = upright_size(image)
-        square = crop_rgb(image, center_box(width, height), size, size, OVERSAMPLING["val"])
-    return image_to_tensor(square), (width, height)
-
-
-def _read_ids(path: Path) -> Tensor:
-    """Read the class ids of the largest square in the middle of a semantic map, (1, S, S) uint8."""
-    with _opened("--map", path) as image:
-        side = min(image.size)
-        labels = crop_labels(image, center_box(*image.size), image.size, side, side)
-    return torch.from_numpy(np.array(labels, dtype=np.uint8))[None]
-
-
-def _opened(flag: str, path: Path) -> AbstractContextManager[Image.Image]:
-    """Open the image file that a flag names."""
-    return opened_image(path, f"{flag} {path}", lambda why: f"{flag} {path}: {why}")
+        return F.interpolate(mask[:, None].float().cpu(), scale_factor=self.factor).bool()
 
 
 def main(args: Sequence[str]) -> None:

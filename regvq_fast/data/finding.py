@@ -1,11 +1,13 @@
 """Finding the files of a data set: images, captions, maps and shards."""
 
+import errno
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from regvq_fast.console import warn_once
 from regvq_fast.data.samples import Split
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -44,14 +46,18 @@ def find_files(
     Args:
         folder: see above.
         suffixes: see above.
-        left_out: counts dangling links and images of other formats, by reason (:func:`left_out_text`).
+        left_out: counts dangling links, folders that can't be read, and images of other formats, by reason
+            (:func:`left_out_text`). One warning names each such folder.
+
+    Raises:
+        OSError: ``folder`` itself can't be read.
     """
     endings = tuple(suffixes)
     found: list[str] = []
     left_out = Counter() if left_out is None else left_out
-    for current, names, dangling in _walk(folder):
+    for current, names, reasons in _walk(folder):
         found += (os.path.join(current, name) for name in names if name.lower().endswith(endings))
-        left_out["dangling link"] += dangling
+        left_out.update(reasons)
         left_out.update(suffix for name in names if (suffix := file_suffix(name)) in OTHER_FORMATS)
     return sorted(found)
 
@@ -94,8 +100,10 @@ def holds_shards(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], int]]:
-    """Yield each folder from ``folder`` down, with the names of its files and the number of dangling links."""
+def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], Counter[str]]]:
+    """Yield each folder from ``folder`` down, with the names of its files, and counts of links and folders that lead
+    nowhere.
+    """
     entered: set[tuple[int, int]] = set()
     pending = [os.fspath(folder)]
     while pending:
@@ -104,17 +112,35 @@ def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], int]
         if (status.st_dev, status.st_ino) in entered:  # a link back up, or a second way to the same folder
             continue
         entered.add((status.st_dev, status.st_ino))
-        files, folders, dangling = [], [], 0
-        with os.scandir(current) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif entry.is_file():
-                    files.append(entry.name)
-                else:
-                    dangling += entry.is_symlink()
-        yield current, files, dangling
+        files: list[str] = []
+        folders: list[str] = []
+        reasons = Counter[str]()
+        try:
+            with os.scandir(current) as content:
+                entries = [entry for entry in content if not entry.name.startswith(".")]
+        except PermissionError as error:
+            if len(entered) == 1:
+                raise
+            warn_once(f"left out the folder {current}, which can't be read: {error.strerror}")
+            reasons["unreadable folder"] += 1
+            entries = []
+        for entry in entries:
+            if _is(entry.is_dir):
+                folders.append(entry.path)
+            elif _is(entry.is_file):
+                files.append(entry.name)
+            else:
+                reasons["dangling link"] += entry.is_symlink()
+        yield current, files, reasons
         # Sorted: which of two links to one folder is followed must not depend on the file system's order.
         pending += sorted(folders, reverse=True)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Return whether an entry is of a kind; False for a link to itself or into a closed folder, which lead nowhere."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EACCES):
+            return False
+        raise

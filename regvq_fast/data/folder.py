@@ -2,13 +2,15 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regvq_fast.data.finding import EXTENSIONS, SPLIT_NAMES, find_files, is_image, name_hash
 from regvq_fast.data.image_files import FIELD_SUFFIXES, ImageFileDataset
+from regvq_fast.data.labels import folder_class, folder_classes
 from regvq_fast.data.samples import Crop, Field, Part, Split
 
 
@@ -38,10 +40,12 @@ class ImageFolder(ImageFileDataset):
         fields: what samples have besides their image, from files beside it. "caption": a line of PHOTO.txt, in
             training a random one, by (seed, index), in validation the first; repeated ones count once.
             "segmentation": the class ids of PHOTO.seg.png, an image of the same shape with one channel, cropped alike
-            with the nearest neighbour. Images that lack one are left out, with a warning.
+            with the nearest neighbour. "label": the first folder below the split's that the image is in, as of
+            torchvision's ``ImageFolder``; ids are ranks among the sorted names of both splits (``label_names``), of
+            which there must be two. Images that lack one are left out, with a warning.
 
     A sample has ``image`` (3, image_size, image_size) uint8 and, if requested, ``segmentation`` (image_size,
-    image_size) uint8 and ``caption`` str.
+    image_size) uint8, ``caption`` str and ``label`` int.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it, or none with the fields. NotADirectoryError: it is a file.
@@ -62,33 +66,63 @@ class ImageFolder(ImageFileDataset):
     ) -> None:
         super().__init__(root, split, image_size, crop, flip, seed, limit, fields)
         self.root = Path(root)
-        folder = _split_folder(self.root, split)
-        files = self._find(folder or self.root)
+        folders = _split_folders(self.root)
+        self.folder = folders.get(split, self.root)
+        """The folder of the split's images."""
+        files = self._find(list(folders.values()))
         within = os.path.join(self.root, "")
-        hashes = None if folder else np.array([name_hash(file.removeprefix(within)) for file in files], dtype=np.uint32)
+        hashes = None if folders else np.array([name_hash(f.removeprefix(within)) for f in files], dtype=np.uint32)
         self.files: Sequence[str] = [files[k] for k in self._choose(hashes, len(files))]
+        if "label" in self.fields:
+            ids = {name: number for number, name in enumerate(self.label_names)}
+            self._labels = np.array([ids[folder_class(file, self.folder)] for file in self.files], dtype=np.int32)
         self._start(len(self.files))
 
     @classmethod
     def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
         return data is not None
 
-    def _find(self, folder: Path) -> list[str]:
+    def _find(self, splits: Sequence[Path]) -> list[str]:
         """Return the paths of the images with all fields, sorted; at least one."""
-        suffixes = [FIELD_SUFFIXES[field] for field in self.fields]
-        left_out = self.left_out[os.fspath(folder)] = Counter[str]()
-        found = find_files(folder, [*EXTENSIONS, *suffixes], left_out)
+        suffixes = [FIELD_SUFFIXES[field] for field in self.fields if field != "label"]
+        left_out = self.left_out[os.fspath(self.folder)] = Counter[str]()
+        found = find_files(self.folder, [*EXTENSIONS, *suffixes], left_out)
         images = [file for file in found if is_image(file)]
         if not images:
             kinds = " ".join(sorted(extension.removeprefix(".") for extension in EXTENSIONS))
-            raise FileNotFoundError(f"no images in {folder} or its subfolders; put some there ({kinds}), or tar shards")
-        others = set(found).difference(images)
-        has = [np.array([_beside(file, suffix) in others for file in images]) for suffix in suffixes]
+            raise FileNotFoundError(
+                f"no images in {self.folder} or its subfolders; put some there ({kinds}), or tar shards"
+            )
+        self._spelled = {_lowered(file): file for file in found if _lowered(file) != file}
+        for both in self._spelled.keys() & set(found):
+            del self._spelled[both]  # lower case comes first
+        has = [_have_beside(images, suffix, found) for suffix in suffixes]
+        if "label" in self.fields:
+            self.label_names = self._classes(images, splits)
+            has.append(np.array([bool(self.label_names and folder_class(file, self.folder)) for file in images]))
         return [images[k] for k in self._complete(has, len(images))]
+
+    def _classes(self, images: Sequence[str], splits: Sequence[Path]) -> tuple[str, ...]:
+        """Return the sorted names of the classes of both splits; empty if there are fewer than two."""
+        names = folder_classes(images, self.folder)
+        for other in splits:
+            if other != self.folder:
+                names |= folder_classes(filter(is_image, find_files(other, EXTENSIONS)), other)
+        return tuple(sorted(names)) if len(names) > 1 else ()
+
+    def _having(self) -> dict[Field, int]:
+        found = find_files(self.folder, [*EXTENSIONS, *FIELD_SUFFIXES.values()])
+        has = {field: _have_beside(self.files, suffix, found) for field, suffix in FIELD_SUFFIXES.items()}
+        names = self._classes(list(filter(is_image, found)), list(_split_folders(self.root).values()))
+        labelled = sum(bool(folder_class(file, self.folder)) for file in self.files) if names else 0
+        return {field: int(there.sum()) for field, there in has.items()} | {"label": labelled}
 
     def _read(self, position: int, part: Part) -> bytes:
         file = self.files[position]
-        return Path(file if part == "image" else _beside(file, FIELD_SUFFIXES[part])).read_bytes()
+        if part != "image":
+            file = _beside(file, FIELD_SUFFIXES[part])
+            file = self._spelled.get(file, file)
+        return Path(file).read_bytes()
 
     def _name(self, position: int) -> str:
         return self.files[position]
@@ -97,18 +131,31 @@ class ImageFolder(ImageFileDataset):
         return self.files
 
 
-def _split_folder(root: Path, split: Split) -> Path | None:
-    """Return the split's own folder in ``root``; None if that has no splits."""
+def _split_folders(root: Path) -> dict[Split, Path]:
+    """Return the folders of the splits in ``root``; empty if it has none."""
     if not root.exists():
         raise FileNotFoundError(f"no such folder: {root}; give the path of a folder of images")
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file; give the path of the folder that holds the images")
     folders = {
-        name: next((root / folder for folder in choices if (root / folder).is_dir()), None)
+        name: folder
         for name, choices in SPLIT_NAMES.items()
+        if (folder := next((root / choice for choice in choices if (root / choice).is_dir()), None))
     }
-    return folders[split] if all(folders.values()) else None
+    return folders if len(folders) == len(SPLIT_NAMES) else {}
+
+
+def _have_beside(images: Sequence[str], suffix: str, found: Iterable[str]) -> NDArray[np.bool_]:
+    """Return which images have a file of this suffix, in either case, beside them, among the files found."""
+    others = set(map(_lowered, found))
+    return np.array([_beside(file, suffix) in others for file in images])
 
 
 def _beside(file: str, suffix: str) -> str:
     return os.path.splitext(file)[0] + suffix
+
+
+def _lowered(file: str) -> str:
+    """Return a path with the suffix of a field's file in lower case."""
+    suffix = next((suffix for suffix in FIELD_SUFFIXES.values() if file.lower().endswith(suffix)), "")
+    return file[: len(file) - len(suffix)] + suffix

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.data.finding import CAPTION_SUFFIX, SEGMENTATION_SUFFIX, left_out_text
-from regvq_fast.data.image_dataset import ImageDataset, Provenance, SplitSettings
+from regvq_fast.data.image_dataset import FieldCounts, ImageDataset, Provenance, SplitSettings
 from regvq_fast.data.manifest import mirrored_ids, read_manifest
 from regvq_fast.data.reading import caption_lines, check_same_size, is_of_the_machine, patiently, why_unreadable
 from regvq_fast.data.samples import (
@@ -39,6 +39,12 @@ logger = logging.getLogger("regvq_fast")
 
 FIELD_SUFFIXES: dict[Field, str] = {"caption": CAPTION_SUFFIX, "segmentation": SEGMENTATION_SUFFIX}
 """Suffix of the file of a field, beside the image of the same name."""
+_NEEDED: dict[Field, str] = {
+    "caption": "NAME.txt beside NAME.jpg",
+    "label": "a folder for each of two classes or more, or NAME.cls beside NAME.jpg in tar shards",
+    "segmentation": "NAME.seg.png beside NAME.jpg",
+}
+"""Files that a field needs, for messages."""
 
 HOLD_OUT = 0.05
 """Fraction of the images held out for validation where the data have no splits of their own."""
@@ -48,6 +54,8 @@ OVERSAMPLING: dict[Split, float] = {"train": 1.5, "val": 3.0}
 Samples of 256 pixels of detailed photographs, compared with full decoding: 44 dB at 1.5, as much as JPEG of quality 90
 itself loses (45 dB); 52 dB at 3, a third of a level, so that validation hardly depends on the reduction.
 """
+_IGNORED = 255
+"""Id of pixels of no class in maps of PASCAL VOC and others."""
 CROP = "largest central square"
 RESIZE = "Lanczos with antialiasing (Pillow)"
 
@@ -102,11 +110,13 @@ class ImageFileDataset(ImageDataset):
         self.fields = frozenset(fields)
         self.left_out: dict[str, Mapping[str, int]] = {}
         """Files that look like images but are not used: counts by reason, for each folder or shard."""
+        self._labels = np.empty(0, dtype=np.int32)  # of the split's images, if samples have labels
         self._maps_fit = False  # maps must have the size of their images, not only their shape
         manifest = read_manifest(self.source)
         # An image whose map has other class ids can't be read.
         self.num_classes = len(manifest.classes) or None if manifest else None
         self._mirrored_ids = mirrored_ids(manifest.mirror_pairs if manifest else ())
+        self._stated_labels = manifest.label_names if manifest else ()
 
     @classmethod
     def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
@@ -117,6 +127,14 @@ class ImageFileDataset(ImageDataset):
     def _source(cls, data: str | os.PathLike[str] | None) -> Any:
         """Return the first argument of the constructor for what ``--data`` names."""
         return data
+
+    @classmethod
+    def count_fields(cls, data: str | os.PathLike[str] | None) -> FieldCounts:
+        """Count the training images, and those with each field; a field of no validation image counts as none."""
+        train, val = (cls.open(data, SplitSettings(split, image_size=1)) for split in get_args(Split))
+        held_out = val._having()
+        having = {field: count if held_out[field] else 0 for field, count in train._having().items()}
+        return FieldCounts(len(train), having)
 
     # ----------------------------------------------------------------------------------------- for subclasses to define
 
@@ -131,6 +149,10 @@ class ImageFileDataset(ImageDataset):
     @abstractmethod
     def _files(self) -> Iterable[str | Path]:
         """Return the files that hold the images of the split."""
+
+    @abstractmethod
+    def _having(self) -> Mapping[Field, int]:
+        """Return the number of the split's images that have each field; called on a split opened without fields."""
 
     def _choose(self, hashes: NDArray[np.uint32] | None, count: int) -> NDArray[np.int64]:
         """Return the positions of the split's images among ``count`` >= 1.
@@ -155,10 +177,9 @@ class ImageFileDataset(ImageDataset):
         complete = np.flatnonzero(np.logical_and.reduce(has)) if has else np.arange(count)
         missing = " and ".join(sorted(self.fields))
         if not len(complete):
-            files = " and ".join(f"NAME{FIELD_SUFFIXES[field]}" for field in sorted(self.fields))
+            files = ", and ".join(_NEEDED[field] for field in sorted(self.fields))
             raise FileNotFoundError(
-                f"none of the {count} images in {self.source} has its {missing}: in folders and tar shards, {files} "
-                "must lie beside NAME.jpg"
+                f"none of the {count} images in {self.source} has its {missing}: folders and tar shards need {files}"
             )
         if len(complete) < count:
             logger.warning("left out %d of %d images in %s: no %s", count - len(complete), count, self.source, missing)
@@ -168,6 +189,7 @@ class ImageFileDataset(ImageDataset):
         """Prepare to serve ``count`` images, and check that one of them can be opened."""
         # One flag an image; in shared memory, so that all worker processes and the parent see each flag.
         self.unreadable_flags = torch.zeros(count, dtype=torch.bool).share_memory_()
+        self._has_255 = torch.zeros((), dtype=torch.bool).share_memory_()
         self._reporting = multiprocessing.get_context("spawn").Lock()  # works with every start method
         for candidate in range(count):  # by its header, without decoding; usually the first one is readable
             with self._skipping_unreadable(candidate), Image.open(BytesIO(self._read(candidate, "image"))):
@@ -220,13 +242,26 @@ class ImageFileDataset(ImageDataset):
                 if self._maps_fit:
                     check_same_size(file, size)
                 labels = np.array(crop_labels(file, box, size, side, side, self.num_classes))
+            if self.num_classes is None and labels.max() == _IGNORED and not self._has_255:
+                self._report_255()
             if mirrored:
                 labels = labels[:, ::-1] if self._mirrored_ids is None else self._mirrored_ids[labels[:, ::-1]]
             sample["segmentation"] = torch.from_numpy(labels.copy())
         if "caption" in self.fields:
             captions = caption_lines(self._read(position, "caption"))
             sample["caption"] = rng.choice(captions) if training else captions[0]
+        if "label" in self.fields:
+            sample["label"] = int(self._labels[position])
         return sample
+
+    def _report_255(self) -> None:
+        with self._reporting:  # one warning, even if two workers meet the first such maps at once
+            if not self._has_255:
+                self._has_255.fill_(True)
+                logger.warning(
+                    "semantic maps of %s have pixels of 255, which some data sets ignore: here that is a class",
+                    self.source,
+                )
 
     def _none_readable(self) -> ValueError:
         return ValueError(f"none of the {len(self)} images of the {self.split!r} split in {self.source} can be read")

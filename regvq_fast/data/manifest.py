@@ -33,6 +33,8 @@ class Manifest:
     """By "train" and "val": its official split, and its numbers of images, captions, maps and shards."""
     classes: Sequence[str] = ()
     """Names of the class ids, from 0 on."""
+    label_names: Sequence[str] = ()
+    """Names of the labels, which are numbers in the shards, from 0 on."""
     mirror_pairs: Sequence[tuple[int, int]] = ()
     """Pairs of class ids that a mirrored image exchanges."""
     format: int = FORMAT

@@ -79,7 +79,7 @@ def prepare(
             pattern = f"{partial}/".replace("%", "%%") + f"{split}-%06d.tar"
             counts["shards"] = len(write_shards(samples, pattern, shard_mib * 2**20))
             if not counts["shards"]:
-                raise ValueError(f"none of the {len(packed)} {partition} images of {archive.label} can be read")
+                raise ValueError(f"none of the {len(packed)} {partition} images of {archive.heading} can be read")
         manifest = Manifest(
             dataset=archive.name,
             title=archive.title,
@@ -88,6 +88,7 @@ def prepare(
             quality=quality,
             splits=splits,
             classes=archive.classes if "segmentation" in fields else (),
+            label_names=archive.label_names if "label" in fields else (),
             mirror_pairs=archive.mirror_pairs if "segmentation" in fields else (),
         )
         write_manifest(partial, manifest)
@@ -127,6 +128,8 @@ def _sample(
         sample["seg.png"] = encoded_map(np.asarray(labels))
     if "caption" in fields:
         sample["txt"] = "\n".join(caption_lines(archive.read(name, "caption")))
+    if "label" in fields:
+        sample["cls"] = str(archive.labels([name])[0])
     return sample
 
 
@@ -141,7 +144,7 @@ def _counted(
                 console.print(Text(f"left out {result.path}: {result.reason}"), soft_wrap=True)
             continue
         counts["images"] += 1
-        for field, extension in (("caption", "txt"), ("segmentation", "seg.png")):
+        for field, extension in (("caption", "txt"), ("label", "cls"), ("segmentation", "seg.png")):
             if extension in result:
                 counts[field] += 1
         yield result

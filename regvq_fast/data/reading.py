@@ -1,5 +1,6 @@
 """Reading of image files and captions: errors of the file, errors of the storage, and attempts after these."""
 
+import codecs
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,13 +80,20 @@ def why_unreadable(error: Exception) -> str:
 def caption_lines(data: bytes) -> list[str]:
     """Return the captions in a file, at least one: its lines, without empty and repeated ones, in order.
 
+    Lines end in LF, CR or both; U+2028 and other breaks are part of a line, and a byte order mark is none of the text.
+
     Raises:
         ValueError: there is no caption, or the file is not UTF-8.
     """
-    lines = list(dict.fromkeys(filter(None, map(str.strip, data.decode().splitlines()))))
+    lines = list(dict.fromkeys(filter(None, (line.decode().strip() for line in raw_lines(data)))))
     if not lines:
         raise ValueError("its caption is empty")
     return lines
+
+
+def raw_lines(data: bytes) -> list[bytes]:
+    """Return the lines of a text in UTF-8, without its byte order mark."""
+    return data.removeprefix(codecs.BOM_UTF8).splitlines()
 
 
 def check_same_size(labels: Image.Image, size: tuple[int, int]) -> None:

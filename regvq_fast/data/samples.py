@@ -20,8 +20,8 @@ Crop = Literal["random-resized", "center"]
 """Crop of training images: at a random position and scale, or the largest central square."""
 Field = Literal["caption", "label", "segmentation"]
 """Optional field of a sample."""
-Part = Literal["image", "caption", "segmentation"]
-"""A file of a sample."""
+Part = Literal["image", "caption", "label", "segmentation"]
+"""The image of a sample, or one of its fields."""
 
 
 class Sample(TypedDict):

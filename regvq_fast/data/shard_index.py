@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,15 +34,20 @@ INDEX_NAME = ".regvq-index.npz"
 """File with the index of all shards in a folder."""
 EXTENT = np.dtype([("offset", np.int64), ("size", np.int64)])
 """Range of bytes in a tar file; the offset is -1 if a sample has no such file."""
-ENTRY = np.dtype([("hash", np.uint32), ("image", EXTENT), ("caption", EXTENT), ("segmentation", EXTENT)])
-"""A sample; the hash is of its image's name."""
+ENTRY = np.dtype(
+    [("hash", np.uint32), ("image", EXTENT), ("caption", EXTENT), ("segmentation", EXTENT), ("label", np.int32)]
+)
+"""A sample; the hash is of its image's name, the label a position in the shard's ``labels``, -1 without one."""
+LABEL_SUFFIX = ".cls"
 
-_VERSION = 2
+_VERSION = 3
 _THREADS = 8
 _MANY = 8
 """Number of shards from which on indexing shows a progress bar."""
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = tarfile.BLOCKSIZE
+_LONGEST_LABEL = _BLOCK
+"""Bytes; longer ones are no labels. One block follows the header that was just read, and costs no further access."""
 
 
 class ShardIndex(NamedTuple):
@@ -54,6 +59,8 @@ class ShardIndex(NamedTuple):
     """Damage of the rest of the file; empty if it is complete."""
     left_out: Mapping[str, int]
     """Members that look like images but are not used, by reason; as of a folder."""
+    labels: Sequence[str]
+    """The distinct texts of its ``.cls`` files."""
 
 
 class _Record(NamedTuple):
@@ -117,26 +124,30 @@ def _read_many(shards: Sequence[Path], folder: Path) -> Iterable[ShardIndex]:
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Index one tar file by its headers, skipping the data between them.
+    """Index one tar file by its headers, skipping the data between them, except for the few bytes of labels.
 
     A sample is a member KEY.EXT, where EXT (after the first dot of the file name, as in webdataset) is that of an
-    image. KEY.txt and KEY.seg.png anywhere in the same tar file are its caption and segmentation.
+    image. KEY.txt, KEY.seg.png and KEY.cls anywhere in the same tar file are its caption, segmentation and label. A
+    name that comes again, as in concatenated tar files, begins another sample of the same key.
 
     Raises:
         ValueError: the file is compressed. OSError: it can't be read.
     """
     images: list[tuple[str, str, int, int]] = []
     fields: dict[str, dict[str, tuple[int, int]]] = {CAPTION_SUFFIX: {}, SEGMENTATION_SUFFIX: {}}
+    labels: dict[str, int] = {}
+    label_of: dict[str, int] = {}
+    keys = _Keys()
     damage, left_out = "", Counter[str]()
     with path.open("rb") as file:
         _refuse_compression(path, file.read(8))
         length = file.seek(0, os.SEEK_END)
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # otherwise a list of all members
-                    if member.offset_data + member.size > length:
+                    if member.size < 0 or member.offset_data + member.size > length:
                         damage = f"ends in the middle of {member.name}"
                         break
                     name = member.name.removeprefix("./")
@@ -149,9 +160,13 @@ def read_index(path: Path) -> ShardIndex:
                         continue
                     key, suffix = f"{head}/{key}", dot + rest.lower()
                     if suffix in fields:
-                        fields[suffix][key] = (member.offset_data, member.size)
+                        fields[suffix][keys.of(key, suffix)] = (member.offset_data, member.size)
+                    elif suffix == LABEL_SUFFIX and member.size <= _LONGEST_LABEL:
+                        file.seek(member.offset_data)
+                        if text := file.read(member.size).decode(errors="replace").strip():
+                            label_of[keys.of(key, suffix)] = labels.setdefault(text, len(labels))
                     elif suffix in EXTENSIONS:
-                        images.append((key, name, member.offset_data, member.size))
+                        images.append((keys.of(key, suffix), name, member.offset_data, member.size))
                     elif (last := file_suffix(base)) in OTHER_FORMATS:
                         left_out[last] += 1
                     elif is_image(base):
@@ -167,10 +182,38 @@ def read_index(path: Path) -> ShardIndex:
             (offset, size),
             fields[CAPTION_SUFFIX].get(key, absent),
             fields[SEGMENTATION_SUFFIX].get(key, absent),
+            label_of.get(key, -1),
         )
         for key, name, offset, size in images
     ]
-    return ShardIndex(np.array(rows, dtype=ENTRY), damage, left_out)
+    return ShardIndex(np.array(rows, dtype=ENTRY), damage, left_out, list(labels))
+
+
+class _Member(tarfile.TarInfo):
+    """A header whose size is not negative: the standard library would go backwards."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0:
+            raise tarfile.HeaderError("a negative size")
+        return member
+
+
+class _Keys:
+    """Keys of samples, distinct where a key's file of one suffix comes again."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._again: dict[str, str] = {}
+
+    def of(self, key: str, suffix: str) -> str:
+        """Return the key of the sample that the next file of this key belongs to."""
+        current = self._again.get(key, key)
+        if current + suffix in self._seen:
+            current = self._again[key] = f"{current}\0"  # which no name has
+        self._seen.add(current + suffix)
+        return current
 
 
 def _refuse_compression(path: Path, start: bytes) -> None:
@@ -222,11 +265,11 @@ def _load_cache(file: Path) -> dict[str, _Record]:
             if int(arrays["version"]) != _VERSION:
                 return {}
             parts = np.split(arrays["entries"], np.cumsum(arrays["counts"])[:-1])
-            columns = ("names", "stamps", "damages", "left_out")
+            columns = ("names", "stamps", "damages", "left_out", "labels")
             rows = zip(*(arrays[name].tolist() for name in columns), parts, strict=True)
         return {
-            name: _Record((size, time), ShardIndex(entries, damage, json.loads(reasons)))
-            for name, (size, time), damage, reasons, entries in rows
+            name: _Record((size, time), ShardIndex(entries, damage, json.loads(reasons), json.loads(labels)))
+            for name, (size, time), damage, reasons, labels, entries in rows
         }
     except Exception:  # missing or damaged, for which the readers raise anything: made anew
         return {}
@@ -245,6 +288,7 @@ def _save_cache(folder: Path, records: Mapping[str, _Record]) -> None:
                     stamps=np.array([record.stamp for record in records.values()], dtype=np.int64),
                     damages=np.array([index.damage for index in indexes], dtype=np.str_),
                     left_out=np.array([json.dumps(index.left_out) for index in indexes], dtype=np.str_),
+                    labels=np.array([json.dumps(index.labels) for index in indexes], dtype=np.str_),
                     counts=np.array([len(index.entries) for index in indexes], dtype=np.int64),
                     entries=np.concatenate([index.entries for index in indexes]),
                 )

@@ -8,12 +8,14 @@ from io import BytesIO
 from itertools import chain
 from math import ceil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from regvq_fast.data.finding import EXTENSIONS, SHARD_SUFFIXES, SPLIT_NAMES, find_files, holds_shards
 from regvq_fast.data.image_files import ImageFileDataset
+from regvq_fast.data.labels import label_ids
 from regvq_fast.data.samples import Crop, Field, Part, Split
 from regvq_fast.data.shard_index import ShardIndex, load_indexes, member_name
 from regvq_fast.files import atomic_path
@@ -25,8 +27,9 @@ class ImageShards(ImageFileDataset):
     """The images in tar files, as square uint8 RGB images: :class:`ImageFolder` for millions of them.
 
     Layout, as written by webdataset, img2dataset or plain ``tar``: KEY.jpg (png, webp, bmp, tif, tiff, gif), with
-    KEY.txt its caption and KEY.seg.png its class ids, where KEY is what comes before the first dot of the file name.
-    Other members are ignored, and so are those whose names begin with a dot.
+    KEY.txt its caption, KEY.seg.png its class ids and KEY.cls its label, where KEY is what comes before the first dot
+    of the file name. Labels are the whole numbers in the ``.cls`` files; texts become their ranks among those of all
+    shards. Other members are ignored, and so are those whose names begin with a dot.
 
     Why not webdataset's own reader: it streams shards and shuffles within a buffer, so that which sample comes when
     depends on the number of workers and ranks, and a run can't be resumed where it stopped. Here the headers are read
@@ -35,9 +38,9 @@ class ImageShards(ImageFileDataset):
     at a random offset for each sample, instead of a sequential stream: nothing to a local disk or a parallel file
     system, slow on a spinning disk, impossible on an object store. The tar files must not be compressed.
 
-    Memory is 16 bytes a sample, and 16 for each field, in arrays that forked workers share. Files are opened for each
-    read and closed again: a few microseconds beside the milliseconds of decoding, for which thousands of shards take no
-    file handles and nothing is shared between processes.
+    Memory is 16 bytes a sample, 4 for a label, and 16 for each other field, in arrays that forked workers share. Files
+    are opened for each read and closed again: a few microseconds beside the milliseconds of decoding, for which
+    thousands of shards take no file handles and nothing is shared between processes.
 
     Splits: the shards' own where the last split's name in some of their paths below the folder, as a word, is "train"
     and in others "val", "validation" or "test" (the first of these): train/0000.tar, imagenet-val-0000.tar. Otherwise
@@ -56,7 +59,8 @@ class ImageShards(ImageFileDataset):
 
     Raises:
         FileNotFoundError: no such folder, file or shards of a pattern; no images in them, or none with the fields.
-        ValueError: a pattern that can't be expanded, a compressed shard, and what ``ImageFolder`` raises.
+        ValueError: a pattern that can't be expanded, a compressed shard, labels that can't be ids
+            (:func:`~regvq_fast.data.labels.label_ids`), and what ``ImageFolder`` raises.
         OSError: a shard can't be read.
     """
 
@@ -73,20 +77,44 @@ class ImageShards(ImageFileDataset):
     ) -> None:
         super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
         root, shards = _find_shards(self.source)
-        own = _own_shards(root, shards, split)
-        self.shards: Sequence[Path] = own or shards
+        splits = _own_shards(root, shards)
+        self.shards: Sequence[Path] = splits.get(split, shards)
         indexes = load_indexes(self.shards)
+        if "label" in self.fields:
+            used = list(chain.from_iterable(splits.values())) or shards  # of both splits, whose ids must agree
+            indexes = self._with_label_ids(indexes, dict(zip(used, load_indexes(used), strict=True)))
         self.left_out = {str(shard): index.left_out for shard, index in zip(self.shards, indexes, strict=True)}
         entries, ends = self._complete_entries(indexes)
-        chosen = self._choose(None if own else entries["hash"], len(entries))
+        chosen = self._choose(None if splits else entries["hash"], len(entries))
         self._ends = np.searchsorted(chosen, ends)  # where each shard's samples end in the split's list
-        parts: tuple[Part, ...] = ("image", *self.fields)
+        parts: list[Part] = ["image", *(self.fields - {"label"})]
         self._locations: dict[Part, NDArray[np.void]] = {part: entries[part][chosen] for part in parts}
+        if "label" in self.fields:
+            self._labels = entries["label"][chosen]
+        self._counts: dict[Field, int] = {f: int(_has(entries, f)[chosen].sum()) for f in get_args(Field)}
         self._start(len(chosen))
 
     @classmethod
     def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
         return data is not None and holds_shards(data)
+
+    def _having(self) -> Mapping[Field, int]:
+        return self._counts
+
+    def _with_label_ids(self, indexes: Sequence[ShardIndex], used: Mapping[Path, ShardIndex]) -> list[ShardIndex]:
+        """Return the indexes with ids in place of each shard's own numbers of labels.
+
+        ``used`` are those of both splits: their ids agree.
+        """
+        texts = {text: shard for shard, index in used.items() for text in index.labels}
+        self.label_names, ids = label_ids(texts, self._stated_labels)
+        numbered = []
+        for index in indexes:
+            table = np.array([*(ids[text] for text in index.labels), -1], dtype=np.int32)  # -1: no label, the last item
+            entries = index.entries.copy()
+            entries["label"] = table[entries["label"]]
+            numbered.append(index._replace(entries=entries))
+        return numbered
 
     def _complete_entries(self, indexes: Sequence[ShardIndex]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
         """The samples with all fields, and how many there are up to the end of each shard; at least one sample."""
@@ -98,7 +126,7 @@ class ImageShards(ImageFileDataset):
                 f"no images in the {len(self.shards)} tar files of {self.source}; a sample is KEY.EXT, with no dot in "
                 f"KEY and EXT one of {kinds}"
             )
-        complete = self._complete([entries[field]["offset"] >= 0 for field in self.fields], len(entries))
+        complete = self._complete([_has(entries, field) for field in self.fields], len(entries))
         return entries[complete], np.searchsorted(complete, ends)
 
     def _read(self, position: int, part: Part) -> bytes:
@@ -172,8 +200,13 @@ def _find_shards(source: str) -> tuple[Path, list[Path]]:
     return Path(os.path.commonpath([shard.parent for shard in shards])), shards
 
 
-def _own_shards(root: Path, shards: Sequence[Path], split: Split) -> list[Path]:
-    """The shards of this split, if they come with splits; else none."""
+def _has(entries: NDArray[np.void], field: Field) -> NDArray[np.bool_]:
+    """Return which samples have a field."""
+    return np.asarray(entries[field] >= 0 if field == "label" else entries[field]["offset"] >= 0)
+
+
+def _own_shards(root: Path, shards: Sequence[Path]) -> dict[Split, list[Path]]:
+    """Return the shards of each split; empty if they come without splits."""
     names = {name for choices in SPLIT_NAMES.values() for name in choices}
     by_name: dict[str, list[Path]] = {}
     for shard in shards:
@@ -181,11 +214,11 @@ def _own_shards(root: Path, shards: Sequence[Path], split: Split) -> list[Path]:
         own = [word for word in words if word in names]
         if own:
             by_name.setdefault(own[-1], []).append(shard)
-    found: dict[str, list[Path]] = {
+    found: dict[Split, list[Path]] = {
         name: next((by_name[choice] for choice in choices if choice in by_name), [])
         for name, choices in SPLIT_NAMES.items()
     }
-    return found[split] if all(found.values()) else []
+    return found if all(found.values()) else {}
 
 
 def write_shards(samples: Iterable[Mapping[str, str | bytes]], pattern: str, max_bytes: int = 10**9) -> list[Path]:
@@ -195,8 +228,8 @@ def write_shards(samples: Iterable[Mapping[str, str | bytes]], pattern: str, max
 
     Args:
         samples: each with its ``__key__``, a path without extension that no other sample has, and its files by
-            extension: ``{"__key__": "cats/0", "jpg": b"...", "txt": "a cat", "seg.png": b"..."}``. Strings are
-            written as UTF-8.
+            extension: ``{"__key__": "cats/0", "jpg": b"...", "txt": "a cat", "seg.png": b"...", "cls": "7"}``. Strings
+            are written as UTF-8.
         pattern: path of the shards with a place for their number, as in "packed/train-%06d.tar".
         max_bytes: a shard ends before the sample that would make it larger, but holds one at least.
 

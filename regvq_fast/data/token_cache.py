@@ -5,23 +5,26 @@
     val-000000.safetensors      and of the validation split in its order
 
 A shard is one safetensors file, so that the fields of its samples appear together or not at all, and its header has
-the expected length. It holds ``tokens`` (count, h, w) uint16 and, as the cache has them, ``segmentation`` (count, h,
-w) uint8, the class ids on the token grid, and ``caption`` (bytes,) uint8, UTF-8 one after another, with
-``caption_ends`` (count,) int64. The files are memory-mapped: opening one costs its header and ``caption_ends``, a
-sample one or two pages.
+the expected length. It holds ``tokens`` (count, h, w) uint16, or uint32 of more than 65,536 codes, and, as the cache
+has them, ``segmentation`` (count, h, w) uint8, the class ids on the token grid, ``label`` (count,) int32, and
+``caption`` (bytes,) uint8, UTF-8 one after another, with ``caption_ends`` (count,) int64. The files are memory-mapped:
+opening one costs its header and ``caption_ends``, a sample one or two pages. A mapped file keeps no file handle, of
+which a process may have fewer than a cache has shards.
 """
 
 import dataclasses
 import json
 import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 
 from regvq_fast.data.samples import Field, Split
@@ -29,11 +32,15 @@ from regvq_fast.files import atomic_path
 
 INFO = "cache.json"
 FORMAT = 1
-MAX_CODES = 2**16
-"""Number of ids in uint16."""
 REMEDY = ": run `regvq tokens` again, it makes damaged files anew"
 
-_TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)}
+_TYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
 _MAX_HEADER = 10**6
 
 
@@ -119,8 +126,8 @@ def read_info(folder: Path) -> CacheInfo:
         values = json.loads(path.read_bytes())
         version = values["format"]
         if version == FORMAT:
-            lists = {"token_shape": tuple(map(int, values["token_shape"])), "fields": tuple(values["fields"])}
-            return CacheInfo(**(values | lists))
+            lists = {name: tuple(values.get(name, ())) for name in ("fields", "label_names")}
+            return CacheInfo(**(values | lists | {"token_shape": tuple(map(int, values["token_shape"]))}))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged, or does not describe a token cache ({error})") from None
     raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: make the cache anew")
@@ -134,10 +141,12 @@ def shard_path(folder: Path, split: Split, number: int) -> Path:
 class Shard(NamedTuple):
     """Consecutive samples: arrays, memory-mapped if :func:`open_shard` returned them."""
 
-    tokens: NDArray[np.uint16]
+    tokens: NDArray[np.uint16] | NDArray[np.uint32]
     """(count, h, w)"""
     segmentation: NDArray[np.uint8] | None
     """(count, h, w)"""
+    label: NDArray[np.int32] | None
+    """(count,)"""
     caption: NDArray[np.uint8] | None
     """(bytes,), UTF-8."""
     caption_ends: NDArray[np.int64] | None
@@ -151,13 +160,24 @@ class Shard(NamedTuple):
         return self.caption[start : self.caption_ends[row]].tobytes().decode()
 
 
+def token_type(num_codes: int) -> np.dtype[Any]:
+    """Return the type that shards hold ids of codes in."""
+    return np.dtype(np.uint16 if num_codes <= 2**16 else np.uint32)
+
+
 def write_shard(
-    path: Path, tokens: NDArray[np.uint16], segmentation: NDArray[np.uint8] | None, captions: Sequence[str] | None
+    path: Path,
+    tokens: NDArray[np.uint16] | NDArray[np.uint32],
+    segmentation: NDArray[np.uint8] | None,
+    captions: Sequence[str] | None,
+    labels: NDArray[np.int32] | None = None,
 ) -> None:
-    """Write a shard atomically: (count, h, w) twice and ``count`` captions; None if there are none."""
+    """Write a shard atomically: (count, h, w) twice, ``count`` captions and (count,) labels; None if there are none."""
     arrays: dict[str, NDArray[Any]] = {"tokens": tokens}
     if segmentation is not None:
         arrays["segmentation"] = segmentation
+    if labels is not None:
+        arrays["label"] = labels
     if captions is not None:
         encoded = [caption.encode() for caption in captions]
         arrays["caption"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -176,10 +196,11 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
     """
     path = shard_path(folder, split, number)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             header = file.read(min(length, _MAX_HEADER))
+            content = _mapped(file, size)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: run `regvq tokens` again, it makes what is missing") from None
     try:
@@ -192,12 +213,24 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
     if size != (expected := 8 + length + stops[-1]):
         raise ValueError(f"{path} is truncated or damaged: it has {size:,} bytes instead of {expected:,}{REMEDY}")
     _check_entries(path, entries, _expected_entries(info, len(info.shard_range(split, number))))
-    data = np.memmap(path, mode="r", offset=8 + length) if stops[-1] else np.empty(0, np.uint8)
-    arrays = {name: entries[name].view(data) if name in entries else None for name in Shard._fields}
+    arrays = {name: entries[name].view(content[8 + length :]) if name in entries else None for name in Shard._fields}
     shard = Shard(**arrays)  # type: ignore[arg-type]
     if shard.caption_ends is not None and (np.diff(shard.caption_ends, prepend=0) < 1).any():
         raise ValueError(f"{path} has an empty caption{REMEDY}")  # no text encoder takes it
     return shard
+
+
+def _mapped(file: BinaryIO, size: int) -> NDArray[np.uint8]:
+    """Return the bytes of an open file, mapped into memory and read-only.
+
+    PyTorch's mapping, since it closes its file handle; Python's keeps one for as long as it lives. By the number of the
+    handle, since PyTorch takes no path that isn't UTF-8.
+    """
+    if not size:  # which can't be mapped
+        return np.empty(0, np.uint8)
+    content: NDArray[np.uint8] = torch.from_file(f"/dev/fd/{file.fileno()}", False, size, dtype=torch.uint8).numpy()
+    content.flags.writeable = False
+    return content
 
 
 class _Entry(NamedTuple):
@@ -219,12 +252,16 @@ class _Entry(NamedTuple):
 
     def view(self, data: NDArray[np.uint8]) -> NDArray[Any]:
         start, stop = self.extent
-        return np.asarray(data[start:stop]).view(_TYPES[self.dtype]).reshape(self.shape)
+        return data[start:stop].view(_TYPES[self.dtype]).reshape(self.shape)
 
 
 def _expected_entries(info: CacheInfo, count: int) -> dict[str, tuple[str, list[int] | None]]:
     """Return type and shape of each array of a shard of ``count`` samples; None: any."""
-    expected: dict[str, tuple[str, list[int] | None]] = {"tokens": ("U16", [count, *info.token_shape])}
+    expected: dict[str, tuple[str, list[int] | None]] = {
+        "tokens": ("U16" if token_type(info.num_codes) == np.uint16 else "U32", [count, *info.token_shape])
+    }
+    if "label" in info.fields:
+        expected["label"] = ("I32", [count])
     if "segmentation" in info.fields:
         expected["segmentation"] = ("U8", [count, *info.token_shape])
     if "caption" in info.fields:

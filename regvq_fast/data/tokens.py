@@ -193,6 +193,14 @@ class TokenDataset(Dataset[TokenSample]):
                     "delete the cache, and make it anew"
                 )
             batch["segmentation"] = torch.from_numpy(segmentation)
+        if "label" in self.info.fields:
+            labels = np.array([cast(Any, shards[number].label)[row] for number, row in locations], dtype=np.int64)
+            if labels.min() < 0 or labels.max() >= len(self.info.label_names):  # an embedding, too
+                raise ValueError(
+                    f"{self.folder} holds labels from {labels.min()} to {labels.max()}, of "
+                    f"{len(self.info.label_names)} classes: a shard is damaged; delete the cache, and make it anew"
+                )
+            batch["label"] = torch.from_numpy(labels)
         if "caption" in self.info.fields:
             batch["caption"] = [shards[number].caption_of(row) for number, row in locations]
         return batch

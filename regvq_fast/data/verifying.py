@@ -14,7 +14,7 @@ from rich.text import Text
 from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.archives.each_image import EachImage, Problem
 from regvq_fast.data.archives.split_files import SplitFiles
-from regvq_fast.data.reading import caption_lines, check_same_size
+from regvq_fast.data.reading import caption_lines, check_same_size, raw_lines
 from regvq_fast.data.samples import Field, Part
 from regvq_fast.data.transforms import center_box, crop_labels, upright_size
 
@@ -28,6 +28,7 @@ class Need(NamedTuple):
     what: str
     found: int
     expected: int
+    """0: unknown."""
     required: bool
     """True if its absence is an error."""
     source: str
@@ -37,7 +38,7 @@ class Need(NamedTuple):
 
     @property
     def state(self) -> str:
-        if self.found >= self.expected:
+        if self.found >= max(self.expected, 1):
             return "ok"
         return "missing" if self.required else "optional"
 
@@ -66,19 +67,21 @@ def verify(
         ValueError: something is missing, or can't be read (after all files are checked); a damaged list.
     """
     found = list(needs(archive, fields))
-    table = Table(title=Text(archive.label), title_justify="left")
+    table = Table(title=Text(archive.heading), title_justify="left")
     table.add_column("what", overflow="fold")
     table.add_column("found", justify="right")
     table.add_column("expected", justify="right")
     table.add_column("")
     for need in found:
         style = {"missing": "bold red", "optional": "dim"}.get(need.state, "")
-        table.add_row(Text(need.what), f"{need.found:,}", f"{need.expected:,}", Text(need.state, style))
+        expected = f"{need.expected:,}" if need.expected else "unknown"
+        table.add_row(Text(need.what), f"{need.found:,}", expected, Text(need.state, style))
     console.print(table)
+    missing = [need for need in found if need.state == "missing"]
     splits = f"training takes {archive.served['train']}, validation {archive.served['val']}"
     maps = f"; maps have {len(archive.classes)} class ids" if archive.classes else ""
-    console.print(Text(splits + maps), soft_wrap=True)
-    missing = [need for need in found if need.state == "missing"]
+    labels = f"; labels have {len(archive.label_names)} classes" if "label" in archive.fields and not missing else ""
+    console.print(Text(splits + maps + labels), soft_wrap=True)
     for source in dict.fromkeys(need.source for need in missing):
         same = [need for need in missing if need.source == source]
         example = next((f" ({need.example})" for need in same if need.example), "")
@@ -87,7 +90,7 @@ def verify(
     damaged = _open_all(archive, fields, workers, console) if decode else 0
     if missing or damaged:
         states = ["incomplete"] * bool(missing) + [f"damaged in {damaged} images"] * bool(damaged)
-        raise ValueError(f"{archive.label} is {' and '.join(states)}: see above")
+        raise ValueError(f"{archive.heading} is {' and '.join(states)}: see above")
 
 
 def needs(archive: Archive, fields: Collection[Field]) -> Iterator[Need]:
@@ -103,13 +106,14 @@ def needs(archive: Archive, fields: Collection[Field]) -> Iterator[Need]:
         names = archive.listed(partition) if all(path.is_file() for path in archive.lists()) else []
         parts: tuple[Part, ...] = ("image", *archive.fields)
         for part in parts:
-            has = archive.has(part, names)
+            has = archive.has(part, names) if names else np.zeros(0, dtype=bool)
             what = f"{partition} images" if part == "image" else f"{partition} images with {part}"
             count = int(np.count_nonzero(has))
             example = _example(archive, part, names[int(np.argmin(has))]) if count < len(names) else ""
             yield Need(what, count, expected, part == "image" or part in fields, archive.source(part), example)
             if part == "image":
                 names = [name for name, there in zip(names, has, strict=True) if there]
+                expected = expected or len(names)
 
 
 def _example(archive: Archive, part: Part, name: str) -> str:
@@ -156,4 +160,4 @@ def examine(archive: Archive, name: str, fields: Collection[Field]) -> Finding:
         return Finding(0, 0)
     data = archive.read(name, "caption")
     captions = caption_lines(data)
-    return Finding(len(captions), len(data.decode().splitlines()) - len(captions))
+    return Finding(len(captions), len(raw_lines(data)) - len(captions))

@@ -230,7 +230,8 @@ class PriorRecipe(Recipe[Config]):
         with self.precision.autocast():
             tokens = self.sample(model, batch)
         kind, names = self.conditioned_on, self.label_names or self.dataset.class_names
-        rows, legend = render(kind, conditions_of(batch, kind), self.tokenizer.image_size, names)
+        size = self.tokenizer.image_size
+        rows, legend = render(kind, conditions_of(batch, kind), (size, size), names)
         save_image_grid(path, *rows, self.decode(tokens), self.decode(batch["tokens"]), legend=legend)
 
     def summarize(

@@ -185,9 +185,6 @@ def test_other_tokenizers_and_folders_are_refused(scenes: Path, tokenizer: Path,
         cache(tokenizer, tokenizer / "config.json", *SCENES)
     with pytest.raises(SystemExit, match="no such folder"):
         cache(tmp_path / "nowhere", tmp_path / "cache", *SCENES)
-    tiny_tokenizer(num_codes=65537).save_pretrained(tmp_path / "large")
-    with pytest.raises(SystemExit, match=r"65536.* 65537"):
-        cache(tmp_path / "large", tmp_path / "cache", *SCENES)
     assert not (tmp_path / "cache").exists()
 
 
@@ -220,9 +217,9 @@ def test_crops_are_central_unless_asked_for(tokenizer: Path, tmp_path: Path) -> 
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{k}.png")
         (tmp_path / "photos" / f"{k}.txt").write_text("one\ntwo\nthree")
     flags = ["--data", tmp_path / "photos", "--device", "cpu", "--workers", 0]
-    plain = read_info(cache(tokenizer, tmp_path / "plain", *flags))
+    plain = read_info(cache(tokenizer, tmp_path / "plain", *flags, "--fields"))
     assert (plain.crop, plain.flip, plain.views) == ("center", True, 2)
-    assert read_info(cache(tokenizer, tmp_path / "captions", *flags, "--fields", "caption")).views == 4
+    assert read_info(cache(tokenizer, tmp_path / "captions", *flags)).views == 4
     out = cache(tokenizer, tmp_path / "random", *flags, "--crop", "random-resized")
     assert read_info(out).crop == "random-resized"
     assert TokenDataset(out).info == read_info(out)  # as one of an earlier version
@@ -244,14 +241,15 @@ def test_crops_say_nothing_of_scenes(scenes: Path, tokenizer: Path, tmp_path: Pa
     assert contents(out)["val-000000.safetensors"] == contents(scenes)["val-000000.safetensors"]
 
 
-def test_the_largest_token_fits(tmp_path: Path) -> None:
-    model = tiny_tokenizer(num_codes=65536)
+@pytest.mark.parametrize("num_codes", [2**16, 2**16 + 1])
+def test_the_largest_token_fits(tmp_path: Path, num_codes: int) -> None:
+    model = tiny_tokenizer(num_codes=num_codes)
     with torch.no_grad():  # all latents are those of the last code
         model.quant_conv.weight.zero_()
         model.quant_conv.bias.copy_(model.quantize.embedding.weight[-1])
     model.save_pretrained(tmp_path / "large")
     out = cache(tmp_path / "large", tmp_path / "cache", *SCENES)
-    assert TokenDataset(out)[0]["tokens"].eq(65535).all()
+    assert TokenDataset(out)[0]["tokens"].eq(num_codes - 1).all()
 
 
 def test_classes_that_the_data_set_does_not_name_are_refused(
@@ -275,9 +273,14 @@ def test_images_with_captions_and_maps(tokenizer: Path, tmp_path: Path, capsys: 
     (photos / "9.seg.png").write_bytes(b"no map")
     (photos / "9.txt").write_text("no caption")
     flags = ["--data", photos, *"--views 2 --shard-samples 5 --batch-size 4 --device cpu --workers 0".split()]
-    plain = cache(tokenizer, tmp_path / "plain", *flags)
-    out = cache(tokenizer, tmp_path / "cache", *flags, "--fields", "segmentation", "caption")
-    assert "unreadable images" in capsys.readouterr().out
+    plain = cache(tokenizer, tmp_path / "plain", *flags, "--fields")
+    capsys.readouterr()
+    out = cache(tokenizer, tmp_path / "cache", *flags)
+    said = capsys.readouterr().out
+    assert "unreadable images" in said
+    assert "fields  caption, segmentation\n" in said
+    assert "priors  ar by segmentation" in said
+    assert "diffusion by caption" in said
 
     assert TokenDataset(plain)[0].keys() == {"tokens"}
     assert read_info(plain).num_classes is None
@@ -288,3 +291,41 @@ def test_images_with_captions_and_maps(tokenizer: Path, tmp_path: Path, capsys: 
         sample = tokens[index]
         assert torch.equal(sample["tokens"], tokenize_batch(model, collate([images[index]]))["tokens"][0])
         assert sample["caption"] == f"picture {int(sample['segmentation'].unique())}"
+
+
+def test_fields_that_all_images_have_are_kept_and_others_named_before_encoding(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for k in range(count):
+            path = photos / split / ("wolf", "ant")[k % 2] / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+            if k != 1:
+                path.with_suffix(".txt").write_text(f"picture {k}")
+    flags = ["--data", photos, *"--views 2 --shard-samples 5 --batch-size 4 --device cpu --workers 0".split()]
+    with (
+        patch.object(caching._Caching, "_encode", side_effect=ValueError("encoding begins")),
+        pytest.raises(SystemExit),
+    ):
+        cache(tokenizer, tmp_path / "stopped", *flags)
+    said = capsys.readouterr().out
+    assert "fields  label\n" in said
+    assert "left out  caption: 5 of 6 images; --fields caption label keeps only these\n" in said
+    assert re.search(r"priors  ar by label, diffusion by label\n", said)
+
+    out = cache(tokenizer, tmp_path / "cache", *flags)
+    info, tokens = read_info(out), TokenDataset(out)
+    assert (info.fields, info.label_names) == (("label",), ("ant", "wolf"))
+    images = ImageFolder(photos, "train", 16, crop="center", fields=["label"])
+    assert [tokens[k]["label"] for k in range(12)] == [images[k]["label"] for k in range(12)]
+    assert sorted(TokenDataset(out, "val").__getitems__([0, 1])["label"].tolist()) == [0, 1]
+    assert next(training_batches(tokens, 4))["label"].shape == (4,)
+
+    both = cache(tokenizer, tmp_path / "both", *flags, "--fields", "label", "caption")
+    assert read_info(both).train_images == 5
+    (photos / "train" / "ant").rename(photos / "train" / "bee")
+    (photos / "val" / "ant").rename(photos / "val" / "bee")
+    with pytest.raises(SystemExit, match="names of the classes differ"):
+        cache(tokenizer, out, *flags)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regvq_fast.cli.sample import _read_ids, _read_square
+from regvq_fast.cli.sample_inputs import _read_ids, _read_square
 
 
 def test_files_that_cannot_be_read_are_named_with_their_flag(tmp_path: Path) -> None:
@@ -15,12 +15,12 @@ def test_files_that_cannot_be_read_are_named_with_their_flag(tmp_path: Path) -> 
     Image.effect_noise((64, 48), 90).save(path)
     square, size = _read_square("--edit", path, 16)
     assert (square.shape, size) == ((3, 16, 16), (64, 48))
-    assert _read_ids(path).shape == (1, 48, 48)
+    assert _read_ids(path, 1, 1).shape == (1, 48, 48)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"^--edit {path}: .*truncated"):
         _read_square("--edit", path, 16)
     with pytest.raises(ValueError, match=f"^--map {path}: .*truncated"):
-        _read_ids(path)
+        _read_ids(path, 1, 1)
     path.write_text("no image")
     with pytest.raises(ValueError, match=f"^--mask {path} is not an image$"):
         _read_square("--mask", path, 16)
@@ -36,4 +36,4 @@ def test_a_map_lies_where_the_image_to_edit_does(tmp_path: Path, turned: bool) -
     ids.save(tmp_path / "map.png")
     ids.convert("RGB").save(tmp_path / "photo.png")
     square, _ = _read_square("--edit", tmp_path / "photo.png", 64)
-    assert torch.equal(_read_ids(tmp_path / "map.png"), square[:1])
+    assert torch.equal(_read_ids(tmp_path / "map.png", 16, 16), square[:1])

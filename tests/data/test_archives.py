@@ -1,6 +1,7 @@
 """The official layouts must be known as such, and serve what their own lists, captions and masks say."""
 
 import errno
+import json
 import logging
 import os
 import pickle
@@ -341,3 +342,51 @@ def test_workers_and_limits_are_as_of_folders(tmp_path):
     assert alone["caption"] == workers["caption"]
     whole = levels(build(top, "val"))
     assert levels(build(top, "val", length=2)) == whole[::2]
+
+
+# ------------------------------------------------------------------------------------------------ the layout of ADE20K
+
+
+def test_captions_may_be_added_to_ade20k(tmp_path):
+    top = trees.ade20k(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no image of ADE20K.* has its caption: get it from your own captions"):
+        build(top, fields=["caption"])
+    (top / "images" / "validation" / "ADE_val_00000001.txt").write_text("beside\nit\n")
+    rows = [
+        {"file_name": "validation/ADE_val_00000002.jpg", "text": ["a list", "of two"]},
+        {"file_name": "images/training/ADE_train_00000001.jpg", "text": "a\nstring"},
+        {"file_name": "training/ADE_train_00000001.jpg", "text": "another"},
+    ]
+    lines = "\ufeff" + "".join(json.dumps(row) + "\n\n" for row in rows)
+    (top / "captions.jsonl").write_text(lines, encoding="utf-8")
+    val = build(top, fields=["caption", "segmentation"])
+    assert [val[k]["caption"] for k in range(2)] == ["beside", "a list"]
+    train = build(top, "train", fields=["caption"])
+    assert {train[k]["caption"] for k in range(30)} == {"a string", "another"}
+    (top / "captions.jsonl").write_text(json.dumps(rows[0]) + "\n" + '{"file": 3}')
+    with pytest.raises(ValueError, match=r"line 2 of .*captions\.jsonl .*file_name.* got {\"file\": 3}"):
+        build(top, fields=["caption"])
+
+
+def test_other_data_in_the_layout_of_ade20k_are_not_called_so(tmp_path):
+    for partition in ("training", "validation"):
+        for k in range(2):
+            write_flat(tmp_path / "images" / partition / f"{k}.jpg", 40 * k)
+            trees.labels(tmp_path / "annotations" / partition / f"{k}.png", np.full((20, 24), 200 + k))
+    dataset = build(tmp_path, fields=["segmentation"])
+    assert isinstance(dataset, ArchiveDataset)
+    assert dataset.title.startswith("data in the layout of ADE20K")
+    assert dataset.num_classes is None
+    assert [int(dataset[k]["segmentation"].max()) for k in range(2)] == [200, 201]
+    table = "Idx\tRatio\tTrain\tVal\tName\n1\t0.5\t2\t2\tcat, tabby\n2\t0.5\t2\t2\tdog\n"
+    (tmp_path / "objectInfo150.txt").write_text(table)
+    archive = find_archive(tmp_path)
+    assert archive.classes == ("unknown", "cat", "dog")
+    assert "ADE20K scene" not in archive.title
+    with pytest.raises(ValueError, match="none of the 2 images"):  # ids that the table hasn't
+        build(tmp_path, fields=["segmentation"])[0]
+    own = trees.ade20k(tmp_path / "own")
+    assert find_archive(own).title == "ADE20K scene parsing benchmark"
+    (own / "objectInfo150.txt").unlink()
+    assert find_archive(own).title == "ADE20K scene parsing benchmark"  # by the names of its images
+    assert len(find_archive(own).classes) == 151

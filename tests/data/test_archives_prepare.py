@@ -125,7 +125,7 @@ def test_repeated_and_empty_captions_are_told(tmp_path):
     assert f"{name}: its caption is empty" in Told("verify", tmp_path, decode=True).text
     told = Told("prepare", tmp_path, out=tmp_path / "out")
     assert f"{name}: its caption is empty" in told.text
-    assert "val: 3 images, 3 with caption, 0 missing, 1 unreadable left out" in told.text
+    assert "val: 3 images, 3 with caption, 3 with label, 0 missing, 1 unreadable left out" in told.text
 
 
 def test_what_is_no_archive_is_told_with_what_there_should_be(tmp_path):
@@ -255,7 +255,7 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
         ({"out": out, "shard_mib": 0}, "--shard-mib must be at least 1, got 0"),
         ({"out": out, "workers": -1}, "--workers must not be negative, got -1"),
         ({"out": out, "decode": True}, "--decode is for verify"),
-        ({"out": out, "fields": ("segmentation",)}, "--fields segmentation: CUB-200-2011 has caption only"),
+        ({"out": out, "fields": ("segmentation",)}, "--fields segmentation: CUB-200-2011 has caption, label only"),
     ):
         assert message in Told("prepare", top, **options).error
     assert re.search(rf"--out {out} .*prepare.*verify", Told("verify", top, out=out).error)

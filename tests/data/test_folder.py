@@ -349,3 +349,74 @@ def test_unreadable_images_and_folders_of_both_splits_are_left_out(tmp_path):
     splits = [ImageFolder(tmp_path, split, 8) for split in ("train", "val")]
     assert left_out_note(*splits) == "; left out: 4 files (2 .avif, 2 unreadable)"
     assert left_out_note(ImageFolder(tmp_path / "val", "train", 8, limit=1)).startswith("; left out: ")
+
+
+def test_a_link_to_itself_and_a_closed_folder_are_left_out(folder, tmp_path_factory, monkeypatch, caplog):
+    (folder / "me").symlink_to("me")
+    (folder / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):  # root may read anything
+        if os.fspath(path) == str(folder / "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    splits = [ImageFolder(folder, split, 8) for split in ("train", "val")]
+    assert sum(map(len, splits)) == 40
+    assert left_out_note(*splits) == "; left out: 2 files (1 dangling link, 1 unreadable folder)"
+    (said,) = caplog.messages
+    assert f"{folder}/lost+found" in said
+    with pytest.raises(PermissionError):
+        ImageFolder(folder / "lost+found")
+
+
+def test_fields_are_found_whatever_the_case_of_their_suffix(tmp_path):
+    for k in range(2):
+        write_flat(tmp_path / "val" / f"{k}.PNG", 10 * k)
+        write_flat(tmp_path / "train" / f"{k}.PNG", 10 * k)
+    for split in ("train", "val"):
+        (tmp_path / split / "0.TXT").write_text("photograph 0")
+        (tmp_path / split / "1.txt").write_text("photograph 1")
+        (tmp_path / split / "1.TXT").write_text("another spelling")
+        for k in range(2):
+            write_flat(tmp_path / split / f"{k}.png", k, mode="L")
+            (tmp_path / split / f"{k}.png").rename(tmp_path / split / f"{k}.Seg.PNG")
+    dataset = ImageFolder(tmp_path, "val", 8, fields=["caption", "segmentation"])
+    assert [dataset[k]["caption"] for k in range(2)] == ["photograph 0", "photograph 1"]
+    assert [int(dataset[k]["segmentation"].max()) for k in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_only_line_breaks_part_captions_and_a_byte_order_mark_is_none_of_them(tmp_path, mark):
+    breaks = {"\u2028", "\x85", "\x0b", "\x0c", "\x1c"}
+    for k in range(2):
+        write_flat(tmp_path / "train" / f"{k}.png")
+        write_flat(tmp_path / "val" / f"{k}.png")
+        for split in ("train", "val"):
+            text = mark + "".join(f"one{other}line" for other in sorted(breaks)) + "\r\ntwo\rthree\nfour"
+            (tmp_path / split / f"{k}.txt").write_bytes(text.encode())
+    assert ImageFolder(tmp_path, "val", 8, fields=["caption"])[0]["caption"] == "".join(
+        f"one{other}line" for other in sorted(breaks)
+    )
+    train = ImageFolder(tmp_path, "train", 8, fields=["caption"])
+    assert {train[k]["caption"][:3] for k in range(60)} == {"one", "two", "thr", "fou"}
+
+
+def test_ignored_pixels_of_maps_are_a_class_with_one_warning(tmp_path, caplog):
+    for split in ("train", "val"):
+        for k in range(8):
+            write_flat(tmp_path / split / f"{k}.png")
+            write_flat(tmp_path / split / f"{k}.seg.png", 255 if k > 3 else k, mode="L")
+    dataset = ImageFolder(tmp_path, "val", 8, fields=["segmentation"])
+    batches = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=collate)
+    maps = torch.cat([batch["segmentation"] for batch in batches])
+    assert maps[:, 0, 0].tolist() == [0, 1, 2, 3, 255, 255, 255, 255]
+    assert bool(dataset._has_255)  # set by a worker, seen here: the others keep quiet
+    assert caplog.messages == []
+    alone = ImageFolder(tmp_path, "val", 8, fields=["segmentation"])
+    assert [alone[k]["segmentation"].max() for k in range(4)] == [0, 1, 2, 3]
+    assert caplog.messages == []
+    assert [alone[k]["segmentation"].max() for k in range(4, 8)] == [255] * 4
+    (said,) = caplog.messages
+    assert re.search(rf"{tmp_path} .*\b255\b", said)

@@ -1,3 +1,4 @@
+import io
 import os
 import random
 import tarfile
@@ -30,9 +31,10 @@ def reads(monkeypatch):
 
 def test_entries_say_where_the_parts_are(tmp_path):
     shard, *_ = pack(tmp_path)
-    entries, damage, left_out = read_index(shard)
+    entries, damage, left_out, labels = read_index(shard)
     assert damage == ""
     assert not left_out
+    assert labels == []
     assert len(entries) == 2
     with tarfile.open(shard) as archive:
         for entry, key in zip(entries, ("00", "01"), strict=True):
@@ -40,6 +42,7 @@ def test_entries_say_where_the_parts_are(tmp_path):
             assert tuple(entry["image"]) == (image.offset_data, 600)
             assert tuple(entry["caption"]) == (text.offset_data, 2)
             assert entry["segmentation"]["offset"] == -1
+            assert entry["label"] == -1
             assert member_name(shard, image.offset_data) == f"{key}.png"
     assert entries["hash"][0] != entries["hash"][1]
     assert member_name(shard, 700) == "byte 700"
@@ -150,3 +153,38 @@ def test_many_shards_show_progress(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
     load_indexes(shards)
     assert "indexing shards" in capsys.readouterr().err
+
+
+def test_a_name_that_comes_again_begins_another_sample(tmp_path):
+    """Concatenated tar files, and ones that tar -r added to: each image keeps the files that came with it."""
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as archive:
+        for k, names in enumerate(["a.jpg a.txt a.seg.png a.cls", "a.txt a.jpg a.seg.png a.cls b.jpg", "a.jpg a.webp"]):
+            for name in names.split():
+                member = tarfile.TarInfo(name)
+                member.size = k + 1
+                archive.addfile(member, io.BytesIO(str(k).encode() * (k + 1)))
+    entries, _, _, labels = read_index(shard)
+    assert entries["image"]["size"].tolist() == [1, 2, 2, 3, 3]
+    assert entries["caption"]["size"].tolist() == [1, 2, 0, 0, 0]
+    assert entries["segmentation"]["size"].tolist() == [1, 2, 0, 0, 0]
+    assert [labels[k] if k >= 0 else None for k in entries["label"]] == ["0", "11", None, None, None]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.txt", "notes", "x" * 300])
+def test_a_negative_size_is_damage(tmp_path, name):
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as archive:
+        for key in ("00.png", name):
+            member = tarfile.TarInfo(key)
+            member.size = 600
+            archive.addfile(member, io.BytesIO(b"1" * 600))
+    content = bytearray(shard.read_bytes())
+    header = bytearray(content[1536:2048])
+    header[124:136] = tarfile.itn(-1024, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    content[1536:2048] = header
+    shard.write_bytes(content)
+    entries, damage, *_ = read_index(shard)
+    assert len(entries) == 1
+    assert "negative size" in damage

@@ -219,7 +219,7 @@ def test_samples_without_a_field_are_left_out_with_a_warning(tmp_path, caplog):
     assert {dataset[k]["caption"] for k in range(6)} == {f"number {k}" for k in (1, 2, 4, 5, 7, 8)}
     (said,) = caplog.messages
     assert re.search(rf"\b3 of 9 .*{tmp_path}: .*caption", said)
-    told = r"none of the 9 images in .* has its caption and segmentation: .*, NAME.txt and NAME.seg.png must lie beside"
+    told = r"none of the 9 images in .* has its caption and segmentation: .* NAME.txt beside NAME.jpg, and NAME.seg.png"
     with pytest.raises(FileNotFoundError, match=told):
         ImageShards(tmp_path, "train", 8, fields=FIELDS)
 

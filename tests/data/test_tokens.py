@@ -1,7 +1,11 @@
 import dataclasses
 import json
+import os
 import pickle
 import random
+import resource
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +15,15 @@ import torch
 from helpers.tiny_models import scenes_batch, tiny_tokenizer
 
 from regvq_fast.data import TokenDataset, training_batches, validation_batches
-from regvq_fast.data.token_cache import CacheInfo, open_shard, read_info, shard_path, write_info, write_shard
+from regvq_fast.data.token_cache import (
+    CacheInfo,
+    open_shard,
+    read_info,
+    shard_path,
+    token_type,
+    write_info,
+    write_shard,
+)
 from regvq_fast.data.tokens import majority_vote, tokenize_batch
 
 INFO = CacheInfo(
@@ -36,16 +48,17 @@ INFO = CacheInfo(
 
 
 def write_cache(folder: Path, info: CacheInfo = INFO) -> Path:
-    """Sample g of training is full of 10 + g, of validation 100 + g; maps of g, captions "caption g"."""
+    """Sample g of training is full of 10 + g, of validation 100 + g; maps of g, captions "caption g", labels g % 3."""
     for split, first in (("train", 10), ("val", 100)):
         for number in range(info.num_shards(split)):
             numbers = np.array(info.shard_range(split, number))
             grid = np.ones((len(numbers), *info.token_shape), dtype=np.int64) * numbers[:, None, None]
             write_shard(
                 shard_path(folder, split, number),
-                (grid + first).astype(np.uint16),
+                (grid + first).astype(token_type(info.num_codes)),
                 grid.astype(np.uint8) if "segmentation" in info.fields else None,
                 [f"caption {g} é" for g in numbers] if "caption" in info.fields else None,
+                (numbers % 3).astype(np.int32) if "label" in info.fields else None,
             )
     write_info(folder, info)
     return folder
@@ -195,6 +208,66 @@ def test_classes_that_the_cache_has_not_are_refused(cache: Path) -> None:
     assert len(dataset.__getitems__([0, 1])["segmentation"]) == 2
     with pytest.raises(ValueError, match=r"class id 2\b"):
         dataset[2]
+
+
+def test_labels_come_with_their_samples_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    info = dataclasses.replace(INFO, fields=("label",), label_names=("ant", "bee", "cat"))
+    dataset = TokenDataset(write_cache(tmp_path, info), seed=7)
+    assert read_info(tmp_path) == info
+    batch = dataset.__getitems__([4, 5])
+    assert batch["label"].dtype == torch.int64
+    assert batch["label"].tolist() == [1, 2]
+    assert dataset[5]["label"] == 2
+    shard = shard_path(tmp_path, "train", 1)
+    for wrong in (-1, 3):
+        tokens = open_shard(tmp_path, info, "train", 1).tokens.copy()
+        write_shard(shard, tokens, None, None, np.array([1, wrong, 0, 1], dtype=np.int32))
+        damaged = TokenDataset(tmp_path, seed=7)
+        assert damaged[4]["label"] == 1
+        with pytest.raises(ValueError, match=rf"labels .*\b{wrong}, of 3 classes" if wrong > 0 else r"labels from -1"):
+            damaged.__getitems__([4, 5])
+
+
+def test_caches_from_before_labels_still_open(cache: Path) -> None:
+    values = json.loads((cache / "cache.json").read_text())
+    del values["label_names"]
+    (cache / "cache.json").write_text(json.dumps(values))
+    assert read_info(cache) == INFO
+    assert first_tokens(TokenDataset(cache, seed=7), range(3)) == [10, 11, 12]
+
+
+@pytest.mark.parametrize(("num_codes", "name"), [(2**16, "U16"), (2**16 + 1, "U32"), (2**18, "U32")])
+def test_ids_of_many_codes_take_four_bytes(tmp_path: Path, num_codes: int, name: str) -> None:
+    info = dataclasses.replace(INFO, num_codes=num_codes, fields=())
+    write_cache(tmp_path, info)
+    tokens = open_shard(tmp_path, info, "val", 0).tokens.copy()
+    tokens[1] = num_codes - 1
+    write_shard(shard_path(tmp_path, "val", 0), tokens, None, None)
+    assert first_tokens(TokenDataset(tmp_path, "val"), range(3)) == [100, num_codes - 1, 102]
+    assert name.encode() in shard_path(tmp_path, "val", 0).read_bytes()[:200]
+
+
+def test_a_cache_has_more_shards_than_a_process_may_have_files(tmp_path: Path) -> None:
+    sizes = {"views": 1, "train_images": 2000, "val_images": 1, "shard_samples": 1, "num_codes": 4000}
+    info = dataclasses.replace(INFO, fields=("caption",), **sizes)
+    write_cache(tmp_path, info)
+    script = (
+        "import sys, torch; from regvq_fast.data import TokenDataset, training_batches; d = TokenDataset(sys.argv[1]);"
+        "print(sum(int(next(b)['tokens'][:, 0, 0].sum()) for b in [training_batches(d, 100)] for _ in range(20)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(sum(range(10, 2010)))], done.stderr
+
+
+def test_a_cache_may_lie_in_a_folder_whose_name_is_not_unicode(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    assert first_tokens(TokenDataset(write_cache(folder), seed=7), range(3)) == [10, 11, 12]
 
 
 def test_an_empty_caption_is_refused_before_a_step_meets_it(cache: Path) -> None:

@@ -110,3 +110,32 @@ def coco(folder: Path, year: int = 2017, images: str = "", stuff: str | None = "
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
     return top
+
+
+SYNSETS = {"n02119789": "kit fox", "n01440764": "tench, Tinca tinca", "n03995372": "power drill"}
+"""In the order of the development kit."""
+
+
+def imagenet(folder: Path, kaggle: bool = False, flat: str | None = "LOC_val_solution.csv") -> Path:
+    """Three classes: two images each for training, one for validation, flat with a list of their classes (its name) or,
+    without, in folders. Levels are 40 times the rank of the class, 10 more for the second image.
+    """
+    images = folder / "ILSVRC" / "Data" / "CLS-LOC" if kaggle else folder
+    solution = ["ImageId,PredictionString"]
+    for number, synset in enumerate(SYNSETS, start=1):
+        level = 40 * sorted(SYNSETS).index(synset)
+        for k in range(2):
+            write_flat(images / "train" / synset / f"{synset}_{k}.JPEG", level + 10 * k)
+        name = f"ILSVRC2012_val_{number:08d}"
+        write_flat(images / "val" / ("" if flat else synset) / f"{name}.JPEG", level)
+        solution.insert(1, f"{name},{synset} 85 1 499 272 {synset} 1 2 3 4 ")
+    lines = {
+        "LOC_synset_mapping.txt": [f"{synset} {name}" for synset, name in SYNSETS.items()],
+        "LOC_val_solution.csv": solution,
+        "ILSVRC2012_validation_ground_truth.txt": ["1", "2", "3"],
+        "map_clsloc.txt": [f"{synset} {k} {name}" for k, (synset, name) in enumerate(SYNSETS.items(), start=1)],
+    }
+    devkit = "ILSVRC2012_validation_ground_truth.txt", "map_clsloc.txt"
+    for name in ["LOC_synset_mapping.txt", *(devkit if flat in devkit else [flat] if flat else [])]:
+        (folder / name).write_text("\n".join(lines[name]) + "\n")
+    return folder / "ILSVRC" if kaggle else folder

@@ -413,12 +413,35 @@ def test_images_of_captions_with_their_states(runs: dict[str, Path], tmp_path: P
     assert len(list((tmp_path / "validation").glob("0*.png"))) == 3
 
 
+def test_images_grow_beyond_the_grid(runs: dict[str, Path], tmp_path: Path) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    flags = ["--run", runs["diffusion"], "--num-images", 2, "--steps", 2, "--text", "a cat"]
+    sample(*flags, "--extend", "right", "down", "--edit", tmp_path / "photo.png", "--out", tmp_path / "out")
+    first, second = (pixels(tmp_path / "out" / f"0000{k}.png") for k in range(2))
+    assert first.shape == (48, 48, 3)
+    assert not np.array_equal(first, second)
+
+    ids = np.zeros((60, 90), dtype=np.uint8)
+    ids[:, 30:] = 7
+    Image.fromarray(ids).save(tmp_path / "map.png")
+    flags = ["--run", runs["ar"], "--map", tmp_path / "map.png", "--num-images", 1, "--extend", "right"]
+    sample(*flags, "--out", tmp_path / "wide")
+    assert pixels(tmp_path / "wide" / "00000.png").shape == (32, 48, 3)
+    assert pixels(tmp_path / "wide" / "grid.png").shape[1] >= 144
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prior", "ar", "--run", "{ar}", "--text", "a cat"], "--text .*autoregressive"),
+        (["--run", "{ar}", "--extend", "right"], "--extend .*--map"),
+        (["--run", "{ar}", "--label", "cat"], "--label .*segmentation"),
+        (["--run", "{diffusion}", "--per-class", "2"], "--per-class .*caption"),
+        (["--run", "{diffusion}", "--strip", "--extend", "up"], "--strip .*--extend"),
+        (["--run", "{diffusion}", "--mask", "ids.png"], "--mask .*--edit"),
+        (["--prior", "ar", "--run", "{ar}", "--text", "a cat"], "--text .*segmentation"),
         (["--run", "{ar}", "--strip"], "--strip .*autoregressive"),
-        (["--run", "{diffusion}", "--map", "map.png"], "--map .*diffusion"),
+        (["--run", "{diffusion}", "--map", "map.png"], "--map .*caption"),
         (["--prior", "diffusion", "--run", "{ar}"], "TokenTransformer.* VQDiffusion"),
         (["--prior", "ar", "--run", "nothing"], "nothing"),
         (["--prior", "ar", "--run", "{ar}", "--num-images", "0"], r"--num-images .*\b0$"),

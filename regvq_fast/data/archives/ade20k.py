@@ -1,6 +1,9 @@
 """ADE20K (Zhou et al. 2017): the scene parsing benchmark, and both full releases."""
 
+import json
 import os
+from collections.abc import Sequence
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
@@ -9,8 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.data.archives.archive import Archive
+from regvq_fast.data.archives.captions import CaptionTable
 from regvq_fast.data.archives.classes import ADE20K_CLASSES, ADE20K_CODE_TO_CLASS
 from regvq_fast.data.finding import find_files
+from regvq_fast.data.reading import raw_lines
 from regvq_fast.data.samples import Part
 
 _FULL_2016, _FULL_2021 = "ADE20K_2016_07_26", "ADE20K_2021_17_01"
@@ -25,14 +30,20 @@ class ADE20K(Archive):
 
     Colours of a ``_seg.png`` are codes of some 3000 classes: they become the benchmark's as in the official conversion
     (convertFromADE), once for each image.
+
+    Labels are the scene categories of the benchmark's ``sceneCategories.txt``. Captions, which the archive has none of,
+    may be added: ``NAME.txt`` beside ``NAME.jpg``, one a line, or ``captions.jsonl`` in the top folder, a line for an
+    image: ``{"file_name": "training/NAME.jpg", "text": "a caption"}`` (or a list of captions).
+
+    Other data may have the layout of the benchmark: classes that ``objectInfo150.txt`` names differently, or images
+    with other names and no such file, whose maps may have any ids.
     """
 
     name = "ade20k"
     tops = ("ADEChallengeData2016", _FULL_2021, _FULL_2016)
     layout = "images/training/ and annotations/training/ (benchmark), or images/ and index_ade20k.* (full release)"
-    fields = ("segmentation",)
+    fields = ("segmentation", "caption", "label")
     needed = ("segmentation",)
-    classes = ADE20K_CLASSES
 
     def __init__(self, top: Path) -> None:
         super().__init__(top)
@@ -44,6 +55,10 @@ class ADE20K(Archive):
             release = ", full release of 2016"
         self.title = f"ADE20K{release or ' scene parsing benchmark'}"
         self.partitions = {"training": training, "validation": 2000}
+        self.classes = ADE20K_CLASSES if self.full else _benchmark_classes(top)
+        if self.classes != ADE20K_CLASSES:
+            self.title = "data in the layout of ADE20K"
+            self.partitions = {"training": 0, "validation": 0}
         self.served = {"train": "training", "val": "validation"}
 
     @classmethod
@@ -55,6 +70,8 @@ class ADE20K(Archive):
 
     @classmethod
     def source(cls, part: Part) -> str:
+        if part == "caption":
+            return "your own captions, NAME.txt beside NAME.jpg or captions.jsonl in the top folder: it has none itself"
         return (
             "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip (the full release: "
             "http://groups.csail.mit.edu/vision/datasets/ADE20K/request_data/), and unpack it there"
@@ -66,12 +83,39 @@ class ADE20K(Archive):
         return [file.removeprefix(within) for file in find_files(folder, [".jpg"])] if folder.is_dir() else []
 
     def path(self, name: str, part: Part) -> str:
-        if part == "image":
-            return os.path.join(self.images, name)
         stem = os.path.splitext(name)[0]
+        if part != "segmentation":
+            return os.path.join(self.images, f"{stem}.txt" if part == "caption" else name)
         return os.path.join(self.images, f"{stem}_seg.png") if self.full else f"{self.top}/annotations/{stem}.png"
 
+    @cached_property
+    def _captions(self) -> CaptionTable:
+        return _read_captions(self.top / "captions.jsonl")
+
+    @cached_property
+    def _scenes(self) -> dict[str, str]:
+        """Return the scene category of each image that ``sceneCategories.txt`` lists."""
+        path = self.top / "sceneCategories.txt"
+        lines = self._lines(path) if path.is_file() else []
+        return {words[0]: " ".join(words[1:]).replace("_", " ") for words in lines if len(words) > 1}
+
+    @cached_property
+    def label_names(self) -> tuple[str, ...]:
+        return tuple(sorted(set(self._scenes.values())))
+
+    def labels(self, names: Sequence[str]) -> NDArray[np.int32]:
+        ids = {scene: number for number, scene in enumerate(self.label_names)}
+        scenes = (self._scenes.get(os.path.splitext(os.path.basename(name))[0], "") for name in names)
+        return np.array([ids.get(scene, -1) for scene in scenes], dtype=np.int32)
+
+    def has(self, part: Part, names: Sequence[str]) -> NDArray[np.bool_]:
+        if part == "caption":
+            return np.asarray(super().has(part, names) | np.isin(np.array(names, dtype=np.str_), self._captions.names))
+        return super().has(part, names)
+
     def read(self, name: str, part: Part) -> bytes:
+        if part == "caption":
+            return self._captions.of(name) or super().read(name, part)
         if part == "image" or not self.full:
             return super().read(name, part)
         return self._cached(name, self.path(name, part), lambda: self._converted(name))
@@ -89,3 +133,34 @@ class ADE20K(Archive):
 def _is_benchmark(folder: Path) -> bool:
     marks = ("annotations", "objectInfo150.txt", "sceneCategories.txt")
     return (folder / "images" / "training").is_dir() and any((folder / mark).exists() for mark in marks)
+
+
+def _benchmark_classes(top: Path) -> tuple[str, ...]:
+    """Return the names of the class ids in a tree with the benchmark's layout; empty if they are unknown."""
+    table = top / "objectInfo150.txt"
+    if table.is_file():
+        lines = [line.decode().split("\t") for line in raw_lines(table.read_bytes())[1:] if line.strip()]
+        names = [line[-1].partition(",")[0].strip() for line in lines]
+        return ADE20K_CLASSES if set(names) <= set(ADE20K_CLASSES) else (ADE20K_CLASSES[0], *names)
+    if (top / "sceneCategories.txt").is_file():
+        return ADE20K_CLASSES
+    with os.scandir(top / "images" / "training") as entries:
+        return ADE20K_CLASSES if any(entry.name.startswith("ADE_") for entry in entries) else ()
+
+
+def _read_captions(path: Path) -> CaptionTable:
+    """Return the captions in ``captions.jsonl``, none if it is missing."""
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(raw_lines(path.read_bytes()) if path.is_file() else [], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            texts = [row["text"]] if isinstance(row["text"], str) else list(row["text"])
+            captions.setdefault(row["file_name"].removeprefix("images/"), []).extend(map(str, texts))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f'line {number} of {path} should be like {{"file_name": "training/NAME.jpg", "text": "a caption"}}, '
+                f"got {line[:60].decode(errors='replace')}"
+            ) from None
+    return CaptionTable(captions)

@@ -1,4 +1,4 @@
-"""The base class of the paper's data sets in the layouts of their official archives."""
+"""The base class of data sets in the layouts of their official archives."""
 
 import hashlib
 import io
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.console import warn_once
+from regvq_fast.data.reading import raw_lines
 from regvq_fast.data.samples import Field, Part, Split
 from regvq_fast.files import atomic_path, user_cache
 
-ArchiveName = Literal["ade20k", "celebahq", "cub200", "coco"]
+ArchiveName = Literal["ade20k", "celebahq", "cub200", "coco", "imagenet"]
 """Names of the training scripts' presets."""
 
 MAP_FOLDER = ".regvq-maps"
@@ -41,7 +42,7 @@ class Archive(ABC):
     fields: ClassVar[tuple[Field, ...]]
     """Fields of the samples besides their image."""
     needed: ClassVar[tuple[Field, ...]]
-    """Fields that the paper's prior needs."""
+    """Fields that the preset's prior needs."""
     mirror_pairs: ClassVar[tuple[tuple[int, int], ...]] = ()
     """Pairs of class ids, such as left and right eye, that a mirrored image exchanges."""
     maps_fit: ClassVar[bool] = True
@@ -51,7 +52,7 @@ class Archive(ABC):
     classes: tuple[str, ...] = ()
     """Names of the class ids in semantic maps, from 0 on."""
     partitions: Mapping[str, int]
-    """The official splits and the number of images in each."""
+    """The official splits and the number of images in each; 0: unknown."""
     served: Mapping[Split, str]
     """The official splits for training and for validation; the latter is the one that papers report on."""
 
@@ -106,10 +107,25 @@ class Archive(ABC):
 
     @abstractmethod
     def path(self, name: str, part: Part) -> str:
-        """Return the path of the file with a part of an image, which may be missing."""
+        """Return the path of the file with a part of an image, which may be missing; for a label the image's."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels, from 0 on; without an override, there are none."""
+        return ()
+
+    def labels(self, names: Sequence[str]) -> NDArray[np.int32]:
+        """Return the label of each image, -1 where it has none.
+
+        Raises:
+            FileNotFoundError: a list is missing. ValueError: one is damaged.
+        """
+        return np.full(len(names), -1, dtype=np.int32)
 
     def has(self, part: Part, names: Sequence[str]) -> NDArray[np.bool_]:
         """Return which of the images have this part."""
+        if part == "label":
+            return np.asarray(self.labels(names) >= 0)
         return existing([self.path(name, part) for name in names])
 
     def read(self, name: str, part: Part) -> bytes:
@@ -117,7 +133,7 @@ class Archive(ABC):
         return Path(self.path(name, part)).read_bytes()
 
     @property
-    def label(self) -> str:
+    def heading(self) -> str:
         """Title and folder, for messages."""
         return f"{self.title} in {self.top}"
 
@@ -125,7 +141,7 @@ class Archive(ABC):
         """Return the lines of a list as words; FileNotFoundError states where to get it."""
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: get it from {self.source('image')}")
-        return [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.decode().split() for line in raw_lines(path.read_bytes()) if line.strip()]
 
     def _cached(self, name: str, source: str, make: Callable[[], NDArray[np.uint8]]) -> bytes:
         """Return a semantic map from the cache, or make it and store it as PNG: in MAP_FOLDER or, if that can't be

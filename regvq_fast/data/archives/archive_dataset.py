@@ -1,19 +1,17 @@
 """The images of an official archive as a data set."""
 
-import logging
 import os
 from collections.abc import Collection, Iterable
 
 import numpy as np
 
+from regvq_fast.console import warn_once
 from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.archives.lookup import find_archive, holds_archive
 from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.image_files import ImageFileDataset
 from regvq_fast.data.manifest import mirrored_ids
 from regvq_fast.data.samples import Crop, Field, Part, Split
-
-logger = logging.getLogger("regvq_fast")
 
 
 class ArchiveDataset(ImageFileDataset):
@@ -53,11 +51,17 @@ class ArchiveDataset(ImageFileDataset):
         files = SplitFiles(archive, archive.served[split], self.fields)
         files.require()
         if files.missing:
-            logger.warning("%s", files.missing_note())
+            warn_once(files.missing_note())
         complete = self._complete(list(files.has.values()), len(files.names))
         # An array: worker processes share its memory, while each would copy a list.
         self.names = np.array(files.names)[complete][self._choose(None, len(complete))]
+        if "label" in self.fields:
+            self.label_names, self._labels = archive.label_names, archive.labels(self.names.tolist())
         self._start(len(self.names))
+
+    def _having(self) -> dict[Field, int]:
+        names = self.names.tolist()
+        return {field: int(np.count_nonzero(self.archive.has(field, names))) for field in self.archive.fields}
 
     @classmethod
     def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
@@ -69,7 +73,7 @@ class ArchiveDataset(ImageFileDataset):
 
     @property
     def title(self) -> str:
-        return f"{self.archive.label} ({self.archive.served[self.split]})"
+        return f"{self.archive.heading} ({self.archive.served[self.split]})"
 
     def _read(self, position: int, part: Part) -> bytes:
         return self.archive.read(str(self.names[position]), part)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.data.archives.archive import Archive, encoded_map, existing
+from regvq_fast.data.archives.captions import CaptionTable
 from regvq_fast.data.archives.classes import COCO_CLASSES
 from regvq_fast.data.finding import find_files
 from regvq_fast.data.samples import Part
@@ -44,7 +45,7 @@ class COCO(Archive):
         self.title = f"MS-COCO {year}"
         self.partitions = dict(zip((train, val), _YEARS[year], strict=True))
         self.served = {"train": train, "val": val}
-        self._captions: dict[str, _Captions] = {}
+        self._captions: dict[str, CaptionTable] = {}
 
     @classmethod
     def is_top(cls, folder: Path) -> bool:
@@ -130,40 +131,25 @@ class COCO(Archive):
         number = os.path.splitext(name)[0][-12:]  # of COCO_train2014_000000000009, what 2017 calls it
         return [os.path.join(folder, f"{number}.png") for folder in self._map_folders]
 
-    def _of(self, partition: str) -> "_Captions":
+    def _of(self, partition: str) -> CaptionTable:
         if partition not in self._captions:
-            self._captions[partition] = _Captions(self.top / "annotations" / f"captions_{partition}.json")
+            self._captions[partition] = _read_captions(self.top / "annotations" / f"captions_{partition}.json")
         return self._captions[partition]
 
 
-class _Captions:
-    """The captions of a split, in arrays whose memory worker processes share."""
-
-    def __init__(self, path: Path) -> None:
-        lines: dict[str, list[str]] = {}
-        if path.is_file():
-            try:
-                content: Any = json.loads(path.read_bytes())
-                files = {image["id"]: image["file_name"] for image in content["images"]}
-                for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
-                    # Some captions end in a line break, or have one inside.
-                    caption = " ".join(annotation["caption"].split())
-                    if caption:
-                        lines.setdefault(files[annotation["image_id"]], []).append(caption)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged, or holds no captions ({error!r}): unpack it anew") from None
-        names = sorted(lines)
-        texts = ["\n".join(lines[name]).encode() for name in names]
-        self.names = np.array(names, dtype=np.str_)
-        self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-        self._text = b"".join(texts)
-
-    def of(self, name: str) -> bytes:
-        """Return the captions of an image, one a line; empty if there are none."""
-        position = int(np.searchsorted(self.names, name))
-        if position == len(self.names) or self.names[position] != name:
-            return b""
-        return self._text[int(self._ends[position - 1]) if position else 0 : int(self._ends[position])]
+def _read_captions(path: Path) -> CaptionTable:
+    """Return the captions of a split, none if their file is missing."""
+    lines: dict[str, list[str]] = {}
+    if path.is_file():
+        try:
+            content: Any = json.loads(path.read_bytes())
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
+                lines.setdefault(files[annotation["image_id"]], []).append(annotation["caption"])
+            return CaptionTable(lines)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged, or holds no captions ({error!r}): unpack it anew") from None
+    return CaptionTable(lines)
 
 
 def _images_and_year(top: Path) -> tuple[Path, str] | None:

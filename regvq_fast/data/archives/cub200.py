@@ -1,8 +1,12 @@
 """CUB-200-2011 (Wah et al. 2011): birds, with ten captions an image by Reed et al. 2016."""
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.samples import Part
@@ -19,7 +23,7 @@ class CUB200(Archive):
     name = "cub200"
     tops = ("CUB_200_2011",)
     layout = "images.txt, train_test_split.txt and images/"
-    fields = ("caption",)
+    fields = ("caption", "label")
     needed = ("caption",)
     title = "CUB-200-2011"
 
@@ -57,6 +61,19 @@ class CUB200(Archive):
             if training[number] == (partition == "train"):
                 names.append(" ".join(rest))
         return sorted(names)
+
+    @cached_property
+    def _species(self) -> list[str]:
+        """Return the folders of all species that ``images.txt`` lists; labels are positions in it."""
+        return sorted({words[1].partition("/")[0] for words in self._lines(self.lists()[0]) if len(words) > 1})
+
+    @cached_property
+    def label_names(self) -> tuple[str, ...]:
+        return tuple(folder.partition(".")[2].replace("_", " ") or folder for folder in self._species)
+
+    def labels(self, names: Sequence[str]) -> NDArray[np.int32]:
+        ids = {folder: number for number, folder in enumerate(self._species)}
+        return np.array([ids.get(name.partition("/")[0], -1) for name in names], dtype=np.int32)
 
     @cached_property
     def _captions(self) -> Path:

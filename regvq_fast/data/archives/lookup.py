@@ -9,8 +9,11 @@ from regvq_fast.data.archives.archive import Archive, ArchiveName
 from regvq_fast.data.archives.celebahq import CelebAHQ
 from regvq_fast.data.archives.coco import COCO
 from regvq_fast.data.archives.cub200 import CUB200
+from regvq_fast.data.archives.imagenet import ImageNet
 
-ARCHIVES: dict[ArchiveName, type[Archive]] = {archive.name: archive for archive in (ADE20K, CelebAHQ, CUB200, COCO)}
+ARCHIVES: dict[ArchiveName, type[Archive]] = {
+    archive.name: archive for archive in (ADE20K, CelebAHQ, CUB200, COCO, ImageNet)
+}
 """By the names of presets."""
 
 
@@ -40,7 +43,7 @@ def find_archive(root: str | os.PathLike[str], name: ArchiveName | None = None) 
         hint = " (`regvq data`: or give --dataset)" if len({archive.name for archive in found}) > 1 else ""
         raise ValueError(f"{root} holds {_listed(found)}: name the top folder of one{hint}")
     if here and below:
-        warn_once(f"{here[0].label} is taken, not {_listed(below)} in it: name the top folder of the one you mean")
+        warn_once(f"{here[0].heading} is taken, not {_listed(below)} in it: name the top folder of the one you mean")
     return found[0] if found else None
 
 

@@ -36,12 +36,12 @@ class SplitFiles:
         archive, partition = self.archive, self.partition
         if not self.names:
             raise FileNotFoundError(
-                f"the {partition!r} split of {archive.label} has no images: get it from {archive.source('image')}"
+                f"the {partition!r} split of {archive.heading} has no images: get it from {archive.source('image')}"
             )
         for field, there in self.has.items():
             if not there.any():
                 raise FileNotFoundError(
-                    f"no image of {archive.label} ({partition}) has its {field}: get it from {archive.source(field)}"
+                    f"no image of {archive.heading} ({partition}) has its {field}: get it from {archive.source(field)}"
                 )
 
     def missing_note(self) -> str:
@@ -49,5 +49,5 @@ class SplitFiles:
         if not self.missing:
             return ""
         count = len(self.missing) + len(self.names)
-        label = self.archive.label
+        label = self.archive.heading
         return f"{len(self.missing)} of the {count} {self.partition} images of {label} are missing ({self.missing[0]})"
