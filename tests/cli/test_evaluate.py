@@ -51,7 +51,7 @@ def make_prior() -> TokenTransformer:
 
 def make_maskgit() -> MaskGIT:
     torch.manual_seed(3)
-    return MaskGIT(CODES, 16, token_shape=(8, 8), condition_shape=(4, 4), width=16, depth=1, heads=2).eval()
+    return MaskGIT(CODES, 16, token_shape=(8, 8), width=16, depth=1, heads=2).eval()
 
 
 def make_diffusion() -> VQDiffusion:

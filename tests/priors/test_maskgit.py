@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regvq_fast.models.model import read_model
-from regvq_fast.priors import prefix
+from regvq_fast.priors import class_ids
 from regvq_fast.priors.maskgit import MaskGIT
 from regvq_fast.priors.maskgit.config import MASKGIT_PRESETS
 
@@ -18,7 +18,7 @@ CODES, CLASSES = 12, 5
 
 def make_model(**options):
     torch.manual_seed(0)
-    arguments = {"token_shape": (2, 3), "condition_shape": (1, 4), "width": 16, "depth": 2, "heads": 2}
+    arguments = {"token_shape": (2, 3), "width": 16, "depth": 2, "heads": 2}
     return MaskGIT(CODES, CLASSES, **(arguments | options))
 
 
@@ -34,7 +34,7 @@ def randomized(model: MaskGIT) -> MaskGIT:
 def make_batch(images: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(CODES, (images, 2, 3), generator=generator)
-    condition = torch.randint(CLASSES + 1, (images, 1, 4), generator=generator)
+    condition = torch.randint(CLASSES + 1, (images, 2, 3), generator=generator)
     return tokens, condition, torch.rand(images, 6, generator=generator) < 0.5
 
 
@@ -83,7 +83,7 @@ def test_chunks_and_checkpoints_change_nothing(model, monkeypatch):
     batch = make_batch()
     expected = model.loss(*batch)
     expected_gradients = torch.autograd.grad(expected.sum(), model.parameters())
-    monkeypatch.setattr(prefix, "_LOSS_ELEMENTS", 5 * CODES)  # 18 rows: chunks of 5, 5, 5 and 3
+    monkeypatch.setattr(class_ids, "_LOSS_ELEMENTS", 5 * CODES)  # 18 rows: chunks of 5, 5, 5 and 3
     model.checkpoint_activations()
     value = model.loss(*batch)
     torch.testing.assert_close(value, expected)
@@ -144,7 +144,7 @@ def test_masks_do_not_depend_on_the_split_of_a_batch(model):
 
 
 def test_conditions_are_dropped_with_the_probability_asked_for(model):
-    condition = (torch.arange(3000) % CLASSES)[:, None].expand(-1, 4)
+    condition = (torch.arange(3000) % CLASSES)[:, None].expand(-1, 6)
     dropped = model.drop_condition(condition, 0.1, seed=SEED, first_image=0)
     null = (dropped == CLASSES).all(1)
     assert torch.equal(dropped[~null], condition[~null])
@@ -158,7 +158,7 @@ def test_conditions_are_dropped_with_the_probability_asked_for(model):
 def test_the_bound_holds_and_is_the_mean_over_orders():
     """The mean of loss / count over all masks of each count is the mean of -log p over all orders, and above -log p."""
     model = randomized(make_model(token_shape=(1, 3)).double()).eval()
-    tokens, condition = torch.tensor([[4, 0, 7]]), torch.tensor([[1, 3, 0, 2]])
+    tokens, condition = torch.tensor([[4, 0, 7]]), torch.tensor([[1, 3, 0]])
     masks = (torch.arange(1, 8)[:, None] >> torch.arange(3)) % 2 == 1
     counts = masks.sum(1)
     losses = model.loss(tokens.expand(7, -1), condition.expand(7, -1), masks).double()

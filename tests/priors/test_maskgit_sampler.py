@@ -17,7 +17,7 @@ CODES, CLASSES = 12, 5
 
 def make_prior(num_codes: int = CODES, **options: Any) -> MaskGIT:
     """Build a prior in fp64, so that rounding doesn't matter, whose tokens depend on all others."""
-    arguments = {"token_shape": (3, 4), "condition_shape": (1, 4), "width": 16, "depth": 2, "heads": 2}
+    arguments = {"token_shape": (3, 4), "width": 16, "depth": 2, "heads": 2}
     prior = MaskGIT(num_codes, CLASSES, **(arguments | options)).double().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -34,14 +34,14 @@ def prior() -> MaskGIT:
 
 @pytest.fixture
 def condition() -> Tensor:
-    return torch.randint(CLASSES, (5, 1, 4), generator=torch.Generator().manual_seed(2))
+    return torch.randint(CLASSES, (5, 3, 4), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="module")
 def learned() -> tuple[MaskGIT, Tensor, Tensor]:
     """A prior that knows four images by heart, these, and their conditions."""
     torch.manual_seed(0)
-    prior = MaskGIT(CODES, 4, token_shape=(3, 4), condition_shape=(1, 1), width=32, depth=2, heads=2)
+    prior = MaskGIT(CODES, 4, token_shape=(3, 4), label_names="abcd", width=32, depth=2, heads=2)
     tokens = torch.randint(CODES, (4, 3, 4), generator=torch.Generator().manual_seed(0))
     condition = torch.arange(4)[:, None]
     optimizer = torch.optim.AdamW(prior.parameters(), lr=5e-3, weight_decay=0.0)
@@ -92,7 +92,7 @@ def chi_square(found: Tensor, expected: Tensor) -> float:
 
 def test_one_random_position_at_a_time_is_the_mean_of_all_chain_rules():
     """As many steps as tokens, and noise that drowns the confidences."""
-    images, prior = 6000, make_prior(num_codes=2, token_shape=(1, 3), condition_shape=(1, 1), width=8, depth=1)
+    images, prior = 6000, make_prior(num_codes=2, token_shape=(1, 3), label_names="abcde", width=8, depth=1)
     condition = torch.full((images, 1), 2)
     tokens = sample_maskgit(prior, condition, seed=SEED, steps=3, choice_temperature=1e9).flatten(1)
     grids = torch.cartesian_prod(*[torch.arange(2)] * 3)
@@ -111,7 +111,7 @@ def test_one_random_position_at_a_time_is_the_mean_of_all_chain_rules():
 @pytest.mark.parametrize(("choice_temperature", "temperature"), [(4.5, 1.0), (0.7, 1.0), (0.0, 1.0), (4.5, 1.5)])
 def test_confidences_choose_the_first_token(choice_temperature, temperature):
     """With two tokens and two steps: of two Gumbel variables the larger is a logistic function of the difference."""
-    images, prior = 6000, make_prior(num_codes=3, token_shape=(1, 2), condition_shape=(1, 1), width=8, depth=1)
+    images, prior = 6000, make_prior(num_codes=3, token_shape=(1, 2), label_names="abcde", width=8, depth=1)
     with torch.no_grad():
         prior.tok_emb.weight[:3] *= 0.3  # no pair is rare
     condition = torch.full((images, 1), 2)
@@ -137,7 +137,7 @@ def test_confidences_choose_the_first_token(choice_temperature, temperature):
 
 def test_one_step_samples_every_token_by_itself(prior):
     images = 2000
-    condition = torch.full((images, 4), 2)
+    condition = torch.full((images, 12), 2)
     tokens = sample_maskgit(prior, condition, seed=SEED, steps=1).flatten(1)
     p = prior(torch.full((1, 12), CODES), condition[:1])[0].softmax(-1).detach()
     found = torch.stack([tokens[:, position].bincount(minlength=CODES) for position in range(12)])
@@ -249,7 +249,7 @@ def test_settings_that_make_no_sense_are_refused(prior, condition):
         ({"temperature": -1.0}, r"temperature .*-1\.0"),
         ({"guidance": math.nan}, "guidance .*nan"),
         ({"keep": (torch.full((5, 12), CODES), kept)}, r"keep .*\[0, 12\)"),
-        ({"condition": condition[:0]}, r"condition.*\(0, 1, 4\)"),
+        ({"condition": condition[:0]}, r"condition.*\(0, 3, 4\)"),
         ({"condition": condition.to("meta")}, "condition .*meta .*cpu"),
     ]
     for changed, message in settings:

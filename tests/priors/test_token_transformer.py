@@ -9,7 +9,7 @@ import taming_gpt
 import torch
 import torch.nn.functional as F
 
-from regvq_fast.priors import prefix as module
+from regvq_fast.priors import class_ids as module
 from regvq_fast.priors.autoregressive import TokenTransformer
 
 SEED = torch.tensor(3)

@@ -24,10 +24,10 @@ from regvq_fast.models.attention import KeyValueCache, attention
 from regvq_fast.models.transformer import Block, check_sizes, grid_sinusoids, initialize
 from regvq_fast.models.weights import LoadedWeights, check_state_dict, nested_state_dict, strip_prefix
 from regvq_fast.ops.noise import Stream, row_words
-from regvq_fast.priors.prefix import PrefixModel, check_probability
+from regvq_fast.priors.class_ids import ClassIdModel, check_probability
 
 
-class TokenTransformer(PrefixModel):
+class TokenTransformer(ClassIdModel):
     """p(image tokens | condition), one token after the other; the defaults are taming's for semantic synthesis.
 
     The sequence is the K ids of the condition, then the L tokens. A position attends to itself and to those before it.

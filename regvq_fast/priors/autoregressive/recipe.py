@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.autoregressive.sampler import ARSampler
-from regvq_fast.priors.prefix import PrefixRecipe
+from regvq_fast.priors.class_ids import ClassIdRecipe
 
 
-class ARRecipe(PrefixRecipe[ARConfig]):
+class ARRecipe(ClassIdRecipe[ARConfig]):
     """Training of a transformer that predicts the tokens of an image from its semantic map."""
 
     command = "train ar"

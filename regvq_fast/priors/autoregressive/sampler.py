@@ -13,7 +13,7 @@ from regvq_fast.models.model import evaluating
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide
-from regvq_fast.priors.prefix import PrefixSampler
+from regvq_fast.priors.class_ids import ClassIdSampler
 from regvq_fast.priors.sampler import Progress, SamplingSettings, capture, check_keep, compiled
 
 
@@ -27,7 +27,7 @@ class ARSettings(SamplingSettings):
     """ar: choose among the fewest codes whose probabilities sum to this."""
 
 
-class ARSampler(PrefixSampler):
+class ARSampler(ClassIdSampler):
     """Sampler of a `TokenTransformer`."""
 
     title = "autoregressive"
@@ -50,7 +50,7 @@ class ARSampler(PrefixSampler):
         states: list[Tensor] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        ids = self.prefix(conditions)
+        ids = self.ids(conditions)
         return sample_autoregressive(
             self.prior, ids, first_image=first_image, keep=keep, progress=progress, **self.describe()
         )

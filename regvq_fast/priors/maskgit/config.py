@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from regvq_fast.config.sections import UNTITLED, OptimizerConfig, RunConfig
+from regvq_fast.priors.class_ids import ClassIdModelConfig
 from regvq_fast.priors.config import PriorConfig
-from regvq_fast.priors.prefix import PrefixModelConfig
 from regvq_fast.settings import check_probabilities
 
 
 @dataclass(frozen=True)
-class MaskGITModelConfig(PrefixModelConfig):
+class MaskGITModelConfig(ClassIdModelConfig):
     """Bidirectional transformer."""
 
     label_smoothing: float = 0.1

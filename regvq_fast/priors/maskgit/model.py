@@ -6,7 +6,7 @@ cross-entropy; sampling is in `regvq_fast.priors.maskgit.sampler`. As in the pap
 token embedding. Other than there, LayerNorm comes before attention and MLP, not behind, and the condition has an
 embedding of its own, with one more row for the null condition of classifier-free guidance.
 
-Shapes: tokens (B, h, w), in row-major order (B, L) with L = h * w; condition (B, h', w') or (B, K) with K = h' * w';
+Shapes: tokens (B, h, w), in row-major order (B, L) with L = h * w; condition (B, K), K = L for a map (B, h, w), else 1;
 N codes; C = width.
 """
 
@@ -23,22 +23,21 @@ from regvq_fast.models.attention import attention
 from regvq_fast.models.transformer import Block, check_sizes, flat_ids, grid_sinusoids, initialize
 from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.priors.choosing import token_rows
-from regvq_fast.priors.prefix import PrefixModel
+from regvq_fast.priors.class_ids import ClassIdModel
 
 _WORDS = 2**32
 
 
-class MaskGIT(PrefixModel):
+class MaskGIT(ClassIdModel):
     """p(masked tokens | other tokens, condition), each by itself; the defaults are the paper's for ImageNet.
 
-    The sequence is the K ids of the condition, then the L tokens, and every position attends to all. The condition is a
-    semantic map; or a label, which is one id; or nothing, one id that is always the null condition.
+    Every position attends to all. The condition is a semantic map, whose id at a token is added to its embedding; or a
+    label, one id before the tokens, as in the paper; or nothing, one id that is always the null condition.
 
     Args:
         num_codes: N, the codes that tokens name; N itself is the mask.
         num_classes: ids of the condition; the id `num_classes` is the null condition. 0: unconditional.
         token_shape: (h, w) of an image's tokens.
-        condition_shape: (h', w') of a map; None: `token_shape`.
         label_names: names of the `num_classes` labels; empty: the condition is a map.
         width: C, a multiple of `heads`.
         depth: blocks.
@@ -57,29 +56,27 @@ class MaskGIT(PrefixModel):
         num_classes: int = 1000,
         *,
         token_shape: Sequence[int] = (16, 16),
-        condition_shape: Sequence[int] | None = None,
         label_names: Sequence[str] = (),
         width: int = 768,
         depth: int = 24,
         heads: int = 8,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(num_codes, num_classes, token_shape, condition_shape, label_names)
+        super().__init__(num_codes, num_classes, token_shape, None, label_names)
         sizes = {"num_codes": num_codes, "width": width, "depth": depth, "heads": heads}
         check_sizes(sizes, dropout)
         self._arguments: dict[str, Any] = {
             **sizes,
             "num_classes": num_classes,
             "token_shape": self.token_shape,
-            "condition_shape": self.condition_shape,
             "label_names": self.label_names,
             "dropout": dropout,
         }
         self.tok_emb = nn.Embedding(num_codes + 1, width)
         self.cond_emb = nn.Embedding(num_classes + 1, width)
-        # A token starts like its position of the map: attention need not be found by chance (docs/priors.md).
-        positions = [grid_sinusoids(shape, width) for shape in (self.condition_shape, self.token_shape)]
-        self.pos_emb = nn.Parameter(torch.cat(positions)[None])
+        self.is_map = self.conditioned_on == "segmentation"
+        grids = [self.token_shape] if self.is_map else [(1, 1), self.token_shape]
+        self.pos_emb = nn.Parameter(torch.cat([grid_sinusoids(grid, width) for grid in grids])[None])
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.ln_f = nn.LayerNorm(width)
@@ -91,7 +88,7 @@ class MaskGIT(PrefixModel):
 
         Args:
             tokens: (B, h, w) or (B, L) int64 in [0, num_codes], the last being the mask.
-            condition: (B, h', w') or (B, K) int64 in [0, num_classes].
+            condition: (B, K), or a map (B, h, w), int64 in [0, num_classes].
 
         Returns:
             (B, L, N).
@@ -154,10 +151,12 @@ class MaskGIT(PrefixModel):
             raise ValueError(
                 f"tokens and condition must be of equally many images, got {len(tokens)}, {len(condition)}"
             )
-        x = self.drop(torch.cat([self.cond_emb(condition), self.tok_emb(tokens)], dim=1) + self.pos_emb)
+        x, condition = self.tok_emb(tokens), self.cond_emb(condition)
+        x = x + condition if self.is_map else torch.cat([condition, x], dim=1)
+        x = self.drop(x + self.pos_emb)
         for block in self.blocks:
             x = block(x, attention)
-        return self.ln_f(x[:, self.condition_length :])
+        return self.ln_f(x[:, -self.num_tokens :])
 
     def _head(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.tok_emb.weight[: self.num_codes], self.bias)

@@ -1,20 +1,20 @@
 """The recipe of the masked prior (``regvq train maskgit``)."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from regvq_fast.priors.class_ids import ClassIdRecipe
 from regvq_fast.priors.maskgit.config import MaskGITConfig
 from regvq_fast.priors.maskgit.model import MaskGIT
 from regvq_fast.priors.maskgit.sampler import MaskGITSampler
-from regvq_fast.priors.prefix import PrefixRecipe
 
 _MEAN_RATIO = 2 / math.pi  # of cos(pi / 2 * u)
 
 
-class MaskGITRecipe(PrefixRecipe[MaskGITConfig]):
+class MaskGITRecipe(ClassIdRecipe[MaskGITConfig]):
     """Training of a transformer that predicts the masked tokens of an image."""
 
     command = "train maskgit"
@@ -38,7 +38,7 @@ runs/...); regvq sample samples images from it.
         model = self.config.model
         return _Loss(self.model, model.label_smoothing, model.condition_dropout)
 
-    def validation_loss(self, model: MaskGIT, tokens: Tensor, condition: Tensor, first_image: int) -> Tensor:
+    def validation_loss(self, model: MaskGIT, tokens: Tensor, condition: Any, first_image: int) -> Tensor:
         """Return a bound of -log p(tokens | condition), estimated with one mask an image, equal in all evaluations.
 
         The bound is that of a random order of the tokens: the mean over the masked ones, any number being as likely.

@@ -11,9 +11,9 @@ from torch import Tensor
 from regvq_fast.models.model import evaluating
 from regvq_fast.ops.noise import Stream, gumbel_from_words, row_words
 from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide, step_seeds, token_rows
+from regvq_fast.priors.class_ids import ClassIdSampler
 from regvq_fast.priors.maskgit.config import MaskGITConfig
 from regvq_fast.priors.maskgit.model import MaskGIT
-from regvq_fast.priors.prefix import PrefixSampler
 from regvq_fast.priors.sampler import Progress, SteppedSettings, capture, check_keep, compiled
 
 _STEPS = 12
@@ -27,7 +27,7 @@ class MaskGITSettings(SteppedSettings):
     """maskgit: noise in the choice of the tokens to keep, falling to 0 at the last step."""
 
 
-class MaskGITSampler(PrefixSampler):
+class MaskGITSampler(ClassIdSampler):
     """Sampler of a `MaskGIT`."""
 
     title = "MaskGIT"
@@ -57,7 +57,7 @@ class MaskGITSampler(PrefixSampler):
     ) -> Tensor:
         return sample_maskgit(
             self.prior,
-            self.prefix(conditions),
+            self.ids(conditions),
             first_image=first_image,
             keep=keep,
             states=states,
@@ -97,7 +97,7 @@ def sample_maskgit(
 
     Args:
         prior: on the device of the condition.
-        condition: (B, h', w') or (B, K) int64.
+        condition: (B, K), or a map (B, h, w), int64.
         seed: an int, or a 0-dim int64 tensor on that device.
         steps: 1 to the number of tokens; None: 12, or as many as there are tokens.
         temperature: as in `choose_tokens`.

@@ -1,4 +1,4 @@
-"""Priors whose sequence begins with ids of the condition: what their models, settings, recipes and samplers share.
+"""Priors whose condition is class ids: what their models, settings, recipes and samplers share.
 
 A semantic map is K = h' * w' class ids, a label is one id, and no condition is one id, which is always the null
 condition of classifier-free guidance.
@@ -30,15 +30,15 @@ _LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
 
 
 @dataclass(frozen=True)
-class PrefixModelConfig(TransformerConfig):
-    """Transformer after the ids of a condition."""
+class ClassIdModelConfig(TransformerConfig):
+    """Transformer under class ids."""
 
     num_classes: OptionalInt = None
     """Class ids of the maps. Default: those of the cache or data set."""
 
 
-class PrefixModel(Model):
-    """A model of L tokens after the K ids of their condition.
+class ClassIdModel(Model):
+    """A model of L tokens under K ids.
 
     Args:
         num_codes: N, the codes that tokens name.
@@ -137,8 +137,8 @@ def check_probability(name: str, probability: float) -> None:
 Config = TypeVar("Config", bound=PriorConfig)
 
 
-class PrefixRecipe(PriorRecipe[Config]):
-    """Training of a `PrefixModel`."""
+class ClassIdRecipe(PriorRecipe[Config]):
+    """Training of a `ClassIdModel`."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the model's arguments: tokens and condition from the data, sizes from the configuration."""
@@ -173,14 +173,14 @@ class PrefixRecipe(PriorRecipe[Config]):
         return given or found or 0
 
 
-class PrefixSampler(PriorSampler):
-    """Sampler of a `PrefixModel`."""
+class ClassIdSampler(PriorSampler):
+    """Sampler of a `ClassIdModel`."""
 
     conditions = ("segmentation", "label", "none")
     config_type: ClassVar[type[PriorConfig]]
     """Class of the prior's configuration."""
 
-    prior: PrefixModel
+    prior: ClassIdModel
 
     def check(self, run: Path | None = None) -> None:
         super().check(run)
@@ -217,7 +217,7 @@ class PrefixSampler(PriorSampler):
             )
         return maps
 
-    def prefix(self, conditions: Any) -> Tensor:
+    def ids(self, conditions: Any) -> Tensor:
         """Return conditions as ids (B, K) int64 on the prior's device."""
         device = next(self.prior.parameters()).device
         return self.prior.condition_ids(self.prepare(conditions, "a condition").to(device))
