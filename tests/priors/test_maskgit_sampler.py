@@ -51,7 +51,7 @@ def learned() -> tuple[MaskGIT, Tensor, Tensor]:
         masked = prior.mask(counts, seed=seed, first_image=0)
         ids = prior.drop_condition(condition.repeat(8, 1), 0.4, seed=seed, first_image=0)
         optimizer.zero_grad()
-        (prior.loss(tokens.repeat(8, 1, 1), ids, masked).sum() / counts.sum()).backward()
+        prior.loss(tokens.repeat(8, 1, 1), ids, masked).mean().backward()
         optimizer.step()
         schedule.step()
     return prior, tokens, condition

@@ -36,7 +36,7 @@ MASKGIT_PRESETS: dict[str, MaskGITConfig] = {
     # Within ten minutes on two CPU cores.
     "scenes": MaskGITConfig(
         model=MaskGITModelConfig(label_smoothing=0.0),
-        optimizer=OptimizerConfig(steps=600, batch_size=16, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1),
+        optimizer=OptimizerConfig(steps=1000, batch_size=16, lr=2e-3, warmup_steps=50, final_lr_fraction=0.1),
     ),
     # Section 4.1 of the paper; warm-up and weight decay are those of its code.
     "imagenet": MaskGITConfig(

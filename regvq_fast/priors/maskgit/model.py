@@ -100,7 +100,7 @@ class MaskGIT(ClassIdModel):
         return self._head(self._hidden(tokens, condition))
 
     def loss(self, tokens: Tensor, condition: Tensor, masked: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """Return the cross-entropy of the masked tokens of each image, computed in fp32.
+        """Return the mean cross-entropy of the masked tokens of each image, computed in fp32.
 
         The logits of a chunk of rows are in memory at a time, and backward makes them again where there are several.
 
@@ -110,14 +110,14 @@ class MaskGIT(ClassIdModel):
             label_smoothing: fraction of the target that is spread equally over all codes.
 
         Returns:
-            (B,) float32, sums over the masked tokens in nats.
+            (B,) float32, nats a masked token.
 
         Raises: as `forward`.
         """
         tokens = self._flat_tokens(tokens)
         hidden = self._hidden(tokens.masked_fill(masked, self.num_codes), condition).flatten(0, 1)
         losses = self._by_chunks(functools.partial(self._losses, label_smoothing), hidden, tokens.flatten())
-        return (torch.cat(losses).view_as(masked) * masked).sum(1)
+        return (torch.cat(losses).view_as(masked) * masked).sum(1) / masked.sum(1).clamp(min=1)
 
     def mask(self, counts: Tensor, *, seed: Tensor, first_image: int | Tensor) -> Tensor:
         """Choose the tokens of each image to mask, any of them with the same probability.

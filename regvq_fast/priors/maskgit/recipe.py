@@ -1,6 +1,5 @@
 """The recipe of the masked prior (``regvq train maskgit``)."""
 
-import math
 from typing import Any, cast
 
 import torch
@@ -10,8 +9,6 @@ from regvq_fast.priors.class_ids import ClassIdRecipe
 from regvq_fast.priors.maskgit.config import MaskGITConfig
 from regvq_fast.priors.maskgit.model import MaskGIT
 from regvq_fast.priors.maskgit.sampler import MaskGITSampler
-
-_MEAN_RATIO = 2 / math.pi  # of cos(pi / 2 * u)
 
 
 class MaskGITRecipe(ClassIdRecipe[MaskGITConfig]):
@@ -46,7 +43,7 @@ runs/...); regvq sample samples images from it.
         seed = torch.zeros((), dtype=torch.int64, device=tokens.device)
         counts = model.uniform_counts(len(tokens), seed=seed, first_image=first_image)
         masked = model.mask(counts, seed=seed, first_image=first_image)
-        return (model.loss(tokens, condition, masked) / counts).mean()
+        return model.loss(tokens, condition, masked).mean()
 
 
 class _Loss(nn.Module):
@@ -65,5 +62,4 @@ class _Loss(nn.Module):
         masked = prior.mask(counts, seed=seed, first_image=first_image)
         condition = prior.drop_condition(condition, self.condition_dropout, seed=seed, first_image=first_image)
         losses = prior.loss(tokens, condition, masked, label_smoothing=self.label_smoothing)
-        # Divided by the expected number of masked tokens: by the true one, the loss would depend on the micro-batches.
-        return {"loss": losses.mean() / (_MEAN_RATIO * prior.num_tokens)}, ()
+        return {"loss": losses.mean()}, ()
