@@ -7,7 +7,8 @@ pytest bench/bench_autoregressive.py -s -k target       only the claims, whose r
 ``--benchmark-json FILE`` keeps what was measured. A training step is the loss of a batch, its gradients and the update
 of AdamW, the fused one for both. Sampling draws as many images from their conditions; taming's is
 ``sample_with_past``, whose cache grows by a copy of itself at each token. Both have the same weights and choose among
-all codes. Mixed precision trains; to sample in half precision, the network's weights are converted. taming needs
+all codes. Mixed precision trains; to sample in half precision, the network's weights are converted. ``llama`` is ours
+with the blocks of that name, fresh, in the precision that follows. taming needs
 ``pip install --no-deps taming-transformers-rom1504``.
 """
 
@@ -33,12 +34,12 @@ NUM_CLASSES = 151
 SIZES = {"small": Size("cpu", 256, 4, 8, 8), "paper": Size("cuda", 1024, 24, 16, 32)}
 # By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
 TRAINING = {
-    "small": ("taming", "fp32", "amp"),
-    "paper": ("taming-amp", "amp-compile", "taming", "amp", "fp32"),
+    "small": ("taming", "fp32", "amp", "llama-fp32"),
+    "paper": ("taming-amp", "amp-compile", "taming", "amp", "fp32", "llama-amp-compile"),
 }
 SAMPLING = {
-    "small": ("taming", "fp32", "fp32-compile"),
-    "paper": ("taming-half", "half-compile", "half", "taming", "fp32", "fp32-compile"),
+    "small": ("taming", "fp32", "fp32-compile", "llama-fp32"),
+    "paper": ("taming-half", "half-compile", "half", "taming", "fp32", "fp32-compile", "llama-half-compile"),
 }
 
 
@@ -77,8 +78,10 @@ def taming_loss(network: nn.Module, tokens: Tensor, condition: Tensor) -> Tensor
 
 
 def pick(size: str, mode: str) -> nn.Module:
-    """A copy of one of the networks."""
+    """A copy of one of the networks, or a new one of the other kind."""
     theirs, ours = networks(size)
+    if mode.startswith("llama"):
+        return TokenTransformer(**{**ours._arguments, "arch": "llama"}).to(SIZES[size].device)
     return copy.deepcopy(theirs if mode.startswith("taming") else ours)
 
 

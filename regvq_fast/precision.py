@@ -66,9 +66,13 @@ class Precision(NamedTuple):
     dtype: torch.dtype | None  # of autocast; None: fp32 throughout
     reason: str  # one line for people
 
-    def autocast(self) -> torch.autocast:
-        """Return a new autocast context, which may be entered any number of times."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+    def autocast(self, *, keep_casts: bool = True) -> torch.autocast:
+        """Return a new autocast context, which may be entered any number of times.
+
+        Args:
+            keep_casts: keep the weights that were cast, for further uses, until its end.
+        """
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=keep_casts)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return loss scaling, active for fp16 only."""

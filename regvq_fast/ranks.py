@@ -143,9 +143,13 @@ def distributed(module: nn.Module) -> nn.Module:
 @contextmanager
 def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
     """Average gradients over the ranks in backward passes of forward passes inside the block, or don't."""
+    from torch.distributed.fsdp import FSDPModule  # half a second that only training needs to spend
+
     with ExitStack() as stack:
-        for module in modules if not enabled else ():
-            if isinstance(module, DistributedDataParallel):
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(enabled)
+            elif isinstance(module, DistributedDataParallel) and not enabled:
                 stack.enter_context(module.no_sync())
         yield
 

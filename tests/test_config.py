@@ -52,7 +52,7 @@ def test_epochs_that_are_asked_for_take_the_place_of_a_presets_steps() -> None:
 
 def test_an_unknown_preset_is_refused_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse_config(VQGAN_PRESETS, ["--preset", "imagenet"], "")
+        parse_config(VQGAN_PRESETS, ["--preset", "cifar"], "")
     message = capsys.readouterr()
     assert "celebahq" in message.out + message.err
 

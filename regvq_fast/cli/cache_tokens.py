@@ -55,7 +55,7 @@ USAGE = """Encode a data set once with a trained tokenizer: the priors train fro
     torchrun --nproc-per-node 8 -m regvq_fast tokens --tokenizer runs/NAME --out cache/ --data shards/ --amp
 
 The cache holds the first --views epochs of the training stream and the validation split, with the captions, labels and
-semantic maps that all images have. The same command completes a cache whose run was stopped.
+semantic maps that nearly all images have. The same command completes a cache whose run was stopped.
 """
 
 
@@ -74,7 +74,7 @@ class CacheConfig(LoadingConfig, DeviceConfig, SeedConfig):
     """Epochs of the training stream to keep, each with its own flips and captions, or scenes.
     Not given: 4; 2 of images without captions."""
     fields: tuple[Field, ...] | None = None
-    """Fields to keep beside tokens; images that lack one are left out. Not given: those that all images have."""
+    """Fields to keep beside tokens; images that lack one are left out. Not given: those that 95 % have."""
     crop: Crop = "center"
     """Training crop of images; center is that of FID's reference images."""
     flip: bool = True
@@ -134,7 +134,7 @@ class _Caching:
         self.counts = (
             FieldCounts(0, {}) if config.fields is not None else dataset_class(config.data).count_fields(config.data)
         )
-        fields = self.counts.complete if config.fields is None else tuple(sorted(set(config.fields)))
+        fields = self.counts.usable if config.fields is None else tuple(sorted(set(config.fields)))
         self.datasets = {
             split: build_dataset(
                 config.data,

@@ -1,23 +1,19 @@
 """The command ``regvq evaluate``: metrics of trained models over a whole validation split, with protocols."""
 
-import platform
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from regvq_fast.config import VQGANConfig, read_config, run_command, typed_command
-from regvq_fast.config.runtime import DeviceConfig, LoadingConfig
+from regvq_fast.cli.evaluate_setup import EvaluateConfig, Setup, check_flags, data_of
+from regvq_fast.cli.evaluate_suite import SuiteEvaluation
+from regvq_fast.config import run_command
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset
-from regvq_fast.data.loading import default_workers
-from regvq_fast.data.token_cache import read_info
-from regvq_fast.evaluation.feature_nets import PerceptualDistance, load_feature_net
+from regvq_fast.evaluation.feature_nets import PerceptualDistance
 from regvq_fast.evaluation.fid import (
     Reference,
     TooFewImagesWarning,
@@ -27,82 +23,49 @@ from regvq_fast.evaluation.fid import (
     statistics_of,
     too_few_images,
 )
-from regvq_fast.evaluation.measurement import CODE_COUNTS, RESULTS, Measurement, print_measurements, write_measurements
-from regvq_fast.evaluation.metrics import SampledImages, evaluate_tokenizer, fid_of_samples
+from regvq_fast.evaluation.measurement import (
+    CODE_COUNTS,
+    RESULTS,
+    Measurement,
+    print_measurements,
+    write_measurements,
+)
+from regvq_fast.evaluation.metrics import evaluate_tokenizer, fid_of_samples, open_samples
+from regvq_fast.evaluation.plots import save_entropy_map
 from regvq_fast.evaluation.reconstruction_metrics import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
-from regvq_fast.files import atomic_path, check_writable
+from regvq_fast.files import atomic_path
 from regvq_fast.models.features import NoWeightsError
-from regvq_fast.models.hub import hub_name, local_folder
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
-from regvq_fast.precision import choose_precision, inference_device
+from regvq_fast.precision import inference_device
 from regvq_fast.priors.conditions import fields_of
 from regvq_fast.priors.images import ImageSampler
-from regvq_fast.priors.registry import SAMPLING_SETTINGS, SamplingConfig
-from regvq_fast.ranks import local_world_size, process_group, raise_on_all_ranks, rank, rank_0_first, world_size
-from regvq_fast.settings import changed_flags, check_at_least
-from regvq_fast.version import __version__
+from regvq_fast.ranks import process_group, raise_on_all_ranks, rank, rank_0_first
 
-SCENES = "scenes"
-"""Name of the embedded scenes for ``--data``."""
-
+ENTROPY_MAP = "token_entropy.png"
+"""Plot of a tokenizer beside its measurements: entropy of the code at each position."""
 
 USAGE = """Measure a trained tokenizer, and images sampled by a prior, over a whole validation split.
 
     regvq evaluate --run runs/vq                                    # PSNR, SSIM, LPIPS, codebook, FID[R]
     regvq evaluate --prior-run runs/ar --top-p 0.95                 # and FID[G] of images by the prior
     regvq evaluate --images samples --data photos --image-size 256  # FID[G] of images that are there
+    regvq evaluate --images samples.npz --reference reference.npz   # FID, sFID, IS ... by ADM's evaluation suite
     regvq evaluate --run runs/vq --fid-features vgg16:vgg16.pth     # with other features, named as such
 
-Writes evaluation.json: each number beside the protocol it was measured by.
+Writes evaluation.json: each number beside the protocol it was measured by. Of a tokenizer also code_counts.json and
+token_entropy.png.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(LoadingConfig, DeviceConfig, SamplingConfig):
-    """A run of ``regvq evaluate``."""
-
-    run: Path | None = None
-    """Tokenizer: run of regvq train vq, one of its checkpoints, a folder of VQGAN.save_pretrained, or
-    ORGANIZATION/NAME on the Hugging Face Hub. Not given: the one in the folder of `prior_run`."""
-    prior_run: Path | None = None
-    """Run of a prior, to sample an image under the condition of each validation image; or its
-    ORGANIZATION/NAME on the hub."""
-    images: Path | None = None
-    """Folder of images that exist already, in place of `prior_run`."""
-    image_size: int | None = None
-    """Pixels a side, where only `images` are evaluated; otherwise the tokenizer's."""
-    data: Path | None = None
-    """Folder of images or of tar shards, as for regvq train vq.
-    "scenes": the embedded scenes, where nothing is there of that name.
-    Not given: what the run was trained on."""
-    val_images: int | None = None
-    """Use at most so many validation images. Not given: the whole split (of the scenes: 256)."""
-    data_seed: int = 0
-    """Seed of the embedded scenes. 0 whatever the seed of the run: all runs are judged on the same scenes.
-    The validation scenes of its training are those of the seed it was trained with."""
-    fid_features: str = "inception"
-    """"inception" or "inception:PATH" (FID, with torch-fidelity's network), "vgg16" or "vgg16:PATH", "random-vgg16";
-    "none": no Fréchet distance."""
-    perceptual_weights: Path | None = None
-    """Weights of VGG-16 for LPIPS, or "random". Not given: ImageNet's, from the torch hub cache or a download; without
-    them no perceptual distance."""
-    cache_dir: Path | None = None
-    """Folder that keeps the statistics of data sets. Not given: ~/.cache/regvq_fast/fid."""
-    batch_size: int = 32
-    """Images that are computed at once."""
-    out: Path | None = None
-    """Folder of evaluation.json. Not given: that of `prior_run`, of `run`, or of `images`, the first there is;
-    what comes from the hub needs one."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
     """Measure what the configuration names, print it and write evaluation.json; under ``torchrun`` by all ranks.
 
     Returns:
-        By key: psnr, ssim, perceptual, utilization, perplexity and fid_r of a tokenizer, fid_g of sampled images.
+        By key: psnr, ssim, perceptual, utilization, perplexity, position_entropy and fid_r of a tokenizer, fid_g of
+        sampled images; against a reference file also sfid, inception_score, precision and recall.
 
     Raises:
         ValueError, OSError: what is wrong with settings, models, data or weights, in one sentence, before work starts.
@@ -110,51 +73,28 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
     device = inference_device(config.device)
     with process_group(device):
         with raise_on_all_ranks(), rank_0_first():  # it may download weights, and index shards
-            _check(config)
-            evaluation = _Evaluation(config, device)
-        return evaluation.run()
+            check_flags(config)
+            setup = Setup(config, device)
+            evaluation = _SplitEvaluation(setup) if config.reference is None else SuiteEvaluation(setup)
+        results = evaluation.measure()
+    if rank() == 0:
+        path = setup.out / RESULTS
+        write_measurements(path, results)
+        print_measurements(setup.console, results)
+        say(setup.console, "results", str(path))
+    return results
 
 
-def _check(config: EvaluateConfig) -> None:
-    """Raise ValueError if flags contradict each other."""
-    counts = {"--val-images": config.val_images, "--image-size": config.image_size, "--batch-size": config.batch_size}
-    check_at_least(1, {flag: value for flag, value in counts.items() if value is not None})
-    config.check()
-    tokenizer = config.run or config.prior_run
-    if config.prior_run is not None and config.images is not None:
-        raise ValueError("--prior-run samples images and --images brings them: give one of the two")
-    if config.prior_run is None and (flags := changed_flags(config, SAMPLING_SETTINGS)):
-        raise ValueError(f"{flags[0]} says how a prior samples: give its run with --prior-run")
-    if tokenizer is None and config.images is None:
-        raise ValueError("there is nothing to evaluate: give --run, --prior-run or --images")
-    if tokenizer is None and config.image_size is None:
-        raise ValueError(f"--images {config.images} needs --image-size, or --run for that of a tokenizer")
-    if tokenizer is not None and config.image_size is not None:
-        raise ValueError(f"--image-size {config.image_size} is for --images alone: {tokenizer} has a size of its own")
-    source = config.prior_run or config.run
-    if config.out is None and source is not None and hub_name(source) is not None:
-        raise ValueError(f"{source} is no folder here: if it is on the hub, name one for evaluation.json with --out")
-    if config.fid_features == "none" and (config.images or config.prior_run) is not None:
-        raise ValueError("--fid-features none measures nothing of sampled images: leave out --images and --prior-run")
+class _SplitEvaluation:
+    """An evaluation over a validation split whose models, data and networks are open and checked."""
 
-
-class _Evaluation:
-    """An evaluation whose models, data and networks are open and checked."""
-
-    def __init__(self, config: EvaluateConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.console = Console(quiet=rank() > 0)
-        out = config.out or config.prior_run or config.run or config.images
-        assert out is not None  # checked
-        check_writable(out, "name another folder for evaluation.json with --out")
-        self.out = out
-        self.precision = choose_precision(config.amp, device)
-        self.workers = default_workers(local_world_size()) if config.workers is None else config.workers
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.config, self.net = setup, setup.config, setup.net
+        config, device = setup.config, setup.device
         self.cache = config.cache_dir or default_cache()
-        self.net = None if config.fid_features == "none" else load_feature_net(config.fid_features).to(device)
         self.sampler: ImageSampler | None = None
         if config.prior_run is not None:
-            self.sampler = ImageSampler.from_run(config.prior_run, config, self.precision)
+            self.sampler = ImageSampler.from_run(config.prior_run, config, setup.precision)
         self.tokenizer = self._load_tokenizer()
         self.perceptual: PerceptualDistance | None = None
         if self.tokenizer is not None:
@@ -165,7 +105,7 @@ class _Evaluation:
         for name, least in self._least_sizes():
             if size < least:
                 raise ValueError(f"{name} needs images of at least {least} pixels a side, these have {size}")
-        data = _data_of(config, self.sampler)
+        data = data_of(config, self.sampler)
         self.dataset = build_dataset(
             data,
             split="val",
@@ -174,7 +114,9 @@ class _Evaluation:
             seed=config.data_seed,
             fields=() if self.sampler is None else fields_of(self.sampler.condition),
         )
-        self.samples = None if config.images is None else SampledImages(config.images, size)
+        if self.sampler is not None:
+            self.sampler.check_labels(self.dataset)
+        self.samples = None if config.images is None else open_samples(config.images, size)
         for what, images in (("validation", self.dataset), ("sampled", self.samples)):
             if self.net is not None and images is not None and len(images) < 2:
                 raise ValueError(f"a Fréchet distance needs at least 2 {what} images, there is {len(images)}")
@@ -196,9 +138,13 @@ class _Evaluation:
 
     def _load_perceptual(self) -> PerceptualDistance | None:
         try:
-            return PerceptualDistance(self.config.perceptual_weights).to(self.device)
+            return PerceptualDistance(self.config.perceptual_weights).to(self.setup.device)
         except NoWeightsError as error:
-            say(self.console, "left out", f'perceptual distance: {error}; give --perceptual-weights PATH, or "random"')
+            say(
+                self.setup.console,
+                "left out",
+                f'perceptual distance: {error}; give --perceptual-weights PATH, or "random"',
+            )
             return None
 
     def _least_sizes(self) -> Iterator[tuple[str, int]]:
@@ -210,13 +156,12 @@ class _Evaluation:
 
     # ------------------------------------------------------------------------------------------------------- measuring
 
-    def run(self) -> dict[str, Measurement]:
-        """Measure, print and write."""
-        config, reference = self.config, None
-        loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": self.workers}
+    def measure(self) -> dict[str, Measurement]:
+        """Return the metrics by key; those of a tokenizer leave its code counts and their plot beside."""
+        config, reference, device, loading = self.config, None, self.setup.device, self.setup.loading
         described = describe_data(self.dataset)
         self.protocol = {**described, **self._facts()}
-        with progress_bar(self.console) as progress, warnings.catch_warnings():
+        with progress_bar(self.setup.console) as progress, warnings.catch_warnings():
             warnings.simplefilter("ignore", TooFewImagesWarning)  # a note in the protocol says so
 
             def bar(name: str, images: int = len(self.dataset)) -> Callable[[int], None]:
@@ -227,7 +172,7 @@ class _Evaluation:
                 reference = make_reference(
                     self.dataset,
                     self.net,
-                    device=self.device,
+                    device=device,
                     cache=self.cache,
                     data=described,
                     progress=bar("validation images"),
@@ -239,15 +184,16 @@ class _Evaluation:
                     self.dataset,
                     reference=reference,
                     perceptual=self.perceptual,
-                    device=self.device,
-                    autocast=self.precision.autocast(),
+                    device=device,
+                    autocast=self.setup.precision.autocast(),
                     progress=bar("reconstructions"),
                     **loading,
                 )
                 self._keep_reconstruction(metrics.reconstruction)
                 if rank() == 0:
-                    with atomic_path(self.out / CODE_COUNTS) as temporary:
+                    with atomic_path(self.setup.out / CODE_COUNTS) as temporary:
                         temporary.write_text(f"{metrics.reconstruction.code_counts.tolist()}\n")
+                    save_entropy_map(self.setup.out / ENTROPY_MAP, metrics.reconstruction.position_entropy)
                 if reference is not None and metrics.frechet is not None:
                     self._keep_frechet("fid_r", metrics.frechet, reference, len(self.dataset), {})
             if reference is not None and self.sampler is not None:
@@ -255,49 +201,40 @@ class _Evaluation:
                 facts = {"prior_run": str(config.prior_run), **self.sampler.describe()}
                 self._keep_frechet("fid_g", value, reference, len(self.dataset), facts)
             if reference is not None and self.samples is not None:
-                images = (batch["image"] for batch in rank_batches(self.samples, device=self.device, **loading))
+                images = (batch["image"] for batch in rank_batches(self.samples, device=device, **loading))
                 tick = bar("samples", len(self.samples))
-                sampled = statistics_of(images, reference.net, self.device, tick)
+                sampled = statistics_of(images, reference.net, device, tick)
                 facts = {"drawn": str(config.images)}
                 self._keep_frechet("fid_g", reference.distance(sampled), reference, sampled.count, facts)
         # Unreadable images were replaced by the next ones; a cached reference is not read again.
         if unreadable := max(unreadable_images(self.dataset), reference.unreadable if reference is not None else 0):
             for found in self.results.values():
                 found.protocol["unreadable"] = unreadable
-        if rank() == 0:
-            path = self.out / RESULTS
-            write_measurements(path, self.results)
-            print_measurements(self.console, self.results)
-            say(self.console, "results", str(path))
         return self.results
 
     def _facts(self) -> dict[str, Any]:
         """Return what the numbers depend on beside the images."""
-        device = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        precision = self.precision.reason.partition(" (")[0]
         facts: dict[str, Any] = {}
         if self.tokenizer is not None:
             source = self.config.run or Path(str(self.config.prior_run)) / TOKENIZER
             facts |= {"tokenizer": str(source), "tokenizer_sha256": weights_hash(self.tokenizer)[:12]}
-        return facts | {
-            "precision": precision if self.device.type == "cpu" else f"{precision}, TF32 where fp32",
-            "device": device if world_size() == 1 else f"{device}, {world_size()} processes",
-            "batch_size": self.config.batch_size,
-            "command": typed_command("evaluate", self.config),
-            "versions": {
-                "regvq_fast": __version__,
-                "python": platform.python_version(),
-                **{package: version(package) for package in ("torch", "torchmetrics", "Pillow")},
-            },
-        }
+        return facts | self.setup.facts()
 
     def _keep_reconstruction(self, metrics: ReconstructionMetrics) -> None:
         codes = {"codes": len(metrics.code_counts)}
+        entropy = metrics.position_entropy
+        spread = {"lowest": float(entropy.min()), "highest": float(entropy.max())}
+        bound = math.log2(min(len(metrics.code_counts), metrics.images))
         rows: dict[str, tuple[str, float, dict[str, Any]]] = {
             "psnr": ("PSNR (dB)", metrics.psnr, {"of": "8-bit images, mean over images"}),
             "ssim": ("SSIM", metrics.ssim, {"of": "8-bit images, Gaussian windows of 11 pixels wholly inside"}),
             "utilization": ("codebook utilization", metrics.utilization, codes),
             "perplexity": ("codebook perplexity", metrics.perplexity, codes),
+            "position_entropy": (
+                "entropy per position (bits)",
+                float(entropy.mean()),
+                {"of": "the codes at each position of the token grid, mean over positions", **spread, "bound": bound},
+            ),
         }
         if self.perceptual is not None and metrics.perceptual is not None:
             network = {"network": self.perceptual.trunk.label, "network_sha256": self.perceptual.hash}
@@ -311,32 +248,6 @@ class _Evaluation:
         note = too_few_images(min(samples, count), net.num_features)
         protocol = self.protocol | network | facts | ({} if note is None else {"note": note})
         self.results[key] = Measurement(reference.title(key[-1].upper()), value, protocol)
-
-
-def _data_of(config: EvaluateConfig, sampler: ImageSampler | None) -> Path | None:
-    """Return the data that ``--data`` names or that the run was trained on; None: the embedded scenes."""
-    if config.data is not None:
-        return None if str(config.data) == SCENES and not config.data.exists() else config.data
-    remedy = f"give the images with --data PATH, or --data {SCENES} for the embedded scenes"
-    if config.run is not None:
-        try:
-            return read_config(local_folder(config.run), VQGANConfig).data.data
-        except ValueError:
-            raise ValueError(f"{config.run} doesn't say what it was trained on: {remedy}") from None
-    if config.prior_run is None or sampler is None:
-        raise ValueError(f"--images {config.images} don't say what they are to be compared with: {remedy}")
-    try:
-        tokens = read_config(local_folder(config.prior_run), sampler.entry.config).tokens
-    except ValueError:
-        raise ValueError(f"{config.prior_run} doesn't say what it was trained on: {remedy}") from None
-    if tokens.cache is None:
-        return tokens.data
-    if not tokens.cache.exists():
-        raise ValueError(
-            f"the token cache {tokens.cache} that {config.prior_run} was trained on is not there: {remedy}"
-        )
-    data = read_info(tokens.cache).data
-    return None if data is None else Path(data)
 
 
 def main(args: Sequence[str]) -> None:

@@ -1,9 +1,11 @@
 """The command ``regvq sample``: sample images from a trained prior."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from regvq_fast.cli.sample_inputs import MOST_CONDITIONS, SubjectConfig, check_f
 from regvq_fast.config import run_command
 from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
+from regvq_fast.data.image_arrays import image_array_writer
 from regvq_fast.files import check_new_folder
 from regvq_fast.image_grids import save_image_grid, save_images
 from regvq_fast.models.hub import local_folder
@@ -43,6 +46,7 @@ USAGE = """Sample images from a trained prior.
     regvq sample --run runs/ar --out samples --per-class 50           # every label of the prior
     regvq sample --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
     regvq sample --run runs/ar --out samples --edit photo.png --extend right right
+    regvq sample --run runs/ar --out samples --num-images 50000 --npz samples.npz   # for regvq evaluate --reference
 
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
 """
@@ -55,6 +59,8 @@ class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
 
     batch_size: int = 16
     """Images that are sampled at once."""
+    npz: Path | None = None
+    """Write the images to this file, arr_0 (N, H, W, 3) uint8 as evaluation suites read it, in place of NUMBER.png."""
     strip: bool = False
     """Save the states of the first image as a strip, too; of priors that sample in steps."""
 
@@ -71,7 +77,7 @@ def generate(config: SampleConfig) -> None:
     console = Console()
     start, seconds = 0, 0.0
     images: list[Tensor] = []
-    with progress_bar(console) as progress:
+    with progress_bar(console) as progress, generator.saving() as save:
         task = progress.add_task("images", total=generator.num_images)
 
         def advance(done: int, total: int) -> None:
@@ -82,7 +88,7 @@ def generate(config: SampleConfig) -> None:
             begin = time.perf_counter()
             sampled = generator.sample(start, count, advance).cpu()
             seconds += time.perf_counter() - begin
-            save_images(config.out, sampled, first=start)
+            save(sampled, start)
             images.append(sampled[: max(0, _GRID - start)])
             start += count
     grid = torch.cat(images)
@@ -92,12 +98,17 @@ def generate(config: SampleConfig) -> None:
         save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
         say(console, "strip", str(config.out / "strip.png"))
     say(console, "grid", str(config.out / "grid.png"))
-    say(console, "images", f"{config.out / '00000.png'} ..., {generator.num_images} in {seconds:.1f} s")
+    where = f"{config.out / '00000.png'} ..." if config.npz is None else str(config.npz)
+    say(console, "images", f"{where}, {generator.num_images} in {seconds:.1f} s")
 
 
 def _check(config: SampleConfig) -> None:
     check_at_least(1, {"--num-images": config.num_images, "--batch-size": config.batch_size})
     check_new_folder(config.out)
+    if config.npz is not None and config.npz.suffix != ".npz":
+        raise ValueError(f"--npz {config.npz} must end in .npz")
+    if config.npz is not None and config.npz.exists():
+        raise FileExistsError(f"--npz {config.npz} exists; name a new file")
     if config.mask is not None and config.edit is None:
         raise ValueError(f"--mask {config.mask} needs the image that it is of: give --edit")
     if config.edit is not None and config.mask is None and not config.extend:
@@ -152,6 +163,15 @@ class _Generator:
             self.states = [state[:1] for state in states]
         return images
 
+    @contextmanager
+    def saving(self) -> Iterator[Callable[[Tensor, int], None]]:
+        """Yield a function that saves images (B, 3, H, W) uint8 from a number on: as files, or in one."""
+        if self.config.npz is None:
+            yield lambda images, first: save_images(self.config.out, images, first)
+            return
+        with image_array_writer(self.config.npz, self.num_images, self._pixels()) as write:
+            yield lambda images, _: write(images)
+
     def _of(self, numbers: range) -> Any:
         """Return the conditions of some images."""
         return take(self.conditions, [k % len(self.conditions) for k in numbers])
@@ -197,4 +217,4 @@ class _Generator:
 
 def main(args: Sequence[str]) -> None:
     """Run ``regvq sample``."""
-    run_command("sample", SampleConfig, generate, USAGE, args, stopped="stopped; the images so far are in {out}")
+    run_command("sample", SampleConfig, generate, USAGE, args, stopped="stopped; images saved so far are in {out}")

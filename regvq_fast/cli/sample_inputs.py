@@ -56,7 +56,7 @@ class SubjectConfig(Section):
     num_images: int = 16
     """Images to sample. Conditions are used in turn."""
     per_class: int | None = None
-    """Images of each label, all those of the first one first, in place of `num_images`."""
+    """Images of each label, in place of `num_images`; labels come in turn."""
     map: Path | None = None
     """A semantic map, an image file whose pixels are class ids (greyscale or palette).
     Of one that is not square, the largest square in its middle counts, as of `edit` and `mask`."""
@@ -106,7 +106,7 @@ def read_conditions(
         raise ValueError("--extend needs the map of the whole image: give --map")
     if sampler.condition == "label" and config.data is None:
         labels = prepare(config.label or range(len(sampler.prior.label_names)), "--label")
-        return labels.repeat_interleave(config.per_class or 1)
+        return labels.repeat(config.per_class or 1)
     batch, source = _validation(config, sampler, run, min(config.num_images, MOST_CONDITIONS))
     return prepare(conditions_of(batch, sampler.condition), source)
 
@@ -155,9 +155,7 @@ def _validation(config: SubjectConfig, sampler: ImageSampler, run: Path, count: 
         data = tokens.data
     size = sampler.tokenizer.image_size
     dataset = build_dataset(data, split="val", image_size=size, length=count, seed=seed, fields=fields)
-    names = sampler.prior.label_names
-    if sampler.condition == "label" and dataset.label_names != names:
-        raise ValueError(f"--data {data} has other labels than the prior's {len(names)}: name some with --label")
+    sampler.check_labels(dataset)
     return read_samples(dataset, range(min(count, len(dataset)))), str(data or dataset.title)
 
 

@@ -1,6 +1,6 @@
 """Configuration of a tokenizer run: one dataclass a concern, and the named presets."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from tyro.conf import FlagCreatePairsOff, arg
@@ -28,7 +28,7 @@ class DataConfig(Section):
     """Images."""
 
     data: OptionalPath = None
-    """Folder of images or tar shards, or a pattern: "a-{0..9}.tar". Default: the embedded scenes."""
+    """Folder of images, tar shards or parquet, "a-{0..9}.tar", or hf:ORG/NAME. Default: the embedded scenes."""
     image_size: int = 64
     """Side of the square images in pixels."""
     crop: Crop = "random-resized"
@@ -239,6 +239,17 @@ def _paper(preset: PresetName, epochs: int) -> VQGANConfig:
     )
 
 
+def _imagenet() -> VQGANConfig:
+    """The paper's model with the codes and the schedule that ImageNet's tokenizers have (LlamaGen, Sun et al. 2024)."""
+    config = _paper("imagenet", epochs=40)
+    return replace(
+        config,
+        quantizer=replace(config.quantizer, num_codes=16384),
+        loss=replace(config.loss, disc_start=20_000),
+        optimizer=replace(config.optimizer, batch_size=128, lr=1e-4, betas=(0.9, 0.95)),
+    )
+
+
 VQGAN_PRESETS: dict[str, VQGANConfig] = {
     # A few minutes on two CPU cores: a small model takes a larger learning rate (docs/sweeps.md).
     "scenes": VQGANConfig(optimizer=OptimizerConfig(steps=600, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1)),
@@ -246,4 +257,5 @@ VQGAN_PRESETS: dict[str, VQGANConfig] = {
     "celebahq": _paper("celebahq", epochs=60),
     "cub200": _paper("cub200", epochs=300),
     "coco": _paper("coco", epochs=50),
+    "imagenet": _imagenet(),
 }

@@ -6,6 +6,7 @@
 from regvq_fast.data.archives import ARCHIVES, Archive, ArchiveDataset, find_archive
 from regvq_fast.data.encoded_images import EncodedImages
 from regvq_fast.data.folder import ImageFolder
+from regvq_fast.data.huggingface import HuggingFaceImages, HuggingFaceStream
 from regvq_fast.data.image_dataset import ImageDataset
 from regvq_fast.data.loading import TimedBatches, default_workers, training_batches, validation_batches
 from regvq_fast.data.samples import Batch, Crop, Field, Sample, Split
@@ -22,6 +23,8 @@ __all__ = [
     "Crop",
     "EncodedImages",
     "Field",
+    "HuggingFaceImages",
+    "HuggingFaceStream",
     "ImageDataset",
     "ImageFolder",
     "ImageShards",

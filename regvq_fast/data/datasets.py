@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from regvq_fast.data.archives import ArchiveDataset
 from regvq_fast.data.folder import ImageFolder
+from regvq_fast.data.huggingface import HuggingFaceImages, HuggingFaceStream
 from regvq_fast.data.image_dataset import ImageDataset, SplitSettings
 from regvq_fast.data.samples import Crop, Field, Split
 from regvq_fast.data.shards import ImageShards
@@ -16,6 +17,8 @@ from regvq_fast.scenes import ScenesDataset
 DATASETS: list[type[ImageDataset]] = [
     ScenesDataset,
     ArchiveDataset,
+    HuggingFaceStream,
+    HuggingFaceImages,
     ImageShards,
     ImageFolder,  # last: it takes any path
 ]
@@ -43,8 +46,9 @@ def build_dataset(
     Args:
         data: path of an official archive of one of the paper's data sets, known by the names in its top folder
             (:func:`~regvq_fast.data.archives.find_archive`); of tar shards: a tar file, a pattern of tar files in
-            braces, or a folder with tar files and no image above them; or of a folder of images. None: the embedded
-            scenes.
+            braces, or a folder with tar files and no image above them; of a Hugging Face data set, parquet files
+            among them, or its name as ``hf:ORGANIZATION/NAME`` (:mod:`regvq_fast.data.huggingface.source`); or of a
+            folder of images. None: the embedded scenes.
         split: "train" or "val".
         image_size: height and width of the samples, in pixels.
         length: the number of scenes or, for images, the most validation images to use. None: the data set's own.

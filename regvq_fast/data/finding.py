@@ -21,6 +21,7 @@ SEGMENTATION_SUFFIX = ".seg.png"
 """A map with the class id of each pixel of the image of the same name; no image of the data set itself."""
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Compressed shards are included so that errors can name them."""
+PARQUET_SUFFIX = ".parquet"
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "test")}
 """Names of the splits of data that have their own; the first that exists is used."""
 
@@ -98,6 +99,21 @@ def holds_shards(path: str | os.PathLike[str]) -> bool:
         if any(name.lower().endswith(SHARD_SUFFIXES) for name in names):
             return True
     return False
+
+
+def holds_parquet(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``path`` is a parquet file, or a folder with some and with no image and no tar file.
+
+    The parquet files that img2dataset writes beside images and shards have only their addresses and captions.
+    """
+    if not os.path.isdir(path):
+        return os.fspath(path).lower().endswith(PARQUET_SUFFIX)
+    found = False
+    for _, names, _ in _walk(path):
+        if any(is_image(name) or name.lower().endswith(SHARD_SUFFIXES) for name in names):
+            return False
+        found = found or any(name.lower().endswith(PARQUET_SUFFIX) for name in names)
+    return found
 
 
 def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], Counter[str]]]:

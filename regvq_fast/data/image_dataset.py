@@ -33,9 +33,9 @@ class FieldCounts(NamedTuple):
     having: Mapping[Field, int]
 
     @property
-    def complete(self) -> tuple[Field, ...]:
-        """Fields that every image has, which a prior can be conditioned on without leaving any out."""
-        return tuple(sorted(field for field, count in self.having.items() if count == self.images > 0))
+    def usable(self) -> tuple[Field, ...]:
+        """Fields that at least 95 % of the images have, which a prior can be conditioned on: few are left out."""
+        return tuple(sorted(field for field, count in self.having.items() if count >= 0.95 * self.images > 0))
 
 
 class Provenance(NamedTuple):

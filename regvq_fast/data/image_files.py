@@ -111,6 +111,8 @@ class ImageFileDataset(ImageDataset):
         self.left_out: dict[str, Mapping[str, int]] = {}
         """Files that look like images but are not used: counts by reason, for each folder or shard."""
         self._labels = np.empty(0, dtype=np.int32)  # of the split's images, if samples have labels
+        self._has_255 = torch.zeros((), dtype=torch.bool).share_memory_()
+        self._reporting = multiprocessing.get_context("spawn").Lock()  # works with every start method
         self._maps_fit = False  # maps must have the size of their images, not only their shape
         manifest = read_manifest(self.source)
         # An image whose map has other class ids can't be read.
@@ -189,8 +191,6 @@ class ImageFileDataset(ImageDataset):
         """Prepare to serve ``count`` images, and check that one of them can be opened."""
         # One flag an image; in shared memory, so that all worker processes and the parent see each flag.
         self.unreadable_flags = torch.zeros(count, dtype=torch.bool).share_memory_()
-        self._has_255 = torch.zeros((), dtype=torch.bool).share_memory_()
-        self._reporting = multiprocessing.get_context("spawn").Lock()  # works with every start method
         for candidate in range(count):  # by its header, without decoding; usually the first one is readable
             with self._skipping_unreadable(candidate), Image.open(BytesIO(self._read(candidate, "image"))):
                 return

@@ -265,10 +265,11 @@ def _load_cache(file: Path) -> dict[str, _Record]:
             if int(arrays["version"]) != _VERSION:
                 return {}
             parts = np.split(arrays["entries"], np.cumsum(arrays["counts"])[:-1])
-            columns = ("names", "stamps", "damages", "left_out", "labels")
-            rows = zip(*(arrays[name].tolist() for name in columns), parts, strict=True)
+            columns = ("names", "stamps", "damages", "left_out")
+            all_labels = json.loads(arrays["labels"].tobytes())
+            rows = zip(*(arrays[name].tolist() for name in columns), all_labels, parts, strict=True)
         return {
-            name: _Record((size, time), ShardIndex(entries, damage, json.loads(reasons), json.loads(labels)))
+            name: _Record((size, time), ShardIndex(entries, damage, json.loads(reasons), labels))
             for name, (size, time), damage, reasons, labels, entries in rows
         }
     except Exception:  # missing or damaged, for which the readers raise anything: made anew
@@ -288,7 +289,8 @@ def _save_cache(folder: Path, records: Mapping[str, _Record]) -> None:
                     stamps=np.array([record.stamp for record in records.values()], dtype=np.int64),
                     damages=np.array([index.damage for index in indexes], dtype=np.str_),
                     left_out=np.array([json.dumps(index.left_out) for index in indexes], dtype=np.str_),
-                    labels=np.array([json.dumps(index.labels) for index in indexes], dtype=np.str_),
+                    # Bytes: an array of strings gives each the length of the longest.
+                    labels=np.frombuffer(json.dumps([index.labels for index in indexes]).encode(), dtype=np.uint8),
                     counts=np.array([len(index.entries) for index in indexes], dtype=np.int64),
                     entries=np.concatenate([index.entries for index in indexes]),
                 )

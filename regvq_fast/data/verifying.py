@@ -80,7 +80,8 @@ def verify(
     missing = [need for need in found if need.state == "missing"]
     splits = f"training takes {archive.served['train']}, validation {archive.served['val']}"
     maps = f"; maps have {len(archive.classes)} class ids" if archive.classes else ""
-    labels = f"; labels have {len(archive.label_names)} classes" if "label" in archive.fields and not missing else ""
+    names = archive.label_names if "label" in archive.fields and not missing else ()
+    labels = f"; labels have {len(names)} classes" if names else ""
     console.print(Text(splits + maps + labels), soft_wrap=True)
     for source in dict.fromkeys(need.source for need in missing):
         same = [need for need in missing if need.source == source]

@@ -1,5 +1,7 @@
 """Usage of a codebook."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,21 @@ def perplexity(counts: Tensor) -> Tensor:
     total = counts.sum()
     frequencies = counts.double() / total.clamp(min=1)
     return torch.special.entr(frequencies).sum().exp() * (total > 0)
+
+
+def entropy_bits(counts: Tensor) -> Tensor:
+    """Entropy of code frequencies in bits.
+
+    Of few selections it is an underestimate: at most log2 of their number.
+
+    Args:
+        counts: (..., N) integers >= 0.
+
+    Returns:
+        (...) float64, 0..log2(N); 0 where nothing has been counted.
+    """
+    frequencies = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(frequencies).sum(-1) / math.log(2)
 
 
 class CodebookUsage:

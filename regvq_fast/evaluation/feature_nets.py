@@ -26,10 +26,13 @@ INCEPTION_WEIGHTS = RemoteWeights(
 """Those of the original FID (TensorFlow, 2015-12-05), as torch-fidelity has them."""
 
 _CHOICES = "inception, inception:PATH, vgg16, vgg16:PATH, random-vgg16, none"
-_INSTALL = (
-    f"the Inception features of FID need torch-fidelity: {install('fid')}, or give other "
-    "features with --fid-features vgg16:PATH"
-)
+_OTHERS = "other features with --fid-features vgg16:PATH or random-vgg16, or none"
+_INSTALL = f"the Inception features of FID need torch-fidelity: {install('fid')}, or give {_OTHERS}"
+_SPATIAL_CHANNELS = 7
+
+
+class NoFeaturesError(OSError):
+    """The network of FID can't be had: torch-fidelity is not installed, or there are no weights and no download."""
 
 
 @contextmanager
@@ -53,6 +56,8 @@ class FeatureNet(nn.Module, ABC):
         name: of network, layer and weights, for reports.
         standard: whether these are the features by which FID is defined.
         num_features: K.
+        num_spatial: features of `with_spatial`, of sFID; 0 where the network has none.
+        classifier: (C, K) weights of the logits of classes, without a bias, of the Inception Score; None without them.
         min_size: least side of the images.
         hash: of the weights, 12 hexadecimal digits.
     """
@@ -60,6 +65,7 @@ class FeatureNet(nn.Module, ABC):
     name: str
     standard = False
     num_features: int
+    num_spatial = 0
     min_size = 1
     hash: str
 
@@ -83,6 +89,15 @@ class FeatureNet(nn.Module, ABC):
             raise ValueError(f"{self.name} needs images of at least {self.min_size} pixels, got {height} x {width}")
         with _float32(images.device):
             return self.features(images)
+
+    @property
+    def classifier(self) -> Tensor | None:
+        """See the attributes."""
+        return None
+
+    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features of a call, and spatial ones, (B, num_spatial) float32."""
+        return self(images), torch.empty(len(images), 0, device=images.device)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever the mode of the model around it."""
@@ -113,30 +128,34 @@ class VGGFeatureNet(FeatureNet):
 class InceptionFeatureNet(FeatureNet):
     """torch-fidelity's Inception-v3 before its classifier, K = 2048; it resizes images to 299 as TensorFlow 1 did.
 
+    The spatial features are those of ADM's sFID, TensorFlow's mixed_6/conv: the first 7 channels (17 x 17) of the
+    1 x 1 branch of Mixed_6d behind its ReLU, channels last. torch-fidelity doesn't offer this layer; a hook reads it.
+
     Args:
         weights: a file of them, .pth or .safetensors. None: the published ones, from the torch hub cache or a download.
 
     Raises:
-        ValueError: torch-fidelity is not installed, or the file can't be read or doesn't fit.
-        OSError: no such file; or none given, none in the cache, and no download.
+        ValueError: the file can't be read or doesn't fit.
+        OSError: no such file; NoFeaturesError: none given, none in the cache, and no download, or no torch-fidelity.
     """
 
     num_features = 2048
+    num_spatial = _SPATIAL_CHANNELS * 17 * 17
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:  # of torch-fidelity, or of torchvision, which it needs
-            raise ValueError(f"{_INSTALL} ({error})") from None
+        except (ImportError, RuntimeError) as error:  # of torch-fidelity, or of torchvision, built for another PyTorch
+            raise NoFeaturesError(f"{_INSTALL} ({error})") from None
         try:
             path, _ = find_weights(INCEPTION_WEIGHTS, weights)
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise OSError(
+            raise NoFeaturesError(
                 f"no Inception weights ({error}): download {INCEPTION_WEIGHTS.url} on another machine and give it "
-                "with --fid-features inception:PATH, or other features with vgg16:PATH"
+                f"with --fid-features inception:PATH, or give {_OTHERS}"
             ) from None
         state = read_state_dict(path)
         # The extractor reads a file by itself and unpickles all of it: it is given tensors alone.
@@ -155,6 +174,22 @@ class InceptionFeatureNet(FeatureNet):
     def features(self, images: Tensor) -> Tensor:
         return self.trunk(images)[0]
 
+    @property
+    def classifier(self) -> Tensor:
+        """(1008, 2048)."""
+        return self.trunk.fc.weight
+
+    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features of a call, and those of sFID, (B, 2023)."""
+        kept: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            kept.append(output[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1))
+
+        with self.trunk.Mixed_6d.branch1x1.register_forward_hook(keep):
+            features = self(images)
+        return features, kept[0]
+
 
 def load_feature_net(spec: str) -> FeatureNet:
     """The feature network that ``--fid-features`` names, on the CPU.
@@ -164,8 +199,8 @@ def load_feature_net(spec: str) -> FeatureNet:
             with ":PATH" and those of a file; "random-vgg16", with random weights of a fixed seed.
 
     Raises:
-        ValueError: none of these, weights that can't be read or don't fit, or torch-fidelity is not installed.
-        OSError: no such file, or nothing to be downloaded.
+        ValueError: none of these, or weights that can't be read or don't fit.
+        OSError: no such file, or nothing to be downloaded; NoFeaturesError: Inception can't be had.
     """
     kind, colon, rest = spec.partition(":")
     if kind not in ("inception", "vgg16", "random-vgg16") or bool(colon) != bool(rest) or (kind[0] == "r" and rest):

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -78,6 +78,15 @@ class FeatureStatistics:
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
+class Moments(NamedTuple):
+    """Published mean and covariance of features, of a number of images that they don't say."""
+
+    mean: Tensor
+    """(K,) float64."""
+    covariance: Tensor
+    """(K, K) float64."""
+
+
 class TooFewImagesWarning(UserWarning):
     """A Fréchet distance was taken of fewer images than features."""
 
@@ -92,7 +101,7 @@ def too_few_images(images: int, features: int) -> str | None:
     )
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments) -> float:
     """Squared Fréchet distance of the normal distributions with these means and covariances.
 
     Computed on the CPU in float64: the same for statistics from any device. tr((C_1 C_2)^(1/2)) is taken as the trace
@@ -104,12 +113,14 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     Raises:
         ValueError: statistics of different numbers of features, or of a single image.
     """
-    if a.total.shape != b.total.shape:
-        raise ValueError(f"the statistics are of {len(a.total)} and {len(b.total)} features: take one network for both")
-    if (fewest := min(a.count, b.count)) < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {fewest}")
-    if note := too_few_images(fewest, len(a.total)):
-        warnings.warn(note, TooFewImagesWarning, stacklevel=2)
+    if (sizes := (len(a.mean), len(b.mean)))[0] != sizes[1]:
+        raise ValueError(f"the statistics are of {sizes[0]} and {sizes[1]} features: take one network for both")
+    for side in (a, b):
+        if isinstance(side, FeatureStatistics):
+            if side.count < 2:
+                raise ValueError(f"a covariance needs at least 2 images, got {side.count}")
+            if note := too_few_images(side.count, sizes[0]):
+                warnings.warn(note, TooFewImagesWarning, stacklevel=2)
     values, vectors = torch.linalg.eigh(a.covariance.cpu())
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     other = b.covariance.cpu()

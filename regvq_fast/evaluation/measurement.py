@@ -2,16 +2,22 @@
 
 import json
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from regvq_fast.files import atomic_path
+from regvq_fast.precision import Precision
+from regvq_fast.ranks import world_size
+from regvq_fast.version import __version__
 
 RESULTS = "evaluation.json"
 """The file of a run's measurements."""
@@ -30,6 +36,23 @@ class Measurement:
     value: float
     protocol: dict[str, Any]
     """Plain values."""
+
+
+def run_facts(precision: Precision, batch_size: int, command: str) -> dict[str, Any]:
+    """Return what all numbers of a run depend on: device, precision, versions."""
+    device = "CPU" if precision.device.type == "cpu" else torch.cuda.get_device_name(precision.device)
+    kind = precision.reason.partition(" (")[0]
+    return {
+        "precision": kind if precision.device.type == "cpu" else f"{kind}, TF32 where fp32",
+        "device": device if world_size() == 1 else f"{device}, {world_size()} processes",
+        "batch_size": batch_size,
+        "command": command,
+        "versions": {
+            "regvq_fast": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "torchmetrics", "Pillow")},
+        },
+    }
 
 
 def write_measurements(path: Path, measurements: Mapping[str, Measurement]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regvq_fast.data.finding import EXTENSIONS, find_files, is_image
+from regvq_fast.data.image_arrays import ImageArray
 from regvq_fast.data.image_files import OVERSAMPLING
 from regvq_fast.data.reading import opened_image
 from regvq_fast.data.samples import Batch, Sample
@@ -124,10 +125,41 @@ def fid_of_samples(
     return reference.distance(statistics_of(samples(), reference.net, reference.device, progress))
 
 
+def open_samples(path: Path, image_size: int | None = None) -> "SampledImages | ImageArray":
+    """Open images that were sampled: a folder, or an .npz file (:class:`~regvq_fast.data.image_arrays.ImageArray`).
+
+    Args:
+        path: of either.
+        image_size: pixels a side that they have to have. None: any, one for all.
+
+    Raises:
+        FileNotFoundError: nothing there, or no image in it.
+        ValueError: an image that can't be read, or of another size.
+    """
+    if path.suffix != ".npz":
+        return SampledImages(path, image_size)
+    images = ImageArray(path)
+    height, width = images.image_size
+    if image_size is not None and (height, width) != (image_size, image_size):
+        raise ValueError(_other_size(path, width, height, (image_size, image_size)))
+    return images
+
+
+def _other_size(path: Path, width: int, height: int, wanted: tuple[int, int]) -> str:
+    return (
+        f"{path} has {width} x {height} pixels, others {wanted[0]} x {wanted[1]}: the distance is between images of "
+        "one size"
+    )
+
+
 class SampledImages(Dataset[Sample]):
     """Images of a folder, sampled at one size, as they are; sorted by name, regvq sample's grid left out.
 
     Every file is checked at once: the checksums of a PNG, whose pixels are decoded later; others are decoded.
+
+    Args:
+        folder: of the images.
+        image_size: pixels a side. None: those of the first image.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -136,13 +168,17 @@ class SampledImages(Dataset[Sample]):
 
     split = "samples"
 
-    def __init__(self, folder: Path, image_size: int) -> None:
+    def __init__(self, folder: Path, image_size: int | None = None) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"no such folder of images: {folder}")
         found = [Path(file) for file in find_files(folder, EXTENSIONS)]
         self.files = [file for file in found if is_image(file.name) and file.name not in _NO_SAMPLES]
         if not self.files:
             raise FileNotFoundError(f"no images in {folder}")
+        with _opened(self.files[0]) as image:
+            wanted = image.size if image_size is None else (image_size, image_size)
+        self.image_size = wanted[::-1]
+        """Height and width."""
         for file in self.files:
             with _opened(file) as image:
                 width, height = image.size
@@ -150,11 +186,8 @@ class SampledImages(Dataset[Sample]):
                     image.verify()
                 else:
                     image.load()
-            if (width, height) != (image_size, image_size):
-                raise ValueError(
-                    f"{file} has {width} x {height} pixels, the validation images {image_size} x {image_size}: the "
-                    "distance is between images of one size"
-                )
+            if (width, height) != wanted:
+                raise ValueError(_other_size(file, width, height, wanted))
 
     def __len__(self) -> int:
         return len(self.files)

@@ -147,6 +147,31 @@ def save_usage_histogram(path: str | os.PathLike[str], counts: Tensor, title: st
         figure.savefig(temporary, dpi=120)
 
 
+def save_entropy_map(path: str | os.PathLike[str], entropy: Tensor) -> None:
+    """Save the entropy of the code at each position of the token grid as a plot with a scale in bits.
+
+    Args:
+        path: of the plot; its suffix gives the format.
+        entropy: (h, w) in bits, on any device.
+
+    Raises:
+        ValueError: another number of dimensions.
+    """
+    if entropy.ndim != 2:
+        raise ValueError(f"the entropy of positions must have shape (h, w), got {tuple(entropy.shape)}")
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shown = axes.imshow(entropy.detach().cpu().numpy(), cmap="viridis")
+    figure.colorbar(shown, ax=axes, label="entropy (bits)")
+    axes.set_xlabel("column of the token grid")
+    axes.set_ylabel("row")
+    low, mean, high = (float(value) for value in (entropy.min(), entropy.mean(), entropy.max()))
+    axes.set_title(f"codes at each position: {low:.2f} to {high:.2f} bits, mean {mean:.2f}", fontsize=11)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
 def _center_crop(images: Tensor, height: int, width: int) -> Tensor:
     top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
     return images[:, :, top : top + height, left : left + width]

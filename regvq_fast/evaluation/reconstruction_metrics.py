@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float, to_uint8
-from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
-from regvq_fast.ranks import sum_over_ranks
+from regvq_fast.evaluation.codebook import CodebookUsage, entropy_bits, perplexity, utilization
+from regvq_fast.ranks import any_rank, sum_over_ranks
 
 SSIM_WINDOW = 11
 """Pixels a side that SSIM needs."""
@@ -38,6 +38,8 @@ class ReconstructionMetrics:
     """Number of images."""
     code_counts: Tensor
     """(N,) int64 on the CPU: how often each code was selected."""
+    position_entropy: Tensor
+    """(h, w) float64 on the CPU: entropy in bits of the codes selected at each position, at most log2 of the images."""
 
     def scalars(self) -> dict[str, float]:
         """The numbers by name, ready for JSON or TensorBoard; no ``perceptual`` where it is None."""
@@ -59,7 +61,8 @@ def evaluate_reconstruction(
 ) -> ReconstructionMetrics:
     """Reconstruct every image of ``batches`` and measure the result against the original.
 
-    On several ranks each has batches of its own, and the result is that over all of them.
+    On several ranks each has batches of its own, and the result is that over all of them. Codes are counted for each
+    position: 8 h w N bytes.
 
     A reconstruction with a NaN or an infinity makes PSNR and SSIM NaN, rather than being scored as the image it
     would be clamped to. The device is read once, at the end.
@@ -81,18 +84,23 @@ def evaluate_reconstruction(
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before evaluating it")
-    usage = CodebookUsage(num_codes, device)
+    usage: CodebookUsage | None = None
+    height = width = 0  # of the token maps
     psnr, ssim, distances = [], [], []
     images = 0
     for batch in batches:
-        height, width = batch["image"].shape[2:]
-        if min(height, width) < SSIM_WINDOW:
-            raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {height} x {width}")
+        if min(size := batch["image"].shape[2:]) < SSIM_WINDOW:
+            raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {size[0]} x {size[1]}")
         original_uint8 = batch["image"].to(device, non_blocking=True)
         original = to_float(original_uint8)
         with autocast or nullcontext():
             output = model(original)
-        usage.update(output.quantizer.indices)
+        indices = output.quantizer.indices
+        if usage is None:
+            height, width = indices.shape[1:]
+            usage = CodebookUsage(height * width * num_codes, device)
+            offsets = torch.arange(0, len(usage.counts), num_codes, device=device).view(height, width)
+        usage.update(indices + offsets)
         reconstruction_uint8 = to_uint8(output.reconstruction)
         finite = output.reconstruction.isfinite().flatten(1).all(dim=1)
         psnr.append(torch.where(finite, _psnr(reconstruction_uint8, original_uint8), torch.nan))
@@ -110,7 +118,10 @@ def evaluate_reconstruction(
     *totals, images = sum_over_ranks(torch.stack([*sums, zero.double().squeeze() + images])).tolist()
     if not images:
         raise ValueError("there is no image to evaluate on")
-    counts = sum_over_ranks(usage.counts)
+    height, width = any_rank(height), any_rank(width)  # a rank may have no image
+    by_position = torch.zeros(height * width * num_codes, dtype=torch.int64, device=device)
+    by_position = sum_over_ranks(by_position if usage is None else usage.counts).view(height, width, num_codes)
+    counts = by_position.sum((0, 1))
     psnr_mean, ssim_mean, perceptual_mean = (total / images for total in totals)
     return ReconstructionMetrics(
         psnr=psnr_mean,
@@ -120,6 +131,7 @@ def evaluate_reconstruction(
         perplexity=float(perplexity(counts)),
         images=int(images),
         code_counts=counts.cpu(),
+        position_entropy=entropy_bits(by_position).cpu(),
     )
 
 

@@ -20,8 +20,8 @@ CARD = "README.md"
 PICTURES = "pictures"
 """Folder of images, in a run and on the hub."""
 
-_HUB = "the Hugging Face Hub"
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+HUB = "the Hugging Face Hub"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _NAME = re.compile(rf"(?!.*(?:--|\.\.))({_PART}/{_PART})(?:@(.+))?", re.ASCII)
 _LOADED = [folder + name for folder in ("", f"{TOKENIZER}/") for name in (CONFIG, WEIGHTS, MANIFEST)]
@@ -73,7 +73,7 @@ def local_folder(source: str | os.PathLike[str], revision: str | None = None) ->
             raise ValueError(f"{folder} is a folder here, which has no revision {revision!r}: leave the revision out")
         return folder
     if name is None:
-        raise FileNotFoundError(f"no such folder: {source}; nor is this a name on {_HUB}, which is ORGANIZATION/NAME")
+        raise FileNotFoundError(f"no such folder: {source}; nor is this a name on {HUB}, which is ORGANIZATION/NAME")
     if revision is not None:
         if name.revision is not None:
             raise ValueError(f"{name} names a revision, and revision={revision!r} another one: give one of the two")
@@ -82,7 +82,7 @@ def local_folder(source: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def _download(name: HubName) -> Path:
-    hub = import_hub(f"no such folder: {name}; to look for it on {_HUB}", FileNotFoundError)
+    hub = import_hub(f"no such folder: {name}; to look for it on {HUB}", FileNotFoundError)
     try:
         folder = hub.snapshot_download(
             name.repo,
@@ -96,7 +96,7 @@ def _download(name: HubName) -> Path:
     lacking = [file for file in (CONFIG, WEIGHTS) if not (Path(folder) / file).is_file()]
     if lacking:
         raise FileNotFoundError(
-            f"{name} on {_HUB} has no {' and no '.join(lacking)}: it is not a model of regvq_fast; check the name"
+            f"{name} on {HUB} has no {' and no '.join(lacking)}: it is not a model of regvq_fast; check the name"
         )
     return Path(folder)
 
@@ -123,12 +123,12 @@ def publish(
         OSError: the hub can't be reached, or refuses it.
     """
     name = check_name(to)
-    hub = import_hub(f"to publish on {_HUB}")
+    hub = import_hub(f"to publish on {HUB}")
     api = hub.HfApi(library_name="regvq_fast", library_version=__version__)
     try:
         api.create_repo(name.repo, exist_ok=True, **({"private": True} if private else {}))
         if private and not api.model_info(name.repo).private:
-            raise ValueError(f"{name} exists on {_HUB} and is public: make it private there, or leave out private")
+            raise ValueError(f"{name} exists on {HUB} and is public: make it private there, or leave out private")
         if revision is not None:
             api.create_branch(name.repo, branch=revision, exist_ok=True)
         there = [file.rfilename for file in api.model_info(name.repo, revision=revision).siblings or ()]
@@ -152,7 +152,7 @@ def check_name(to: str) -> HubName:
     """Return a name to publish to; ValueError where it is none, or has a revision."""
     match = _NAME.fullmatch(to)
     if match is None or match[2] is not None:
-        raise ValueError(f"{to!r} is no name of a repository on {_HUB}: give ORGANIZATION/NAME")
+        raise ValueError(f"{to!r} is no name of a repository on {HUB}: give ORGANIZATION/NAME")
     return HubName(match[1], None)
 
 
@@ -180,27 +180,27 @@ def _explained(error: Exception, name: HubName, doing: str = "read") -> OSError:
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, classes.RevisionNotFoundError):
         return FileNotFoundError(
-            f"{name.repo} on {_HUB} has no revision {name.revision!r}: give one of its branches, tags or commits"
+            f"{name.repo} on {HUB} has no revision {name.revision!r}: give one of its branches, tags or commits"
         )
     if isinstance(cause, classes.GatedRepoError):
-        return PermissionError(f"{name.repo} on {_HUB} is gated: ask for access on its page there, then {_LOG_IN}")
+        return PermissionError(f"{name.repo} on {HUB} is gated: ask for access on its page there, then {LOG_IN}")
     if doing == "read" and (isinstance(cause, classes.RepositoryNotFoundError) or status in (401, 404)):
         return FileNotFoundError(
-            f"{name.repo} is neither a folder here nor a repository on {_HUB} that you may read: check the spelling; "
-            f"if it is private, {_LOG_IN}"
+            f"{name.repo} is neither a folder here nor a repository on {HUB} that you may read: check the spelling; "
+            f"if it is private, {LOG_IN}"
         )
     if status in (401, 403, 404):
         return PermissionError(
-            f"{_HUB} doesn't let you {doing} {name} (HTTP {status}): {_LOG_IN}, with a token that allows it"
+            f"{HUB} doesn't let you {doing} {name} (HTTP {status}): {LOG_IN}, with a token that allows it"
         )
     if status is not None:
-        return OSError(f"{_HUB} can't {doing} {name} now (HTTP {status}): try again later")
+        return OSError(f"{HUB} can't {doing} {name} now (HTTP {status}): try again later")
     offline = isinstance(cause, classes.OfflineModeIsEnabled)
     if isinstance(error, classes.LocalEntryNotFoundError):
         return FileNotFoundError(
-            f"{name} is neither a folder here nor complete in the cache of {_HUB}, and "
+            f"{name} is neither a folder here nor complete in the cache of {HUB}, and "
             f"{'HF_HUB_OFFLINE is set' if offline else 'the hub cannot be reached'}: check the path, or load it once "
             "with a network"
         )
     reason = "HF_HUB_OFFLINE is set" if offline else textwrap.shorten(str(cause), 160) or "no reason given"
-    return OSError(f"can't {doing} {name} on {_HUB}: {reason} ({type(cause).__name__})")
+    return OSError(f"can't {doing} {name} on {HUB}: {reason} ({type(cause).__name__})")

@@ -14,7 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ TOKENIZER = "tokenizer"
 
 Part = TypeVar("Part")
 Content = TypeVar("Content", bytes, memoryview, bytes | memoryview)
+
+Entry = Mapping[str, Any]
+"""Size and checksum of a file, as a manifest has them."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{7,})")
 
@@ -52,11 +56,18 @@ def tokenizer_folder(prior: Path) -> Path:
     return shared if shared.is_dir() and not own.exists() else own
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
+def write_folder(
+    folder: Path, files: Mapping[str, bytes | memoryview], written: Mapping[Path, Entry] | None = None
+) -> None:
     """Make a folder of these files and their manifest; it is on the disk, complete, when this returns.
 
     They are written under a temporary name beside ``folder`` that takes its place at the end: whatever happens before,
     a full disk or a kill, leaves no half of it. A folder of the same name is replaced.
+
+    Args:
+        folder: see above.
+        files: contents by name.
+        written: further files, to be moved into the folder, with what :func:`write_file` returned of them.
 
     Raises:
         ValueError: ``folder`` is something else than a folder with a manifest.
@@ -68,7 +79,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
     temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         temporary.mkdir()
-        for name, content in with_manifest(files).items():
+        entries = {path.name: entry for path, entry in (written or {}).items()}
+        for path in written or ():
+            path.rename(temporary / path.name)
+        for name, content in with_manifest(files, entries).items():
             _write(temporary / name, content)
         _sync(temporary)
         if folder.exists():
@@ -82,12 +96,23 @@ def write_folder(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def with_manifest(files: Mapping[str, Content]) -> dict[str, Content | bytes]:
-    """Return files by name, and with them the manifest of their sizes and checksums."""
-    entries = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
-    }
-    return {**files, MANIFEST: to_json({"files": entries})}
+def with_manifest(
+    files: Mapping[str, Content], others: Mapping[str, Entry] | None = None
+) -> dict[str, Content | bytes]:
+    """Return files by name, and with them the manifest of their sizes and checksums, and of ``others``."""
+    entries = {name: _entry(content) for name, content in files.items()}
+    return {**files, MANIFEST: to_json({"files": entries | dict(others or {})})}
+
+
+def write_file(path: Path, content: bytes | memoryview) -> Entry:
+    """Write a file that :func:`write_folder` will move into its folder, and return its entry in the manifest there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, content)
+    return _entry(content)
+
+
+def _entry(content: bytes | memoryview) -> Entry:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def read_folder(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
@@ -96,26 +121,41 @@ def read_folder(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     Raises:
         ValueError: in one sentence, what is missing, truncated or not the file that was written.
     """
-    manifest = folder / MANIFEST
+    check_files(folder, names)
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def check_files(folder: Path, names: Sequence[str]) -> None:
+    """Check files as :func:`read_folder` does, without having one in memory."""
+    entries = read_manifest(folder)
+    for name in names:
+        path = folder / name
+        try:
+            size, sha256 = int(entries[name]["bytes"]), str(entries[name]["sha256"])
+        except (ValueError, KeyError, TypeError):
+            raise _damaged(folder) from None
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        found = path.stat().st_size
+        if found < size:
+            raise ValueError(f"{path} is truncated: {found:,} of {size:,} bytes are there")
+        with path.open("rb") as file:
+            if found > size or hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise ValueError(f"{path} is not the file that was written: its SHA-256 is not the one in {MANIFEST}")
+
+
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """Return the entries of a folder's files; ValueError if it has no manifest or a damaged one."""
     try:
-        entries = json.loads(manifest.read_bytes())["files"]
-        expected = {name: (int(entries[name]["bytes"]), str(entries[name]["sha256"])) for name in names}
+        return dict(json.loads((folder / MANIFEST).read_bytes())["files"])
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or only a part of one") from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{manifest} is damaged, or not the manifest of a checkpoint") from None
-    contents = {}
-    for name, (size, sha256) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        content = path.read_bytes()
-        if len(content) < size:
-            raise ValueError(f"{path} is truncated: {len(content):,} of {size:,} bytes are there")
-        if len(content) > size or hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(f"{path} is not the file that was written: its SHA-256 is not the one in {MANIFEST}")
-        contents[name] = content
-    return contents
+        raise _damaged(folder) from None
+
+
+def _damaged(folder: Path) -> ValueError:
+    return ValueError(f"{folder / MANIFEST} is damaged, or not the manifest of a checkpoint")
 
 
 def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -160,8 +200,20 @@ def weights_to_bytes(weights: Mapping[str, Tensor]) -> bytes:
 
 def weights_from_bytes(content: bytes, path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU; ``path`` is named where that is what it isn't (ValueError)."""
-    try:
+    with _readable(path):
         return safetensors.torch.load(content)
+
+
+def weights_from_file(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU; their values are read when they are used. ValueError as above."""
+    with _readable(path):
+        return safetensors.torch.load_file(path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # a damaged file can make the reader raise anything
         raise ValueError(f"{path} is not a safetensors file, or damaged ({error})") from None
 

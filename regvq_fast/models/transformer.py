@@ -20,7 +20,8 @@ from regvq_fast.models.model import Checkpointed
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value (B, L, heads, head_dim) to the same shape
 
-_INIT_STD = 0.02
+INIT_STD = 0.02
+"""Standard deviation of first weights."""
 
 
 class SelfAttention(nn.Module):
@@ -60,7 +61,7 @@ class Block(Checkpointed):
 def initialize(module: nn.Module) -> None:
     """minGPT's first weights, for `nn.Module.apply`: N(0, 0.02) in linear layers and embeddings, biases 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=_INIT_STD)
+        nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
@@ -81,7 +82,7 @@ def grid_sinusoids(shape: tuple[int, int], width: int) -> Tensor:
     rows, columns = (waves(length) for length in shape)
     grid = torch.cat([rows[:, None].expand(-1, shape[1], -1), columns.expand(shape[0], -1, -1)], dim=2)
     # Times sqrt(2): a wave's mean square is 1/2.
-    return _INIT_STD * math.sqrt(2) * F.pad(grid, (0, max(0, width - 4 * bands)))[..., :width].flatten(0, 1)
+    return INIT_STD * math.sqrt(2) * F.pad(grid, (0, max(0, width - 4 * bands)))[..., :width].flatten(0, 1)
 
 
 def check_sizes(sizes: Mapping[str, int], dropout: float = 0.0) -> None:

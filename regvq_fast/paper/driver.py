@@ -14,7 +14,16 @@ from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.samples import Split
 from regvq_fast.evaluation.feature_nets import load_feature_net
 from regvq_fast.evaluation.measurement import RESULTS
-from regvq_fast.paper.experiments import EXPERIMENTS, Experiment, ExperimentName, Row, Scale, prior_of, recipe
+from regvq_fast.paper.experiments import (
+    EXPERIMENTS,
+    PUBLISHED_DATASETS,
+    Experiment,
+    ExperimentName,
+    Row,
+    Scale,
+    prior_of,
+    recipe,
+)
 from regvq_fast.paper.report import Report
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import inference_device
@@ -82,6 +91,10 @@ def reproduce(config: PaperConfig) -> None:
 
     console = Console()
     report = Report(experiment, config.experiment, config.preset, out, plan)
+    if config.report_only and not report.measured():
+        raise ValueError(
+            f"no row of {config.experiment} is done in {out}: leave out --report-only, or give its folder with --out"
+        )
     if not config.report_only:
         for seed in config.seeds:  # all rows with one seed first: a table that is stopped early compares all of them
             for k, row in enumerate(chosen, 1):
@@ -101,6 +114,9 @@ def reproduce(config: PaperConfig) -> None:
 def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
     """The rows that are asked for; raises ValueError or OSError for what is wrong."""
     check_at_least(1, {"--processes": config.processes, "--seeds": len(config.seeds)})
+    if config.preset not in ("scenes", *PUBLISHED_DATASETS):
+        theirs = ", ".join(PUBLISHED_DATASETS)
+        raise ValueError(f"the paper has no experiments on --preset {config.preset}: take scenes, or one of {theirs}")
     if config.preset == "scenes" and config.data is not None:
         raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
     if config.preset != "scenes" and config.data is None:

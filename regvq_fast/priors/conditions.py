@@ -13,7 +13,7 @@ from regvq_fast.image_grids import caption_tiles, color_map, legend_of
 Condition = Literal["segmentation", "caption", "label", "none"]
 """Kind of condition: the field of a data set's samples that images are conditioned on, or "none"."""
 Conditions = Tensor | Sequence[str]
-"""Of B images: maps (B, H, W) uint8, captions, labels (B,) int64; of an unconditional prior, a tensor (B, 0)."""
+"""Conditions of B images: maps (B, H, W) uint8, captions, labels (B,) int64; without a condition, a tensor (B, 0)."""
 CONDITION_FLAGS: dict[Condition, str] = {"segmentation": "--map", "caption": "--text", "label": "--label"}
 """Flag of `regvq sample` that states a condition."""
 
@@ -33,7 +33,7 @@ def choose_condition(
     Args:
         wanted: --condition; None: the first of `takes` that there is, at last "none".
         takes: kinds that the prior takes, the preferred first.
-        has: fields that all images of the data have.
+        has: fields that the images of the data have.
         source: of the images, for messages.
 
     Raises:
@@ -125,7 +125,7 @@ def trainable(has: Collection[Field], takes: Mapping[str, Sequence[Condition]]) 
     """Describe what priors can be trained on images with some fields: "ar by segmentation, diffusion by caption".
 
     Args:
-        has: fields that all images have.
+        has: fields that the images have.
         takes: kinds of conditions by name of the prior.
     """
     described = []

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptionalPath, TrainConfig
+from regvq_fast.config.sections import UNTITLED, OptionalPath, RunConfig, TrainConfig
 from regvq_fast.data.samples import Crop
 from regvq_fast.priors.conditions import Condition
 from regvq_fast.settings import Section, changed_flags, check_at_least, check_probabilities
@@ -20,7 +20,7 @@ class TokensConfig(Section):
     tokenizer: OptionalPath = None
     """Tokenizer: run, checkpoint, folder or ORGANIZATION/NAME on the hub. Default: the cache's."""
     condition: Condition | None = None
-    """Condition of an image. Default: the first that all images have; none: unconditional."""
+    """Condition of an image. Default: the first that 95 % of the images have."""
     data: OptionalPath = None
     """on the fly: images, as for regvq train vq. Default: the embedded scenes."""
     crop: Crop = "center"
@@ -66,9 +66,23 @@ class TransformerConfig(Section):
 
 
 @dataclass(frozen=True)
+class PriorRunConfig(RunConfig):
+    """Run."""
+
+    shard: bool = False
+    """Split weights and optimizer states among the ranks (FSDP)."""
+
+    def check(self) -> None:
+        super().check()
+        if self.shard and self.find_batch_size:
+            raise ValueError("--find-batch-size looks at one GPU with the whole model: leave out --shard, or it")
+
+
+@dataclass(frozen=True)
 class PriorConfig(TrainConfig):
     """A run of a prior; each of them adds its network."""
 
+    run: Annotated[PriorRunConfig, UNTITLED] = field(default_factory=PriorRunConfig)
     tokens: Annotated[TokensConfig, UNTITLED] = field(default_factory=TokensConfig)
 
     def check(self) -> None:

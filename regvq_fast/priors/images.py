@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from regvq_fast.data.image_dataset import ImageDataset
 from regvq_fast.data.samples import Batch
 from regvq_fast.models.hub import local_folder
 from regvq_fast.models.model import Model, read_model
@@ -86,6 +87,15 @@ class ImageSampler:
         sampler = cls(prior, tokenizer, config, precision)
         sampler.token_sampler.check(run)
         return sampler
+
+    def check_labels(self, dataset: ImageDataset) -> None:
+        """Raise ValueError if images have other labels than the prior, whose samples they condition."""
+        names = self.prior.label_names
+        if self.condition == "label" and dataset.label_names != names:
+            raise ValueError(
+                f"the {len(dataset.label_names)} labels of {dataset.title} are not the prior's {len(names)}: take the "
+                "data that it was trained on"
+            )
 
     def sample(self, batch: Batch, first_image: int) -> Tensor:
         """Sample one image for each sample of a batch, (B, 3, H, W) uint8 on the prior's device.

@@ -27,10 +27,11 @@ from regvq_fast.models.weights import weights_hash
 from regvq_fast.priors.conditions import Condition, choose_condition, conditions_of, fields_of, render
 from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.sampler import PriorSampler, Progress, decode_tokens
-from regvq_fast.ranks import distributed, local_world_size, sum_over_ranks, synchronized
+from regvq_fast.ranks import distributed, local_world_size, sum_over_ranks, synchronized, world_size
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recipe import Data, ImagesDone, Networks, Recipe, Step
 from regvq_fast.training.recorder import Recorder
+from regvq_fast.training.sharding import shard, skeleton
 
 _SAMPLES = 8  # of an image grid
 
@@ -117,7 +118,7 @@ class PriorRecipe(Recipe[Config]):
             self.data = Data(train, val, train.info.train_images, workers=0)
             return self.data
         kind = dataset_class(tokens.data)
-        has = kind.count_fields(tokens.data).complete
+        has = kind.count_fields(tokens.data).usable
         self.conditioned_on = choose_condition(tokens.condition, self.sampler.conditions, has, f"--data {tokens.data}")
         shared = {"image_size": self.tokenizer.image_size, "seed": seed, "fields": fields_of(self.conditioned_on)}
         images = build_dataset(tokens.data, split="train", crop=tokens.crop, flip=tokens.flip, **shared)  # type: ignore[arg-type]
@@ -144,6 +145,8 @@ class PriorRecipe(Recipe[Config]):
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, auxiliary = self.build_prior(config)
         self.model.to(self.device)
+        self._sharded = config.run.shard and world_size() > 1
+        sharding = f"among {world_size()} processes" if self._sharded else "off: there is one process"
         self._plain_loss = self.build_loss()
         # Tokens made in every step depend on the precision, images don't.
         first: Any = first_samples(self.data.train, config.optimizer.batch_size)
@@ -159,9 +162,11 @@ class PriorRecipe(Recipe[Config]):
                 f"{left_out_note(self.data.train, self.data.val)}",
                 "tokenizer": f"{height} x {width} tokens of {self.tokenizer.quantize.num_codes} codes",
                 "condition": self._describe_condition(),
+                **({"sharding": sharding} if config.run.shard else {}),
             },
             identity={"as tokenizer": self.tokenizer_hash[:12]},
             fingerprint=fingerprint(first["image" if tokens.cache is None else "tokens"]),
+            skeleton=skeleton(self.model) if self._sharded else None,
         )
 
     def _describe_condition(self) -> str:
@@ -172,13 +177,19 @@ class PriorRecipe(Recipe[Config]):
 
     def distribute(self, compile: bool) -> None:
         self._encoder = _MicroBatchEncoder(self.tokenizer, self.micro_batch, compile=compile)
-        self._loss = distributed(maybe_compile(self._plain_loss, compile))
+        if self._sharded:
+            shard(self._plain_loss, self.device, compile=compile)
+            self._loss = self._plain_loss
+        else:
+            self._loss = distributed(maybe_compile(self._plain_loss, compile))
 
     def step(self, batch: Batch | TokenBatch, now: Step) -> dict[str, Tensor]:
         tokens, condition = self.inputs(batch)
         network = self._plain_loss if now.plain else self._loss
-        with synchronized(network, enabled=now.synchronize):
-            with self.precision.autocast():
+        # Of a sharded network, gradients that wait to be averaged would outlast the plain pass, and casts that are kept
+        # would be all of its weights.
+        with synchronized(network, enabled=now.synchronize or now.plain):
+            with self.precision.autocast(keep_casts=not self._sharded):
                 metrics, observed = network(tokens, condition, seed=now.seed, first_image=now.first_image)
             (now.loss_scale * metrics["loss"]).backward()
         if not now.plain:

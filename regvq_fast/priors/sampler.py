@@ -146,7 +146,7 @@ def decode_tokens(tokenizer: VQGAN, tokens: Tensor, precision: Precision) -> Ten
 
 
 class TokenPrior(Protocol):
-    """What every prior has."""
+    """Attributes of every prior."""
 
     token_shape: tuple[int, int]
     num_tokens: int

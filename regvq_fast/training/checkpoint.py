@@ -4,6 +4,7 @@
         config.json         the run's configuration and the model's architecture
         model.safetensors   the weights that are judged: the averaged ones where there are any
         training.pt         all else that the next step depends on; tensors and plain values, read with weights_only
+        shard-0-of-2.safetensors    of a sharded run, one for each rank: its rows of the tensors of training.pt
         manifest.json       size and SHA-256 of each file
     runs/NAME/checkpoints/best.json     which of them evaluated best
 
@@ -30,15 +31,20 @@ from regvq_fast.models.pretrained import (
     CHECKPOINTS,
     CONFIG,
     WEIGHTS,
+    Entry,
+    check_files,
     read_folder,
+    read_manifest,
     step_folders,
     to_json,
-    weights_from_bytes,
+    weights_from_file,
     weights_to_bytes,
+    write_file,
     write_folder,
 )
-from regvq_fast.ranks import raise_on_all_ranks, rank
+from regvq_fast.ranks import all_gather_strings, raise_on_all_ranks, rank, world_size
 from regvq_fast.settings import flag_of
+from regvq_fast.training.sharding import joined, split
 
 TRAINING, BEST = "training.pt", "best.json"
 
@@ -47,7 +53,7 @@ TRAINING, BEST = "training.pt", "best.json"
 _FREE = (
     "out resume device compile workers data cache tokenizer val_images perceptual_weights contrastive_weights steps "
     "epochs log_every image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold "
-    "activation_checkpointing deterministic trace_steps find_batch_size"
+    "activation_checkpointing deterministic trace_steps find_batch_size shard"
 ).split()
 # ... but these, which help against numbers that are not finite, or against too little memory: the run says so.
 _REMEDIES = ("amp", "lr", "clip_grad", "accumulate")
@@ -140,7 +146,7 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint:
 
 
 def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Config]:
-    contents = read_folder(folder, (CONFIG, WEIGHTS, TRAINING))
+    contents = read_folder(folder, (CONFIG, TRAINING))
     try:
         config = config_from_dict(json.loads(contents[CONFIG]), kind)
     except (ValueError, TypeError) as error:
@@ -148,8 +154,19 @@ def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Conf
     state = training_state(contents[TRAINING], folder / TRAINING)
     if state.get("step") != step:
         raise ValueError(f"{folder / TRAINING} is not the state of training after step {step}")
-    weights = weights_from_bytes(contents[WEIGHTS], folder / WEIGHTS)
+    # What may be too much for every rank to have at once stays on the disk until it is used.
+    large = [WEIGHTS, *sorted((name for name in read_manifest(folder) if name.startswith("shard-")), key=_shard_rank)]
+    check_files(folder, large)
+    weights, *shards = (weights_from_file(folder / name) for name in large)
+    try:
+        state = joined(state, shards)
+    except ValueError as error:
+        raise ValueError(f"{folder} is not complete: {error}") from None
     return Checkpoint(step, folder, weights, state, config.optimizer.steps), config
+
+
+def _shard_rank(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 def training_state(content: bytes, path: Path) -> dict[str, Any]:
@@ -192,7 +209,7 @@ class Checkpoints:
         start: where the run begins. Checkpoints of later steps, which could not be read, are set aside under another
             name, and what a kill left of one is removed.
 
-    Rank 0 writes; the others keep track.
+    Rank 0 writes; the others keep track, and write their shards.
     """
 
     def __init__(self, run: Path, keep: int, start: Checkpoint | None = None) -> None:
@@ -226,20 +243,39 @@ class Checkpoints:
             step: steps done.
             config: the run's configuration, and the model's "architecture".
             weights: those that are judged.
-            state: all else; tensors and plain values, in dicts, lists and tuples.
+            state: all else; tensors, which may be sharded, and plain values, in dicts, lists and tuples.
 
         Raises:
             OSError: it could not be written; nothing is left of it, and all others are still there. On every rank.
         """
-        with raise_on_all_ranks():
-            if self.writes:
-                buffer = io.BytesIO()
-                torch.save({**state, "step": step}, buffer)
-                files: dict[str, bytes | memoryview] = {TRAINING: buffer.getbuffer()}
-                files |= {CONFIG: to_json(config), WEIGHTS: weights_to_bytes(weights)}
-                write_folder(self._path(step), files)
-        self.newest = self._path(step)
+        path = self._path(step)
+        state, rows = split(state)
+        shards = path.with_name(f".{path.name}.shards")  # where they wait for the rest
+        try:
+            written = self._write_shard(shards, rows) if rows else {}
+            with raise_on_all_ranks():
+                if self.writes:
+                    buffer = io.BytesIO()
+                    torch.save({**state, "step": step}, buffer)
+                    files: dict[str, bytes | memoryview] = {TRAINING: buffer.getbuffer()}
+                    files |= {CONFIG: to_json(config), WEIGHTS: weights_to_bytes(weights)}
+                    write_folder(path, files, written)
+        finally:
+            if self.writes and rows:
+                shutil.rmtree(shards, ignore_errors=True)
+        self.newest = path
         self._remove_old()
+
+    def _write_shard(self, folder: Path, rows: Mapping[str, Tensor]) -> dict[Path, Entry]:
+        """Write this rank's rows into a folder; return the files of all ranks, with their entries in a manifest."""
+        entry: Entry = {}
+        with raise_on_all_ranks():
+            name = f"shard-{rank()}-of-{world_size()}.safetensors"
+            entry = write_file(folder / name, weights_to_bytes(rows))
+        return {
+            folder / f"shard-{k}-of-{world_size()}.safetensors": json.loads(text)
+            for k, text in enumerate(all_gather_strings(json.dumps(entry)))
+        }
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
         """Return whether an evaluation is better than any before, by the first number that it has of perceptual

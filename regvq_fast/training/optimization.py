@@ -4,7 +4,6 @@ Whether they are finite is decided, and acted on, without waiting for the device
 through the same code and leaves everything as it was. Only `Watch.read`, called once a record, waits.
 """
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from regvq_fast.config import OptimizerConfig
 from regvq_fast.precision import Precision
 from regvq_fast.ranks import rank, sum_over_ranks, world_size
 from regvq_fast.training.recipe import Networks
+from regvq_fast.training.sharding import copied, full, load, local, placed
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Non-finite because another term is, or because scaled gradients overflowed: named only if no loss itself is.
@@ -83,7 +83,10 @@ class Optimization:
         self.optimizers = {name: build_optimizer(module, config) for name, module in networks.trained.items()}
         self.scaler = precision.scaler()
         self.watch = Watch(device)
-        self.average = AveragedWeights(self.model, config.ema, self.watch.skip) if config.ema else None
+        skip, skeleton = self.watch.skip, networks.skeleton
+        self.average = AveragedWeights(self.model, config.ema, skip, skeleton) if config.ema else None
+        self.judged: Any = self.model if self.average is None else self.average.module
+        """The module with the weights that are evaluated and saved; sharded if the model is."""
         for adamw in self.optimizers.values():
             adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # its fused kernel does nothing where it is 1
         self._rollback = Rollback(*networks.trained.values(), *networks.auxiliary.values())
@@ -106,7 +109,7 @@ class Optimization:
         for name in names:
             self.scaler.unscale_(self.optimizers[name])
             gradients = [p.grad for p in self.trained[name].parameters() if p.grad is not None]
-            norms[name] = nn.utils.get_total_norm(gradients)
+            norms[name] = full(nn.utils.get_total_norm(gradients))
         self.watch.judge(norms)
         for name, norm in norms.items():
             if self.config.clip_grad > 0:
@@ -156,7 +159,7 @@ class Optimization:
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update depends on, beside the weights that are evaluated: tensors and plain values.
 
-        All ranks must call it; they get the same.
+        All ranks must call it; they get the same, but for the rows of sharded tensors.
         """
         return {
             "model": None if self.average is None else self.model.state_dict(),
@@ -167,13 +170,16 @@ class Optimization:
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict` and the weights that were evaluated: averaged ones if there are any."""
-        if self.average is None:
-            self.model.load_state_dict(weights)
-        else:
-            self.model.load_state_dict(state["model"])
-            self.average.module.load_state_dict(weights)
+        load(self.judged, weights)
+        if self.average is not None:
+            load(self.model, state["model"])
         for optimizer, saved in zip(self.optimizers.values(), state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            moments = {
+                k: {name: placed(value, parameters[k]) for name, value in of_one.items()}
+                for k, of_one in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": moments})
         if self.scaler.is_enabled() and state["scaler"]:  # empty where it was not enabled: it starts afresh then
             self.scaler.load_state_dict(state["scaler"])
         self.watch.load_state_dict(state["watch"])
@@ -188,10 +194,13 @@ class AveragedWeights:
         module: copied as `module`, the one with the averages.
         decay: fraction of the averages that an update keeps, 0..1.
         skip: 0-dim on the module's device, read at each update: where it is 1 the averages stay as they are.
+        skeleton: of the module, if it is sharded; the averages are then, too.
     """
 
-    def __init__(self, module: nn.Module, decay: float, skip: Tensor | None = None) -> None:
-        self.module = copy.deepcopy(module).requires_grad_(False)
+    def __init__(
+        self, module: nn.Module, decay: float, skip: Tensor | None = None, skeleton: nn.Module | None = None
+    ) -> None:
+        self.module = copied(module, skeleton).requires_grad_(False)
         self.decay, self.skip = decay, skip
 
     @torch.no_grad()
@@ -205,7 +214,7 @@ class AveragedWeights:
 
 def _values(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers; of the networks here, all of them are floating-point numbers."""
-    return [*module.parameters(), *module.buffers()]
+    return [local(value) for value in (*module.parameters(), *module.buffers())]
 
 
 class Rollback:

@@ -70,6 +70,8 @@ class Networks:
     scheduled: tuple[str, ...] = ()
     """Quantities, other than the learning rate, that follow a schedule over all steps of the run."""
     meter: Meter | None = None
+    skeleton: nn.Module | None = None
+    """See `regvq_fast.training.sharding`; given if `Recipe.distribute` will shard the model."""
 
     def active(self, step: int) -> tuple[str, ...]:
         """Return the names in `trained` of the networks that take part in a step."""
@@ -164,7 +166,7 @@ class Recipe(ABC, Generic[Config]):
 
     @abstractmethod
     def distribute(self, compile: bool) -> None:
-        """Compile the networks, if asked to, and let the ranks share their gradients."""
+        """Compile the networks, if asked to, and let the ranks share their gradients, or shard the model."""
 
     @abstractmethod
     def step(self, batch: Any, now: Step) -> dict[str, Tensor]:

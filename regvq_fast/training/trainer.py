@@ -27,6 +27,7 @@ from regvq_fast.training.memory import peak_memory
 from regvq_fast.training.optimization import Optimization, learning_rate, micro_batch_size
 from regvq_fast.training.recipe import Metrics, Recipe, Step
 from regvq_fast.training.recorder import Recorder, new_run_folder, reason
+from regvq_fast.training.sharding import gathered, whole
 from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained, remedy
 from regvq_fast.training.throughput import Clock, DeviceMonitor, Utilization, count_flops
 from regvq_fast.training.trace import StepTrace
@@ -179,11 +180,7 @@ class Trainer(Generic[Config]):
             if trace.write():
                 clock.restart()
             if done % run.image_every == 0 and done < self.steps:
-                if ranks.rank() == 0:
-                    with recorder.surviving_a_full_disk("pictures/"), stop.abandonable():
-                        path = recorder.image_path(self.recipe.image_name, done)
-                        self.recipe.save_images(self.eval_model, path)
-                        recorder.show_image(path, done)
+                self.save_images(stop)
                 clock.restart()
             self._metrics_bytes = recorder.metrics_bytes
             checkpoint_due |= run.checkpoint_every > 0 and done % run.checkpoint_every == 0
@@ -260,9 +257,20 @@ class Trainer(Generic[Config]):
 
     @property
     def eval_model(self) -> Any:
-        """The model that is evaluated and saved: the averaged weights if there are any."""
-        average = self.optimization.average
-        return (self.networks.model if average is None else average.module).eval()
+        """The model that is evaluated and saved, whole: the averaged weights if there are any.
+
+        All ranks must ask for it, and let go of it soon: of a sharded one it is a copy.
+        """
+        return whole(self.optimization.judged, self.networks.skeleton).eval()
+
+    def save_images(self, stop: StopSignals) -> None:
+        """Save images that the model makes of validation samples; on rank 0."""
+        model, recorder = self.eval_model, self.recorder
+        if ranks.rank() == 0:
+            with recorder.surviving_a_full_disk("pictures/"), stop.abandonable():
+                path = recorder.image_path(self.recipe.image_name, self.done)
+                self.recipe.save_images(model, path)
+                recorder.show_image(path, self.done)
 
     def evaluate(self, stop: StopSignals) -> Metrics:
         """Evaluate on the validation split, record the result, and mark the checkpoint if it is the best one."""
@@ -287,11 +295,11 @@ class Trainer(Generic[Config]):
 
     def conclude(self, metrics: Metrics, images_per_second: float, stop: StopSignals) -> None:
         """Save the model and the images of a finished run, and print the summary; on rank 0."""
-        unreadable = sum(map(unreadable_images, self.data[:2]))
+        unreadable, model = sum(map(unreadable_images, self.data[:2])), self.eval_model
         with ranks.raise_on_all_ranks(), stop.abandonable():
             if ranks.rank() > 0:
                 return
-            recorder, model = self.recorder, self.eval_model
+            recorder = self.recorder
             with atomic_path(recorder.folder / WEIGHTS) as temporary:
                 temporary.write_bytes(weights_to_bytes(model.state_dict()))
             numbers, images = self.recipe.summarize(model, metrics, recorder)
@@ -311,7 +319,8 @@ class Trainer(Generic[Config]):
         try:
             with ranks.raise_on_all_ranks():
                 self.recorder.sync()
-            self.checkpoints.save(self.done, self.recorder.description, self.eval_model.state_dict(), state)
+            weights = gathered(self.optimization.judged.state_dict())
+            self.checkpoints.save(self.done, self.recorder.description, weights, state)
         except OSError as error:
             if self._unsaved != self.done:
                 self.recorder.warn(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore
 
 from regvq_fast.cli import evaluate as evaluation
+from regvq_fast.cli import evaluate_setup
 from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override, typed_command
 from regvq_fast.data import ImageFolder, to_float, to_uint8
@@ -108,7 +110,7 @@ class TinyDistance(nn.Module):
 @pytest.fixture
 def tiny_nets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Small networks behind the metrics, and a cache of this test's own."""
-    monkeypatch.setattr(evaluation, "load_feature_net", lambda spec: TinyNet())
+    monkeypatch.setattr(evaluate_setup, "load_feature_net", lambda spec: TinyNet())
     monkeypatch.setattr(evaluation, "PerceptualDistance", TinyDistance)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -134,17 +136,24 @@ def test_a_tokenizer_by_hand(runs: dict[str, Path], tmp_path: Path, capsys: pyte
     reconstructions = to_uint8(output.reconstruction)
     counts = torch.bincount(output.quantizer.indices.flatten(), minlength=CODES)
     assert counts.sum() == IMAGES * 64
+    at_each = [torch.bincount(codes, minlength=CODES) for codes in output.quantizer.indices.flatten(1).T]
+    entropies = torch.distributions.Categorical(torch.stack(at_each).double()).entropy() / math.log(2)
     expected = {
         "psnr": (10 * (255**2 / (reconstructions.float() - images).square().flatten(1).mean(1)).log10()).mean(),
         "perceptual": (reconstructions.float() - images).abs().mean() / 127.5,
         "utilization": (counts > 0).float().mean(),
         "perplexity": torch.distributions.Categorical(counts.double()).entropy().exp(),
+        "position_entropy": entropies.mean(),
         "fid_r": frechet_distance(statistics_of([images], net), statistics_of([reconstructions], net)),
     }
     for key, value in expected.items():
         assert found[key].value == pytest.approx(float(value), rel=1e-4), key
     assert found.keys() == expected.keys() | {"ssim"}
 
+    assert (tmp_path / "out" / "token_entropy.png").is_file()
+    spread = found["position_entropy"].protocol
+    assert (spread["lowest"], spread["highest"]) == pytest.approx((float(entropies.min()), float(entropies.max())))
+    assert spread["highest"] <= spread["bound"] == math.log2(IMAGES)
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     for key, measurement in found.items():
         assert saved[key] == {"name": measurement.name, "value": measurement.value, **measurement.protocol}
@@ -318,12 +327,25 @@ def test_two_ranks_measure_what_one_does(runs: dict[str, Path], photos: Path, tm
     def measure_photos() -> None:
         measure(tmp_path / "photos-two", run=runs["vq"], data=photos)
 
+    for name, low in (("samples", 100), ("reference", 0)):
+        images = np.random.default_rng(low).integers(low, 256, (9, 16, 16, 3), np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images)
+    suite = {
+        "images": tmp_path / "samples.npz",
+        "reference": tmp_path / "reference.npz",
+        "data": None,
+        "val_images": None,
+    }
+
+    def measure_suite() -> None:
+        measure(tmp_path / "suite-two", **suite)
+
     def fail() -> None:
         with pytest.raises(SystemExit) as stop:
             run_script("--run", "nowhere", "--device", "cpu", script="evaluate.py")
         (tmp_path / f"said-{os.environ['RANK']}").write_text(str(stop.value.code))
 
-    on_two_ranks(measure_scenes, measure_photos, fail)
+    on_two_ranks(measure_scenes, measure_photos, measure_suite, fail)
     one = measure(tmp_path / "one", prior_run=runs["ar"], val_images=11)
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     for key, number in one.items():
@@ -333,6 +355,10 @@ def test_two_ranks_measure_what_one_does(runs: dict[str, Path], photos: Path, tm
     assert len(list((tmp_path / "shared").iterdir())) == 1
     of_photos = json.loads((tmp_path / "photos-two" / "evaluation.json").read_text())
     assert (of_photos["psnr"]["images"], of_photos["psnr"]["unreadable"]) == (6, 1)
+    of_suite = json.loads((tmp_path / "suite-two" / "evaluation.json").read_text())
+    for key, number in measure(tmp_path / "suite-one", **suite).items():
+        assert of_suite[key]["value"] == pytest.approx(number.value, rel=1e-9), key
+    assert of_suite.keys() == {"fid_g", "precision", "recall"}
     said = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)]
     assert said[0].startswith("error: no such folder: nowhere")
     assert said[1] == "1"  # the status alone

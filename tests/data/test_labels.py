@@ -31,7 +31,7 @@ def served_in_order(dataset) -> list[tuple[int, int]]:
 
 def count(data) -> tuple[int, dict[str, int], tuple[str, ...]]:
     counts = dataset_class(data).count_fields(data)
-    return counts.images, dict(counts.having), counts.complete
+    return counts.images, dict(counts.having), counts.usable
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -92,8 +92,19 @@ def test_fields_are_counted_among_training_images(tmp_path):
     assert count(tmp_path)[2] == ("caption", "label")
 
 
+def test_a_field_that_few_images_lack_is_usable(tmp_path):
+    for k in range(40):
+        write_flat(tmp_path / "train" / "ab"[k % 2] / f"{k}.png", 10)
+    for k in range(2):
+        write_flat(tmp_path / "train" / f"{k}.png", 10)
+    write_flat(tmp_path / "val" / "a" / "0.png", 10)
+    assert count(tmp_path)[2] == ("label",)
+    write_flat(tmp_path / "train" / "2.png", 10)
+    assert count(tmp_path)[2] == (), "40 of 43 are 93 %"
+
+
 def test_scenes_have_captions_and_maps():
-    assert dataset_class(None).count_fields(None).complete == ("caption", "segmentation")
+    assert dataset_class(None).count_fields(None).usable == ("caption", "segmentation")
     assert count(None)[0] == len(ScenesDataset("train"))
 
 

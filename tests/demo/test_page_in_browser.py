@@ -151,6 +151,22 @@ def test_a_caption_is_sampled_and_unknown_words_are_named(page: Any) -> None:
     page.get_by_text("Not in any training caption").wait_for(state="hidden")
 
 
+def test_a_label_is_chosen_and_a_prior_without_a_condition_sampled(page: Any) -> None:
+    page.get_by_role("tab", name="Choose a label").click()
+    page.click("#sample-label")
+    first = sources(page, "#label-images")
+    assert len(first) == 4
+    page.click("#label input")
+    page.get_by_role("option", name="red fox").click()
+    page.click("#sample-label")
+    page.wait_for_function("src => document.querySelector('#label-images figure img').src !== src", arg=first[0])
+    page.get_by_text("red fox", exact=True).first.wait_for()
+
+    page.get_by_role("tab", name="Sample", exact=True).click()
+    page.click("#sample-any")
+    assert len(sources(page, "#any-images")) == 4
+
+
 def test_errors_of_a_caption_are_words(page: Any) -> None:
     page.get_by_role("tab", name="Type a caption").click()
     for caption, message in (("", "There is no caption"), ("so " * 30, "30 words, over the encoder's 24")):
@@ -162,7 +178,7 @@ def test_errors_of_a_caption_are_words(page: Any) -> None:
 def test_a_narrow_window_needs_no_sideways_scrolling(page: Any) -> None:
     page.set_viewport_size({"width": 400, "height": 860})
     try:
-        for name in ("Reconstruct", "Paint a map", "Type a caption"):
+        for name in ("Reconstruct", "Paint a map", "Type a caption", "Choose a label", "Sample"):
             page.get_by_role("tab", name=name).click()
             width = page.evaluate("document.documentElement.scrollWidth")
             assert width <= 400, name

@@ -12,6 +12,7 @@ from helpers.tiny_models import scenes_batch, tiny_tokenizer, tiny_vqgan
 from regvq_fast.data.transforms import to_float
 from regvq_fast.demo.workbench import MAX_IMAGES, Painter, Reconstructor, Request
 from regvq_fast.precision import choose_precision
+from regvq_fast.priors.conditions import no_conditions
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SamplingConfig
 from regvq_fast.scenes import CLASSES, embedded
@@ -111,6 +112,21 @@ def test_a_caption_is_sampled_as_by_the_command(painters: dict[str, Painter], mo
     config = SamplingConfig(seed=7, steps=4)
     expected = ImageSampler.from_run(models / "diffusion", config, CPU).sample_under([caption] * 3, 0)
     assert torch.equal(images, expected)
+
+
+def test_a_label_and_nothing_are_sampled_as_by_the_command(models: Path) -> None:
+    painter = Painter(models / "label", CPU)
+    images = painter.sample(painter.read("red fox"), Request(count=2, seed=7, steps=3, guidance=1.5))
+    sampler = ImageSampler.from_run(models / "label", SamplingConfig(seed=7, steps=3, guidance=1.5), CPU)
+    assert torch.equal(images, sampler.sample_under(torch.tensor([1, 1]), 0))
+    with pytest.raises(ValueError, match=r"'fox' .*'red fox'"):
+        painter.sample(painter.read("fox"), Request())
+
+    painter = Painter(models / "none", CPU)
+    images = painter.sample(painter.read(None), Request(count=3, seed=7))
+    sampler = ImageSampler.from_run(models / "none", SamplingConfig(seed=7), CPU)
+    assert torch.equal(images, sampler.sample_under(no_conditions(3), 0))
+    assert not painter.guided
 
 
 def test_words_outside_the_training_captions_are_named(painters: dict[str, Painter]) -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
+from regvq_fast.evaluation.codebook import CodebookUsage, entropy_bits, perplexity, utilization
 
 
 def test_counts_worked_by_hand():
@@ -32,6 +32,11 @@ def test_extremes():
     assert (float(perplexity(torch.zeros(5, dtype=torch.int64))), float(utilization(torch.zeros(5)))) == (0, 0)
     large = torch.tensor([2**40, 2**40])
     assert float(perplexity(large)) == pytest.approx(2, rel=1e-12)
+
+
+def test_entropy_in_bits_by_hand():
+    counts = torch.tensor([[2, 1, 1], [0, 4, 0], [0, 0, 0]])
+    assert entropy_bits(counts).tolist() == pytest.approx([1.5, 0, 0])
 
 
 def test_random_counts_against_bincount():

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from helpers.tiny_models import TinyNet
 from PIL import Image
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from regvq_fast.data import ImageFolder, write_shards
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation import feature_nets, fid
-from regvq_fast.evaluation.feature_nets import PerceptualDistance, VGGFeatureNet, load_feature_net
+from regvq_fast.evaluation.feature_nets import NoFeaturesError, PerceptualDistance, VGGFeatureNet, load_feature_net
 from regvq_fast.evaluation.fid import (
     FeatureStatistics,
+    Moments,
     TooFewImagesWarning,
     describe_data,
     frechet_distance,
@@ -290,10 +292,14 @@ class Extractor(nn.Module):
         super().__init__()
         assert features_list == ["2048"]
         self.scale = nn.Parameter(torch.zeros(2048))
+        self.Mixed_6d = nn.ModuleDict({"branch1x1": nn.Identity()})
+        self.Mixed_6d.branch1x1 = self.Mixed_6d["branch1x1"]
+        self.fc = types.SimpleNamespace(weight=torch.ones(3, 2048))
         self.load_state_dict(torch.load(path, weights_only=False))
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         assert images.dtype == torch.uint8
+        self.Mixed_6d["branch1x1"](F.adaptive_avg_pool2d(images.float(), 17).repeat(1, 64, 1, 1))
         return (images.float().mean(dim=(1, 2, 3))[:, None] * self.scale,)
 
 
@@ -315,6 +321,14 @@ def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.Monkey
     assert nets[0].hash == nets[1].hash
     assert torch.equal(nets[0](torch.full((2, 3, 8, 8), 2, dtype=torch.uint8)), 2 * state["scale"].expand(2, -1))
     assert not nets[0].standard
+
+    images = noise(2, seed=4, size=17)
+    pooled, spatial = nets[0].with_spatial(images)
+    assert torch.equal(pooled, nets[0](images))
+    # TensorFlow's layout: channels last. Of 192 channels, which repeat the colours here, the first seven.
+    assert spatial.view(2, 17, 17, 7)[1, 3, 5].tolist() == images[1, [0, 1, 2, 0, 1, 2, 0], 3, 5].tolist()
+    assert nets[0].num_spatial == spatial.shape[1] == 2023
+    assert nets[0].classifier.shape == (3, 2048)
 
     published = RemoteWeights("http://127.0.0.1:9/mine.pth", feature_nets.sha256_of(tmp_path / "mine.pth")[:8])
     monkeypatch.setattr(feature_nets, "INCEPTION_WEIGHTS", published)
@@ -339,8 +353,19 @@ def test_inception_weights_that_do_not_fit_or_are_not_there(tmp_path: Path) -> N
 
 def test_without_torch_fidelity_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r"torch-fidelity.*\[fid\]"):
+    with pytest.raises(NoFeaturesError, match=r"torch-fidelity.*\[fid\].*random-vgg16"):
         load_feature_net("inception")
+
+
+def test_published_moments_stand_for_statistics() -> None:
+    a, b = mixed(60, 5, seed=1), mixed(50, 5, seed=2)
+    published = Moments(a.double().mean(0), a.T.double().cov())
+    expected = frechet_distance(statistics(a), statistics(b))
+    assert frechet_distance(statistics(b), published) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="5 and 4 features"):
+        frechet_distance(published, statistics(b[:, :4]))
+    with pytest.warns(TooFewImagesWarning, match="4 images"):
+        frechet_distance(published, statistics(b[:4]))
 
 
 def test_the_perceptual_distance_is_named_after_its_weights(weights: Path) -> None:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from regvq_fast.evaluation.plots import (
     save_codebook_mosaic,
+    save_entropy_map,
     save_labelled_rows,
     save_reconstruction_grid,
     save_usage_histogram,
@@ -166,3 +167,19 @@ def test_rows_have_their_labels_at_their_left(tmp_path):
         save_labelled_rows(tmp_path / "rows.png", {"a": flat([10], 48), "b": flat([10], 32)})
     with pytest.raises(ValueError, match="one shape"):
         save_labelled_rows(tmp_path / "rows.png", {})
+
+
+def test_an_entropy_map_shows_each_position(tmp_path):
+    entropy = torch.zeros(8, 16, dtype=torch.float64)
+    save_entropy_map(tmp_path / "flat.png", entropy)
+    entropy[:, 8:] = 5  # the right half
+    save_entropy_map(tmp_path / "halves.png", entropy)
+    flat, halves = read(tmp_path / "flat.png"), read(tmp_path / "halves.png")
+    row = halves[halves.shape[0] // 2].astype(int)
+    ends = (68, 1, 84), (253, 231, 37)  # of the scale
+    at_dark, at_bright = (np.flatnonzero(abs(row - color).max(axis=1) <= 1).tolist() for color in ends)
+    assert max(at_dark) < min(at_bright)
+    assert len(at_dark) == pytest.approx(len(at_bright), abs=2)
+    assert not np.array_equal(flat, halves)
+    with pytest.raises(ValueError, match=r"\(h, w\).*\(3,\)"):
+        save_entropy_map(tmp_path / "x.png", torch.zeros(3))

@@ -91,6 +91,7 @@ def test_codes_are_counted_over_all_images(images):
     assert metrics.code_counts.tolist() == [4, 4, 4, 4, 4, 0, 0, 0]
     assert metrics.utilization == 5 / 8
     assert metrics.perplexity == pytest.approx(5)
+    assert metrics.position_entropy.shape == (2, 2)
 
 
 def test_a_perceptual_distance_of_any_trailing_shape(images):

@@ -19,7 +19,9 @@ from helpers.tiny_models import tiny_tokenizer
 from regvq_fast.models.model import Model
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.diffusion.model import VQDiffusion
-from regvq_fast.priors.diffusion.text import WordEncoder
+from regvq_fast.priors.diffusion.text import LabelEncoder, WordEncoder
+
+LABELS = ("cow", "red fox")
 
 START = """
 import sys
@@ -40,6 +42,8 @@ def save_tiny_models(folder: Path) -> None:
     priors: dict[str, Model] = {
         "ar": TokenTransformer(32, 16, **sizes),
         "diffusion": VQDiffusion(32, num_steps=6, text_encoder=words, **sizes),
+        "label": VQDiffusion(32, num_steps=6, text_encoder=LabelEncoder(LABELS, width=16), **sizes),
+        "none": TokenTransformer(32, 0, **sizes),
     }
     for name, prior in priors.items():
         for weight in prior.parameters():
@@ -113,7 +117,8 @@ class DemoServer:
 @contextmanager
 def demo_server(models: Path, log: Path) -> Iterator[DemoServer]:
     """Serve the page on the models in a folder, at any free port."""
-    command = [sys.executable, "-c", START, str(models), "--port", "0", "--device", "cpu"]
+    runs = [str(models / name) for name in ("ar", "diffusion", "label", "none")]
+    command = [sys.executable, "-c", START, str(models), "--port", "0", "--device", "cpu", "--prior-runs", *runs]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face Hub: the part of its HTTP interface that downloads and commits of models use."""
+"""A stand-in of the Hugging Face Hub: the part of its HTTP interface that downloads, and commits of models, use."""
 
 import base64
 import hashlib
@@ -133,17 +133,17 @@ class _Handler(BaseHTTPRequestHandler):
             200, {"id": name, "modelId": name, "sha": commit, "private": repository.private, "siblings": siblings}
         )
 
-    def tree(self, name: str, revision: str, body: bytes) -> None:
+    def tree(self, name: str, revision: str, folder: str | None, body: bytes) -> None:
         _, _, files = self._files(name, revision)
+        if folder is not None:
+            files = {path: content for path, content in files.items() if path.startswith(f"{folder}/")}
+            if not files:
+                raise _Refused(404, "EntryNotFound", "Entry not found")
         entries: list[dict[str, Any]] = [
             {"type": "directory", "path": folder, "oid": "0" * 40}
             for folder in sorted({path.rpartition("/")[0] for path in files} - {""})
         ]
-        for path, content in files.items():
-            entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            if _is_large(path):
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-            entries.append(entry)
+        entries += [_entry(path, content) for path, content in files.items()]
         self._send(200, entries)
 
     def resolve(self, name: str, revision: str, path: str, body: bytes) -> None:
@@ -240,9 +240,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = r"([^/]+/[^/]+)"
 _ROUTES = [
-    (rf"GET /api/models/{_NAME}(?:/revision/(.+))?", "info"),
-    (rf"GET /api/models/{_NAME}/tree/([^/]+)", "tree"),
-    (rf"(?:GET|HEAD) /{_NAME}/resolve/([^/]+)/(.+)", "resolve"),
+    (rf"GET /api/(?:models|datasets)/{_NAME}(?:/revision/(.+))?", "info"),
+    (rf"GET /api/(?:models|datasets)/{_NAME}/tree/([^/]+)(?:/(.+))?", "tree"),
+    (rf"(?:GET|HEAD) /(?:datasets/)?{_NAME}/resolve/([^/]+)/(.+)", "resolve"),
     (r"POST /api/repos/create", "create"),
     (r"POST /api/validate-yaml", "validate"),
     (rf"POST /api/models/{_NAME}/branch/(.+)", "branch"),
@@ -251,6 +251,14 @@ _ROUTES = [
     (r"PUT /large/(.+)", "upload"),
     (rf"POST /api/models/{_NAME}/commit/(.+)", "commit"),
 ]
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    """Return a file as the hub lists it."""
+    entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    if _is_large(path):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return entry
 
 
 def _is_large(path: str) -> bool:

@@ -1,11 +1,13 @@
 """Sampling from the autoregressive prior: what the chain rule says, in every batch, guided, edited, compiled."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
+from regvq_fast.priors.autoregressive.model import Arch
 from regvq_fast.priors.choosing import choose_tokens
 
 SEED = 5
@@ -24,9 +26,9 @@ def make_prior(num_codes=CODES, **options):
     return prior
 
 
-@pytest.fixture(scope="module")
-def prior():
-    return make_prior()
+@pytest.fixture(scope="module", params=get_args(Arch))
+def prior(request):
+    return make_prior(arch=request.param)
 
 
 @pytest.fixture
@@ -83,8 +85,10 @@ def test_an_image_does_not_depend_on_its_batch(prior, condition):
     assert not torch.equal(whole, sample_autoregressive(prior, condition, seed=SEED, first_image=8))
 
 
-def test_images_have_the_frequencies_of_the_chain_rule():
-    images, prior = 6000, make_prior(num_codes=3, token_shape=(1, 2), condition_shape=(1, 1), width=8, depth=1)
+@pytest.mark.parametrize("arch", get_args(Arch))
+def test_images_have_the_frequencies_of_the_chain_rule(arch):
+    sizes = {"token_shape": (1, 2), "condition_shape": (1, 1), "width": 8, "depth": 1}
+    images, prior = 6000, make_prior(num_codes=3, arch=arch, **sizes)
     tokens = sample_autoregressive(prior, torch.full((images, 1), 2), seed=SEED).flatten(1)
     first, second = torch.cartesian_prod(torch.arange(3), torch.arange(3)).unbind(1)
     pairs = torch.stack([first, second], 1)
@@ -124,9 +128,9 @@ def test_progress_counts_positions(prior, condition):
 
 
 def test_half_precision(prior, condition):
-    low = make_prior().bfloat16()
+    low = make_prior(arch=prior.arch).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        automatic = sample_autoregressive(make_prior().float(), condition, seed=SEED)
+        automatic = sample_autoregressive(make_prior(arch=prior.arch).float(), condition, seed=SEED)
     exact = sample_autoregressive(prior, condition, seed=SEED)
     # Rounding sends an image another way sooner or later, but at its first token hardly ever.
     for tokens in (automatic, sample_autoregressive(low, condition, seed=SEED)):
@@ -137,7 +141,7 @@ def test_half_precision(prior, condition):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_it_draws_the_same_without_waiting(prior, condition, compiled):
     expected = sample_autoregressive(prior, condition, seed=SEED, guidance=1.5, top_p=0.9)
-    there, condition = make_prior().cuda(), condition.cuda()
+    there, condition = make_prior(arch=prior.arch).cuda(), condition.cuda()
     settings = {"seed": torch.tensor(SEED, device="cuda"), "guidance": 1.5, "top_p": 0.9, "compile": compiled}
 
     def forbid_waiting(done, total):

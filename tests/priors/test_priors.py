@@ -164,11 +164,11 @@ def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
             assert row["loss"] == pytest.approx(whole["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize(("prior", "own"), [("ar", []), ("ar", ["--arch", "llama"]), ("diffusion", [])])
 def test_a_resumed_run_equals_one_without_a_break(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, prior: str
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, prior: str, own: list[str]
 ) -> None:
-    flags = ["--cache", cache, "--ema", 0.5, "--dropout", 0.3]
+    flags = ["--cache", cache, "--ema", 0.5, "--dropout", 0.3, *own]
     fit(prior, *flags, "--out", tmp_path / "whole")
     step: Callable[[Trainer[Any], int], None] = Trainer.step
 
@@ -185,6 +185,7 @@ def test_a_resumed_run_equals_one_without_a_break(
     moved = shutil.copytree(cache, tmp_path / "moved")
     resume(tmp_path / "broken", "--cache", moved, script=PRIORS[prior])
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    assert ("blocks.0.attn.qk_gain" in load_file(tmp_path / "whole" / "model.safetensors")) == ("llama" in own)
 
 
 @pytest.mark.parametrize(("stage", "prior"), [("fit", "ar"), ("sample", "ar"), ("sample", "diffusion")])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args
 
 import peers
 import pytest
@@ -10,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from regvq_fast.priors import class_ids as module
-from regvq_fast.priors.autoregressive import TokenTransformer
+from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
 
 SEED = torch.tensor(3)
 CODES, CLASSES, WIDTH, DEPTH, HEADS = 12, 5, 16, 2, 2
 CONDITION, TOKENS = 4, 6  # lengths
+ARCHS = get_args(module.Arch)
 
 
 def make_model(**options):
@@ -38,9 +40,9 @@ def make_batch(images=3):
     return tokens, torch.randint(CLASSES + 1, (images, 1, 4), generator=generator)
 
 
-@pytest.fixture
-def model():
-    return randomized(make_model().double()).eval()
+@pytest.fixture(params=ARCHS)
+def model(request):
+    return randomized(make_model(arch=request.param).double()).eval()
 
 
 # --- taming's function and layout ------------------------------------------------------------------------------------
@@ -161,6 +163,8 @@ def test_wrong_checkpoints_are_refused_as_a_whole():
     )
     with pytest.raises(ValueError, match=r"\b12 .*\b13 classes"):
         many_classes.load_taming_state_dict(state)
+    with pytest.raises(ValueError, match=r'arch "llama".*arch="taming"'):
+        make_model(arch="llama").load_taming_state_dict(state)
 
 
 def test_the_defaults_are_tamings():
@@ -172,12 +176,23 @@ def test_the_defaults_are_tamings():
     assert sizes["cond_emb.weight"] == (152, 1024)
     blocks = sum(math.prod(shape) for name, shape in sizes.items() if name.startswith("blocks."))
     assert blocks == 24 * (12 * 1024**2 + 13 * 1024)
+    with torch.device("meta"):
+        llama = TokenTransformer(arch="llama")
+    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in (model, llama)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
 
 
-def test_fresh_weights():
-    model = make_model(width=64, heads=4)
-    deviations = [float(parameter.detach().std()) for parameter in model.parameters() if parameter.ndim == 2]
-    assert max(abs(deviation - 0.02) for deviation in deviations) < 0.002
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fresh_weights(arch):
+    model = make_model(width=64, heads=4, arch=arch)
+    matrices = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    if arch == "llama":
+        assert not matrices.pop("head.weight").any()
+        for name in ("tok_emb.weight", "cond_emb.weight"):  # around a vector of its own
+            shared, count = matrices[name].mean(0), len(matrices[name])
+            assert 0.014 < float(shared.std()) < 0.03  # 0.008 at most, if they started around 0
+            matrices[name] = (matrices[name] - shared) * math.sqrt(count / (count - 1))
+    assert max(abs(float(matrix.std()) - 0.02) for matrix in matrices.values()) < 0.002
     assert float(model.loss(*make_batch()).detach()) == pytest.approx(math.log(CODES), abs=0.2)  # a uniform guess
 
 
@@ -240,15 +255,17 @@ def test_chunks_and_checkpoints_are_one_graph(model, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_dropout_is_for_training_only():
-    model = randomized(make_model(dropout=0.3))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_dropout_is_for_training_only(arch):
+    model = randomized(make_model(dropout=0.3, arch=arch))
     assert not torch.equal(model.loss(*make_batch()), model.loss(*make_batch()))
     model.eval()
     assert torch.equal(model.loss(*make_batch()), model.loss(*make_batch()))
 
 
-def test_it_learns_eight_sequences_by_heart():
-    model = make_model(width=32, heads=2, token_shape=(4, 4))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_it_learns_eight_sequences_by_heart(arch):
+    model = make_model(width=32, heads=2, token_shape=(4, 4), arch=arch)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(CODES, (8, 4, 4), generator=generator)
     condition = torch.arange(8)[:, None] // torch.tensor([4, 2, 1, 1]) % 2  # the eight numbers in binary
@@ -259,11 +276,13 @@ def test_it_learns_eight_sequences_by_heart():
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.02
+    assert torch.equal(sample_autoregressive(model, condition, seed=0, temperature=0.0), tokens)
 
 
-def test_compiled_gradients_are_the_eager_ones():
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiled_gradients_are_the_eager_ones(arch):
     """In bf16: that is where compiled backward passes have been wrong on a CPU."""
-    model, batch = randomized(make_model(width=32, depth=1)), make_batch()
+    model, batch = randomized(make_model(width=32, depth=1, arch=arch)), make_batch(32)
 
     def loss(tokens, condition):
         with torch.autocast("cpu", torch.bfloat16):
@@ -279,6 +298,20 @@ def test_compiled_gradients_are_the_eager_ones():
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_logits_depend_on_the_tokens_before_and_on_the_whole_condition(model):
+    tokens, condition = (ids.flatten(1)[:1] for ids in make_batch())
+    logits = model(tokens, condition)
+    for i in range(TOKENS):
+        others = tokens.clone()
+        others[:, i] = (tokens[:, i] + 1) % CODES
+        changed = (model(others, condition) != logits).any(2).flatten()
+        assert changed.tolist() == [position > i for position in range(TOKENS)]
+    for k in range(CONDITION):
+        others = condition.clone()
+        others[:, k] = (condition[:, k] + 1) % CLASSES
+        assert (model(tokens, others) != logits).any(2).all()
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -378,6 +411,8 @@ def test_folders_of_other_models_are_refused(model, tmp_path):
         ({"dropout": 1.0}, r"dropout .*\b1\.0$"),
         ({"token_shape": (16,)}, r"token_shape .*\(16,\)$"),
         ({"condition_shape": (0, 4)}, r"condition_shape .*\(0, 4\)$"),
+        ({"arch": "gpt"}, "arch .*'gpt'$"),
+        ({"arch": "llama", "width": 12}, "width .*width 12 .*2 heads$"),
     ],
 )
 def test_wrong_sizes_are_refused(options, message):

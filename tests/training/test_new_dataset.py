@@ -10,7 +10,7 @@ import torch
 from helpers.runs import FAST, records, run_script, train
 
 from regvq_fast.data.datasets import DATASETS
-from regvq_fast.data.image_dataset import ImageDataset, SplitSettings, TrainedPrior
+from regvq_fast.data.image_dataset import FieldCounts, ImageDataset, SplitSettings, TrainedPrior
 from regvq_fast.data.loading import collate
 from regvq_fast.data.samples import Sample, check_index, sample_random
 
@@ -32,6 +32,10 @@ class Stripes(ImageDataset):
     @classmethod
     def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
         return cls(settings)
+
+    @classmethod
+    def count_fields(cls, data: str | os.PathLike[str] | None) -> FieldCounts:
+        return FieldCounts(20, {"segmentation": 20})
 
     @classmethod
     def evaluate_samples(cls, prior: TrainedPrior) -> dict[str, float]:

@@ -48,6 +48,10 @@ def test_weight_decay_spares_all_that_is_an_embedding_in_the_priors() -> None:
         (TokenTransformer(4, 3, **sizes), {"tok_emb.weight", "cond_emb.weight", "pos_emb"}),
         (MaskGIT(4, 3, **sizes), {"tok_emb.weight", "cond_emb.weight", "pos_emb"}),
         (
+            TokenTransformer(4, 3, arch="llama", **sizes),
+            {"tok_emb.weight", "cond_emb.weight", "blocks.0.attn.qk_gain"},
+        ),
+        (
             VQDiffusion(4, text_encoder=encoder, num_steps=5, **sizes),
             {"tok_emb.weight", "row_emb.weight", "column_emb.weight", *text}
             | {"blocks.0.ln1.emb.weight", "blocks.0.ln_text.emb.weight"},  # of the step

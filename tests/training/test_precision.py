@@ -101,6 +101,7 @@ def test_what_draws_and_what_measures_set_a_gpu_alike(
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("regvq_fast.precision.configure_backends", configure)
+    monkeypatch.setattr(Report, "measured", lambda self: {"row": {}})
     monkeypatch.setattr(Report, "write_table", lambda self: None)
     with pytest.raises(RuntimeError, match="cuda True"):
         work(tmp_path)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.data.archives.archive import Archive
-from regvq_fast.data.archives.captions import CaptionTable
+from regvq_fast.data.archives.caption_table import CaptionTable
 from regvq_fast.data.archives.classes import ADE20K_CLASSES, ADE20K_CODE_TO_CLASS
 from regvq_fast.data.finding import find_files
 from regvq_fast.data.reading import raw_lines

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.data.archives.archive import Archive, encoded_map, existing
-from regvq_fast.data.archives.captions import CaptionTable
+from regvq_fast.data.archives.caption_table import CaptionTable
 from regvq_fast.data.archives.classes import COCO_CLASSES
 from regvq_fast.data.finding import find_files
 from regvq_fast.data.samples import Part

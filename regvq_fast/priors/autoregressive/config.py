@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName, RunConfig
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName
+from regvq_fast.priors.autoregressive.model import Arch
 from regvq_fast.priors.class_ids import ClassIdModelConfig
-from regvq_fast.priors.config import PriorConfig
+from regvq_fast.priors.config import PriorConfig, PriorRunConfig
 from regvq_fast.settings import check_probabilities
 
 
@@ -13,6 +14,8 @@ from regvq_fast.settings import check_probabilities
 class ARModelConfig(ClassIdModelConfig):
     """Autoregressive transformer."""
 
+    arch: Arch = "taming"
+    """Blocks and positions of taming-transformers, or of Llama-like image models (LlamaGen)."""
     keep: float = 1.0
     """Probability that an input token is not replaced by a random one (taming's pkeep)."""
 
@@ -35,7 +38,7 @@ class ARConfig(PriorConfig):
 def _paper(preset: PresetName, num_classes: int) -> ARConfig:
     """The paper's setting (section 4.1), with the sizes of taming's transformer for semantic synthesis."""
     return ARConfig(
-        run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
+        run=PriorRunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         model=ARModelConfig(num_classes=num_classes, width=1024, depth=24, heads=16, condition_dropout=0.0),
         optimizer=OptimizerConfig(epochs=50, batch_size=40, warmup_steps=1000),
     )
@@ -48,4 +51,10 @@ AR_PRESETS: dict[str, ARConfig] = {
     ),
     "ade20k": _paper("ade20k", num_classes=151),
     "celebahq": _paper("celebahq", num_classes=19),
+    # By label; sizes and schedule of LlamaGen-L (Sun et al. 2024).
+    "imagenet": ARConfig(
+        run=PriorRunConfig(preset="imagenet", image_every=1000, log_every=50, checkpoint_every=1000),
+        model=ARModelConfig(arch="llama", width=1024, depth=24, heads=16, dropout=0.1),
+        optimizer=OptimizerConfig(epochs=300, batch_size=256, lr=1e-4, weight_decay=0.05, warmup_steps=1000),
+    ),
 }

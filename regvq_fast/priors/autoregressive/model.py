@@ -4,7 +4,8 @@ The network is the minGPT of taming-transformers (Esser, Rombach, Ommer, "Taming
 Synthesis", CVPR 2021): pre-LayerNorm blocks, exact GELU, learned positions. Its checkpoints load with
 `TokenTransformer.load_taming_state_dict`. Two things differ in layout: query, key and value are one product (`qkv`),
 and the condition has its own embedding (`cond_emb`), with one more row for the null condition of classifier-free
-guidance.
+guidance. With `arch="llama"` the blocks are those of `regvq_fast.models.llama`, which rotate queries and keys by their
+positions instead.
 
 Shapes: tokens (B, h, w), in row-major order (B, L) with L = h * w; condition (B, h', w') or (B, K) with K = h' * w';
 N codes; C = width.
@@ -14,17 +15,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.models.attention import KeyValueCache, attention
-from regvq_fast.models.transformer import Block, check_sizes, grid_sinusoids, initialize
+from regvq_fast.models.llama import LlamaBlock, RMSNorm, grid_rotation
+from regvq_fast.models.transformer import INIT_STD, Block, check_sizes, grid_sinusoids, initialize
 from regvq_fast.models.weights import LoadedWeights, check_state_dict, nested_state_dict, strip_prefix
 from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.priors.class_ids import ClassIdModel, check_probability
+
+Arch = Literal["taming", "llama"]
+_BLOCKS: dict[str, tuple[type[Block | LlamaBlock], type[nn.Module]]] = {  # and the norm behind them
+    "taming": (Block, nn.LayerNorm),
+    "llama": (LlamaBlock, RMSNorm),
+}
 
 
 class TokenTransformer(ClassIdModel):
@@ -44,9 +52,11 @@ class TokenTransformer(ClassIdModel):
         heads: attention heads.
         dropout: probability, in [0, 1), on the embeddings and behind attention and MLP of each block; the attention
             weights have none, since they are never in memory.
+        arch: "taming" or "llama", the kind of the blocks, their positions and first weights.
 
     Raises:
-        ValueError: a size that is not positive, a width that is not a multiple of `heads`, a dropout outside [0, 1).
+        ValueError: a size that is not positive, a width that is not a multiple of `heads` (llama: of 4 times as many),
+            a dropout outside [0, 1), another `arch`.
     """
 
     title = "Autoregressive prior over image tokens"
@@ -63,6 +73,7 @@ class TokenTransformer(ClassIdModel):
         depth: int = 24,
         heads: int = 16,
         dropout: float = 0.0,
+        arch: str = "taming",
     ) -> None:
         super().__init__(num_codes, num_classes, token_shape, condition_shape, label_names)
         self._arguments: dict[str, Any] = {
@@ -75,24 +86,40 @@ class TokenTransformer(ClassIdModel):
             "depth": depth,
             "heads": heads,
             "dropout": dropout,
+            "arch": arch,
         }
         sizes = ("num_codes", "width", "depth", "heads")
         check_sizes({name: self._arguments[name] for name in sizes}, dropout)
+        if arch not in get_args(Arch):
+            raise ValueError(f'arch must be "taming" or "llama", got {arch!r}')
+        if arch == "llama" and width % (4 * heads):
+            raise ValueError(
+                f'arch "llama" rotates channels of a head in fours: width must be a multiple of 4 * heads, got width '
+                f"{width} and {heads} heads"
+            )
+        self.arch = arch
 
         self.tok_emb = nn.Embedding(num_codes, width)
         self.cond_emb = nn.Embedding(num_classes + 1, width)
-        # The last position is never an input; it is there as in taming's checkpoints.
-        self.pos_emb = nn.Parameter(torch.zeros(1, self.condition_length + self.num_tokens, width))
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
-        self.ln_f = nn.LayerNorm(width)
+        block, norm = _BLOCKS[arch]
+        self.blocks = nn.ModuleList(block(width, heads, dropout) for _ in range(depth))
+        self.ln_f = norm(width)
         self.head = nn.Linear(width, num_codes, bias=False)
         self.apply(initialize)
-        # The position that predicts a token starts like the position of the map that shows it: attention from one to
-        # the other need not be found by chance (docs/priors.md).
-        with torch.no_grad():
-            self.pos_emb[0, : self.condition_length] = grid_sinusoids(self.condition_shape, width)
-            self.pos_emb[0, self.condition_length - 1 : -1] = grid_sinusoids(self.token_shape, width)
+        # A row for each position: added to its embedding (taming), or rotating its queries and keys (llama).
+        self.pos_emb: Tensor
+        if arch == "llama":
+            rotation = grid_rotation(self.condition_shape, self.token_shape, width // heads)
+            self.register_buffer("pos_emb", rotation, persistent=False)
+            nn.init.zeros_(self.head.weight)
+            # Without biases, attention by position alone needs what all tokens, and all ids of the condition, have in
+            # common (docs/priors.md).
+            with torch.no_grad():
+                for embedding in (self.tok_emb, self.cond_emb):
+                    embedding.weight += nn.init.normal_(torch.empty(width), std=INIT_STD)
+        else:
+            self.pos_emb = nn.Parameter(_first_positions(self.condition_shape, self.token_shape, width))
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -180,9 +207,9 @@ class TokenTransformer(ClassIdModel):
         Raises: as `forward`.
         """
         cache = KeyValueCache(len(self.blocks), self.condition_length + self.num_tokens)
-        x = self._embed(self.cond_emb(self._flat_condition(condition)))
+        x, rotation = self._placed(self.cond_emb(self._flat_condition(condition)))
         for layer, block in enumerate(self.blocks):
-            x = block(x, functools.partial(cache.fill, layer))
+            x = block(x, functools.partial(cache.fill, layer), *rotation)
         return self.head(self.ln_f(x[:, -1])), cache
 
     def decode(self, tokens: Tensor, index: Tensor, cache: KeyValueCache, *, reached: int | None = None) -> Tensor:
@@ -201,9 +228,9 @@ class TokenTransformer(ClassIdModel):
         position = index + self.condition_length
         span = cache.length if reached is None else self.condition_length + reached
         mask = cache.mask(position) if reached is None else None
-        x = self.drop(self.tok_emb(tokens).unsqueeze(1) + self.pos_emb.index_select(1, position.view(1)))
+        x, rotation = self._placed(self.tok_emb(tokens).unsqueeze(1), position)
         for layer, block in enumerate(self.blocks):
-            x = block(x, functools.partial(cache.extend, layer, position, span, mask))
+            x = block(x, functools.partial(cache.extend, layer, position, span, mask), *rotation)
         return self.head(self.ln_f(x[:, -1]))
 
     # ------------------------------------------------------------------------------------------------------ weights
@@ -225,6 +252,10 @@ class TokenTransformer(ClassIdModel):
                 shared embedding has, or attention that isn't causal throughout (`n_unmasked`); nothing has been loaded
                 then.
         """
+        if self.arch != "taming":
+            raise ValueError(
+                f'taming has no arch "{self.arch}": its checkpoints load into TokenTransformer(arch="taming")'
+            )
         names = self.state_dict().keys()
         given, prefix, outside = strip_prefix(nested_state_dict(state_dict), names, "this TokenTransformer")
         for name in [name for name in given if name.endswith("attn.mask")]:
@@ -260,14 +291,32 @@ class TokenTransformer(ClassIdModel):
             raise ValueError(
                 f"tokens and condition must be of equally many images, got {len(tokens)}, {len(condition)}"
             )
-        x = self._embed(torch.cat([self.cond_emb(condition), self.tok_emb(tokens[:, :-1])], dim=1))
+        x, rotation = self._placed(torch.cat([self.cond_emb(condition), self.tok_emb(tokens[:, :-1])], dim=1))
         causal = functools.partial(attention, causal=True)
         for block in self.blocks:
-            x = block(x, causal)
+            x = block(x, causal, *rotation)
         return self.ln_f(x[:, self.condition_length - 1 :])
 
-    def _embed(self, embeddings: Tensor) -> Tensor:
-        return self.drop(embeddings + self.pos_emb[:, : embeddings.shape[1]])
+    def _placed(self, embeddings: Tensor, position: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the input of the first block, and what all blocks take besides: the rotation, if there is one.
+
+        The embeddings (B, L, C) are of the first positions, or of the one at `position`, a 0-dim int64 tensor.
+        """
+        if position is None:
+            rows = self.pos_emb[:, : embeddings.shape[1]]
+        else:
+            rows = self.pos_emb.index_select(1, position.view(1))
+        return (self.drop(embeddings), (rows,)) if self.arch == "llama" else (self.drop(embeddings + rows), ())
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
+
+
+def _first_positions(condition_shape: tuple[int, int], token_shape: tuple[int, int], width: int) -> Tensor:
+    """Return taming's position embeddings (1, K + L, C) before training.
+
+    The position that predicts a token starts like that of the map that shows it: attention from one to the other need
+    not be found by chance (docs/priors.md). The last one is never an input; it is there as in taming's checkpoints.
+    """
+    condition, tokens = (grid_sinusoids(shape, width) for shape in (condition_shape, token_shape))
+    return torch.cat([condition[:-1], tokens, torch.zeros(1, width)])[None]

@@ -28,7 +28,7 @@ runs/...); regvq sample samples images from it.
     sampler = ARSampler
 
     def build_prior(self, config: ARConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
-        return TokenTransformer(**self.arguments()), {}
+        return TokenTransformer(**self.arguments(), arch=config.model.arch), {}
 
     def build_loss(self) -> nn.Module:
         return _Loss(self.model, self.config.model.keep, self.config.model.condition_dropout)

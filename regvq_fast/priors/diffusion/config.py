@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName, RunConfig
-from regvq_fast.priors.config import PriorConfig, TransformerConfig
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName
+from regvq_fast.priors.config import PriorConfig, PriorRunConfig, TransformerConfig
 from regvq_fast.settings import check_at_least
 
 
@@ -13,7 +13,7 @@ class DiffusionModelConfig(TransformerConfig):
     """Diffusion network and its condition."""
 
     text_encoder: str = "words"
-    """Of captions: words (trained with the prior), or a frozen one of transformers, by name or folder."""
+    """Encoder of captions: words (trained with the prior), or a frozen one of transformers."""
     diffusion_steps: int = 100
     """Diffusion steps T."""
     auxiliary_weight: float = 5e-4
@@ -40,7 +40,7 @@ class DiffusionConfig(PriorConfig):
 def _vq_diffusion_b(preset: PresetName) -> DiffusionConfig:
     """The paper's setting (section 4.1): VQ-Diffusion-B under CLIP's text features."""
     return DiffusionConfig(
-        run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
+        run=PriorRunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         model=DiffusionModelConfig(text_encoder="openai/clip-vit-base-patch32", width=1024, depth=19, heads=16),
         # VQ-Diffusion averages weights by 0.99 every 25 steps: 0.99 ** (1 / 25) in every step.
         optimizer=OptimizerConfig(epochs=100, batch_size=40, warmup_steps=1000, ema=0.9996),
@@ -56,4 +56,5 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
     ),
     "cub200": _vq_diffusion_b("cub200"),
     "coco": _vq_diffusion_b("coco"),
+    "imagenet": _vq_diffusion_b("imagenet"),  # by label
 }

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, RunConfig
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig
 from regvq_fast.priors.class_ids import ClassIdModelConfig
-from regvq_fast.priors.config import PriorConfig
+from regvq_fast.priors.config import PriorConfig, PriorRunConfig
 from regvq_fast.settings import check_probabilities
 
 
@@ -40,7 +40,7 @@ MASKGIT_PRESETS: dict[str, MaskGITConfig] = {
     ),
     # Section 4.1 of the paper; warm-up and weight decay are those of its code.
     "imagenet": MaskGITConfig(
-        run=RunConfig(preset="imagenet", image_every=1000, log_every=50, checkpoint_every=1000),
+        run=PriorRunConfig(preset="imagenet", image_every=1000, log_every=50, checkpoint_every=1000),
         model=MaskGITModelConfig(width=768, depth=24, heads=8, dropout=0.1),
         optimizer=OptimizerConfig(
             epochs=300, batch_size=256, lr=1e-4, betas=(0.9, 0.96), weight_decay=0.045, warmup_steps=5000

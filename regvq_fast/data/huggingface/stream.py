@@ -1,0 +1,210 @@
+"""A Hugging Face data set that is streamed from the hub, without being downloaded as a whole first."""
+
+import logging
+import os
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from regvq_fast.console import warn_once
+from regvq_fast.data.huggingface.columns import file_of, find_fields, require_column, without_decoding
+from regvq_fast.data.huggingface.source import find_split, is_stream, open_splits, parse_source
+from regvq_fast.data.image_dataset import FieldCounts, Provenance, SplitSettings
+from regvq_fast.data.image_files import CROP, HOLD_OUT, RESIZE, ImageFileDataset
+from regvq_fast.data.reading import is_of_the_machine, why_unreadable
+from regvq_fast.data.samples import Crop, Field, Part, Sample, Split, check_index
+from regvq_fast.ranks import rank, world_size
+
+logger = logging.getLogger("regvq_fast")
+
+BUFFER = 1000
+"""Rows that a process shuffles among; the files that it reads from are shuffled, too."""
+MOST_UNREADABLE = 1000
+"""Unreadable images in a row after which a process gives up."""
+
+
+class HuggingFaceStream(ImageFileDataset):
+    """The rows of ``hf:...?stream`` as they arrive, as square uint8 RGB images.
+
+    For data that don't fit on the disk. Training samples are not a function of (seed, index), as those of other data
+    sets are; only crop, flip and the choice of a caption are, given the image. Each process (a rank, or one of its
+    workers) reads files of its own; where there are fewer files than processes, all read every file and serve
+    different rows. It shuffles within a buffer of 1000 rows, and begins another pass after the last row. So
+
+    - the order depends on the numbers of ranks and workers;
+    - an epoch is a number of samples, in which some images may come twice and others not at all;
+    - a resumed run begins the pass of its epoch anew.
+
+    Validation samples are exact: they are read once, at the start, and kept in memory as encoded files.
+
+    Columns and splits are found as in :class:`HuggingFaceImages`. Without a validation split, about 5 % of the images
+    are held out by a hash of their bytes, and the first ``limit`` of these are used, for which twenty times as many
+    have to be read. Labels must be class labels, whose names are known beforehand. Rows without the fields are left
+    out silently; unreadable images are named in warnings, but not counted.
+
+    Args:
+        source: as :mod:`regvq_fast.data.huggingface.source` describes it. ``length=N`` is the number of training
+            images, where the data set doesn't state its own.
+        split, image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``; labels, too.
+
+    Raises:
+        ValueError: no length is known, labels that are no class labels; otherwise as :class:`HuggingFaceImages`.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        split: Split = "train",
+        image_size: int = 256,
+        crop: Crop = "random-resized",
+        flip: bool = True,
+        seed: int = 0,
+        limit: int | None = None,
+        fields: Collection[Field] = (),
+    ) -> None:
+        super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
+        self._place = place = parse_source(source)
+        splits = open_splits(place)
+        name, self._is_own = find_split(place, splits, split)
+        stream = splits[name]
+        self._features = features = stream.features
+        if features is None:
+            raise ValueError(f"{self.source} doesn't state its columns, so that it can't be streamed: leave out stream")
+        parts: tuple[Part, ...] = ("image", *sorted(self.fields))
+        self._columns = {part: require_column(place, features, part) for part in parts}
+        if "label" in self.fields:
+            self.label_names = tuple(features[self._columns["label"]].names)
+        self._stream = without_decoding(stream, self._columns).select_columns(sorted(set(self._columns.values())))
+        self._reader: tuple[int, Iterator[Mapping[str, Any]]] | None = None
+        if split == "val":
+            self._take(list(islice(filter(self._serves, _rows(self._stream)), limit)))
+            if not self._rows:
+                raise ValueError(f"no image of {self.source} ({name}) is for validation, or has the fields")
+            self._start(len(self._rows))
+            return
+        stated = (stream.info.splits or {}).get(name)
+        length = int(place.options.get("length", 0)) or (stated.num_examples if stated else 0)
+        if not length:
+            raise ValueError(
+                f"{self.source} doesn't state how many images it has: append &length=N, a training epoch's number"
+            )
+        self._length = length if self._is_own else max(round(length * (1 - HOLD_OUT)), 1)
+        self.unreadable_flags = torch.zeros(0, dtype=torch.bool)  # no image has a number to be counted by
+        warn_once(
+            f"{self.source} is streamed: the order of its images depends on --workers and the number of ranks, an "
+            "epoch may miss or repeat images, and a resumed run does not continue where it stopped in the data"
+        )
+
+    @classmethod
+    def count_fields(cls, data: str | os.PathLike[str] | None) -> FieldCounts:
+        """Count a field for all images where there is a column for it: rows without a value are not served."""
+        stream = cls.open(data, SplitSettings("train", image_size=1))
+        return FieldCounts(len(stream), stream._having())
+
+    @classmethod
+    def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
+        return data is not None and is_stream(data)
+
+    def __len__(self) -> int:
+        """Return the number of samples of an epoch in training, or of validation images."""
+        return self._length if self.split == "train" else len(self._rows)
+
+    def provenance(self) -> Provenance:
+        return Provenance(self.source, CROP, RESIZE, " ".join(sorted(self.fields)))
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.split == "val":
+            return super().__getitem__(index)
+        check_index(index, len(self), self.split)
+        for _ in range(MOST_UNREADABLE):
+            self._take([self._next(index // len(self))])
+            try:
+                return self._load(0, index)
+            except Exception as error:  # as in reading a folder
+                if is_of_the_machine(error):
+                    raise
+                logger.warning("skipped unreadable image %s (%s)", self._name(0), why_unreadable(error))
+        raise ValueError(f"none of {MOST_UNREADABLE} images of {self.source} in a row can be read")
+
+    def _take(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the rows that the next samples are of: those of validation, or one."""
+        self._rows = rows
+        if "label" in self.fields:
+            self._labels = np.array([row[self._columns["label"]] for row in rows], dtype=np.int32)
+
+    def _read(self, position: int, part: Part) -> bytes:
+        return file_of(self._rows[position][self._columns[part]], part)
+
+    def _name(self, position: int) -> str:
+        image = self._rows[position][self._columns["image"]]
+        path = image["path"] if isinstance(image, dict) else None
+        return f"{path or 'without a name'} of {self.source}"
+
+    def _files(self) -> Sequence[str]:
+        return ()
+
+    def _having(self) -> dict[Field, int]:
+        columns = find_fields(self._place, self._features)
+        return {field: len(self) if field in columns else 0 for field in get_args(Field)}
+
+    def _serves(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row is of this split, and has the fields."""
+        label = row[self._columns["label"]] if "label" in self.fields else 0
+        if label is None or label < 0 or any(row[column] in (None, "", []) for column in self._columns.values()):
+            return False
+        if self._is_own:
+            return True
+        try:
+            held_out = zlib.crc32(file_of(row[self._columns["image"]], "image")) < HOLD_OUT * 2**32
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            held_out = False  # training reports it
+        return held_out == (self.split == "val")
+
+    def _next(self, epoch: int) -> Mapping[str, Any]:
+        """Return the next row of this process, whose first one is of the pass of ``epoch``."""
+        if self._reader is None or self._reader[0] != os.getpid():  # a forked worker must not read with its parent
+            self._reader = os.getpid(), self._passes(epoch)
+        return next(self._reader[1])
+
+    def _passes(self, epoch: int) -> Iterator[Mapping[str, Any]]:
+        """Yield the rows of this process, pass after pass."""
+        import fsspec
+        from datasets.distributed import split_dataset_by_node
+
+        worker = get_worker_info()
+        workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        processes, process = world_size() * workers, rank() * workers + number
+        fsspec.asyn.reset_lock()  # which a fork may have copied locked
+        if self._stream.num_shards >= processes:
+            stream = self._stream.shard(processes, process, contiguous=False)
+        else:
+            stream = split_dataset_by_node(self._stream, process, processes)
+        stream = stream.shuffle(seed=self.seed, buffer_size=BUFFER)
+        while True:
+            stream.set_epoch(epoch)
+            served = 0
+            for row in filter(self._serves, _rows(stream)):
+                served += 1
+                yield row
+            if not served:
+                raise ValueError(
+                    f"{self.source} has too few images with the fields for {processes} processes, of all ranks and "
+                    "workers: give a smaller --workers"
+                )
+            epoch += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reader": None}  # an iterator can't be pickled, and each process needs its own
+
+
+def _rows(stream: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a stream; batches of one, since plain iteration would divide it among workers once more."""
+    for batch in stream.iter(batch_size=1):
+        yield {column: values[0] for column, values in batch.items()}

@@ -1,0 +1,172 @@
+"""The protocol of ADM's evaluation suite: FID, sFID, Inception Score, precision and recall against a reference file.
+
+Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", NeurIPS 2021; its files and its evaluator are in
+openai/guided-diffusion. sFID: Nash, Menick, Dieleman, Battaglia, "Generating Images with Sparse Representations", ICML
+2021. Features of Inception are kept for precision and recall, 4 bytes x 2048 an image (400 MB for 50,000).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regvq_fast.data.image_arrays import KEY, ImageArray, open_npz
+from regvq_fast.evaluation.feature_nets import FeatureNet
+from regvq_fast.evaluation.fid import FeatureStatistics, Moments, frechet_distance
+from regvq_fast.evaluation.metrics import SampledImages
+from regvq_fast.evaluation.sample_metrics import NEIGHBORS, inception_score, precision_and_recall
+from regvq_fast.evaluation.shares import rank_batches, rank_share
+from regvq_fast.ranks import sum_over_ranks
+
+Progress = Callable[[int], None]
+
+
+class ReferenceBatch:
+    """A reference file of the suite, such as VIRTUAL_imagenet256_labeled.npz.
+
+    It has images in ``arr_0``, statistics of Inception's features of usually more images (``mu``, ``sigma``; ``mu_s``,
+    ``sigma_s`` of the spatial ones), or both. The statistics count for Inception with the published weights only;
+    another network sees the images.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it has neither images nor statistics, or they are damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open_npz(path) as arrays:
+            self.pooled = _moments(path, arrays, "mu", "sigma")
+            self.spatial = _moments(path, arrays, "mu_s", "sigma_s")
+            self.images = ImageArray(path) if KEY in arrays else None
+        if self.images is None and self.pooled is None:
+            raise ValueError(f"{path} has neither images ({KEY}) nor statistics (mu, sigma): it is no reference")
+
+    def check(self, samples: SampledImages | ImageArray, net: FeatureNet) -> None:
+        """Raise ValueError if images can't be compared with this reference through the network."""
+        if self.images is None and not net.standard:
+            raise ValueError(
+                f"{self.path} has statistics of Inception's features and no images: {net.name} needs images in {KEY}"
+            )
+        for moments, features in ((self.pooled, net.num_features), (self.spatial, net.num_spatial)):
+            if net.standard and moments is not None and len(moments.mean) != features:
+                raise ValueError(
+                    f"{self.path} has statistics of {len(moments.mean)} features, Inception {features}: it is no "
+                    "reference of this suite"
+                )
+        for images, name in ((samples, "sampled"), (self.images, "reference")):
+            if images is not None and len(images) <= NEIGHBORS:
+                raise ValueError(
+                    f"precision and recall need at least {NEIGHBORS + 1} {name} images, there are {len(images)}"
+                )
+        if self.images is not None and self.images.image_size != samples.image_size:
+            theirs, ours = (" x ".join(map(str, size)) for size in (self.images.image_size, samples.image_size))
+            raise ValueError(f"{self.path} has images of {theirs} pixels, the samples have {ours}: resize the samples")
+
+
+def _moments(path: Path, arrays: Any, mean: str, covariance: str) -> Moments | None:
+    if (mean in arrays) != (covariance in arrays):
+        raise ValueError(f"{path} has one of {mean} and {covariance} only: statistics are both")
+    if mean not in arrays:
+        return None
+    found = [np.asarray(arrays[name], dtype=np.float64) for name in (mean, covariance)]
+    if found[0].ndim != 1 or found[1].shape != (len(found[0]),) * 2:
+        raise ValueError(f"{path} has {mean} of {found[0].shape} and {covariance} of {found[1].shape}, not (K), (K, K)")
+    return Moments(*map(torch.from_numpy, found))
+
+
+class SuiteMetrics(NamedTuple):
+    """Metrics of images against a reference."""
+
+    values: dict[str, float]
+    """By key: fid_g; sfid, inception_score, precision and recall where they can be had."""
+    left_out: dict[str, str]
+    """Reasons, by key of the others."""
+
+
+def evaluate_samples(
+    samples: SampledImages | ImageArray,
+    reference: ReferenceBatch,
+    net: FeatureNet,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str, int], Progress] | None = None,
+) -> SuiteMetrics:
+    """Measure sampled images as ADM's evaluation suite does; on several ranks each looks at its share of the images.
+
+    Against the suite, distances of precision and recall are float64 here, and half precision there.
+
+    Args:
+        samples: the images, in their order: the Inception Score is a mean over consecutive 5000.
+        reference: checked with `ReferenceBatch.check`.
+        net: on ``device``.
+        batch_size, workers: of the loader.
+        progress: called with a name and a number of images; returns a function that is called after each batch with
+            the number of this rank's images done.
+    """
+
+    def look(name: str, images: SampledImages | ImageArray) -> _Seen:
+        tick = None if progress is None else progress(name, len(images))
+        return _see(images, net, batch_size, workers, device, tick)
+
+    seen = look("samples", samples)
+    theirs = None if reference.images is None else look("reference images", reference.images)
+    pooled: FeatureStatistics | Moments
+    spatial: FeatureStatistics | Moments | None
+    if net.standard and reference.pooled is not None:
+        pooled, spatial = reference.pooled, reference.spatial
+    else:
+        assert theirs is not None  # checked
+        pooled, spatial = theirs.statistics, theirs.spatial
+    values, left_out = {"fid_g": frechet_distance(seen.statistics, pooled)}, {}
+    if not net.num_spatial:
+        left_out["sfid"] = f"{net.name} has no spatial features"
+    elif spatial is None:
+        left_out["sfid"] = f"{reference.path} has no mu_s and sigma_s"
+    else:
+        values["sfid"] = frechet_distance(seen.spatial, spatial)
+    if net.classifier is None:
+        left_out["inception_score"] = f"{net.name} has no classifier"
+    else:
+        values["inception_score"] = inception_score(seen.features, net.classifier)
+    if theirs is None:
+        left_out["precision, recall"] = f"{reference.path} has no images"
+    else:
+        values["precision"], values["recall"] = precision_and_recall(theirs.features, seen.features)
+    return SuiteMetrics(values, left_out)
+
+
+class _Seen(NamedTuple):
+    features: Tensor
+    """(N, K) float32 of the images of all ranks, in their order, on the network's device."""
+    statistics: FeatureStatistics
+    spatial: FeatureStatistics
+
+
+def _see(
+    images: SampledImages | ImageArray,
+    net: FeatureNet,
+    batch_size: int,
+    workers: int,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> _Seen:
+    features = torch.zeros(len(images), net.num_features, device=device)
+    statistics, spatial = (FeatureStatistics.zeros(k, device) for k in (net.num_features, net.num_spatial))
+    first = rank_share(len(images)).start
+    for batch in rank_batches(images, batch_size, workers, device):
+        of_batch, spatial_of_batch = net.with_spatial(batch["image"].to(device, non_blocking=True))
+        features[first + statistics.count :][: len(of_batch)] = of_batch
+        statistics.add(of_batch)
+        spatial.add(spatial_of_batch)
+        if progress is not None:
+            progress(statistics.count)
+    return _Seen(sum_over_ranks(features), statistics.over_ranks(), spatial.over_ranks())
