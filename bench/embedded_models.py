@@ -30,6 +30,7 @@ COMMANDS = {
     "diffusion": "train diffusion --cache {runs}/tokens --amp --out {runs}/diffusion",
 }
 """Commands of `regvq` by the folder that each makes."""
+MODELS = [name for name in COMMANDS if name != "tokens"]
 
 
 def train(runs: Path) -> None:
@@ -92,7 +93,7 @@ MIT, like the package.
 def card(runs: Path) -> str:
     """Return the page that lies beside the models."""
     rows = []
-    for name in ("tokenizer", *PRIORS):
+    for name in MODELS:
         for number, value in json.loads((runs / name / "summary.json").read_text(encoding="utf-8")).items():
             if isinstance(value, (int, float)) and number not in ("images/s", "peak memory (GiB)"):
                 rows.append(f"| {name} | {number} | {value:.4g} |")
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/embedded"), help="folder of the runs")
     runs = parser.parse_args().runs
     train(runs)
-    for name in ("tokenizer", *PRIORS):
+    for name in MODELS:
         pack(runs / name, FOLDER / name)
     (FOLDER / "README.md").write_text(card(runs), encoding="utf-8")
 

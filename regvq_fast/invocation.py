@@ -8,6 +8,7 @@ SCRIPTS = {
     "train vq": "vq.py",
     "train ar": "ar.py",
     "train diffusion": "diffusion.py",
+    "train maskgit": "maskgit.py",
     "tokens": "cache_tokens.py",
     "sample": "sample.py",
     "evaluate": "evaluate.py",

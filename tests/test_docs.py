@@ -17,7 +17,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, ROOT / "resul
 PACKAGES = [
     "regvq_fast",
     *(f"regvq_fast.{name}" for name in "ops quantizers losses models data scenes evaluation integrations".split()),
-    *(f"regvq_fast.priors.{name}" for name in "autoregressive diffusion".split()),
+    *(f"regvq_fast.priors.{name}" for name in "autoregressive diffusion maskgit".split()),
 ]
 """The API reference has a page for each: CONTRIBUTING.md's command."""
 

@@ -113,12 +113,12 @@ def test_from_tokenizer_to_samples(on_gpu, tmp_path):
         [TRAIN / "cache_tokens.py", "--tokenizer", run, "--out", cache, "--scenes", 4, "--val-images", 4, *cuda],
         [TRAIN / "evaluate.py", "--run", run, *measured, "--out", tmp_path / "evaluation", *cuda],
     ]
-    for name, more in (("ar", []), ("diffusion", ["--diffusion-steps", 3])):
+    for name, more in (("ar", []), ("diffusion", ["--diffusion-steps", 3]), ("maskgit", [])):
         out = tmp_path / name
         commands.append([TRAIN / f"{name}.py", "--cache", cache, *PRIOR, *more, "--amp", "--out", out])
         commands.append([TRAIN / "sample.py", "--run", out, "--out", out / "samples", "--num-images", 2, *cuda])
     on_gpu(*commands)
-    for name in ("ar", "diffusion"):
+    for name in ("ar", "diffusion", "maskgit"):
         with Image.open(tmp_path / name / "samples" / "grid.png") as grid:
             assert min(grid.size) >= 16
     assert "psnr" in (tmp_path / "evaluation" / "evaluation.json").read_text()

@@ -29,6 +29,7 @@ COMMANDS = {
     "train vq": Command("train", "Train an image tokenizer"),
     "train ar": Command("train", "Train the autoregressive prior: semantic maps to images"),
     "train diffusion": Command("train", "Train the diffusion prior: captions to images"),
+    "train maskgit": Command("train", "Train the masked prior: maps or labels to images"),
     "tokens": Command("cache_tokens", "Encode a data set once, for the priors"),
     "sample": Command("sample", "Sample images from a prior"),
     "reconstruct": Command("reconstruct", "Pass images through a tokenizer, and save what comes back"),

@@ -1,7 +1,7 @@
 """Layers of the transformers: attention, block, initialization, and checks of sizes and ids.
 
 The block is minGPT's, as taming-transformers has it: pre-LayerNorm, exact GELU. The priors build on it
-(`regvq_fast.priors.autoregressive.model`, `regvq_fast.priors.diffusion.model`), and so does the learned text encoder
+(`.autoregressive.model`, `.diffusion.model` and `.maskgit.model` of `regvq_fast.priors`), and so does the text encoder
 (`regvq_fast.priors.diffusion.text`).
 
 Shapes: (B, L, C) with L places and C = width; ids (B, h, w), in row-major order (B, L) with L = h * w.

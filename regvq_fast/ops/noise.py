@@ -44,6 +44,9 @@ class Stream:
     POSTERIOR = 35  # and 36, likewise
     DROPPED_CAPTIONS = 37
     SAMPLING_STEPS = 38
+    MASK_RATIOS = 39
+    MASKED_TOKENS = 40
+    CONFIDENCES = 41
 
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from regvq_fast.ops.noise import gumbel_noise
+from regvq_fast.ops.noise import Stream, gumbel_noise, row_words
 
 _UNIT = 2**32  # of probability, so that sums are integers: exact, and the same in any order
 
@@ -94,6 +94,20 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
     """
     conditional, null = logits.float().chunk(2)
     return null + guidance * (conditional - null)
+
+
+def token_rows(tokens: Tensor, first_image: int | Tensor = 0) -> Tensor:
+    """Return global numbers (B, L) int64 of tokens: image * L + position."""
+    batch, length = tokens.shape
+    positions = torch.arange(batch * length, device=tokens.device).view(batch, length)
+    return positions + first_image * length
+
+
+def step_seeds(seed: Tensor, steps: int, *, each: int = 1) -> Tensor:
+    """Return seeds of a sampler's steps (steps, each), unique among the steps of all seeds."""
+    words = row_words(seed, torch.arange(2 * each * steps, device=seed.device), Stream.SAMPLING_STEPS)
+    words = words.view(steps, each, 2)
+    return words[..., 0] | words[..., 1] << 32
 
 
 def check_choice(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:

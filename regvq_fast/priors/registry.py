@@ -16,6 +16,10 @@ from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 from regvq_fast.priors.diffusion.model import VQDiffusion
 from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 from regvq_fast.priors.diffusion.sampler import DiffusionSettings
+from regvq_fast.priors.maskgit.config import MASKGIT_PRESETS
+from regvq_fast.priors.maskgit.model import MaskGIT
+from regvq_fast.priors.maskgit.recipe import MaskGITRecipe
+from regvq_fast.priors.maskgit.sampler import MaskGITSettings
 from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.sampler import PriorSampler
 
@@ -50,12 +54,13 @@ class Prior:
 PRIORS: dict[str, Prior] = {
     "ar": Prior(TokenTransformer, AR_PRESETS, ARRecipe),
     "diffusion": Prior(VQDiffusion, DIFFUSION_PRESETS, DiffusionRecipe),
+    "maskgit": Prior(MaskGIT, MASKGIT_PRESETS, MaskGITRecipe),
 }
 """Every prior by its name on command lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(ARSettings, DiffusionSettings):
+class SamplingConfig(ARSettings, DiffusionSettings, MaskGITSettings):
     """Settings of all samplers, as command lines have them; each prior takes its own."""
 
 
@@ -76,5 +81,6 @@ def prior_of(model: nn.Module) -> Prior:
 
 
 def titles(has: Callable[[type[PriorSampler]], bool]) -> str:
-    """Name the priors whose sampler has something, for messages: "autoregressive and diffusion"."""
-    return " and ".join(prior.sampler.title for prior in PRIORS.values() if has(prior.sampler))
+    """Name the priors whose sampler has something, for messages: "autoregressive, diffusion and MaskGIT"."""
+    *others, last = [prior.sampler.title for prior in PRIORS.values() if has(prior.sampler)]
+    return f"{', '.join(others)} and {last}" if others else last

@@ -35,6 +35,14 @@ class SamplingSettings(CompileConfig, SeedConfig):
         return tuple(item.name for item in fields(cls))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SteppedSettings(SamplingSettings):
+    """Settings of samplers that take a number of steps, each over all tokens."""
+
+    steps: int | None = None
+    """diffusion, maskgit: steps to take. Not given: as many as a diffusion was trained with; 12."""
+
+
 class PriorSampler(ABC):
     """Sampler of the tokens of images from a trained prior under its conditions.
 

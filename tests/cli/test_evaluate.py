@@ -39,7 +39,8 @@ from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregres
 from regvq_fast.priors.autoregressive.config import AR_PRESETS
 from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
 from regvq_fast.priors.images import ImageSampler
-from regvq_fast.priors.registry import SamplingConfig
+from regvq_fast.priors.maskgit import MaskGIT
+from regvq_fast.priors.registry import PRIORS, SamplingConfig
 
 CODES, IMAGES = 32, 12
 CPU = torch.device("cpu")
@@ -48,6 +49,11 @@ CPU = torch.device("cpu")
 def make_prior() -> TokenTransformer:
     torch.manual_seed(1)
     return TokenTransformer(CODES, 16, token_shape=(8, 8), condition_shape=(4, 4), width=16, depth=1, heads=2).eval()
+
+
+def make_maskgit() -> MaskGIT:
+    torch.manual_seed(3)
+    return MaskGIT(CODES, 16, token_shape=(8, 8), width=16, depth=1, heads=2).eval()
 
 
 def make_diffusion() -> VQDiffusion:
@@ -67,11 +73,11 @@ def save_run(folder: Path, model: Any, config: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tokenizer, two priors over its tokens, another tokenizer, and weights of VGG-16."""
+    """A tokenizer, one prior of each kind over its tokens, another tokenizer, and weights of VGG-16."""
     top = tmp_path_factory.mktemp("runs")
     save_run(top / "vq", tiny_tokenizer(), VQGANConfig())
     tiny_tokenizer(seed=3).save_pretrained(top / "other")
-    for name, prior in (("ar", make_prior()), ("diffusion", make_diffusion())):
+    for name, prior in (("ar", make_prior()), ("diffusion", make_diffusion()), ("maskgit", make_maskgit())):
         prior.save_pretrained(top / name)
         tiny_tokenizer().save_pretrained(top / name / "tokenizer")
     trunk = VGGFeatures("vgg16", seed=7)
@@ -180,7 +186,7 @@ def test_neither_a_second_run_nor_the_batch_size_moves_a_number(runs: dict[str, 
 
 
 @pytest.mark.usefixtures("tiny_nets")
-@pytest.mark.parametrize("name", ["ar", "diffusion"])
+@pytest.mark.parametrize("name", PRIORS)
 def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
     found = measure(tmp_path, prior_run=runs[name], temperature=0.8, seed=4)
     sampler = ImageSampler.from_run(runs[name], SamplingConfig(temperature=0.8, seed=4), choose_precision(False, CPU))
@@ -191,7 +197,7 @@ def test_one_image_is_drawn_for_each_condition(name: str, runs: dict[str, Path],
     assert found["fid_g"].value != found["fid_r"].value
     protocol = found["fid_g"].protocol
     assert (protocol["temperature"], protocol["seed"], protocol["samples"]) == (0.8, 4, IMAGES)
-    assert ("steps" in protocol, "top_p" in protocol) == (name == "diffusion", name == "ar")
+    assert ("steps" in protocol, "top_p" in protocol) == (name != "ar", name == "ar")
     assert found["fid_r"].protocol["tokenizer"] == str(runs[name] / "tokenizer")
 
     part = Batch(image=whole["image"][7:], segmentation=whole["segmentation"][7:], caption=whole["caption"][7:])

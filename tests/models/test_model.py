@@ -12,15 +12,16 @@ from regvq_fast.models import VQGAN
 from regvq_fast.models.model import Checkpointed, Model, evaluating
 from regvq_fast.priors.autoregressive import TokenTransformer
 from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
+from regvq_fast.priors.maskgit import MaskGIT
 
-KINDS: tuple[type[Model], ...] = (VQGAN, TokenTransformer, VQDiffusion)
+KINDS: tuple[type[Model], ...] = (VQGAN, TokenTransformer, VQDiffusion, MaskGIT)
 
 
 def tiny(kind: type[Model]) -> Model:
     torch.manual_seed(0)
     sizes = {"token_shape": (2, 2), "width": 8, "depth": 2, "heads": 2}
-    if kind is TokenTransformer:
-        return TokenTransformer(4, 3, **sizes)
+    if kind in (TokenTransformer, MaskGIT):
+        return kind(4, 3, **sizes)
     if kind is VQDiffusion:
         encoder = WordEncoder(width=8, depth=2, heads=2, max_words=3, buckets=8)
         return VQDiffusion(4, text_encoder=encoder, num_steps=5, **sizes)
@@ -66,7 +67,7 @@ def test_folders_without_a_type_are_of_a_vqgan(tmp_path: Path) -> None:
         VQDiffusion.from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("kind", "parts"), [(VQGAN, 4), (TokenTransformer, 2), (VQDiffusion, 2 + 2)])
+@pytest.mark.parametrize(("kind", "parts"), [(VQGAN, 4), (TokenTransformer, 2), (VQDiffusion, 2 + 2), (MaskGIT, 2)])
 def test_activations_are_checkpointed_in_every_level_and_block(kind: type[Model], parts: int) -> None:
     model = tiny(kind)
     for enabled in (True, False):

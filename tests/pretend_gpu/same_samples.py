@@ -7,6 +7,7 @@ from torch import Tensor
 
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
 from regvq_fast.priors.diffusion import VQDiffusion, sample_diffusion
+from regvq_fast.priors.maskgit import MaskGIT, sample_maskgit
 
 
 def spread(prior: torch.nn.Module) -> None:
@@ -35,6 +36,12 @@ for draw, prior, condition, settings in (
         sample_diffusion,
         VQDiffusion(64, num_steps=8, **sizes),
         torch.randn(3, 77, 512),
+        ({}, {"guidance": 2.0}, {"steps": 4}, {"keep": kept}),
+    ),
+    (
+        sample_maskgit,
+        MaskGIT(64, 10, **sizes),
+        torch.randint(10, (3, 16)),
         ({}, {"guidance": 2.0}, {"steps": 4}, {"keep": kept}),
     ),
 ):

@@ -22,6 +22,8 @@ from regvq_fast.priors.conditions import (
 )
 from regvq_fast.priors.diffusion import LabelEncoder, VQDiffusion, sample_diffusion
 from regvq_fast.priors.diffusion.sampler import DiffusionSampler, DiffusionSettings
+from regvq_fast.priors.maskgit import MaskGIT
+from regvq_fast.priors.maskgit.sampler import MaskGITSampler, MaskGITSettings
 
 NAMES = ("house cat", "Dog", "red fox")
 TAKES = ("caption", "label", "none")
@@ -98,6 +100,14 @@ def transformer(num_classes: int, names: tuple[str, ...] = ()) -> TokenTransform
     model = TokenTransformer(7, num_classes, label_names=names, **sizes).eval()
     torch.nn.init.normal_(model.head.weight)
     torch.nn.init.normal_(model.cond_emb.weight)
+    return model
+
+
+def masked(names: tuple[str, ...]) -> MaskGIT:
+    torch.manual_seed(0)
+    model = MaskGIT(7, len(names), label_names=names, token_shape=(2, 3), width=16, depth=1, heads=2).eval()
+    for embedding in (model.tok_emb, model.cond_emb, model.blocks[0].attn.qkv, model.blocks[0].attn.proj):
+        torch.nn.init.normal_(embedding.weight)
     return model
 
 
@@ -178,6 +188,7 @@ def test_saved_priors_know_their_condition(model: Model, tmp_path: Path) -> None
 SAMPLERS: list[Any] = [
     (ARSampler, ARSettings, lambda names: transformer(len(names), names)),
     (DiffusionSampler, DiffusionSettings, lambda names: diffusion(LabelEncoder(names, width=16) if names else None)),
+    (MaskGITSampler, MaskGITSettings, masked),
 ]
 
 

@@ -1,4 +1,4 @@
-"""train/ar.py and train/diffusion.py as their users run them, and train/sample.py on what they leave."""
+"""The training scripts of the priors as their users run them, and train/sample.py on what they leave."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ from regvq_fast.scenes import ScenesDataset
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.trainer import Trainer
 
-PRIORS = {"ar": "ar.py", "diffusion": "diffusion.py"}
+PRIORS = {"ar": "ar.py", "diffusion": "diffusion.py", "maskgit": "maskgit.py"}
 PRIOR = (
     "--steps 4 --batch-size 8 --log-every 2 --image-every 3 --device cpu --warmup-steps 2 --width 16 --depth 1 "
     "--heads 2"
@@ -77,15 +77,15 @@ def test_a_run_leaves_all_that_its_users_need(runs: dict[str, Path], prior: str)
     }
     assert {path.name for path in (out / "pictures").iterdir()} == {"samples.png", "samples-0000003.png"}
     with Image.open(out / "pictures" / "samples.png") as image:
-        stacks = 3 * 128 + 2 * 2 if prior == "ar" else 3 * 192 + 2 * 2
-        assert (image.height > stacks + 2 * 8) == (prior == "ar"), "maps have a legend"
+        stacks = 3 * 192 + 2 * 2 if prior == "diffusion" else 3 * 128 + 2 * 2
+        assert (image.height > stacks + 2 * 8) == (prior != "diffusion"), "maps have a legend"
     rows = records(out)
     assert [row["step"] for row in rows] == [1, 2, 4, 4]
     assert rows[-1]["split"] == "val"
     assert rows[-1]["loss"] > 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["images"] == 10
-    measures = {"ar": ["agreement"], "diffusion": ["layout", "classes"]}[prior]
+    measures = ["layout", "classes"] if prior == "diffusion" else ["agreement"]
     for measure in measures:  # far above chance already with so little to learn from
         assert summary[f"{measure} of scenes"] > 0.3
         assert 0 <= summary[f"{measure} of samples"] <= 1
@@ -261,19 +261,20 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
         resume(tmp_path / "on the fly", "--steps", 7, script="ar.py")
 
 
-def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path) -> None:
-    """Of the diffusion, whose choice of steps learns from all of them."""
+@pytest.mark.parametrize("prior", ["diffusion", "maskgit"])
+def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path, prior: str) -> None:
+    """Of the diffusion, whose choice of steps learns from all of them, and of masks, whose numbers differ by rank."""
     out = tmp_path / "run"
     code = "import runpy, regvq_fast.scenes.evaluation as evaluation; evaluation.FITTED_TO = 128\n"
-    code += f"runpy.run_path({str(TRAIN / 'diffusion.py')!r}, run_name='__main__')"
+    code += f"runpy.run_path({str(TRAIN / PRIORS[prior])!r}, run_name='__main__')"
     script = tmp_path / "script.py"
     script.write_text(code)
     command = torchrun(script, *PRIOR, "--cache", cache, "--out", out)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    for row, alone in zip(records(out), records(runs["diffusion"]), strict=True):
+    for row, alone in zip(records(out), records(runs[prior]), strict=True):
         assert row["loss"] == pytest.approx(alone["loss"], rel=1e-3)
-    one, two = (load_file(folder / "model.safetensors") for folder in (runs["diffusion"], out))
+    one, two = (load_file(folder / "model.safetensors") for folder in (runs[prior], out))
     difference = sum(float((two[name] - value).square().sum()) for name, value in one.items())
     assert difference <= 1e-5 * sum(float(value.square().sum()) for value in one.values())
 

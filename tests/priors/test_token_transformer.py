@@ -10,13 +10,14 @@ import taming_gpt
 import torch
 import torch.nn.functional as F
 
+from regvq_fast.priors import class_ids as module
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
-from regvq_fast.priors.autoregressive import model as module
+from regvq_fast.priors.autoregressive.model import Arch
 
 SEED = torch.tensor(3)
 CODES, CLASSES, WIDTH, DEPTH, HEADS = 12, 5, 16, 2, 2
 CONDITION, TOKENS = 4, 6  # lengths
-ARCHS = get_args(module.Arch)
+ARCHS = get_args(Arch)
 
 
 def make_model(**options):

@@ -9,6 +9,7 @@ from regvq_fast.config import OptimizerConfig
 from regvq_fast.models import VQGAN, PatchDiscriminator
 from regvq_fast.priors.autoregressive import TokenTransformer
 from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
+from regvq_fast.priors.maskgit import MaskGIT
 from regvq_fast.quantizers import RegularizedQuantizer
 from regvq_fast.training.optimization import AveragedWeights, build_optimizer, learning_rate
 
@@ -45,6 +46,7 @@ def test_weight_decay_spares_all_that_is_an_embedding_in_the_priors() -> None:
     text = {"text_encoder.embedding.weight", "text_encoder.positions", "null_text"}
     priors: list[tuple[torch.nn.Module, set[str]]] = [
         (TokenTransformer(4, 3, **sizes), {"tok_emb.weight", "cond_emb.weight", "pos_emb"}),
+        (MaskGIT(4, 3, **sizes), {"tok_emb.weight", "cond_emb.weight", "pos_emb"}),
         (
             TokenTransformer(4, 3, arch="llama", **sizes),
             {"tok_emb.weight", "cond_emb.weight", "blocks.0.attn.qk_gain"},

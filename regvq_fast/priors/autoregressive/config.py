@@ -3,20 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalInt, PresetName
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName
 from regvq_fast.priors.autoregressive.model import Arch
-from regvq_fast.priors.config import PriorConfig, PriorRunConfig, TransformerConfig
+from regvq_fast.priors.class_ids import ClassIdModelConfig
+from regvq_fast.priors.config import PriorConfig, PriorRunConfig
 from regvq_fast.settings import check_probabilities
 
 
 @dataclass(frozen=True)
-class ARModelConfig(TransformerConfig):
+class ARModelConfig(ClassIdModelConfig):
     """Autoregressive transformer."""
 
     arch: Arch = "taming"
     """Blocks and positions of taming-transformers, or of Llama-like image models (LlamaGen)."""
-    num_classes: OptionalInt = None
-    """Class ids of the maps. Default: those of the cache or data set."""
     keep: float = 1.0
     """Probability that an input token is not replaced by a random one (taming's pkeep)."""
 

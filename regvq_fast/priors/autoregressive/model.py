@@ -14,32 +14,28 @@ N codes; C = width.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.models.attention import KeyValueCache, attention
 from regvq_fast.models.llama import LlamaBlock, RMSNorm, grid_rotation
-from regvq_fast.models.model import Model
-from regvq_fast.models.transformer import INIT_STD, Block, check_sizes, flat_ids, grid_shape, grid_sinusoids, initialize
+from regvq_fast.models.transformer import INIT_STD, Block, check_sizes, grid_sinusoids, initialize
 from regvq_fast.models.weights import LoadedWeights, check_state_dict, nested_state_dict, strip_prefix
 from regvq_fast.ops.noise import Stream, row_words
-from regvq_fast.priors.conditions import Condition
+from regvq_fast.priors.class_ids import ClassIdModel, check_probability
 
 Arch = Literal["taming", "llama"]
 _BLOCKS: dict[str, tuple[type[Block | LlamaBlock], type[nn.Module]]] = {  # and the norm behind them
     "taming": (Block, nn.LayerNorm),
     "llama": (LlamaBlock, RMSNorm),
 }
-_LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
 
 
-class TokenTransformer(Model):
+class TokenTransformer(ClassIdModel):
     """p(image tokens | condition), one token after the other; the defaults are taming's for semantic synthesis.
 
     The sequence is the K ids of the condition, then the L tokens. A position attends to itself and to those before it.
@@ -79,14 +75,7 @@ class TokenTransformer(Model):
         dropout: float = 0.0,
         arch: str = "taming",
     ) -> None:
-        super().__init__()
-        self.token_shape = grid_shape("token_shape", token_shape)
-        self.label_names = tuple(label_names)
-        if self.label_names and len(self.label_names) != num_classes:
-            raise ValueError(f"there are {len(self.label_names)} label_names, but num_classes is {num_classes}")
-        self.conditioned_on: Condition = "none" if num_classes == 0 else "label" if label_names else "segmentation"
-        whole = self.token_shape if condition_shape is None else grid_shape("condition_shape", condition_shape)
-        self.condition_shape = whole if self.conditioned_on == "segmentation" else (1, 1)
+        super().__init__(num_codes, num_classes, token_shape, condition_shape, label_names)
         self._arguments: dict[str, Any] = {
             "num_codes": num_codes,
             "num_classes": num_classes,
@@ -99,8 +88,6 @@ class TokenTransformer(Model):
             "dropout": dropout,
             "arch": arch,
         }
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative (0: unconditional), got {num_classes}")
         sizes = ("num_codes", "width", "depth", "heads")
         check_sizes({name: self._arguments[name] for name in sizes}, dropout)
         if arch not in get_args(Arch):
@@ -110,8 +97,7 @@ class TokenTransformer(Model):
                 f'arch "llama" rotates channels of a head in fours: width must be a multiple of 4 * heads, got width '
                 f"{width} and {heads} heads"
             )
-        self.num_codes, self.num_classes, self.arch = num_codes, num_classes, arch
-        self.num_tokens, self.condition_length = math.prod(self.token_shape), math.prod(self.condition_shape)
+        self.arch = arch
 
         self.tok_emb = nn.Embedding(num_codes, width)
         self.cond_emb = nn.Embedding(num_classes + 1, width)
@@ -134,16 +120,6 @@ class TokenTransformer(Model):
                     embedding.weight += nn.init.normal_(torch.empty(width), std=INIT_STD)
         else:
             self.pos_emb = nn.Parameter(_first_positions(self.condition_shape, self.token_shape, width))
-
-    def condition_ids(self, conditions: Tensor) -> Tensor:
-        """Return conditions as ids (B, K) int64.
-
-        Args:
-            conditions: maps (B, h', w') of any integer type, labels (B,), or (B, 0) of an unconditional prior.
-        """
-        if self.conditioned_on == "none":
-            return torch.zeros(len(conditions), 1, dtype=torch.int64, device=conditions.device)
-        return conditions.long().view(len(conditions), -1)
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -182,14 +158,7 @@ class TokenTransformer(Model):
             raise ValueError(f"inputs and tokens must be of equally many images, got {len(inputs)}, {len(tokens)}")
         hidden = self._hidden(inputs, condition).flatten(0, 1)
         targets = self._flat_tokens(tokens).flatten()
-        rows = max(1, _LOSS_ELEMENTS // self.num_codes)
-        if len(targets) <= rows:
-            return self._summed_loss(hidden, targets) / len(targets)
-        sums = [
-            checkpoint(self._summed_loss, *chunk, use_reentrant=False)
-            for chunk in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
-        return torch.stack(sums).sum() / len(targets)
+        return torch.stack(self._by_chunks(self._summed_loss, hidden, targets)).sum() / len(targets)
 
     def corrupt(
         self,
@@ -220,20 +189,15 @@ class TokenTransformer(Model):
             ValueError: a probability outside [0, 1], or shapes as in `forward`.
             TypeError: not int64.
         """
-        for name, probability in (("keep", keep), ("condition_dropout", condition_dropout)):
-            if not 0.0 <= probability <= 1.0:
-                raise ValueError(f"{name} is a probability and must lie in [0, 1], got {probability}")
-        tokens, condition = self._flat_tokens(tokens), self._flat_condition(condition)
-        images = torch.arange(len(tokens), device=tokens.device) + first_image
+        check_probability("keep", keep)
+        tokens = self._flat_tokens(tokens)
         if keep < 1.0:
+            images = torch.arange(len(tokens), device=tokens.device) + first_image
             positions = images[:, None] * self.num_tokens + torch.arange(self.num_tokens, device=tokens.device)
             kept = row_words(seed, positions, Stream.KEPT_TOKENS) < int(keep * 2**32)
             replacements = (row_words(seed, positions, Stream.REPLACED_TOKENS) * self.num_codes) >> 32
             tokens = torch.where(kept, tokens, replacements)
-        if condition_dropout > 0.0:
-            dropped = row_words(seed, images, Stream.DROPPED_CONDITIONS) < int(condition_dropout * 2**32)
-            condition = condition.masked_fill(dropped[:, None], self.num_classes)
-        return tokens, condition
+        return tokens, self.drop_condition(condition, condition_dropout, seed=seed, first_image=first_image)
 
     # ----------------------------------------------------------------------------------------------------- sampling
 
@@ -346,12 +310,6 @@ class TokenTransformer(Model):
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
-
-    def _flat_tokens(self, tokens: Tensor) -> Tensor:
-        return flat_ids("tokens", tokens, self.token_shape, self.num_codes)
-
-    def _flat_condition(self, condition: Tensor) -> Tensor:
-        return flat_ids("condition", condition, self.condition_shape, self.num_classes + 1)
 
 
 def _first_positions(condition_shape: tuple[int, int], token_shape: tuple[int, int], width: int) -> Tensor:

@@ -4,16 +4,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from regvq_fast.data.tokens import TokenDataset
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.autoregressive.sampler import ARSampler
-from regvq_fast.priors.prior_recipe import PriorRecipe
-
-_MAX_CLASSES = 256
+from regvq_fast.priors.class_ids import ClassIdRecipe
 
 
-class ARRecipe(PriorRecipe[ARConfig]):
+class ARRecipe(ClassIdRecipe[ARConfig]):
     """Training of a transformer that predicts the tokens of an image from its semantic map."""
 
     command = "train ar"
@@ -31,37 +28,7 @@ runs/...); regvq sample samples images from it.
     sampler = ARSampler
 
     def build_prior(self, config: ARConfig) -> tuple[nn.Module, dict[str, nn.Module]]:
-        model = config.model
-        prior = TokenTransformer(
-            self.tokenizer.quantize.num_codes,
-            self._num_classes() if self.conditioned_on == "segmentation" else len(self.label_names),
-            label_names=self.label_names,
-            token_shape=self.tokenizer.token_shape,
-            width=model.width,
-            depth=model.depth,
-            heads=model.heads,
-            dropout=model.dropout,
-            arch=model.arch,
-        )
-        return prior, {}
-
-    def _num_classes(self) -> int:
-        """Return the number of ids that a map may hold."""
-        train = self.data.train
-        cached = isinstance(train, TokenDataset)
-        found = (train.info if cached else train).num_classes
-        given = self.config.model.num_classes
-        if given is None and found is None:
-            raise ValueError("--on-the-fly does not know the classes of these images: give --num-classes")
-        if given is not None and not (found or 1) <= given <= _MAX_CLASSES:
-            source = self.config.tokens.cache if cached else train.title
-            there = f" ({source} has {found} classes)" if found else ""
-            raise ValueError(
-                f"--num-classes must be at least {found or 1} and at most {_MAX_CLASSES}, got {given}{there}"
-            )
-        if found is None:  # an image whose map has other ids counts as unreadable
-            train.num_classes = self.data.val.num_classes = given
-        return given or found or 0
+        return TokenTransformer(**self.arguments(), arch=config.model.arch), {}
 
     def build_loss(self) -> nn.Module:
         return _Loss(self.model, self.config.model.keep, self.config.model.condition_dropout)

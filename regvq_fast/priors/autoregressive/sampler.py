@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regvq_fast.config import read_config
-from regvq_fast.data.tokens import majority_vote
 from regvq_fast.models.attention import KeyValueCache
 from regvq_fast.models.model import evaluating
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide
-from regvq_fast.priors.sampler import PriorSampler, Progress, SamplingSettings, capture, check_keep, compiled
+from regvq_fast.priors.class_ids import ClassIdSampler
+from regvq_fast.priors.sampler import Progress, SamplingSettings, capture, check_keep, compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +27,12 @@ class ARSettings(SamplingSettings):
     """ar: choose among the fewest codes whose probabilities sum to this."""
 
 
-class ARSampler(PriorSampler):
+class ARSampler(ClassIdSampler):
     """Sampler of a `TokenTransformer`."""
 
     title = "autoregressive"
-    conditions = ("segmentation", "label", "none")
     settings_type = ARSettings
+    config_type = ARConfig
 
     prior: TokenTransformer
     settings: ARSettings
@@ -41,30 +40,6 @@ class ARSampler(PriorSampler):
     def check(self, run: Path | None = None) -> None:
         super().check(run)
         check_choice(top_k=self.settings.top_k, top_p=self.settings.top_p)
-        if run is not None and self.settings.guidance != 1.0 and _null_is_untrained(run):
-            raise ValueError(
-                f"--guidance {self.settings.guidance:g} needs the null condition, which {run} was trained without "
-                "(--condition-dropout 0): leave it out, or train one with --condition-dropout 0.1"
-            )
-
-    def prepare(self, conditions: Any, source: str, *, strict: bool = False) -> Tensor:
-        """Reduce semantic maps (B, H, W) uint8 to the prior's grid (B, h', w') by majority vote; look up labels.
-
-        Raises:
-            ValueError: an id or label that the prior doesn't know; maps that are smaller than the grid.
-        """
-        if self.condition != "segmentation":
-            return super().prepare(conditions, source)
-        shape, least = conditions.shape[1:], self.prior.condition_shape
-        if any(side < cells for side, cells in zip(shape, least, strict=False)):
-            given, needed = (" x ".join(map(str, sides)) for sides in (shape, least))
-            raise ValueError(f"{source} gives {given} pixels; the prior needs at least {needed}: take a larger map")
-        maps = conditions if shape == least else majority_vote(conditions, least)
-        if (largest := int(maps.max())) >= self.prior.num_classes:
-            raise ValueError(
-                f"{source} holds the class id {largest}; the prior knows ids below {self.prior.num_classes}"
-            )
-        return maps
 
     def sample(
         self,
@@ -75,19 +50,10 @@ class ARSampler(PriorSampler):
         states: list[Tensor] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        prepared = self.prepare(conditions, "a condition").to(self.prior.pos_emb.device)
-        ids = self.prior.condition_ids(prepared)
+        ids = self.ids(conditions)
         return sample_autoregressive(
             self.prior, ids, first_image=first_image, keep=keep, progress=progress, **self.describe()
         )
-
-
-def _null_is_untrained(run: Path) -> bool:
-    """Return whether a prior never saw its null condition; False where its folder doesn't say."""
-    try:
-        return read_config(run, ARConfig).model.condition_dropout == 0
-    except ValueError:
-        return False
 
 
 @torch.no_grad()
@@ -166,7 +132,7 @@ def sample_autoregressive(
         choose(logits)
 
     with evaluating(prior):
-        logits, cache = prior.prefill(_with_null(prior, condition) if guided else condition)
+        logits, cache = prior.prefill(prior.with_null(condition) if guided else condition)
         choose(logits)
         replay = None
         if device.type == "cuda" and length > 1:
@@ -181,8 +147,3 @@ def sample_autoregressive(
     if progress is not None:
         progress(length, length)
     return tokens.view(batch, *prior.token_shape)
-
-
-def _with_null(prior: TokenTransformer, condition: Tensor) -> Tensor:
-    """Return the condition, and after it the null condition for each image."""
-    return torch.cat([condition, torch.full_like(condition, prior.num_classes)])

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from regvq_fast.ops.noise import Stream, row_words
+from regvq_fast.priors.choosing import token_rows
 
 _WORDS = 2**32
 _SOFTPLUS_THRESHOLD = 40.0  # beyond it softplus(x) is x to fp64's last bit
@@ -197,13 +198,6 @@ class MaskAndReplace:
     def _code(self, words: Tensor) -> Tensor:
         """Uniform codes from uniform words."""
         return words * self.num_codes >> 32
-
-
-def token_rows(tokens: Tensor, first_image: int | Tensor = 0) -> Tensor:
-    """Return global numbers (B, L) int64 of tokens: image * L + position."""
-    batch, length = tokens.shape
-    positions = torch.arange(batch * length, device=tokens.device).view(batch, length)
-    return positions + first_image * length
 
 
 class DiffusionTerms(NamedTuple):

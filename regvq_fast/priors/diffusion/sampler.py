@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 from regvq_fast.models.model import evaluating
-from regvq_fast.ops.noise import Stream, row_words
-from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide
+from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide, step_seeds, token_rows
 from regvq_fast.priors.diffusion.model import VQDiffusion
-from regvq_fast.priors.sampler import PriorSampler, Progress, SamplingSettings, capture, check_keep, compiled
+from regvq_fast.priors.sampler import PriorSampler, Progress, SteppedSettings, capture, check_keep, compiled
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionSettings(SamplingSettings):
+class DiffusionSettings(SteppedSettings):
     """Settings of sampling from the diffusion prior."""
 
     truncation: float = 0.86
     """diffusion: fraction of p(x_0 | x_t) to choose from, the most likely codes first."""
-    steps: int | None = None
-    """diffusion: steps to take. Not given: all that the prior was trained with."""
 
 
 class DiffusionSampler(PriorSampler):
@@ -147,15 +144,15 @@ def sample_diffusion(
     batch = _batch(text, num_images)
     given, kept = check_keep(keep, batch, prior, device)
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    rows = ((torch.arange(batch, device=device) + first_image)[:, None] * length) + torch.arange(length, device=device)
     schedule = timesteps(prior.num_steps, steps or prior.num_steps)
-    seeds = _step_seeds(seed, len(schedule) - 1)
+    seeds = step_seeds(seed, len(schedule) - 1, each=2)
     grid = torch.tensor(schedule, device=device)
     network = compiled(VQDiffusion.forward) if compile else VQDiffusion.forward
 
     tokens = torch.full((batch, length), prior.num_codes, dtype=torch.int64, device=device)
     if given is not None and kept is not None:
         tokens = torch.where(kept, given, tokens)
+    rows = token_rows(tokens, first_image)
     index = torch.zeros(1, dtype=torch.int64, device=device)  # of the step's t in the schedule
 
     def step() -> None:
@@ -189,12 +186,6 @@ def sample_diffusion(
 def timesteps(num_steps: int, steps: int) -> list[int]:
     """Return the steps T = t_0 > t_1 > ... > 0 of a sampler that takes `steps` of `num_steps`, evenly spread."""
     return [round(num_steps * left / steps) for left in range(steps, -1, -1)]
-
-
-def _step_seeds(seed: Tensor, steps: int) -> Tensor:
-    """Return two seeds a step (steps, 2), unique among the steps of all seeds."""
-    words = row_words(seed, torch.arange(4 * steps, device=seed.device), Stream.SAMPLING_STEPS).view(steps, 2, 2)
-    return words[..., 0] | words[..., 1] << 32
 
 
 def check_settings(prior: VQDiffusion, steps: int | None, truncation: float, guidance: float, text: object) -> None:
