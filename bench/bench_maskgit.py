@@ -5,8 +5,8 @@ pytest bench/bench_maskgit.py -k paper           on a GPU: the paper's size, 32 
 pytest bench/bench_maskgit.py -s -k target       only the claims, whose runs take turns; prints their numbers
 
 ``--benchmark-json FILE`` keeps what was measured. A training step is the loss of a batch under labels, its gradients
-and the update of AdamW, the fused one for both. Sampling draws as many images, with guidance. The network is ours in all
-of them; in the plain ones its attention is written out, and masks, tokens and confidences come from PyTorch's own
+and the update of AdamW, the fused one for both. Sampling makes as many images, with guidance. The network is ours in
+all of them; in the plain ones its attention is written out, and masks, tokens and confidences come from PyTorch's own
 operations and random numbers, as in public implementations. Without random numbers, both keep the same tokens.
 """
 

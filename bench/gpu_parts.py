@@ -21,7 +21,7 @@ from typing import Any
 import machine
 
 TILES = "bench/tile_search.py"
-STEPS = ("bench/bench_step.py", "bench/bench_autoregressive.py", "bench/bench_diffusion.py")
+STEPS = ("bench/bench_step.py", "bench/bench_autoregressive.py", "bench/bench_diffusion.py", "bench/bench_maskgit.py")
 # What needs no GPU is left to continuous integration.
 TESTS = ["tests/ops", "--ignore=tests/ops/test_kernel_resources.py"]
 COMPILED = "paper and compile and not target"
