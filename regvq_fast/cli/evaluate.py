@@ -3,6 +3,7 @@
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,7 @@ from regvq_fast.models.hub import hub_name, local_folder
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
+from regvq_fast.ownership import FolderLock
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.priors.conditions import fields_of
 from regvq_fast.priors.images import ImageSampler
@@ -211,7 +213,14 @@ class _Evaluation:
     # ------------------------------------------------------------------------------------------------------- measuring
 
     def run(self) -> dict[str, Measurement]:
-        """Measure, print and write."""
+        """Measure, print and write, as the one process that evaluates into the folder."""
+        with ExitStack() as owned:
+            with raise_on_all_ranks():
+                if rank() == 0:
+                    owned.enter_context(FolderLock(self.out, "evaluation"))
+            return self._run()
+
+    def _run(self) -> dict[str, Measurement]:
         config, reference = self.config, None
         loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": self.workers}
         described = describe_data(self.dataset)

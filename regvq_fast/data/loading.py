@@ -206,10 +206,11 @@ def _end_workers() -> None:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach every process of a job; only the parent should answer, and end its workers.
+    """Let only the parent answer Ctrl-C, a cluster's SIGTERM and a closed terminal, which reach every process of a job.
 
     It may have to end one that is stuck by SIGTERM, and Python waits for that at exit: the second one is obeyed.
     DataLoader itself keeps each worker to one compute thread.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,4 +1,4 @@
-"""Stops before the end of a run: SIGINT and SIGTERM, handled between steps, and errors, explained in a sentence."""
+"""Stops before the end of a run: signals, handled between steps, and errors, explained in a sentence."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from regvq_fast.ranks import any_rank
 from regvq_fast.training.checkpoint import Checkpoints
 from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RunStopped(Exception):
@@ -48,7 +48,8 @@ class _Abandoned(BaseException):
 class StopSignals:
     """Signal handlers of a block: the first signal is only noted, the second one ends the process at once.
 
-    Outside of the main thread, where Python takes no signals, it does nothing.
+    A terminal that closes sends SIGHUP, more than once: that never ends the process at once, and does nothing under
+    ``nohup``, which has it ignored. Outside of the main thread, where Python takes no signals, it does nothing.
 
     Args:
         remedy: how to continue after a second signal, asked for when it arrives.
@@ -63,7 +64,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(
@@ -98,6 +100,8 @@ class StopSignals:
         if os.getpid() != self._process:  # a forked child, which inherited the handler: its parent stops it
             return
         first = self._received is None
+        if not first and number == signal.SIGHUP:
+            return
         if first:
             self._received = number
             message = "stopping after this step or batch; a second signal stops at once"

@@ -8,6 +8,7 @@ depends neither on the number of processes nor on where it was interrupted.
 import math
 import shlex
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Generic
 
@@ -20,13 +21,14 @@ from regvq_fast.evaluation.shares import rank_batches, unreadable_images
 from regvq_fast.files import atomic_path
 from regvq_fast.invocation import command, launched
 from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
+from regvq_fast.ownership import FolderLock
 from regvq_fast.precision import choose_device, choose_precision, configure_backends
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
 from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.memory import peak_memory
 from regvq_fast.training.optimization import Optimization, learning_rate, micro_batch_size
 from regvq_fast.training.recipe import Metrics, Recipe, Step
-from regvq_fast.training.recorder import Recorder, new_run_folder, reason
+from regvq_fast.training.recorder import Recorder, new_run_folder, own_new_folder, reason
 from regvq_fast.training.sharding import gathered, whole
 from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained, remedy
 from regvq_fast.training.throughput import Clock, DeviceMonitor, Utilization, count_flops
@@ -105,26 +107,34 @@ class Trainer(Generic[Config]):
             ValueError, OSError: as the class; nothing has been written then.
         """
         start: Checkpoint | None = None
-        out = ""
-        with ranks.raise_on_all_ranks():
-            if config.run.resume:
-                start = find_checkpoint(config)
-            elif ranks.rank() == 0:
-                out = str(new_run_folder(config))
-        out = ranks.all_gather_strings(out)[0]
-        ranks.check_agreement({"steps done": str(start.step if start else 0)}, "is --out shared?")
-        trainer = cls(kind, config if start else override(config, out=Path(out)))
-        with ranks.raise_on_all_ranks():
-            if start is not None:
-                trainer.load(start)
-        with ranks.raise_on_all_ranks():
-            model, beside = trainer.networks.model, trainer.networks.saved_beside
-            recorder = trainer.recorder = Recorder(trainer.config, trainer.metadata, model.architecture(), start)
-            for name, frozen in beside.items() if ranks.rank() == 0 else ():
-                frozen.save_pretrained(recorder.folder / name)
-            trainer.checkpoints = Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
-            if trainer.checkpoints.newest and trainer.start < trainer.steps:
-                recorder.remove_results()
+        out, lock, run = "", None, config.run
+        with ExitStack() as owned:
+            with ranks.raise_on_all_ranks():
+                if ranks.rank() == 0 and not run.resume:
+                    out = str(new_run_folder(config))
+                elif ranks.rank() == 0 and run.out is not None:
+                    lock = owned.enter_context(FolderLock(run.out, "run"))
+            with ranks.raise_on_all_ranks():
+                if run.resume:
+                    start = find_checkpoint(config)
+            out = ranks.all_gather_strings(out)[0]
+            ranks.check_agreement({"steps done": str(start.step if start else 0)}, "is --out shared?")
+            trainer = cls(kind, config if start else override(config, out=Path(out)))
+            with ranks.raise_on_all_ranks():
+                if start is not None:
+                    trainer.load(start)
+            with ranks.raise_on_all_ranks():
+                if ranks.rank() == 0 and start is None:
+                    lock = owned.enter_context(own_new_folder(Path(out)))
+                model, beside = trainer.networks.model, trainer.networks.saved_beside
+                described = trainer.config, trainer.metadata, model.architecture()
+                recorder = trainer.recorder = Recorder(*described, start, lock)
+                for name, frozen in beside.items() if ranks.rank() == 0 else ():
+                    frozen.save_pretrained(recorder.folder / name)
+                trainer.checkpoints = Checkpoints(recorder.folder, run.keep_checkpoints, start)
+                if trainer.checkpoints.newest and trainer.start < trainer.steps:
+                    recorder.remove_results()
+            owned.pop_all()  # the recorder releases the folder
         return trainer
 
     def fit(self) -> None:
@@ -200,6 +210,11 @@ class Trainer(Generic[Config]):
                 f"all steps are done, but the results could not be written ({reason(error)}); make room, then: "
                 f"{self.command}"
             ) from None
+        if recorder.removed is not None:
+            raise RunStopped(
+                f"all steps are done and {recorder.folder} has the model, but the folder was removed before step "
+                f"{recorder.removed}: what it held beside the records is lost"
+            )
         stop.check()
 
     def step(self, number: int) -> None:
@@ -315,6 +330,7 @@ class Trainer(Generic[Config]):
         """Save a checkpoint of the steps done unless there is one; warn if it can't be written."""
         if self.checkpoints.has(self.done):
             return True
+        self.recorder.check_folder(self.done)
         state = {**self.state(), "metrics_bytes": self._metrics_bytes}
         try:
             with ranks.raise_on_all_ranks():
