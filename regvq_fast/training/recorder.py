@@ -108,6 +108,7 @@ class Recorder:
             folder.mkdir(parents=True, exist_ok=True)
         self.description: dict[str, Any] = {
             **dataclasses.asdict(config),
+            "started_in": str(Path.cwd()),
             "facts": dict(metadata),
             "architecture": dict(architecture),
             "versions": {

@@ -2,20 +2,29 @@
 
 import os
 import signal
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 
 from regvq_fast.config import TrainConfig
-from regvq_fast.ranks import any_rank
+from regvq_fast.data.workers import worker_failure
+from regvq_fast.ranks import any_rank, rank, world_size
 from regvq_fast.training.checkpoint import Checkpoints
 from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
 
+TRACEBACK = "traceback.txt"
+"""File in the run folder, to which errors that nobody foresaw are added."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 
 class RunStopped(Exception):
@@ -138,8 +147,11 @@ def remedy(run: Run) -> str:
     return f"to continue from {run.checkpoints.newest_name}: {run.command}"
 
 
-def explained(error: BaseException, run: Run) -> RunStopped | None:
-    """Return the exception that tells a user why their run stopped and how to continue; None for a bug."""
+def explained(error: BaseException, run: Run) -> RunStopped:
+    """Return the exception that tells a user why their run stopped and how to continue.
+
+    The traceback of an error that nobody foresaw is written into the run folder, or printed where that can't be.
+    """
     if isinstance(error, Interrupted):
         during = ", during an evaluation" if run.evaluating else ""
         message = f"stopped by {error} after step {run.done} of {run.steps}{during}; {remedy(run)}"
@@ -153,9 +165,32 @@ def explained(error: BaseException, run: Run) -> RunStopped | None:
         return RunStopped(message, shared=not isinstance(error, ValueError))  # an op's, of its rank alone, is both
     if is_out_of_memory(error):
         why = out_of_memory_advice(run.config, run.device, run.rank_batch, training=not run.evaluating)
+    elif (failed := worker_failure(error)) is not None:  # one that ended during a step
+        why = failed
     elif isinstance(error, (ValueError, OSError)):
-        # Of a loading process's error the last line says what it is; the others are its traceback.
-        why = str(error).strip().rpartition("\n")[2].removeprefix(f"{type(error).__name__}: ")
+        why = first_line(error).removeprefix(f"{type(error).__name__}: ")
+    elif any(sign in str(error) for sign in _CONNECTION_LOST) and world_size() > 1:
+        why = "the connection to another process is lost, which says why if it could"
     else:
-        return None
+        why = f"{type(error).__name__}: {first_line(error)}; {_keep_traceback(error, run.config.run.out)}"
     return RunStopped(f"stopped after step {run.done}: {why}; {remedy(run)}", shared=False)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the line of an error's message that says what it is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    # Of a data worker's error that is the last line; the others are its traceback.
+    return lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(" .:")
+
+
+def _keep_traceback(error: BaseException, folder: Path | None) -> str:
+    """Write the traceback of an error into the run folder; return where it is."""
+    text = "".join(traceback.format_exception(error))
+    path = (folder or Path()) / (TRACEBACK if rank() == 0 else f"rank-{rank()}-{TRACEBACK}")
+    try:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.ctime()}\n{text}\n")
+    except OSError:
+        sys.stderr.write(text)
+        return "its traceback is above"
+    return f"its traceback is in {path}"

@@ -8,7 +8,7 @@ depends neither on the number of processes nor on where it was interrupted.
 import math
 import shlex
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Generic
 
@@ -17,6 +17,7 @@ import torch
 from regvq_fast import ranks
 from regvq_fast.config import Config, override
 from regvq_fast.data.loading import TimedBatches, read_samples, split_batch, training_batches
+from regvq_fast.data.workers import WorkersFailed
 from regvq_fast.evaluation.shares import rank_batches, unreadable_images
 from regvq_fast.files import atomic_path
 from regvq_fast.invocation import command, launched
@@ -86,6 +87,7 @@ class Trainer(Generic[Config]):
         """Steps done before this process, and by now."""
         self.lr, self.evaluating = 0.0, False
         self._batches: TimedBatches | None = None
+        self._stop: StopSignals | None = None
         self._metrics_bytes = 0  # of the records of the steps done, without those of their evaluation
         self._unsaved: int | None = None  # the last step whose checkpoint could not be written
 
@@ -141,17 +143,25 @@ class Trainer(Generic[Config]):
         """Take the remaining steps, then evaluate, save the model and print the summary.
 
         Raises:
-            RunStopped: by a signal, non-finite values, unreadable data, lack of memory, or a full disk at the end.
+            RunStopped: whatever ends it before that; its message says from where to continue, and how.
         """
         with self.recorder, StopSignals(lambda: remedy(self)) as stop:
+            self._stop = stop
             try:
                 self._loop(stop)
             except Exception as error:
-                if isinstance(error, Interrupted):
+                self._end_workers()
+                # Both come between two steps; the other ranks don't know of a worker's failure.
+                if isinstance(error, Interrupted) or (isinstance(error, WorkersFailed) and ranks.world_size() == 1):
                     self.save()
-                if (stopped := explained(error, self)) is None:
-                    raise
-                raise stopped from error
+                raise explained(error, self) from error
+            finally:
+                self._end_workers()
+
+    def _end_workers(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def _loop(self, stop: StopSignals) -> None:
         run, recorder = self.config.run, self.recorder
@@ -228,7 +238,10 @@ class Trainer(Generic[Config]):
                 workers=self.workers,
                 pin_memory=self.device.type == "cuda",
             )
-        batch = next(self._batches)  # first: if it fails, the run is still as after the step before
+        with self._leaving_at_once():
+            batch = next(self._batches)  # first: if it fails, the run is still as after the step before
+        if self._stop is not None and ranks.world_size() == 1:
+            self._stop.check()
         self.evaluating = False
         micro_batches = self.config.optimizer.accumulate
         for module in self.networks.trained.values():
@@ -250,6 +263,10 @@ class Trainer(Generic[Config]):
                 break
             self.optimization.watch.add(metrics)
         self.optimization.step(self.networks.active(number), self.lr)
+
+    def _leaving_at_once(self) -> AbstractContextManager[None]:
+        """Leave the block at a signal, whatever it waits for; not on one of several ranks: the others wait for it."""
+        return nullcontext() if self._stop is None or ranks.world_size() > 1 else self._stop.abandonable()
 
     def record(self) -> tuple[dict[str, float | str], list[str]]:
         """Return means of the numbers since the last call, and warnings about them; waits for the device."""
@@ -300,7 +317,9 @@ class Trainer(Generic[Config]):
                     stop.check()
 
             batches = rank_batches(self.data.val, self.micro_batch, self.workers, self.device)
-            metrics = self.recipe.evaluate(self.eval_model, batches, progress)
+            with self._leaving_at_once():
+                metrics = self.recipe.evaluate(self.eval_model, batches, progress)
+        stop.check()
         values = metrics.scalars()
         self.recorder.record_evaluation(self.done, values)
         if self.config.run.checkpoint_every and self.checkpoints.is_best(values) and self.save():
