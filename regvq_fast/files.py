@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -24,8 +24,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_new_folder(out: Path, remedy: str = "name a new one") -> None:
-    """Raise FileExistsError unless ``out`` is an empty folder, or isn't there; ``remedy`` ends the message."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Raise FileExistsError unless ``out`` is an empty folder, or isn't there; ``remedy`` ends the message.
+
+    Hidden files don't count: a killed process leaves such.
+    """
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise FileExistsError(f"--out {out} exists and is not an empty folder; {remedy}")
 
 
@@ -75,7 +78,9 @@ def user_cache(name: str) -> Path:
 
 
 class LineFile:
-    """A file of lines that survives a full disk: lines that can't be written wait in memory for the next one.
+    """A file of lines that survives a full disk and its removal.
+
+    Lines that can't be written wait in memory for the next one; a file that was removed comes back with all its lines.
 
     Args:
         path: made where it is missing.
@@ -83,7 +88,8 @@ class LineFile:
     """
 
     def __init__(self, path: Path, keep: int) -> None:
-        self._file = path.open("ab", buffering=0)
+        self.path = path
+        self._file = path.open("a+b", buffering=0)
         self.size = path.read_bytes()[:keep].rfind(b"\n") + 1
         """Bytes of all lines so far, including those that wait."""
         self._file.truncate(self.size)
@@ -104,6 +110,19 @@ class LineFile:
     def close(self) -> None:
         """Close the file; lines that still wait are lost."""
         self._file.close()
+
+    def restore(self) -> None:
+        """Make the file anew if it was removed, with all its lines. OSError where it can't."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+                return
+            raise FileExistsError(f"{self.path} is another process's by now")
+        self._file.seek(0)
+        content = self._file.read()
+        with atomic_path(self.path) as temporary:
+            temporary.write_bytes(content)
+        removed, self._file = self._file, self.path.open("a+b", buffering=0)
+        removed.close()
 
     def _flush(self) -> None:
         while self._waiting:

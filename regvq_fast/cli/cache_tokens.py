@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,7 @@ from regvq_fast.evaluation.codebook import CodebookUsage
 from regvq_fast.evaluation.shares import unreadable_images
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
+from regvq_fast.ownership import FolderLock
 from regvq_fast.precision import choose_precision, inference_device
 from regvq_fast.priors.conditions import trainable
 from regvq_fast.priors.registry import PRIORS
@@ -197,6 +199,14 @@ class _Caching:
             raise ValueError(f"--out {self.folder} is not empty and no token cache: name a new folder")
 
     def run(self) -> None:
+        """Encode what is missing, and check and describe the whole; as the folder's one owner."""
+        with ExitStack() as owned:
+            with raise_on_all_ranks():
+                if rank() == 0:
+                    owned.enter_context(FolderLock(self.folder, "cache"))
+            self._run()
+
+    def _run(self) -> None:
         missing = [(split, number) for split in _SPLITS for number in self._missing(split)]
         any_rank(0)  # all have looked at the folder before anything changes in it
         with raise_on_all_ranks():

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from regvq_fast.models.features import NoWeightsError
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
+from regvq_fast.ownership import FolderLock
 from regvq_fast.precision import inference_device
 from regvq_fast.priors.conditions import fields_of
 from regvq_fast.priors.images import ImageSampler
@@ -76,12 +78,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
             check_flags(config)
             setup = Setup(config, device)
             evaluation = _SplitEvaluation(setup) if config.reference is None else SuiteEvaluation(setup)
-        results = evaluation.measure()
-    if rank() == 0:
-        path = setup.out / RESULTS
-        write_measurements(path, results)
-        print_measurements(setup.console, results)
-        say(setup.console, "results", str(path))
+        with ExitStack() as owned:
+            with raise_on_all_ranks():
+                if rank() == 0:
+                    owned.enter_context(FolderLock(setup.out, "evaluation"))
+            results = evaluation.measure()
+            if rank() == 0:
+                path = setup.out / RESULTS
+                write_measurements(path, results)
+                print_measurements(setup.console, results)
+                say(setup.console, "results", str(path))
     return results
 
 

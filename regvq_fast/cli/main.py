@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from regvq_fast.invocation import as_typed, command, install
+from regvq_fast.streams import survive_lost_output
 from regvq_fast.version import __version__
 
 
@@ -50,6 +51,7 @@ PAGES = Path(__file__).with_name("help")
 
 def main() -> None:
     """Run the command line of `regvq`."""
+    survive_lost_output(warns=not {"-h", "--help"} & set(sys.argv))
     words, args = _split(sys.argv[1:])
     if args[:1] in (["--version"], ["-V"]):
         print(f"regvq_fast {__version__}")
@@ -70,6 +72,7 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
         args: behind it; None: those of this process.
     """
     args = list(sys.argv[1:] if args is None else args)
+    survive_lost_output(warns=not {"-h", "--help"} & set(args))
     page = PAGES / f"{name.replace(' ', '-')}.txt"
     # Where PyTorch is imported already, a program may have added a quantizer with settings of its own.
     if args in (["-h"], ["--help"]) and "torch" not in sys.modules and page.is_file():

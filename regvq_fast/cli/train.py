@@ -9,6 +9,7 @@ from regvq_fast.precision import choose_device
 from regvq_fast.priors.registry import PRIORS
 from regvq_fast.ranks import local_rank, process_group, rank
 from regvq_fast.training.batch_size import find_batch_size
+from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
 from regvq_fast.training.recipe import Recipe
 from regvq_fast.training.stopping import RunStopped
 from regvq_fast.training.trainer import Trainer
@@ -51,6 +52,10 @@ def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Se
             trainer = Trainer.open(recipe, config)
         except (ValueError, OSError) as error:
             sys.exit(as_typed(f"error: {error}") if rank() == 0 else 1)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            sys.exit(f"error: {out_of_memory_advice(config, device, config.optimizer.batch_size)}")
         try:
             trainer.fit()
         except RunStopped as stop:

@@ -16,6 +16,8 @@ _RENAMED = {"caption_dropout": "condition_dropout"}
 def read_config(folder: Path, kind: type[Config]) -> Config:
     """Read the configuration of a run: of its folder, or its config.json itself.
 
+    Relative paths that lead nowhere from here are those of the folder that the run was started in.
+
     Raises:
         ValueError: there is none, or it is not one of a run of this kind.
     """
@@ -40,12 +42,13 @@ def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:
     for section in fields(kind):
         if not isinstance(saved := values.get(section.name), Mapping):
             raise ValueError(f"it has no section {section.name!r}")
-        sections[section.name] = _section(saved, get_type_hints(kind)[section.name])
+        started_in = Path(str(values.get("started_in", ".")))
+        sections[section.name] = _section(saved, get_type_hints(kind)[section.name], started_in)
     config = kind(**sections)
     return replace(config, run=replace(config.run, resume=False, config=None))
 
 
-def _section(saved: Mapping[str, Any], kind: type) -> Any:
+def _section(saved: Mapping[str, Any], kind: type, started_in: Path) -> Any:
     hints = get_type_hints(kind)
     values = {_RENAMED.get(name, name): value for name, value in saved.items()}
     for name, value in list(values.items()):
@@ -56,7 +59,8 @@ def _section(saved: Mapping[str, Any], kind: type) -> Any:
         elif isinstance(value, list):
             values[name] = tuple(value)
         elif value is not None and Path in (hints[name], *get_args(hints[name])):
-            values[name] = Path(value)
+            path = started_in / value
+            values[name] = path if name != "out" and path.exists() and not Path(value).exists() else Path(value)
     return kind(**values)
 
 

@@ -26,6 +26,9 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val",
 """Names of the splits of data that have their own; the first that exists is used."""
 
 
+_RUN_FILES = {"config.json", "metrics.jsonl"}
+
+
 def is_image(name: str) -> bool:
     """Return whether a file of this name is an image of a data set."""
     name = name.lower()
@@ -42,7 +45,8 @@ def find_files(
 ) -> list[str]:
     """Return the paths of the files under ``folder`` whose names end in one of the suffixes, in either case; sorted.
 
-    Links to folders are followed, each folder once; names that begin with a dot are left out.
+    Links to folders are followed, each folder once; names that begin with a dot are left out, and folders of runs below
+    ``folder``, whose images are the run's own.
 
     Args:
         folder: see above.
@@ -140,6 +144,8 @@ def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], Coun
             warn_once(f"left out the folder {current}, which can't be read: {error.strerror}")
             reasons["unreadable folder"] += 1
             entries = []
+        if len(entered) > 1 and {entry.name for entry in entries} >= _RUN_FILES:
+            continue
         for entry in entries:
             if _is(entry.is_dir):
                 folders.append(entry.path)

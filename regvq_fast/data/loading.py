@@ -1,20 +1,18 @@
 """Batches of a data set, by worker processes where they pay."""
 
-import atexit
 import hashlib
 import itertools
 import os
-import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regvq_fast.data.samples import Batch, Sample
+from regvq_fast.data.workers import PatientBatches, WorkerLoader, start_worker
 
 Item = TypeVar("Item")
 
@@ -50,6 +48,11 @@ class TimedBatches(Iterator[Batch]):
         waited, self._waited = self._waited, 0.0
         return waited
 
+    def close(self) -> None:
+        """End the worker processes."""
+        if isinstance(self._batches, PatientBatches):
+            self._batches.close()
+
 
 def training_batches(
     dataset: Dataset[Sample],
@@ -81,8 +84,6 @@ def training_batches(
     _check(batch_size, workers)
     sampler = _CountingBatches(batch_size, start, stride or batch_size)
     batches = iter(_loader(dataset, workers, batch_sampler=sampler, pin_memory=pin_memory))
-    if workers:
-        _with_workers.add(batches)
     return TimedBatches(batches)
 
 
@@ -102,13 +103,13 @@ def validation_batches(
 
 def in_order(dataset: Dataset[Item], workers: int = 0) -> Iterable[Item]:
     """Return the items of a data set unchanged, in order, from worker processes if there are any."""
-    return DataLoader(
+    return WorkerLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=_PREFETCH if workers else None,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),
     )
 
@@ -183,33 +184,13 @@ def _check(batch_size: int, workers: int) -> None:
 
 
 def _loader(dataset: Dataset[Sample], workers: int, **options: Any) -> DataLoader[Batch]:
-    return DataLoader(
+    return WorkerLoader(
         cast(Dataset[Batch], dataset),
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=_PREFETCH if workers else None,
         collate_fn=collate,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # DataLoader seeds its workers from it; the default would be the global one
         **options,
     )
-
-
-_with_workers: WeakSet[Any] = WeakSet()
-
-
-@atexit.register  # before multiprocessing's own, which would wait for workers that it asked to end once
-def _end_workers() -> None:
-    """End the workers of batches that are still in use when Python exits."""
-    for batches in list(_with_workers):
-        batches._shutdown_workers()
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach every process of a job; only the parent should answer, and end its workers.
-
-    It may have to end one that is stuck by SIGTERM, and Python waits for that at exit: the second one is obeyed.
-    DataLoader itself keeps each worker to one compute thread.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

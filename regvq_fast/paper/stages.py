@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from regvq_fast.config.command_line import new_spelling
 from regvq_fast.files import atomic_path
+from regvq_fast.ownership import FolderLock, check_free
 
 _RECORD = "stages.json"
 
@@ -87,8 +88,12 @@ class Pipeline(NamedTuple):
             processes: more than one run under torchrun.
 
         Raises:
-            StageFailed: its command failed.
+            StageFailed: its command failed. FileExistsError: another process runs a stage of the row.
         """
+        with FolderLock(self.folder, "row"):
+            self._run(stage, how, processes)
+
+    def _run(self, stage: Stage, how: Sequence[str], processes: int) -> None:
         # "--": the launcher takes a command's --run for an abbreviation of its own flags.
         under = ["--standalone", "--nproc-per-node", str(processes), "-m", "--"] if processes > 1 else []
         start = ["-m", "torch.distributed.run", *under] if under else ["-m"]
@@ -118,6 +123,7 @@ class Pipeline(NamedTuple):
         if stage.trains and any((stage.folder / "checkpoints").glob("step-*")):
             return ["--resume", *how, *out]
         if stage.trains:  # what was stopped before its first checkpoint has nothing to continue from
+            check_free(stage.folder, "run")
             shutil.rmtree(stage.folder, ignore_errors=True)
         return [*stage.settings, *how, *out]
 

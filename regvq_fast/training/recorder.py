@@ -22,6 +22,7 @@ from regvq_fast.console import Items, progress_bar, say, stage
 from regvq_fast.files import LineFile, atomic_path, check_new_folder
 from regvq_fast.models.pretrained import WEIGHTS
 from regvq_fast.number_formats import evaluation_items, progress_items, result
+from regvq_fast.ownership import FolderLock, check_free
 from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.version import __version__
@@ -33,7 +34,7 @@ def new_run_folder(config: TrainConfig) -> Path:
     """Return the folder of a new run; nothing is created yet.
 
     Raises:
-        FileExistsError: the folder named by ``--out`` is not empty: runs don't mix.
+        FileExistsError: the folder named by ``--out`` is not empty, or another process's: runs don't mix.
     """
     out = config.run.out
     if out is None:
@@ -41,8 +42,22 @@ def new_run_folder(config: TrainConfig) -> Path:
         name = f"{config.label}-{stamp}"
         candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"-{k}" for k in range(2, 1000))))
         return next(path for path in candidates if not path.exists())
+    check_free(out, "run")
     check_new_folder(out, "name a new one, or continue its run with --resume")
     return out
+
+
+def own_new_folder(out: Path) -> FolderLock:
+    """Take the folder of a new run; FileExistsError if another process was faster."""
+    lock = FolderLock(out, "run")
+    try:
+        check_new_folder(out, "another run began there just now: name a new one")
+    except OSError:
+        lock.release()
+        raise
+    for leftover in out.glob(".config.*.json"):  # of a process that was killed
+        leftover.unlink()
+    return lock
 
 
 def _finite(values: Mapping[str, object]) -> dict[str, object]:
@@ -58,7 +73,8 @@ def reason(error: OSError) -> str:
 class Recorder:
     """Writes a run's numbers to ``folder``; a context manager. On ranks other than 0 it does nothing.
 
-    A disk that is full doesn't end a run: numbers wait in memory until there is room, TensorBoard's are lost.
+    A disk that is full doesn't end a run: numbers wait in memory until there is room, TensorBoard's are lost. Nor does
+    a run folder that is removed: it is made anew with the records, and `removed` is set.
 
     Args:
         config: saved as config.json with ``metadata``, ``architecture`` and versions; its ``out``, the run folder, is
@@ -66,6 +82,7 @@ class Recorder:
         metadata: of the run: device, precision, weights of the feature network ...
         architecture: what the model is built with; see ``Model.architecture``.
         start: where a resumed run continues: records that were made after it are removed.
+        lock: of the folder, released at the end.
     """
 
     def __init__(
@@ -74,12 +91,16 @@ class Recorder:
         metadata: Mapping[str, str],
         architecture: Mapping[str, Any],
         start: Checkpoint | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
         if config.run.out is None or config.optimizer.steps is None:
             raise ValueError("the recorder takes a resolved configuration: run.out and optimizer.steps are needed")
         self.begun = time.monotonic()
         """Start of this process's part of the run, on the monotonic clock."""
         self.folder = folder = config.run.out
+        self._lock = lock
+        self.removed: int | None = None
+        """Step at which the folder was last found to be removed."""
         self.steps = steps = config.optimizer.steps
         self._writes = rank() == 0
         self.console = Console(quiet=not self._writes)
@@ -87,6 +108,7 @@ class Recorder:
             folder.mkdir(parents=True, exist_ok=True)
         self.description: dict[str, Any] = {
             **dataclasses.asdict(config),
+            "started_in": str(Path.cwd()),
             "facts": dict(metadata),
             "architecture": dict(architecture),
             "versions": {
@@ -139,6 +161,21 @@ class Recorder:
         self._lines.close()
         self._to_board(lambda board: board.close())
         threading.excepthook = self._excepthook
+        if self._lock is not None:
+            self._lock.release()
+
+    def check_folder(self, step: int) -> None:
+        """Make the run folder anew if it was removed; OSError if it is another process's by now."""
+        if self._lock is not None:
+            self._lock.check()
+        if self._lines is None or (self.folder / "config.json").exists():
+            return
+        with self.surviving_a_full_disk("config.json"):
+            self.save_json("config.json", self.description)
+            self.removed = step
+            self.warn(
+                f"{self.folder} was removed; it is made anew with the records, without earlier checkpoints and images"
+            )
 
     def advance(self, step: int) -> None:
         """Move the bar to the number of steps done."""
@@ -186,13 +223,16 @@ class Recorder:
     def sync(self) -> None:
         """Wait until the disk has all records so far; OSError where it can't."""
         if self._lines:
+            self._lines.restore()
             self._lines.sync()
 
     def record(self, step: int, values: Mapping[str, float | str], prefix: str = "train") -> None:
         """Write numbers of a step to metrics.jsonl and TensorBoard, and the main ones of training below the bar."""
         if self._lines is None:
             return
+        self.check_folder(step)
         with self.surviving_a_full_disk("metrics.jsonl"):
+            self._lines.restore()
             self._lines.write(json.dumps({"step": step, "split": prefix, **_finite(values)}, allow_nan=False))
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
         self._to_board(

@@ -1,21 +1,30 @@
-"""Stops before the end of a run: SIGINT and SIGTERM, handled between steps, and errors, explained in a sentence."""
+"""Stops before the end of a run: signals, handled between steps, and errors, explained in a sentence."""
 
 import os
 import signal
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 
 from regvq_fast.config import TrainConfig
-from regvq_fast.ranks import any_rank
+from regvq_fast.data.workers import worker_failure
+from regvq_fast.ranks import any_rank, rank, world_size
 from regvq_fast.training.checkpoint import Checkpoints
 from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TRACEBACK = "traceback.txt"
+"""File in the run folder, to which errors that nobody foresaw are added."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
 
 
 class RunStopped(Exception):
@@ -48,7 +57,8 @@ class _Abandoned(BaseException):
 class StopSignals:
     """Signal handlers of a block: the first signal is only noted, the second one ends the process at once.
 
-    Outside of the main thread, where Python takes no signals, it does nothing.
+    A terminal that closes sends SIGHUP, more than once: that never ends the process at once, and does nothing under
+    ``nohup``, which has it ignored. Outside of the main thread, where Python takes no signals, it does nothing.
 
     Args:
         remedy: how to continue after a second signal, asked for when it arrives.
@@ -63,7 +73,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(
@@ -98,6 +109,8 @@ class StopSignals:
         if os.getpid() != self._process:  # a forked child, which inherited the handler: its parent stops it
             return
         first = self._received is None
+        if not first and number == signal.SIGHUP:
+            return
         if first:
             self._received = number
             message = "stopping after this step or batch; a second signal stops at once"
@@ -134,8 +147,11 @@ def remedy(run: Run) -> str:
     return f"to continue from {run.checkpoints.newest_name}: {run.command}"
 
 
-def explained(error: BaseException, run: Run) -> RunStopped | None:
-    """Return the exception that tells a user why their run stopped and how to continue; None for a bug."""
+def explained(error: BaseException, run: Run) -> RunStopped:
+    """Return the exception that tells a user why their run stopped and how to continue.
+
+    The traceback of an error that nobody foresaw is written into the run folder, or printed where that can't be.
+    """
     if isinstance(error, Interrupted):
         during = ", during an evaluation" if run.evaluating else ""
         message = f"stopped by {error} after step {run.done} of {run.steps}{during}; {remedy(run)}"
@@ -149,9 +165,32 @@ def explained(error: BaseException, run: Run) -> RunStopped | None:
         return RunStopped(message, shared=not isinstance(error, ValueError))  # an op's, of its rank alone, is both
     if is_out_of_memory(error):
         why = out_of_memory_advice(run.config, run.device, run.rank_batch, training=not run.evaluating)
+    elif (failed := worker_failure(error)) is not None:  # one that ended during a step
+        why = failed
     elif isinstance(error, (ValueError, OSError)):
-        # Of a loading process's error the last line says what it is; the others are its traceback.
-        why = str(error).strip().rpartition("\n")[2].removeprefix(f"{type(error).__name__}: ")
+        why = first_line(error).removeprefix(f"{type(error).__name__}: ")
+    elif any(sign in str(error) for sign in _CONNECTION_LOST) and world_size() > 1:
+        why = "the connection to another process is lost, which says why if it could"
     else:
-        return None
+        why = f"{type(error).__name__}: {first_line(error)}; {_keep_traceback(error, run.config.run.out)}"
     return RunStopped(f"stopped after step {run.done}: {why}; {remedy(run)}", shared=False)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the line of an error's message that says what it is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    # Of a data worker's error that is the last line; the others are its traceback.
+    return lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(" .:")
+
+
+def _keep_traceback(error: BaseException, folder: Path | None) -> str:
+    """Write the traceback of an error into the run folder; return where it is."""
+    text = "".join(traceback.format_exception(error))
+    path = (folder or Path()) / (TRACEBACK if rank() == 0 else f"rank-{rank()}-{TRACEBACK}")
+    try:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.ctime()}\n{text}\n")
+    except OSError:
+        sys.stderr.write(text)
+        return "its traceback is above"
+    return f"its traceback is in {path}"

@@ -8,6 +8,7 @@ depends neither on the number of processes nor on where it was interrupted.
 import math
 import shlex
 import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Generic
 
@@ -16,17 +17,19 @@ import torch
 from regvq_fast import ranks
 from regvq_fast.config import Config, override
 from regvq_fast.data.loading import TimedBatches, read_samples, split_batch, training_batches
+from regvq_fast.data.workers import WorkersFailed
 from regvq_fast.evaluation.shares import rank_batches, unreadable_images
 from regvq_fast.files import atomic_path
 from regvq_fast.invocation import command, launched
 from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
+from regvq_fast.ownership import FolderLock
 from regvq_fast.precision import choose_device, choose_precision, configure_backends
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
 from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.memory import peak_memory
 from regvq_fast.training.optimization import Optimization, learning_rate, micro_batch_size
 from regvq_fast.training.recipe import Metrics, Recipe, Step
-from regvq_fast.training.recorder import Recorder, new_run_folder, reason
+from regvq_fast.training.recorder import Recorder, new_run_folder, own_new_folder, reason
 from regvq_fast.training.sharding import gathered, whole
 from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained, remedy
 from regvq_fast.training.throughput import Clock, DeviceMonitor, Utilization, count_flops
@@ -84,6 +87,7 @@ class Trainer(Generic[Config]):
         """Steps done before this process, and by now."""
         self.lr, self.evaluating = 0.0, False
         self._batches: TimedBatches | None = None
+        self._stop: StopSignals | None = None
         self._metrics_bytes = 0  # of the records of the steps done, without those of their evaluation
         self._unsaved: int | None = None  # the last step whose checkpoint could not be written
 
@@ -105,43 +109,59 @@ class Trainer(Generic[Config]):
             ValueError, OSError: as the class; nothing has been written then.
         """
         start: Checkpoint | None = None
-        out = ""
-        with ranks.raise_on_all_ranks():
-            if config.run.resume:
-                start = find_checkpoint(config)
-            elif ranks.rank() == 0:
-                out = str(new_run_folder(config))
-        out = ranks.all_gather_strings(out)[0]
-        ranks.check_agreement({"steps done": str(start.step if start else 0)}, "is --out shared?")
-        trainer = cls(kind, config if start else override(config, out=Path(out)))
-        with ranks.raise_on_all_ranks():
-            if start is not None:
-                trainer.load(start)
-        with ranks.raise_on_all_ranks():
-            model, beside = trainer.networks.model, trainer.networks.saved_beside
-            recorder = trainer.recorder = Recorder(trainer.config, trainer.metadata, model.architecture(), start)
-            for name, frozen in beside.items() if ranks.rank() == 0 else ():
-                frozen.save_pretrained(recorder.folder / name)
-            trainer.checkpoints = Checkpoints(recorder.folder, config.run.keep_checkpoints, start)
-            if trainer.checkpoints.newest and trainer.start < trainer.steps:
-                recorder.remove_results()
+        out, lock, run = "", None, config.run
+        with ExitStack() as owned:
+            with ranks.raise_on_all_ranks():
+                if ranks.rank() == 0 and not run.resume:
+                    out = str(new_run_folder(config))
+                elif ranks.rank() == 0 and run.out is not None:
+                    lock = owned.enter_context(FolderLock(run.out, "run"))
+            with ranks.raise_on_all_ranks():
+                if run.resume:
+                    start = find_checkpoint(config)
+            out = ranks.all_gather_strings(out)[0]
+            ranks.check_agreement({"steps done": str(start.step if start else 0)}, "is --out shared?")
+            trainer = cls(kind, config if start else override(config, out=Path(out)))
+            with ranks.raise_on_all_ranks():
+                if start is not None:
+                    trainer.load(start)
+            with ranks.raise_on_all_ranks():
+                if ranks.rank() == 0 and start is None:
+                    lock = owned.enter_context(own_new_folder(Path(out)))
+                model, beside = trainer.networks.model, trainer.networks.saved_beside
+                described = trainer.config, trainer.metadata, model.architecture()
+                recorder = trainer.recorder = Recorder(*described, start, lock)
+                for name, frozen in beside.items() if ranks.rank() == 0 else ():
+                    frozen.save_pretrained(recorder.folder / name)
+                trainer.checkpoints = Checkpoints(recorder.folder, run.keep_checkpoints, start)
+                if trainer.checkpoints.newest and trainer.start < trainer.steps:
+                    recorder.remove_results()
+            owned.pop_all()  # the recorder releases the folder
         return trainer
 
     def fit(self) -> None:
         """Take the remaining steps, then evaluate, save the model and print the summary.
 
         Raises:
-            RunStopped: by a signal, non-finite values, unreadable data, lack of memory, or a full disk at the end.
+            RunStopped: whatever ends it before that; its message says from where to continue, and how.
         """
         with self.recorder, StopSignals(lambda: remedy(self)) as stop:
+            self._stop = stop
             try:
                 self._loop(stop)
             except Exception as error:
-                if isinstance(error, Interrupted):
+                self._end_workers()
+                # Both come between two steps; the other ranks don't know of a worker's failure.
+                if isinstance(error, Interrupted) or (isinstance(error, WorkersFailed) and ranks.world_size() == 1):
                     self.save()
-                if (stopped := explained(error, self)) is None:
-                    raise
-                raise stopped from error
+                raise explained(error, self) from error
+            finally:
+                self._end_workers()
+
+    def _end_workers(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def _loop(self, stop: StopSignals) -> None:
         run, recorder = self.config.run, self.recorder
@@ -200,6 +220,11 @@ class Trainer(Generic[Config]):
                 f"all steps are done, but the results could not be written ({reason(error)}); make room, then: "
                 f"{self.command}"
             ) from None
+        if recorder.removed is not None:
+            raise RunStopped(
+                f"all steps are done and {recorder.folder} has the model, but the folder was removed before step "
+                f"{recorder.removed}: what it held beside the records is lost"
+            )
         stop.check()
 
     def step(self, number: int) -> None:
@@ -213,7 +238,10 @@ class Trainer(Generic[Config]):
                 workers=self.workers,
                 pin_memory=self.device.type == "cuda",
             )
-        batch = next(self._batches)  # first: if it fails, the run is still as after the step before
+        with self._leaving_at_once():
+            batch = next(self._batches)  # first: if it fails, the run is still as after the step before
+        if self._stop is not None and ranks.world_size() == 1:
+            self._stop.check()
         self.evaluating = False
         micro_batches = self.config.optimizer.accumulate
         for module in self.networks.trained.values():
@@ -235,6 +263,10 @@ class Trainer(Generic[Config]):
                 break
             self.optimization.watch.add(metrics)
         self.optimization.step(self.networks.active(number), self.lr)
+
+    def _leaving_at_once(self) -> AbstractContextManager[None]:
+        """Leave the block at a signal, whatever it waits for; not on one of several ranks: the others wait for it."""
+        return nullcontext() if self._stop is None or ranks.world_size() > 1 else self._stop.abandonable()
 
     def record(self) -> tuple[dict[str, float | str], list[str]]:
         """Return means of the numbers since the last call, and warnings about them; waits for the device."""
@@ -285,7 +317,9 @@ class Trainer(Generic[Config]):
                     stop.check()
 
             batches = rank_batches(self.data.val, self.micro_batch, self.workers, self.device)
-            metrics = self.recipe.evaluate(self.eval_model, batches, progress)
+            with self._leaving_at_once():
+                metrics = self.recipe.evaluate(self.eval_model, batches, progress)
+        stop.check()
         values = metrics.scalars()
         self.recorder.record_evaluation(self.done, values)
         if self.config.run.checkpoint_every and self.checkpoints.is_best(values) and self.save():
@@ -315,6 +349,7 @@ class Trainer(Generic[Config]):
         """Save a checkpoint of the steps done unless there is one; warn if it can't be written."""
         if self.checkpoints.has(self.done):
             return True
+        self.recorder.check_folder(self.done)
         state = {**self.state(), "metrics_bytes": self._metrics_bytes}
         try:
             with ranks.raise_on_all_ranks():

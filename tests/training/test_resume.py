@@ -311,11 +311,11 @@ def test_a_run_that_saved_nothing_starts_from_its_beginning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def crash() -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("a bug")
 
     train(*FAST, "--out", tmp_path / "whole")
     in_step(monkeypatch, 3, crash)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(SystemExit):
         train(*FAST, "--out", tmp_path / "broken")
     assert len(records(tmp_path / "broken")) == 2
     resume(tmp_path / "broken")

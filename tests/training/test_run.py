@@ -144,6 +144,23 @@ def test_a_folder_of_images_trains_and_unreadable_ones_are_counted(tmp_path: Pat
     )
 
 
+def test_a_run_inside_its_data_does_not_train_on_its_own_images_and_resumes_from_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    photos = make_photos(tmp_path / "photos" / "train").parent
+    for k, path in enumerate(sorted((photos / "train").rglob("*.png"))):
+        path.rename(photos / f"{k}.png")
+    monkeypatch.chdir(photos)
+    train("--data", ".", "--out", "runs/a", *FAST)
+    told = json.loads(Path("runs/a/config.json").read_text())["facts"]["data"]
+    assert list(Path("runs/a/pictures").iterdir())
+    monkeypatch.chdir(tmp_path)
+    resume(photos / "runs" / "a", "--steps", 6)
+    assert records(photos / "runs" / "a")[-1]["step"] == 6
+    again = json.loads((photos / "runs/a/config.json").read_text())["facts"]["data"]
+    assert again.partition(": ")[2] == told.partition(": ")[2]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_go_bad_end_a_run_with_the_way_to_continue(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int

@@ -1,0 +1,146 @@
+"""Processes that load data: what they do about signals, and how waiting for them ends."""
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
+PATIENCE_SECONDS = 300.0
+"""Longest wait for a batch; a network disk that changes to another server may take minutes."""
+_LOOK_SECONDS = 5.0
+_NO_SHARED_MEMORY = 28  # exit status
+
+_in_use: weakref.WeakSet["PatientBatches"] = weakref.WeakSet()
+
+
+class WorkersFailed(OSError):
+    """A data worker ended or stopped answering, seen while a batch was waited for."""
+
+
+class WorkerLoader(DataLoader[Any]):
+    """A DataLoader whose worker processes are waited for with :class:`PatientBatches`."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return PatientBatches(batches) if self.num_workers else batches
+
+
+class PatientBatches(Iterator[Any]):
+    """Batches of worker processes, which end with it.
+
+    A thread kills the workers where none gives the next batch: the wait may be for one in the middle of a batch, which
+    DataLoader's own timeout doesn't end.
+
+    Raises:
+        WorkersFailed: a worker ended, or none gave the next batch for five minutes; the message names it.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self._since: float | None = None  # on the monotonic clock, of the present wait
+        self._stuck = ""
+        self._closed = threading.Event()
+        threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), daemon=True).start()
+        _in_use.add(self)
+
+    def __next__(self) -> Any:
+        self._since = time.monotonic()
+        try:
+            return next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            why = self._stuck or worker_failure(error)
+            if why is None:
+                raise
+            no_room = any(worker.exitcode == _NO_SHARED_MEMORY for worker in self._batches._workers)
+            self.close()
+            raise WorkersFailed(_no_room() if no_room else why) from error
+        finally:
+            self._since = None
+
+    def end_if_stuck(self) -> None:
+        """Kill the worker that has the next batch to give if the wait for it is too long, which ends it."""
+        since = self._since
+        if since is not None and time.monotonic() - since > PATIENCE_SECONDS:
+            number = self._batches._task_info[self._batches._rcvd_idx][0]
+            worker = self._batches._workers[number]
+            try:
+                state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                state = ""
+            does = {"T": "is stopped", "D": "waits for a disk that doesn't answer"}.get(state, "doesn't answer")
+            self._stuck = (
+                f"no data for {PATIENCE_SECONDS:.0f} seconds: data worker {number} (process {worker.pid}) {does}"
+            )
+            worker.kill()
+
+    def close(self) -> None:
+        """End the workers, at once: they have nothing to save, and a stuck one takes no other signal."""
+        if self._batches._worker_pids_set:  # DataLoader would raise an error for each, wherever that comes
+            _remove_worker_pids(id(self._batches))
+            self._batches._worker_pids_set = False
+        self._closed.set()
+        for worker in self._batches._workers:
+            worker.kill()
+        self._batches._shutdown_workers()
+
+
+def _watch(batches: "weakref.ref[PatientBatches]", closed: threading.Event) -> None:
+    while not closed.wait(min(_LOOK_SECONDS, PATIENCE_SECONDS / 4)) and (waiting := batches()) is not None:
+        waiting.end_if_stuck()
+        del waiting
+
+
+@atexit.register  # before multiprocessing's own, which would wait for workers that it asked to end once
+def _end_workers() -> None:
+    """End the workers of batches that are still in use when Python exits."""
+    for batches in list(_in_use):
+        batches.close()
+
+
+def worker_failure(error: BaseException) -> str | None:
+    """Return what an error of DataLoader tells of an ended worker; None if it is another one."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
+        return None
+    if f"exit code {_NO_SHARED_MEMORY}." in text:
+        return _no_room()
+    # What follows is advice for programmers.
+    return text.partition(". ")[0].strip().removesuffix(".") + "; --workers 0 loads data without them"
+
+
+def _no_room() -> str:
+    memory = os.statvfs("/dev/shm")
+    return (
+        f"a data worker found no room in shared memory (/dev/shm has {memory.f_blocks * memory.f_frsize / 2**20:.1f} "
+        "MiB): take fewer --workers, of which 0 need none, or give the container more, as by docker run --shm-size"
+    )
+
+
+def start_worker(worker: int) -> None:
+    """Let only the parent answer Ctrl-C, a cluster's SIGTERM and a closed terminal, which reach every process of a job.
+
+    It may have to end one that is stuck by SIGTERM, and Python waits for that at exit: the second one is obeyed.
+    DataLoader itself keeps each worker to one compute thread.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    Queue._on_queue_feeder_error = staticmethod(_end_unheard)  # type: ignore[attr-defined]
+
+
+def _end_unheard(error: Exception, batch: object) -> None:
+    """End a worker whose batch can't be sent: it is lost, and the parent would wait for it for ever."""
+    no_room = "shared memory" in str(error) or "No space left" in str(error)
+    if not no_room:
+        print(f"data worker {os.getpid()}: {error}", file=sys.stderr, flush=True)
+    os._exit(_NO_SHARED_MEMORY if no_room else 1)

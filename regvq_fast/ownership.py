@@ -1,0 +1,174 @@
+"""One owner for each folder that a job writes to: a lock file that names it, also across machines.
+
+A kill leaves the file behind. The next process on the same machine sees that its owner is gone: no process has its
+number and start time. From another machine or container that can't be seen. There an owner is gone once it has not
+touched the file for ten minutes, twenty of the touches that a running one makes, by the clock of the disk. One that was
+only paused so long finds out before it writes again (:meth:`FolderLock.check`).
+"""
+
+import atexit
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+_TOUCH_SECONDS, _GONE_SECONDS = 30.0, 600.0
+_WRITING_SECONDS = 10.0  # for which a new file may be empty
+
+
+class FolderLock:
+    """The right to write into a folder, until it is released or this process ends.
+
+    Args:
+        folder: made where it is missing.
+        purpose: processes with different ones don't exclude each other; names the file, ``.PURPOSE.lock``.
+
+    Raises:
+        FileExistsError: another process has it. OSError: no file can be written into the folder.
+    """
+
+    def __init__(self, folder: Path, purpose: str) -> None:
+        self.path = folder / f".{purpose}.lock"
+        self._process = os.getpid()
+        self._content = json.dumps({**_this_process(), "command": shlex.join(sys.argv)[:120], "since": time.time_ns()})
+        folder.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        self._released = threading.Event()
+        threading.Thread(target=self._keep_touching, daemon=True).start()
+        atexit.register(self.release)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def check(self) -> None:
+        """Raise FileExistsError if another process took over, as from one that was paused; make a lost file anew."""
+        if self._read() != self._content:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+
+    def release(self) -> None:
+        """Let other processes have the folder; nothing happens the second time."""
+        if self._released.is_set() or os.getpid() != self._process:  # a forked child has no right of its own
+            return
+        self._released.set()
+        atexit.unregister(self.release)
+        with suppress(OSError):
+            if self._read() == self._content:
+                self.path.unlink()
+
+    def _acquire(self) -> None:
+        try:
+            with open(self.path, "x") as file:  # the one operation that is exclusive on network disks, too
+                file.write(self._content)
+        except FileExistsError:
+            try:
+                self._take_over()
+            except FileNotFoundError:  # released by now
+                self._acquire()
+        except OSError:  # a full disk
+            if self._read() == "":
+                self.path.unlink()
+            raise
+
+    def _take_over(self) -> None:
+        """Take the place of an owner that is gone; FileExistsError if it is not."""
+        with open(self.path, "r+") as file:
+            with suppress(OSError):  # some network disks have no such locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # of two that find the owner gone, the second finds the first
+            content = file.read()
+            if (problem := _in_use(self.path, content)) is not None:
+                raise FileExistsError(problem)
+            file.seek(0)
+            file.write(self._content)
+            file.truncate()
+
+    def _read(self) -> str | None:
+        try:
+            return self.path.read_text()
+        except FileNotFoundError:
+            return None
+
+    def _keep_touching(self) -> None:
+        while not self._released.wait(_TOUCH_SECONDS):
+            with suppress(OSError):
+                if self._read() == self._content:
+                    os.utime(self.path)
+
+
+def check_free(folder: Path, purpose: str) -> None:
+    """Raise FileExistsError if a process has the :class:`FolderLock` of a folder."""
+    path = folder / f".{purpose}.lock"
+    with suppress(FileNotFoundError):
+        if (problem := _in_use(path, path.read_text())) is not None:
+            raise FileExistsError(problem)
+
+
+def _in_use(path: Path, content: str) -> str | None:
+    """Return why a folder can't be had, with the process that has it; None if that is gone."""
+    try:
+        owner: dict[str, Any] = dict(json.loads(content))
+        host, number, command = owner["host"], int(owner["pid"]), owner["command"]
+    except (ValueError, KeyError, TypeError):  # it is being written, or its writer was killed
+        owner, host, number, command = {}, "an unknown host", 0, "an unknown command"
+    here = _this_process()
+    said = f"{path.parent} is in use by process {number} on {host} ({command})"
+    if owner.get("machine") == here["machine"]:
+        if _start_time(number) != owner["started"]:
+            return None
+        return f"{said}: wait until it ends, or name another --out"
+    silent = _clock_of_disk(path.parent) - path.stat().st_mtime
+    if silent > (_GONE_SECONDS if owner else _WRITING_SECONDS):
+        return None
+    return (
+        f"{said}: wait until it ends, or name another --out; if it was killed, delete {path}, or wait until "
+        f"{_GONE_SECONDS / 60:.0f} minutes after its last sign of life, {max(silent, 0):.0f} seconds ago"
+    )
+
+
+def _this_process() -> dict[str, Any]:
+    """Return this process's host, number, start time, and the machine or container in which numbers are unique."""
+    host, pid = socket.gethostname(), os.getpid()
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        machine = host
+    return {"host": host, "pid": pid, "started": _start_time(pid), "machine": machine}
+
+
+def _start_time(pid: int) -> str | None:
+    """Return when a process started, in the system's words; "" where that is not known, None if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists() or pid <= 0:
+            return None
+    else:
+        state, *_ = fields = status.rpartition(")")[2].split()
+        return None if state in "ZX" else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return ""
+
+
+def _clock_of_disk(folder: Path) -> float:
+    """Return the time by the clock that dates the files of a folder."""
+    probe = folder / f".clock.{os.getpid()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)

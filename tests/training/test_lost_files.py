@@ -1,0 +1,82 @@
+"""Files of a run that vanish under it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.runs import FAST, checkpoints, records, train, without_clock
+
+from regvq_fast.training.trainer import Trainer
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    original = Trainer.step
+
+    def step(trainer: Trainer[Any], now: int) -> None:
+        if now == number:
+            action()
+        original(trainer, now)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_a_run_folder_that_is_removed_comes_back_and_the_end_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(*FAST, "--out", tmp_path / "whole", "--steps", 8, "--checkpoint-every", 2)
+    out = tmp_path / "run"
+    before_step(monkeypatch, 5, lambda: shutil.rmtree(out))
+    with pytest.raises(SystemExit) as stop:
+        train(*FAST, "--out", out, "--steps", 8, "--checkpoint-every", 2)
+    assert stop.value.code == 1
+    said = capsys.readouterr()
+    assert said.out.count(f"warning: {out} was removed") == 1
+    assert "all steps are done" in said.err.splitlines()[-1]
+    assert "removed before step 6" in said.err.splitlines()[-1]
+    assert without_clock(records(out)) == without_clock(records(tmp_path / "whole"))
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert json.loads((out / "config.json").read_text())["optimizer"]["steps"] == 8
+    assert checkpoints(out) == ["step-0000006", "step-0000008"]
+    assert not list(out.rglob(".*"))
+
+
+def test_a_folder_that_another_run_took_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    theirs = json.dumps({"host": "far", "pid": 1, "started": "1", "machine": "another", "command": "regvq train vq"})
+
+    def replace() -> None:
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / ".run.lock").write_text(theirs)
+
+    before_step(monkeypatch, 2, replace)
+    with pytest.raises(SystemExit) as stop:
+        train(*FAST, "--out", out, "--checkpoint-every", 1)
+    assert stop.value.code == 1
+    assert "in use by process 1 on far" in capsys.readouterr().err.splitlines()[-1]
+    assert (out / ".run.lock").read_text() == theirs
+    assert not (out / "checkpoints").exists()
+    assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "metrics.jsonl", "pictures"])
+def test_a_part_of_a_run_that_is_removed_is_one_warning_at_most(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "run"
+
+    def remove() -> None:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    before_step(monkeypatch, 3, remove)
+    train(*FAST, "--out", out, "--steps", 20, "--log-every", 1)
+    said = capsys.readouterr()
+    assert said.out.count("warning: ") == (name == "tensorboard")
+    assert [row["step"] for row in records(out)] == [*range(1, 21), 20]
+    assert (out / "summary.json").exists()
