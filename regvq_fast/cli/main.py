@@ -28,9 +28,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train vq": Command("train", "Train an image tokenizer"),
-    "train ar": Command("train", "Train the autoregressive prior: semantic maps to images"),
-    "train diffusion": Command("train", "Train the diffusion prior: captions to images"),
-    "train maskgit": Command("train", "Train the masked prior: maps or labels to images"),
+    "train ar": Command("train", "Train the autoregressive prior: images from maps or labels"),
+    "train diffusion": Command("train", "Train the diffusion prior: images from captions or labels"),
+    "train maskgit": Command("train", "Train the masked prior: images from maps or labels"),
     "tokens": Command("cache_tokens", "Encode a data set once, for the priors"),
     "sample": Command("sample", "Sample images from a prior"),
     "reconstruct": Command("reconstruct", "Pass images through a tokenizer, and save what comes back"),

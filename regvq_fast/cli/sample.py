@@ -93,7 +93,7 @@ def generate(config: SampleConfig) -> None:
             start += count
     grid = torch.cat(images)
     rows, legend = generator.show(len(grid))
-    save_image_grid(config.out / "grid.png", *rows, grid, legend=legend)
+    save_image_grid(config.out / "grid.png", *rows, grid, columns=generator.columns(), legend=legend)
     if generator.states:
         save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
         say(console, "strip", str(config.out / "strip.png"))
@@ -189,6 +189,11 @@ class _Generator:
             edited = torch.where(self._enlarged(kept), whole, whole // 2 + 127)
             rows.append(self._on_canvas(edited).expand(count, -1, -1, -1))
         return rows, legend
+
+    def columns(self) -> int:
+        """Return the columns of the grid: a multiple of the number of labels, if there are few."""
+        labels = len(set(self.conditions.tolist())) if self.sampler.condition == "label" else 0
+        return max(1, 8 // labels) * labels if 0 < labels <= 16 else 8
 
     def _pixels(self) -> tuple[int, int]:
         """Return height and width of the images."""

@@ -147,6 +147,12 @@ def first_samples(dataset: Any, most: int) -> Batch:
     return read_samples(dataset, range(min(most, 16)))
 
 
+def spread_samples(dataset: Any, most: int) -> Batch:
+    """Return ``most`` samples, or all, spread evenly over a data set: sorted images begin with a single class."""
+    count = min(most, len(dataset))
+    return read_samples(dataset, [k * len(dataset) // count for k in range(count)])
+
+
 def fingerprint(*tensors: Tensor) -> str:
     """Return the SHA-256 of tensors' bytes, which tells first samples from those of other files of the same name."""
     digest = hashlib.sha256()

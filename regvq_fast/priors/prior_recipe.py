@@ -13,7 +13,7 @@ from regvq_fast.config import read_config
 from regvq_fast.data.datasets import build_dataset, dataset_class
 from regvq_fast.data.image_dataset import ImageDataset, TrainedPrior
 from regvq_fast.data.image_files import left_out_note
-from regvq_fast.data.loading import default_workers, fingerprint, first_samples, read_samples
+from regvq_fast.data.loading import default_workers, fingerprint, first_samples, spread_samples
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.data.tokens import TokenBatch, TokenDataset, tokenize_batch
@@ -237,7 +237,7 @@ class PriorRecipe(Recipe[Config]):
         return torch.cat([decode_tokens(self.tokenizer, part, self.precision) for part in parts])
 
     def save_images(self, model: Any, path: Path) -> None:
-        batch = self.tokenize(read_samples(self.data.val, range(min(_SAMPLES, len(self.data.val)))))
+        batch = self.tokenize(spread_samples(self.data.val, _SAMPLES))
         with self.precision.autocast():
             tokens = self.sample(model, batch)
         kind, names = self.conditioned_on, self.label_names or self.dataset.class_names

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regvq_fast.config import VQGANConfig
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.image_files import left_out_note
-from regvq_fast.data.loading import default_workers, fingerprint, first_samples, read_samples
+from regvq_fast.data.loading import default_workers, fingerprint, first_samples, read_samples, spread_samples
 from regvq_fast.data.samples import Batch
 from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
@@ -177,7 +177,7 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
         )
 
     def save_images(self, model: Any, path: Path) -> None:
-        originals = read_samples(self.data.val, range(min(_GRID_IMAGES, len(self.data.val))))["image"]
+        originals = spread_samples(self.data.val, _GRID_IMAGES)["image"]
         with torch.no_grad(), self.precision.autocast():
             output = model(to_float(originals.to(self.device)))
         save_reconstruction_grid(path, originals, output.reconstruction.float())

@@ -7,12 +7,13 @@ import time
 
 import pytest
 import torch
+from helpers.flat_images import write_flat
 from PIL import Image
 from torch.utils.data import Dataset
 
 from regvq_fast.data import ImageFolder, training_batches, validation_batches
 from regvq_fast.data.datasets import build_dataset
-from regvq_fast.data.loading import TimedBatches, _leave_signals_to_the_parent, default_workers
+from regvq_fast.data.loading import TimedBatches, _leave_signals_to_the_parent, default_workers, spread_samples
 from regvq_fast.scenes import ScenesDataset
 
 
@@ -184,3 +185,13 @@ def test_batches_in_use_do_not_keep_python_from_ending() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_samples_spread_over_sorted_images_are_of_every_class(tmp_path):
+    for name in ("cow", "fox"):
+        for k in range(8):
+            write_flat(tmp_path / "val" / name / f"{k}.png", 10 * k)
+        write_flat(tmp_path / "train" / name / "0.png", 0)
+    images = build_dataset(tmp_path, split="val", image_size=8, fields=("label",))
+    assert spread_samples(images, 4)["label"].tolist() == [0, 0, 1, 1]
+    assert len(spread_samples(images, 99)["label"]) == 16

@@ -12,7 +12,7 @@ from regvq_fast.priors.registry import PRIORS
 from regvq_fast.quantizers import NearestQuantizer
 
 FAST = "--steps 2 --batch-size 4 --log-every 1 --device cpu --warmup-steps 1 --width 16 --depth 1 --heads 2".split()
-CLASSES = ("cow", "red fox")
+CLASSES = ("cow", "hen", "red fox")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,9 @@ def test_a_folder_trains_every_prior(
     if condition == "label":
         run_script(*sampled, tmp_path / "fox", "--label", "Red Fox", "--guidance", 2, script="sample.py")
         run_script(*sampled, tmp_path / "each", "--per-class", 3, script="sample.py")
-        assert len(list((tmp_path / "each").glob("0*.png"))) == 6
+        assert len(list((tmp_path / "each").glob("0*.png"))) == 9
+        with Image.open(tmp_path / "each" / "grid.png") as grid:
+            assert grid.width == 8 + 6 * (192 + 8), "two columns of each label"
         other = photos(tmp_path / "other photos", ("cow", "dog"))
         with pytest.raises(SystemExit, match=r"2 labels"):
             run_script(*sampled, tmp_path / "no", "--data", other, script="sample.py")
@@ -82,6 +84,7 @@ def test_a_condition_is_kept_when_a_run_is_resumed(tokenizer: Path, tmp_path: Pa
     train("ar", *flags)
     assert '"condition": "label"' in (tmp_path / "run" / "config.json").read_text()
     for split in ("train", "val"):
-        (data / split / CLASSES[1]).rename(data / split / CLASSES[0] / "moved")
+        for name in CLASSES[1:]:
+            (data / split / name).rename(data / split / CLASSES[0] / name)
     with pytest.raises(SystemExit, match="label"):
         run_script("--resume", "--out", tmp_path / "run", "--steps", 3, script="ar.py")
