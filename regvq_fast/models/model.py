@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.models.card import Card
@@ -133,13 +135,43 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
     kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if kind is None:
         raise ValueError(f"{source} holds a {name}, not a {' or '.join(kind.__name__ for kind in kinds)}")
+    # A pre-trained text encoder has its weights elsewhere.
+    most = math.inf if description.get("text_encoder") else 2 * sum(value.numel() for value in weights.values())
     try:
-        model = kind._build(**description)
-    except TypeError as error:
+        with _at_most(most):
+            model = kind._build(**description)
+        fresh = model.state_dict()
+        check_state_dict(weights, {name: value.shape for name, value in fresh.items()}, f"this {name}")
+        for name, value in fresh.items():
+            if value.is_floating_point() != weights[name].is_floating_point():
+                raise ValueError(f"the weights have {name} as {weights[name].dtype}, not {value.dtype}")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    except (TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"the architecture in {source} doesn't fit this version: {error}") from None
-    check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {name}")
     model.load_state_dict(weights)
     return model.eval()
+
+
+@contextmanager
+def _at_most(numbers: float) -> Iterator[None]:
+    """Raise ValueError where modules made inside the block have more parameters than this, before these are filled.
+
+    A damaged description would ask for more memory, or time, than there is.
+    """
+    made = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += parameter.numel() if isinstance(parameter, Tensor) else 0
+        if made > numbers:
+            raise ValueError("its architecture has more parameters than its weights")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Checkpointed(nn.Module):
