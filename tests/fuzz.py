@@ -42,14 +42,19 @@ class Corpus:
         folder.mkdir(parents=True)
         reader.make(folder)
         reader.read(folder)
+        reader.after(folder)
+        self.mutated = ""
         self.files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
     def write(self) -> None:
-        shutil.rmtree(self.folder)
-        for name, data in self.files.items():
+        """Make all files anew, or only the one that was mutated, of readers that write nothing."""
+        names = [self.mutated] if self.mutated and not self.reader.writes else list(self.files)
+        if len(names) > 1:
+            shutil.rmtree(self.folder)
+        for name in names:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            path.write_bytes(self.files[name])
             os.utime(path, (10**9, 10**9))  # an index of shards fits them
 
 
@@ -62,6 +67,7 @@ def run_case(corpus: Corpus, others: list[bytes], rng: random.Random, log: list[
     mutation, data = mutate(name, corpus.files[name], others, rng)
     path = corpus.folder / name
     path.write_bytes(data)
+    corpus.mutated = name
     os.utime(path, (10**9, 10**9))
     corpus.reader.after(corpus.folder)
     log.clear()

@@ -68,9 +68,10 @@ def open_npz(path: Path) -> Any:
         if is_of_the_machine(error):
             raise
         raise ValueError(f"{path} is not an .npz file, or not a whole one") from None
-    if not isinstance(found, np.lib.npyio.NpzFile):
+    archive = getattr(found, "zip", None)
+    if archive is None:
         raise ValueError(f"{path} is one array, not an .npz file: write it with numpy.savez")
-    unpacked = sum(member.file_size for member in found.zip.infolist())
+    unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > max(_UNSUSPECTED, _MOST_PACKED * path.stat().st_size):
         found.close()
         raise ValueError(f"{path} would unpack to {unpacked:,} bytes, over {_MOST_PACKED} times its size: make it anew")

@@ -21,6 +21,9 @@ from regvq_fast.models.pretrained import CONFIG, pretrained_files, read_pretrain
 from regvq_fast.models.weights import check_state_dict, weights_hash
 from regvq_fast.version import __version__
 
+_ANY_SIZE = 2**20
+"""A number in an architecture may be so large whatever the weights are, as the size of images is."""
+
 AnyModel = TypeVar("AnyModel", bound="Model")
 
 
@@ -135,10 +138,13 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
     kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if kind is None:
         raise ValueError(f"{source} holds a {name}, not a {' or '.join(kind.__name__ for kind in kinds)}")
-    # A pre-trained text encoder has its weights elsewhere.
-    most = math.inf if description.get("text_encoder") else 2 * sum(value.numel() for value in weights.values())
+    most = 2 * sum(value.numel() for value in weights.values())
     try:
-        with _at_most(most):
+        for number in _whole_numbers(description):
+            if number > max(most, _ANY_SIZE):
+                raise ValueError(f"its architecture has the number {number}, more than its weights could have")
+        # A pre-trained text encoder has its weights elsewhere.
+        with _at_most(math.inf if description.get("text_encoder") else most):
             model = kind._build(**description)
         fresh = model.state_dict()
         check_state_dict(weights, {name: value.shape for name, value in fresh.items()}, f"this {name}")
@@ -151,6 +157,15 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
         raise ValueError(f"the architecture in {source} doesn't fit this version: {error}") from None
     model.load_state_dict(weights)
     return model.eval()
+
+
+def _whole_numbers(description: Any) -> Iterator[int]:
+    """Yield the whole numbers in plain values."""
+    if isinstance(description, int):
+        yield description
+    elif isinstance(description, (list, dict)):
+        for value in description.values() if isinstance(description, dict) else description:
+            yield from _whole_numbers(value)
 
 
 @contextmanager

@@ -211,6 +211,6 @@ def _ddconfigs(content: Any) -> Iterator[Mapping[str, Any]]:
         content = pending.pop()
         if isinstance(content, Mapping) and id(content) not in seen:  # a yaml may refer to a part again, or to itself
             seen.add(id(content))
-            pending += reversed(content.values())
+            pending += reversed(list(content.values()))
             if isinstance(found := content.get("ddconfig"), Mapping):
                 yield found

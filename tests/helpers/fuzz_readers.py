@@ -41,7 +41,9 @@ class Reader(NamedTuple):
     read: Callable[[Path], object]
     """Reads them, and asserts that values are of their types and ranges."""
     after: Callable[[Path], object] = lambda folder: None
-    """Runs on the mutated files before they are read."""
+    """Removes what an earlier reading wrote."""
+    writes: bool = False
+    """True if reading changes the files themselves."""
 
 
 def _check(samples: Iterable[Any], fields: str, classes: int | None, labels: int) -> None:
@@ -280,7 +282,7 @@ READERS = {
         _make_folder, lambda f: _read_images(ImageFolder, f / "photos", "caption segmentation label")
     ),
     "tar shards": Reader(_make_shards, _read_shards, _drop_index),
-    "index of shards": Reader(_make_indexed, _read_shards),
+    "index of shards": Reader(_make_indexed, _read_shards, writes=True),
     "CUB-200": _archive(cub200, "caption label"),
     "COCO": _archive(coco, "caption segmentation"),
     "ImageNet, csv": _archive(imagenet, "label"),
@@ -294,5 +296,5 @@ READERS = {
     "model alone": Reader(_make_model_alone, _read_model),
     "taming": Reader(_make_taming, _read_taming),
     "config.json": Reader(_make_config, _read_config),
-    "run to resume": Reader(_make_run, _read_run),
+    "run to resume": Reader(_make_run, _read_run, writes=True),
 }
