@@ -1,12 +1,12 @@
 """Configurations as they are saved in a run's config.json, and changes by name."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from regvq_fast.config.sections import Config
+from regvq_fast.json_values import check_types, parse_json
 
 # Settings that were removed, with their defaults: files that have these still describe the same run.
 _REMOVED: dict[str, object] = {"contrastive_max_places": 4096, "contrastive_layer_weights": [], "l1_weight": 1.0}
@@ -23,7 +23,7 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     """
     path = folder / "config.json" if folder.suffix != ".json" else folder
     try:
-        return config_from_dict(json.loads(path.read_bytes()), kind)
+        return config_from_dict(parse_json(path.read_bytes()), kind)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no run in {path.parent}: it has no {path.name}") from None
     except (ValueError, TypeError) as error:
@@ -61,6 +61,7 @@ def _section(saved: Mapping[str, Any], kind: type, started_in: Path) -> Any:
         elif value is not None and Path in (hints[name], *get_args(hints[name])):
             path = started_in / value
             values[name] = path if name != "out" and path.exists() and not Path(value).exists() else Path(value)
+    check_types(kind, values)
     return kind(**values)
 
 

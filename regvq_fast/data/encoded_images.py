@@ -12,8 +12,6 @@ An ``.npz`` file for NumPy, without pickles:
 """
 
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regvq_fast.data.image_arrays import open_npz
 from regvq_fast.files import atomic_path
 
 _ARRAYS = ("names", "tokens", "shapes", "sizes", "tokenizer", "num_codes", "downsampling_factor")
@@ -89,10 +88,8 @@ class EncodedImages:
             ValueError: not such a file, or damaged; the message names it.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_npz(path) as file:
                 arrays = {name: file[name] for name in _ARRAYS}
             lengths = arrays["shapes"].prod(axis=1, dtype=np.int64)
             flat = torch.from_numpy(arrays["tokens"].astype(np.int64))
@@ -107,7 +104,9 @@ class EncodedImages:
                 num_codes=int(arrays["num_codes"]),
                 downsampling_factor=int(arrays["downsampling_factor"]),
             )
+        except FileNotFoundError:
+            raise
         except KeyError as error:
             raise ValueError(f"{path} is not a file of regvq encode: {error.args[0]}") from None
-        except (ValueError, TypeError, AttributeError, RuntimeError, EOFError, zipfile.error, zlib.error) as error:
+        except Exception as error:  # a damaged file can make the reader raise anything, MemoryError among it
             raise ValueError(f"{path} is damaged, or not a file of regvq encode: {error}") from None

@@ -13,11 +13,15 @@ from numpy.lib import format as npy
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from regvq_fast.data.reading import is_of_the_machine, why_unreadable
 from regvq_fast.data.samples import Sample
 from regvq_fast.files import atomic_path
 
 KEY = "arr_0"
 """Name of the images in the file: that of numpy.savez for an array without one."""
+_UNSUSPECTED = 2**28
+_MOST_PACKED = 100
+"""An .npz file may unpack to so many times its size, more than tokens and images do, or to 256 MiB."""
 _LOCAL_HEADER = 30  # bytes, before the names of a member
 
 
@@ -60,15 +64,33 @@ def open_npz(path: Path) -> Any:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         found = np.load(path)
-    except (ValueError, EOFError, zipfile.BadZipFile):
+    except Exception as error:  # a damaged file can make the reader raise anything
+        if is_of_the_machine(error):
+            raise
         raise ValueError(f"{path} is not an .npz file, or not a whole one") from None
-    if not isinstance(found, np.lib.npyio.NpzFile):
+    archive = getattr(found, "zip", None)
+    if archive is None:
         raise ValueError(f"{path} is one array, not an .npz file: write it with numpy.savez")
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > max(_UNSUSPECTED, _MOST_PACKED * path.stat().st_size):
+        found.close()
+        raise ValueError(f"{path} would unpack to {unpacked:,} bytes, over {_MOST_PACKED} times its size: make it anew")
     return found
 
 
 def _mapped(path: Path) -> np.ndarray:
     """Return the images of a file, mapped into memory where they aren't compressed."""
+    try:
+        return _images(path)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can make the reader raise anything
+        if is_of_the_machine(error):
+            raise
+        raise ValueError(f"{path} is damaged, or no file of images: {why_unreadable(error)}") from None
+
+
+def _images(path: Path) -> np.ndarray:
     with open_npz(path) as arrays:
         if KEY not in arrays:
             raise ValueError(f"{path} has {', '.join(arrays) or 'no arrays'}, but no images in {KEY}")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regvq_fast.files import atomic_path
+from regvq_fast.json_values import check_types, parse_json
 
 MANIFEST = "regvq-data.json"
 FORMAT = 1
@@ -58,11 +59,14 @@ def read_manifest(source: str | os.PathLike[str]) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
         version = values["format"]
         if version == FORMAT:
-            pairs = tuple((int(left), int(right)) for left, right in values["mirror_pairs"])
-            return Manifest(**(values | {"mirror_pairs": pairs}))
+            manifest = Manifest(**(values | {"mirror_pairs": tuple(map(tuple, values["mirror_pairs"]))}))
+            check_types(Manifest, vars(manifest))
+            if not all(0 <= label < 256 for pair in manifest.mirror_pairs for label in pair):
+                raise ValueError("mirror_pairs are of class ids from 0 to 255")
+            return manifest
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}): prepare the shards anew") from None
     raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: prepare the shards anew")

@@ -1,6 +1,7 @@
 """Reading of image files and captions: errors of the file, errors of the storage, and attempts after these."""
 
 import codecs
+import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,10 +46,10 @@ def opened_image(path: Path, name: str, damaged: Callable[[str], str]) -> Iterat
 def is_of_the_machine(error: Exception) -> bool:
     """Return whether an error in reading a file is not the file's: EIO, ESTALE, EMFILE, no memory.
 
-    Pillow raises OSError for damaged files, too, but without a number.
+    Pillow raises OSError for damaged files, too, but without a number; a damaged offset is EINVAL.
     """
     if isinstance(error, OSError):
-        return error.errno is not None and not isinstance(error, _OF_A_FILE)
+        return error.errno not in (None, errno.EINVAL) and not isinstance(error, _OF_A_FILE)
     return isinstance(error, MemoryError)
 
 
@@ -94,6 +95,18 @@ def caption_lines(data: bytes) -> list[str]:
 def raw_lines(data: bytes) -> list[bytes]:
     """Return the lines of a text in UTF-8, without its byte order mark."""
     return data.removeprefix(codecs.BOM_UTF8).splitlines()
+
+
+def text_lines(path: Path) -> list[str]:
+    """Return the lines of a list in UTF-8, without empty ones.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return [text for line in raw_lines(path.read_bytes()) if (text := line.decode()).strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, or not UTF-8 ({error}): unpack it anew") from None
 
 
 def check_same_size(labels: Image.Image, size: tuple[int, int]) -> None:

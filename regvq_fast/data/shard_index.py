@@ -46,6 +46,15 @@ _MANY = 8
 """Number of shards from which on indexing shows a progress bar."""
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = tarfile.BLOCKSIZE
+_ABOUT_THE_NEXT = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""Types of members that hold the name and properties of the next one."""
+_LONGEST_NAME = 2**20
 _LONGEST_LABEL = _BLOCK
 """Bytes; longer ones are no labels. One block follows the header that was just read, and costs no further access."""
 
@@ -98,7 +107,8 @@ def _load_folder(folder: Path, shards: Sequence[Path]) -> dict[Path, ShardIndex]
     if new:
         for shard, index in zip(new, _read_many(new, folder), strict=True):
             records[shard.name] = _Record(stamps[shard.name], index)
-        _save_cache(folder, {name: record for name, record in records.items() if (folder / name).exists()})
+        there = set(os.listdir(folder))
+        _save_cache(folder, {name: record for name, record in records.items() if name in there})
     return {shard: records[shard.name].content for shard in shards}
 
 
@@ -147,6 +157,9 @@ def read_index(path: Path) -> ShardIndex:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # otherwise a list of all members
+                    if member.issparse():  # its bytes are not those of the file
+                        left_out["sparse file"] += is_image(member.name)
+                        continue
                     if member.size < 0 or member.offset_data + member.size > length:
                         damage = f"ends in the middle of {member.name}"
                         break
@@ -173,7 +186,7 @@ def read_index(path: Path) -> ShardIndex:
                         left_out["dotted name"] += 1
                 else:
                     damage = _missing_end(file, archive.offset)
-        except (tarfile.TarError, ValueError) as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:  # the last of headers without end
             damage = f"is no whole tar file ({error})"
     absent = (-1, 0)
     rows = [
@@ -190,13 +203,17 @@ def read_index(path: Path) -> ShardIndex:
 
 
 class _Member(tarfile.TarInfo):
-    """A header whose size is not negative: the standard library would go backwards."""
+    """A header of a size that can be: for a negative one the standard library would go backwards, and for a large one
+    of a name it would reserve the memory before it reads.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         member = super().frombuf(buf, encoding, errors)
         if member.size < 0:
             raise tarfile.HeaderError("a negative size")
+        if member.type in _ABOUT_THE_NEXT and member.size > _LONGEST_NAME:
+            raise tarfile.HeaderError(f"a name of {member.size:,} bytes")
         return member
 
 
@@ -268,12 +285,25 @@ def _load_cache(file: Path) -> dict[str, _Record]:
             columns = ("names", "stamps", "damages", "left_out")
             all_labels = json.loads(arrays["labels"].tobytes())
             rows = zip(*(arrays[name].tolist() for name in columns), all_labels, parts, strict=True)
-        return {
+        records = {
             name: _Record((size, time), ShardIndex(entries, damage, json.loads(reasons), labels))
             for name, (size, time), damage, reasons, labels, entries in rows
         }
+        return {name: record for name, record in records.items() if _is_plausible(record)}
     except Exception:  # missing or damaged, for which the readers raise anything: made anew
         return {}
+
+
+def _is_plausible(record: _Record) -> bool:
+    """Return whether all samples of an index lie in its shard, so that a damaged one can't be read from anywhere."""
+    entries = record.content.entries
+    if entries.dtype != ENTRY:
+        return False
+    within = entries["label"] < len(record.content.labels)
+    for part in ("image", "caption", "segmentation"):
+        offset, size = entries[part]["offset"], entries[part]["size"]
+        within &= (offset >= -1) & (size >= 0) & (size <= record.stamp[0]) & (offset <= record.stamp[0] - size)
+    return bool((within & (entries["image"]["offset"] >= 0) & (entries["label"] >= -1)).all())
 
 
 def _save_cache(folder: Path, records: Mapping[str, _Record]) -> None:

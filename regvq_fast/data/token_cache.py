@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from regvq_fast.data.samples import Field, Split
 from regvq_fast.files import atomic_path
+from regvq_fast.json_values import check_types, parse_json
 
 INFO = "cache.json"
 FORMAT = 1
@@ -42,6 +43,7 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64),
 }
 _MAX_HEADER = 10**6
+_MOST = 2**31
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,17 @@ class CacheInfo:
     """Fingerprint of the first images of both splits; None: of a cache that was made before it was kept."""
     format: int = FORMAT
 
+    def check(self) -> None:
+        """Raise ValueError for a field of another type or out of range, as a damaged file may have."""
+        check_types(type(self), vars(self))
+        names = ("num_codes", "image_size", "train_images", "val_images", "views", "shard_samples")
+        sizes = [(name, getattr(self, name)) for name in names] + [("token_shape", side) for side in self.token_shape]
+        for name, value in sizes:
+            if not 1 <= value < _MOST:
+                raise ValueError(f"{name} is {value}, not from 1 to {_MOST - 1}")
+        if self.num_classes is not None and not 1 <= self.num_classes <= 256:
+            raise ValueError(f"num_classes is {self.num_classes}, not from 1 to 256")
+
     def samples(self, split: Split) -> int:
         """Samples in a split of the cache."""
         return self.val_images if split == "val" else self.views * self.train_images
@@ -123,11 +136,13 @@ def read_info(folder: Path) -> CacheInfo:
         what = f"{folder} has no {INFO}" if folder.is_dir() else f"no such folder: {folder}"
         raise FileNotFoundError(f"{what}; make a token cache with `regvq tokens`, whose --out is a new folder")
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
         version = values["format"]
         if version == FORMAT:
             lists = {name: tuple(values.get(name, ())) for name in ("fields", "label_names")}
-            return CacheInfo(**(values | lists | {"token_shape": tuple(map(int, values["token_shape"]))}))
+            info = CacheInfo(**(values | lists | {"token_shape": tuple(values["token_shape"])}))
+            info.check()
+            return info
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged, or does not describe a token cache ({error})") from None
     raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: make the cache anew")
@@ -204,7 +219,7 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: run `regvq tokens` again, it makes what is missing") from None
     try:
-        entries = {name: _Entry.parse(entry) for name, entry in json.loads(header).items() if name != "__metadata__"}
+        entries = {name: _Entry.parse(entry) for name, entry in parse_json(header).items() if name != "__metadata__"}
         starts, stops = zip(*sorted(entry.extent for entry in entries.values()), strict=True)
         if starts != (0, *stops[:-1]):
             raise ValueError("its arrays overlap")
@@ -215,8 +230,11 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
     _check_entries(path, entries, _expected_entries(info, len(info.shard_range(split, number))))
     arrays = {name: entries[name].view(content[8 + length :]) if name in entries else None for name in Shard._fields}
     shard = Shard(**arrays)  # type: ignore[arg-type]
-    if shard.caption_ends is not None and (np.diff(shard.caption_ends, prepend=0) < 1).any():
-        raise ValueError(f"{path} has an empty caption{REMEDY}")  # no text encoder takes it
+    if shard.caption is not None and shard.caption_ends is not None:
+        if (shard.caption_ends <= np.append(0, shard.caption_ends[:-1])).any():  # a difference could overflow
+            raise ValueError(f"{path} has an empty caption{REMEDY}")  # no text encoder takes it
+        if shard.caption_ends[-1] != len(shard.caption):
+            raise ValueError(f"{path} has {len(shard.caption):,} bytes of captions, not what their ends state{REMEDY}")
     return shard
 
 
@@ -244,7 +262,7 @@ class _Entry(NamedTuple):
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> "_Entry":
         """Parse a description; raises ValueError, KeyError, TypeError or AttributeError if it is none."""
-        start, stop = entry["data_offsets"]
+        start, stop = map(operator.index, entry["data_offsets"])
         parsed = cls(entry["dtype"], [operator.index(side) for side in entry["shape"]], (start, stop))
         if min(parsed.shape) < 0 or stop - start != math.prod(parsed.shape) * _TYPES[parsed.dtype].itemsize:
             raise ValueError("the shape does not fit the bytes")

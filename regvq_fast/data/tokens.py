@@ -202,7 +202,13 @@ class TokenDataset(Dataset[TokenSample]):
                 )
             batch["label"] = torch.from_numpy(labels)
         if "caption" in self.info.fields:
-            batch["caption"] = [shards[number].caption_of(row) for number, row in locations]
+            try:
+                batch["caption"] = [shards[number].caption_of(row) for number, row in locations]
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{self.folder} holds a caption that is not UTF-8 ({error}): a shard is damaged; delete the cache, "
+                    "and make it anew"
+                ) from None
         return batch
 
     def _position(self, index: int) -> int:

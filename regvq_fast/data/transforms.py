@@ -105,7 +105,7 @@ def crop_labels(
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise ValueError(f"a segmentation map has one class id a pixel, this one is {image.mode}")
     labels = np.asarray(image)
-    largest = (num_classes or 256) - 1
+    largest = min(num_classes or 256, 256) - 1  # a map has 8 bits
     if labels.max() > largest or labels.min() < 0:
         raise ValueError(f"class ids of a segmentation map must be in 0..{largest}, got {labels.min()}..{labels.max()}")
     # Equal shapes up to the rounding of a side, of the map or of the image, to whole pixels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
 from regvq_fast.models.card import Card
@@ -18,6 +20,9 @@ from regvq_fast.models.hub import CARD, HubName, local_folder, publish
 from regvq_fast.models.pretrained import CONFIG, pretrained_files, read_pretrained, with_manifest, write_folder
 from regvq_fast.models.weights import check_state_dict, weights_hash
 from regvq_fast.version import __version__
+
+_ANY_SIZE = 2**20
+"""A number in an architecture may be so large whatever the weights are, as the size of images is."""
 
 AnyModel = TypeVar("AnyModel", bound="Model")
 
@@ -133,13 +138,55 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
     kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if kind is None:
         raise ValueError(f"{source} holds a {name}, not a {' or '.join(kind.__name__ for kind in kinds)}")
+    most = 2 * sum(value.numel() for value in weights.values())
     try:
-        model = kind._build(**description)
-    except TypeError as error:
+        for number in _whole_numbers(description):
+            if number > max(most, _ANY_SIZE):
+                raise ValueError(f"its architecture has the number {number}, more than its weights could have")
+        # A pre-trained text encoder has its weights elsewhere.
+        with _at_most(math.inf if description.get("text_encoder") else most):
+            model = kind._build(**description)
+        fresh = model.state_dict()
+        check_state_dict(weights, {name: value.shape for name, value in fresh.items()}, f"this {name}")
+        for name, value in fresh.items():
+            if value.is_floating_point() != weights[name].is_floating_point():
+                raise ValueError(f"the weights have {name} as {weights[name].dtype}, not {value.dtype}")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    except (TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
         raise ValueError(f"the architecture in {source} doesn't fit this version: {error}") from None
-    check_state_dict(weights, {name: value.shape for name, value in model.state_dict().items()}, f"this {name}")
     model.load_state_dict(weights)
     return model.eval()
+
+
+def _whole_numbers(description: Any) -> Iterator[int]:
+    """Yield the whole numbers in plain values."""
+    if isinstance(description, int):
+        yield description
+    elif isinstance(description, (list, dict)):
+        for value in description.values() if isinstance(description, dict) else description:
+            yield from _whole_numbers(value)
+
+
+@contextmanager
+def _at_most(numbers: float) -> Iterator[None]:
+    """Raise ValueError where modules made inside the block have more parameters than this, before these are filled.
+
+    A damaged description would ask for more memory, or time, than there is.
+    """
+    made = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += parameter.numel() if isinstance(parameter, Tensor) else 0
+        if made > numbers:
+            raise ValueError("its architecture has more parameters than its weights")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Checkpointed(nn.Module):

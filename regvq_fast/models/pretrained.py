@@ -11,6 +11,7 @@ read is compared with the manifest before it is parsed, and nothing is ever unpi
 import errno
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 from torch import Tensor
 
+from regvq_fast.json_values import parse_json
 from regvq_fast.quantizers import QUANTIZERS, Quantizer
 from regvq_fast.version import __version__
 
@@ -131,8 +133,8 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         path = folder / name
         try:
-            size, sha256 = int(entries[name]["bytes"]), str(entries[name]["sha256"])
-        except (ValueError, KeyError, TypeError):
+            size, sha256 = operator.index(entries[name]["bytes"]), str(entries[name]["sha256"])
+        except (KeyError, TypeError):
             raise _damaged(folder) from None
         if not path.is_file():
             raise ValueError(f"{path} is missing")
@@ -147,7 +149,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
 def read_manifest(folder: Path) -> dict[str, Entry]:
     """Return the entries of a folder's files; ValueError if it has no manifest or a damaged one."""
     try:
-        return dict(json.loads((folder / MANIFEST).read_bytes())["files"])
+        return dict(parse_json((folder / MANIFEST).read_bytes())["files"])
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or only a part of one") from None
     except (ValueError, KeyError, TypeError):
@@ -181,7 +183,7 @@ def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     else:  # a run's folder: its final weights have no manifest, but took their name when they were complete
         contents = {name: _read(folder / name) for name in (CONFIG, WEIGHTS)}
     try:
-        architecture = dict(json.loads(contents[CONFIG])["architecture"])
+        architecture = dict(parse_json(contents[CONFIG])["architecture"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / CONFIG} does not describe a model: it has no valid 'architecture'") from None
     return architecture, weights_from_bytes(contents[WEIGHTS], folder / WEIGHTS)

@@ -66,7 +66,7 @@ def read_taming(path: Path, config: Path | None = None, image_size: int | None =
     try:
         given, prefix, outside = strip_prefix(state, _ENDS, "a VQGAN of taming-transformers")
         architecture, levels = _architecture({name: value.shape for name, value in given.items()})
-    except ValueError as error:
+    except (ValueError, ArithmeticError, LookupError) as error:  # tensors without the dimensions or values of taming's
         raise ValueError(f"{path}: {error}") from None
     found = None
     for source, described in _descriptions(path, config):
@@ -174,10 +174,12 @@ def _agrees(described: Mapping[str, Any], architecture: Mapping[str, Any], level
     names = ("ch", "ch_mult", "num_res_blocks", "z_channels", "in_channels")
     try:
         resolution, attention = int(described["resolution"]), list(described["attn_resolutions"])
+        float(described.get("dropout", 0.0))
         same = all(described[name] == architecture[name] for name in names)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
-    return same and levels == [i for i in range(len(architecture["ch_mult"])) if resolution >> i in attention]
+    attended = [i for i in range(len(architecture["ch_mult"])) if resolution >> i in attention]
+    return same and resolution > 0 and levels == attended
 
 
 def _descriptions(path: Path, config: Path | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
@@ -193,7 +195,7 @@ def _descriptions(path: Path, config: Path | None) -> Iterator[tuple[Path, Mappi
     for file in [config] if config is not None else dict.fromkeys(near):
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             if config is not None:
                 reason = str(error).partition("\n")[0]
                 raise ValueError(f"can't read {config} as a yaml of taming-transformers: {reason}") from None
@@ -204,8 +206,11 @@ def _descriptions(path: Path, config: Path | None) -> Iterator[tuple[Path, Mappi
 
 def _ddconfigs(content: Any) -> Iterator[Mapping[str, Any]]:
     """Yield every mapping called `ddconfig`, wherever it is: a transformer's yaml has it within its first stage."""
-    if isinstance(content, Mapping):
-        for name, value in content.items():
-            if name == "ddconfig" and isinstance(value, Mapping):
-                yield value
-            yield from _ddconfigs(value)
+    pending, seen = [content], set[int]()
+    while pending:
+        content = pending.pop()
+        if isinstance(content, Mapping) and id(content) not in seen:  # a yaml may refer to a part again, or to itself
+            seen.add(id(content))
+            pending += reversed(list(content.values()))
+            if isinstance(found := content.get("ddconfig"), Mapping):
+                yield found

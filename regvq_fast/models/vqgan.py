@@ -358,10 +358,10 @@ reconstructions = model.decode_indices(tokens)
     @classmethod
     def from_taming_checkpoint(cls, found: TamingCheckpoint) -> tuple[Self, LoadedWeights]:
         """Build the model of a file that was read, as :meth:`from_taming`, and return what was loaded beside it."""
-        model = cls._build(**found.architecture)
         try:
+            model = cls._build(**found.architecture)
             loaded = model.load_taming_state_dict(found.state_dict)
-        except ValueError as error:
+        except (ValueError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"{found.path}: {error}") from None
         return model.eval(), LoadedWeights(loaded.taken, loaded.left_out + found.outside, found.prefix)
 

@@ -135,8 +135,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         remedy = "; delete it, and it is downloaded again" if cached else ""
         raise ValueError(f"can't read weights file {path}: {reason}{remedy}") from error
     state = nested_state_dict(state)
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise ValueError(f"weights file {path} holds no state dict (names to tensors)")
+    for name, tensor in state.items():  # one that repeats its values may claim any size
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"weights file {path} has {name} as {tuple(tensor.shape)}, and fewer values of it")
     half = (torch.float16, torch.bfloat16)
     return {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in state.items()}
 

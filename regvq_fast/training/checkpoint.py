@@ -27,6 +27,7 @@ from torch import Tensor
 
 from regvq_fast.config import Config, TrainConfig, config_from_dict, read_config
 from regvq_fast.files import atomic_path
+from regvq_fast.json_values import parse_json
 from regvq_fast.models.pretrained import (
     CHECKPOINTS,
     CONFIG,
@@ -148,7 +149,7 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint:
 def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Config]:
     contents = read_folder(folder, (CONFIG, TRAINING))
     try:
-        config = config_from_dict(json.loads(contents[CONFIG]), kind)
+        config = config_from_dict(parse_json(contents[CONFIG]), kind)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run: {error}") from None
     state = training_state(contents[TRAINING], folder / TRAINING)
@@ -305,7 +306,7 @@ class Checkpoints:
     def _read_best(self, begin: int) -> dict[str, Any]:
         """Return the record of the best checkpoint up to the step that the run begins at."""
         try:
-            best = json.loads((self.run / CHECKPOINTS / BEST).read_bytes())
+            best = parse_json((self.run / CHECKPOINTS / BEST).read_bytes())
             known = {path.name for step, path in step_folders(self.run).items() if step <= begin}
             return {**best, "value": float(best["value"])} if best["checkpoint"] in known else {}
         except (OSError, ValueError, KeyError, TypeError):  # it only spares the best checkpoint from removal

@@ -1,6 +1,5 @@
 """ADE20K (Zhou et al. 2017): the scene parsing benchmark, and both full releases."""
 
-import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,8 +14,9 @@ from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.archives.caption_table import CaptionTable
 from regvq_fast.data.archives.classes import ADE20K_CLASSES, ADE20K_CODE_TO_CLASS
 from regvq_fast.data.finding import find_files
-from regvq_fast.data.reading import raw_lines
+from regvq_fast.data.reading import raw_lines, text_lines
 from regvq_fast.data.samples import Part
+from regvq_fast.json_values import parse_json
 
 _FULL_2016, _FULL_2021 = "ADE20K_2016_07_26", "ADE20K_2021_17_01"
 
@@ -139,7 +139,7 @@ def _benchmark_classes(top: Path) -> tuple[str, ...]:
     """Return the names of the class ids in a tree with the benchmark's layout; empty if they are unknown."""
     table = top / "objectInfo150.txt"
     if table.is_file():
-        lines = [line.decode().split("\t") for line in raw_lines(table.read_bytes())[1:] if line.strip()]
+        lines = [line.split("\t") for line in text_lines(table)[1:]]
         names = [line[-1].partition(",")[0].strip() for line in lines]
         return ADE20K_CLASSES if set(names) <= set(ADE20K_CLASSES) else (ADE20K_CLASSES[0], *names)
     if (top / "sceneCategories.txt").is_file():
@@ -155,7 +155,7 @@ def _read_captions(path: Path) -> CaptionTable:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             texts = [row["text"]] if isinstance(row["text"], str) else list(row["text"])
             captions.setdefault(row["file_name"].removeprefix("images/"), []).extend(map(str, texts))
         except (ValueError, KeyError, TypeError, AttributeError):

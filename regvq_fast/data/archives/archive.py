@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regvq_fast.console import warn_once
-from regvq_fast.data.reading import raw_lines
+from regvq_fast.data.reading import text_lines
 from regvq_fast.data.samples import Field, Part, Split
 from regvq_fast.files import atomic_path, user_cache
 
@@ -141,7 +141,7 @@ class Archive(ABC):
         """Return the lines of a list as words; FileNotFoundError states where to get it."""
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: get it from {self.source('image')}")
-        return [line.decode().split() for line in raw_lines(path.read_bytes()) if line.strip()]
+        return [line.split() for line in text_lines(path)]
 
     def _cached(self, name: str, source: str, make: Callable[[], NDArray[np.uint8]]) -> bytes:
         """Return a semantic map from the cache, or make it and store it as PNG: in MAP_FOLDER or, if that can't be

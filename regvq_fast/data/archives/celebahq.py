@@ -1,6 +1,7 @@
 """CelebAMask-HQ (Lee et al. 2020): the faces of CelebA-HQ, with masks of their parts."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ PARTS = tuple(
 _VALIDATION, _TEST = 162_771, 182_638
 """Rows of CelebA where its official partition changes, as the official g_partition.py has them."""
 _FOLDER_IMAGES = 2000
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class CelebAHQ(Archive):
@@ -62,7 +64,7 @@ class CelebAHQ(Archive):
         (mapping,) = self.lists()
         names = []
         for words in self._lines(mapping)[1:]:
-            if len(words) < 2 or not (words[0].isdecimal() and words[1].isdecimal()):
+            if len(words) < 2 or not all(_NUMBER.fullmatch(word) for word in words[:2]):
                 raise ValueError(f"{mapping} has a line {' '.join(words)!r} instead of two numbers: unpack it anew")
             row = int(words[1])
             if partition == ("train" if row < _VALIDATION else "val" if row < _TEST else "test"):

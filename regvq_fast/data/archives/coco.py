@@ -1,6 +1,5 @@
 """MS-COCO (Lin et al. 2014) of 2014 and 2017: captions, and the maps of COCO-Stuff."""
 
-import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +16,7 @@ from regvq_fast.data.archives.caption_table import CaptionTable
 from regvq_fast.data.archives.classes import COCO_CLASSES
 from regvq_fast.data.finding import find_files
 from regvq_fast.data.samples import Part
+from regvq_fast.json_values import parse_json
 
 _YEARS = {"2017": (118287, 5000), "2014": (82783, 40504)}
 """Newest first: it is used if both exist."""
@@ -142,7 +142,7 @@ def _read_captions(path: Path) -> CaptionTable:
     lines: dict[str, list[str]] = {}
     if path.is_file():
         try:
-            content: Any = json.loads(path.read_bytes())
+            content: Any = parse_json(path.read_bytes())
             files = {image["id"]: image["file_name"] for image in content["images"]}
             for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
                 lines.setdefault(files[annotation["image_id"]], []).append(annotation["caption"])
