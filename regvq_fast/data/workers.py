@@ -59,6 +59,8 @@ class PatientBatches(Iterator[Any]):
             return next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
             why = self._stuck or worker_failure(error)
+            if not why and isinstance(error, (ConnectionError, EOFError)):  # it died while it sent a batch
+                why = "DataLoader worker ended while it sent a batch; --workers 0 loads data without them"
             if why is None:
                 raise
             no_room = any(worker.exitcode == _NO_SHARED_MEMORY for worker in self._batches._workers)

@@ -1,6 +1,7 @@
 """Whole runs of train/cache_tokens.py at a tiny size, and what they leave."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from regvq_fast.cli import cache_tokens as caching
 from regvq_fast.data import ImageFolder, TokenDataset, tokenize_batch, training_batches
 from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import read_info
+from regvq_fast.ownership import FolderLock
 from regvq_fast.scenes import ScenesDataset
 
 SCRIPT = TRAIN / "cache_tokens.py"
@@ -170,6 +172,16 @@ def test_other_settings_are_refused_by_name(flags: list[str], message: str, scen
         cache(tokenizer, scenes, *SCENES, *flags)
     assert message in str(refused.value.code)
     assert contents(scenes) == before
+
+
+def test_a_cache_that_another_process_fills_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    half = tmp_path / "cache" / ".train-000000.1.safetensors"
+    half.write_bytes(b"being written")
+    with FolderLock(tmp_path / "cache", "cache"), pytest.raises(SystemExit, match=f"in use by process {os.getpid()}"):
+        cache(tokenizer, tmp_path / "cache", *SCENES)
+    assert half.exists()
+    assert list((tmp_path / "cache").iterdir()) == [half]
 
 
 def test_other_tokenizers_and_folders_are_refused(scenes: Path, tokenizer: Path, tmp_path: Path) -> None:

@@ -95,17 +95,17 @@ def test_an_error_in_a_step_says_why_and_how_to_go_on(
 def test_a_killed_worker_ends_the_run_in_a_sentence_and_it_resumes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = ("--data", photos, "--workers", 1, "--steps", 20)
-    train(*FAST, *data, "--out", tmp_path / "whole")
+    data = ("--data", photos, "--workers", 1, "--steps", 9)
+    train(*FAST, *EVERY_STEP, *data, "--out", tmp_path / "whole")
     out = tmp_path / "run"
 
     def kill(trainer: Any) -> None:
         os.kill(trainer._batches._batches._batches._workers[0].pid, signal.SIGKILL)
 
-    at_step(monkeypatch, 3, kill)
+    at_step(monkeypatch, 2, kill)
     line = stopped(capsys, *data, "--out", out)
     assert re.search(r"stopped after step \d+: DataLoader worker .*--workers 0 .*to continue from step-", line)
-    resume(out, "--checkpoint-every", 500, "--log-every", 2)
+    resume(out)
     assert_same_run(tmp_path / "whole", out)
 
 
