@@ -192,8 +192,10 @@ class _Generator:
 
     def columns(self) -> int:
         """Return the columns of the grid: a multiple of the number of labels, if there are few."""
-        labels = len(set(self.conditions.tolist())) if self.sampler.condition == "label" else 0
-        return max(1, 8 // labels) * labels if 0 < labels <= 16 else 8
+        if self.sampler.condition != "label" or not isinstance(self.conditions, Tensor):
+            return 8
+        labels = len(self.conditions.unique())
+        return max(1, 8 // labels) * labels if labels <= 16 else 8
 
     def _pixels(self) -> tuple[int, int]:
         """Return height and width of the images."""
