@@ -226,13 +226,14 @@ def test_npz_bombs_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
             read(path)
 
 
-def test_tokens_of_images_without_a_factor_are_refused(tmp_path: Path) -> None:
+def test_tokens_of_images_of_another_type_are_refused(tmp_path: Path) -> None:
     valid._make_encoded(tmp_path)
     path = tmp_path / "tokens.npz"
     with np.load(path) as found:
         arrays = dict(found)
-    for wrong in (np.array(0), np.array(np.inf)):
-        np.savez(path, **(arrays | {"downsampling_factor": wrong}))
+    names = [{"names": np.array(["a", ""])}, {"names": np.arange(2)}, {"tokens": arrays["tokens"] + 0.5}]
+    for wrong in [{"downsampling_factor": np.array(0)}, {"downsampling_factor": np.array(np.inf)}, *names]:
+        np.savez(path, **(arrays | wrong))
         with pytest.raises(ValueError, match=r"tokens\.npz is damaged"):
             EncodedImages.load(path)
 
