@@ -145,6 +145,7 @@ def fuzz(corpus: Corpus, others: list[bytes], label: str, count: int) -> list[tu
 
 
 def main() -> None:
+    """Print counts by reader and outcome; exit with 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=20_000, help="of all readers together")
     parser.add_argument("--seed", type=int, default=0)

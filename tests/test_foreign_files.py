@@ -103,9 +103,10 @@ def test_captions_of_a_cache_have_to_be_utf_8_and_end_where_it_says(tmp_path: Pa
 def test_offsets_of_a_shard_are_whole_numbers(tmp_path: Path) -> None:
     valid._make_cache(tmp_path)
     path = shard_path(tmp_path, "val", 0)
-    content = path.read_bytes().replace(b":[0,", b":[0.,")
-    header = content[8:].partition(b"}}")[0] + b"}}"
-    path.write_bytes(len(header).to_bytes(8, "little") + content[8:])
+    whole = path.read_bytes()
+    content = whole.replace(b":[0,", b":[0.0,")
+    length = int.from_bytes(whole[:8], "little") + len(content) - len(whole)
+    path.write_bytes(length.to_bytes(8, "little") + content[8:])
     with pytest.raises(ValueError, match="its header is damaged"):
         TokenDataset(tmp_path, "val")
 
@@ -225,13 +226,14 @@ def test_npz_bombs_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
             read(path)
 
 
-def test_tokens_of_images_without_a_factor_are_refused(tmp_path: Path) -> None:
+def test_tokens_of_images_of_another_type_are_refused(tmp_path: Path) -> None:
     valid._make_encoded(tmp_path)
     path = tmp_path / "tokens.npz"
     with np.load(path) as found:
         arrays = dict(found)
-    for wrong in (np.array(0), np.array(np.inf)):
-        np.savez(path, **(arrays | {"downsampling_factor": wrong}))
+    names = [{"names": np.array(["a", ""])}, {"names": np.arange(2)}, {"tokens": arrays["tokens"] + 0.5}]
+    for wrong in [{"downsampling_factor": np.array(0)}, {"downsampling_factor": np.array(np.inf)}, *names]:
+        np.savez(path, **(arrays | wrong))
         with pytest.raises(ValueError, match=r"tokens\.npz is damaged"):
             EncodedImages.load(path)
 
@@ -242,9 +244,7 @@ def test_tokens_of_images_without_a_factor_are_refused(tmp_path: Path) -> None:
         {"ch": 200_000},
         {"num_res_blocks": 10**9},
         {"ch_mult": []},
-        {"ch_mult": [1, None]},
         {"quantizer": {"type": "NearestQuantizer", "num_codes": 2**40, "code_dim": 4}},
-        {"quantizer": {"type": ["NearestQuantizer"]}},
     ],
 )
 def test_an_architecture_that_its_weights_do_not_have_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
@@ -290,11 +290,10 @@ def test_a_yaml_that_is_none_of_tamings_is_refused(tmp_path: Path, text: str) ->
     "changes",
     [
         {3: torch.zeros(1)},
-        {"encoder.conv_in.weight": torch.zeros(())},
         {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)},
         {"quantize.embedding.weight": torch.zeros(1, dtype=torch.float16).expand(2**40, 4)},
     ],
-    ids=["name", "no dimension", "no channel", "larger than the file"],
+    ids=["name", "no channel", "larger than the file"],
 )
 def test_a_checkpoint_with_a_tensor_of_no_vqgan_is_refused(tmp_path: Path, changes: dict[Any, torch.Tensor]) -> None:
     valid._make_taming(tmp_path)

@@ -132,8 +132,7 @@ def _scaled(box: Box, size: tuple[int, int], target: Box) -> Box:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16" and its byte orders, or "I", which is how some versions open 16-bit files
-        wide = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((wide.clip(0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         samples = np.nan_to_num(np.asarray(image, dtype=np.float32))
         samples = samples * 255 if samples.max() <= 1 else samples
