@@ -121,17 +121,17 @@ def _in_use(path: Path, content: str) -> str | None:
     except (ValueError, KeyError, TypeError):  # it is being written, or its writer was killed
         owner, host, number, command = {}, "an unknown host", 0, "an unknown command"
     here = _this_process()
-    said = f"{path.parent} is in use by process {number} on {host} ({command})"
+    refusal = (
+        f"{path.parent} is in use by process {number} on {host} ({command}): wait until it ends, or name another --out"
+    )
     if owner.get("machine") == here["machine"]:
-        if _start_time(number) != owner["started"]:
-            return None
-        return f"{said}: wait until it ends, or name another --out"
+        return refusal if _start_time(number) == owner["started"] else None
     silent = _clock_of_disk(path.parent) - path.stat().st_mtime
     if silent > (_GONE_SECONDS if owner else _WRITING_SECONDS):
         return None
     return (
-        f"{said}: wait until it ends, or name another --out; if it was killed, delete {path}, or wait until "
-        f"{_GONE_SECONDS / 60:.0f} minutes after its last sign of life, {max(silent, 0):.0f} seconds ago"
+        f"{refusal}; if it was killed, delete {path}, or wait until {_GONE_SECONDS / 60:.0f} minutes after its last "
+        f"sign of life, {max(silent, 0):.0f} seconds ago"
     )
 
 

@@ -28,7 +28,7 @@ PRIOR += "--log-every 2 --checkpoint-every 2 --warmup-steps 2 --dropout 0.1 --em
 JOBS = {
     "vq": ["vq.py", *TINY, *FAST, *"--steps 14 --checkpoint-every 2 --dropout 0.2 --ema 0.9 --disc-start 5".split()],
     "ar": ["ar.py", *PRIOR],
-    "diffusion": ["diffusion.py", *PRIOR, "--timesteps", "4"],
+    "diffusion": ["diffusion.py", *PRIOR],
     "tokens": ["cache_tokens.py", *"--scenes 400 --views 2 --val-images 40 --shard-samples 64 --device cpu".split()],
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

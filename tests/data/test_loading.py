@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from regvq_fast.data import ImageFolder, training_batches, validation_batches
 from regvq_fast.data.datasets import build_dataset
-from regvq_fast.data.loading import TimedBatches, _leave_signals_to_the_parent, default_workers, spread_samples
+from regvq_fast.data.loading import TimedBatches, default_workers, spread_samples
+from regvq_fast.data.workers import start_worker
 from regvq_fast.scenes import ScenesDataset
 
 
@@ -81,7 +82,7 @@ def test_workers_keep_to_one_thread_and_leave_interrupts_to_the_parent():
 
 
 def wait_as_a_worker(ready) -> None:
-    _leave_signals_to_the_parent(0)
+    start_worker(0)
     ready.set()
     time.sleep(60)
 
