@@ -1,6 +1,6 @@
 """Disturb runs at random, resume them, and compare their ends with those of undisturbed ones, bit by bit.
 
-    PYTHONPATH=. python tests/soak.py --minutes 30 --seed 1
+    PYTHONPATH=.:tests python tests/soak.py --minutes 30 --seed 1
 
 Not a test of the suite: it takes as long as it is given, and prints counts of what was done. It trains the tokenizer
 and both priors and fills a token cache, at tiny sizes, each with disturbances until it is through: SIGKILL, SIGTERM,
@@ -33,7 +33,7 @@ JOBS = {
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DISTURBANCES = [*(number.name for number in SIGNALS), "tensorboard", "reader", "second"]
-TAKES_SECONDS = (2.0, 25.0)
+TAKES_SECONDS = (1.0, 14.0)
 
 
 def start(job: str, out: Path, base: Path, *flags: str) -> "subprocess.Popen[bytes]":
@@ -77,7 +77,7 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
         if process.returncode == 0:
             return
         died = process.returncode in {-number for number in SIGNALS}
-        saved = process.returncode in {128 + number for number in SIGNALS} and said.strip()
+        saved = process.returncode in {128 + number for number in SIGNALS}
         assert died or saved, f"{job} ended with {process.returncode}: {said[-2000:]}"
         assert "Traceback" not in said or kind == "SIGINT", said[-2000:]
 
