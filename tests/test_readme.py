@@ -156,7 +156,8 @@ def test_paths_exist(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_exist(document: str) -> None:
     known = {name: help_of(name) for name in NAMES}
-    sources = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
+    scripts = [*(ROOT / "bench").glob("*.py"), ROOT / "tests" / "fuzz.py", ROOT / "tests" / "soak.py"]
+    sources = "".join(path.read_text() for path in scripts)
     known["bench"] = set(re.findall(r'"(--[a-z][\w-]*)"', sources))
     known["torchrun"] = set(get_args_parser()._option_string_actions)
     for name, mentioned in mentioned_flags(TEXTS[document]).items():
