@@ -1,6 +1,6 @@
 """Disturb runs at random, resume them, and compare their ends with those of undisturbed ones, bit by bit.
 
-    PYTHONPATH=.:tests python tests/soak.py --minutes 30 --seed 1
+    python tests/soak.py --minutes 30 --seed 1
 
 Not a test of the suite: it takes as long as it is given, and prints counts of what was done. It trains the tokenizer
 and both priors and fills a token cache, at tiny sizes, each with disturbances until it is through: SIGKILL, SIGTERM,
