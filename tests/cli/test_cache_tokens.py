@@ -325,7 +325,7 @@ def test_fields_that_all_images_have_are_kept_and_others_named_before_encoding(
     said = capsys.readouterr().out
     assert "fields  label\n" in said
     assert "left out  caption: 5 of 6 images; --fields caption label keeps only these\n" in said
-    assert re.search(r"priors  ar by label, diffusion by label\n", said)
+    assert re.search(r"priors  ar by label, diffusion by label, maskgit by label\n", said)
 
     out = cache(tokenizer, tmp_path / "cache", *flags)
     info, tokens = read_info(out), TokenDataset(out)
