@@ -49,7 +49,7 @@ from regvq_fast import nvml
 LIMIT = 580.0  # seconds in all, up to the tables: no case begins that would not be ready by then
 # Of these at most; what they leave goes to the cases that come last.
 FIRST, TESTS = 0.4, 0.25
-STEPS = dict(zip(gpu_parts.STEPS, (0.15, 0.1, 0.1), strict=True))
+STEPS = dict(zip(gpu_parts.STEPS, (0.15, 0.08, 0.08, 0.04), strict=True))
 CASE_LIMIT = 3.0  # seconds of the turns of a case
 REPEATS = 30
 # Who knows the cases of an op: make_inputs, competitors, truth_of and examine.

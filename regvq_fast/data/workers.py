@@ -93,6 +93,9 @@ class PatientBatches(Iterator[Any]):
         self._closed.set()
         for worker in self._batches._workers:
             worker.kill()
+        # One that was killed while it looked at this event holds the event's lock for ever. No other process is left
+        # that the event would have to reach.
+        self._batches._workers_done_event = threading.Event()
         self._batches._shutdown_workers()
 
 

@@ -172,8 +172,10 @@ class PriorRecipe(Recipe[Config]):
     def _describe_condition(self) -> str:
         if self.conditioned_on == "none":
             return f"none: unconditional ({' or '.join(self.sampler.conditions[:-1])} would be one)"
-        names = f"one of {len(self.label_names)}: {', '.join(self.label_names[:3])} ..." if self.label_names else ""
-        return f"{self.conditioned_on} {names}".rstrip()
+        if self.conditioned_on != "label":
+            return self.conditioned_on
+        names, more = self.label_names, " ..." if len(self.label_names) > 3 else ""
+        return f"label, one of {len(names)}: {', '.join(names[:3])}{more}"
 
     def distribute(self, compile: bool) -> None:
         self._encoder = _MicroBatchEncoder(self.tokenizer, self.micro_batch, compile=compile)

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -196,3 +197,17 @@ def test_samples_spread_over_sorted_images_are_of_every_class(tmp_path):
     images = build_dataset(tmp_path, split="val", image_size=8, fields=("label",))
     assert spread_samples(images, 4)["label"].tolist() == [0, 0, 1, 1]
     assert len(spread_samples(images, 99)["label"]) == 16
+
+
+def test_workers_end_though_one_was_killed_with_a_lock():
+    """As one is that looks at the event by which the loader asks its workers to end."""
+    batches = training_batches(ScenesDataset("train", 16), 2, workers=1)
+    next(batches)
+    inner = batches._batches._batches
+    (worker,) = inner._workers
+    assert inner._workers_done_event._cond._lock.acquire(timeout=10), "nobody will release it"
+    closing = threading.Thread(target=batches.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert not worker.is_alive()

@@ -12,6 +12,12 @@ from helpers.runs import FAST, checkpoints, records, train, without_clock
 from regvq_fast.training.trainer import Trainer
 
 
+def remove_all(path: Path) -> None:
+    while path.is_dir():  # TensorBoard's thread may write into its folder meanwhile
+        shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+
+
 def before_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
     original = Trainer.step
 
@@ -28,7 +34,7 @@ def test_a_run_folder_that_is_removed_comes_back_and_the_end_says_so(
 ) -> None:
     train(*FAST, "--out", tmp_path / "whole", "--steps", 8, "--checkpoint-every", 2)
     out = tmp_path / "run"
-    before_step(monkeypatch, 5, lambda: shutil.rmtree(out))
+    before_step(monkeypatch, 5, lambda: remove_all(out))
     with pytest.raises(SystemExit) as stop:
         train(*FAST, "--out", out, "--steps", 8, "--checkpoint-every", 2)
     assert stop.value.code == 1
@@ -50,7 +56,7 @@ def test_a_folder_that_another_run_took_is_left_to_it(
     theirs = json.dumps({"host": "far", "pid": 1, "started": "1", "machine": "another", "command": "regvq train vq"})
 
     def replace() -> None:
-        shutil.rmtree(out)
+        remove_all(out)
         out.mkdir()
         (out / ".run.lock").write_text(theirs)
 
@@ -71,8 +77,7 @@ def test_a_part_of_a_run_that_is_removed_is_one_warning_at_most(
     out = tmp_path / "run"
 
     def remove() -> None:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_all(out / name)
 
     before_step(monkeypatch, 3, remove)
     train(*FAST, "--out", out, "--steps", 20, "--log-every", 1)
