@@ -117,9 +117,11 @@ def _check(config: SampleConfig) -> None:
         raise ValueError("--strip shows a single grid of tokens: leave out --extend")
     if config.per_class is not None:
         check_at_least(1, {"--per-class": config.per_class})
-    given = (config.map, config.text, config.label)
+    given = (config.map, config.text, config.label, config.per_class)
     if config.data is not None and any(given):
-        raise ValueError(f"--data {config.data} brings conditions of its own: leave out --map, --text or --label")
+        raise ValueError(
+            f"--data {config.data} brings conditions of its own: leave out --map, --text, --label or --per-class"
+        )
 
 
 class _Generator:

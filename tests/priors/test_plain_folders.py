@@ -63,6 +63,8 @@ def test_a_folder_trains_every_prior(
         with pytest.raises(SystemExit, match=r"2 labels"):
             run_script(*sampled, tmp_path / "no", "--data", other, script="sample.py")
         run_script(*sampled, tmp_path / "val", "--data", data, script="sample.py")
+        with pytest.raises(SystemExit, match=r"--data .*--per-class"):
+            run_script(*sampled, tmp_path / "no", "--data", data, "--per-class", 2, script="sample.py")
         with pytest.raises(SystemExit, match=r"'fox' .*'red fox'"):
             run_script(*sampled, tmp_path / "no", "--label", "fox", script="sample.py")
     else:

@@ -74,8 +74,7 @@ class MaskGIT(ClassIdModel):
         }
         self.tok_emb = nn.Embedding(num_codes + 1, width)
         self.cond_emb = nn.Embedding(num_classes + 1, width)
-        self.is_map = self.conditioned_on == "segmentation"
-        grids = [self.token_shape] if self.is_map else [(1, 1), self.token_shape]
+        grids = [self.token_shape] if self.conditioned_on == "segmentation" else [(1, 1), self.token_shape]
         self.pos_emb = nn.Parameter(torch.cat([grid_sinusoids(grid, width) for grid in grids])[None])
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
@@ -152,7 +151,7 @@ class MaskGIT(ClassIdModel):
                 f"tokens and condition must be of equally many images, got {len(tokens)}, {len(condition)}"
             )
         x, condition = self.tok_emb(tokens), self.cond_emb(condition)
-        x = x + condition if self.is_map else torch.cat([condition, x], dim=1)
+        x = x + condition if self.conditioned_on == "segmentation" else torch.cat([condition, x], dim=1)
         x = self.drop(x + self.pos_emb)
         for block in self.blocks:
             x = block(x, attention)
