@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,32 +132,37 @@ class Pipeline(NamedTuple):
 
 
 def _run(command: Sequence[str]) -> int:
-    """Status of a command, which gets the signals that would stop this process, and is waited for."""
-    # In a session of its own: Ctrl-C in a terminal then reaches it through this process alone, like any other signal.
-    with subprocess.Popen(command, start_new_session=True) as process, _passing_on(process):
-        return process.wait()
+    """Run a command that gets the signals which would stop this process; return its status.
 
-
-@contextmanager
-def _passing_on(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Let the command save its work on SIGINT, SIGTERM and a closed terminal's SIGHUP, then stop, too."""
+    SIGINT, SIGTERM and a closed terminal's SIGHUP let the command save its work, then stop this process, too.
+    """
+    process: subprocess.Popen[bytes] | None = None
     received: list[int] = []
+
+    def pass_on(number: int) -> None:
+        if process is not None:
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # which saves what is done
 
     def handle(number: int, _frame: object) -> None:
         received.append(number)
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # which saves what is done
+        pass_on(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
         numbers.append(signal.SIGHUP)
+    # Before the command starts: a signal between the two would leave it behind, without this process.
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield
+        # In a session of its own: Ctrl-C in a terminal then reaches it through this process alone, as any signal does.
+        with subprocess.Popen(command, start_new_session=True) as process:
+            for number in received:  # while it started
+                pass_on(number)
+            status = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if received:
-        process.wait()
         if received[-1] == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + received[-1])
+    return status

@@ -249,6 +249,22 @@ def test_signals_reach_the_command_that_saves_its_work_and_end_the_driver(tmp_pa
     assert process.returncode == 128 + number or (number == signal.SIGINT and b"KeyboardInterrupt" in error)
 
 
+def test_a_signal_while_the_command_starts_reaches_it(monkeypatch):
+    start = subprocess.Popen
+
+    def slow_start(*args, **kwargs):
+        process = start(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(stages.subprocess, "Popen", slow_start)
+    begin = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        stages._run([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 20
+
+
 def test_numbers_of_other_protocols_are_not_compared(ran, tmp_path):
     reproduce(table2(tmp_path))
     path = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior" / RESULTS
