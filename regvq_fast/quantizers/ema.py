@@ -1,6 +1,7 @@
 """VQ-VAE: nearest code from a codebook of running averages (van den Oord et al., 2017, appendix A.1)."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 from regvq_fast.ops import assign_codes, segment_sum
 from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.ops.segment_sum import segment_counts
+from regvq_fast.quantizers.nearest import NearestSettings
 from regvq_fast.quantizers.quantizer import (
     CodebookQuantizer,
     CodeMap,
@@ -18,6 +20,23 @@ from regvq_fast.quantizers.quantizer import (
     wide,
 )
 from regvq_fast.ranks import gather_rows
+from regvq_fast.settings import arg, check_at_least
+
+
+@dataclass(frozen=True)
+class EMASettings(NearestSettings):
+    """Settings of VQ-VAE."""
+
+    decay: Annotated[float, arg(name="codebook-decay")] = 0.99
+    """vq-vae: decay of the codes' running averages."""
+    dead_threshold: float = 0.1
+    """vq-vae: usage, over uniform, that moves a code."""
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        check_at_least(0, {"dead_threshold": self.dead_threshold})
 
 
 class EMAQuantizer(CodebookQuantizer):
@@ -33,39 +52,26 @@ class EMAQuantizer(CodebookQuantizer):
     Args:
         num_codes: N.
         code_dim: D.
-        decay: of the running averages.
-        commitment: weight of ``mean |z - sg(q)|^2``.
-        dead_threshold: see above; 0 never moves a dead code.
+        settings: fields of :class:`EMASettings`, and ``channels_last``; the commitment is of ``mean |z - sg(q)|^2``.
 
     Raises:
         ValueError: a setting that is out of range.
     """
 
+    Settings = EMASettings
+    settings: EMASettings
     cluster_share: Tensor
     cluster_sum: Tensor
 
-    def __init__(
-        self,
-        num_codes: int,
-        code_dim: int,
-        *,
-        decay: float = 0.99,
-        commitment: float = 0.25,
-        dead_threshold: float = 0.1,
-    ) -> None:
-        super().__init__(num_codes, code_dim)
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
-        if not (commitment >= 0 and dead_threshold >= 0):
-            raise ValueError(f"commitment and dead_threshold must not be negative, got {commitment}, {dead_threshold}")
-        self.decay, self.commitment, self.dead_threshold = decay, commitment, dead_threshold
+    def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
+        super().__init__(num_codes, code_dim, **settings)
         self.embedding.weight.requires_grad_(False)
         self.frozen = False
         # Fractions of the rows, not counts: they don't depend on the batch size.
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
         self.register_load_state_dict_pre_hook(_adopt_loaded_codes)
-        if dead_threshold == 0:  # codes that are never selected stay where they are
+        if self.settings.dead_threshold == 0:  # codes that are never selected stay where they are
             self.start_from_embedding()
 
     @torch.no_grad()
@@ -93,7 +99,7 @@ class EMAQuantizer(CodebookQuantizer):
             quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes)
             metrics = {"commitment": commitment.detach()}
-            out = self._deterministic(z, quantized, indices, self.commitment * commitment, metrics)
+            out = self._deterministic(z, quantized, indices, self.settings.commitment * commitment, metrics)
             if self.training and not self.frozen:  # with the rows of all ranks: each makes the same update
                 seed = sample_seed(z.device) if seed is None else seed
                 self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed)
@@ -104,11 +110,11 @@ class EMAQuantizer(CodebookQuantizer):
         # Debiasing as in Adam is not needed: the codes are a ratio of two averages with the same bias.
         batch_share = segment_counts(indices, self.num_codes).to(rows.dtype) / len(rows)
         batch_sum = segment_sum(rows, indices, self.num_codes) / len(rows)
-        share = wide(self.cluster_share).lerp(batch_share, 1 - self.decay)
-        total = wide(self.cluster_sum).lerp(batch_sum, 1 - self.decay)
+        share = wide(self.cluster_share).lerp(batch_share, 1 - self.settings.decay)
+        total = wide(self.cluster_sum).lerp(batch_sum, 1 - self.settings.decay)
         faded = share < 1e-5 / self.num_codes  # close to 0 / 0: such a code stays where it is
-        if self.dead_threshold > 0:
-            threshold = self.dead_threshold / self.num_codes
+        if self.settings.dead_threshold > 0:
+            threshold = self.settings.dead_threshold / self.num_codes
             dead = share < threshold
             # A random row for each code, without repetition if there are enough.
             numbers = torch.arange(len(rows), device=rows.device)

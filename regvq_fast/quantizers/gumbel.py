@@ -1,6 +1,8 @@
 """Gumbel-VQ: every position is sampled (Jang et al., 2017; Ramesh et al., 2021; taming's ``GumbelQuantize``)."""
 
 import math
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +13,33 @@ from regvq_fast.quantizers.quantizer import (
     CodeMap,
     NearestCodes,
     QuantizerOutput,
+    QuantizerSettings,
     sample_seed,
     wide,
 )
 from regvq_fast.quantizers.statistics import FITTED_ROWS, log_scale_that_perturbs, softmax_of_some_rows
+from regvq_fast.settings import arg, check_at_least
 
 _FIRST_PERTURBED = 0.24
 """Fraction of the positions that noise moves when given codes are adopted: as many as of reg-vq by default."""
+
+
+@dataclass(frozen=True)
+class GumbelSettings(QuantizerSettings):
+    """Settings of Gumbel-VQ."""
+
+    tau_start: float = 1.0
+    """gumbel-vq: temperature at the start."""
+    tau_end: float = 0.0625
+    """gumbel-vq: temperature at the end."""
+    kl_weight: Annotated[float, arg(name="gumbel-kl-weight")] = 5e-4
+    """gumbel-vq: weight of KL from the uniform prior."""
+
+    def check(self) -> None:
+        super().check()
+        if not (self.tau_start > 0 and self.tau_end > 0):
+            raise ValueError(f"tau_start and tau_end must be greater than 0, got {self.tau_start} and {self.tau_end}")
+        check_at_least(0, {"kl_weight": self.kl_weight})
 
 
 class GumbelQuantizer(CodebookQuantizer):
@@ -29,33 +51,22 @@ class GumbelQuantizer(CodebookQuantizer):
     Args:
         num_codes: N.
         code_dim: D.
-        tau_start, tau_end: temperature at the start and the end of training, exponentially interpolated.
-        kl_weight: see above.
+        settings: fields of :class:`GumbelSettings`, and ``channels_last``; the temperature is
+            interpolated exponentially.
 
     Raises:
         ValueError: a setting that is out of range.
     """
 
+    Settings = GumbelSettings
+    settings: GumbelSettings
     scheduled = ("gumbel-vq's tau",)
     tau: Tensor
 
-    def __init__(
-        self,
-        num_codes: int,
-        code_dim: int,
-        *,
-        tau_start: float = 1.0,
-        tau_end: float = 0.0625,
-        kl_weight: float = 5e-4,
-    ) -> None:
-        super().__init__(num_codes, code_dim)
-        if not (tau_start > 0 and tau_end > 0):
-            raise ValueError(f"tau_start and tau_end must be greater than 0, got {tau_start} and {tau_end}")
-        if not kl_weight >= 0:
-            raise ValueError(f"kl_weight must not be negative, got {kl_weight}")
-        self.tau_start, self.tau_end, self.kl_weight = tau_start, tau_end, kl_weight
+    def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
+        super().__init__(num_codes, code_dim, **settings)
         self.proj = nn.Linear(code_dim, num_codes)
-        self.register_buffer("tau", torch.tensor(float(tau_start)))
+        self.register_buffer("tau", torch.tensor(float(self.settings.tau_start)))
 
     def nearest_codes(self) -> NearestCodes | None:
         return None
@@ -77,7 +88,8 @@ class GumbelQuantizer(CodebookQuantizer):
 
     def set_progress(self, fraction: float) -> None:
         # A tensor: a new value does not recompile a compiled step.
-        self.tau.fill_(self.tau_start * (self.tau_end / self.tau_start) ** fraction)
+        start, end = self.settings.tau_start, self.settings.tau_end
+        self.tau.fill_(start * (end / start) ** fraction)
 
     def _linear_form(self) -> tuple[Tensor, Tensor]:
         return wide(self.proj.weight.detach()), wide(self.proj.bias.detach())
@@ -101,19 +113,19 @@ class GumbelQuantizer(CodebookQuantizer):
                 codebook_grad="hard",
             )
             loss, metrics = rows.new_zeros(()), {"tau": self.tau.clone()}
-            if self.kl_weight > 0:
+            if self.settings.kl_weight > 0:
                 entropy, _ = softmax_statistics(rows, weight, bias)
                 kl = math.log(self.num_codes) - entropy
-                loss, metrics["kl"] = self.kl_weight * kl, kl.detach()
+                loss, metrics["kl"] = self.settings.kl_weight * kl, kl.detach()
             if self.training:
                 some = rows.detach().unflatten(0, (z.shape[0], -1))
                 metrics["entropy"], metrics["largest_p"] = softmax_of_some_rows(some, weight.detach(), bias.detach())
                 metrics["perturbed"] = (out.indices != out.best_indices).float().mean()
             return QuantizerOutput(
-                self._to_maps(out.quantized, z),
-                self._to_maps(out.indices, z),
+                self._from_rows(out.quantized, z),
+                self._from_rows(out.indices, z),
                 loss,
                 metrics,
-                self._to_maps(out.perturbation, z),
-                self._to_maps(mask, z),
+                self._from_rows(out.perturbation, z),
+                self._from_rows(mask, z),
             )

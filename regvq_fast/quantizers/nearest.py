@@ -1,11 +1,33 @@
 """VQ-GAN: nearest code, straight-through identity, commitment (van den Oord et al., 2017; Esser et al., 2021)."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regvq_fast.ops import assign_codes
-from regvq_fast.quantizers.quantizer import CodebookQuantizer, QuantizerOutput, straight_through, wide
+from regvq_fast.quantizers.quantizer import (
+    CodebookQuantizer,
+    QuantizerOutput,
+    QuantizerSettings,
+    straight_through,
+    wide,
+)
+from regvq_fast.settings import check_at_least
+
+
+@dataclass(frozen=True)
+class NearestSettings(QuantizerSettings):
+    """Settings of quantizers that pull latents to their nearest codes."""
+
+    commitment: float = 0.25
+    """vq-gan, vq-vae: weight of the commitment loss."""
+
+    def check(self) -> None:
+        super().check()
+        check_at_least(0, {"commitment": self.commitment})
 
 
 class NearestQuantizer(CodebookQuantizer):
@@ -17,17 +39,17 @@ class NearestQuantizer(CodebookQuantizer):
     Args:
         num_codes: N.
         code_dim: D.
-        commitment: weight of the second term.
+        settings: fields of :class:`NearestSettings`, and ``channels_last``; ``commitment`` as above.
 
     Raises:
         ValueError: a setting that is out of range.
     """
 
-    def __init__(self, num_codes: int, code_dim: int, *, commitment: float = 0.25) -> None:
-        super().__init__(num_codes, code_dim)
-        if not commitment >= 0:
-            raise ValueError(f"commitment must not be negative, got {commitment}")
-        self.commitment = commitment
+    Settings = NearestSettings
+    settings: NearestSettings
+
+    def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
+        super().__init__(num_codes, code_dim, **settings)
         torch.nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
@@ -38,5 +60,5 @@ class NearestQuantizer(CodebookQuantizer):
             codes = F.embedding(indices, codebook)
             quantized = straight_through(rows, codes)
             commitment = F.mse_loss(rows, codes.detach())
-            loss = F.mse_loss(codes, rows.detach()) + self.commitment * commitment
+            loss = F.mse_loss(codes, rows.detach()) + self.settings.commitment * commitment
             return self._deterministic(z, quantized, indices, loss, {"commitment": commitment.detach()})

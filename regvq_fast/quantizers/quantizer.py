@@ -1,6 +1,5 @@
 """The interface of quantizers, and what those with a codebook of embeddings share."""
 
-import inspect
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -13,21 +12,21 @@ from regvq_fast.settings import Section
 
 
 class QuantizerOutput(NamedTuple):
-    """Output of a quantizer for feature maps (B, D, H, W)."""
+    """Output of a quantizer for latents of any shape: maps (B, D, H, W), sequences (B, D, T), video (B, D, T, H, W)."""
 
     quantized: Tensor
-    """(B, D, H, W) with the quantizer's gradient to its input: float32 (float64 from a float64 module); of reg-vq and
-    gumbel-vq on a GPU in the type of the scores' products."""
+    """(B, D, *), with ``channels_last`` (B, *, D), with the quantizer's gradient to its input: float32 (float64 from a
+    float64 module); of reg-vq and gumbel-vq on a GPU in the type of the scores' products."""
     indices: Tensor
-    """(B, H, W) int64, the selected codes."""
+    """(B, *) int64, the selected codes."""
     loss: Tensor
     """0-dim float32 or float64: weighted sum of the quantizer's own losses."""
     metrics: dict[str, Tensor]
     """0-dim, detached, for logging."""
     perturbation: Tensor
-    """(B, H, W), of that type: |z[index] - z[best_index]|^2; 0 where the selection is deterministic."""
+    """(B, *), of that type: |z[index] - z[best_index]|^2; 0 where the selection is deterministic."""
     mask: Tensor
-    """(B, H, W) bool, the stochastic positions."""
+    """(B, *) bool, the stochastic positions."""
 
 
 class NearestCodes(NamedTuple):
@@ -76,6 +75,7 @@ class Quantizer(nn.Module):
     Args:
         num_codes: N.
         code_dim: D.
+        channels_last: latents are (B, *, D), and so are their codes; else (B, D, *).
         settings: fields of `Settings`, kept as `settings`.
 
     Raises:
@@ -89,12 +89,13 @@ class Quantizer(nn.Module):
     fp32_scores = False
     """Multiply latents and codes in fp32 on a GPU under autocast, too."""
 
-    def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
+    def __init__(self, num_codes: int, code_dim: int, *, channels_last: bool = False, **settings: Any) -> None:
         super().__init__()
         if num_codes < 1 or code_dim < 1:
             raise ValueError(f"num_codes and code_dim must be at least 1, got {num_codes} and {code_dim}")
         self.num_codes = num_codes
         self.code_dim = code_dim
+        self.channels_last = channels_last
         self.settings = self.Settings(**settings)
         self.settings.check()
 
@@ -112,36 +113,35 @@ class Quantizer(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the constructor, as plain values."""
-        parameters = inspect.signature(type(self)).parameters.values()
-        named = {p.name: getattr(self, p.name) for p in parameters if p.kind is not p.VAR_KEYWORD}
+        named = {name: getattr(self, name) for name in ("num_codes", "code_dim", "channels_last")}
         return named | asdict(self.settings)
 
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
-        """Select a code for each position of z (B, D, H, W).
+        """Select a code for each position of z, (B, D, *) or with ``channels_last`` (B, *, D).
 
         In evaluation that is the best code everywhere. In training, quantizers that sample take the ``seed`` (0-dim
         int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
         position among those of all ranks and micro-batches. In a distributed run give all ranks the same seed.
 
         Raises:
-            ValueError: maps of another shape, or none; on a CPU nan or inf in them.
+            ValueError: latents of another shape, or none; on a CPU nan or inf in them.
         """
         raise NotImplementedError
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        """Return the codes of a token map, in the module's type: (B, H, W) int64 -> (B, D, H, W)."""
+        """Return the codes of tokens in the module's type: (B, *) int64 -> (B, D, *), or (B, *, D)."""
         raise NotImplementedError
 
     def logits(self, z: Tensor) -> Tensor:
-        """Return the logits of all codes, (B, D, H, W) -> (B, H, W, N), up to a constant of each position.
+        """Return the logits of all codes, (B, *, N), of latents z, up to a constant of each position.
 
-        Their argmax is the code that evaluation selects, ties aside. Plain PyTorch, which can be exported, with all
-        B*H*W x N logits in memory.
+        Their argmax is the code that evaluation selects, ties aside. Plain PyTorch, which can be exported, with the N
+        logits of all positions in memory.
         """
         raise NotImplementedError(f"{type(self).__name__} has no logits(z)")
 
     def initialize(self, z: Tensor) -> None:
-        """Fit a new quantizer to the first latents (B, D, H, W) of a new encoder; some need no such start."""
+        """Fit a new quantizer to the first latents of a new encoder; some need no such start."""
 
     def nearest_codes(self) -> NearestCodes | None:
         """Return the codes, detached, if the best one is the nearest; None if latents select them in another way."""
@@ -152,7 +152,7 @@ class Quantizer(nn.Module):
 
         Args:
             codes: of a trained model, or as many latents.
-            z: latents (B, D, H, W) of the encoder, to which the quantizer's scales are fitted.
+            z: latents of the encoder, to which the quantizer's scales are fitted.
 
         Returns:
             The map of the quantizer's codes to those given; None where they are these.
@@ -173,40 +173,47 @@ class Quantizer(nn.Module):
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
 
     def _to_rows(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(B, D, H, W) -> (B*H*W, D) of this type; no copy for channels_last maps that have it."""
-        if z.ndim != 4 or z.shape[1] != self.code_dim:
-            raise ValueError(f"the quantizer takes (B, {self.code_dim}, H, W) maps, got {tuple(z.shape)}")
+        """Return latents as rows (M, D) of this type; no copy where the channels lie together in memory."""
+        if z.ndim < 2 or z.shape[-1 if self.channels_last else 1] != self.code_dim:
+            expected = f"(B, *, {self.code_dim})" if self.channels_last else f"(B, {self.code_dim}, *)"
+            raise ValueError(f"the quantizer takes latents {expected}, got {tuple(z.shape)}")
         if z.numel() == 0:
-            raise ValueError(f"the quantizer needs a position at least: there is none in maps of {tuple(z.shape)}")
-        return z.to(dtype).permute(0, 2, 3, 1).reshape(-1, self.code_dim)
+            raise ValueError(f"the quantizer needs a position at least: there is none in latents {tuple(z.shape)}")
+        z = z.to(dtype)
+        return (z if self.channels_last else z.movedim(1, -1)).reshape(-1, self.code_dim)
 
-    @staticmethod
-    def _to_maps(rows: Tensor, z: Tensor) -> Tensor:
-        """(B*H*W, D) -> (B, D, H, W) in channels_last, or (B*H*W,) -> (B, H, W), with the sizes of z."""
-        batch, _, height, width = z.shape
-        if rows.ndim == 1:
-            return rows.view(batch, height, width)
-        return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    def _positions(self, z: Tensor) -> torch.Size:
+        """Return the sizes (B, *) of latents without their channels."""
+        return z.shape[:-1] if self.channels_last else z.shape[:1] + z.shape[2:]
+
+    def _from_rows(self, rows: Tensor, z: Tensor) -> Tensor:
+        """Return rows (M, D) in the shape of the latents z, channels together in memory; or (M,) as (B, *)."""
+        values = rows.unflatten(0, self._positions(z))
+        return values if rows.ndim == 1 else self._channels(values)
+
+    def _channels(self, values: Tensor) -> Tensor:
+        """Move the channels of (B, *, D) to where the module has them."""
+        return values if self.channels_last else values.movedim(-1, 1)
 
     def _deterministic(
         self, z: Tensor, quantized: Tensor, indices: Tensor, loss: Tensor, metrics: dict[str, Tensor]
     ) -> QuantizerOutput:
-        """Output of a selection without noise, of rows as maps with the sizes of ``z``."""
-        index_map = self._to_maps(indices, z)
+        """Output of a selection without noise, of rows, in the shape of ``z``."""
+        tokens = self._from_rows(indices, z)
         return QuantizerOutput(
-            self._to_maps(quantized, z),
-            index_map,
+            self._from_rows(quantized, z),
+            tokens,
             loss,
             metrics,
-            torch.zeros_like(index_map, dtype=quantized.dtype),
-            torch.zeros_like(index_map, dtype=torch.bool),
+            torch.zeros_like(tokens, dtype=quantized.dtype),
+            torch.zeros_like(tokens, dtype=torch.bool),
         )
 
 
 class CodebookQuantizer(Quantizer):
     """A quantizer whose codes are rows of ``embedding``.
 
-    On a GPU rows and codes are multiplied in the type of the maps, 16 bits under autocast, and summed in fp32. Set
+    On a GPU rows and codes are multiplied in the type of the latents, 16 bits under autocast, and summed in fp32. Set
     ``fp32_scores`` to multiply them in fp32. Parameters, losses, averages and statistics are in fp32 in any case, and
     so is everything on a CPU.
     """
@@ -229,11 +236,11 @@ class CodebookQuantizer(Quantizer):
         return None
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        return self.codes()[indices].permute(0, 3, 1, 2).to(self.embedding.weight.dtype)
+        return self._channels(self.codes()[indices]).to(self.embedding.weight.dtype)
 
     def logits(self, z: Tensor) -> Tensor:
         weight, bias = self._linear_form()
-        return F.linear(self._standardized(self._wide_rows(z)), weight, bias).unflatten(0, (z.shape[0], *z.shape[2:]))
+        return F.linear(self._standardized(self._wide_rows(z)), weight, bias).unflatten(0, self._positions(z))
 
     def _standardized(self, rows: Tensor) -> Tensor:
         """Return rows (M, D) in the form that the logits take."""
@@ -249,7 +256,7 @@ class CodebookQuantizer(Quantizer):
         return score_dtype(z, self.embedding.weight, self.fp32_scores)
 
     def _wide_rows(self, z: Tensor) -> Tensor:
-        """(B, D, H, W) -> (B*H*W, D) of the type of :func:`wide`."""
+        """Return latents as rows (M, D) of the type of :func:`wide`."""
         return self._to_rows(z, compute_dtype(self.embedding.weight))
 
 

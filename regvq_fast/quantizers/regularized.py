@@ -98,7 +98,7 @@ class RegularizedQuantizer(CodebookQuantizer):
     Args:
         num_codes: N.
         code_dim: D.
-        settings: fields of :class:`RegularizedSettings`.
+        settings: fields of :class:`RegularizedSettings`, and ``channels_last``.
 
     Raises:
         ValueError: a setting that is out of range, or none of the known ones.
@@ -145,7 +145,7 @@ class RegularizedQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def initialize(self, z: Tensor) -> None:
-        """Fit a new quantizer to latents (B, D, H, W) of an encoder that is new itself.
+        """Fit a new quantizer to latents of an encoder that is new itself.
 
         A fixed shift and gain give their channels mean 0 and variance 1. Codes become randomly chosen latents with a
         little noise (PyTorch's global generator of the CPU). The scale becomes that which perturbs the target fraction.
@@ -226,14 +226,14 @@ class RegularizedQuantizer(CodebookQuantizer):
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._standardized(self._wide_rows(z))
-            batch, _, height, width = z.shape
+            batch, positions = z.shape[0], len(rows) // z.shape[0]
             settings, mask, found = self.settings, None, {}
             if self.training:
                 seed = sample_seed(z.device) if seed is None else seed
                 found = self._control(rows.detach().unflatten(0, (batch, -1)), seed)
                 if settings.mask_ratio > 0:
                     mask = stochastic_mask(
-                        batch, height * width, settings.mask_ratio, seed, mode=settings.mask_mode, row_offset=row_offset
+                        batch, positions, settings.mask_ratio, seed, mode=settings.mask_mode, row_offset=row_offset
                     )
             linear, scale, dtype = settings.logits == "linear", self._scale(), self._score_dtype(z)
             # Ranks run this together in training only.
@@ -261,12 +261,12 @@ class RegularizedQuantizer(CodebookQuantizer):
                 moved = (out.indices != out.best_indices).sum()
                 metrics["perturbed"] = moved / mask.sum().clamp(min=1)
             return QuantizerOutput(
-                self._to_maps(out.quantized, z),
-                self._to_maps(out.indices, z),
+                self._from_rows(out.quantized, z),
+                self._from_rows(out.indices, z),
                 settings.prior_weight * kl,
                 metrics,
-                self._to_maps(out.perturbation, z),
-                self._to_maps(mask, z),
+                self._from_rows(out.perturbation, z),
+                self._from_rows(mask, z),
             )
 
     @torch.no_grad()
