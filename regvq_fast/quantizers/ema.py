@@ -28,9 +28,9 @@ class EMASettings(NearestSettings):
     """Settings of VQ-VAE."""
 
     decay: Annotated[float, arg(name="codebook-decay")] = 0.99
-    """vq-vae: decay of the codes' running averages."""
+    """Decay of the codes' running averages."""
     dead_threshold: float = 0.1
-    """vq-vae: usage, over uniform, that moves a code."""
+    """Usage, over uniform, that moves a code."""
 
     def check(self) -> None:
         super().check()

@@ -29,11 +29,11 @@ class GumbelSettings(QuantizerSettings):
     """Settings of Gumbel-VQ."""
 
     tau_start: float = 1.0
-    """gumbel-vq: temperature at the start."""
+    """Temperature at the start."""
     tau_end: float = 0.0625
-    """gumbel-vq: temperature at the end."""
+    """Temperature at the end."""
     kl_weight: Annotated[float, arg(name="gumbel-kl-weight")] = 5e-4
-    """gumbel-vq: weight of KL from the uniform prior."""
+    """Weight of KL from the uniform prior."""
 
     def check(self) -> None:
         super().check()

@@ -23,7 +23,7 @@ class NearestSettings(QuantizerSettings):
     """Settings of quantizers that pull latents to their nearest codes."""
 
     commitment: float = 0.25
-    """vq-gan, vq-vae: weight of the commitment loss."""
+    """Weight of the commitment loss."""
 
     def check(self) -> None:
         super().check()

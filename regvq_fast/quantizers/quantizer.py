@@ -101,12 +101,12 @@ class Quantizer(nn.Module):
 
     @classmethod
     def settings_of(cls, section: Any) -> QuantizerSettings:
-        """This quantizer's settings in a section that has those of others as well."""
+        """Return this quantizer's settings among the fields of a run's section."""
         return cls.Settings(**{item.name: getattr(section, item.name) for item in fields(cls.Settings)})
 
     @classmethod
     def from_section(cls, section: QuantizerSection) -> Self:
-        """Build the quantizer that a run's section describes; settings of other quantizers are ignored."""
+        """Build the quantizer that a run's section describes."""
         quantizer = cls(section.num_codes, section.code_dim, **asdict(cls.settings_of(section)))
         quantizer.fp32_scores = section.fp32_scores
         return quantizer

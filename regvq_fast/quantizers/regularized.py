@@ -43,21 +43,21 @@ class RegularizedSettings(QuantizerSettings):
     """Settings of Reg-VQ."""
 
     logits: LogitKind = "cosine"
-    """reg-vq: form of the logits (paper: linear)."""
+    """Form of the logits (paper: linear)."""
     mask_ratio: float = 0.4
-    """reg-vq: fraction of stochastic positions."""
+    """Fraction of stochastic positions."""
     perturbed: float = 0.6
-    """reg-vq: fraction of them off their best code."""
+    """Fraction of them off their best code."""
     mask_mode: MaskMode = "exact"
-    """reg-vq: exact per image, or independent."""
+    """Exact per image, or independent."""
     tau: float = 0.9
-    """reg-vq: Gumbel-softmax temperature."""
+    """Gumbel-softmax temperature."""
     prior_weight: Annotated[float, arg(name="kl-weight")] = 0.1
-    """reg-vq: weight of KL from the uniform prior."""
+    """Weight of KL from the uniform prior."""
     prior_scope: Annotated[PriorScope, arg(name="kl-scope")] = "batch"
-    """reg-vq: images that share a posterior."""
+    """Images that share a posterior."""
     codebook_grad: CodebookGrad = "soft"
-    """reg-vq: gradient to the codes (paper: soft)."""
+    """Gradient to the codes (paper: soft)."""
 
     def check(self) -> None:
         super().check()

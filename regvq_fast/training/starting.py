@@ -80,7 +80,9 @@ def _discriminator_of(folder: Path) -> Discriminator | None:
     return Discriminator({name: getattr(config.model, name) for name in _DISC_FIELDS}, state["others"][0])
 
 
-def begin(config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
+def begin(
+    config: VQGANConfig, source: str, quantizer: str | None
+) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
     """Return the defaults of a run that starts from weights, and what completes the settings that were given.
 
     The latter raises ValueError where they contradict the weights. Images may have another size than the weights' own:
@@ -89,8 +91,12 @@ def begin(config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGA
     weights = read_weights(source)
     path = Path(source).expanduser()
     described = weights.model.architecture()
-    quantizer = weights.model.quantize
-    own = asdict(quantizer.settings)
+    theirs = next(name for name, kind in QUANTIZERS.items() if type(weights.model.quantize) is kind)
+    chosen = quantizer or theirs
+    if chosen == theirs:
+        own = asdict(weights.model.quantize.settings)
+    else:  # going into reg-vq, given codes stay as they are with these
+        own = {"logits": "distance"} if chosen == "reg-vq" else {}
     defaults = override(
         config,
         init_from=str(path.resolve()) if path.exists() else source,
@@ -98,9 +104,8 @@ def begin(config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGA
         dropout=described["dropout"],
         attn_resolutions=tuple(described["attn_resolutions"]),
         **_fixed(weights.model),
-        quantizer=next(name for name, kind in QUANTIZERS.items() if type(quantizer) is kind),
-        # Going into reg-vq, given codes stay as they are with these.
-        **(own if "logits" in own else {"logits": "distance", **own}),
+        quantizer=chosen,
+        **own,
         **(weights.discriminator.settings if weights.discriminator else {}),
     )
 

@@ -47,8 +47,10 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
 """
 
     @classmethod
-    def begin(cls, config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
-        return begin(config, source)
+    def begin(
+        cls, config: VQGANConfig, source: str, quantizer: str | None
+    ) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
+        return begin(config, source, quantizer)
 
     def open_data(self, config: VQGANConfig) -> Data:
         data, seed = config.data, config.run.seed

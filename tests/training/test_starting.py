@@ -158,8 +158,8 @@ def test_frozen_parts_stay_to_the_last_bit(base: Path, quantizer: str, parts: st
     config = override(
         VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9, ema=0.5,
         attn_resolutions=(16,), batch_size=4, perceptual_weight=0, contrastive="none", device="cpu", disc_start=1,
-        disc_filters=4, quantizer=quantizer, logits="distance", init_from=str(base),
-        freeze=tuple(parts.split()), dropout=0.3, lr=0.01,
+        disc_filters=4, quantizer=quantizer, init_from=str(base), freeze=tuple(parts.split()), dropout=0.3, lr=0.01,
+        **({"logits": "distance"} if quantizer == "reg-vq" else {}),
     )  # fmt: skip
     trainer = Trainer(VQGANRecipe, config)
     model = trainer.networks.model
