@@ -61,7 +61,7 @@ def softmax_statistics(
         check_matrix("bias", bias, keys.shape[0], ndim=1)
         check_like("bias", bias, "x", x)
     if valid is not None:
-        check_rows("valid", valid, x)
+        check_rows("valid", valid, x.shape[:1], x)
     check_positive("temperature", temperature)
     return _forward_op(x, keys, bias, valid, float(temperature))
 

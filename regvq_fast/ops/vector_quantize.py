@@ -26,6 +26,7 @@ from regvq_fast.matmul import compute_dtype
 from regvq_fast.ops.tiling import may_keep
 from regvq_fast.ops.validation import (
     as_scalar,
+    check_codebook,
     check_finite,
     check_like,
     check_matrix,
@@ -43,12 +44,12 @@ _MAX_MASKED_ROWS = 2**31 - 1  # whose numbers the kernels order as int32
 
 
 class VectorQuantizeOutput(NamedTuple):
-    """Result of :func:`vector_quantize`; leading dimensions as those of ``x``."""
+    """Result of :func:`vector_quantize`; leading dimensions as those of ``x``, heads included."""
 
     quantized: Tensor
     """(M, D) x.dtype, straight-through gradient."""
     posterior: Tensor
-    """(G, N) float32, straight-through gradient; rows sum to 1 (to 0 where a group has no valid row)."""
+    """(G, N) float32, (G, H, N) of heads, straight-through gradient; sums to 1, to 0 in a group without a valid row."""
     indices: Tensor
     """(M,) int64, the selected codes."""
     best_indices: Tensor
@@ -86,13 +87,17 @@ def vector_quantize(
 
     Args:
         x: (..., D) encoder vectors; fp16, bf16, fp32 or fp64. Leading dimensions are flattened to M rows.
-        codebook: (N, D) codes, type and device of ``x``.
-        weight: (N, D) or None. None: distance logits. Given: linear logits, a predicted token distribution.
-        bias: (N,) or None, with ``weight`` only.
+        codebook: (N, D) codes, type and device of ``x``. Or (H, N, D), a codebook for each head of ``x`` (..., H, D):
+            grouped and product quantization, by the launches of one head. Each head has noise of its own: its codes
+            continue the numbers of the codes before them, in whole fours.
+        weight: the shape of ``codebook``, or None. None: distance logits. Given: linear logits, a predicted token
+            distribution.
+        bias: (N,) or (H, N), or None; with ``weight`` only.
         scale: factor of the logits, > 0: a float, or a 0-dim floating-point tensor on the device of ``x``, which can
             change from call to call without recompiling. No gradient.
-        mask: (...) bool or None, leading shape of ``x``: the stochastic rows. None: no row is.
-        valid: (...) bool or None, leading shape of ``x``: the rows that count in their group's posterior. The others
+        mask: (...) bool or None, leading shape of ``x`` without heads: the stochastic rows, in all of their heads, as
+            the mask is of positions. None: no row is.
+        valid: (...) bool or None, the shape of ``mask``: the rows that count in their group's posterior. The others
             (padding) are quantized like any row, with the same noise as without ``valid``, and get no gradient from
             the posterior; mask what becomes of their ``quantized``. None: every row counts.
         seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; sample it outside the op.
@@ -147,14 +152,14 @@ def vector_quantize(
             f"the kernels take at most {_MAX_MASKED_ROWS} rows with a mask, got {mask.numel()}: split them, each "
             "part with its row_offset, or use impl='eager'"
         )
-    leaves = (x, codebook, weight, bias)
+    leaves, rows = (x, codebook, weight, bias), x.shape[: 1 - codebook.ndim]
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     # The forward may keep for the backward: the kernels' log-sum-exps, or the fallback's scores.
     keeps = trains and (
-        chosen == "triton" or may_keep(x.numel() // x.shape[-1] * codebook.shape[0], noisy=mask is not None)
+        chosen == "triton" or may_keep(x.numel() // x.shape[-1] * codebook.shape[-2], noisy=mask is not None)
     )
     a = Inputs(
-        x.reshape(-1, x.shape[-1]),
+        x.reshape(-1, *x.shape[len(rows) :]),
         codebook,
         weight,
         bias,
@@ -168,13 +173,13 @@ def vector_quantize(
         None if valid is None else valid.reshape(-1),
     )
     quantized, posterior, indices, best_indices, perturbation, _ = _forward_op(*a, keeps, chosen)
-    rows = x.shape[:-1]
+    shape = x.shape[:-1]
     return VectorQuantizeOutput(
         quantized.reshape(x.shape),
         posterior,
-        indices.reshape(rows),
-        best_indices.reshape(rows),
-        perturbation.reshape(rows),
+        indices.reshape(shape),
+        best_indices.reshape(shape),
+        perturbation.reshape(shape),
     )
 
 
@@ -192,24 +197,23 @@ def _check_arguments(
     groups: int,
     codebook_grad: str,
 ) -> None:
-    check_matrix("x", x, ndim=None)
-    check_matrix("codebook", codebook, x.shape[-1])
-    check_like("codebook", codebook, "x", x)
-    if codebook.numel() == 0:
-        raise ValueError(f"codebook has no codes or no channels, shape {tuple(codebook.shape)}")
+    check_codebook(x, codebook)
     if weight is not None:
-        check_matrix("weight", weight, x.shape[-1])
+        check_matrix("weight", weight, x.shape[-1], ndim=codebook.ndim)
         check_like("weight", weight, "x", x)
         if weight.shape != codebook.shape:
             raise ValueError(f"weight {tuple(weight.shape)} and codebook {tuple(codebook.shape)} must have one shape")
     if bias is not None:
         if weight is None:
             raise ValueError("bias belongs to linear logits: give weight as well, or leave bias out")
-        check_matrix("bias", bias, codebook.shape[0], ndim=1)
+        check_matrix("bias", bias, codebook.shape[-2], ndim=codebook.ndim - 1)
         check_like("bias", bias, "x", x)
+        if bias.shape != codebook.shape[:-1]:
+            raise ValueError(f"bias {tuple(bias.shape)} must have one number for each code of {tuple(codebook.shape)}")
+    shape = x.shape[: 1 - codebook.ndim]
     for name, rows in (("mask", mask), ("valid", valid)):
         if rows is not None:
-            check_rows(name, rows, x)
+            check_rows(name, rows, shape, x)
     if mask is not None and seed is None:
         raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
     if seed is not None:
@@ -223,7 +227,7 @@ def _check_arguments(
                 raise TypeError(f"{name} gets no gradient, but it requires one: give {name}.detach()")
         else:
             check_positive(name, value)
-    num_rows = x.numel() // max(1, x.shape[-1])
+    num_rows = shape.numel()
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     if num_rows and groups > num_rows:
@@ -243,8 +247,8 @@ def _check_arguments(
     schema=f"({INPUTS_SCHEMA}, bool keeps, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*arguments):  # type: ignore[no-untyped-def]
-    """Return the five outputs, and what the backward of the same ``impl`` needs: the rows' log-sum-exp (M,) of the
-    kernels, the noisy scores over their temperature (M, N) of the fallback; empty unless ``keeps``.
+    """Return the five outputs, and what the backward of the same ``impl`` needs: the rows' log-sum-exp (M, [H]) of the
+    kernels, the noisy scores over their temperature ([H], M, N) of the fallback; empty unless ``keeps``.
     """
     *inputs, keeps, impl = arguments
     a = Inputs(*inputs)
@@ -265,7 +269,7 @@ def _check_values(a: Inputs) -> None:
     tau, scale = a.tau.item(), a.scale.item()
     check_positive("tau", tau)
     check_positive("scale", scale)
-    products = a.x.shape[1] * (2 * x * max(codes, weight) + 4 * codes**2)
+    products = a.x.shape[-1] * (2 * x * max(codes, weight) + 4 * codes**2)
     bound = (max(1.0, scale) * products + 2 * scale + bias) / min(1.0, tau)
     check_overflow(bound, compute_dtype(a.x), "x, the codes, scale or 1 / tau")
 
@@ -274,16 +278,17 @@ def _check_values(a: Inputs) -> None:
 def _(*arguments):  # type: ignore[no-untyped-def]
     *inputs, keeps, impl = arguments
     a = Inputs(*inputs)
-    num_rows, num_codes = a.x.shape[0], a.codebook.shape[0]  # len() would fix a dynamic size
-    dtype, kept_rows = compute_dtype(a.x), num_rows if keeps else 0
-    indices = a.x.new_empty(num_rows, dtype=torch.int64)
+    num_rows, *heads, _ = a.x.shape  # len() would fix a dynamic size
+    codes, dtype, kept_rows = a.codebook.shape[-2], compute_dtype(a.x), num_rows if keeps else 0
+    indices = a.x.new_empty(a.x.shape[:-1], dtype=torch.int64)
+    kept = (kept_rows, *heads) if impl == "triton" else (*heads, kept_rows, codes)
     return (
-        a.codebook.new_empty(num_rows, a.codebook.shape[1]),
-        a.x.new_empty(a.groups, num_codes, dtype=dtype),
+        a.codebook.new_empty(a.x.shape),
+        a.x.new_empty(a.groups, *heads, codes, dtype=dtype),
         indices,
         torch.empty_like(indices),
-        a.x.new_empty(num_rows, dtype=dtype),
-        a.x.new_empty(kept_rows, dtype=dtype) if impl == "triton" else a.x.new_empty(kept_rows, num_codes, dtype=dtype),
+        a.x.new_empty(a.x.shape[:-1], dtype=dtype),
+        a.x.new_empty(kept, dtype=dtype),
     )
 
 
@@ -300,6 +305,7 @@ def _backward_op(*arguments):  # type: ignore[no-untyped-def]
     """Return the gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs."""
     num_inputs, impl = len(Inputs._fields), arguments[-1]
     a, upstream = Inputs(*arguments[:num_inputs]), arguments[num_inputs:-1]
+    grads: tuple[Tensor | None, ...]
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
 
@@ -340,7 +346,7 @@ def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyp
     if grad_quantized is None:
         if grad_posterior is None:
             return no_grads
-        grad_quantized = a.codebook.new_zeros(a.x.shape[0], a.codebook.shape[1])
+        grad_quantized = a.codebook.new_zeros(a.x.shape)
     needed = ctx.needs_input_grad[:4]
     grads = _backward_op(*a, grad_quantized, grad_posterior, indices, kept, needed[0], any(needed[1:]), ctx.impl)
     return *(grad if needs else None for grad, needs in zip(grads, needed, strict=True)), *no_grads[4:]
@@ -356,9 +362,9 @@ for _device_type in ("cpu", "cuda"):
 
 @register_flop_formula(torch.ops.regvq.vector_quantize)
 def _(x: torch.Size, codebook: torch.Size, *_: object, **__: object) -> int:
-    return 2 * x[0] * codebook[0] * x[1]  # the scores
+    return 2 * x.numel() * codebook[-2]  # the scores
 
 
 @register_flop_formula(torch.ops.regvq.vector_quantize_backward)
 def _(x: torch.Size, codebook: torch.Size, *_: object, **__: object) -> int:
-    return 5 * 2 * x[0] * codebook[0] * x[1]  # scores, dP, dS k, dS^T x, p^T dQ
+    return 5 * 2 * x.numel() * codebook[-2]  # scores, dP, dS k, dS^T x, p^T dQ
