@@ -76,25 +76,21 @@ def _write_rows(
     tl.store(indices_ptr + vectors, index.to(tl.int64), mask=row_mask)
     if not ASSIGN:
         tl.store(best_indices_ptr + vectors, best_index.to(tl.int64), mask=row_mask)
-        rows = vectors // H
-        code_row, best_code_row = index.to(tl.int64), best_index.to(tl.int64)
-        if H > 1:
-            code_row += vectors % H * num_codes
-            best_code_row += vectors % H * num_codes
         counted = row_mask
         if HAS_VALID:
-            counted &= tl.load(valid_ptr + rows, mask=row_mask, other=0) != 0
-        counts = counts_ptr + (rows // group_rows) * num_codes * H + code_row
-        tl.atomic_add(counts, 1, mask=counted, sem="relaxed")
+            counted &= tl.load(valid_ptr + vectors // H, mask=row_mask, other=0) != 0
+        heads = vectors // H // group_rows * H + vectors % H  # rows of (G H, N)
+        tl.atomic_add(counts_ptr + heads * num_codes + index, 1, mask=counted, sem="relaxed")
         perturbation = tl.zeros(vectors.shape, tl.float32)
+        first_code = vectors % H * num_codes
         BD: tl.constexpr = 64 if D > 32 else 32
         for first_channel in range(0, D, BD):
             channel = first_channel + tl.arange(0, BD)
-            z = load_rows(codes_ptr, code_row, row_mask, first_channel, D, BD)
+            z = load_rows(codes_ptr, first_code + index.to(tl.int64), row_mask, first_channel, D, BD)
             address = quantized_ptr + vectors[:, None] * D + channel[None, :]
             tl.store(address, z, mask=row_mask[:, None] & (channel < D)[None, :])
             if NOISE:
-                best = load_rows(codes_ptr, best_code_row, row_mask, first_channel, D, BD)
+                best = load_rows(codes_ptr, first_code + best_index.to(tl.int64), row_mask, first_channel, D, BD)
                 difference = z.to(tl.float32) - best.to(tl.float32)
                 perturbation += tl.sum(difference * difference, axis=1)
         tl.store(perturbation_ptr + vectors, perturbation, mask=row_mask)
