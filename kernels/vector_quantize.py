@@ -6,7 +6,7 @@ Reg-VQ (Zhang et al., CVPR 2023), section 3.2 and Algorithm 1. Per row m, over t
                                                        linear:    k the weight, factor 1, bias b_n
     best_index = argmax s,    index = argmax (s + g) on stochastic rows,    lse = log sum exp ((s + g) / t)
 
-with everything in units of log 2. The posterior counts the selections over the rows of a group.
+with everything in units of log 2. The posterior counts the selections over the (valid) rows of a group.
 
 A program sweeps the codes for BM rows: no score leaves its registers. Rows are ordered by the mask, so that only tiles
 with a stochastic row sample noise. Where rows alone don't fill the GPU the codes are split, and a second kernel
@@ -63,17 +63,22 @@ def _write_rows(
     best_indices_ptr,
     perturbation_ptr,
     counts_ptr,
+    valid_ptr,
     num_codes,
     group_rows,
     D: tl.constexpr,
     NOISE: tl.constexpr,
     ASSIGN: tl.constexpr,
+    HAS_VALID: tl.constexpr,
 ):
     """Write the selected codes of BM rows, their indices, the perturbation, and count them."""
     tl.store(indices_ptr + rows, index.to(tl.int64), mask=row_mask)
     if not ASSIGN:
         tl.store(best_indices_ptr + rows, best_index.to(tl.int64), mask=row_mask)
-        tl.atomic_add(counts_ptr + (rows // group_rows) * num_codes + index, 1, mask=row_mask, sem="relaxed")
+        counted = row_mask
+        if HAS_VALID:
+            counted &= tl.load(valid_ptr + rows, mask=row_mask, other=0) != 0
+        tl.atomic_add(counts_ptr + (rows // group_rows) * num_codes + index, 1, mask=counted, sem="relaxed")
         perturbation = tl.zeros(rows.shape, tl.float32)
         BD: tl.constexpr = 64 if D > 32 else 32
         for first_channel in range(0, D, BD):
@@ -107,6 +112,7 @@ def _vector_quantize_fwd_kernel(
     perturbation_ptr,  # (M,) fp32
     lse_ptr,  # (M,) fp32, in log 2
     counts_ptr,  # (G, N) int32
+    valid_ptr,  # (M,) bool, where HAS_VALID
     split_values_ptr,  # (splits, 4, M) fp32, where SPLIT
     split_indices_ptr,  # (splits, 2, M) int32, where SPLIT
     first_row,
@@ -121,6 +127,7 @@ def _vector_quantize_fwd_kernel(
     NOISE: tl.constexpr,
     LSE: tl.constexpr,
     ASSIGN: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,7 +204,7 @@ def _vector_quantize_fwd_kernel(
     else:
         _write_rows(
             rows, row_mask, noisy_index, best_index, codes_ptr, quantized_ptr, indices_ptr, best_indices_ptr,
-            perturbation_ptr, counts_ptr, num_codes, group_rows, D, NOISE, ASSIGN,
+            perturbation_ptr, counts_ptr, valid_ptr, num_codes, group_rows, D, NOISE, ASSIGN, HAS_VALID,
         )  # fmt: skip
         if LSE:
             tl.store(lse_ptr + rows, lse_max + tl.log2(lse_sum), mask=row_mask)
@@ -212,6 +219,7 @@ def _combine_splits_kernel(
     perturbation_ptr,
     lse_ptr,
     counts_ptr,
+    valid_ptr,
     split_values_ptr,  # (splits, 4, M) fp32
     split_indices_ptr,  # (splits, 2, M) int32
     num_rows,
@@ -222,6 +230,7 @@ def _combine_splits_kernel(
     NOISE: tl.constexpr,
     LSE: tl.constexpr,
     ASSIGN: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     BM: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -254,7 +263,7 @@ def _combine_splits_kernel(
         noisy_index = best_index
     _write_rows(
         rows, row_mask, noisy_index, best_index, codes_ptr, quantized_ptr, indices_ptr, best_indices_ptr,
-        perturbation_ptr, counts_ptr, num_codes, group_rows, D, NOISE, ASSIGN,
+        perturbation_ptr, counts_ptr, valid_ptr, num_codes, group_rows, D, NOISE, ASSIGN, HAS_VALID,
     )  # fmt: skip
     if LSE:
         tl.store(lse_ptr + rows, lse_max + tl.log2(lse_sum), mask=row_mask)
@@ -264,14 +273,21 @@ def _combine_splits_kernel(
 def _posterior_kernel(
     counts_ptr,  # (G, N) int32
     posterior_ptr,  # (G, N) fp32
+    valid_rows_ptr,  # (G,) int64: valid rows of a group, where HAS_VALID
     size,  # G N
+    num_codes,
     group_rows,
+    HAS_VALID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counts = tl.load(counts_ptr + element, mask=element < size, other=0).to(tl.float32)
+    rows = tl.full([BLOCK], group_rows, tl.float32)
+    if HAS_VALID:
+        rows = tl.load(valid_rows_ptr + element // num_codes, mask=element < size, other=1).to(tl.float32)
+        rows = tl.maximum(rows, 1.0)
     # A correctly rounded quotient; PyTorch multiplies with a number's rounded inverse.
-    fraction = tl.div_rn(counts, tl.full([BLOCK], group_rows, tl.float32))
+    fraction = tl.div_rn(counts, rows)
     tl.store(posterior_ptr + element, fraction, mask=element < size)
 
 
@@ -297,11 +313,11 @@ def sweep_codes(
     chunked = is_chunked(device)
     step = max(1, min(num_rows, chunk_rows(num_codes) if chunked else num_rows))
     if a is None:
-        mask = seed = row_offset = tau = scale = order = None
+        mask = seed = row_offset = tau = scale = valid = order = None
         logit_weight, factor = codebook, 1.0
         bias, _ = prepare(codebook, -0.5)
     else:
-        mask, seed, row_offset, tau, scale = a.mask, a.seed, a.row_offset, a.tau, a.scale
+        mask, seed, row_offset, tau, scale, valid = a.mask, a.seed, a.row_offset, a.tau, a.scale, a.valid
         logit_weight, factor, bias, order = prepare_logits(a, min(step, ORDER_WINDOW), outputs.counts)
     if num_rows == 0:
         return
@@ -314,6 +330,7 @@ def sweep_codes(
         split_values = x.new_empty(num_splits, 4, num_rows, dtype=torch.float32)
         split_indices = x.new_empty(num_splits, 2, num_rows, dtype=torch.int32)
     flags = {"D": width, "NOISE": order is not None, "LSE": outputs.lse is not None, "ASSIGN": a is None}
+    flags["HAS_VALID"] = valid is not None
     for start in range(0, num_rows, step):
         end = min(start + step, num_rows)
         scores = None
@@ -322,13 +339,13 @@ def sweep_codes(
                 scores = product_fp32(x[start:end], logit_weight.t())
         _vector_quantize_fwd_kernel[(triton.cdiv(end - start, tile.BM) * num_splits,)](
             x, logit_weight, codebook, bias, scores, order, mask, seed, row_offset, tau, scale,
-            *outputs, split_values, split_indices,
+            *outputs, valid, split_values, split_indices,
             start, end, num_rows, num_codes, split_codes, num_splits, group_rows, factor,
             HAS_SCORES=chunked, SPLIT=num_splits > 1, PRECISION=dot_precision(x.dtype), **flags, **tile.options(),
         )  # fmt: skip
     if num_splits > 1:
         _combine_splits_kernel[(triton.cdiv(num_rows, 32),)](
-            codebook, *outputs, split_values, split_indices, num_rows, num_codes, num_splits, group_rows,
+            codebook, *outputs, valid, split_values, split_indices, num_rows, num_codes, num_splits, group_rows,
             BM=32, num_warps=4, enable_fp_fusion=True, **flags,
         )  # fmt: skip
 
@@ -366,13 +383,19 @@ def vector_quantize_forward(a: Inputs, needs_lse: bool) -> tuple[torch.Tensor, .
     sweep_codes(a.x, a.codebook, outputs, a, group_rows)
     posterior = torch.empty_like(counts, dtype=torch.float32)
     _posterior_kernel[(triton.cdiv(counts.numel(), 1024),)](
-        counts, posterior, counts.numel(), group_rows, BLOCK=1024, num_warps=4, enable_fp_fusion=True
-    )
+        counts, posterior, valid_rows(a), counts.numel(), num_codes, group_rows,
+        HAS_VALID=a.valid is not None, BLOCK=1024, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     lse = perturbation.new_empty(0) if lse is None else lse
     return quantized, posterior, indices, best_indices, perturbation, lse
 
 
 def contiguous(a: Inputs) -> Inputs:
-    """Return the arguments with contiguous rows, codes and mask."""
-    mask = None if a.mask is None else a.mask.contiguous()
-    return a._replace(x=a.x.contiguous(), codebook=a.codebook.contiguous(), mask=mask)
+    """Return the arguments with contiguous rows, codes and masks."""
+    mask, valid = (None if value is None else value.contiguous() for value in (a.mask, a.valid))
+    return a._replace(x=a.x.contiguous(), codebook=a.codebook.contiguous(), mask=mask, valid=valid)
+
+
+def valid_rows(a: Inputs) -> torch.Tensor | None:
+    """Return the number of valid rows of each group, (G,) int64; None where all are."""
+    return None if a.valid is None else a.valid.view(a.groups, len(a.valid) // a.groups).sum(1)

@@ -5,7 +5,7 @@ their log-sum-exp, both from the forward's formulas, dQ and dA the gradients of 
 R rows in a group, f the factor of the product (2 scale or scale) and k the logit weights (codes or weight):
 
     p[m,n]  = exp(u[m,n] - lse[m])
-    dP[m,n] = dQ_m . z_n + dA[group(m), n] / R
+    dP[m,n] = dQ_m . z_n + dA[group(m), n] / R         (an invalid row: dQ_m . z_n; R counts the valid rows)
     r[m]    = sum_n p dP / sum_n p          (sum_n p is 1 but for the rounding of lse, which large scores make felt)
     dS[m,n] = p (dP - r) / t
     dx = f dS k,   dk = f dS^T x,   dbias = sum_m dS,   lookup = p^T dQ ("soft"; "hard": the sum by selected code)
@@ -49,7 +49,7 @@ from regvq_fast.dispatch import (
 from regvq_fast.kernels.noise import gumbel_tile
 from regvq_fast.kernels.segment_sum import segment_sum
 from regvq_fast.kernels.utils import FP16_SCALE, load_noise_rows, load_rows, multiply, product
-from regvq_fast.kernels.vector_quantize import contiguous, prepare_logits
+from regvq_fast.kernels.vector_quantize import contiguous, prepare_logits, valid_rows
 from regvq_fast.matmul import product_fp32, without_tf32
 
 # Codes of a split at least: splits only add their partial sums of r.
@@ -63,15 +63,15 @@ def _posterior_gradient(
     row_mask,  # [BM]
     code,  # [1, BN] or [BM, 1]
     num_codes,
-    group_rows,
+    row_weight,  # 1 / R, or [BM, 1] where it differs
     ONE_GROUP: tl.constexpr,
 ):
     """dA / R of some rows and codes, in a shape that broadcasts to theirs."""
     if ONE_GROUP:
-        return tl.load(grad_posterior_ptr + code, mask=code < num_codes, other=0.0) * (1.0 / group_rows)
+        return tl.load(grad_posterior_ptr + code, mask=code < num_codes, other=0.0) * row_weight
     else:
         address = grad_posterior_ptr + groups[:, None] * num_codes + code
-        return tl.load(address, mask=row_mask[:, None] & (code < num_codes), other=0.0) * (1.0 / group_rows)
+        return tl.load(address, mask=row_mask[:, None] & (code < num_codes), other=0.0) * row_weight
 
 
 @triton.jit(do_not_specialize=["first_row", "end_row", "num_splits", "group_rows"])
@@ -93,6 +93,8 @@ def _vector_quantize_bwd_kernel(
     tau_ptr,  # () floating point, where NOISE
     scale_ptr,  # () floating point
     scales_ptr,  # (2,) fp32: what p and w are kept times, where SCALED
+    valid_ptr,  # (M,) bool, where HAS_VALID
+    valid_rows_ptr,  # (G,) int64: valid rows of a group, where HAS_VALID
     p_ptr,  # (rows of the chunk, N), in the order of the rows
     w_ptr,  # (rows of the chunk, N)
     sums_ptr,  # (rows of the chunk, 2, splits) fp32: partial sums of p and of w
@@ -108,6 +110,7 @@ def _vector_quantize_bwd_kernel(
     NOISE: tl.constexpr,
     POSTERIOR: tl.constexpr,
     ONE_GROUP: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,6 +134,11 @@ def _vector_quantize_bwd_kernel(
     factor *= tl.load(scale_ptr).to(tl.float32)
     lse = tl.load(lse_ptr + rows, mask=row_mask, other=0.0)
     groups = rows // group_rows
+    row_weight = 1.0 / group_rows
+    if HAS_VALID:
+        valid = tl.load(valid_ptr + rows, mask=row_mask, other=0) != 0
+        group_size = tl.load(valid_rows_ptr + groups, mask=valid, other=1)
+        row_weight = tl.where(valid, 1.0 / group_size, 0.0)[:, None]
 
     index = tl.load(indices_ptr + rows, mask=row_mask, other=0)
     guess = tl.zeros([BM], tl.float32)
@@ -139,7 +147,7 @@ def _vector_quantize_bwd_kernel(
         guess += tl.sum(grad * load_rows(codes_ptr, index, row_mask, first_channel, D, BK).to(tl.float32), axis=1)
     if POSTERIOR:
         guess += tl.sum(
-            _posterior_gradient(grad_posterior_ptr, groups, row_mask, index[:, None], num_codes, group_rows, ONE_GROUP),
+            _posterior_gradient(grad_posterior_ptr, groups, row_mask, index[:, None], num_codes, row_weight, ONE_GROUP),
             axis=1,
         )
 
@@ -174,7 +182,7 @@ def _vector_quantize_bwd_kernel(
         p = tl.exp2(scores - lse[:, None])
         if POSTERIOR:
             grad += _posterior_gradient(
-                grad_posterior_ptr, groups, row_mask, code[None, :], num_codes, group_rows, ONE_GROUP
+                grad_posterior_ptr, groups, row_mask, code[None, :], num_codes, row_weight, ONE_GROUP
             )
         w = p * (grad - guess[:, None])
         offset = position[:, None] * num_codes + code[None, :]
@@ -316,9 +324,11 @@ def vector_quantize_backward(
     if grad_posterior is not None:
         grad_posterior = grad_posterior.to(torch.float32).contiguous()
     several_groups = grad_posterior is not None and a.groups > 1
+    has_valid = grad_posterior is not None and a.valid is not None
+    sizes = valid_rows(a) if has_valid else None
     scales = None
     if dtype == torch.float16:
-        scales = _fp16_scales(a, grad_quantized, grad_posterior, factor, group_rows)
+        scales = _fp16_scales(a, grad_quantized, grad_posterior, factor, group_rows if sizes is None else sizes)
 
     chunked = is_chunked(device)
     # Linear logits need a tile of weights more, several posteriors one of their gradients.
@@ -349,10 +359,11 @@ def vector_quantize_backward(
         sums = lse.new_empty(rows, 2, num_splits)
         _vector_quantize_bwd_kernel[(triton.cdiv(rows, tile.BM) * num_splits,)](
             a.x, logit_weight, a.codebook, bias, grad_quantized, grad_posterior, indices, lse, scores, products,
-            order, a.mask, a.seed, a.row_offset, a.tau, a.scale, scales, p_and_w[0], p_and_w[1], sums,
+            order, a.mask, a.seed, a.row_offset, a.tau, a.scale, scales, a.valid, sizes,
+            p_and_w[0], p_and_w[1], sums,
             start, end, num_codes, split_codes, num_splits, group_rows, log2_factor,
-            LINEAR=linear, POSTERIOR=grad_posterior is not None, ONE_GROUP=not several_groups, HAS_SCORES=chunked,
-            PRECISION=dot_precision(dtype), **flags, **tile.options(),
+            LINEAR=linear, POSTERIOR=grad_posterior is not None, ONE_GROUP=not several_groups, HAS_VALID=has_valid,
+            HAS_SCORES=chunked, PRECISION=dot_precision(dtype), **flags, **tile.options(),
         )  # fmt: skip
         sums_of_k = product_fp32(p_and_w.flatten(0, 1), logit_weight) if needs_x else None
         right = a.x.new_empty(2, rows, wide) if needs_codes else None
@@ -393,12 +404,17 @@ def vector_quantize_backward(
 
 
 def _fp16_scales(
-    a: Inputs, grad_quantized: torch.Tensor, grad_posterior: torch.Tensor | None, factor: float, group_rows: int
+    a: Inputs,
+    grad_quantized: torch.Tensor,
+    grad_posterior: torch.Tensor | None,
+    factor: float,
+    group_rows: int | torch.Tensor,
 ) -> torch.Tensor:
     """Return what fp16 copies are multiplied by, so that they fill fp16: (5,) fp32.
 
     Of p, of w, of their right sides in the codes' gradients, and what these gradients are multiplied by in the end.
     |w| <= 2 max |dP|, which norms bound; then |f x / t| and |dQ - f delta x / t| follow with |delta| <= 2 max |dP|.
+    ``group_rows`` is a number, or that of each group (G,).
     """
 
     def largest_norm(matrix: torch.Tensor) -> torch.Tensor:
@@ -408,7 +424,10 @@ def _fp16_scales(
     grad_norm = largest_norm(grad_quantized)
     most = 2 * grad_norm * largest_norm(a.codebook)
     if grad_posterior is not None:
-        most = most + 2 * grad_posterior.abs().max() / group_rows
+        if isinstance(group_rows, torch.Tensor):
+            most = most + 2 * (grad_posterior.abs().flatten(1).amax(1) / group_rows.clamp(min=1)).max()
+        else:
+            most = most + 2 * grad_posterior.abs().max() / group_rows
     most = most.clamp(min=1e-20)
     by_temperature = (factor * a.scale).to(torch.float32) / a.tau.to(torch.float32).clamp(max=1.0)
     right = (grad_norm + most * by_temperature * largest_norm(a.x).clamp(min=1.0)).clamp(min=1e-20)

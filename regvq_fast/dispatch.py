@@ -56,11 +56,12 @@ class Inputs(NamedTuple):
     row_offset: torch.Tensor  # () int64
     groups: int
     codebook_grad: str
+    valid: torch.Tensor | None = None  # (M,) bool
 
 
 INPUTS_SCHEMA = (  # as torch.library spells them
     "Tensor x, Tensor codebook, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? seed, Tensor tau, Tensor scale, "
-    "Tensor row_offset, int groups, str codebook_grad"
+    "Tensor row_offset, int groups, str codebook_grad, Tensor? valid"
 )
 
 

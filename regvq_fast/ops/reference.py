@@ -21,6 +21,7 @@ def vector_quantize_reference(
     bias: Tensor | None = None,
     scale: float = 1.0,
     mask: Tensor | None = None,
+    valid: Tensor | None = None,
     seed: Tensor | None = None,
     row_offset: int = 0,
     tau: float | Tensor = 0.9,
@@ -53,7 +54,12 @@ def vector_quantize_reference(
         if codebook_grad == "soft":
             soft = p.detach() @ codebook
             quantized = quantized + soft - soft.detach()
-    posterior = straight_through.view(groups, -1, num_codes).mean(1)
+    grouped = straight_through.view(groups, -1, num_codes)
+    if valid is None:
+        posterior = grouped.mean(1)
+    else:
+        counted = valid.view(groups, -1, 1)
+        posterior = (grouped * counted).sum(1) / counted.sum(1).clamp(min=1)
     perturbation = (codebook[indices] - codebook[best_indices]).square().sum(1).detach()
     return VectorQuantizeOutput(quantized, posterior, indices, best_indices, perturbation)
 

@@ -34,6 +34,18 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         raise TypeError(f"{name} is {value.dtype} but {other_name} {other.dtype}; convert one of them")
 
 
+def check_rows(name: str, value: Tensor, x: Tensor) -> None:
+    """Raise unless ``value`` is bool, one for each row of ``x``, and on its device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {value.dtype}")
+    if value.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must have the leading shape of x, {tuple(x.shape[:-1])}, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} but x on {x.device}; move them to one device")
+
+
 def check_scalar(name: str, value: Tensor, x: Tensor, *, floating: bool = False) -> None:
     """Raise unless ``value`` is a 0-dim tensor, int64 or floating point, on the device of ``x``."""
     kind = "floating-point" if floating else "int64"

@@ -8,7 +8,7 @@ R = M / G rows.
     best_index[m]  = argmax_n  s[m,n]
     quantized[m]   = z[index[m]]
     perturbation   = |z[index] - z[best_index]|^2
-    posterior[g]   = mean over the rows of group g of one_hot(index)
+    posterior[g]   = mean over the valid rows of group g of one_hot(index)
 
 The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
 and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
@@ -31,6 +31,7 @@ from regvq_fast.ops.validation import (
     check_matrix,
     check_overflow,
     check_positive,
+    check_rows,
     check_scalar,
     whole_number,
 )
@@ -47,7 +48,7 @@ class VectorQuantizeOutput(NamedTuple):
     quantized: Tensor
     """(M, D) x.dtype, straight-through gradient."""
     posterior: Tensor
-    """(G, N) float32, straight-through gradient; rows sum to 1 (to 0 where M = 0)."""
+    """(G, N) float32, straight-through gradient; rows sum to 1 (to 0 where a group has no valid row)."""
     indices: Tensor
     """(M,) int64, the selected codes."""
     best_indices: Tensor
@@ -64,6 +65,7 @@ def vector_quantize(
     bias: Tensor | None = None,
     scale: float | Tensor = 1.0,
     mask: Tensor | None = None,
+    valid: Tensor | None = None,
     seed: Tensor | None = None,
     row_offset: int | Tensor = 0,
     tau: float | Tensor = 0.9,
@@ -90,12 +92,16 @@ def vector_quantize(
         scale: factor of the logits, > 0: a float, or a 0-dim floating-point tensor on the device of ``x``, which can
             change from call to call without recompiling. No gradient.
         mask: (...) bool or None, leading shape of ``x``: the stochastic rows. None: no row is.
+        valid: (...) bool or None, leading shape of ``x``: the rows that count in their group's posterior. The others
+            (padding) are quantized like any row, with the same noise as without ``valid``, and get no gradient from
+            the posterior; mask what becomes of their ``quantized``. None: every row counts.
         seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; sample it outside the op.
         row_offset: number of the first row in the global batch: the noise of a row depends on
             (seed, row_offset + row, code) alone. An int, or a 0-dim int64 tensor on the device of ``x``, which
             can change without recompiling.
         tau: Gumbel-softmax temperature of the stochastic rows' gradient, > 0; a float or a tensor, as ``scale``.
-        groups: G; consecutive groups of M / G rows have a posterior each. 1: the batch's, B: one an image.
+        groups: G; consecutive groups of M / G rows have a posterior each. 1: the batch's, B: one an image. 0 for a
+            group without a valid row.
         codebook_grad: gradient of the look-up to the codes. "soft": ``p^T dQ`` (Algorithm 1). "hard":
             ``dQ`` to the selected code (``gumbel_softmax(hard=True)`` then matmul). "none": nothing through the
             look-up. Distance logits give the codes their own gradient in each case.
@@ -134,7 +140,7 @@ def vector_quantize(
     groups = whole_number("groups", groups)
     if not isinstance(row_offset, Tensor):
         row_offset = whole_number("row_offset", row_offset, "an int or a 0-dim int64 tensor")
-    _check_arguments(x, codebook, weight, bias, scale, mask, seed, row_offset, tau, groups, codebook_grad)
+    _check_arguments(x, codebook, weight, bias, scale, mask, valid, seed, row_offset, tau, groups, codebook_grad)
     chosen = resolve_impl(impl, x.device, x.dtype)
     if chosen == "triton" and mask is not None and mask.numel() > _MAX_MASKED_ROWS:
         raise ValueError(
@@ -159,6 +165,7 @@ def vector_quantize(
         row_offset if isinstance(row_offset, Tensor) else torch.full((), row_offset, device=x.device),
         groups,
         codebook_grad,
+        None if valid is None else valid.reshape(-1),
     )
     quantized, posterior, indices, best_indices, perturbation, _ = _forward_op(*a, keeps, chosen)
     rows = x.shape[:-1]
@@ -178,6 +185,7 @@ def _check_arguments(
     bias: Tensor | None,
     scale: float | Tensor,
     mask: Tensor | None,
+    valid: Tensor | None,
     seed: Tensor | None,
     row_offset: int | Tensor,
     tau: float | Tensor,
@@ -199,17 +207,11 @@ def _check_arguments(
             raise ValueError("bias belongs to linear logits: give weight as well, or leave bias out")
         check_matrix("bias", bias, codebook.shape[0], ndim=1)
         check_like("bias", bias, "x", x)
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must have the leading shape of x, {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
-        if mask.device != x.device:
-            raise ValueError(f"mask is on {mask.device} but x on {x.device}; move them to one device")
-        if seed is None:
-            raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
+    for name, rows in (("mask", mask), ("valid", valid)):
+        if rows is not None:
+            check_rows(name, rows, x)
+    if mask is not None and seed is None:
+        raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
     if seed is not None:
         check_scalar("seed", seed, x)
     if isinstance(row_offset, Tensor):
@@ -324,16 +326,16 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.groups, ctx.codebook_grad, _, ctx.impl = inputs
+    *tensors, ctx.groups, ctx.codebook_grad, valid, _, ctx.impl = inputs
     indices, kept = output[2], output[5]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, indices, kept)
+    ctx.save_for_backward(*tensors, valid, indices, kept)
 
 
 def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyped-def]
-    *tensors, indices, kept = ctx.saved_tensors
-    a = Inputs._make((*tensors, ctx.groups, ctx.codebook_grad))
+    *tensors, valid, indices, kept = ctx.saved_tensors
+    a = Inputs._make((*tensors, ctx.groups, ctx.codebook_grad, valid))
     no_grads = (None,) * (len(Inputs._fields) + 2)
     if grad_quantized is None:
         if grad_posterior is None:

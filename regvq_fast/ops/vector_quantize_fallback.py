@@ -88,6 +88,19 @@ def _add_noise(a: Inputs, scores: Tensor, rows: Tensor) -> Tensor:
     return scores.addcmul_(noise.to(scores.dtype), a.mask[rows].to(scores.dtype).unsqueeze(1))
 
 
+def _groups(a: Inputs, rows: Tensor) -> Tensor:
+    """Return the group of some rows."""
+    return rows.div(max(1, len(a.x) // a.groups), rounding_mode="floor")
+
+
+def _group_sizes(a: Inputs) -> int | Tensor:
+    """Return how many rows of a group count in its posterior, 1 at least: a number, or those of all groups (G, 1)."""
+    group_rows = len(a.x) // a.groups
+    if a.valid is None:
+        return max(1, group_rows)
+    return a.valid.view(a.groups, group_rows).sum(1, keepdim=True).clamp_(min=1)
+
+
 def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (quantized, posterior, indices, best_indices, perturbation, kept) of checked arguments.
 
@@ -114,10 +127,12 @@ def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, Tensor
         indices[tile.rows] = best
     quantized = a.codebook[indices]
     perturbation = (logits.codebook[indices] - logits.codebook[best_indices]).square_().sum(1)
-    group_rows = max(1, num_rows // a.groups)
-    group_of_row = torch.arange(num_rows, device=a.x.device).div_(group_rows, rounding_mode="floor")
-    counts = segment_counts(group_of_row * num_codes + indices, a.groups * num_codes)
-    posterior = counts.view(a.groups, num_codes).to(logits.dtype).div_(group_rows)
+    group_of_row = _groups(a, torch.arange(num_rows, device=a.x.device))
+    selected, size = group_of_row * num_codes + indices, a.groups * num_codes
+    if a.valid is not None:
+        selected = torch.where(a.valid, selected, size)  # one bin more, for those that don't count
+    counts = segment_counts(selected, size + 1)[:-1]
+    posterior = counts.view(a.groups, num_codes).to(logits.dtype).div_(_group_sizes(a))
     return quantized, posterior, indices, best_indices, perturbation, kept
 
 
@@ -135,7 +150,7 @@ def vector_quantize_backward_eager(
     With dP = dQ Z^T + dA / R and dS = p * (dP - sum_k p dP) / t, K the logit weight (N, D) and f its factor:
     dx = f dS K, dK = f dS^T x, bias gradient = sum_m dS; distance logits chain the bias into the codes.
     """
-    num_rows, num_codes = len(a.x), len(a.codebook)
+    num_codes = len(a.codebook)
     logits = _Logits(a)
     dtype = logits.dtype
     soft = a.codebook_grad == "soft" and needs_codes
@@ -145,8 +160,7 @@ def vector_quantize_backward_eager(
     grad_lookup = grad_weight if logits.is_distance or not needs_codes else torch.zeros_like(logits.codebook)
     grad_bias = logits.code_bias.new_zeros(num_codes)  # [N], sum over m of dS
     if grad_posterior is not None:
-        group_rows = max(1, num_rows // a.groups)
-        grad_posterior = grad_posterior.to(dtype) / group_rows  # [G, N]
+        grad_posterior = grad_posterior.to(dtype) / _group_sizes(a)  # [G, N]
     tiles = _tiles(a)
     buffers = logits.weight.new_empty(2, _most_rows(tiles), num_codes)
     for tile in tiles:
@@ -167,10 +181,11 @@ def vector_quantize_backward_eager(
         # dP, with the posterior's gradient as a bias of its columns.
         torch.mm(grad_tile, logits.codebook.t(), out=grad)
         if grad_posterior is not None:
-            if len(grad_posterior) == 1:
-                grad += grad_posterior
+            column_bias = grad_posterior if len(grad_posterior) == 1 else grad_posterior[_groups(a, rows)]
+            if a.valid is None:
+                grad += column_bias
             else:
-                grad += grad_posterior[rows // group_rows]
+                grad.addcmul_(column_bias, a.valid[rows].to(dtype).unsqueeze(1))
         torch._softmax_backward_data(grad, p, 1, dtype, grad_input=grad)
         if grad_x is not None:
             grad_x[rows] = torch.mm(grad, logits.weight).mul_(logits.factor / t).to(a.x.dtype)

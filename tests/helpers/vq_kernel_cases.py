@@ -112,7 +112,9 @@ def assert_outputs(results: dict[str, Tensor], inputs: dict[str, Any], **setting
     codebook, groups = inputs["codebook"].detach(), settings.get("groups", 1)
     indices, best_indices = results["indices"], results["best_indices"]
     assert torch.equal(results["quantized"], codebook[indices])
-    posterior = [part.bincount(minlength=len(codebook)) / len(part) for part in indices.view(groups, -1)]
+    valid = inputs.get("valid", torch.ones(len(indices), dtype=torch.bool)).view(groups, -1)
+    parts = [part[counts] for part, counts in zip(indices.view(groups, -1), valid, strict=True)]
+    posterior = [part.bincount(minlength=len(codebook)) / max(1, len(part)) for part in parts]
     assert torch.equal(results["posterior"], torch.stack(posterior))
     distance = (codebook[indices].double() - codebook[best_indices].double()).square().sum(1)
     torch.testing.assert_close(results["perturbation"].double(), distance, rtol=1e-6, atol=0)
