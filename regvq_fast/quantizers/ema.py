@@ -67,6 +67,7 @@ class EMAQuantizer(CodebookQuantizer):
         super().__init__(num_codes, code_dim, **settings)
         self.embedding.weight.requires_grad_(False)
         self.frozen = False
+        self.held: Tensor | None = None  # the codes to be, between hold() and release()
         # Fractions of the rows, not counts: they don't depend on the batch size.
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
@@ -89,6 +90,14 @@ class EMAQuantizer(CodebookQuantizer):
     def freeze(self) -> None:
         super().freeze()
         self.frozen = True
+
+    def hold(self) -> None:
+        self.held = self.embedding.weight.clone()
+
+    def release(self) -> None:
+        if self.held is not None:
+            self.embedding.weight.copy_(self.held)
+            self.held = None
 
     def forward(
         self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
@@ -138,8 +147,8 @@ class EMAQuantizer(CodebookQuantizer):
             faded &= ~dead
         self.cluster_share.copy_(share)
         self.cluster_sum.copy_(total)
-        codes = torch.where(faded.unsqueeze(1), wide(self.embedding.weight), total / share.unsqueeze(1))
-        self.embedding.weight.copy_(codes)
+        moved = self.embedding.weight if self.held is None else self.held
+        moved.copy_(torch.where(faded.unsqueeze(1), wide(moved), total / share.unsqueeze(1)))
 
 
 def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

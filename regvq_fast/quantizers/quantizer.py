@@ -178,6 +178,12 @@ class Quantizer(nn.Module):
         """Keep the codes, and the weights that select them, as they are from now on, in training, too."""
         self.requires_grad_(False)
 
+    def hold(self) -> None:
+        """Keep the codes as they are during several calls of a training step; :meth:`release` then moves them."""
+
+    def release(self) -> None:
+        """Move codes that follow averages to where the calls since :meth:`hold` have taken them."""
+
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule: called before each step with the fraction of training done, 0 to 1."""
 

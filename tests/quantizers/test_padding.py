@@ -18,6 +18,7 @@ from regvq_fast.quantizers import (
     NearestQuantizer,
     Quantizer,
     RegularizedQuantizer,
+    ResidualQuantizer,
 )
 from regvq_fast.quantizers.mask import stochastic_mask
 from regvq_fast.quantizers.statistics import softmax_of_some_rows
@@ -186,6 +187,7 @@ ON_RANKS = {
     "vq-vae": lambda: EMAQuantizer(N, D),
     "gumbel-vq": lambda: GumbelQuantizer(N, D, kl_weight=1.0),
     "reg-vq global": lambda: RegularizedQuantizer(N, D, prior_weight=1.0, prior_scope="global"),
+    "residual": lambda: ResidualQuantizer([NearestQuantizer(N, D), *[EMAQuantizer(N, D)] * 2], dropout=(1, 2, 3)),
     "reg-vq image": lambda: RegularizedQuantizer(N, D, prior_weight=1.0, prior_scope="image"),
 }
 
