@@ -224,6 +224,15 @@ def test_imports_of_python_blocks_work(document: str) -> None:
     exec(compile(ast.Module(imports, type_ignores=[]), document, "exec"), {})
 
 
+def test_the_residual_quantizer_of_use_runs() -> None:
+    (block,) = blocks(TEXTS["docs/use.md"], "python")[-1:]
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/use.md", "exec"), names)
+    assert names["out"].indices.shape == (2, 8, 75)
+    assert (names["out"].indices[1, :, 50:] == -1).all()
+    assert names["coarse"].shape == names["z"].shape
+
+
 def test_the_folder_of_photographs_has_ten_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = blocks(TEXTS["docs/photos.md"], "python")
     few = block.replace("middle, 200)", "middle, 2)").replace("photo.width, 20)", "photo.width, 1)")

@@ -47,6 +47,7 @@ class Stream:
     MASK_RATIOS = 39
     MASKED_TOKENS = 40
     CONFIDENCES = 41
+    RESIDUAL_QUANTIZERS = 42
 
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

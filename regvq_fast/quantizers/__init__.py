@@ -5,6 +5,7 @@ from regvq_fast.quantizers.gumbel import GumbelQuantizer
 from regvq_fast.quantizers.nearest import NearestQuantizer
 from regvq_fast.quantizers.quantizer import CodebookQuantizer, Quantizer, QuantizerOutput, QuantizerSettings
 from regvq_fast.quantizers.regularized import RegularizedQuantizer
+from regvq_fast.quantizers.residual import ResidualQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "reg-vq": RegularizedQuantizer,
@@ -25,4 +26,5 @@ __all__ = [
     "QuantizerOutput",
     "QuantizerSettings",
     "RegularizedQuantizer",
+    "ResidualQuantizer",
 ]

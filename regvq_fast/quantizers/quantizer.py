@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.matmul import compute_dtype, score_dtype
+from regvq_fast.ops.validation import check_rows
+from regvq_fast.padding import Padding
 from regvq_fast.settings import Section
 
 
@@ -16,9 +18,10 @@ class QuantizerOutput(NamedTuple):
 
     quantized: Tensor
     """(B, D, *), with ``channels_last`` (B, *, D), with the quantizer's gradient to its input: float32 (float64 from a
-    float64 module); of reg-vq and gumbel-vq on a GPU in the type of the scores' products."""
+    float64 module); of reg-vq and gumbel-vq on a GPU in the type of the scores' products. 0 where latents are
+    padding."""
     indices: Tensor
-    """(B, *) int64, the selected codes."""
+    """(B, *) int64, the selected codes; -1 where latents are padding."""
     loss: Tensor
     """0-dim float32 or float64: weighted sum of the quantizer's own losses."""
     metrics: dict[str, Tensor]
@@ -116,20 +119,29 @@ class Quantizer(nn.Module):
         named = {name: getattr(self, name) for name in ("num_codes", "code_dim", "channels_last")}
         return named | asdict(self.settings)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+    def forward(
+        self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
+    ) -> QuantizerOutput:
         """Select a code for each position of z, (B, D, *) or with ``channels_last`` (B, *, D).
 
         In evaluation that is the best code everywhere. In training, quantizers that sample take the ``seed`` (0-dim
         int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
         position among those of all ranks and micro-batches. In a distributed run give all ranks the same seed.
 
+        Args:
+            valid: (B, *) bool, False for padding, which may hold anything; None: there is none. Padding counts in no
+                loss, statistic or average, gets no gradient, and its noise and row numbers are left out. Each rank may
+                have another number of valid positions (of as many in all): losses are then terms of which the mean
+                over the ranks is the whole batch's. Give ``valid`` on all ranks or on none.
+
         Raises:
-            ValueError: latents of another shape, or none; on a CPU nan or inf in them.
+            ValueError: latents of another shape, or none; on a CPU nan or inf in them; ``valid`` of another shape.
+            TypeError: ``valid`` is not bool.
         """
         raise NotImplementedError
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        """Return the codes of tokens in the module's type: (B, *) int64 -> (B, D, *), or (B, *, D)."""
+        """Return the codes of tokens in the module's type: (B, *) int64 -> (B, D, *), or (B, *, D); 0 for -1."""
         raise NotImplementedError
 
     def logits(self, z: Tensor) -> Tensor:
@@ -166,11 +178,24 @@ class Quantizer(nn.Module):
         """Keep the codes, and the weights that select them, as they are from now on, in training, too."""
         self.requires_grad_(False)
 
+    def hold(self) -> None:
+        """Keep the codes as they are during several calls of a training step; :meth:`release` then moves them."""
+
+    def release(self) -> None:
+        """Move codes that follow averages to where the calls since :meth:`hold` have taken them."""
+
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule: called before each step with the fraction of training done, 0 to 1."""
 
     def extra_repr(self) -> str:
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+
+    def _padding(self, valid: Tensor | None, z: Tensor) -> Padding:
+        """Check ``valid``, (B, *), and return the padding of the rows of z."""
+        if valid is None:
+            return Padding()
+        check_rows("valid", valid, z if self.channels_last else z.movedim(1, -1))
+        return Padding(valid.reshape(-1), over_ranks=self.training)  # ranks run this together in training only
 
     def _to_rows(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return latents as rows (M, D) of this type; no copy where the channels lie together in memory."""
@@ -196,12 +221,19 @@ class Quantizer(nn.Module):
         return values if self.channels_last else values.movedim(-1, 1)
 
     def _deterministic(
-        self, z: Tensor, quantized: Tensor, indices: Tensor, loss: Tensor, metrics: dict[str, Tensor]
+        self,
+        z: Tensor,
+        quantized: Tensor,
+        indices: Tensor,
+        loss: Tensor,
+        metrics: dict[str, Tensor],
+        padding: Padding | None = None,
     ) -> QuantizerOutput:
         """Output of a selection without noise, of rows, in the shape of ``z``."""
-        tokens = self._from_rows(indices, z)
+        padding = padding or Padding()
+        tokens = self._from_rows(padding.clear(indices, -1), z)
         return QuantizerOutput(
-            self._from_rows(quantized, z),
+            self._from_rows(padding.clear(quantized), z),
             tokens,
             loss,
             metrics,
@@ -236,7 +268,8 @@ class CodebookQuantizer(Quantizer):
         return None
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        return self._channels(self.codes()[indices]).to(self.embedding.weight.dtype)
+        codes = self.codes()[indices.clamp(min=0)].masked_fill((indices < 0).unsqueeze(-1), 0)
+        return self._channels(codes).to(self.embedding.weight.dtype)
 
     def logits(self, z: Tensor) -> Tensor:
         weight, bias = self._linear_form()
