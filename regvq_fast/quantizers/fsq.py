@@ -92,12 +92,15 @@ class FSQQuantizer(Quantizer):
     def _latents(self, z: Tensor) -> Tensor:
         return self._to_rows(z, compute_dtype(self.codes()))
 
+    def _indices(self, quantized: Tensor) -> Tensor:
+        """Return the indices (M,) of codes (M, D); of nan, which a GPU lets through, that of some code."""
+        return self.fsq.codes_to_indices(quantized).long().clamp(0, self.num_codes - 1)
+
     def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
             rows = self._finite(self._latents(z))
             quantized = self.fsq.quantize(rows)
-            indices = self.fsq.codes_to_indices(quantized.detach()).long()
-            return self._deterministic(z, quantized, indices, rows.new_zeros(()), {})
+            return self._deterministic(z, quantized, self._indices(quantized.detach()), rows.new_zeros(()), {})
 
     def codes_of(self, indices: Tensor) -> Tensor:
         codes = self.fsq.indices_to_codes(indices.flatten()).unflatten(0, indices.shape)
@@ -113,8 +116,7 @@ class FSQQuantizer(Quantizer):
         return F.linear(bounded, digits, -0.5 * digits.square().sum(1)).unflatten(0, self._positions(z))
 
     def best_codes(self, z: Tensor) -> Tensor:
-        indices = self.fsq.codes_to_indices(self.fsq.quantize(self._latents(z))).long()
-        return indices.unflatten(0, self._positions(z))
+        return self._indices(self.fsq.quantize(self._latents(z))).unflatten(0, self._positions(z))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, levels={self.settings.levels}"

@@ -37,9 +37,7 @@ class LFQSettings(NearestSettings):
     def sizes(self, num_codes: int, code_dim: int) -> tuple[int, int]:
         bits = max(1, num_codes.bit_length() - 1)
         if num_codes != 1 << bits:
-            raise ValueError(
-                f"codes of bits are a power of two, got num_codes {num_codes}: use {1 << bits} or {2 << bits}"
-            )
+            raise ValueError(f"num_codes must be a power of two, got {num_codes}: use {1 << bits} or {2 << bits}")
         return num_codes, bits
 
 
