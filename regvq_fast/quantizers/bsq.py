@@ -12,7 +12,7 @@ from regvq_fast.settings import arg
 
 @dataclass(frozen=True)
 class BSQSettings(LFQSettings):
-    """Settings of BSQ; the defaults are those of its authors' ImageNet models."""
+    """Settings of BSQ; the defaults are those of its authors' ImageNet models of 128 px, without their ramp-up."""
 
     commitment: float = 0.0
     """Weight of the commitment loss."""
