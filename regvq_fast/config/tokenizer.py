@@ -109,7 +109,7 @@ class QuantizerConfig(Section):
     num_codes: int = 256
     """Codebook size N."""
     code_dim: int = 32
-    """Channels D of a code."""
+    """Channels D of a code; fsq, lfq and bsq have their own."""
     fp32_scores: bool = False
     """Scores in fp32 on a GPU even under --amp."""
     collapse_threshold: Annotated[float, arg(metavar="X")] = 0.1
@@ -119,7 +119,9 @@ class QuantizerConfig(Section):
         super().check()
         if not 0 <= self.collapse_threshold <= 1:
             raise ValueError(f"--collapse-threshold must be between 0 and 1, got {self.collapse_threshold}")
-        self.settings().check()
+        settings = self.settings()
+        settings.check()
+        settings.sizes(self.num_codes, self.code_dim)
 
     def settings(self) -> QuantizerSettings:
         """Return the settings that are the quantizer's own."""

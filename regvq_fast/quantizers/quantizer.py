@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.matmul import compute_dtype, score_dtype
-from regvq_fast.ops.validation import check_rows
+from regvq_fast.ops.validation import check_finite, check_rows
 from regvq_fast.padding import Padding
 from regvq_fast.settings import Section
 
@@ -60,6 +60,14 @@ class QuantizerSettings(Section):
         """Raise ValueError unless a stochastic mask, of fewer positions than all, selects some of an image's."""
         raise ValueError("there are none: choose another")
 
+    def sizes(self, num_codes: int, code_dim: int) -> tuple[int, int]:
+        """Return N and D of the quantizer for those that a run asks for, which some quantizers' codes decide.
+
+        Raises:
+            ValueError: there are no such codes.
+        """
+        return num_codes, code_dim
+
 
 class QuantizerSection(Protocol):
     """The settings of a run that all quantizers share; its other fields are those of `QuantizerSettings`."""
@@ -101,6 +109,12 @@ class Quantizer(nn.Module):
         self.channels_last = channels_last
         self.settings = self.Settings(**settings)
         self.settings.check()
+        sizes = self.settings.sizes(num_codes, code_dim)
+        if sizes != (num_codes, code_dim):
+            raise ValueError(
+                f"{type(self).__name__} has num_codes={sizes[0]}, code_dim={sizes[1]} with these settings, got "
+                f"{num_codes} and {code_dim}"
+            )
 
     @classmethod
     def settings_of(cls, section: Any) -> QuantizerSettings:
@@ -110,7 +124,8 @@ class Quantizer(nn.Module):
     @classmethod
     def from_section(cls, section: QuantizerSection) -> Self:
         """Build the quantizer that a run's section describes."""
-        quantizer = cls(section.num_codes, section.code_dim, **asdict(cls.settings_of(section)))
+        settings = cls.settings_of(section)
+        quantizer = cls(*settings.sizes(section.num_codes, section.code_dim), **asdict(settings))
         quantizer.fp32_scores = section.fp32_scores
         return quantizer
 
@@ -151,6 +166,10 @@ class Quantizer(nn.Module):
         logits of all positions in memory.
         """
         raise NotImplementedError(f"{type(self).__name__} has no logits(z)")
+
+    def best_codes(self, z: Tensor) -> Tensor:
+        """Return the indices, (B, *), that evaluation selects for latents z, in plain PyTorch that can be exported."""
+        return self.logits(z).argmax(-1)
 
     def initialize(self, z: Tensor) -> None:
         """Fit a new quantizer to the first latents of a new encoder; some need no such start."""
@@ -206,6 +225,12 @@ class Quantizer(nn.Module):
             raise ValueError(f"the quantizer needs a position at least: there is none in latents {tuple(z.shape)}")
         z = z.to(dtype)
         return (z if self.channels_last else z.movedim(1, -1)).reshape(-1, self.code_dim)
+
+    def _finite(self, rows: Tensor) -> Tensor:
+        """Return rows; of a CPU, where nothing is compiled, raise as the ops do if nan or inf is among them."""
+        if not torch.compiler.is_compiling():
+            check_finite("x", rows)
+        return rows
 
     def _positions(self, z: Tensor) -> torch.Size:
         """Return the sizes (B, *) of latents without their channels."""

@@ -101,10 +101,11 @@ def test_a_new_quantizer_is_a_class_and_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_section_builds_each_of_them_with_its_settings(name: str) -> None:
-    section = QuantizerConfig(num_codes=12, code_dim=4, fp32_scores=True).changed_to(name)
+    section = QuantizerConfig(num_codes=256, code_dim=4, fp32_scores=True).changed_to(name)
     quantizer = QUANTIZERS[name].from_section(section)
     assert isinstance(quantizer, Quantizer)
-    assert (quantizer.num_codes, quantizer.code_dim, quantizer.fp32_scores) == (12, 4, True)
+    sizes = {"fsq": (240, 3), "lfq": (256, 8), "bsq": (256, 8)}.get(name, (256, 4))
+    assert (quantizer.num_codes, quantizer.code_dim, quantizer.fp32_scores) == (*sizes, True)
     assert type(quantizer)(**quantizer.arguments()).arguments() == quantizer.arguments()
 
 
