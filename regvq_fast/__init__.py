@@ -10,18 +10,22 @@ if TYPE_CHECKING:
     from regvq_fast.quantizers import (
         EMAQuantizer,
         GumbelQuantizer,
+        IBQQuantizer,
         NearestQuantizer,
         QuantizerOutput,
         RegularizedQuantizer,
+        SimVQQuantizer,
     )
 
 __all__ = [
     "EMAQuantizer",
     "GumbelQuantizer",
+    "IBQQuantizer",
     "NearestQuantizer",
     "ProbabilisticContrastiveLoss",
     "QuantizerOutput",
     "RegularizedQuantizer",
+    "SimVQQuantizer",
     "__version__",
 ]
 

@@ -1,4 +1,4 @@
-"""One suite over all four quantizers, then what is special to each."""
+"""One suite over all quantizers, then what is special to each."""
 
 import copy
 import math
@@ -13,10 +13,12 @@ from regvq_fast.matmul import score_dtype
 from regvq_fast.quantizers import (
     EMAQuantizer,
     GumbelQuantizer,
+    IBQQuantizer,
     NearestQuantizer,
     Quantizer,
     QuantizerOutput,
     RegularizedQuantizer,
+    SimVQQuantizer,
 )
 from regvq_fast.quantizers.mask import stochastic_mask
 
@@ -28,6 +30,10 @@ BUILDERS = {
     "gumbel-vq": lambda: GumbelQuantizer(N, D),
     "vq-gan": lambda: NearestQuantizer(N, D),
     "vq-vae": lambda: EMAQuantizer(N, D),
+    "vq-gan-rotation": lambda: NearestQuantizer(N, D, rotation_trick=True),
+    "vq-vae-kmeans": lambda: EMAQuantizer(N, D, kmeans_init=True),
+    "simvq": lambda: SimVQQuantizer(N, D),
+    "ibq": lambda: IBQQuantizer(N, D),
 }
 
 
@@ -583,6 +589,10 @@ def test_gumbel_vq_samples_every_position_as_torch_does_and_has_the_kl_of_its_so
         (GumbelQuantizer, {"tau_end": 0.0}, r"tau_start .*tau_end .*1\.0 and 0\.0$"),
         (GumbelQuantizer, {"kl_weight": -1.0}, r"kl_weight .*-1\.0$"),
         (GumbelQuantizer, {"kl_weight": math.nan}, "kl_weight .*nan$"),
+        (SimVQQuantizer, {"commitment": -1.0}, r"commitment .*-1\.0$"),
+        (IBQQuantizer, {"codebook_weight": -1.0}, r"codebook_weight .*-1\.0$"),
+        (IBQQuantizer, {"entropy_weight": math.nan}, "entropy_weight .*nan$"),
+        (IBQQuantizer, {"entropy_temperature": 0.0}, r"entropy_temperature .*\b0\.0$"),
     ],
 )
 def test_baselines_refuse_bad_settings(build: type[Quantizer], arguments: dict, message: str) -> None:
