@@ -74,9 +74,11 @@ class Step:
         self.rows.grad = None
         out = self.quantizer(self.rows)
         (out.loss + F.mse_loss(out.quantized, self.target)).backward()
-        codes_grad = self.quantizer.embedding.weight.grad
+        (codes,) = self.quantizer.parameters()
         self.optimizer.step()
-        return out.loss.detach(), self.rows.grad, codes_grad
+        assert self.rows.grad is not None
+        assert codes.grad is not None
+        return out.loss.detach(), self.rows.grad, codes.grad
 
     def seconds(self) -> float:
         start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from regvq_fast.quantizers.ema import EMAQuantizer
 from regvq_fast.quantizers.gumbel import GumbelQuantizer
-from regvq_fast.quantizers.ibq import IBQQuantizer
+from regvq_fast.quantizers.index_backpropagation import IBQQuantizer
 from regvq_fast.quantizers.nearest import NearestQuantizer
 from regvq_fast.quantizers.quantizer import CodebookQuantizer, Quantizer, QuantizerOutput, QuantizerSettings
 from regvq_fast.quantizers.regularized import RegularizedQuantizer

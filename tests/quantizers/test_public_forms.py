@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers.plain_ibq import IndexPropagationQuantize
 from torch import Tensor, nn
 
+from regvq_fast.integrations import as_lucidrains
 from regvq_fast.ops import tiling
 from regvq_fast.quantizers import EMAQuantizer, IBQQuantizer, NearestQuantizer, Quantizer, SimVQQuantizer
 from regvq_fast.quantizers.ema import k_means
@@ -150,6 +151,10 @@ def test_vq_vae_starts_at_the_means_of_its_latents() -> None:
     torch.testing.assert_close(quantizer.embedding.weight[used], fresh.embedding.weight[used], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(fresh.cluster_share.sum(), torch.tensor(1.0))
     assert errors[True] < 0.8 * errors[False]
+    stand_in = as_lucidrains(EMAQuantizer(N, D, kmeans_init=True), accept_image_fmap=True)
+    torch.manual_seed(3)
+    stand_in(z)  # the first batch in training is what it starts from
+    torch.testing.assert_close(stand_in.embedding.weight[used], fresh.embedding.weight[used], rtol=1e-3, atol=1e-3)
     many = EMAQuantizer(2 * M, D, kmeans_init=True)  # more codes than latents: half of them are dead
     many.initialize(z)
     assert int((many.cluster_share == 0).sum()) == M
