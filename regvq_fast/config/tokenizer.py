@@ -1,5 +1,6 @@
 """Configuration of a tokenizer run: one dataclass a concern, and the named presets."""
 
+import contextlib
 import functools
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Annotated, Literal, get_args
@@ -102,18 +103,26 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class QuantizerConfig(Section):
-    """Quantizer: what all of them have. A run's section has the settings of its own one as well."""
+    """Quantizer: what all of them have. A run's section has the settings of its own one as well, and its real sizes."""
 
     quantizer: Literal[tuple(QUANTIZERS)] = next(iter(QUANTIZERS))  # type: ignore[valid-type]
     """Reg-VQ, or a baseline with settings of its own."""
     num_codes: int = 256
     """Codebook size N."""
     code_dim: int = 32
-    """Channels D of a code; fsq, lfq and bsq have their own."""
+    """Channels D of a code, where it is free."""
     fp32_scores: bool = False
     """Scores in fp32 on a GPU even under --amp."""
     collapse_threshold: Annotated[float, arg(metavar="X")] = 0.1
     """Warn below this fraction of uniform code usage."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self, QuantizerSettings):
+            return
+        with contextlib.suppress(ValueError):  # which check raises, when all flags are there
+            num_codes, code_dim = self.sizes(self.num_codes, self.code_dim)
+            object.__setattr__(self, "num_codes", num_codes)
+            object.__setattr__(self, "code_dim", code_dim)
 
     def check(self) -> None:
         super().check()

@@ -22,8 +22,8 @@ _PAPER_LEVELS = {
     65536: (8, 8, 8, 5, 5, 5),
 }
 """Levels for codebooks of about so many codes (the paper's table 1)."""
-_MOST_CODES = 2**24
-"""Indices are sums in float32, which has all whole numbers up to here."""
+_MOST_CODES = 2**20
+"""Of all codes the library's module keeps a table."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class FSQQuantizer(Quantizer):
         return self._channels(codes.masked_fill((indices < 0).unsqueeze(-1), 0)).to(self.codes().dtype)
 
     def logits(self, z: Tensor) -> Tensor:
+        # The channels before they are rounded, in levels (the paper's appendix A.1): the nearest digits are the code.
         rows = self._latents(z)
         levels = torch.tensor(self.settings.levels, device=rows.device)
         half = (levels - 1) * (1 + 1e-3) / 2
