@@ -25,7 +25,7 @@ class NearestSettings(QuantizerSettings):
     commitment: float = 0.25
     """Weight of the commitment loss."""
     rotation_trick: bool = False
-    """Rotate and scale the decoder's gradient from code to latent."""
+    """Turn and scale the gradient from code to latent."""
 
     def check(self) -> None:
         super().check()

@@ -16,7 +16,7 @@ class SimVQSettings(NearestSettings):
     """Settings of SimVQ."""
 
     rotation_trick: bool = True
-    """Rotate and scale the decoder's gradient from code to latent."""
+    """Turn and scale the gradient from code to latent."""
 
 
 class SimVQQuantizer(NearestQuantizer):
