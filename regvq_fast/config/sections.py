@@ -13,6 +13,7 @@ PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco", "imagenet
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
 OptionalFloat = Annotated[float | None, arg(metavar="FLOAT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
+_TRACKERS = ("tensorboard", "wandb", "trackio")
 UNTITLED = arg(help="")
 """Marks a section that has no description in the help."""
 
@@ -50,7 +51,7 @@ class OptimizerConfig(Section):
     final_lr_fraction: Annotated[float, arg(metavar="X")] = 1.0
     """Fraction that it decays to; 1: no decay."""
     decay_fraction: Annotated[float, arg(metavar="X")] = 0.2
-    """wsd: last fraction of the steps, in which it decays."""
+    """wsd: fraction of the steps that decays."""
     clip_grad: float = 1.0
     """Maximum norm of gradients; 0: off."""
     ema: float = 0.0
@@ -125,6 +126,8 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
     """Print the largest batch that fits, and exit."""
     trace_steps: int = 0
     """Steps to profile into OUT/trace.json."""
+    log: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("tensorboard",)
+    """tensorboard, wandb, trackio, or none."""
     log_every: int = 10
     """Steps between log records."""
     image_every: int = 250
@@ -138,8 +141,16 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
     max_skipped: int = 20
     """Non-finite steps in a row before an error."""
 
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers, which may also be given with commas; empty for "none"."""
+        return tuple(name for name in dict.fromkeys(",".join(self.log).split(",")) if name != "none")
+
     def check(self) -> None:
         super().check()
+        for name in self.trackers:
+            if name not in _TRACKERS:
+                raise ValueError(f"--log takes {', '.join(_TRACKERS)} or none, got {name!r}")
         check_at_least(
             1,
             {

@@ -86,12 +86,12 @@ def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
 
     Args:
         discriminator: (B, C, H, W) -> logits.
-        images: real ones, (B, C, H, W).
+        images: real ones, (B, C, H, W) float32.
 
     Returns:
-        0-dim float32 with a gradient to the discriminator's parameters.
+        0-dim, with a gradient to the discriminator's parameters.
     """
-    images = images.detach().float().requires_grad_()
+    images = images.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
     return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
 

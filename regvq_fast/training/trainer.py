@@ -34,6 +34,7 @@ from regvq_fast.training.sharding import gathered, whole
 from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained, remedy
 from regvq_fast.training.throughput import Clock, DeviceMonitor, Utilization, count_flops
 from regvq_fast.training.trace import StepTrace
+from regvq_fast.training.trackers import check_installed
 
 
 class Trainer(Generic[Config]):
@@ -53,6 +54,7 @@ class Trainer(Generic[Config]):
     def __init__(self, kind: type[Recipe[Config]], config: Config) -> None:
         config.check()
         run, optimizer = config.run, config.optimizer
+        check_installed(run.trackers)
         self.device = choose_device(run.device)
         self.batch_size = optimizer.batch_size
         self.micro_batch = micro_batch_size(optimizer)
