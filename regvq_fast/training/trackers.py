@@ -60,7 +60,7 @@ class _Service:
         if module == "wandb":  # Trackio knows runs by their names; and the console is the progress bar's
             settings |= {"id": name, "dir": str(folder), "settings": self._module.Settings(console="off")}
         self._run = self._module.init(name=name, resume="allow", **settings)
-        self.close = self._run.finish
+        self.close = self._module.finish  # a run's own leaves it to Trackio's end to finish it again
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
