@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -74,7 +75,8 @@ def _run_name(folder: Path) -> str:
     path = folder / _RUN_NAME
     if not path.exists():
         with atomic_path(path) as temporary:
-            temporary.write_text(f"{folder.absolute().name}-{secrets.token_hex(4)}", encoding="utf-8")
+            start = re.sub(r"[^\w.-]", "-", folder.absolute().name)[:100]  # wandb refuses some characters, and long ids
+            temporary.write_text(f"{start}-{secrets.token_hex(4)}", encoding="utf-8")
     return path.read_text(encoding="utf-8")
 
 

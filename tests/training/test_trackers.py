@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def calls(services: Path, name: str) -> list[list]:
 
 
 def test_services_are_shown_the_records_and_the_images(services: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "a run: #1"
     train("--out", out, *FAST, "--log", "wandb,trackio")
     assert not (out / "tensorboard").exists()
     for name in ("wandb", "trackio"):
@@ -74,6 +75,7 @@ def test_services_are_shown_the_records_and_the_images(services: Path, tmp_path:
         assert settings["project"] == "regvq_fast"
         assert settings["config"] == json.loads((out / "config.json").read_text())
         assert settings["name"] == (out / "tracker-run.txt").read_text()
+        assert re.fullmatch(r"a-run---1-[0-9a-f]{8}", settings["name"])
         shown = [(step, values) for _, step, values in logged]
         rows = []
         for row in records(out):
