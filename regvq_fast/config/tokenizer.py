@@ -10,13 +10,16 @@ from tyro.conf import FlagCreatePairsOff, arg
 from regvq_fast.config.sections import (
     UNTITLED,
     OptimizerConfig,
+    OptionalFloat,
     OptionalInt,
     OptionalPath,
     PresetName,
     RunConfig,
     TrainConfig,
+    check_adamw,
 )
 from regvq_fast.data.samples import Crop
+from regvq_fast.losses.adversarial import ADVERSARIAL_LOSSES
 from regvq_fast.quantizers import QUANTIZERS, QuantizerSettings
 from regvq_fast.settings import Section, check_at_least
 
@@ -158,6 +161,10 @@ def quantizer_section(quantizer: str) -> type[QuantizerConfig]:
 class LossConfig(Section):
     """Losses."""
 
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error of pixels."""
+    l2_weight: float = 0.0
+    """Weight of their mean squared error."""
     perceptual_weight: Annotated[float, arg(metavar="X")] = 1.0
     """Weight of LPIPS."""
     perceptual_net: Literal["vgg16", "vgg19"] = "vgg16"
@@ -182,6 +189,18 @@ class LossConfig(Section):
     """Weight of the adversarial loss, times lambda."""
     disc_start: OptionalInt = None
     """First step with the discriminator; None: never."""
+    disc_loss: Literal[tuple(ADVERSARIAL_LOSSES)] = next(iter(ADVERSARIAL_LOSSES))  # type: ignore[valid-type]
+    """Adversarial loss."""
+    disc_lr: OptionalFloat = None
+    """Learning rate of the discriminator; None: --lr."""
+    disc_betas: Annotated[tuple[float, float] | None, arg(metavar="X X")] = None
+    """Its betas; None: --betas."""
+    lecam_weight: Annotated[float, arg(metavar="X")] = 0.0
+    """Weight of LeCAM on the discriminator; 0: off."""
+    r1_weight: float = 0.0
+    """Weight of R1 on the discriminator; 0: off."""
+    r1_every: int = 16
+    """Steps between R1 penalties, each that much heavier."""
 
     @property
     def has_contrastive(self) -> bool:
@@ -195,15 +214,21 @@ class LossConfig(Section):
 
     def check(self) -> None:
         super().check()
+        check_at_least(1, {"--r1-every": self.r1_every})
         check_at_least(
             0,
             {
+                "--l1-weight": self.l1_weight,
+                "--l2-weight": self.l2_weight,
                 "--perceptual-weight": self.perceptual_weight,
                 "--contrastive-weight": self.contrastive_weight,
                 "--disc-weight": self.disc_weight,
                 "--disc-start": self.disc_start or 0,
+                "--lecam-weight": self.lecam_weight,
+                "--r1-weight": self.r1_weight,
             },
         )
+        check_adamw("--disc-lr", self.disc_lr, "--disc-betas", self.disc_betas)
         if self.contrastive != "none" and self.contrastive_patches < 2:
             raise ValueError(
                 f"--contrastive-patches must be at least 2, for there to be negatives, got {self.contrastive_patches}"

@@ -295,7 +295,9 @@ def test_records_wait_for_room_on_the_disk(
         if step in (2, 4):
             with largest_file((recorder.folder / "metrics.jsonl").stat().st_size + 20):
                 record(recorder, step, *arguments, **others)
-                recorder._to_board(lambda board: board.flush())  # its thread writes when it likes, else
+                recorder._trackers._each(
+                    lambda tracker: tracker._writer.flush()
+                )  # its thread writes when it likes, else
         else:
             record(recorder, step, *arguments, **others)
 
@@ -303,7 +305,7 @@ def test_records_wait_for_room_on_the_disk(
     train(*FAST, "--out", tmp_path / "run", "--steps", 6)
     assert [row["step"] for row in records(tmp_path / "run")] == [1, 2, 4, 6, 6]
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: TensorBoard gets no more numbers (File too large); metrics.jsonl has them" in said
+    assert "warning: tensorboard gets no more numbers (File too large); metrics.jsonl has them" in said
     assert said.count("warning: metrics.jsonl could not be written (File too large); the run goes on") == 1
 
 
