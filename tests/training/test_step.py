@@ -134,7 +134,7 @@ def test_l1_and_l2_stand_beside_each_other() -> None:
             nn.Identity(), nn.Identity(), None, l1_weight=l1_weight, l2_weight=l2_weight, perceptual_weight=0
         )
         total, terms = loss(*arguments)
-        assert float(total) == value
+        assert total.item() == value
         assert {name: float(term) for name, term in terms.items()} == {"l1": 0.5} | ({"l2": 0.25} if l2_weight else {})
         (gradient,) = torch.autograd.grad(total, reconstruction)
         torch.testing.assert_close(gradient, torch.full_like(gradient, slope / 12))  # 12 values, d l2 = 2 * 0.5
