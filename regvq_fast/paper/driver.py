@@ -1,5 +1,7 @@
 """From the name of a table to its rows, trained, measured and compared: what ``regvq paper`` runs."""
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,6 +16,7 @@ from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.samples import Split
 from regvq_fast.evaluation.feature_nets import load_feature_net
 from regvq_fast.evaluation.measurement import RESULTS
+from regvq_fast.paper.commands import Commands
 from regvq_fast.paper.experiments import (
     EXPERIMENTS,
     PUBLISHED_DATASETS,
@@ -62,6 +65,8 @@ class PaperConfig(CompileConfig, DeviceConfig):
     """VGG-16 weights of training and of the perceptual distance, as in regvq train vq."""
     contrastive_weights: Path | None = None
     """VGG-19 weights of the contrastive loss at scale full, as in regvq train vq."""
+    jobs: int = 1
+    """Rows that run side by side, each with its fraction of the cores."""
     processes: int = 1
     """GPUs: more than one trains under torchrun."""
     report_only: bool = False
@@ -96,24 +101,41 @@ def reproduce(config: PaperConfig) -> None:
             f"no row of {config.experiment} is done in {out}: leave out --report-only, or give its folder with --out"
         )
     if not config.report_only:
-        for seed in config.seeds:  # all rows with one seed first: a table that is stopped early compares all of them
-            for k, row in enumerate(chosen, 1):
-                pipeline = plan[row][seed]
-                for stage in pipeline.stages:
-                    if stage.result.exists():
-                        continue
-                    title = f"{row.name}, seed {seed} (row {k} of {len(chosen)}): {stage.name}"
-                    console.print(Text.assemble("\n", (title, "bold")), soft_wrap=True)
-                    pipeline.run(stage, _how(config, stage), config.processes)
-                report.write_table()
+        # All rows with one seed first: a table that is stopped early compares all of them.
+        work = {
+            f"{row.name}, seed {seed} (row {k} of {len(chosen)})": plan[row][seed]
+            for seed in config.seeds
+            for k, row in enumerate(chosen, 1)
+        }
+        _run(config, work, report, console)
     report.write_table()
     report.write_figures(inference_device(config.device))
     report.show(console)
 
 
+def _run(config: PaperConfig, work: Mapping[str, Pipeline], report: Report, console: Console) -> None:
+    """Run what is missing of rows by their titles, and write the table after each of them."""
+
+    def finish(title: str, pipeline: Pipeline) -> None:
+        for stage in pipeline.stages:
+            if stage.result.exists() or commands.stopping:
+                continue
+            console.print(Text.assemble("\n" * (config.jobs == 1), (f"{title}: {stage.name}", "bold")), soft_wrap=True)
+            pipeline.run(stage, _how(config, stage), commands, config.processes)
+
+    with Commands(config.jobs) as commands, ThreadPoolExecutor(config.jobs) as pool:
+        try:
+            for row in as_completed([pool.submit(finish, title, pipeline) for title, pipeline in work.items()]):
+                row.result()
+                report.write_table()
+        except BaseException:
+            commands.stopping = True  # rows side by side end the stages that they are at
+            raise
+
+
 def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
     """The rows that are asked for; raises ValueError or OSError for what is wrong."""
-    check_at_least(1, {"--processes": config.processes, "--seeds": len(config.seeds)})
+    check_at_least(1, {"--jobs": config.jobs, "--processes": config.processes, "--seeds": len(config.seeds)})
     if config.preset not in ("scenes", *PUBLISHED_DATASETS):
         theirs = ", ".join(PUBLISHED_DATASETS)
         raise ValueError(f"the paper has no experiments on --preset {config.preset}: take scenes, or one of {theirs}")
