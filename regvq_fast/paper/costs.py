@@ -21,7 +21,7 @@ NAMES = {
     "parameters": "parameters",
     "quantizer_parameters": "of the quantizer",
 }
-"""What is measured, with the titles of the columns."""
+"""Titles of the columns, by key."""
 
 SHARES = frozenset({"train_utilization", "prior_fall"})
 EQUAL = frozenset({"bits", "parameters", "quantizer_parameters"})
