@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.loading import read_samples
+from regvq_fast.data.samples import Sample, Split
 from regvq_fast.data.transforms import to_float, to_uint8
 from regvq_fast.evaluation.metrics import open_samples
 from regvq_fast.models.vqgan import VQGAN
@@ -23,10 +24,10 @@ from regvq_fast.scenes import RegionClassifier, region_accuracy
 FITTED_TO = 1000
 
 
-class Labelled(Dataset):
+class Labelled(Dataset[Sample]):
     """Crops in a fixed random order, each a region of its label."""
 
-    def __init__(self, data: Path, split: str, image_size: int) -> None:
+    def __init__(self, data: Path, split: Split, image_size: int) -> None:
         self.images = build_dataset(
             data, split=split, image_size=image_size, crop="center", flip=False, fields=["label"]
         )
@@ -36,9 +37,9 @@ class Labelled(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict:
-        sample = dict(self.images[self.order[index]])
-        return sample | {"segmentation": region(int(sample["label"]), sample["image"].shape[1])}
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.images[self.order[index]]
+        return {**sample, "segmentation": region(sample["label"], sample["image"].shape[1])}
 
 
 def region(label: int, size: int) -> Tensor:
@@ -54,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     model = VQGAN.from_pretrained(options.run)
     size = model.image_size
-    training, validation = (Labelled(options.data, split, size) for split in ("train", "val"))
+    training, validation = Labelled(options.data, "train", size), Labelled(options.data, "val", size)
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:

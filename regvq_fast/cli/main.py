@@ -49,11 +49,10 @@ COMMANDS = {
 PAGES = Path(__file__).with_name("help")
 
 
-def main(typed: Sequence[str] | None = None) -> None:
-    """Run the command line of `regvq`: words and flags; None: those of this process."""
-    typed = sys.argv[1:] if typed is None else typed
-    survive_lost_output(warns=not {"-h", "--help"} & set(typed))
-    words, args = _split(typed)
+def main() -> None:
+    """Run the command line of `regvq`."""
+    survive_lost_output(warns=not {"-h", "--help"} & set(sys.argv))
+    words, args = _split(sys.argv[1:])
     if args[:1] in (["--version"], ["-V"]):
         print(f"regvq_fast {__version__}")
     elif words in COMMANDS:

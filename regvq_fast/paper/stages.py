@@ -6,8 +6,10 @@ written down beside them, so that a row is never mixed from different settings.
 
 import json
 import os
+import runpy
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,6 +152,5 @@ def _command(line: Sequence[str], launcher: Sequence[str], output: Path | None) 
 
         torchrun([*launcher, "regvq_fast", *line])
         return
-    from regvq_fast.cli.main import main
-
-    main(line)
+    sys.argv[1:] = line
+    runpy.run_module("regvq_fast", run_name="__main__")

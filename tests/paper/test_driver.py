@@ -241,7 +241,7 @@ def work(folder, name):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     open(f"{folder}/{name}-ready", "w").close()
-    time.sleep(60)
+    time.sleep(600)
 """
     (tmp_path / "child.py").write_text(module)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
@@ -253,7 +253,7 @@ import signal, sys
 from concurrent.futures import ThreadPoolExecutor
 import child
 from regvq_fast.paper import commands
-commands._SERVER.set_forkserver_preload([])
+commands._SERVER.set_forkserver_preload(["regvq_fast.paper.commands"])
 if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests it is ignored
     with commands.Commands(2) as two, ThreadPoolExecutor(2) as pool:
@@ -266,10 +266,10 @@ def test_signals_reach_commands_that_save_their_work_and_end_the_driver(child, n
     process = subprocess.Popen([sys.executable, "-c", DRIVER, str(child)], stderr=subprocess.PIPE)
     start = time.monotonic()
     while len(list(child.glob("*-ready"))) < 2:
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 180
         time.sleep(0.05)
     os.kill(process.pid, number)  # to this process alone, as kill and a batch system do
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=300)
     passed = signal.SIGTERM if number == signal.SIGHUP else number
     assert [(child / f"{name}-{passed}").read_text() for name in "ab"] == ["x", "x"]  # once each
     assert process.returncode == 128 + number or (number == signal.SIGINT and b"KeyboardInterrupt" in error)
@@ -285,9 +285,9 @@ def test_a_signal_while_a_command_starts_reaches_it(monkeypatch):
     monkeypatch.setattr(commands._SERVER.Process, "start", slow_start)
     begin = time.monotonic()
     with pytest.raises(SystemExit) as stopped, Commands() as one:
-        one.run(time.sleep, 60)
+        one.run(time.sleep, 600)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 300
 
 
 def test_rows_side_by_side_share_the_cores_and_leave_their_output_in_files(ran, tmp_path, monkeypatch):
