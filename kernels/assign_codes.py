@@ -12,9 +12,9 @@ from regvq_fast.kernels.vector_quantize import Outputs, sweep_codes
 
 
 def assign_codes_forward(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Return indices (M,) int64 for checked x (M, D) and codebook (N, D) of one type."""
+    """Return indices int64 for checked x (M, D) and codebook (N, D), or (M, H, D) and (H, N, D), of one type."""
     x, codebook = x.contiguous(), codebook.contiguous()
-    indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     outputs = Outputs(None, indices, None, None, None, None)
     sweep_codes(x, codebook, outputs)
     return indices

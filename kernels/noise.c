@@ -42,16 +42,17 @@ static inline __attribute__((always_inline)) void philox(
     }
 }
 
-// rows (num_rows,), out (num_rows, num_codes)
+// rows (num_rows,), out (num_rows, num_codes) of one head; heads follow each other in whole blocks
 EVERY_VECTOR_WIDTH void regvq_uniform(
-    int64_t seed, const int64_t *rows, int64_t num_rows, int64_t num_codes, float *out)
+    int64_t seed, const int64_t *rows, int64_t num_rows, int64_t num_codes, int64_t head, float *out)
 {
+    int64_t head_block = head * ((num_codes + 3) / 4);
     float last[4 * BLOCKS];
     for (int64_t r = 0; r < num_rows; r++) {
         for (int64_t code = 0; code < num_codes; code += 4 * BLOCKS) {
             int64_t left = num_codes - code;
             float *place = out + r * num_codes + code;
-            philox((uint64_t)seed, (uint64_t)rows[r], (uint32_t)(code / 4), left < 4 * BLOCKS ? last : place);
+            philox((uint64_t)seed, (uint64_t)rows[r], (uint32_t)(head_block + code / 4), left < 4 * BLOCKS ? last : place);
             for (int64_t j = 0; left < 4 * BLOCKS && j < left; j++) place[j] = last[j];
         }
     }

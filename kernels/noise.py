@@ -90,6 +90,12 @@ def gumbel_from_words(words):
 
 
 @triton.jit
+def first_noise_code(head, num_codes):
+    """Number, for the noise, of the first code of a head: heads follow each other in whole fours of codes."""
+    return head * (tl.cdiv(num_codes, 4) * 4)
+
+
+@triton.jit
 def gumbel_tile(first_code, rows, seed, BN: tl.constexpr):
     """Noise over log 2 of codes first_code + (0 .. BN - 1), both multiples of 4; rows [BM] int64 -> [BM, BN] fp32."""
     return gumbel_from_words(noise_words(first_code, rows, seed, BN))

@@ -8,16 +8,22 @@ from regvq_fast.version import __version__
 if TYPE_CHECKING:
     from regvq_fast.losses import ProbabilisticContrastiveLoss
     from regvq_fast.quantizers import (
+        BSQQuantizer,
         EMAQuantizer,
+        FSQQuantizer,
         GumbelQuantizer,
+        LFQQuantizer,
         NearestQuantizer,
         QuantizerOutput,
         RegularizedQuantizer,
     )
 
 __all__ = [
+    "BSQQuantizer",
     "EMAQuantizer",
+    "FSQQuantizer",
     "GumbelQuantizer",
+    "LFQQuantizer",
     "NearestQuantizer",
     "ProbabilisticContrastiveLoss",
     "QuantizerOutput",

@@ -43,12 +43,15 @@ ORDER_WINDOW = 1 << 16
 
 
 class Inputs(NamedTuple):
-    """Checked arguments of ``vector_quantize``, on their way to the kernels or the PyTorch fallback."""
+    """Checked arguments of ``vector_quantize``, on their way to the kernels or the PyTorch fallback.
 
-    x: torch.Tensor  # (M, D)
-    codebook: torch.Tensor  # (N, D)
-    weight: torch.Tensor | None  # (N, D), of linear logits
-    bias: torch.Tensor | None  # (N,), of linear logits
+    [H] stands for a dimension that is there where there are heads.
+    """
+
+    x: torch.Tensor  # (M, [H], D)
+    codebook: torch.Tensor  # ([H], N, D)
+    weight: torch.Tensor | None  # ([H], N, D), of linear logits
+    bias: torch.Tensor | None  # ([H], N), of linear logits
     mask: torch.Tensor | None  # (M,) bool
     seed: torch.Tensor | None  # () int64
     tau: torch.Tensor  # () floating point
@@ -56,11 +59,12 @@ class Inputs(NamedTuple):
     row_offset: torch.Tensor  # () int64
     groups: int
     codebook_grad: str
+    valid: torch.Tensor | None = None  # (M,) bool
 
 
 INPUTS_SCHEMA = (  # as torch.library spells them
     "Tensor x, Tensor codebook, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? seed, Tensor tau, Tensor scale, "
-    "Tensor row_offset, int groups, str codebook_grad"
+    "Tensor row_offset, int groups, str codebook_grad, Tensor? valid"
 )
 
 

@@ -24,12 +24,13 @@ def score_dtype(x: torch.Tensor, codebook: torch.Tensor, fp32: bool = False) -> 
 def product_fp32(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``a @ b`` of (., K) and (K, .), or of batches of them, accumulated and returned in fp32; a new tensor.
 
-    ``total``, a fp32 matrix of the result's shape, is added; its memory may be the result's.
+    ``total``, fp32 of the result's shape, is added; its memory may be the result's.
     """
     if total is not None:
+        add = torch.baddbmm if a.ndim == 3 else torch.addmm
         if a.dtype != torch.float32 and a.device.type == "cuda":
-            return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-        return total.addmm_(a.float(), b.float())
+            return add(total, a, b, out_dtype=torch.float32, out=total)
+        return add(total, a.float(), b.float(), out=total)
     multiply = torch.bmm if a.ndim == 3 else torch.mm
     if a.dtype == torch.float32:
         return multiply(a, b)

@@ -196,8 +196,14 @@ def test_commands_are_understood(pytestconfig: pytest.Config) -> None:
             assert words[0] == "pdoc" or command == "pre-commit install", f"no test knows this kind: {command}"
 
 
-@pytest.mark.parametrize("block", blocks(README, "python"), ids=["op", "module", "loss"])
-def test_python_of_the_readme_runs(block: str) -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize(
+    "block", [*blocks(README, "python"), *blocks(TEXTS["docs/ops.md"], "python")], ids=["op", "module", "loss"]
+)
+def test_python_of_the_readme_and_of_the_ops_runs(block: str) -> None:
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)
     assert torch.isfinite(names["out"].quantized).all()
@@ -215,6 +221,15 @@ def test_imports_of_python_blocks_work(document: str) -> None:
     ]
     assert imports
     exec(compile(ast.Module(imports, type_ignores=[]), document, "exec"), {})
+
+
+def test_the_residual_quantizer_of_use_runs() -> None:
+    (block,) = blocks(TEXTS["docs/use.md"], "python")[-1:]
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/use.md", "exec"), names)
+    assert names["out"].indices.shape == (2, 8, 75)
+    assert (names["out"].indices[1, :, 50:] == -1).all()
+    assert names["coarse"].shape == names["z"].shape
 
 
 # ------------------------------------------------------------------------------------------- from nothing to samples
@@ -243,14 +258,14 @@ def run_tiny(command: str, more: str = "") -> str:
 
 
 def test_from_nothing_to_samples(few_regions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's commands one after the other, then commands and code of the docs that take what those leave."""
+    """Commands of docs/priors.md one after the other, then commands and code of the docs that take what those leave."""
     monkeypatch.chdir(tmp_path)
     save_file({name: value.half() for name, value in VGGFeatures("vgg16").state_dict().items()}, "vgg.safetensors")
-    sequence = README.split("From nothing to samples")[1]
+    sequence = TEXTS["docs/priors.md"].split("## From nothing to samples")[1].split("\n## ")[0]
     commands = [command for command in shell_commands(sequence) if re.search("runs/(vq|ar|diffusion)", command)]
     scripts = [run_tiny(command) for command in commands]
     assert scripts == "vq.py cache_tokens.py ar.py sample.py diffusion.py sample.py evaluate.py".split()
-    table = README.split("A run leaves in `--out`")[1].split("\n\n")[1]
+    table = TEXTS["docs/training.md"].split("A run leaves in `--out`")[1].split("\n\n")[1]
     names = {
         name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`([\w.]+)", cell)
     }
@@ -275,7 +290,7 @@ def test_from_nothing_to_samples(few_regions: None, tmp_path: Path, monkeypatch:
     assert (tmp_path / "runs" / "vq" / "checkpoints" / "step-0000003").exists()
     for name, pixel in {"map": 3, "photo": 99, "mask": 255}.items():
         Image.new("L", (32, 32), pixel).save(f"{name}.png")
-    drawing = [command for command in shell_commands(TEXTS["docs/priors.md"]) if "train/sample.py" in command]
+    drawing = [command for command in shell_commands(TEXTS["docs/priors.md"]) if "--out samples " in command]
     assert len(drawing) == 3
     for number, command in enumerate(drawing):
         run_tiny(command.replace("--out samples", f"--out drawn/{number}").replace("--steps 25", "--steps 3"))

@@ -75,6 +75,9 @@ def generate(config: SampleConfig) -> None:
     generator = _Generator(config)
     config.out.mkdir(parents=True, exist_ok=True)
     console = Console()
+    columns = generator.columns()
+    # Of more images than a grid has, whole rows.
+    most = _GRID if generator.num_images <= _GRID else _GRID // columns * columns
     start, seconds = 0, 0.0
     images: list[Tensor] = []
     with progress_bar(console) as progress, generator.saving() as save:
@@ -89,11 +92,11 @@ def generate(config: SampleConfig) -> None:
             sampled = generator.sample(start, count, advance).cpu()
             seconds += time.perf_counter() - begin
             save(sampled, start)
-            images.append(sampled[: max(0, _GRID - start)])
+            images.append(sampled[: max(0, most - start)])
             start += count
     grid = torch.cat(images)
     rows, legend = generator.show(len(grid))
-    save_image_grid(config.out / "grid.png", *rows, grid, columns=generator.columns(), legend=legend)
+    save_image_grid(config.out / "grid.png", *rows, grid, columns=columns, legend=legend)
     if generator.states:
         save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
         say(console, "strip", str(config.out / "strip.png"))

@@ -3,7 +3,7 @@
 from regvq_fast.config.command_line import parse_config, run_command, typed_command
 from regvq_fast.config.saved import config_from_dict, override, read_config
 from regvq_fast.config.sections import Config, OptimizerConfig, PresetName, RunConfig, TrainConfig
-from regvq_fast.config.tokenizer import VQGAN_PRESETS, LossConfig, QuantizerConfig, VQGANConfig
+from regvq_fast.config.tokenizer import VQGAN_PRESETS, LossConfig, QuantizerConfig, VQGANConfig, quantizer_section
 
 __all__ = [
     "VQGAN_PRESETS",
@@ -18,6 +18,7 @@ __all__ = [
     "config_from_dict",
     "override",
     "parse_config",
+    "quantizer_section",
     "read_config",
     "run_command",
     "typed_command",

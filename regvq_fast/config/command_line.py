@@ -12,6 +12,7 @@ import tyro
 from regvq_fast.config.saved import override, read_config
 from regvq_fast.config.sections import Config, PresetName
 from regvq_fast.invocation import as_typed, command
+from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.ranks import local_rank, reported_by_rank_0
 from regvq_fast.settings import flag_of
 
@@ -30,6 +31,7 @@ class _Start:
     out: Path | None = None
     epochs: int | None = None
     init_from: str | None = None
+    quantizer: str | None = None
 
 
 def parse_config(
@@ -37,7 +39,7 @@ def parse_config(
     args: Sequence[str],
     usage: str = "",
     name: str = "",
-    begin: Callable[[Config, str], tuple[Config, Callable[[Config], Config]]] | None = None,
+    begin: Callable[[Config, str, str | None], tuple[Config, Callable[[Config], Config]]] | None = None,
 ) -> Config:
     """Parse the flags of a training command, which override a preset, or the settings of a run.
 
@@ -60,7 +62,7 @@ def parse_config(
     kind = type(next(iter(presets.values())))
     defaults, complete = _defaults(presets, start), None
     if begin is not None and start.init_from is not None and not start.resume:
-        defaults, complete = begin(defaults, start.init_from)
+        defaults, complete = begin(defaults, start.init_from, start.quantizer)
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[kind],  # type: ignore[misc,valid-type]
         default=defaults,
@@ -92,6 +94,8 @@ def _defaults(presets: Mapping[str, Config], start: _Start) -> Config:
         raise ValueError(f"--preset {start.preset} is of another command; this one has {', '.join(presets)}")
     else:
         default = presets.get(start.preset, first)  # an unknown one is reported by the parser, with the choices
+    if start.quantizer in QUANTIZERS:  # an unknown one is reported by the parser, too
+        default = override(default, quantizer=start.quantizer)
     # Steps that a run saved or a preset has must not overrule epochs that are asked for.
     return default if start.epochs is None else override(default, steps=None)
 

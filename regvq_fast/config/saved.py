@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from regvq_fast.config.sections import Config
+from regvq_fast.config.tokenizer import QuantizerConfig, quantizer_section
 from regvq_fast.json_values import check_types, parse_json
+from regvq_fast.quantizers import QUANTIZERS
 
 # Settings that were removed, with their defaults: files that have these still describe the same run.
 _REMOVED: dict[str, object] = {"contrastive_max_places": 4096, "contrastive_layer_weights": [], "l1_weight": 1.0}
@@ -43,9 +45,21 @@ def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:
         if not isinstance(saved := values.get(section.name), Mapping):
             raise ValueError(f"it has no section {section.name!r}")
         started_in = Path(str(values.get("started_in", ".")))
-        sections[section.name] = _section(saved, get_type_hints(kind)[section.name], started_in)
+        hint = get_type_hints(kind)[section.name]
+        if hint is QuantizerConfig:
+            hint, saved = _quantizer_section(saved)
+        sections[section.name] = _section(saved, hint, started_in)
     config = kind(**sections)
     return replace(config, run=replace(config.run, resume=False, config=None))
+
+
+def _quantizer_section(saved: Mapping[str, Any]) -> tuple[type[QuantizerConfig], Mapping[str, Any]]:
+    """Return the class of a saved section, and its settings: once they were saved with those of all quantizers."""
+    if (name := saved.get("quantizer")) not in QUANTIZERS:
+        raise ValueError(f"there is no quantizer {name!r}")
+    own = {item.name for item in fields(QUANTIZERS[name].Settings)}
+    others = {item.name for kind in QUANTIZERS.values() for item in fields(kind.Settings)} - own
+    return quantizer_section(name), {key: value for key, value in saved.items() if key not in others}
 
 
 def _section(saved: Mapping[str, Any], kind: type, started_in: Path) -> Any:
@@ -70,6 +84,8 @@ def override(config: Config, /, **changes: object) -> Config:
     sections: dict[str, object] = {}
     for section in fields(config):
         part = getattr(config, section.name)
+        if isinstance(part, QuantizerConfig) and "quantizer" in changes:
+            part = part.changed_to(str(changes["quantizer"]))
         own = {name: value for name, value in changes.items() if hasattr(part, name)}
         sections[section.name] = replace(part, **own)
         changes = {name: value for name, value in changes.items() if name not in own}

@@ -1,7 +1,8 @@
 """Configuration of a tokenizer run: one dataclass a concern, and the named presets."""
 
+import functools
 from dataclasses import dataclass, field, fields, make_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import FlagCreatePairsOff, arg
 
@@ -15,7 +16,7 @@ from regvq_fast.config.sections import (
     TrainConfig,
 )
 from regvq_fast.data.samples import Crop
-from regvq_fast.quantizers import QUANTIZERS
+from regvq_fast.quantizers import QUANTIZERS, QuantizerSettings
 from regvq_fast.settings import Section, check_at_least
 
 FrozenPart = Literal["encoder", "decoder", "codebook"]
@@ -100,15 +101,15 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
-class _QuantizerConfig(Section):
-    """Quantizer."""
+class QuantizerConfig(Section):
+    """Quantizer: what all of them have. A run's section has the settings of its own one as well."""
 
     quantizer: Literal[tuple(QUANTIZERS)] = next(iter(QUANTIZERS))  # type: ignore[valid-type]
-    """Reg-VQ, or a baseline."""
+    """Reg-VQ, or a baseline with settings of its own."""
     num_codes: int = 256
     """Codebook size N."""
     code_dim: int = 32
-    """Channels D of a code."""
+    """Channels D of a code; fsq, lfq and bsq have their own."""
     fp32_scores: bool = False
     """Scores in fp32 on a GPU even under --amp."""
     collapse_threshold: Annotated[float, arg(metavar="X")] = 0.1
@@ -118,17 +119,30 @@ class _QuantizerConfig(Section):
         super().check()
         if not 0 <= self.collapse_threshold <= 1:
             raise ValueError(f"--collapse-threshold must be between 0 and 1, got {self.collapse_threshold}")
-        QUANTIZERS[self.quantizer].settings_of(self).check()
+        settings = self.settings()
+        settings.check()
+        settings.sizes(self.num_codes, self.code_dim)
+
+    def settings(self) -> QuantizerSettings:
+        """Return the settings that are the quantizer's own."""
+        return QUANTIZERS[self.quantizer].settings_of(self)
+
+    def changed_to(self, quantizer: str) -> "QuantizerConfig":
+        """Return the section of another quantizer, with the settings that both have, or of this one."""
+        if quantizer == self.quantizer and isinstance(self, QUANTIZERS[quantizer].Settings):
+            return self
+        kind = quantizer_section(quantizer)
+        shared = {item.name: getattr(self, item.name) for item in fields(kind) if hasattr(self, item.name)}
+        return kind(**shared | {"quantizer": quantizer})
 
 
-if TYPE_CHECKING:
-    QuantizerConfig = _QuantizerConfig
-else:  # with the settings of all quantizers; of several bases, the fields of the last come first
-    _SETTINGS = [kind.Settings for kind in reversed(QUANTIZERS.values()) if fields(kind.Settings)]
-    _OWN = {"__doc__": _QuantizerConfig.__doc__, "check": _QuantizerConfig.check}
-    QuantizerConfig = make_dataclass(
-        "QuantizerConfig", (), bases=(*_SETTINGS, _QuantizerConfig), namespace=_OWN, frozen=True
-    )
+@functools.cache
+def quantizer_section(quantizer: str) -> type[QuantizerConfig]:
+    """Return the class of a quantizer's section: its settings are flags beside those of all."""
+    # Of several bases, the fields of the last come first.
+    bases = QUANTIZERS[quantizer].Settings, QuantizerConfig
+    own = {"__doc__": "Quantizer.", "check": QuantizerConfig.check}
+    return make_dataclass("QuantizerConfig", (), bases=bases, namespace=own, frozen=True)
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,7 @@ class VQGANConfig(TrainConfig):
     """A run of ``regvq train vq``."""
 
     data: Annotated[DataConfig, UNTITLED] = field(default_factory=DataConfig)
-    quantizer: Annotated[QuantizerConfig, UNTITLED] = field(default_factory=QuantizerConfig)
+    quantizer: Annotated[QuantizerConfig, UNTITLED] = field(default_factory=quantizer_section(next(iter(QUANTIZERS))))
     model: Annotated[ModelConfig, UNTITLED] = field(default_factory=ModelConfig)
     loss: Annotated[LossConfig, UNTITLED] = field(default_factory=LossConfig)
 
@@ -210,7 +224,7 @@ class VQGANConfig(TrainConfig):
         side = self.model.check_image_size(self.data.image_size)
         if loss.has_contrastive and loss.contrastive_region == "masked":
             try:
-                QUANTIZERS[section.quantizer].settings_of(section).check_mask(side**2)
+                section.settings().check_mask(side**2)
             except ValueError as error:
                 raise ValueError(
                     f"--contrastive-region masked needs stochastic tokens, but with --quantizer {section.quantizer} "
@@ -224,7 +238,7 @@ def _paper(preset: PresetName, epochs: int) -> VQGANConfig:
     return VQGANConfig(
         run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         data=DataConfig(image_size=256, val_images=5000),
-        quantizer=QuantizerConfig(num_codes=1024, code_dim=256),
+        quantizer=quantizer_section("reg-vq")(num_codes=1024, code_dim=256),
         model=ModelConfig(
             ch=128,
             ch_mult=(1, 1, 2, 2, 4),

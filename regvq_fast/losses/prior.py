@@ -4,17 +4,19 @@ from typing import Literal
 
 from torch import Tensor
 
-from regvq_fast.ranks import mean_over_ranks, world_size
+from regvq_fast.padding import Padding
+from regvq_fast.ranks import mean_over_ranks, sum_over_ranks, world_size
 
 PriorScope = Literal["image", "batch", "global"]
 
 
-def prior_kl(posterior: Tensor, rows: int) -> Tensor:
+def prior_kl(posterior: Tensor, rows: int | Tensor, padding: Padding | None = None) -> Tensor:
     """``mean over groups of sum_n posterior * log(N * posterior)``, the KL divergence to the uniform prior.
 
     Args:
         posterior: (G, N) float, rows summing to 1, as :func:`regvq_fast.ops.vector_quantize` returns it.
-        rows: R, rows that a group's posterior is the mean of.
+        rows: R, rows that a group's posterior is the mean of; (G,) int64 where they differ.
+        padding: which of the groups count in the mean, if not all.
 
     Returns:
         0-dim, in nats, between 0 and log N; 0 log 0 = 0. Its floor is log(N / R) where R < N.
@@ -24,9 +26,10 @@ def prior_kl(posterior: Tensor, rows: int) -> Tensor:
     the smallest fp32 number it would be -87, and the few unused codes of a batch would drown everything else.)
     """
     fixed = posterior.detach()
-    log_ratio = (fixed.clamp(min=0.5 / rows) * posterior.shape[1]).log()
+    half_a_row = 0.5 / rows.clamp(min=1).unsqueeze(1) if isinstance(rows, Tensor) else 0.5 / rows
+    log_ratio = (fixed.clamp(min=half_a_row) * posterior.shape[1]).log()
     # The value of posterior * log_ratio with the gradient log_ratio + 1, which clamp would cut for unused codes.
-    return (posterior * (log_ratio + 1) - fixed).sum(1).mean()
+    return (padding or Padding()).mean((posterior * (log_ratio + 1) - fixed).sum(1))
 
 
 def posterior_groups(scope: PriorScope, batch_size: int) -> int:
@@ -34,12 +37,24 @@ def posterior_groups(scope: PriorScope, batch_size: int) -> int:
     return batch_size if scope == "image" else 1
 
 
-def scoped_posterior(posterior: Tensor, scope: PriorScope) -> tuple[Tensor, int]:
-    """The posterior that the regularizer sees, and over how many ranks it is the mean.
+def scoped_posterior(posterior: Tensor, scope: PriorScope, rows: int | Tensor) -> tuple[Tensor, int | Tensor]:
+    """Return the posterior that the regularizer sees, and the rows that a group's posterior is the mean of.
 
-    For scope "global" that is all of them: the mean of the ranks' posteriors, with the gradient to this rank's rows.
-    The mean of the ranks' gradients, which data-parallel training takes, is then that of the whole batch.
+    For scope "global" those are the rows of all ranks: the mean of the ranks' posteriors, weighted by their rows, with
+    the gradient to this rank's. The mean of the ranks' gradients, which data-parallel training takes, is then that of
+    the whole batch.
+
+    Args:
+        posterior: (G, N) of this rank.
+        scope: as in :func:`posterior_groups`.
+        rows: of each group; (G,) int64 where they differ, among groups or ranks.
     """
     if scope != "global" or world_size() == 1:
-        return posterior, 1
-    return posterior + (mean_over_ranks(posterior) - posterior.detach()), world_size()
+        return posterior, rows
+    if isinstance(rows, Tensor):
+        all_rows: int | Tensor = sum_over_ranks(rows)
+        weight = rows.to(posterior.dtype) * world_size() / all_rows.clamp(min=1)  # type: ignore[union-attr]
+        posterior = posterior * weight.unsqueeze(1)
+    else:
+        all_rows = rows * world_size()
+    return posterior + (mean_over_ranks(posterior) - posterior.detach()), all_rows

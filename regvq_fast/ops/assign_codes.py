@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 from regvq_fast.dispatch import Impl, on_device_of, resolve_impl
 from regvq_fast.matmul import compute_dtype, without_tf32
 from regvq_fast.ops.tiling import row_argmax, rows_per_tile
-from regvq_fast.ops.validation import check_finite, check_like, check_matrix, check_overflow
+from regvq_fast.ops.validation import check_codebook, check_finite, check_overflow
 
 
 def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -15,31 +15,30 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
 
     Args:
         x: (..., D) fp16, bf16, fp32 or fp64.
-        codebook: (N, D), type and device of ``x``.
+        codebook: (N, D), type and device of ``x``; or (H, N, D), a codebook for each head of ``x`` (..., H, D).
         impl: "auto" | "triton" | "eager"; "auto" is the Triton kernel on CUDA, fp64 aside.
 
     Returns:
-        (...) int64; the smallest code wins an exact tie. Deterministic. Autocast: inputs are cast to fp32.
+        int64, the leading shape of ``x``; the smallest code wins an exact tie. Deterministic. Autocast: inputs are
+        cast to fp32.
 
     Memory beyond inputs and output: Triton 4 N bytes, and 24 M for each split of the codes (below sm_80 also
-    a buffer of max(2^25, 512 N) fp32 scores); eager O((M + N) * D) plus one tile of about 2^20 scores (2^24 on CUDA; at
-    least 64 rows).
+    a buffer of max(2^25, 512 N) fp32 scores), where M and N count all heads' rows and codes; eager O((M + N) * D) plus
+    one tile of about 2^20 scores (2^24 on CUDA; at least 64 rows).
 
     Raises:
         ValueError: shapes or devices that don't fit; on a CPU nan or inf in an input, or scores that may overflow.
         TypeError: types that don't fit.
     """
-    check_matrix("x", x, ndim=None)
-    check_matrix("codebook", codebook, x.shape[-1])
-    check_like("codebook", codebook, "x", x)
-    if codebook.numel() == 0:
-        raise ValueError(f"codebook has no codes or no channels, shape {tuple(codebook.shape)}")
+    check_codebook(x, codebook)
     chosen = resolve_impl(impl, x.device, x.dtype)
-    indices = _assign_codes_op(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), chosen)
+    indices = _assign_codes_op(x.detach().reshape(-1, *x.shape[1 - codebook.ndim :]), codebook.detach(), chosen)
     return indices.reshape(x.shape[:-1])
 
 
 def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
+    if codebook.ndim == 3:
+        return torch.stack([_assign_codes_eager(x[:, head], codes) for head, codes in enumerate(codebook)], 1)
     dtype = compute_dtype(x)
     codes = codebook.to(dtype)
     code_bias = codes.square().sum(1).mul_(-0.5)  # argmin |x - z|^2 = argmax x.z - |z|^2 / 2
@@ -57,7 +56,7 @@ def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
 @torch.library.custom_op("regvq::assign_codes", mutates_args=())
 def _assign_codes_op(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
     rows, codes = check_finite("x", x), check_finite("codebook", codebook)
-    check_overflow(x.shape[1] * codes * (rows + codes), compute_dtype(x), "x or the codes")
+    check_overflow(x.shape[-1] * codes * (rows + codes), compute_dtype(x), "x or the codes")
     if impl == "triton":
         from regvq_fast.kernels.assign_codes import assign_codes_forward
 
@@ -68,7 +67,7 @@ def _assign_codes_op(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
 
 @_assign_codes_op.register_fake
 def _(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.int64)
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 for _device_type in ("cpu", "cuda"):
@@ -79,4 +78,4 @@ for _device_type in ("cpu", "cuda"):
 
 @register_flop_formula(torch.ops.regvq.assign_codes)
 def _(x: torch.Size, codebook: torch.Size, *_: object, **__: object) -> int:
-    return 2 * x[0] * codebook[0] * x[1]
+    return 2 * x.numel() * codebook[-2]

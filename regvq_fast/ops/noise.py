@@ -47,6 +47,7 @@ class Stream:
     MASK_RATIOS = 39
     MASKED_TOKENS = 40
     CONFIDENCES = 41
+    RESIDUAL_QUANTIZERS = 42
 
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,20 +90,22 @@ def _gumbel_from_uniform(v: Tensor) -> Tensor:
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
-def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
-    """Gumbel(0, 1) noise of some rows over all codes.
+def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int, head: int = 0) -> Tensor:
+    """Gumbel(0, 1) noise of some rows over all codes of a head.
 
     Args:
         seed: 0-dim int64 tensor.
         rows: (R,) int64 global row numbers, in any order.
         num_codes: N.
+        head: whose codes continue those of the heads before it, in whole fours of codes.
 
     Returns:
         (R, N) float32. Temporary memory: about 3 times the result; none in C.
     """
     if rows.device.type == "cpu" and not torch.compiler.is_compiling() and (native := library(_SOURCE)):
-        return _gumbel_from_uniform(_native_uniform(native, seed, rows, num_codes))
-    blocks = torch.arange((num_codes + 3) // 4, device=rows.device)
+        return _gumbel_from_uniform(_native_uniform(native, seed, rows, num_codes, head))
+    num_blocks = (num_codes + 3) // 4
+    blocks = torch.arange(num_blocks, device=rows.device) + head * num_blocks
     words = philox4x32(
         blocks[None, :],
         (rows >> 32)[:, None],
@@ -110,19 +113,20 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
         rows.new_zeros(1, 1),
         seed,
     )
-    noise = torch.empty(len(rows), len(blocks), 4, dtype=torch.float32, device=rows.device)
+    noise = torch.empty(len(rows), num_blocks, 4, dtype=torch.float32, device=rows.device)
     for i, word in enumerate(words):
         noise[..., i] = word
-    return gumbel_from_words(noise).view(len(rows), 4 * len(blocks))[:, :num_codes]
+    return gumbel_from_words(noise).view(len(rows), 4 * num_blocks)[:, :num_codes]
 
 
-def _native_uniform(native: ctypes.CDLL, seed: Tensor, rows: Tensor, num_codes: int) -> Tensor:
-    """Return ``v`` of :func:`gumbel_from_words` for some rows over all codes, (R, N) float32."""
+def _native_uniform(native: ctypes.CDLL, seed: Tensor, rows: Tensor, num_codes: int, head: int) -> Tensor:
+    """Return ``v`` of :func:`gumbel_from_words` for some rows over all codes of a head, (R, N) float32."""
     rows, key, uniform = rows.contiguous(), int(seed), torch.empty(len(rows), num_codes)
-    native.regvq_uniform.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    whole, pointer = ctypes.c_int64, ctypes.c_void_p
+    native.regvq_uniform.argtypes = [whole, pointer, whole, whole, whole, pointer]
     num_threads = max(1, min(torch.get_num_threads(), uniform.numel() // _NATIVE_ELEMENTS, len(rows)))
     calls = [
-        (key, some.data_ptr(), len(some), num_codes, out.data_ptr())
+        (key, some.data_ptr(), len(some), num_codes, head, out.data_ptr())
         for some, out in zip(rows.tensor_split(num_threads), uniform.tensor_split(num_threads), strict=True)
     ]
     threads = [threading.Thread(target=native.regvq_uniform, args=call) for call in calls[1:]]

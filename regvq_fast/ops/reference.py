@@ -21,14 +21,36 @@ def vector_quantize_reference(
     bias: Tensor | None = None,
     scale: float = 1.0,
     mask: Tensor | None = None,
+    valid: Tensor | None = None,
     seed: Tensor | None = None,
     row_offset: int = 0,
     tau: float | Tensor = 0.9,
     groups: int = 1,
     codebook_grad: CodebookGrad = "soft",
     noise: Tensor | None = None,
+    head: int = 0,
 ) -> VectorQuantizeOutput:
-    """:func:`regvq_fast.ops.vector_quantize` of (M, D) rows, literally. ``noise`` (M, N) replaces the seed's."""
+    """:func:`regvq_fast.ops.vector_quantize` of rows (M, [H], D), literally. ``noise`` (M, N) replaces the seed's."""
+    if codebook.ndim == 3:
+        heads = [
+            vector_quantize_reference(
+                x[:, i],
+                codebook[i],
+                weight=None if weight is None else weight[i],
+                bias=None if bias is None else bias[i],
+                scale=scale,
+                mask=mask,
+                valid=valid,
+                seed=seed,
+                row_offset=row_offset,
+                tau=tau,
+                groups=groups,
+                codebook_grad=codebook_grad,
+                head=i,
+            )
+            for i in range(len(codebook))
+        ]
+        return VectorQuantizeOutput(*(torch.stack(values, 1) for values in zip(*heads, strict=True)))
     num_rows, num_codes = len(x), len(codebook)
     if weight is None:
         s = -scale * torch.cdist(x, codebook).square()
@@ -38,7 +60,9 @@ def vector_quantize_reference(
     if mask is not None:
         if noise is None:
             assert seed is not None
-            noise = gumbel_noise(seed, torch.arange(num_rows, device=x.device) + row_offset, num_codes).to(x.dtype)
+            noise = gumbel_noise(seed, torch.arange(num_rows, device=x.device) + row_offset, num_codes, head).to(
+                x.dtype
+            )
         a = s + mask.unsqueeze(1) * noise
         temperature = torch.where(mask, torch.as_tensor(tau, dtype=x.dtype, device=x.device), 1.0).unsqueeze(1)
     p = (a / temperature).softmax(1)
@@ -53,7 +77,12 @@ def vector_quantize_reference(
         if codebook_grad == "soft":
             soft = p.detach() @ codebook
             quantized = quantized + soft - soft.detach()
-    posterior = straight_through.view(groups, -1, num_codes).mean(1)
+    grouped = straight_through.view(groups, -1, num_codes)
+    if valid is None:
+        posterior = grouped.mean(1)
+    else:
+        counted = valid.view(groups, -1, 1)
+        posterior = (grouped * counted).sum(1) / counted.sum(1).clamp(min=1)
     perturbation = (codebook[indices] - codebook[best_indices]).square().sum(1).detach()
     return VectorQuantizeOutput(quantized, posterior, indices, best_indices, perturbation)
 

@@ -8,13 +8,22 @@ from regvq_fast.matmul import compute_dtype
 from regvq_fast.ops.validation import check_matrix, whole_number
 
 
-def segment_counts(indices: Tensor, num_segments: int) -> Tensor:
+def segment_counts(indices: Tensor, num_segments: int, *, heads: bool = False) -> Tensor:
     """Count how often each of ``num_segments`` values occurs in ``indices`` (any shape, int64); (num_segments,) int64.
 
-    Integer additions commute exactly, so the scatter is deterministic on every device, and nothing synchronises.
+    With ``heads`` each column of ``indices`` (..., H) is counted by itself: (H, num_segments). Integer additions
+    commute exactly, so the scatter is deterministic on every device, and nothing synchronises.
     """
+    if heads:
+        return segment_counts(*_one_head(indices, num_segments)).view(-1, num_segments)
     flat = indices.reshape(-1)
     return flat.new_zeros(num_segments).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def _one_head(indices: Tensor, num_segments: int) -> tuple[Tensor, int]:
+    """Return the indices of heads (..., H) and their number as those of one head: their values follow each other."""
+    heads = indices.shape[-1]
+    return indices + num_segments * torch.arange(heads, device=indices.device), heads * num_segments
 
 
 def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Impl = "auto") -> Tensor:
@@ -23,25 +32,27 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
     Equivalent to ``torch.zeros(N, D).index_add_(0, indices, values)``, which on CUDA adds in no fixed order.
 
     Args:
-        values: (M, D) fp16, bf16, fp32 or fp64.
-        indices: (M,) int64 in [0, num_segments), on the device of ``values``.
+        values: (M, D), or (M, H, D) of heads; fp16, bf16, fp32 or fp64.
+        indices: (M,) or (M, H) int64 in [0, num_segments), on the device of ``values``.
         num_segments: N.
         impl: "auto" | "triton" | "eager".
 
     Returns:
-        (N, D) of the type of ``values``, summed in fp32 (fp64 for fp64). Temporary memory: O(M * D); the kernel's
-        O(M + N).
+        (N, D), or (H, N, D) of heads, of the type of ``values``, summed in fp32 (fp64 for fp64). Temporary memory:
+        O(M * D); the kernel's O(M + N).
 
     Raises:
         ValueError: shapes or devices that don't fit; on a CPU also an index out of range (on CUDA checking would
             force a synchronization: what its row adds to is undefined).
         TypeError: types that don't fit.
     """
-    check_matrix("values", values)
+    check_matrix("values", values, ndim=3 if isinstance(values, Tensor) and values.ndim == 3 else 2)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
-    if indices.shape != values.shape[:1]:
-        raise ValueError(f"indices must have shape {tuple(values.shape[:1])}, a row's each, got {tuple(indices.shape)}")
+    if indices.shape != values.shape[:-1]:
+        raise ValueError(
+            f"indices must have shape {tuple(values.shape[:-1])}, a row's each, got {tuple(indices.shape)}"
+        )
     if indices.device != values.device:
         raise ValueError(f"indices are on {indices.device} but values on {values.device}; move them to one device")
     num_segments = whole_number("num_segments", num_segments)
@@ -65,14 +76,20 @@ def _segment_sum_op(values: Tensor, indices: Tensor, num_segments: int, impl: st
         smallest, largest = (int(extreme) for extreme in torch.aminmax(indices))
         if smallest < 0 or largest >= num_segments:
             raise ValueError(f"indices must be in [0, {num_segments}), got {smallest} to {largest}")
+    size = num_segments
+    if values.ndim == 3:
+        indices, size = _one_head(indices, num_segments)
+    rows, indices = values.flatten(0, -2), indices.flatten()
     if impl == "triton":
         from regvq_fast.kernels import segment_sum as kernel
 
         with on_device_of(values):
-            return kernel.segment_sum(values, indices, num_segments).to(values.dtype)
-    return segment_sum_eager(values, indices, num_segments)
+            sums = kernel.segment_sum(rows, indices, size).to(values.dtype)
+    else:
+        sums = segment_sum_eager(rows, indices, size)
+    return sums.view(*values.shape[1:-1], num_segments, values.shape[-1])
 
 
 @_segment_sum_op.register_fake
 def _(values: Tensor, indices: Tensor, num_segments: int, impl: str) -> Tensor:
-    return values.new_empty(num_segments, values.shape[1])
+    return values.new_empty(*values.shape[1:-1], num_segments, values.shape[-1])

@@ -1,7 +1,7 @@
 """Entropy and mean of softmax distributions over all codes: the KL term of Gumbel-VQ, the entropy terms of IBQ and LFQ.
 
     p[m]    = softmax_n((x_m . k_n + b_n) / temperature)
-    entropy = mean_m -sum_n p[m,n] log p[m,n]           mean[n] = mean_m p[m,n]
+    entropy = mean_m -sum_n p[m,n] log p[m,n]           mean[n] = mean_m p[m,n]         over the M valid rows
 
 With upstream gradients e of the entropy and c[n] of the mean, dP[m,n] = (c[n] - e log p[m,n]) / M is all of the
 softmax's (a constant in a row drops out). Rows go through in tiles, whose scores backward computes again.
@@ -13,11 +13,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regvq_fast.matmul import compute_dtype, without_tf32
 from regvq_fast.ops.tiling import rows_per_tile
-from regvq_fast.ops.validation import check_finite, check_like, check_matrix, check_overflow, check_positive
+from regvq_fast.ops.validation import check_finite, check_like, check_matrix, check_overflow, check_positive, check_rows
 
 
 def softmax_statistics(
-    x: Tensor, keys: Tensor, bias: Tensor | None = None, *, temperature: float = 1.0
+    x: Tensor, keys: Tensor, bias: Tensor | None = None, *, valid: Tensor | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Mean entropy, in nats, and mean of the rows' softmax over ``(x keys^T + bias) / temperature``.
 
@@ -32,6 +32,7 @@ def softmax_statistics(
         x: (M, D), M > 0; fp16, bf16, fp32 or fp64.
         keys: (N, D), type and device of ``x``.
         bias: (N,) or None.
+        valid: (M,) bool or None: the rows that the means are over, all if None. Entropy and mean are 0 where none is.
         temperature: > 0; a number, no tensor: it gets no gradient.
 
     Returns:
@@ -59,17 +60,21 @@ def softmax_statistics(
     if bias is not None:
         check_matrix("bias", bias, keys.shape[0], ndim=1)
         check_like("bias", bias, "x", x)
+    if valid is not None:
+        check_rows("valid", valid, x.shape[:1], x)
     check_positive("temperature", temperature)
-    return _forward_op(x, keys, bias, float(temperature))
+    return _forward_op(x, keys, bias, valid, float(temperature))
 
 
 class _Tiles:
-    """``log p`` of row tiles."""
+    """``log p`` of row tiles, and how many rows count."""
 
-    def __init__(self, x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> None:
+    def __init__(self, x: Tensor, keys: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float) -> None:
         self.dtype, self.factor = compute_dtype(x), 1 / temperature
         self.keys = keys.to(self.dtype).contiguous()
         self.column = self.keys.new_zeros(len(keys)) if bias is None else bias.to(self.dtype) * self.factor
+        self.valid = None if valid is None else valid.to(self.dtype).unsqueeze(1)  # [M, 1]
+        self.num_rows = len(x) if valid is None else valid.sum(dtype=torch.float64).clamp_(min=1)
         step = rows_per_tile(len(keys), x.device)
         self.slices = [slice(start, start + step) for start in range(0, len(x), step)]
 
@@ -77,18 +82,22 @@ class _Tiles:
         with without_tf32(x.device):
             return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor).log_softmax(1)
 
+    def without_invalid(self, values: Tensor, tile: slice) -> Tensor:
+        """Set the invalid rows of a tile of values to 0, in place."""
+        return values if self.valid is None else values.mul_(self.valid[tile])
+
 
 def _softmax_statistics_eager(
-    x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float
+    x: Tensor, keys: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    tiles = _Tiles(x, keys, bias, temperature)
+    tiles = _Tiles(x, keys, bias, valid, temperature)
     entropy, mean = tiles.column.new_zeros(()), tiles.column.new_zeros(len(keys))
     for tile in tiles.slices:
         log_p = tiles.log_p(x[tile].to(tiles.dtype))
-        p = log_p.exp()
+        p = tiles.without_invalid(log_p.exp(), tile)
         mean += p.sum(0)
         entropy -= p.mul_(log_p).sum()
-    return entropy.div_(len(x)), mean.div_(len(x))
+    return entropy.div_(tiles.num_rows), mean.div_(tiles.num_rows)
 
 
 def _softmax_statistics_backward_eager(
@@ -97,11 +106,12 @@ def _softmax_statistics_backward_eager(
     x: Tensor,
     keys: Tensor,
     bias: Tensor | None,
+    valid: Tensor | None,
     temperature: float,
     needs_x: bool,
     needs_keys: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    tiles = _Tiles(x, keys, bias, temperature)
+    tiles = _Tiles(x, keys, bias, valid, temperature)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
     grad_keys, grad_column = torch.zeros_like(tiles.keys), torch.zeros_like(tiles.column)
     for tile in tiles.slices:
@@ -110,7 +120,7 @@ def _softmax_statistics_backward_eager(
         p = grad.clamp(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
         grad.mul_(-grad_entropy).add_(grad_mean)
         torch._softmax_backward_data(grad, p, 1, tiles.dtype, grad_input=grad)
-        grad *= tiles.factor / len(x)
+        tiles.without_invalid(grad.mul_(tiles.factor / tiles.num_rows), tile)
         if grad_x is not None:
             grad_x[tile] = torch.mm(grad, tiles.keys).to(x.dtype)
         if needs_keys:
@@ -125,15 +135,17 @@ def _softmax_statistics_backward_eager(
 
 
 @torch.library.custom_op("regvq::softmax_statistics", mutates_args=())
-def _forward_op(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _forward_op(
+    x: Tensor, keys: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
     largest = [check_finite(name, value) for name, value in (("x", x), ("keys", keys), ("bias", bias))]
     bound = (x.shape[1] * largest[0] * largest[1] + largest[2] + 1) / min(1.0, temperature)
     check_overflow(bound, compute_dtype(x), "x, keys, bias or 1 / temperature")
-    return _softmax_statistics_eager(x, keys, bias, temperature)
+    return _softmax_statistics_eager(x, keys, bias, valid, temperature)
 
 
 @_forward_op.register_fake
-def _(x: Tensor, keys: Tensor, bias: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, keys: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x)
     return x.new_empty((), dtype=dtype), x.new_empty(keys.shape[0], dtype=dtype)
 
@@ -148,12 +160,15 @@ def _backward_op(
     x: Tensor,
     keys: Tensor,
     bias: Tensor | None,
+    valid: Tensor | None,
     temperature: float,
     needs_x: bool,
     needs_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, keys and bias; empty tensors stand for those that nobody needs."""
-    grads = _softmax_statistics_backward_eager(grad_entropy, grad_mean, x, keys, bias, temperature, needs_x, needs_keys)
+    grads = _softmax_statistics_backward_eager(
+        grad_entropy, grad_mean, x, keys, bias, valid, temperature, needs_x, needs_keys
+    )
     grad_x, grad_keys, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
     return grad_x, grad_keys, grad_bias
 
@@ -165,6 +180,7 @@ def _(
     x: Tensor,
     keys: Tensor,
     bias: Tensor | None,
+    valid: Tensor | None,
     temperature: float,
     needs_x: bool,
     needs_keys: bool,
@@ -179,14 +195,14 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, keys, bias, ctx.temperature = inputs
-    ctx.save_for_backward(x, keys, bias)
+    *tensors, ctx.temperature = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_entropy, grad_mean):  # type: ignore[no-untyped-def]
     needs_x, *needs_keys = ctx.needs_input_grad[:3]
     grads = _backward_op(grad_entropy, grad_mean, *ctx.saved_tensors, ctx.temperature, needs_x, any(needs_keys))
-    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -34,6 +34,34 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
         raise TypeError(f"{name} is {value.dtype} but {other_name} {other.dtype}; convert one of them")
 
 
+def check_codebook(x: Tensor, codebook: Tensor) -> None:
+    """Raise unless ``codebook`` is (N, D), or (H, N, D) for ``x`` of (..., H, D), with its type and device."""
+    check_matrix("x", x, ndim=None)
+    check_matrix("codebook", codebook, x.shape[-1], ndim=None)
+    check_like("codebook", codebook, "x", x)
+    if codebook.numel() == 0:
+        raise ValueError(f"codebook has no codes or no channels, shape {tuple(codebook.shape)}")
+    if codebook.ndim > 3:
+        raise ValueError(f"codebook must be (N, D), or (H, N, D) for heads, got shape {tuple(codebook.shape)}")
+    if codebook.ndim == 3 and x.shape[-2] != codebook.shape[0]:
+        raise ValueError(
+            f"codebook {tuple(codebook.shape)} has {codebook.shape[0]} heads: x must be (..., {codebook.shape[0]}, "
+            f"{codebook.shape[2]}), got shape {tuple(x.shape)}"
+        )
+
+
+def check_rows(name: str, value: Tensor, shape: torch.Size, x: Tensor) -> None:
+    """Raise unless ``value`` is bool, of the leading ``shape`` of ``x``, and on its device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have the leading shape of x, {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} but x on {x.device}; move them to one device")
+
+
 def check_scalar(name: str, value: Tensor, x: Tensor, *, floating: bool = False) -> None:
     """Raise unless ``value`` is a 0-dim tensor, int64 or floating point, on the device of ``x``."""
     kind = "floating-point" if floating else "int64"

@@ -8,7 +8,7 @@ R = M / G rows.
     best_index[m]  = argmax_n  s[m,n]
     quantized[m]   = z[index[m]]
     perturbation   = |z[index] - z[best_index]|^2
-    posterior[g]   = mean over the rows of group g of one_hot(index)
+    posterior[g]   = mean over the valid rows of group g of one_hot(index)
 
 The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
 and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
@@ -26,11 +26,13 @@ from regvq_fast.matmul import compute_dtype
 from regvq_fast.ops.tiling import may_keep
 from regvq_fast.ops.validation import (
     as_scalar,
+    check_codebook,
     check_finite,
     check_like,
     check_matrix,
     check_overflow,
     check_positive,
+    check_rows,
     check_scalar,
     whole_number,
 )
@@ -42,12 +44,12 @@ _MAX_MASKED_ROWS = 2**31 - 1  # whose numbers the kernels order as int32
 
 
 class VectorQuantizeOutput(NamedTuple):
-    """Result of :func:`vector_quantize`; leading dimensions as those of ``x``."""
+    """Result of :func:`vector_quantize`; leading dimensions as those of ``x``, heads included."""
 
     quantized: Tensor
     """(M, D) x.dtype, straight-through gradient."""
     posterior: Tensor
-    """(G, N) float32, straight-through gradient; rows sum to 1 (to 0 where M = 0)."""
+    """(G, N) float32, (G, H, N) of heads, straight-through gradient; sums to 1, to 0 in a group without a valid row."""
     indices: Tensor
     """(M,) int64, the selected codes."""
     best_indices: Tensor
@@ -64,6 +66,7 @@ def vector_quantize(
     bias: Tensor | None = None,
     scale: float | Tensor = 1.0,
     mask: Tensor | None = None,
+    valid: Tensor | None = None,
     seed: Tensor | None = None,
     row_offset: int | Tensor = 0,
     tau: float | Tensor = 0.9,
@@ -84,18 +87,26 @@ def vector_quantize(
 
     Args:
         x: (..., D) encoder vectors; fp16, bf16, fp32 or fp64. Leading dimensions are flattened to M rows.
-        codebook: (N, D) codes, type and device of ``x``.
-        weight: (N, D) or None. None: distance logits. Given: linear logits, a predicted token distribution.
-        bias: (N,) or None, with ``weight`` only.
+        codebook: (N, D) codes, type and device of ``x``. Or (H, N, D), a codebook for each head of ``x`` (..., H, D):
+            grouped and product quantization, by the launches of one head. Each head has noise of its own: its codes
+            continue the numbers of the codes before them, in whole fours.
+        weight: the shape of ``codebook``, or None. None: distance logits. Given: linear logits, a predicted token
+            distribution.
+        bias: (N,) or (H, N), or None; with ``weight`` only.
         scale: factor of the logits, > 0: a float, or a 0-dim floating-point tensor on the device of ``x``, which can
             change from call to call without recompiling. No gradient.
-        mask: (...) bool or None, leading shape of ``x``: the stochastic rows. None: no row is.
+        mask: (...) bool or None, leading shape of ``x`` without heads: the stochastic rows, in all of their heads, as
+            the mask is of positions. None: no row is.
+        valid: (...) bool or None, the shape of ``mask``: the rows that count in their group's posterior. The others
+            (padding) are quantized like any row, with the same noise as without ``valid``, and get no gradient from
+            the posterior; mask what becomes of their ``quantized``. None: every row counts.
         seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; sample it outside the op.
         row_offset: number of the first row in the global batch: the noise of a row depends on
             (seed, row_offset + row, code) alone. An int, or a 0-dim int64 tensor on the device of ``x``, which
             can change without recompiling.
         tau: Gumbel-softmax temperature of the stochastic rows' gradient, > 0; a float or a tensor, as ``scale``.
-        groups: G; consecutive groups of M / G rows have a posterior each. 1: the batch's, B: one an image.
+        groups: G; consecutive groups of M / G rows have a posterior each. 1: the batch's, B: one an image. 0 for a
+            group without a valid row.
         codebook_grad: gradient of the look-up to the codes. "soft": ``p^T dQ`` (Algorithm 1). "hard":
             ``dQ`` to the selected code (``gumbel_softmax(hard=True)`` then matmul). "none": nothing through the
             look-up. Distance logits give the codes their own gradient in each case.
@@ -134,21 +145,21 @@ def vector_quantize(
     groups = whole_number("groups", groups)
     if not isinstance(row_offset, Tensor):
         row_offset = whole_number("row_offset", row_offset, "an int or a 0-dim int64 tensor")
-    _check_arguments(x, codebook, weight, bias, scale, mask, seed, row_offset, tau, groups, codebook_grad)
+    _check_arguments(x, codebook, weight, bias, scale, mask, valid, seed, row_offset, tau, groups, codebook_grad)
     chosen = resolve_impl(impl, x.device, x.dtype)
     if chosen == "triton" and mask is not None and mask.numel() > _MAX_MASKED_ROWS:
         raise ValueError(
             f"the kernels take at most {_MAX_MASKED_ROWS} rows with a mask, got {mask.numel()}: split them, each "
             "part with its row_offset, or use impl='eager'"
         )
-    leaves = (x, codebook, weight, bias)
+    leaves, rows = (x, codebook, weight, bias), x.shape[: 1 - codebook.ndim]
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     # The forward may keep for the backward: the kernels' log-sum-exps, or the fallback's scores.
     keeps = trains and (
-        chosen == "triton" or may_keep(x.numel() // x.shape[-1] * codebook.shape[0], noisy=mask is not None)
+        chosen == "triton" or may_keep(x.numel() // x.shape[-1] * codebook.shape[-2], noisy=mask is not None)
     )
     a = Inputs(
-        x.reshape(-1, x.shape[-1]),
+        x.reshape(-1, *x.shape[len(rows) :]),
         codebook,
         weight,
         bias,
@@ -159,15 +170,16 @@ def vector_quantize(
         row_offset if isinstance(row_offset, Tensor) else torch.full((), row_offset, device=x.device),
         groups,
         codebook_grad,
+        None if valid is None else valid.reshape(-1),
     )
     quantized, posterior, indices, best_indices, perturbation, _ = _forward_op(*a, keeps, chosen)
-    rows = x.shape[:-1]
+    shape = x.shape[:-1]
     return VectorQuantizeOutput(
         quantized.reshape(x.shape),
         posterior,
-        indices.reshape(rows),
-        best_indices.reshape(rows),
-        perturbation.reshape(rows),
+        indices.reshape(shape),
+        best_indices.reshape(shape),
+        perturbation.reshape(shape),
     )
 
 
@@ -178,38 +190,32 @@ def _check_arguments(
     bias: Tensor | None,
     scale: float | Tensor,
     mask: Tensor | None,
+    valid: Tensor | None,
     seed: Tensor | None,
     row_offset: int | Tensor,
     tau: float | Tensor,
     groups: int,
     codebook_grad: str,
 ) -> None:
-    check_matrix("x", x, ndim=None)
-    check_matrix("codebook", codebook, x.shape[-1])
-    check_like("codebook", codebook, "x", x)
-    if codebook.numel() == 0:
-        raise ValueError(f"codebook has no codes or no channels, shape {tuple(codebook.shape)}")
+    check_codebook(x, codebook)
     if weight is not None:
-        check_matrix("weight", weight, x.shape[-1])
+        check_matrix("weight", weight, x.shape[-1], ndim=codebook.ndim)
         check_like("weight", weight, "x", x)
         if weight.shape != codebook.shape:
             raise ValueError(f"weight {tuple(weight.shape)} and codebook {tuple(codebook.shape)} must have one shape")
     if bias is not None:
         if weight is None:
             raise ValueError("bias belongs to linear logits: give weight as well, or leave bias out")
-        check_matrix("bias", bias, codebook.shape[0], ndim=1)
+        check_matrix("bias", bias, codebook.shape[-2], ndim=codebook.ndim - 1)
         check_like("bias", bias, "x", x)
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(f"mask must have the leading shape of x, {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
-        if mask.device != x.device:
-            raise ValueError(f"mask is on {mask.device} but x on {x.device}; move them to one device")
-        if seed is None:
-            raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
+        if bias.shape != codebook.shape[:-1]:
+            raise ValueError(f"bias {tuple(bias.shape)} must have one number for each code of {tuple(codebook.shape)}")
+    shape = x.shape[: 1 - codebook.ndim]
+    for name, rows in (("mask", mask), ("valid", valid)):
+        if rows is not None:
+            check_rows(name, rows, shape, x)
+    if mask is not None and seed is None:
+        raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
     if seed is not None:
         check_scalar("seed", seed, x)
     if isinstance(row_offset, Tensor):
@@ -221,7 +227,7 @@ def _check_arguments(
                 raise TypeError(f"{name} gets no gradient, but it requires one: give {name}.detach()")
         else:
             check_positive(name, value)
-    num_rows = x.numel() // max(1, x.shape[-1])
+    num_rows = shape.numel()
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     if num_rows and groups > num_rows:
@@ -241,8 +247,8 @@ def _check_arguments(
     schema=f"({INPUTS_SCHEMA}, bool keeps, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*arguments):  # type: ignore[no-untyped-def]
-    """Return the five outputs, and what the backward of the same ``impl`` needs: the rows' log-sum-exp (M,) of the
-    kernels, the noisy scores over their temperature (M, N) of the fallback; empty unless ``keeps``.
+    """Return the five outputs, and what the backward of the same ``impl`` needs: the rows' log-sum-exp (M, [H]) of the
+    kernels, the noisy scores over their temperature ([H], M, N) of the fallback; empty unless ``keeps``.
     """
     *inputs, keeps, impl = arguments
     a = Inputs(*inputs)
@@ -263,7 +269,7 @@ def _check_values(a: Inputs) -> None:
     tau, scale = a.tau.item(), a.scale.item()
     check_positive("tau", tau)
     check_positive("scale", scale)
-    products = a.x.shape[1] * (2 * x * max(codes, weight) + 4 * codes**2)
+    products = a.x.shape[-1] * (2 * x * max(codes, weight) + 4 * codes**2)
     bound = (max(1.0, scale) * products + 2 * scale + bias) / min(1.0, tau)
     check_overflow(bound, compute_dtype(a.x), "x, the codes, scale or 1 / tau")
 
@@ -272,16 +278,17 @@ def _check_values(a: Inputs) -> None:
 def _(*arguments):  # type: ignore[no-untyped-def]
     *inputs, keeps, impl = arguments
     a = Inputs(*inputs)
-    num_rows, num_codes = a.x.shape[0], a.codebook.shape[0]  # len() would fix a dynamic size
-    dtype, kept_rows = compute_dtype(a.x), num_rows if keeps else 0
-    indices = a.x.new_empty(num_rows, dtype=torch.int64)
+    num_rows, *heads, _ = a.x.shape  # len() would fix a dynamic size
+    codes, dtype, kept_rows = a.codebook.shape[-2], compute_dtype(a.x), num_rows if keeps else 0
+    indices = a.x.new_empty(a.x.shape[:-1], dtype=torch.int64)
+    kept = (kept_rows, *heads) if impl == "triton" else (*heads, kept_rows, codes)
     return (
-        a.codebook.new_empty(num_rows, a.codebook.shape[1]),
-        a.x.new_empty(a.groups, num_codes, dtype=dtype),
+        a.codebook.new_empty(a.x.shape),
+        a.x.new_empty(a.groups, *heads, codes, dtype=dtype),
         indices,
         torch.empty_like(indices),
-        a.x.new_empty(num_rows, dtype=dtype),
-        a.x.new_empty(kept_rows, dtype=dtype) if impl == "triton" else a.x.new_empty(kept_rows, num_codes, dtype=dtype),
+        a.x.new_empty(a.x.shape[:-1], dtype=dtype),
+        a.x.new_empty(kept, dtype=dtype),
     )
 
 
@@ -298,6 +305,7 @@ def _backward_op(*arguments):  # type: ignore[no-untyped-def]
     """Return the gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs."""
     num_inputs, impl = len(Inputs._fields), arguments[-1]
     a, upstream = Inputs(*arguments[:num_inputs]), arguments[num_inputs:-1]
+    grads: tuple[Tensor | None, ...]
     if impl == "triton":
         from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
 
@@ -324,21 +332,21 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.groups, ctx.codebook_grad, _, ctx.impl = inputs
+    *tensors, ctx.groups, ctx.codebook_grad, valid, _, ctx.impl = inputs
     indices, kept = output[2], output[5]
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, indices, kept)
+    ctx.save_for_backward(*tensors, valid, indices, kept)
 
 
 def _backward(ctx, grad_quantized, grad_posterior, *_):  # type: ignore[no-untyped-def]
-    *tensors, indices, kept = ctx.saved_tensors
-    a = Inputs._make((*tensors, ctx.groups, ctx.codebook_grad))
+    *tensors, valid, indices, kept = ctx.saved_tensors
+    a = Inputs._make((*tensors, ctx.groups, ctx.codebook_grad, valid))
     no_grads = (None,) * (len(Inputs._fields) + 2)
     if grad_quantized is None:
         if grad_posterior is None:
             return no_grads
-        grad_quantized = a.codebook.new_zeros(a.x.shape[0], a.codebook.shape[1])
+        grad_quantized = a.codebook.new_zeros(a.x.shape)
     needed = ctx.needs_input_grad[:4]
     grads = _backward_op(*a, grad_quantized, grad_posterior, indices, kept, needed[0], any(needed[1:]), ctx.impl)
     return *(grad if needs else None for grad, needs in zip(grads, needed, strict=True)), *no_grads[4:]
@@ -354,9 +362,9 @@ for _device_type in ("cpu", "cuda"):
 
 @register_flop_formula(torch.ops.regvq.vector_quantize)
 def _(x: torch.Size, codebook: torch.Size, *_: object, **__: object) -> int:
-    return 2 * x[0] * codebook[0] * x[1]  # the scores
+    return 2 * x.numel() * codebook[-2]  # the scores
 
 
 @register_flop_formula(torch.ops.regvq.vector_quantize_backward)
 def _(x: torch.Size, codebook: torch.Size, *_: object, **__: object) -> int:
-    return 5 * 2 * x[0] * codebook[0] * x[1]  # scores, dP, dS k, dS^T x, p^T dQ
+    return 5 * 2 * x.numel() * codebook[-2]  # scores, dP, dS k, dS^T x, p^T dQ

@@ -80,45 +80,75 @@ def _temperatures(a: Inputs, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(a.mask[rows], a.tau, 1.0).to(dtype).unsqueeze(1)
 
 
-def _add_noise(a: Inputs, scores: Tensor, rows: Tensor) -> Tensor:
+def _add_noise(a: Inputs, scores: Tensor, rows: Tensor, head: int) -> Tensor:
     """Add the noise of some rows to their scores (rows, N), in place."""
     assert a.seed is not None
     assert a.mask is not None
-    noise = gumbel_noise(a.seed, rows + a.row_offset, scores.shape[1])
+    noise = gumbel_noise(a.seed, rows + a.row_offset, scores.shape[1], head)
     return scores.addcmul_(noise.to(scores.dtype), a.mask[rows].to(scores.dtype).unsqueeze(1))
 
 
-def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _groups(a: Inputs, rows: Tensor) -> Tensor:
+    """Return the group of some rows."""
+    return rows.div(max(1, len(a.x) // a.groups), rounding_mode="floor")
+
+
+def _group_sizes(a: Inputs) -> int | Tensor:
+    """Return how many rows of a group count in its posterior, 1 at least: a number, or those of all groups (G, 1)."""
+    group_rows = len(a.x) // a.groups
+    if a.valid is None:
+        return max(1, group_rows)
+    return a.valid.view(a.groups, group_rows).sum(1, keepdim=True).clamp_(min=1)
+
+
+def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, ...]:
     """Return (quantized, posterior, indices, best_indices, perturbation, kept) of checked arguments.
 
-    kept: (s + mask g) / t for the backward, (M, N), in the order of the tiles, if ``keeps_scores``; else empty. In a
-    large call the tiles without noise are left unwritten, which takes no memory: their scores are one product away.
+    kept: (s + mask g) / t for the backward, ([H], M, N), in the order of the tiles, if ``keeps_scores``; else empty. In
+    a large call the tiles without noise are left unwritten, which takes no memory: their scores are one product away.
     """
+    *heads, num_codes, _ = a.codebook.shape
+    kept = a.x.new_empty(*heads, len(a.x) if keeps_scores else 0, num_codes, dtype=compute_dtype(a.x))
+    if not heads:
+        return *_quantize_head(a, 0, kept), kept
+    results = [_quantize_head(_head(a, head), head, kept[head]) for head in range(len(kept))]
+    return *(torch.stack(values, 1) for values in zip(*results, strict=True)), kept
+
+
+def _head(a: Inputs, head: int) -> Inputs:
+    """Return the arguments of one head."""
+    weight, bias = (None if value is None else value[head] for value in (a.weight, a.bias))
+    return a._replace(x=a.x[:, head], codebook=a.codebook[head], weight=weight, bias=bias)
+
+
+def _quantize_head(a: Inputs, head: int, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Write to ``kept`` unless it is empty, and return the other outputs, of a call without heads."""
     num_rows, num_codes = len(a.x), len(a.codebook)
     logits = _Logits(a)
     indices = torch.empty(num_rows, dtype=torch.int64, device=a.x.device)
     best_indices = torch.empty_like(indices)
-    kept = logits.weight.new_empty(num_rows if keeps_scores else 0, num_codes)
     tiles = _tiles(a)
     buffer = logits.weight.new_empty(_most_rows(tiles), num_codes)
     for tile in tiles:
-        keeps = keeps_scores and _is_kept(tile, kept)
+        keeps = _is_kept(tile, kept)
         out = kept[tile.slice] if keeps else buffer[: len(tile.rows)]
         scores = logits(a.x[tile.rows].to(logits.dtype), out=out)
         best = row_argmax(scores)
         best_indices[tile.rows] = best
         if tile.noisy:
-            best = row_argmax(_add_noise(a, scores, tile.rows))
+            best = row_argmax(_add_noise(a, scores, tile.rows, head))
             if keeps:
                 scores.div_(_temperatures(a, tile.rows, logits.dtype))
         indices[tile.rows] = best
     quantized = a.codebook[indices]
     perturbation = (logits.codebook[indices] - logits.codebook[best_indices]).square_().sum(1)
-    group_rows = max(1, num_rows // a.groups)
-    group_of_row = torch.arange(num_rows, device=a.x.device).div_(group_rows, rounding_mode="floor")
-    counts = segment_counts(group_of_row * num_codes + indices, a.groups * num_codes)
-    posterior = counts.view(a.groups, num_codes).to(logits.dtype).div_(group_rows)
-    return quantized, posterior, indices, best_indices, perturbation, kept
+    group_of_row = _groups(a, torch.arange(num_rows, device=a.x.device))
+    selected, size = group_of_row * num_codes + indices, a.groups * num_codes
+    if a.valid is not None:
+        selected = torch.where(a.valid, selected, size)  # one bin more, for those that don't count
+    counts = segment_counts(selected, size + 1)[:-1]
+    posterior = counts.view(a.groups, num_codes).to(logits.dtype).div_(_group_sizes(a))
+    return quantized, posterior, indices, best_indices, perturbation
 
 
 def vector_quantize_backward_eager(
@@ -129,13 +159,42 @@ def vector_quantize_backward_eager(
     kept: Tensor,
     needs_x: bool,
     needs_codes: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Return gradients of (x, codebook, weight, bias) in their types; None for those that nobody needs.
 
     With dP = dQ Z^T + dA / R and dS = p * (dP - sum_k p dP) / t, K the logit weight (N, D) and f its factor:
     dx = f dS K, dK = f dS^T x, bias gradient = sum_m dS; distance logits chain the bias into the codes.
     """
-    num_rows, num_codes = len(a.x), len(a.codebook)
+    if a.codebook.ndim == 2:
+        return _head_gradients(a, 0, grad_quantized, grad_posterior, indices, kept, needs_x, needs_codes)
+    results = [
+        _head_gradients(
+            _head(a, head),
+            head,
+            grad_quantized[:, head],
+            None if grad_posterior is None else grad_posterior[:, head],
+            indices[:, head],
+            kept[head],
+            needs_x,
+            needs_codes,
+        )
+        for head in range(len(a.codebook))
+    ]
+    grads = zip(*results, strict=True)
+    return tuple(None if of[0] is None else torch.stack(of, dim) for of, dim in zip(grads, (1, 0, 0, 0), strict=True))
+
+
+def _head_gradients(
+    a: Inputs,
+    head: int,
+    grad_quantized: Tensor,
+    grad_posterior: Tensor | None,
+    indices: Tensor,
+    kept: Tensor,
+    needs_x: bool,
+    needs_codes: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    num_codes = len(a.codebook)
     logits = _Logits(a)
     dtype = logits.dtype
     soft = a.codebook_grad == "soft" and needs_codes
@@ -145,8 +204,7 @@ def vector_quantize_backward_eager(
     grad_lookup = grad_weight if logits.is_distance or not needs_codes else torch.zeros_like(logits.codebook)
     grad_bias = logits.code_bias.new_zeros(num_codes)  # [N], sum over m of dS
     if grad_posterior is not None:
-        group_rows = max(1, num_rows // a.groups)
-        grad_posterior = grad_posterior.to(dtype) / group_rows  # [G, N]
+        grad_posterior = grad_posterior.to(dtype) / _group_sizes(a)  # [G, N]
     tiles = _tiles(a)
     buffers = logits.weight.new_empty(2, _most_rows(tiles), num_codes)
     for tile in tiles:
@@ -159,7 +217,7 @@ def vector_quantize_backward_eager(
         else:
             scores = logits(x_tile, out=grad)
             if tile.noisy:
-                _add_noise(a, scores, rows).div_(t)
+                _add_noise(a, scores, rows, head).div_(t)
         # Probabilities under 1e-26 become 0: on a CPU subnormal numbers would make softmax and the products below
         # several times slower. The clamp keeps them out of softmax (e^-60 < 1e-26), the threshold out of p.
         torch.clamp(scores, min=scores.amax(1, keepdim=True) - 60, out=grad)
@@ -167,10 +225,11 @@ def vector_quantize_backward_eager(
         # dP, with the posterior's gradient as a bias of its columns.
         torch.mm(grad_tile, logits.codebook.t(), out=grad)
         if grad_posterior is not None:
-            if len(grad_posterior) == 1:
-                grad += grad_posterior
+            column_bias = grad_posterior if len(grad_posterior) == 1 else grad_posterior[_groups(a, rows)]
+            if a.valid is None:
+                grad += column_bias
             else:
-                grad += grad_posterior[rows // group_rows]
+                grad.addcmul_(column_bias, a.valid[rows].to(dtype).unsqueeze(1))
         torch._softmax_backward_data(grad, p, 1, dtype, grad_input=grad)
         if grad_x is not None:
             grad_x[rows] = torch.mm(grad, logits.weight).mul_(logits.factor / t).to(a.x.dtype)

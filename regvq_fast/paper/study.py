@@ -13,6 +13,9 @@ QUANTIZER_FLAGS: dict[str, tuple[str, ...]] = {
     "VQ-GAN": ("--quantizer", "vq-gan"),
     "VQ-VAE": ("--quantizer", "vq-vae"),
     "Gumbel-VQ": ("--quantizer", "gumbel-vq"),
+    "FSQ": ("--quantizer", "fsq"),
+    "LFQ": ("--quantizer", "lfq"),
+    "BSQ": ("--quantizer", "bsq"),
 }
 """Flags of each quantizer, with its own settings where the defaults are not those of its authors or of a sweep."""
 

@@ -28,9 +28,9 @@ class EMASettings(NearestSettings):
     """Settings of VQ-VAE."""
 
     decay: Annotated[float, arg(name="codebook-decay")] = 0.99
-    """vq-vae: decay of the codes' running averages."""
+    """Decay of the codes' running averages."""
     dead_threshold: float = 0.1
-    """vq-vae: usage, over uniform, that moves a code."""
+    """Usage, over uniform, that moves a code."""
 
     def check(self) -> None:
         super().check()
@@ -67,6 +67,7 @@ class EMAQuantizer(CodebookQuantizer):
         super().__init__(num_codes, code_dim, **settings)
         self.embedding.weight.requires_grad_(False)
         self.frozen = False
+        self.held: Tensor | None = None  # the codes to be, between hold() and release()
         # Fractions of the rows, not counts: they don't depend on the batch size.
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
@@ -90,43 +91,64 @@ class EMAQuantizer(CodebookQuantizer):
         super().freeze()
         self.frozen = True
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+    def hold(self) -> None:
+        self.held = self.embedding.weight.clone()
+
+    def release(self) -> None:
+        if self.held is not None:
+            self.embedding.weight.copy_(self.held)
+            self.held = None
+
+    def forward(
+        self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
+    ) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows, dtype = self._wide_rows(z), self._score_dtype(z)
+            padding, dtype = self._padding(valid, z), self._score_dtype(z)
+            rows = padding.clear(self._wide_rows(z))
             codebook = wide(self.embedding.weight)
             indices = assign_codes(rows.to(dtype), codebook.to(dtype))
             codes = F.embedding(indices, codebook)
             quantized = straight_through(rows, codes)
-            commitment = F.mse_loss(rows, codes)
+            commitment = padding.mean_squared_error(rows, codes)
             metrics = {"commitment": commitment.detach()}
-            out = self._deterministic(z, quantized, indices, self.settings.commitment * commitment, metrics)
+            out = self._deterministic(z, quantized, indices, self.settings.commitment * commitment, metrics, padding)
             if self.training and not self.frozen:  # with the rows of all ranks: each makes the same update
                 seed = sample_seed(z.device) if seed is None else seed
-                self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed)
+                valid = None if padding.valid is None else gather_rows(padding.valid)
+                self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed, valid)
             return out
 
     @torch.no_grad()
-    def _update_codes(self, rows: Tensor, indices: Tensor, seed: Tensor) -> None:
+    def _update_codes(self, rows: Tensor, indices: Tensor, seed: Tensor, valid: Tensor | None) -> None:
         # Debiasing as in Adam is not needed: the codes are a ratio of two averages with the same bias.
-        batch_share = segment_counts(indices, self.num_codes).to(rows.dtype) / len(rows)
-        batch_sum = segment_sum(rows, indices, self.num_codes) / len(rows)
-        share = wide(self.cluster_share).lerp(batch_share, 1 - self.settings.decay)
-        total = wide(self.cluster_sum).lerp(batch_sum, 1 - self.settings.decay)
+        size: int | Tensor = len(rows)
+        rate: float | Tensor = 1 - self.settings.decay
+        segments = self.num_codes
+        if valid is not None:
+            indices, segments = torch.where(valid, indices, segments), segments + 1  # of padding, which nobody reads
+            rate = rate * valid.any().to(rows.dtype)  # nothing moves for padding alone
+            size = valid.sum().clamp(min=1)
+        batch_share = segment_counts(indices, segments)[: self.num_codes].to(rows.dtype) / size
+        batch_sum = segment_sum(rows, indices, segments)[: self.num_codes] / size
+        share = wide(self.cluster_share).lerp(batch_share, rate)
+        total = wide(self.cluster_sum).lerp(batch_sum, rate)
         faded = share < 1e-5 / self.num_codes  # close to 0 / 0: such a code stays where it is
         if self.settings.dead_threshold > 0:
             threshold = self.settings.dead_threshold / self.num_codes
             dead = share < threshold
             # A random row for each code, without repetition if there are enough.
-            numbers = torch.arange(len(rows), device=rows.device)
-            order = row_words(seed, numbers, Stream.DEAD_CODES).argsort()
-            candidates = rows[order[torch.arange(self.num_codes, device=rows.device) % len(rows)]]
+            words = row_words(seed, torch.arange(len(rows), device=rows.device), Stream.DEAD_CODES)
+            if valid is not None:
+                words = words.masked_fill(~valid, 2**32)  # the last ones
+                dead &= valid.any()
+            candidates = rows[words.argsort()[torch.arange(self.num_codes, device=rows.device) % size]]
             total = torch.where(dead.unsqueeze(1), candidates * 2 * threshold, total)
             share = torch.where(dead, 2 * threshold, share)
             faded &= ~dead
         self.cluster_share.copy_(share)
         self.cluster_sum.copy_(total)
-        codes = torch.where(faded.unsqueeze(1), wide(self.embedding.weight), total / share.unsqueeze(1))
-        self.embedding.weight.copy_(codes)
+        moved = self.embedding.weight if self.held is None else self.held
+        moved.copy_(torch.where(faded.unsqueeze(1), wide(moved), total / share.unsqueeze(1)))
 
 
 def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

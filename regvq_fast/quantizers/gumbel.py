@@ -29,11 +29,11 @@ class GumbelSettings(QuantizerSettings):
     """Settings of Gumbel-VQ."""
 
     tau_start: float = 1.0
-    """gumbel-vq: temperature at the start."""
+    """Temperature at the start."""
     tau_end: float = 0.0625
-    """gumbel-vq: temperature at the end."""
+    """Temperature at the end."""
     kl_weight: Annotated[float, arg(name="gumbel-kl-weight")] = 5e-4
-    """gumbel-vq: weight of KL from the uniform prior."""
+    """Weight of KL from the uniform prior."""
 
     def check(self) -> None:
         super().check()
@@ -94,11 +94,14 @@ class GumbelQuantizer(CodebookQuantizer):
     def _linear_form(self) -> tuple[Tensor, Tensor]:
         return wide(self.proj.weight.detach()), wide(self.proj.bias.detach())
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+    def forward(
+        self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
+    ) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows, dtype = self._wide_rows(z), self._score_dtype(z)
+            padding, dtype = self._padding(valid, z), self._score_dtype(z)
+            rows = padding.clear(self._wide_rows(z))
             weight, bias = wide(self.proj.weight), wide(self.proj.bias)
-            mask = torch.full(rows.shape[:1], self.training, dtype=torch.bool, device=z.device)
+            mask = padding.clear(torch.full(rows.shape[:1], self.training, dtype=torch.bool, device=z.device))
             if self.training and seed is None:
                 seed = sample_seed(z.device)
             out = vector_quantize(
@@ -114,16 +117,18 @@ class GumbelQuantizer(CodebookQuantizer):
             )
             loss, metrics = rows.new_zeros(()), {"tau": self.tau.clone()}
             if self.settings.kl_weight > 0:
-                entropy, _ = softmax_statistics(rows, weight, bias)
-                kl = math.log(self.num_codes) - entropy
+                entropy, _ = softmax_statistics(rows, weight, bias, valid=padding.valid)
+                kl = padding.mean_of_ranks(math.log(self.num_codes) - entropy)
                 loss, metrics["kl"] = self.settings.kl_weight * kl, kl.detach()
             if self.training:
                 some = rows.detach().unflatten(0, (z.shape[0], -1))
-                metrics["entropy"], metrics["largest_p"] = softmax_of_some_rows(some, weight.detach(), bias.detach())
-                metrics["perturbed"] = (out.indices != out.best_indices).float().mean()
+                metrics["entropy"], metrics["largest_p"] = softmax_of_some_rows(
+                    some, weight.detach(), bias.detach(), padding
+                )
+                metrics["perturbed"] = padding.mean((out.indices != out.best_indices).float())
             return QuantizerOutput(
-                self._from_rows(out.quantized, z),
-                self._from_rows(out.indices, z),
+                self._from_rows(padding.clear(out.quantized), z),
+                self._from_rows(padding.clear(out.indices, -1), z),
                 loss,
                 metrics,
                 self._from_rows(out.perturbation, z),

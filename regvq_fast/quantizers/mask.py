@@ -19,6 +19,7 @@ def stochastic_mask(
     *,
     mode: MaskMode = "exact",
     row_offset: int | Tensor = 0,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Sample a mask for each image from the seed.
 
@@ -30,6 +31,7 @@ def stochastic_mask(
         mode: "exact": floor(ratio * positions) of them in every image. "bernoulli": each with probability ``ratio``.
         row_offset: global number of the first position: a position depends on (seed, global position) alone,
             so the mask doesn't change with the split of a batch over ranks.
+        valid: (B * H * W,) bool, the positions that are no padding, which alone are counted and selected; None: all.
 
     Returns:
         (B * H * W,) bool.
@@ -42,7 +44,13 @@ def stochastic_mask(
     rows = torch.arange(batch_size * positions, device=seed.device) + row_offset
     words = row_words(seed, rows, Stream.MASK)
     if mode == "bernoulli":
-        return words < int(ratio * 2**32)
-    count = math.floor(ratio * positions + 1e-9)  # 0.29 * 100 is a little less than 29
-    order = words.view(batch_size, positions).argsort(1)
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True).view(-1)
+        selected = words < int(ratio * 2**32)
+        return selected if valid is None else selected & valid
+    if valid is None:
+        count = math.floor(ratio * positions + 1e-9)  # 0.29 * 100 is a little less than 29
+        order = words.view(batch_size, positions).argsort(1)
+        return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True).view(-1)
+    counts = (ratio * valid.view(batch_size, positions).sum(1, keepdim=True).double() + 1e-9).floor()
+    order = words.masked_fill(~valid, 2**32).view(batch_size, positions).argsort(1)  # padding last
+    first = torch.arange(positions, device=seed.device) < counts
+    return torch.zeros_like(first).scatter_(1, order, first).view(-1)

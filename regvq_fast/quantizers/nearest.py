@@ -23,7 +23,7 @@ class NearestSettings(QuantizerSettings):
     """Settings of quantizers that pull latents to their nearest codes."""
 
     commitment: float = 0.25
-    """vq-gan, vq-vae: weight of the commitment loss."""
+    """Weight of the commitment loss."""
 
     def check(self) -> None:
         super().check()
@@ -52,13 +52,16 @@ class NearestQuantizer(CodebookQuantizer):
         super().__init__(num_codes, code_dim, **settings)
         torch.nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+    def forward(
+        self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
+    ) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows, dtype = self._wide_rows(z), self._score_dtype(z)
+            padding, dtype = self._padding(valid, z), self._score_dtype(z)
+            rows = padding.clear(self._wide_rows(z))
             codebook = wide(self.embedding.weight)
             indices = assign_codes(rows.to(dtype), codebook.to(dtype))
             codes = F.embedding(indices, codebook)
             quantized = straight_through(rows, codes)
-            commitment = F.mse_loss(rows, codes.detach())
-            loss = F.mse_loss(codes, rows.detach()) + self.settings.commitment * commitment
-            return self._deterministic(z, quantized, indices, loss, {"commitment": commitment.detach()})
+            commitment = padding.mean_squared_error(rows, codes.detach())
+            loss = padding.mean_squared_error(codes, rows.detach()) + self.settings.commitment * commitment
+            return self._deterministic(z, quantized, indices, loss, {"commitment": commitment.detach()}, padding)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.matmul import compute_dtype, score_dtype
+from regvq_fast.ops.validation import check_finite, check_rows
+from regvq_fast.padding import Padding
 from regvq_fast.settings import Section
 
 
@@ -16,9 +18,10 @@ class QuantizerOutput(NamedTuple):
 
     quantized: Tensor
     """(B, D, *), with ``channels_last`` (B, *, D), with the quantizer's gradient to its input: float32 (float64 from a
-    float64 module); of reg-vq and gumbel-vq on a GPU in the type of the scores' products."""
+    float64 module); of reg-vq and gumbel-vq on a GPU in the type of the scores' products. 0 where latents are
+    padding."""
     indices: Tensor
-    """(B, *) int64, the selected codes."""
+    """(B, *) int64, the selected codes; -1 where latents are padding."""
     loss: Tensor
     """0-dim float32 or float64: weighted sum of the quantizer's own losses."""
     metrics: dict[str, Tensor]
@@ -56,6 +59,14 @@ class QuantizerSettings(Section):
     def check_mask(self, positions: int) -> None:
         """Raise ValueError unless a stochastic mask, of fewer positions than all, selects some of an image's."""
         raise ValueError("there are none: choose another")
+
+    def sizes(self, num_codes: int, code_dim: int) -> tuple[int, int]:
+        """Return N and D of the quantizer for those that a run asks for, which some quantizers' codes decide.
+
+        Raises:
+            ValueError: there are no such codes.
+        """
+        return num_codes, code_dim
 
 
 class QuantizerSection(Protocol):
@@ -98,16 +109,23 @@ class Quantizer(nn.Module):
         self.channels_last = channels_last
         self.settings = self.Settings(**settings)
         self.settings.check()
+        sizes = self.settings.sizes(num_codes, code_dim)
+        if sizes != (num_codes, code_dim):
+            raise ValueError(
+                f"{type(self).__name__} has num_codes={sizes[0]}, code_dim={sizes[1]} with these settings, got "
+                f"{num_codes} and {code_dim}"
+            )
 
     @classmethod
     def settings_of(cls, section: Any) -> QuantizerSettings:
-        """This quantizer's settings in a section that has those of others as well."""
+        """Return this quantizer's settings among the fields of a run's section."""
         return cls.Settings(**{item.name: getattr(section, item.name) for item in fields(cls.Settings)})
 
     @classmethod
     def from_section(cls, section: QuantizerSection) -> Self:
-        """Build the quantizer that a run's section describes; settings of other quantizers are ignored."""
-        quantizer = cls(section.num_codes, section.code_dim, **asdict(cls.settings_of(section)))
+        """Build the quantizer that a run's section describes."""
+        settings = cls.settings_of(section)
+        quantizer = cls(*settings.sizes(section.num_codes, section.code_dim), **asdict(settings))
         quantizer.fp32_scores = section.fp32_scores
         return quantizer
 
@@ -116,20 +134,29 @@ class Quantizer(nn.Module):
         named = {name: getattr(self, name) for name in ("num_codes", "code_dim", "channels_last")}
         return named | asdict(self.settings)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+    def forward(
+        self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
+    ) -> QuantizerOutput:
         """Select a code for each position of z, (B, D, *) or with ``channels_last`` (B, *, D).
 
         In evaluation that is the best code everywhere. In training, quantizers that sample take the ``seed`` (0-dim
         int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
         position among those of all ranks and micro-batches. In a distributed run give all ranks the same seed.
 
+        Args:
+            valid: (B, *) bool, False for padding, which may hold anything; None: there is none. Padding counts in no
+                loss, statistic or average, gets no gradient, and its noise and row numbers are left out. Each rank may
+                have another number of valid positions (of as many in all): losses are then terms of which the mean
+                over the ranks is the whole batch's. Give ``valid`` on all ranks or on none.
+
         Raises:
-            ValueError: latents of another shape, or none; on a CPU nan or inf in them.
+            ValueError: latents of another shape, or none; on a CPU nan or inf in them; ``valid`` of another shape.
+            TypeError: ``valid`` is not bool.
         """
         raise NotImplementedError
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        """Return the codes of tokens in the module's type: (B, *) int64 -> (B, D, *), or (B, *, D)."""
+        """Return the codes of tokens in the module's type: (B, *) int64 -> (B, D, *), or (B, *, D); 0 for -1."""
         raise NotImplementedError
 
     def logits(self, z: Tensor) -> Tensor:
@@ -139,6 +166,10 @@ class Quantizer(nn.Module):
         logits of all positions in memory.
         """
         raise NotImplementedError(f"{type(self).__name__} has no logits(z)")
+
+    def best_codes(self, z: Tensor) -> Tensor:
+        """Return the indices, (B, *), that evaluation selects for latents z, in plain PyTorch that can be exported."""
+        return self.logits(z).argmax(-1)
 
     def initialize(self, z: Tensor) -> None:
         """Fit a new quantizer to the first latents of a new encoder; some need no such start."""
@@ -166,11 +197,24 @@ class Quantizer(nn.Module):
         """Keep the codes, and the weights that select them, as they are from now on, in training, too."""
         self.requires_grad_(False)
 
+    def hold(self) -> None:
+        """Keep the codes as they are during several calls of a training step; :meth:`release` then moves them."""
+
+    def release(self) -> None:
+        """Move codes that follow averages to where the calls since :meth:`hold` have taken them."""
+
     def set_progress(self, fraction: float) -> None:
         """Follow a schedule: called before each step with the fraction of training done, 0 to 1."""
 
     def extra_repr(self) -> str:
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+
+    def _padding(self, valid: Tensor | None, z: Tensor) -> Padding:
+        """Check ``valid``, (B, *), and return the padding of the rows of z."""
+        if valid is None:
+            return Padding()
+        check_rows("valid", valid, z if self.channels_last else z.movedim(1, -1))
+        return Padding(valid.reshape(-1), over_ranks=self.training)  # ranks run this together in training only
 
     def _to_rows(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return latents as rows (M, D) of this type; no copy where the channels lie together in memory."""
@@ -181,6 +225,12 @@ class Quantizer(nn.Module):
             raise ValueError(f"the quantizer needs a position at least: there is none in latents {tuple(z.shape)}")
         z = z.to(dtype)
         return (z if self.channels_last else z.movedim(1, -1)).reshape(-1, self.code_dim)
+
+    def _finite(self, rows: Tensor) -> Tensor:
+        """Return rows; of a CPU, where nothing is compiled, raise as the ops do if nan or inf is among them."""
+        if not torch.compiler.is_compiling():
+            check_finite("x", rows)
+        return rows
 
     def _positions(self, z: Tensor) -> torch.Size:
         """Return the sizes (B, *) of latents without their channels."""
@@ -196,12 +246,19 @@ class Quantizer(nn.Module):
         return values if self.channels_last else values.movedim(-1, 1)
 
     def _deterministic(
-        self, z: Tensor, quantized: Tensor, indices: Tensor, loss: Tensor, metrics: dict[str, Tensor]
+        self,
+        z: Tensor,
+        quantized: Tensor,
+        indices: Tensor,
+        loss: Tensor,
+        metrics: dict[str, Tensor],
+        padding: Padding | None = None,
     ) -> QuantizerOutput:
         """Output of a selection without noise, of rows, in the shape of ``z``."""
-        tokens = self._from_rows(indices, z)
+        padding = padding or Padding()
+        tokens = self._from_rows(padding.clear(indices, -1), z)
         return QuantizerOutput(
-            self._from_rows(quantized, z),
+            self._from_rows(padding.clear(quantized), z),
             tokens,
             loss,
             metrics,
@@ -236,7 +293,8 @@ class CodebookQuantizer(Quantizer):
         return None
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        return self._channels(self.codes()[indices]).to(self.embedding.weight.dtype)
+        codes = self.codes()[indices.clamp(min=0)].masked_fill((indices < 0).unsqueeze(-1), 0)
+        return self._channels(codes).to(self.embedding.weight.dtype)
 
     def logits(self, z: Tensor) -> Tensor:
         weight, bias = self._linear_form()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regvq_fast.losses.prior import PriorScope, posterior_groups, prior_kl, scoped_posterior
 from regvq_fast.ops import assign_codes, vector_quantize
 from regvq_fast.ops.vector_quantize import CodebookGrad
+from regvq_fast.padding import Padding
 from regvq_fast.quantizers.mask import MaskMode, stochastic_mask
 from regvq_fast.quantizers.quantizer import (
     CodebookQuantizer,
@@ -43,21 +44,21 @@ class RegularizedSettings(QuantizerSettings):
     """Settings of Reg-VQ."""
 
     logits: LogitKind = "cosine"
-    """reg-vq: form of the logits (paper: linear)."""
+    """Form of the logits (paper: linear)."""
     mask_ratio: float = 0.4
-    """reg-vq: fraction of stochastic positions."""
+    """Fraction of stochastic positions."""
     perturbed: float = 0.6
-    """reg-vq: fraction of them off their best code."""
+    """Fraction of them off their best code."""
     mask_mode: MaskMode = "exact"
-    """reg-vq: exact per image, or independent."""
+    """Exact per image, or independent."""
     tau: float = 0.9
-    """reg-vq: Gumbel-softmax temperature."""
+    """Gumbel-softmax temperature."""
     prior_weight: Annotated[float, arg(name="kl-weight")] = 0.1
-    """reg-vq: weight of KL from the uniform prior."""
+    """Weight of KL from the uniform prior."""
     prior_scope: Annotated[PriorScope, arg(name="kl-scope")] = "batch"
-    """reg-vq: images that share a posterior."""
+    """Images that share a posterior."""
     codebook_grad: CodebookGrad = "soft"
-    """reg-vq: gradient to the codes (paper: soft)."""
+    """Gradient to the codes (paper: soft)."""
 
     def check(self) -> None:
         super().check()
@@ -223,17 +224,26 @@ class RegularizedQuantizer(CodebookQuantizer):
         codes = wide(self.codes().detach())
         return 2 * scale * codes, -scale * codes.square().sum(1)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+    def forward(
+        self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
+    ) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._standardized(self._wide_rows(z))
+            padding = self._padding(valid, z)
+            rows = self._standardized(padding.clear(self._wide_rows(z)))
             batch, positions = z.shape[0], len(rows) // z.shape[0]
             settings, mask, found = self.settings, None, {}
             if self.training:
                 seed = sample_seed(z.device) if seed is None else seed
-                found = self._control(rows.detach().unflatten(0, (batch, -1)), seed)
+                found = self._control(rows.detach().unflatten(0, (batch, -1)), seed, padding)
                 if settings.mask_ratio > 0:
                     mask = stochastic_mask(
-                        batch, positions, settings.mask_ratio, seed, mode=settings.mask_mode, row_offset=row_offset
+                        batch,
+                        positions,
+                        settings.mask_ratio,
+                        seed,
+                        mode=settings.mask_mode,
+                        row_offset=row_offset,
+                        valid=padding.valid,
                     )
             linear, scale, dtype = settings.logits == "linear", self._scale(), self._score_dtype(z)
             # Ranks run this together in training only.
@@ -246,14 +256,16 @@ class RegularizedQuantizer(CodebookQuantizer):
                 bias=(wide(self.proj.bias) * scale).to(dtype) if linear else None,
                 scale=scale,
                 mask=mask,
+                valid=padding.valid,
                 seed=seed,
                 row_offset=row_offset,
                 tau=settings.tau,
                 groups=groups,
                 codebook_grad=settings.codebook_grad,
             )
-            posterior, ranks = scoped_posterior(out.posterior, scope)
-            kl = prior_kl(posterior, rows.shape[0] // groups * ranks)
+            group_rows, empty = padding.groups(rows.shape[0], groups)
+            posterior, group_rows = scoped_posterior(out.posterior, scope, group_rows)
+            kl = prior_kl(posterior, group_rows, empty)
             if mask is None:
                 mask = torch.zeros_like(out.indices, dtype=torch.bool)
             metrics = {"kl": kl.detach(), **found}
@@ -261,8 +273,8 @@ class RegularizedQuantizer(CodebookQuantizer):
                 moved = (out.indices != out.best_indices).sum()
                 metrics["perturbed"] = moved / mask.sum().clamp(min=1)
             return QuantizerOutput(
-                self._from_rows(out.quantized, z),
-                self._from_rows(out.indices, z),
+                self._from_rows(padding.clear(out.quantized), z),
+                self._from_rows(padding.clear(out.indices, -1), z),
                 settings.prior_weight * kl,
                 metrics,
                 self._from_rows(out.perturbation, z),
@@ -270,22 +282,25 @@ class RegularizedQuantizer(CodebookQuantizer):
             )
 
     @torch.no_grad()
-    def _control(self, rows: Tensor, seed: Tensor) -> dict[str, Tensor]:
+    def _control(self, rows: Tensor, seed: Tensor, padding: Padding) -> dict[str, Tensor]:
         """Move the scale by the error of the previous step if a new one begins; measure the softmax of these rows.
 
         Args:
             rows: (B, H*W, D) of this micro-batch.
             seed: of the step. Its last byte is kept, which 16 bits hold: if two seeds have the same, the scale moves
                 a step later.
+            padding: of the rows. A micro-batch of padding alone has no error to count.
         """
         byte = (seed & 0xFF).to(self.last_seed.dtype)
         is_new = byte != self.last_seed
         self.log_scale.add_(torch.where(is_new, _RATE * self.error, 0)).clamp_(-MAX_LOG_SCALE, MAX_LOG_SCALE)
         self.last_seed.copy_(byte)
-        entropy, largest = softmax_of_some_rows(rows, *self._linear_form())
+        entropy, largest = softmax_of_some_rows(rows, *self._linear_form(), padding)
         error = 1 - mean_over_ranks(largest) - self._target
-        self.micro_batches.copy_(torch.where(is_new, 1, self.micro_batches + 1))
-        self.error.copy_(torch.where(is_new, error, self.error + (error - self.error) / self.micro_batches))
+        counts = 1 if padding.valid is None else (padding.count > 0).to(error.dtype)
+        before = torch.where(is_new, 0, self.error)
+        self.micro_batches.copy_(torch.where(is_new, 0, self.micro_batches) + counts)
+        self.error.copy_(before + counts * (error - before) / self.micro_batches.clamp(min=1))
         return {"entropy": entropy, "largest_p": largest, "logit_scale": self._scale()}
 
     def extra_repr(self) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from regvq_fast.padding import Padding
+
 _ROWS_OF_AN_IMAGE = 8
 MAX_LOG_SCALE = 30.0
 """Bound of the log of the scale, which degenerate logits (equal codes) would take out of fp32's range."""
@@ -14,7 +16,9 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 """Multiples of this fraction of an image's positions spread over rows and columns of its grid."""
 
 
-def softmax_of_some_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_of_some_rows(
+    rows: Tensor, weight: Tensor, bias: Tensor, padding: Padding | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean entropy (nats) and mean largest probability of ``softmax(rows weight^T + bias)``, 0-dim, without a gradient.
 
     Args:
@@ -22,18 +26,33 @@ def softmax_of_some_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
             mean of the ranks' means is that of the whole batch, however the images are shared.
         weight: (N, D).
         bias: (N,).
+        padding: of the B R rows; up to 8 valid ones of each image are used, by their number among these.
 
     Memory: 8 B N logits, in the products' own precision (TF32 where the process has chosen it).
     """
+    padding = padding or Padding()
     if rows.ndim == 3:
-        num_rows = rows.shape[1]
-        stride = int(_GOLDEN_RATIO * num_rows) | 1
-        positions = torch.arange(min(num_rows, _ROWS_OF_AN_IMAGE), device=rows.device) * stride % num_rows
-        rows = rows.index_select(1, positions).flatten(0, 1)
+        rows, padding = _some_rows(rows, padding)
     with torch.no_grad():
         log_p = torch.addmm(bias, rows, weight.t()).log_softmax(1)
-    entropy = -(log_p.exp() * log_p).sum(1).mean()
-    return entropy, log_p.amax(1).exp().mean()
+    entropy = -(log_p.exp() * log_p).sum(1)
+    return padding.mean(entropy), padding.mean(log_p.amax(1).exp())
+
+
+def _some_rows(rows: Tensor, padding: Padding) -> tuple[Tensor, Padding]:
+    """Return 8 rows of each image of (B, R, D), the same ones in all but for padding, and which are not there."""
+    batch, num_rows = rows.shape[:2]
+    numbers = torch.arange(min(num_rows, _ROWS_OF_AN_IMAGE), device=rows.device)
+    if padding.valid is None:
+        stride = int(_GOLDEN_RATIO * num_rows) | 1
+        return rows.index_select(1, numbers * stride % num_rows).flatten(0, 1), padding
+    valid = padding.valid.view(batch, num_rows)
+    counts = valid.sum(1, keepdim=True)
+    strides = (_GOLDEN_RATIO * counts.double()).long() | 1
+    # The n-th valid row of an image is where a stable sort by validity has it.
+    positions = (~valid).byte().argsort(stable=True).gather(1, numbers * strides % counts.clamp(min=1))
+    some = Padding((numbers < counts).flatten(), over_ranks=padding.over_ranks)
+    return rows.take_along_dim(positions.unsqueeze(2), 1).flatten(0, 1), some
 
 
 def log_scale_that_perturbs(fraction: float, perturbed: Callable[[float], float | Tensor]) -> float:

@@ -213,8 +213,9 @@ class AveragedWeights:
 
 
 def _values(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; of the networks here, all of them are floating-point numbers."""
-    return [local(value) for value in (*module.parameters(), *module.buffers())]
+    """Parameters and buffers that are floating-point numbers."""
+    values = (local(value) for value in (*module.parameters(), *module.buffers()))
+    return [value for value in values if value.is_floating_point()]
 
 
 class Rollback:

@@ -133,12 +133,13 @@ class Recipe(ABC, Generic[Config]):
         self.device, self.precision, self.micro_batch = device, precision, micro_batch
 
     @classmethod
-    def begin(cls, config: Config, source: str) -> tuple[Config, Callable[[Config], Config]]:
+    def begin(cls, config: Config, source: str, quantizer: str | None) -> tuple[Config, Callable[[Config], Config]]:
         """Start a run from weights, if the command has ``--init-from``: called before its flags are parsed.
 
         Args:
             config: a preset.
             source: what ``--init-from`` names.
+            quantizer: what ``--quantizer`` names, if it is given.
 
         Returns:
             The defaults of the flags, and a function that completes what was parsed.

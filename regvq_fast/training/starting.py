@@ -80,7 +80,9 @@ def _discriminator_of(folder: Path) -> Discriminator | None:
     return Discriminator({name: getattr(config.model, name) for name in _DISC_FIELDS}, state["others"][0])
 
 
-def begin(config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
+def begin(
+    config: VQGANConfig, source: str, quantizer: str | None
+) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
     """Return the defaults of a run that starts from weights, and what completes the settings that were given.
 
     The latter raises ValueError where they contradict the weights. Images may have another size than the weights' own:
@@ -89,8 +91,12 @@ def begin(config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGA
     weights = read_weights(source)
     path = Path(source).expanduser()
     described = weights.model.architecture()
-    quantizer = weights.model.quantize
-    own = asdict(quantizer.settings)
+    theirs = next(name for name, kind in QUANTIZERS.items() if type(weights.model.quantize) is kind)
+    chosen = quantizer or theirs
+    if chosen == theirs:
+        own = asdict(weights.model.quantize.settings)
+    else:  # going into reg-vq, given codes stay as they are with these
+        own = {"logits": "distance"} if chosen == "reg-vq" else {}
     defaults = override(
         config,
         init_from=str(path.resolve()) if path.exists() else source,
@@ -98,9 +104,8 @@ def begin(config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGA
         dropout=described["dropout"],
         attn_resolutions=tuple(described["attn_resolutions"]),
         **_fixed(weights.model),
-        quantizer=next(name for name, kind in QUANTIZERS.items() if type(quantizer) is kind),
-        # Going into reg-vq, given codes stay as they are with these.
-        **(own if "logits" in own else {"logits": "distance", **own}),
+        quantizer=chosen,
+        **own,
         **(weights.discriminator.settings if weights.discriminator else {}),
     )
 
@@ -132,10 +137,24 @@ def _attention(model: VQGAN) -> list[int]:
 
 def check_architecture(config: VQGANConfig, model: VQGAN) -> None:
     """Raise ValueError where the run's architecture is not that of the weights it starts from."""
-    source = config.model.init_from
+    source, quantizer = config.model.init_from, config.quantizer
+    kind = QUANTIZERS[quantizer.quantizer]
+    if kind.adopt is Quantizer.adopt and (config.model.reset_codebook or type(model.quantize) is not kind):
+        raise ValueError(
+            f"--quantizer {quantizer.quantizer} has codes of its own and can't start from other ones: leave it, and "
+            f"--reset-codebook, out with the weights of {source}"
+        )
+    sizes = quantizer.settings().sizes(quantizer.num_codes, quantizer.code_dim)
+    known = model.quantize.num_codes, model.quantize.code_dim
+    if kind.adopt is Quantizer.adopt and sizes != known:
+        raise ValueError(
+            f"--quantizer {quantizer.quantizer} has {sizes[0]} codes of {sizes[1]} channels with these settings, the "
+            f"weights of {source} have {known[0]} of {known[1]}: leave its settings out"
+        )
+    implied = dict(zip(("num_codes", "code_dim"), sizes, strict=True))
     for name, theirs in _fixed(model).items():
         section = config.model if hasattr(config.model, name) else config.quantizer
-        value, flag = getattr(section, name), flag_of(type(section), name)
+        value, flag = implied.get(name, getattr(section, name)), flag_of(type(section), name)
         if value == theirs or (name == "num_codes" and config.model.reset_codebook):
             continue
         hint = ", or add --reset-codebook" if name == "num_codes" else ""
@@ -192,8 +211,8 @@ def start_model(
         elif not reset_codebook:
             name = next(name for name, kind in QUANTIZERS.items() if type(old) is kind)
             raise ValueError(
-                f"{name} of the weights selects codes by learned logits, not by distance: use --quantizer {name} with "
-                "the logits that it has, or --reset-codebook"
+                f"{name} of the weights does not select codes by distance: use --quantizer {name} with the logits or "
+                "levels that it has, or --reset-codebook"
             )
         with evaluating(model):
             z = torch.cat([model.encode(chunk) for chunk in chunks])
@@ -226,8 +245,8 @@ def _first_scale(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
 
 def _selects_alike(old: Quantizer, new: Quantizer) -> bool:
     """Return whether a quantizer can take another one's whole state."""
-    logits = [getattr(quantizer.settings, "logits", None) for quantizer in (old, new)]
-    return type(old) is type(new) and logits[0] == logits[1] and old.num_codes == new.num_codes
+    kinds = [[getattr(quantizer.settings, name, None) for name in ("logits", "levels")] for quantizer in (old, new)]
+    return type(old) is type(new) and kinds[0] == kinds[1] and old.num_codes == new.num_codes
 
 
 def _psnr(model: VQGAN, chunks: Sequence[Tensor]) -> float:

@@ -1,7 +1,7 @@
 """The recipe of the VQ-GAN: autoencoder, quantizer and discriminator (``regvq train vq``)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,10 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
 """
 
     @classmethod
-    def begin(cls, config: VQGANConfig, source: str) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
-        return begin(config, source)
+    def begin(
+        cls, config: VQGANConfig, source: str, quantizer: str | None
+    ) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
+        return begin(config, source, quantizer)
 
     def open_data(self, config: VQGANConfig) -> Data:
         data, seed = config.data, config.run.seed
@@ -66,6 +68,9 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
             weights = read_weights(config.model.init_from)
             check_architecture(config, weights.model)
         self.model = build_model(config).to(device, memory_format=layout)  # type: ignore[call-overload]
+        quantizer = self.model.quantize
+        sizes = {"num_codes": quantizer.num_codes, "code_dim": quantizer.code_dim}  # which its settings may decide
+        config = replace(config, quantizer=replace(config.quantizer, **sizes, **asdict(quantizer.settings)))
         shape = config.model
         discriminator = PatchDiscriminator(3, shape.disc_filters, shape.disc_layers, shape.disc_norm)
         self.disc_start = disc_start = steps if config.loss.disc_start is None else config.loss.disc_start
@@ -110,7 +115,7 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
             joins = f"none: --disc-start {disc_start} is past the last step, {steps - 1}"
             if config.loss.disc_start is None:
                 joins = "none; --disc-start N brings it in"
-        quantizer, (height, width) = self.model.quantize, self.model.token_shape
+        height, width = self.model.token_shape
         images = f"{len(self.data.train):,} training images, {len(self.data.val):,} validation images"
         left_out = left_out_note(self.data.train, self.data.val)
         features = [module.label for module in loss.modules() if isinstance(module, VGGFeatures)]

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from regvq_fast.cli.export import ExportConfig, export
 from regvq_fast.cli.main import run
 from regvq_fast.models import VQGAN, exporting, weights_hash
-from regvq_fast.quantizers import EMAQuantizer, GumbelQuantizer, Quantizer, RegularizedQuantizer
+from regvq_fast.quantizers import (
+    BSQQuantizer,
+    CodebookQuantizer,
+    EMAQuantizer,
+    FSQQuantizer,
+    GumbelQuantizer,
+    LFQQuantizer,
+    Quantizer,
+    RegularizedQuantizer,
+)
 
 N, D = 16, 4
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
@@ -25,7 +34,7 @@ def tokenizer(quantizer: nn.Module) -> VQGAN:
     model = tiny_vqgan(quantizer, num_res_blocks=1, attn_resolutions=(8,))
     latents = model.encode(torch.rand(4, 3, 16, 16) * 2 - 1)
     quantizer.initialize(latents)
-    if not isinstance(quantizer, RegularizedQuantizer):
+    if isinstance(quantizer, CodebookQuantizer) and not isinstance(quantizer, RegularizedQuantizer):
         chosen = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)[:: 4 * 64 // N]
         quantizer.embedding.weight.data.copy_(chosen)
     return model.eval()
@@ -73,6 +82,28 @@ def test_gumbel_vq_exports_its_predicted_tokens() -> None:
     tokens = encoder(images_of((3, 3, 16, 20)))
     assert torch.equal(tokens, model.tokenize(images_of((3, 3, 16, 20))))
     assert len(tokens.unique()) > 2
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [LFQQuantizer(2**10, 10), BSQQuantizer(2**10, 10), FSQQuantizer(1000, 4)],
+    ids=lambda quantizer: type(quantizer).__name__,
+)
+@pytest.mark.parametrize("kind", ["pt2", *(["onnx"] if HAS_ONNX else [])])
+def test_quantizers_without_a_table_of_codes_are_exported_without_one(quantizer, kind, tmp_path: Path) -> None:
+    model = tokenizer(quantizer)
+    model.save_pretrained(tmp_path / "folder")
+    again = VQGAN.from_pretrained(tmp_path / "folder")
+    assert again.quantize.arguments() == quantizer.arguments()
+    agreement = exporting.export_tokenizer(again, tmp_path / "out", kind)
+    assert agreement.different == 0
+    encoder = exporting._load(tmp_path / "out" / f"encoder.{kind}", kind)
+    images = images_of((2, 3, 16, 20))
+    assert torch.equal(encoder(images), model.tokenize(images))
+    assert len(model.tokenize(images).unique()) > 1
+    for program in (exporting._traced_encoder(model), exporting._traced_decoder(model)):
+        numbers = [node.meta["val"].numel() for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        assert not [count for count in numbers if isinstance(count, int) and count >= 10 * 2**10 - 1]
 
 
 @pytest.mark.skipif(not HAS_ONNX, reason="the extra `export` (onnx, onnxruntime, onnxscript) is not installed")

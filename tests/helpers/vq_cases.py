@@ -40,6 +40,24 @@ def make_inputs(
     return inputs
 
 
+def make_head_inputs(heads: int, *arguments: Any, **settings: Any) -> dict[str, Any]:
+    """Like :func:`make_inputs`, with heads: x (M, H, D), codebook and weight (H, N, D), bias (H, N)."""
+    each = [make_inputs(*arguments, **settings | {"seed": head}) for head in range(heads)]
+    stacked = {
+        name: torch.stack([inputs[name].detach() for inputs in each], int(name == "x")).requires_grad_()
+        for name in LEAVES
+        if name in each[0]
+    }
+    return each[0] | stacked
+
+
+def head_of(inputs: dict[str, Any], head: int) -> dict[str, Any]:
+    """The inputs of one head of :func:`make_head_inputs`, as those of a call without heads."""
+    leaves = {name: inputs[name] for name in LEAVES if name in inputs}
+    chosen = {name: value[:, head] if name == "x" else value[head] for name, value in leaves.items()}
+    return inputs | {name: value.detach().clone().requires_grad_() for name, value in chosen.items()}
+
+
 def frozen(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same inputs, none of which trains."""
     return {name: value.detach() for name, value in inputs.items()}
@@ -80,7 +98,8 @@ def outputs_and_gradients(
     x, codebook = inputs["x"], inputs["codebook"]
     results = {name: getattr(output, name).detach() for name in output._fields}
     groups = settings.get("groups", 1)
-    grads = upstream(x.shape[:-1].numel(), x.shape[-1], groups, codebook.shape[0], few_digits=few_digits)
+    num_codes = codebook.shape[:-1].numel()
+    grads = upstream(x.shape[:-1].numel(), x.shape[-1], groups, num_codes, few_digits=few_digits)
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     for name, grad in zip(("quantized", "posterior"), grads, strict=True):
         value = getattr(output, name)
@@ -97,7 +116,7 @@ def outputs_and_gradients(
 def plain_low_precision(x: Tensor, codebook: Tensor, **arguments: Any) -> Any:
     """The reference in the inputs' own type; cdist has no half types, so distances are spelt out as a product."""
     if "weight" not in arguments:
-        arguments |= {"weight": 2 * codebook, "bias": -arguments.get("scale", 1.0) * codebook.square().sum(1)}
+        arguments |= {"weight": 2 * codebook, "bias": -arguments.get("scale", 1.0) * codebook.square().sum(-1)}
     return vector_quantize_reference(x, codebook, **arguments)
 
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from helpers.kernel_cases import DEVICE, FLOATS, kernels, surrounded
-from helpers.vq_cases import LEAVES, copy_leaves, make_inputs, outputs_and_gradients, plain_low_precision
+from helpers.vq_cases import LEAVES, copy_leaves, head_of, make_inputs, outputs_and_gradients, plain_low_precision
 from torch import Tensor
 
 from regvq_fast.ops import vector_quantize
@@ -76,7 +76,7 @@ def kernel_results(inputs: dict[str, Any], schedule: str, *use: tuple[str, ...],
 
 
 def scores_and_bands(
-    inputs: dict[str, Any], scale: float = 1.0, row_offset: int = 0, **_: Any
+    inputs: dict[str, Any], scale: float = 1.0, row_offset: int = 0, head: int = 0, **_: Any
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Exact scores (M, N) behind ``best_indices`` and ``indices``, and how far rounding may move each of them."""
     exact = {name: inputs[name].detach().double() for name in LEAVES if name in inputs}
@@ -90,12 +90,14 @@ def scores_and_bands(
     noise = torch.zeros_like(scores)
     if "mask" in inputs:
         rows = torch.arange(len(x)) + row_offset
-        noise = gumbel_noise(inputs["seed"], rows, len(codebook)).double() * inputs["mask"].unsqueeze(1)
+        noise = gumbel_noise(inputs["seed"], rows, len(codebook), head).double() * inputs["mask"].unsqueeze(1)
     return {"best_indices": (scores, band), "indices": (scores + noise, band + 1e-6 * noise.abs().clamp(min=1))}
 
 
 def is_separated(inputs: dict[str, Any], **settings: Any) -> bool:
     """Whether no row has a tie within the bands, so that every implementation must take the same codes."""
+    if inputs["codebook"].ndim == 3:
+        return all(is_separated(head_of(inputs, h), **settings, head=h) for h in range(len(inputs["codebook"])))
     for scores, band in scores_and_bands(inputs, **settings).values():
         best = scores.argmax(1, keepdim=True)
         others = (scores + band).scatter(1, best, -torch.inf).amax(1)
@@ -106,13 +108,19 @@ def is_separated(inputs: dict[str, Any], **settings: Any) -> bool:
 
 def assert_outputs(results: dict[str, Tensor], inputs: dict[str, Any], **settings: Any) -> None:
     """The best codes, or ones that tie with them; and what follows from the codes taken, exactly."""
+    if inputs["codebook"].ndim == 3:
+        for h in range(len(inputs["codebook"])):
+            assert_outputs({name: results[name][:, h] for name in OUTPUTS}, head_of(inputs, h), **settings, head=h)
+        return
     for name, (scores, band) in scores_and_bands(inputs, **settings).items():
         chosen = (scores + band).gather(1, results[name].unsqueeze(1)).squeeze(1)
         assert (chosen >= (scores - band).amax(1)).all(), name
     codebook, groups = inputs["codebook"].detach(), settings.get("groups", 1)
     indices, best_indices = results["indices"], results["best_indices"]
     assert torch.equal(results["quantized"], codebook[indices])
-    posterior = [part.bincount(minlength=len(codebook)) / len(part) for part in indices.view(groups, -1)]
+    valid = inputs.get("valid", torch.ones(len(indices), dtype=torch.bool)).view(groups, -1)
+    parts = [part[counts] for part, counts in zip(indices.view(groups, -1), valid, strict=True)]
+    posterior = [part.bincount(minlength=len(codebook)) / max(1, len(part)) for part in parts]
     assert torch.equal(results["posterior"], torch.stack(posterior))
     distance = (codebook[indices].double() - codebook[best_indices].double()).square().sum(1)
     torch.testing.assert_close(results["perturbation"].double(), distance, rtol=1e-6, atol=0)

@@ -39,8 +39,9 @@ def outputs(quantizer, x, seed=0):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_tamings_interface(name, training):
-    plain = QUANTIZERS[name](CODES, WIDTH).train(training)
-    z = torch.randn(MAPS)
+    num_codes, width = QUANTIZERS[name].Settings().sizes(256, WIDTH)
+    plain = QUANTIZERS[name](num_codes, width).train(training)
+    z = torch.randn(4, width, 6, 5)
     plain.initialize(z)
     quantizer = as_taming(copy.deepcopy(plain))
     out = outputs(plain, z)
@@ -49,14 +50,14 @@ def test_tamings_interface(name, training):
     assert torch.equal(loss, out.loss)
     assert torch.equal(indices, out.indices.flatten())
     assert encodings is None
-    share = F.one_hot(indices, CODES).float().mean(0)
+    share = F.one_hot(indices, num_codes).float().mean(0)
     torch.testing.assert_close(perplexity, torch.special.entr(share).sum().exp())
     codes = plain.eval().codes_of(out.indices)
-    assert torch.equal(quantizer.get_codebook_entry(indices, (4, 6, 5, WIDTH)), codes)
+    assert torch.equal(quantizer.get_codebook_entry(indices, (4, 6, 5, width)), codes)
     assert torch.equal(quantizer.get_codebook_entry(out.indices), codes.permute(0, 2, 3, 1))
     assert torch.equal(quantizer.embed_code(out.indices), codes)
     assert torch.equal(quantizer.codebook[indices], codes.permute(0, 2, 3, 1).flatten(0, 2))
-    assert (quantizer.n_e, quantizer.e_dim) == (CODES, WIDTH)
+    assert (quantizer.n_e, quantizer.e_dim) == (num_codes, width)
 
 
 class Signs(Quantizer):

@@ -42,14 +42,14 @@ def test_descending_the_kl_through_the_op_spreads_the_codes() -> None:
 def test_scopes() -> None:
     assert [posterior_groups(scope, 6) for scope in ("image", "batch", "global")] == [6, 1, 1]
     posterior = torch.rand(1, 5)
-    assert scoped_posterior(posterior, "global") == (posterior, 1)  # one process
+    assert scoped_posterior(posterior, "global", 4) == (posterior, 4)  # one process
 
 
 def _global_posterior(rank: int, file: str, results) -> None:  # type: ignore[no-untyped-def]
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     posterior = torch.tensor([[1.0 - rank, float(rank)]], requires_grad=True)
-    mean, ranks = scoped_posterior(posterior, "global")
-    prior_kl(mean, rows=1 * ranks).backward()
+    mean, rows = scoped_posterior(posterior, "global", 1)
+    prior_kl(mean, rows).backward()
     results[rank] = (mean.tolist(), posterior.grad.tolist())
     torch.distributed.destroy_process_group()
 

@@ -31,7 +31,8 @@ def test_opcheck_vector_quantize(logits, mask, codebook_grad, keeps):
     tensors = [inputs.get(name) for name in ("x", "codebook", "weight", "bias", "mask", "seed")]
     tau, scale = torch.tensor(0.9), torch.tensor(1.5)
     offset, kept = torch.tensor(7), torch.randn(8 if keeps else 0, 5)
-    forward = (*tensors, tau, scale, offset, 2, codebook_grad, keeps, "eager")
+    valid = None if mask == "no mask" else torch.arange(8) % 3 != 0
+    forward = (*tensors, tau, scale, offset, 2, codebook_grad, valid, keeps, "eager")
     torch.library.opcheck(torch.ops.regvq.vector_quantize, forward)
     detached = [None if t is None else t.detach() for t in tensors]
     grads = torch.randn(8, 3), torch.randn(2, 5)
@@ -39,7 +40,7 @@ def test_opcheck_vector_quantize(logits, mask, codebook_grad, keeps):
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*detached, tau, scale, offset, 2, codebook_grad, *grads, indices, kept, needs_x, needs_codes, "eager"),
+            (*detached, *forward[6:-2], *grads, indices, kept, needs_x, needs_codes, "eager"),
         )
 
 

@@ -42,6 +42,32 @@ def test_values_and_gradients_are_those_of_the_whole_matrix(has_bias, tile_rows,
     )
 
 
+@pytest.mark.parametrize("tile_rows", [16, 64])
+def test_means_over_valid_rows_are_those_without_the_others(tile_rows, monkeypatch):
+    monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiling, "_MIN_TILE_ROWS", tile_rows)
+    x, keys, bias = leaves()
+    valid = torch.arange(50) % 3 != 0
+    found = softmax_statistics(x, keys, bias, valid=valid, temperature=0.6)
+    expected = plain(x[valid], keys, bias, temperature=0.6)
+    torch.testing.assert_close(found, expected)
+    upstream = [torch.tensor(0.7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    gradients = torch.autograd.grad(found, (x, keys, bias), upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (x, keys, bias), upstream))
+    assert (gradients[0][~valid] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_all_rows_valid_is_no_valid_to_the_bit_and_none_gives_zeros(dtype):
+    def results(valid):
+        inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves()]
+        entropy, mean = softmax_statistics(*inputs, valid=valid, temperature=0.6)
+        return entropy, mean, *torch.autograd.grad(entropy + mean.square().sum(), inputs)
+
+    assert all(map(torch.equal, results(torch.ones(50, dtype=torch.bool)), results(None)))
+    assert all((value == 0).all() for value in results(torch.zeros(50, dtype=torch.bool)))
+
+
 def test_gradcheck():
     assert torch.autograd.gradcheck(softmax_statistics, leaves(6, 5, 3))
 
@@ -76,13 +102,13 @@ def test_16_bit_inputs_err_no_more_than_plain_pytorch(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     tensors = [leaf.detach().to(dtype) for leaf in leaves(8, 5, 3)]
-    for bias in (tensors[2], None):
+    for bias, valid in ((tensors[2], None), (None, torch.arange(8) % 3 != 0)):
         trained = [None if t is None else t.clone().requires_grad_() for t in (*tensors[:2], bias)]
-        torch.library.opcheck(torch.ops.regvq.softmax_statistics, (*trained, 0.7))
+        torch.library.opcheck(torch.ops.regvq.softmax_statistics, (*trained, valid, 0.7))
         for needs in ((True, True), (True, False), (False, True)):
             torch.library.opcheck(
                 torch.ops.regvq.softmax_statistics_backward,
-                (torch.tensor(0.3), torch.randn(5), *tensors[:2], bias, 0.7, *needs),
+                (torch.tensor(0.3), torch.randn(5), *tensors[:2], bias, valid, 0.7, *needs),
             )
 
 
@@ -112,6 +138,7 @@ def test_autocast_computes_in_fp32():
         ({"keys": torch.zeros(4, 2)}, r"keys .*\b3 .*\(4, 2\)"),
         ({"keys": torch.zeros(0, 3)}, r"\(5, 3\) and \(0, 3\)"),
         ({"bias": torch.zeros(3)}, r"bias .*\b4\b"),
+        ({"valid": torch.ones(4, dtype=torch.bool)}, r"valid .*\(5,\).*\(4,\)"),
         ({"temperature": 0.0}, r"temperature .*\b0\.0"),
     ],
 )

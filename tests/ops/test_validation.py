@@ -67,6 +67,31 @@ QUANTIZE = {
         r"mask .*\(6,\).*\(5,\)",
     ),
     "mask on another device": ({"mask": MASK.to("meta"), "seed": SEED}, ValueError, "mask .*meta.* cpu"),
+    "valid is a list": ({"valid": [True] * 6}, TypeError, "valid .*list"),
+    "valid is float": ({"valid": MASK.float()}, TypeError, "valid .*bool.* torch.float32"),
+    "valid of other shape": ({"valid": MASK[:5]}, ValueError, r"valid .*\(6,\).*\(5,\)"),
+    "valid on another device": ({"valid": MASK.to("meta")}, ValueError, "valid .*meta.* cpu"),
+    "other heads than the codebook's": (
+        {"codebook": torch.zeros(2, 5, 4)},
+        ValueError,
+        r"codebook \(2, 5, 4\) .*2 heads.*\(6, 4\)",
+    ),
+    "codebook of four dimensions": ({"codebook": torch.zeros(1, 6, 5, 4)}, ValueError, r"codebook .*\(1, 6, 5, 4\)"),
+    "mask with heads": (
+        {"x": torch.zeros(3, 6, 4), "codebook": torch.zeros(6, 5, 4), "mask": torch.ones(3, 6).bool(), "seed": SEED},
+        ValueError,
+        r"mask .*\(3,\).*\(3, 6\)",
+    ),
+    "weight without heads": (
+        {"codebook": torch.zeros(6, 5, 4), "weight": torch.zeros(5, 4)},
+        ValueError,
+        r"weight .*\(5, 4\)",
+    ),
+    "bias of other heads": (
+        {"codebook": torch.zeros(6, 5, 4), "weight": torch.zeros(6, 5, 4), "bias": torch.zeros(2, 5)},
+        ValueError,
+        r"bias \(2, 5\) .*\(6, 5, 4\)",
+    ),
     "seed is a number": ({"mask": MASK, "seed": 3}, TypeError, r"seed .*int64.*\b3$"),
     "seed has a dimension": ({"mask": MASK, "seed": SEED[None]}, TypeError, r"seed .*tensor\(\[1\]\)"),
     "seed is int32": ({"mask": MASK, "seed": SEED.int()}, TypeError, "seed .*int32"),
@@ -125,6 +150,7 @@ def test_vector_quantize_names_what_is_wrong(case):
 
 
 ASSIGN = {
+    "other heads than the codebook's": ({"codebook": torch.zeros(2, 5, 4)}, ValueError, r"2 heads.*\(6, 4\)"),
     "x is a list": ({"x": [[1.0]]}, TypeError, "x .*list"),
     "x is integer": ({"x": torch.zeros(6, 4, dtype=torch.int32)}, TypeError, "x .*torch.int32"),
     "codebook has other D": ({"codebook": torch.zeros(5, 3)}, ValueError, r"codebook .*\b4 .*\(5, 3\)"),

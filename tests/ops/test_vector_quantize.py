@@ -157,6 +157,8 @@ def test_any_shape_and_setting_equals_the_reference(data):
         width=data.draw(st.integers(1, 9), "width"),
         seed=data.draw(st.integers(0, 99), "inputs"),
     )
+    if data.draw(st.booleans(), "valid"):
+        inputs["valid"] = torch.rand(len(inputs["x"]), generator=torch.Generator().manual_seed(0)) < 0.6
     settings_ = {
         "scale": data.draw(st.floats(0.01, 10), "scale"),
         "tau": data.draw(st.floats(0.05, 10), "tau"),

@@ -209,7 +209,8 @@ def test_opcheck():
     inputs = {name: value.detach().to(DEVICE).requires_grad_(value.requires_grad) for name, value in inputs.items()}
     tensors = [inputs[name] for name in ("x", "codebook", "weight", "bias", "mask", "seed")]
     tau, scale, offset = (torch.tensor(value, device=DEVICE) for value in (0.9, 1.5, 7))
-    forward = (*tensors, tau, scale, offset, 2, "hard", True, "triton")
+    valid = torch.arange(8, device=DEVICE) % 3 != 0
+    forward = (*tensors, tau, scale, offset, 2, "hard", valid, True, "triton")
     torch.library.opcheck(torch.ops.regvq.vector_quantize, forward)
     detached = [value.detach() for value in tensors]
     _, _, indices, _, _, lse = torch.ops.regvq.vector_quantize(*detached, *forward[6:])
@@ -217,7 +218,7 @@ def test_opcheck():
     for needs_x, needs_codes in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             torch.ops.regvq.vector_quantize_backward,
-            (*detached, tau, scale, offset, 2, "hard", *grads, indices, lse, needs_x, needs_codes, "triton"),
+            (*detached, *forward[6:-2], *grads, indices, lse, needs_x, needs_codes, "triton"),
         )
 
 

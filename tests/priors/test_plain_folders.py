@@ -59,6 +59,10 @@ def test_a_folder_trains_every_prior(
         assert len(list((tmp_path / "each").glob("0*.png"))) == 9
         with Image.open(tmp_path / "each" / "grid.png") as grid:
             assert grid.width == 8 + 6 * (192 + 8), "two columns of each label"
+            row_height = grid.height / 2
+        run_script(*sampled, tmp_path / "many", "--per-class", 22, "--batch-size", 33, script="sample.py")
+        with Image.open(tmp_path / "many" / "grid.png") as grid:
+            assert round(grid.height / row_height) == 10, "whole rows of 66 images"
         other = photos(tmp_path / "other photos", ("cow", "dog"))
         with pytest.raises(SystemExit, match=r"2 labels"):
             run_script(*sampled, tmp_path / "no", "--data", other, script="sample.py")

@@ -1,4 +1,4 @@
-"""One suite over all four quantizers, then what is special to each."""
+"""One suite over all quantizers, then what is special to each."""
 
 import copy
 import math
@@ -11,8 +11,11 @@ from torch import Tensor
 from regvq_fast.losses.prior import prior_kl
 from regvq_fast.matmul import score_dtype
 from regvq_fast.quantizers import (
+    BSQQuantizer,
     EMAQuantizer,
+    FSQQuantizer,
     GumbelQuantizer,
+    LFQQuantizer,
     NearestQuantizer,
     Quantizer,
     QuantizerOutput,
@@ -28,6 +31,10 @@ BUILDERS = {
     "gumbel-vq": lambda: GumbelQuantizer(N, D),
     "vq-gan": lambda: NearestQuantizer(N, D),
     "vq-vae": lambda: EMAQuantizer(N, D),
+    "fsq": lambda: FSQQuantizer(3 * 4**7, D, levels=(3, *[4] * 7)),
+    "lfq": lambda: LFQQuantizer(2**D, D),
+    "lfq-groups": lambda: LFQQuantizer(2**D, D, temperature=1.0, group_bits=3),
+    "bsq": lambda: BSQQuantizer(2**D, D),
 }
 
 
@@ -57,7 +64,7 @@ def test_output_has_the_documented_shapes_types_and_finite_values(quantizer: Qua
     assert out.indices.shape == out.perturbation.shape == out.mask.shape == (3, 4, 5)
     assert out.indices.dtype == torch.int64
     assert out.mask.dtype == torch.bool
-    assert 0 <= int(out.indices.min()) <= int(out.indices.max()) < N
+    assert 0 <= int(out.indices.min()) <= int(out.indices.max()) < quantizer.num_codes
     assert out.loss.shape == ()
     assert torch.isfinite(out.loss)
     assert all(m.shape == () and torch.isfinite(m) and not m.requires_grad for m in out.metrics.values())
@@ -84,8 +91,9 @@ def test_the_best_code_has_the_largest_logit(quantizer: Quantizer) -> None:
     quantizer.initialize(maps())
     quantizer.eval()
     logits = quantizer.logits(maps())
-    assert logits.shape == (3, 4, 5, N)
+    assert logits.shape == (3, 4, 5, quantizer.num_codes)
     assert torch.equal(logits.argmax(-1), quantizer(maps()).indices)
+    assert torch.equal(quantizer.best_codes(maps()), quantizer(maps()).indices)
     assert len(logits.argmax(-1).unique()) > 1
 
 

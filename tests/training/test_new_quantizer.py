@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import FAST, SCRIPT, TINY
 
-from regvq_fast.config import QuantizerConfig
+from regvq_fast.config import QuantizerConfig, quantizer_section
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import QUANTIZERS, Quantizer
 
@@ -26,7 +26,7 @@ class ScalarSettings(QuantizerSettings):
     """Settings of the toy."""
 
     levels: int = 5
-    """scalar: levels of each channel."""
+    """Levels of each channel."""
 
     def check(self):
         if self.levels < 2:
@@ -73,11 +73,11 @@ def test_a_new_quantizer_is_a_class_and_a_line(tmp_path: Path) -> None:
         command = [sys.executable, str(script), str(SCRIPT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
 
-    shown = run("--help")
+    shown = run("--quantizer", "scalar", "--help")
     assert shown.returncode == 0, shown.stderr
     help_text = shown.stdout
     assert "--levels INT" in help_text
-    assert "scalar: levels of each channel." in help_text
+    assert "Levels of each channel." in help_text
     assert re.search(r"levels .*\b1\b", run(*flags, "--levels", "1").stderr)
 
     trained = run(*flags, "--out", str(tmp_path / "run"))
@@ -88,6 +88,7 @@ def test_a_new_quantizer_is_a_class_and_a_line(tmp_path: Path) -> None:
         "type": "ScalarQuantizer",
         "num_codes": 9,
         "code_dim": 2,
+        "channels_last": False,
         "levels": 3,
     }
     assert (tmp_path / "run" / "pictures" / "codebook.png").exists()
@@ -100,9 +101,16 @@ def test_a_new_quantizer_is_a_class_and_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_section_builds_each_of_them_with_its_settings(name: str) -> None:
-    section = QuantizerConfig(quantizer=name, num_codes=12, code_dim=4, fp32_scores=True, tau=0.5)  # type: ignore[call-arg]
+    section = QuantizerConfig(num_codes=256, code_dim=4, fp32_scores=True).changed_to(name)
     quantizer = QUANTIZERS[name].from_section(section)
     assert isinstance(quantizer, Quantizer)
-    assert (quantizer.num_codes, quantizer.code_dim, quantizer.fp32_scores) == (12, 4, True)
-    assert getattr(quantizer.settings, "tau", 0.5) == 0.5
+    sizes = {"fsq": (240, 3), "lfq": (256, 8), "bsq": (256, 8)}.get(name, (256, 4))
+    assert (quantizer.num_codes, quantizer.code_dim, quantizer.fp32_scores) == (*sizes, True)
     assert type(quantizer)(**quantizer.arguments()).arguments() == quantizer.arguments()
+
+
+def test_settings_of_another_quantizer_are_kept_where_both_have_them() -> None:
+    section = quantizer_section("vq-vae")(num_codes=12, commitment=0.5, decay=0.8).changed_to("vq-gan")
+    assert (section.quantizer, section.num_codes, section.commitment) == ("vq-gan", 12, 0.5)
+    assert not hasattr(section, "decay")
+    assert section.changed_to("vq-gan") is section

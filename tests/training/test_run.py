@@ -52,7 +52,8 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_quantizer_trains_with_discriminator_averages_and_accumulation(tmp_path: Path, quantizer: str) -> None:
     out = tmp_path / "run"
-    flags = ["--quantizer", quantizer, "--disc-start", 2, "--ema", 0.5, "--grad-accum-steps", 2, "--eval-every", 2]
+    flags = ["--quantizer", quantizer, "--num-codes", 256, "--disc-start", 2, "--ema", 0.5]
+    flags += ["--grad-accum-steps", 2, "--eval-every", 2]
     train("--out", out, *FAST, *flags)
     losses = [row["l1"] for row in records(out) if row["split"] == "train"]
     assert losses[-1] < losses[0]

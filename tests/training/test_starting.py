@@ -21,6 +21,7 @@ from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import (
     QUANTIZERS,
     EMAQuantizer,
+    FSQQuantizer,
     GumbelQuantizer,
     NearestQuantizer,
     Quantizer,
@@ -148,7 +149,7 @@ def test_learned_logits_stay_with_their_kind() -> None:
 @pytest.mark.parametrize(
     ("quantizer", "parts"),
     [
-        *((name, part) for name in QUANTIZERS for part in PARTS),
+        *((name, part) for name, kind in QUANTIZERS.items() if kind.adopt is not Quantizer.adopt for part in PARTS),
         ("reg-vq", "encoder codebook"),
         ("vq-gan", "encoder decoder"),
         ("vq-gan", "decoder codebook"),
@@ -158,8 +159,8 @@ def test_frozen_parts_stay_to_the_last_bit(base: Path, quantizer: str, parts: st
     config = override(
         VQGANConfig(), image_size=32, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=8, num_codes=16, steps=9, ema=0.5,
         attn_resolutions=(16,), batch_size=4, perceptual_weight=0, contrastive="none", device="cpu", disc_start=1,
-        disc_filters=4, quantizer=quantizer, logits="distance", init_from=str(base),
-        freeze=tuple(parts.split()), dropout=0.3, lr=0.01,
+        disc_filters=4, quantizer=quantizer, init_from=str(base), freeze=tuple(parts.split()), dropout=0.3, lr=0.01,
+        **({"logits": "distance"} if quantizer == "reg-vq" else {}),
     )  # fmt: skip
     trainer = Trainer(VQGANRecipe, config)
     model = trainer.networks.model
@@ -273,6 +274,7 @@ def test_a_new_codebook_may_have_another_size(base: Path, tmp_path: Path) -> Non
         (["--init-from", "no/such"], "no/such"),
         (["--freeze", "encoder", "decoder", "codebook"], "--freeze encoder decoder codebook"),
         (["--image-size", "33"], r"--image-size 33"),
+        (["--quantizer", "lfq"], r"--quantizer lfq has codes of its own"),
     ],
 )
 def test_flags_that_contradict_the_weights_are_one_sentence(
@@ -281,6 +283,34 @@ def test_flags_that_contradict_the_weights_are_one_sentence(
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         start(base, tmp_path / "run", *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_without_a_table_of_codes_start_their_own_kind_and_by_distance_others(tmp_path: Path) -> None:
+    out = tmp_path / "lfq"
+    run_script(*TINY, *FAST, "--quantizer", "lfq", "--out", out)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["quantizer"]["num_codes"], config["quantizer"]["code_dim"]) == (16, 4)
+    assert config["architecture"]["quantizer"]["code_dim"] == 4
+    same = start(out, tmp_path / "same", "--temperature", 0.5)
+    assert same["facts"]["codebook"].startswith("16 codes taken; ")
+    other = start(out, tmp_path / "other", "--quantizer", "reg-vq")
+    before, after = (word for word in other["facts"]["codebook"].split() if "." in word)
+    assert before == after
+    for flags, message in (
+        (["--num-codes", 32], "--quantizer lfq has 32 codes of 5 channels .* 16 of 4"),
+        (["--reset-codebook"], "--quantizer lfq has codes of its own.*--reset-codebook"),
+        (["--quantizer", "bsq"], "--quantizer bsq has codes of its own"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            start(out, tmp_path / "refused", *flags)
+
+
+def test_fsq_of_other_levels_is_another_kind() -> None:
+    source = tiny_vqgan(FSQQuantizer(60, 3, levels=(3, 4, 5)))
+    start_model(tiny_vqgan(FSQQuantizer(60, 3, levels=(3, 4, 5))), source.eval(), images())
+    for other in (FSQQuantizer(60, 3, levels=(5, 4, 3)), NearestQuantizer(60, 3)):
+        with pytest.raises(ValueError, match=r"fsq .*not select codes by distance: .*levels"):
+            start_model(tiny_vqgan(other), source, images())
 
 
 def test_flags_for_weights_need_weights(tmp_path: Path) -> None:
