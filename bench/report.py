@@ -22,6 +22,9 @@ NO_GPU = "No GPU has been measured yet: `python bench/gpu.py` measures one and l
 NO_CPU = (
     "Nothing has been measured yet: `pytest bench/ --benchmark-only --benchmark-json bench/results/cpu.json` does it."
 )
+NO_STUDY = (
+    "Not run yet: the command is above; its tables and plots go to results, and `python bench/report.py` fills this."
+)
 PAPER = "results/scenes-tiny"
 """What train/paper.py has left of the embedded scenes."""
 SECTION = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- /bench -->", re.DOTALL)
@@ -64,6 +67,12 @@ class Report:
             file = f"{PAPER}/{what}.md"
             text = (self.root / file).read_text(encoding="utf-8").partition("\n\n")[2].strip()
             return f"{text} ([the numbers of each run]({'../' * depth}{PAPER}/{what}.csv))"
+        if kind == "study":  # of regvq paper quantizers on one data set
+            stem, up = f"results/{what}-tiny/quantizers", "../" * depth
+            if not (self.root / f"{stem}.md").exists():
+                return NO_STUDY
+            text = (self.root / f"{stem}.md").read_text(encoding="utf-8").partition("\n\n")[2].strip()
+            return f"{text} ([the numbers of each run]({up}{stem}.csv))\n\n![curves]({up}{stem}-curves.png)"
         documents = {"cpu": self.cpus, "gpu": self.gpus}.get(kind)
         if documents is None or what not in ("summary", "tables", "plots", "targets"):
             raise ValueError(f"<!-- bench:{name} -->: no such section; see bench/report.py")

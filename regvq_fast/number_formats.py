@@ -50,6 +50,7 @@ _RESULTS: dict[str, tuple[str, Format]] = {
     "layout": ("layout", percent),
     "classes": ("classes", percent),
     "images": ("validation images", "{:,}".format),
+    "parameters": ("parameters", "{:,}".format),
     "images/s": ("speed", speed),
     "peak memory": ("peak memory", "{:.3g} GiB".format),
     "minutes": ("time", lambda minutes: duration(60 * minutes)),

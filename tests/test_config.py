@@ -137,4 +137,4 @@ def test_old_configurations_are_read_unless_a_removed_setting_was_used(tmp_path:
 
 
 def test_help_reads_on_two_screens(help_text: str) -> None:
-    assert len(help_text.splitlines()) <= 160
+    assert len(help_text.splitlines()) <= 145

@@ -28,7 +28,6 @@ from torch.distributed.run import get_args_parser
 from regvq_fast.cli.main import COMMANDS as NAMES
 from regvq_fast.cli.main import run
 from regvq_fast.config import parse_config
-from regvq_fast.data.datasets import build_dataset, dataset_class
 from regvq_fast.invocation import SCRIPTS
 from regvq_fast.models import VQGAN, VGGFeatures
 
@@ -231,17 +230,6 @@ def test_the_residual_quantizer_of_use_runs() -> None:
     assert names["out"].indices.shape == (2, 8, 75)
     assert (names["out"].indices[1, :, 50:] == -1).all()
     assert names["coarse"].shape == names["z"].shape
-
-
-def test_the_folder_of_photographs_has_ten_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = blocks(TEXTS["docs/photos.md"], "python")
-    few = block.replace("middle, 200)", "middle, 2)").replace("photo.width, 20)", "photo.width, 1)")
-    assert few.count("photo.width, 1)") == few.count("middle, 2)") == 1
-    monkeypatch.chdir(tmp_path)
-    exec(compile(few, "docs/photos.md", "exec"), {})
-    counts = dataset_class("photos").count_fields("photos")
-    assert (counts.images, counts.usable) == (20, ("label",))
-    assert len(build_dataset("photos", split="val", image_size=8, fields=("label",)).label_names) == 10
 
 
 # ------------------------------------------------------------------------------------------- from nothing to samples

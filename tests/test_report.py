@@ -138,6 +138,22 @@ def test_baselines_of_another_gradient_are_labelled(checkout):
     assert label in report_tables.source(document_of(checkout), 1)
 
 
+def test_the_study_of_quantizers_is_a_table_and_curves(checkout):
+    page = checkout / "docs" / "quantizers.md"
+    page.write_text("<!-- bench:study-photos -->\n<!-- /bench -->\n")
+    report.main(["--root", str(checkout)])
+    assert report.NO_STUDY in page.read_text()
+    results = checkout / "results" / "photos-tiny"
+    results.mkdir(parents=True)
+    (results / "quantizers.md").write_text("# Quantizers\n\n| a |\n| --- |\n| 1 |\n\n3 seeds.\n")
+    assert "docs/quantizers.md" in report.Report(checkout).stale()
+    report.main(["--root", str(checkout)])
+    text = page.read_text()
+    assert "-->\n| a |\n" in text
+    assert "3 seeds. ([the numbers of each run](../results/photos-tiny/quantizers.csv))" in text
+    assert "![curves](../results/photos-tiny/quantizers-curves.png)" in text
+
+
 def test_where_a_peer_is_better_is_said(checkout):
     with results_of(checkout) as raw:
         raw["cases"][0]["results"]["eager"] |= {"ms": 0.5, "extra_mib": 9.0}

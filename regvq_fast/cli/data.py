@@ -1,4 +1,4 @@
-"""The command ``regvq data``: check official archives of data sets, pack them into shards, get the emoji."""
+"""The command ``regvq data``: check official archives of data sets, pack them into shards, make small ones."""
 
 import signal
 import sys
@@ -14,17 +14,19 @@ from regvq_fast.config import run_command
 from regvq_fast.data.archives import ARCHIVES, Archive, ArchiveName, find_archive
 from regvq_fast.data.emoji import prepare_emoji
 from regvq_fast.data.loading import default_workers
+from regvq_fast.data.photos import prepare_photos
 from regvq_fast.data.preparing import prepare
 from regvq_fast.data.samples import Field
 from regvq_fast.data.verifying import verify
 from regvq_fast.settings import changed_flags
 
-USAGE = """Check the paper's data sets and ImageNet as they unpack, pack them into shards; get the emoji.
+USAGE = """Check the paper's data sets and ImageNet as they unpack, pack them into shards; make two small ones.
 
     regvq data verify --dataset cub200 --root data/               # which files exist, where to get the rest
     regvq data verify --root data/CUB_200_2011 --decode           # and can all of it be read?
     regvq data prepare --root data/CUB_200_2011 --out cub-shards  # resized, as tar files for --data
     regvq data emoji --out emoji                                  # 1,906 images with names and groups, for --data
+    regvq data photos --out photos                                # 2,200 crops of ten photographs, for --data
 
 Training reads the archives' folders as they are: --data data/CUB_200_2011. docs/data.md has addresses, layouts, splits.
 """
@@ -37,9 +39,10 @@ _OF_ARCHIVES = ("dataset", "fields", "decode", "size", "quality", "shard_mib", "
 class DataCommand:
     """A run of ``regvq data``."""
 
-    command: Annotated[Literal["verify", "prepare", "emoji"], tyro.conf.Positional]
+    command: Annotated[Literal["verify", "prepare", "emoji", "photos"], tyro.conf.Positional]
     """verify: list which files of a data set exist and where to get the rest. prepare: pack it, resized, in shards.
-    emoji: download Google's emoji (74 MB) into a folder of images with captions, in a folder for each group."""
+    emoji: download Google's emoji (74 MB) into a folder of images with captions, in a folder for each group.
+    photos: crops of ten photographs that come with scikit-image, in a folder for each of them."""
     root: Path | None = None
     """Folder that the official archives are unpacked in, or the top folder of one.
     emoji: the npm package emoji-datasource-google, a .tgz, in place of the download."""
@@ -50,7 +53,7 @@ class DataCommand:
     decode: bool = False
     """verify: open every image, map and caption as well."""
     out: Path | None = None
-    """prepare: folder of the shards; emoji: of the images. New or empty."""
+    """prepare: folder of the shards; emoji, photos: of the images. New or empty."""
     size: int = 384
     """prepare: pixels of the shorter side; smaller images keep their size. Training crops take down to 71 % of it."""
     quality: int = 95
@@ -77,7 +80,9 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
         raise ValueError(f"{command.command} needs a folder to write to: name a new one with --out")
     if command.command == "prepare" and command.decode:
         raise ValueError("--decode is for verify; prepare opens every file in any case: leave it out")
-    if command.command == "emoji" and (flags := changed_flags(command, _OF_ARCHIVES)):
+    if command.command == "photos" and command.root is not None:
+        raise ValueError(f"--root {command.root} is not for photos, which come with scikit-image: leave it out")
+    if command.command in ("emoji", "photos") and (flags := changed_flags(command, _OF_ARCHIVES)):
         raise ValueError(f"{flags[0]} is for the archives of verify and prepare: leave it out")
     # SIGTERM removes unfinished folders, as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
@@ -92,6 +97,10 @@ def _run(command: DataCommand, console: Console) -> None:
     if command.command == "emoji":
         assert command.out is not None
         prepare_emoji(command.out, command.root, console=console)
+        return
+    if command.command == "photos":
+        assert command.out is not None
+        prepare_photos(command.out, console=console)
         return
     archive = _archive(command)
     fields: Collection[Field] = archive.needed if command.fields is None else command.fields

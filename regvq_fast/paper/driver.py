@@ -1,5 +1,7 @@
 """From the name of a table to its rows, trained, measured and compared: what ``regvq paper`` runs."""
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,17 +16,17 @@ from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.samples import Split
 from regvq_fast.evaluation.feature_nets import load_feature_net
 from regvq_fast.evaluation.measurement import RESULTS
+from regvq_fast.models.features import RANDOM
+from regvq_fast.paper.commands import Commands
 from regvq_fast.paper.experiments import (
     EXPERIMENTS,
     PUBLISHED_DATASETS,
-    Experiment,
     ExperimentName,
-    Row,
-    Scale,
     prior_of,
     recipe,
 )
 from regvq_fast.paper.report import Report
+from regvq_fast.paper.rows import Experiment, Recipe, Row, Scale
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import inference_device
 from regvq_fast.priors.conditions import fields_of
@@ -47,13 +49,13 @@ class PaperConfig(CompileConfig, DeviceConfig):
     scale: Scale = "tiny"
     """tiny: minutes a row, on a CPU, too; full: the paper's sizes (scenes: 128 px, for a GPU)."""
     data: Path | None = None
-    """Images of the preset, as for regvq train vq. Not given: the embedded scenes."""
+    """Images of the preset, for quantizers any, as for regvq train vq. Not given: the embedded scenes."""
     out: Path | None = None
-    """Folder of tables and figures, with the runs in its runs/. Not given: runs/paper/PRESET-SCALE."""
+    """Folder of tables and figures, with the runs in its runs/. Not given: runs/paper/DATA-SCALE."""
     seeds: tuple[int, ...] = (0,)
     """Each row is trained once with each of them; its numbers are means, with their standard deviations."""
     rows: tuple[str, ...] = ()
-    """Only these rows, by name or the name of their folder. Not given: all."""
+    """Only these rows, by name, name of their folder, or curve of the sweep. Not given: all."""
     prior: Literal["preset", "none"] | PriorName = "preset"
     """Prior that samples the images of FID[G]; "preset": the paper's on this data, and none in the sweeps."""
     fid_features: str = "inception"
@@ -62,6 +64,8 @@ class PaperConfig(CompileConfig, DeviceConfig):
     """VGG-16 weights of training and of the perceptual distance, as in regvq train vq."""
     contrastive_weights: Path | None = None
     """VGG-19 weights of the contrastive loss at scale full, as in regvq train vq."""
+    jobs: int = 1
+    """Rows that run side by side, each with its fraction of the cores."""
     processes: int = 1
     """GPUs: more than one trains under torchrun."""
     report_only: bool = False
@@ -79,7 +83,8 @@ def reproduce(config: PaperConfig) -> None:
     """
     experiment = EXPERIMENTS[config.experiment]
     chosen = _check(config, experiment)
-    out = config.out or _OUT / f"{config.preset}-{config.scale}"
+    data = config.data.name if experiment.own_recipe and config.data else config.preset
+    out = config.out or _OUT / f"{data}-{config.scale}"
     # The report is of everything that is there, whatever this call is to run.
     plan = {
         row: {seed: _plan(config, experiment, row, seed, out / _RUNS) for seed in _seeds(config, out / _RUNS / row.key)}
@@ -96,36 +101,55 @@ def reproduce(config: PaperConfig) -> None:
             f"no row of {config.experiment} is done in {out}: leave out --report-only, or give its folder with --out"
         )
     if not config.report_only:
-        for seed in config.seeds:  # all rows with one seed first: a table that is stopped early compares all of them
-            for k, row in enumerate(chosen, 1):
-                pipeline = plan[row][seed]
-                for stage in pipeline.stages:
-                    if stage.result.exists():
-                        continue
-                    title = f"{row.name}, seed {seed} (row {k} of {len(chosen)}): {stage.name}"
-                    console.print(Text.assemble("\n", (title, "bold")), soft_wrap=True)
-                    pipeline.run(stage, _how(config, stage), config.processes)
-                report.write_table()
+        # All rows with one seed first: a table that is stopped early compares all of them.
+        work = {
+            f"{row.name}, seed {seed} (row {k} of {len(chosen)})": plan[row][seed]
+            for seed in config.seeds
+            for k, row in enumerate(chosen, 1)
+        }
+        _run(config, work, report, console)
     report.write_table()
     report.write_figures(inference_device(config.device))
     report.show(console)
 
 
+def _run(config: PaperConfig, work: Mapping[str, Pipeline], report: Report, console: Console) -> None:
+    """Run what is missing of rows by their titles, and write the table after each of them."""
+
+    def finish(title: str, pipeline: Pipeline) -> None:
+        for stage in pipeline.stages:
+            if stage.result.exists() or commands.stopping:
+                continue
+            console.print(Text.assemble("\n" * (config.jobs == 1), (f"{title}: {stage.name}", "bold")), soft_wrap=True)
+            pipeline.run(stage, _how(config, stage), commands, config.processes)
+
+    with Commands(config.jobs) as commands, ThreadPoolExecutor(config.jobs) as pool:
+        try:
+            for row in as_completed([pool.submit(finish, title, pipeline) for title, pipeline in work.items()]):
+                row.result()
+                report.write_table()
+        except BaseException:
+            commands.stopping = True  # rows side by side end the stages that they are at
+            raise
+
+
 def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
     """The rows that are asked for; raises ValueError or OSError for what is wrong."""
-    check_at_least(1, {"--processes": config.processes, "--seeds": len(config.seeds)})
+    check_at_least(1, {"--jobs": config.jobs, "--processes": config.processes, "--seeds": len(config.seeds)})
     if config.preset not in ("scenes", *PUBLISHED_DATASETS):
         theirs = ", ".join(PUBLISHED_DATASETS)
         raise ValueError(f"the paper has no experiments on --preset {config.preset}: take scenes, or one of {theirs}")
-    if config.preset == "scenes" and config.data is not None:
+    if experiment.own_recipe and config.preset != "scenes":
+        raise ValueError(f"{config.experiment} has settings of its own: leave out --preset {config.preset}")
+    if not experiment.own_recipe and config.preset == "scenes" and config.data is not None:
         raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
     if config.preset != "scenes" and config.data is None:
         raise ValueError(f"--preset {config.preset} needs its images: give their folder with --data PATH")
     for path in (config.perceptual_weights, config.contrastive_weights):
-        if path is not None and not path.exists():
+        if path not in (None, RANDOM) and not path.exists():
             raise ValueError(f"there is no {path}")
     rows = experiment.rows[config.scale]
-    known = [name for row in rows for name in (row.name, row.key)]
+    known = [name for row in rows for name in _names(row)]
     if unknown := [name for name in config.rows if name not in known]:
         raise ValueError(
             f"{config.experiment} has no row {unknown[0]!r}; its rows are {', '.join(repr(row.name) for row in rows)}"
@@ -137,17 +161,28 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
         if config.fid_features != "none":
             load_feature_net(config.fid_features)
         if prior != "none":
-            _check_prior(config, prior)
-        condition = () if prior == "none" else fields_of(PRIORS[prior].sampler.conditions[0])
+            _check_prior(_recipe(config, experiment).preset, prior)
+        unconditional = prior == "none" or _recipe(config, experiment).unconditional
+        condition = () if unconditional else fields_of(PRIORS[prior].sampler.conditions[0])
         for split in get_args(Split):
             build_dataset(config.data, split=split, image_size=_SMALL, fields=condition)
-    return [row for row in rows if not config.rows or row.name in config.rows or row.key in config.rows]
+    return [row for row in rows if not config.rows or not _names(row).isdisjoint(config.rows)]
 
 
-def _check_prior(config: PaperConfig, prior: PriorName) -> None:
+def _names(row: Row) -> set[str]:
+    """Names that --rows may give."""
+    return {row.name, row.key, row.series} - {""}
+
+
+def _recipe(config: PaperConfig, experiment: Experiment) -> Recipe:
+    if experiment.own_recipe:
+        return experiment.own_recipe(config.scale, config.data is None)
+    return recipe(config.preset, config.scale)
+
+
+def _check_prior(preset: PresetName, prior: PriorName) -> None:
     """Raise ValueError or OSError where the prior has no settings for the data, or files that it needs are missing."""
     presets = PRIORS[prior].presets
-    preset = recipe(config.preset, config.scale).preset
     if preset not in presets:
         raise ValueError(f"--prior {prior} has no settings for --preset {preset}, only for {', '.join(presets)}")
     PRIORS[prior].recipe.check_files(presets[preset])
@@ -168,7 +203,7 @@ def _seeds(config: PaperConfig, runs: Path) -> list[int]:
 
 def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs: Path) -> Pipeline:
     """The stages of a row with a seed."""
-    of_scale = recipe(config.preset, config.scale)
+    of_scale = _recipe(config, experiment)
     prior = _prior(config, experiment)
     folder = runs / row.key / f"seed-{seed}"
     data = () if config.data is None else ("--data", str(config.data))
@@ -189,7 +224,11 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
     judged = tokenizer.folder
     evaluated: tuple[str, ...] = ("--run", str(judged))
     if prior != "none":
-        fields = () if config.data is None else ("--fields", PRIORS[prior].sampler.conditions[0])
+        unconditional = of_scale.unconditional
+        fields: tuple[str, ...] = ()
+        if config.data is not None and not unconditional:
+            fields = ("--fields", PRIORS[prior].sampler.conditions[0])
+        condition = ("--condition", "none") if unconditional else ()
         cache = Stage(
             "token cache",
             "tokens",
@@ -201,7 +240,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
         trained = Stage(
             "prior",
             PRIORS[prior].command,
-            (*preset, "--cache", str(cache.folder), *of_scale.prior, *seeded),
+            (*preset, "--cache", str(cache.folder), *condition, *of_scale.prior, *seeded),
             folder / "prior",
             folder / "prior" / "summary.json",
             trains=True,

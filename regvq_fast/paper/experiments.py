@@ -1,59 +1,18 @@
 """Experiments of the paper: the rows of Table 1 and Table 2, the masking ratios and the codebook sizes.
 
 A row is a tokenizer, described by flags of ``regvq train vq`` on top of a preset; rows that are one and the same
-tokenizer have one key, so that experiments share its run. The paper's numbers are those of its Tables 1 and 2.
+tokenizer have one key, so that experiments share its run. The paper's numbers are those of its Tables 1 and 2. The
+study of quantizers, which the paper does not have, is in :mod:`regvq_fast.paper.study`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from regvq_fast.config import PresetName
+from regvq_fast.paper.rows import Experiment, Published, Recipe, Row, Scale
+from regvq_fast.paper.study import STUDY
 from regvq_fast.priors.registry import PRIORS, PriorName
 
-ExperimentName = Literal["table1", "table2", "masking", "codebook-size"]
-Scale = Literal["tiny", "full"]
-
-
-class Published(NamedTuple):
-    """A row of the paper on one data set."""
-
-    fid_r: float
-    """FID[R]: of reconstructions."""
-    psnr: float
-    """PSNR[R], dB."""
-    fid_g: float
-    """FID[G]: of generated images."""
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One tokenizer of an experiment."""
-
-    name: str
-    """As in the paper."""
-    key: str
-    """Names its folder."""
-    flags: tuple[str, ...]
-    """Flags of regvq train vq."""
-    published: Mapping[str, Published] = field(default_factory=dict)
-    """By data set."""
-    x: float | None = None
-    """Position on the axis of a sweep."""
-    series: str = ""
-    """Curve of a sweep that it belongs to."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Rows that are compared."""
-
-    title: str
-    rows: Mapping[Scale, tuple[Row, ...]]
-    with_prior: bool
-    """True if the paper evaluates generated images, too."""
-    axis: str = ""
-    """Label of a sweep's x-axis."""
+ExperimentName = Literal["table1", "table2", "masking", "codebook-size", "quantizers"]
 
 
 PUBLISHED_DATASETS: dict[str, str] = {
@@ -188,27 +147,13 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
         with_prior=False,
         axis="codes N",
     ),
+    "quantizers": STUDY,
 }
 
 
 def prior_of(preset: PresetName) -> PriorName:
     """Return the prior that the paper trains on this data: the first one with settings for it."""
     return next(name for name, prior in PRIORS.items() if preset in prior.presets)
-
-
-class Recipe(NamedTuple):
-    """Flags that make a scale out of the presets."""
-
-    preset: PresetName
-    """Preset of the commands."""
-    tokenizer: tuple[str, ...]
-    """Flags of `regvq train vq`."""
-    cache: tuple[str, ...]
-    """Flags of `regvq tokens`."""
-    prior: tuple[str, ...]
-    """Flags of the prior's training."""
-    val_images: int | None
-    """Validation images of all metrics; None: the whole split."""
 
 
 def recipe(preset: PresetName, scale: Scale) -> Recipe:

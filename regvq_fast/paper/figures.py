@@ -123,10 +123,7 @@ def save_usage(path: Path, counts: Mapping[str, Tensor]) -> None:
         share = count.double().sort(descending=True).values / count.sum() * len(count)
         place = (np.arange(len(share)) + 1) / len(share)
         used = share.numpy() > 0
-        style = "-" if k < len(_COLORS) else "--"
-        axes.plot(
-            place[used], share.numpy()[used], style, color=_COLORS[k % len(_COLORS)], label=f"{name}: {_used(count)}"
-        )
+        axes.plot(place[used], share.numpy()[used], **_style(k), label=f"{name}: {_used(count)}")
     axes.axhline(1, color="black", linestyle=":", linewidth=1)
     axes.set_yscale("log")
     axes.set_xlim(0, 1)
@@ -155,9 +152,9 @@ def save_curves(
         axes = figure.add_subplot(lines, columns, panel)
         for k, (series, points) in enumerate(by_series.items()):
             places = [place for place, _ in points]
-            axes.plot(places, [float(np.mean(values)) for _, values in points], color=_COLORS[k], label=series)
+            axes.plot(places, [float(np.mean(values)) for _, values in points], **_style(k), label=series)
             for place, values in points:
-                axes.plot([place] * len(values), values, ".", color=_COLORS[k], markersize=7)
+                axes.plot([place] * len(values), values, ".", color=_style(k)["color"], markersize=7)
         places = sorted({place for points in by_series.values() for place, _ in points})
         if places and places[0] > 0 and places[-1] >= 8 * places[0]:
             axes.set_xscale("log", base=2)
@@ -199,6 +196,11 @@ def _used(counts: Tensor) -> str:
 def percent(share: float) -> str:
     """One decimal; what isn't all of it is never rounded to 100."""
     return "99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
+
+
+def _style(k: int) -> dict[str, Any]:
+    """Colour and line of curve k: as many as there are quantizers can be told apart."""
+    return {"color": _COLORS[k % len(_COLORS)], "linestyle": "-" if k < len(_COLORS) else "--"}
 
 
 def _named(stem: Path, what: str) -> Path:

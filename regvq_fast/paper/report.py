@@ -17,15 +17,13 @@ from rich.text import Text
 from regvq_fast.config import PresetName
 from regvq_fast.evaluation.measurement import RESULTS
 from regvq_fast.files import atomic_path
-from regvq_fast.paper import figures
+from regvq_fast.paper import costs, figures
 from regvq_fast.paper.experiments import (
     PUBLISHED_DATASETS,
-    Experiment,
     ExperimentName,
-    Published,
-    Row,
     published_dataset,
 )
+from regvq_fast.paper.rows import Experiment, Published, Row
 from regvq_fast.paper.stages import Pipeline
 from regvq_fast.priors.registry import SAMPLING_SETTINGS
 
@@ -43,9 +41,10 @@ _NAMES = {
     "utilization": "codes used",
     "perplexity": "perplexity",
     **dict.fromkeys(_AGREEMENT),
+    **costs.NAMES,
 }
 """Columns in their order; None: the metric's own name."""
-_SHARES = frozenset({"utilization", *_AGREEMENT})
+_SHARES = frozenset({"utilization", *_AGREEMENT, *costs.SHARES})
 _PROTOCOL = ("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256")
 _SAME = (*_PROTOCOL, *SAMPLING_SETTINGS)
 """Parts of the protocol that compared numbers must share."""
@@ -60,10 +59,10 @@ class Cell(NamedTuple):
     def mean(self) -> float:
         return statistics.fmean(self.values)
 
-    def text(self, share: bool) -> str:
+    def text(self, key: str) -> str:
         """Mean, and the standard deviation of several seeds."""
-        form = figures.percent if share else _number
-        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+        form = figures.percent if key in _SHARES else _number
+        if len(self.values) < 2 or key in costs.EQUAL or not all(map(math.isfinite, self.values)):
             return form(self.mean)
         return f"{form(self.mean)} ± {form(statistics.stdev(self.values)).removesuffix(' %')}"
 
@@ -91,7 +90,10 @@ class Report:
         for row, by_seed in self.plan.items():
             for seed, pipeline in by_seed.items():
                 if result := pipeline.measured():
-                    found.setdefault(row, {})[seed] = json.loads(result.read_bytes()) | _agreement(result.parent)
+                    metrics = json.loads(result.read_bytes()) | _agreement(result.parent)
+                    if self.experiment.with_costs:
+                        metrics |= costs.costs(pipeline, metrics["utilization"]["codes"])
+                    found.setdefault(row, {})[seed] = metrics
         first: dict[tuple[str, str], Any] = {}
         for row, seeds in found.items():
             for seed, metrics in seeds.items():
@@ -146,7 +148,7 @@ class Report:
             line = [row.name]
             for key in keys:
                 cell = _cell(seeds, key)
-                line.append("" if cell is None else cell.text(key in _SHARES))
+                line.append("" if cell is None else cell.text(key))
             if published:
                 numbers: Published | None = row.published.get(dataset)
                 line += ["", "", ""] if numbers is None else [f"{number:.2f}" for number in numbers]
@@ -169,6 +171,11 @@ class Report:
         if "network" in (perceptual := runs[0].get("perceptual", {})):
             text += f" Perceptual: {perceptual['name']} ({perceptual['network_sha256']})."
         text += f" Device: {psnr['device']}; torch {psnr['versions']['torch']}."
+        if self.experiment.with_costs:
+            memory = (
+                "of the process that trains, PyTorch included" if psnr["device"].startswith("CPU") else "of the GPU"
+            )
+            text += f" Seconds a step: medians of the tokenizer's training. Memory: {memory}."
         if any((dataset := published_dataset(self.preset)) in row.published for row in measured):
             text += f" Paper: on {PUBLISHED_DATASETS[dataset]}."
             if self.preset != dataset:
@@ -193,14 +200,16 @@ class Report:
     def write_figures(self, device: torch.device) -> None:
         """NAME-reconstructions.png, -samples.png (with a prior), -codebooks.png, -usage.png; NAME-curves.png of sweeps.
 
-        Images are of the first seed of each row that is done.
+        Images are of the first seed of each row that is done, in a study of those with one number of codes.
         """
         measured = self.measured()
         if not measured:
             return
-        pipelines = {row.name: self.plan[row][min(seeds)] for row, seeds in measured.items()}
+        shown = {row: min(seeds) for row, seeds in measured.items() if self.experiment.shown in (None, row.x)}
         images = next(iter(next(iter(measured.values())).values()))["psnr"]["images"]
-        figures.save_pictures(self.out / self.name, pipelines, images, device)
+        if shown:
+            pipelines = {row.name: self.plan[row][seed] for row, seed in shown.items()}
+            figures.save_pictures(self.out / self.name, pipelines, images, device)
         if self.experiment.axis:
             curves = {
                 _name(key, measured): {
@@ -212,6 +221,7 @@ class Report:
                     for series in dict.fromkeys(row.series for row in measured)
                 }
                 for key in _keys(measured)
+                if key not in costs.EQUAL
             }
             figures.save_curves(self._path("-curves.png"), curves, self.experiment.axis)
 
@@ -252,4 +262,4 @@ def _cell(seeds: Mapping[int, Any], key: str) -> Cell | None:
 
 def _number(value: float) -> str:
     """Three digits or more, two decimals at most."""
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"

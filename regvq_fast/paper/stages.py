@@ -5,10 +5,10 @@ written down beside them, so that a row is never mixed from different settings.
 """
 
 import json
+import os
+import runpy
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 from regvq_fast.config.command_line import new_spelling
 from regvq_fast.files import atomic_path
 from regvq_fast.ownership import FolderLock, check_free
+from regvq_fast.paper.commands import Commands
 
 _RECORD = "stages.json"
+_OUTPUT = "output.txt"
+"""Output of a row's commands, where rows run side by side."""
 
 
 class Stage(NamedTuple):
@@ -79,40 +82,39 @@ class Pipeline(NamedTuple):
                     f"{' '.join(stage.settings) or 'none'}: take another --out, or delete {self.folder}"
                 )
 
-    def run(self, stage: Stage, how: Sequence[str], processes: int = 1) -> None:
+    def run(self, stage: Stage, how: Sequence[str], commands: Commands, processes: int = 1) -> None:
         """Run a stage, or the rest of it.
 
         Args:
             how: flags that don't decide its numbers (beyond rounding).
+            commands: runs it.
             processes: more than one run under torchrun.
 
         Raises:
             StageFailed: its command failed. FileExistsError: another process runs a stage of the row.
         """
         with FolderLock(self.folder, "row"):
-            self._run(stage, how, processes)
-
-    def _run(self, stage: Stage, how: Sequence[str], processes: int) -> None:
-        # "--": the launcher takes a command's --run for an abbreviation of its own flags.
-        under = ["--standalone", "--nproc-per-node", str(processes), "-m", "--"] if processes > 1 else []
-        start = ["-m", "torch.distributed.run", *under] if under else ["-m"]
-        line = ["regvq_fast", *stage.command.split(), *self._flags(stage, how)]
-        typed = shlex.join(["torchrun", *under, *line] if under else ["regvq", *line[1:]])
-        record = self.record()
-        entry = record.setdefault(stage.name, {"commands": [], "seconds": 0.0})
-        entry["settings"] = stage.settings
-        entry["commands"].append(typed)
-        before = entry["seconds"]
-        self._write(record)
-        begin = time.monotonic()
-        try:
-            status = _run([sys.executable, *start, *line])
-        finally:
-            entry["seconds"] = round(before + time.monotonic() - begin, 1)
+            # "--": the launcher takes a command's --run for an abbreviation of its own flags.
+            launcher = ["--standalone", "--nproc-per-node", str(processes), "-m", "--"] if processes > 1 else []
+            line = [*stage.command.split(), *self._flags(stage, how)]
+            typed = shlex.join(["torchrun", *launcher, "regvq_fast", *line] if launcher else ["regvq", *line])
+            record = self.record()
+            entry = record.setdefault(stage.name, {"commands": [], "seconds": 0.0})
+            entry["settings"] = stage.settings
+            entry["commands"].append(typed)
+            before = entry["seconds"]
             self._write(record)
+            begin = time.monotonic()
+            output = self.folder / _OUTPUT if commands.side_by_side else None
+            try:
+                status = commands.run(_command, line, launcher, output)
+            finally:
+                entry["seconds"] = round(before + time.monotonic() - begin, 1)
+                self._write(record)
         if status:
+            where = "" if output is None else f"{output} has its output; "
             raise StageFailed(
-                f"the {stage.name} of {self.folder} ended with status {status}; what is done is kept, the same "
+                f"the {stage.name} of {self.folder} ended with status {status}; {where}what is done is kept, the same "
                 f"command goes on from there. It was: {typed}"
             )
 
@@ -131,38 +133,24 @@ class Pipeline(NamedTuple):
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _run(command: Sequence[str]) -> int:
-    """Run a command that gets the signals which would stop this process; return its status.
+def _command(line: Sequence[str], launcher: Sequence[str], output: Path | None) -> None:
+    """Be the process of a command of `regvq`.
 
-    SIGINT, SIGTERM and a closed terminal's SIGHUP let the command save its work, then stop this process, too.
+    Args:
+        line: its words and flags.
+        launcher: flags of torchrun, which runs it; empty: none.
+        output: a file to append all output to; None: that of the driver.
     """
-    process: subprocess.Popen[bytes] | None = None
-    received: list[int] = []
+    # In a session of its own: Ctrl-C in a terminal then reaches it through the driver alone, as any signal does.
+    os.setsid()
+    if output is not None:
+        with output.open("ab") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+    if launcher:
+        from torch.distributed.run import main as torchrun
 
-    def pass_on(number: int) -> None:
-        if process is not None:
-            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # which saves what is done
-
-    def handle(number: int, _frame: object) -> None:
-        received.append(number)
-        pass_on(number)
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
-        numbers.append(signal.SIGHUP)
-    # Before the command starts: a signal between the two would leave it behind, without this process.
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        # In a session of its own: Ctrl-C in a terminal then reaches it through this process alone, as any signal does.
-        with subprocess.Popen(command, start_new_session=True) as process:
-            for number in received:  # while it started
-                pass_on(number)
-            status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        if received[-1] == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + received[-1])
-    return status
+        torchrun([*launcher, "regvq_fast", *line])
+        return
+    sys.argv[1:] = line
+    runpy.run_module("regvq_fast", run_name="__main__")

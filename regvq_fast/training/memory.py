@@ -1,6 +1,6 @@
 """Memory of a run: its peak, and advice when it was not enough."""
 
-import resource
+from pathlib import Path
 
 import torch
 
@@ -11,7 +11,9 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak in bytes of what was allocated on the GPU, or of this process's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's ru_maxrss: it begins with that of the process which started this one.
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def memory_limit(device: torch.device) -> int | None:

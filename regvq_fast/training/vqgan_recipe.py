@@ -217,6 +217,8 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
         numbers: dict[str, object] = {"quantizer": config.quantizer, **metrics.scalars()}
         if "perceptual" in numbers:
             numbers[getattr(self.reconstruction_loss.perceptual, "name", "perceptual")] = numbers.pop("perceptual")
+        numbers["parameters"] = sum(p.numel() for p in model.parameters())
+        numbers["parameters of the quantizer"] = sum(p.numel() for p in model.quantize.parameters())
         return numbers, paths
 
 

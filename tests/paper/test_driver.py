@@ -3,12 +3,16 @@
 import csv
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +21,16 @@ import torch.distributed.run
 from PIL import Image
 
 from regvq_fast.cli.evaluate import CODE_COUNTS, RESULTS
+from regvq_fast.models.features import RANDOM
 from regvq_fast.models.vqgan import VQGAN
-from regvq_fast.paper import driver, stages
+from regvq_fast.paper import commands, driver
+from regvq_fast.paper.commands import Commands
 from regvq_fast.paper.driver import PaperConfig, reproduce
-from regvq_fast.paper.experiments import EXPERIMENTS, Recipe
+from regvq_fast.paper.experiments import EXPERIMENTS
 from regvq_fast.paper.figures import percent, save_curves, save_rows
 from regvq_fast.paper.report import Report
+from regvq_fast.paper.rows import Recipe, Row
+from regvq_fast.paper.study import STUDY
 
 NET = "random-vgg16"
 
@@ -41,21 +49,21 @@ def evaluation(k):
     }
 
 
-def words(command):
+def words(line):
     """Return the words of a command of `regvq` that a stage runs: "train vq"."""
-    return " ".join(itertools.takewhile(lambda word: not word.startswith("-"), command[3:]))
+    return " ".join(itertools.takewhile(lambda word: not word.startswith("-"), line))
 
 
-class Commands:
+class Ran:
     """Stand-in for the processes: notes each command, and leaves what it is expected to leave."""
 
     def __init__(self):
         self.commands = []
         self.fails_at = None
 
-    def __call__(self, command):
-        self.commands.append(command)
-        name, out = words(command), Path(command[command.index("--out") + 1])
+    def __call__(self, _function, line, _launcher, _output):
+        self.commands.append(line)
+        name, out = words(line), Path(line[line.index("--out") + 1])
         out.mkdir(parents=True, exist_ok=True)
         if name.startswith("train "):
             (out / "config.json").touch()
@@ -76,10 +84,10 @@ class Commands:
 
 @pytest.fixture
 def ran(monkeypatch):
-    commands = Commands()
-    monkeypatch.setattr(stages, "_run", commands)
+    stand_in = Ran()
+    monkeypatch.setattr(Commands, "run", lambda self, *arguments: stand_in(*arguments))
     monkeypatch.setattr(Report, "write_figures", lambda self, device: None)
-    return commands
+    return stand_in
 
 
 def table2(tmp_path, **changes):
@@ -90,7 +98,7 @@ def test_a_row_is_tokenizer_tokens_prior_and_metrics(ran, tmp_path):
     reproduce(table2(tmp_path, rows=("reg-vq",), seeds=(4,), amp=True))
     assert ran.names == ["train vq", "tokens", "train ar", "evaluate"]
     folder = tmp_path / "out" / "runs" / "reg-vq" / "seed-4"
-    tokenizer, cache, prior, metrics = (" ".join(command[3:]) for command in ran.commands)
+    tokenizer, cache, prior, metrics = map(" ".join, ran.commands)
     assert "--seed 4" in tokenizer
     assert "--amp" in tokenizer
     assert f"--tokenizer {folder / 'vq'}" in cache
@@ -99,7 +107,7 @@ def test_a_row_is_tokenizer_tokens_prior_and_metrics(ran, tmp_path):
     assert f"--run {folder / 'vq'} --prior-run {folder / 'prior'}" in metrics
     # What is run is what can be run by hand.
     record = json.loads((folder / "stages.json").read_text())
-    assert record["prior"]["commands"] == [shlex.join(["regvq", *ran.commands[2][3:]])]
+    assert record["prior"]["commands"] == [shlex.join(["regvq", *ran.commands[2]])]
 
 
 def test_without_out_the_committed_results_stay_as_they_are(ran, tmp_path, monkeypatch):
@@ -131,7 +139,7 @@ def test_a_row_that_failed_goes_on_where_it_stopped(ran, tmp_path):
     assert ran.names == ["train vq", "tokens", "train ar", "train ar", "evaluate"]
     prior = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior"
     # As fast as this call asks for, not as the one that was interrupted did.
-    assert ran.commands[3][5:] == [*"--resume --device cpu --no-amp --compile --out".split(), str(prior)]
+    assert ran.commands[3][2:] == [*"--resume --device cpu --no-amp --compile --out".split(), str(prior)]
 
 
 def test_what_was_stopped_before_its_first_checkpoint_begins_anew(ran, tmp_path):
@@ -221,48 +229,104 @@ def test_a_report_of_nothing_is_an_error(ran, tmp_path):
     assert not ran.commands
 
 
-CHILD = """
-import signal, sys, time
-def stop(number, frame):
-    open(sys.argv[1], "w").write(str(number))  # saves its work
-    sys.exit(128 + number)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, stop)
-print("ready", flush=True)
-time.sleep(60)
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """A module whose function `work(folder, name)` runs until a signal, which it writes down."""
+    module = """
+import os, signal, sys, time
+def work(folder, name):
+    def stop(number, frame):
+        open(f"{folder}/{name}-{number}", "a").write("x")  # saves its work
+        sys.exit(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    open(f"{folder}/{name}-ready", "w").close()
+    time.sleep(600)
+"""
+    (tmp_path / "child.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    return tmp_path
+
+
+DRIVER = """
+import signal, sys
+from concurrent.futures import ThreadPoolExecutor
+import child
+from regvq_fast.paper import commands
+commands._SERVER.set_forkserver_preload(["regvq_fast.paper.commands"])
+if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests it is ignored
+    with commands.Commands(2) as two, ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: two.run(child.work, sys.argv[1], name), "ab"))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_reach_the_command_that_saves_its_work_and_end_the_driver(tmp_path, number):
-    saved = tmp_path / "saved"
-    # Where nohup runs the tests, SIGHUP is ignored, and so it is by what they start.
-    driver = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from regvq_fast.paper.stages import _run; "
-    driver += f"_run([{sys.executable!r}, '-c', {CHILD!r}, {str(saved)!r}])"
-    process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
+def test_signals_reach_commands_that_save_their_work_and_end_the_driver(child, number):
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(child)], stderr=subprocess.PIPE)
     start = time.monotonic()
+    while len(list(child.glob("*-ready"))) < 2:
+        assert time.monotonic() - start < 180
+        time.sleep(0.05)
     os.kill(process.pid, number)  # to this process alone, as kill and a batch system do
-    _, error = process.communicate(timeout=30)
-    assert time.monotonic() - start < 20
-    assert int(saved.read_text()) == (signal.SIGTERM if number == signal.SIGHUP else number)
+    _, error = process.communicate(timeout=300)
+    passed = signal.SIGTERM if number == signal.SIGHUP else number
+    assert [(child / f"{name}-{passed}").read_text() for name in "ab"] == ["x", "x"]  # once each
     assert process.returncode == 128 + number or (number == signal.SIGINT and b"KeyboardInterrupt" in error)
 
 
-def test_a_signal_while_the_command_starts_reaches_it(monkeypatch):
-    start = subprocess.Popen
+def test_a_signal_while_a_command_starts_reaches_it(monkeypatch):
+    start = commands._SERVER.Process.start
 
-    def slow_start(*args, **kwargs):
-        process = start(*args, **kwargs)
+    def slow_start(process):
+        start(process)
         os.kill(os.getpid(), signal.SIGTERM)
-        return process
 
-    monkeypatch.setattr(stages.subprocess, "Popen", slow_start)
+    monkeypatch.setattr(commands._SERVER.Process, "start", slow_start)
     begin = time.monotonic()
-    with pytest.raises(SystemExit) as stopped:
-        stages._run([sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(SystemExit) as stopped, Commands() as one:
+        one.run(time.sleep, 600)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 300
+
+
+def test_rows_side_by_side_share_the_cores_and_leave_their_output_in_files(ran, tmp_path, monkeypatch):
+    threads, together = [], threading.Barrier(2, timeout=20)
+
+    def side_by_side(self, function, line, launcher, output):
+        if words(line) == "train vq":
+            together.wait()  # both rows are at it
+        threads.append(self._threads)
+        output.write_text("its output")
+        return ran(function, line, launcher, output)
+
+    monkeypatch.setattr(Commands, "run", side_by_side)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    reproduce(table2(tmp_path, jobs=2))
+    assert sorted(ran.names) == sorted(["train vq", "tokens", "train ar", "evaluate"] * 2)
+    assert set(threads) == {4}
+    assert [path.read_text() for path in (tmp_path / "out" / "runs").glob("*/seed-0/output.txt")] == ["its output"] * 2
+    assert len(list(csv.DictReader((tmp_path / "out" / "table2.csv").open()))) == 2
+
+
+def test_a_row_that_fails_lets_the_others_end_their_stage_and_begins_no_more(ran, tmp_path, monkeypatch):
+    failed, together = threading.Event(), threading.Barrier(2, timeout=20)
+
+    def one_fails(self, function, line, launcher, output):
+        together.wait()
+        if "vq-gan" in line:
+            failed.set()
+            return 3
+        failed.wait(20)
+        while not self.stopping:
+            time.sleep(0.01)
+        return ran(function, line, launcher, output)
+
+    monkeypatch.setattr(Commands, "run", one_fails)
+    with pytest.raises(ValueError, match=r"status 3; .*output\.txt has its output.*--quantizer vq-gan"):
+        reproduce(table2(tmp_path, jobs=2, seeds=(0, 1)))
+    assert ran.names == ["train vq"]
 
 
 def test_numbers_of_other_protocols_are_not_compared(ran, tmp_path):
@@ -318,12 +382,15 @@ def test_what_a_prior_lacks_is_said_before_a_tokenizer_is_trained_for_it(ran, tm
 
 
 def test_several_gpus_train_under_torchrun(ran, tmp_path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(stages, "_run", lambda command: commands.append(command) or 1)
-    with pytest.raises(ValueError, match=r"status 1\b"):
+    lines = []
+    monkeypatch.setattr(Commands, "run", lambda self, function, *of_command: lines.append((function, of_command)) or 1)
+    with pytest.raises(ValueError, match=r"status 1\b.* torchrun --standalone --nproc-per-node 4 -m -- regvq_fast"):
         reproduce(table2(tmp_path, processes=4))
-    assert commands[0][1:3] == ["-m", "torch.distributed.run"]
-    launched = torch.distributed.run.parse_args([*commands[0][3:], "--run", "runs/vq"])  # as metrics have it
+    (function, (line, launcher, output)), started = lines[0], []
+    monkeypatch.setattr(torch.distributed.run, "main", started.append)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    function([*line, "--run", "runs/vq"], launcher, output)  # as metrics have it
+    launched = torch.distributed.run.parse_args(started[0])
     assert (launched.nproc_per_node, launched.standalone) == ("4", True)
     assert launched.module
     assert launched.training_script == "regvq_fast"
@@ -335,7 +402,7 @@ def test_a_command_that_made_nothing_may_be_corrected(ran, tmp_path, monkeypatch
     """The tokenizer's, and that of metrics, which lie in the folder of what they are of."""
     wrong = {"perceptual_weights": tmp_path}
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_run", lambda command: 1)
+        patch.setattr(Commands, "run", lambda self, *arguments: 1)
         with pytest.raises(ValueError, match=r"tokenizer .*status 1\b"):
             reproduce(table2(tmp_path, **wrong))
     reproduce(table2(tmp_path, rows=("vq-gan",)))
@@ -383,6 +450,64 @@ def test_a_row_for_real(tmp_path, monkeypatch, capfd):
     with pytest.raises(FileNotFoundError, match=r"code_counts\.json .*evaluation\.json"):
         reproduce(config)
     assert VQGAN.from_pretrained(folder / "vq").quantize.num_codes == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenes", [True, False])
+def test_a_study_for_real(scenes, tmp_path, monkeypatch):
+    """Two quantizers with two sizes each, side by side, on the scenes and on a folder of images without captions."""
+    tokenizer = (
+        "--steps 4 --image-size 32 --ch 8 --z-channels 8 --code-dim 8 --batch-size 2 --val-images 8 --log-every 2"
+    )
+    tokenizer += " --perceptual-weight 0 --contrastive none --warmup-steps 1 --ch-mult 1 1 1 --crop center --no-flip"
+    prior = "--steps 4 --eval-every 1 --width 16 --depth 1 --heads 2 --batch-size 2"
+    cache = "--views 1 --val-images 8" + (" --scenes 32" if scenes else " --no-flip")
+    micro = Recipe("scenes", *(tuple(flags.split()) for flags in (tokenizer, cache, prior)), 8, unconditional=True)
+    monkeypatch.setitem(EXPERIMENTS, "quantizers", replace(STUDY, own_recipe=lambda scale, scenes: micro, shown=16))
+    rows = tuple(
+        Row(f"{name}, {n} codes", f"{name}-{n}", ("--quantizer", name, "--num-codes", str(n)), x=n, series=name)
+        for n in (16, 64)
+        for name in ("reg-vq", "vq-gan")
+    )
+    monkeypatch.setitem(STUDY.rows, "tiny", rows)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = None
+    if not scenes:
+        data = tmp_path / "images"
+        for split in ("train", "val"):
+            (data / split).mkdir(parents=True)
+            for k in range(10):
+                Image.effect_noise((40, 40), 8 * k).convert("RGB").save(data / split / f"{k}.png")
+    out = tmp_path / "out"
+    net = {"fid_features": NET, "perceptual_weights": RANDOM}
+    study = partial(PaperConfig, "quantizers", data=data, out=out, jobs=2, **net)
+    reproduce(study(rows=("reg-vq",)))  # by the name of a curve
+    lines = list(csv.DictReader((out / "quantizers.csv").open()))
+    assert [line["row"] for line in lines] == ["reg-vq, 16 codes", "reg-vq, 64 codes"]
+    reproduce(study())
+    lines = list(csv.DictReader((out / "quantizers.csv").open()))
+    assert [line["row"] for line in lines] == [row.name for row in rows]
+    assert [float(line["bits"]) for line in lines] == [4, 4, 6, 6]
+    for line, row in zip(lines, rows, strict=True):
+        folder = out / "runs" / row.key / "seed-0"
+        model = VQGAN.from_pretrained(folder / "vq")
+        assert int(line["parameters"]) == sum(p.numel() for p in model.parameters())
+        assert int(line["quantizer_parameters"]) >= 8 * row.x
+        assert json.loads((folder / "prior" / "config.json").read_text())["tokens"]["condition"] == "none"
+        assert 0 < float(line["train_utilization"]) <= 1
+        assert all(math.isfinite(float(value)) for key, value in line.items() if key not in ("row", "seed"))
+    header = next(line for line in (out / "quantizers.md").read_text().splitlines() if line.startswith("|"))
+    assert {"bits a token", "seconds a step", "prior, nats a token", "FD[G]"} < set(header.strip("| ").split(" | "))
+    for name in ("reconstructions", "samples", "codebooks", "usage", "curves"):
+        assert (out / f"quantizers-{name}.png").exists()
+
+
+def test_a_study_takes_any_data_and_has_settings_of_its_own(ran, tmp_path):
+    with pytest.raises(ValueError, match=r"quantizers .*leave out --preset coco"):
+        reproduce(PaperConfig("quantizers", preset="coco", data=tmp_path, out=tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"--jobs .*\b0$"):
+        reproduce(PaperConfig("quantizers", jobs=0, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_share_is_100_percent_only_if_it_is_all():

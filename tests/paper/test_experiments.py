@@ -1,10 +1,13 @@
 """What rows are: flags that the scripts take, keys that never stand for two tokenizers, the paper's numbers."""
 
+import dataclasses
 import itertools
 from functools import cache
 
 import pytest
+import tyro
 
+from regvq_fast.cli.cache_tokens import CacheConfig
 from regvq_fast.config import VQGAN_PRESETS, override, parse_config
 from regvq_fast.paper.experiments import EXPERIMENTS, prior_of, published_dataset, recipe
 from regvq_fast.priors.registry import PRIORS
@@ -12,8 +15,9 @@ from regvq_fast.priors.registry import PRIORS
 SCALES = ("tiny", "full")
 
 
-def tokenizer_config(preset, scale, row):
-    chosen = recipe(preset, scale)
+def tokenizer_config(preset, scale, row, experiment=None):
+    own = experiment and EXPERIMENTS[experiment].own_recipe
+    chosen = own(scale, preset == "scenes") if own else recipe(preset, scale)
     data = [] if preset == "scenes" else ["--data", "images"]
     return parsed(("--preset", chosen.preset, *data, *chosen.tokenizer, *row.flags))
 
@@ -28,14 +32,14 @@ def parsed(flags):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_row_is_a_configuration_that_train_vq_accepts(name, scale):
     for row in EXPERIMENTS[name].rows[scale]:
-        tokenizer_config("ade20k", scale, row).check()
+        tokenizer_config("ade20k", scale, row, name).check()
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_rows_have_one_key_only_if_they_are_one_tokenizer(scale):
     of_key, of_config = {}, {}
-    for row in (row for experiment in EXPERIMENTS.values() for row in experiment.rows[scale]):
-        config = tokenizer_config("scenes", scale, row)
+    for name, row in ((name, row) for name, experiment in EXPERIMENTS.items() for row in experiment.rows[scale]):
+        config = tokenizer_config("scenes", scale, row, name)
         assert of_key.setdefault(row.key, config) == config, f"{row.name} is another {row.key}"
         assert of_config.setdefault(config, row.key) == row.key, f"{row.name} has two keys"
     for experiment in EXPERIMENTS.values():
@@ -114,3 +118,26 @@ def test_priors_of_every_preset_are_configurations_that_their_scripts_accept(pre
     config = parse_config(presets, ["--preset", chosen.preset, "--cache", "tokens", *chosen.prior], "")
     assert type(config) is type(presets["scenes"])
     assert published_dataset(preset) == ("ade20k" if preset == "scenes" else preset)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_study_compares_quantizers_on_equal_terms(scale):
+    rows = EXPERIMENTS["quantizers"].rows[scale]
+    sizes, series = [row.x for row in rows], [row.series for row in rows]
+    assert sorted(set(sizes)) == [256, 1024, 4096, 16384]
+    assert sizes == sorted(sizes)  # a table by codebook size
+    assert set(zip(sizes, series, strict=True)) == set(itertools.product(set(sizes), set(series)))
+    assert len(rows) == len(set(zip(sizes, series, strict=True)))
+    for preset in ("scenes", "a folder"):
+        configs = [tokenizer_config(preset, scale, row, "quantizers") for row in rows]
+        assert [config.quantizer.num_codes for config in configs] == sizes
+        # The quantizer and its own settings aside, all rows are one configuration.
+        assert len({dataclasses.replace(config, quantizer=configs[0].quantizer) for config in configs}) == 1
+        assert len({config.quantizer.code_dim for config in configs}) == 1
+        chosen = EXPERIMENTS["quantizers"].own_recipe(scale, preset == "scenes")
+        prior = parse_config(PRIORS["ar"].presets, ["--cache", "tokens", "--condition", "none", *chosen.prior], "")
+        assert prior.run.eval_every * 4 <= prior.optimizer.steps  # its fall in the last quarter is measured
+        arguments = [] if preset == "scenes" else ["--data", "images"]
+        cache = tyro.cli(CacheConfig, args=["--tokenizer", "vq", "--out", "tokens", *arguments, *chosen.cache])
+        if arguments:  # the images of the cache are those that the tokenizer was trained on
+            assert (cache.crop, cache.flip) == (configs[0].data.crop, configs[0].data.flip)
