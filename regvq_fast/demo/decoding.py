@@ -31,6 +31,7 @@ class Decoder:
     def __init__(self, seconds: float = SECONDS, memory: int = MEMORY) -> None:
         self.seconds, self.memory = seconds, memory
         self._lock = threading.Lock()
+        self._begun = False
         self._start()
 
     def read_square(self, file: Path, size: int) -> Square:
@@ -74,7 +75,7 @@ class Decoder:
         self._process = context.Process(target=_decode, args=(other, self.memory), daemon=True)
         self._process.start()
         other.close()
-        self._begun: bool = False
+        self._begun = False
 
 
 def _decode(pipe: Connection, memory: int) -> None:
