@@ -48,7 +48,9 @@ class OwnBatches(Iterator[Any]):
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._loaded: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        threading.Thread(target=_load, args=(batches, self._asked, self._loaded, device), daemon=True).start()
+        arguments = (batches, self._asked, self._loaded, device)
+        self._thread = threading.Thread(target=_load, args=arguments, daemon=True)
+        self._thread.start()
 
     def __next__(self) -> Any:
         self._asked.put(True)

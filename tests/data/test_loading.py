@@ -226,13 +226,10 @@ def test_a_worker_that_ends_is_an_error_of_the_wait_for_its_batch_alone():
 
 
 def test_without_workers_a_thread_loads_and_ends_with_the_batches():
-    before = threading.active_count()
     batches = training_batches(AboutTheProcess(), 1)
     assert int(next(batches)["image"][0, 0]) == os.getpid()
-    assert threading.active_count() == before + 1
+    thread = batches._batches._thread
+    assert thread.is_alive()
     del batches
-    for _ in range(100):
-        if threading.active_count() == before:
-            break
-        time.sleep(0.05)
-    assert threading.active_count() == before
+    thread.join(20)
+    assert not thread.is_alive()
