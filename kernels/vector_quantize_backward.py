@@ -366,8 +366,9 @@ def vector_quantize_backward(
         scales = _fp16_scales(a, grad_quantized, grad_posterior, factor, group_rows if sizes is None else sizes)
 
     chunked = is_chunked(device)
-    # Linear logits need a tile of weights more, several posteriors one of their gradients.
-    heavy = "_heavy" if linear or several_groups else ""
+    # Linear logits need a tile of weights more, several posteriors or valid rows one of the posterior's gradients, and
+    # heads more addresses: on sm_100 the other tile spills with them.
+    heavy = "_heavy" if linear or several_groups or has_valid or heads > 1 else ""
     tile = pinned_tile(f"vector_quantize_backward{heavy}", dtype, width, device)
     all_codes = heads * num_codes
     most = chunk_rows(all_codes) if chunked else fused_backward_rows(all_codes, dtype.itemsize)
