@@ -23,7 +23,7 @@ _PAPER_LEVELS = {
 }
 """Levels for codebooks of about so many codes (the paper's table 1)."""
 _MOST_CODES = 2**20
-"""Of all codes the library's module keeps a table."""
+"""Bound of the table of all codes that the library's module keeps."""
 
 
 @dataclass(frozen=True)
