@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regvq_fast.losses.prior import prior_kl
 from regvq_fast.matmul import score_dtype
+from regvq_fast.padding import Padding
 from regvq_fast.quantizers import (
     EMAQuantizer,
     GumbelQuantizer,
@@ -380,7 +381,8 @@ def test_equal_codes_leave_the_scale_in_range() -> None:
     with torch.no_grad():
         quantizer.embedding.weight.fill_(1.0)
     for step in range(2000):
-        quantizer._control(torch.randn(2, 3, D, generator=torch.Generator().manual_seed(step)), seed(step))
+        rows = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(step))
+        quantizer._control(rows, seed(step), Padding())
     assert torch.isfinite(quantizer(maps(), seed()).quantized).all()
 
 
