@@ -145,9 +145,9 @@ class Quantizer(nn.Module):
 
         Args:
             valid: (B, *) bool, False for padding, which may hold anything; None: there is none. Padding counts in no
-                loss, statistic or average, gets no gradient, and its noise and row numbers are left out. Each rank may
-                have another number of valid positions (of as many in all): losses are then terms of which the mean
-                over the ranks is the whole batch's. Give ``valid`` on all ranks or on none.
+                loss, statistic or average and gets no gradient; row numbers count it. Ranks may have different numbers
+                of valid positions, of as many in all: the mean over the ranks of a loss is then that of the whole
+                batch. Give ``valid`` on all ranks or on none.
 
         Raises:
             ValueError: latents of another shape, or none; on a CPU nan or inf in them; ``valid`` of another shape.

@@ -395,7 +395,8 @@ def test_equal_codes_leave_the_scale_in_range() -> None:
     with torch.no_grad():
         quantizer.embedding.weight.fill_(1.0)
     for step in range(2000):
-        quantizer._control(torch.randn(2, 3, D, generator=torch.Generator().manual_seed(step)), seed(step), Padding())
+        rows = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(step))
+        quantizer._control(rows, seed(step), Padding())
     assert torch.isfinite(quantizer(maps(), seed()).quantized).all()
 
 
