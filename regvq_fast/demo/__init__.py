@@ -1,1 +1,4 @@
-"""A web page on a tokenizer and its priors: `uploads` and `workbench` are its logic, `page` and `serving` the web."""
+"""A web page on a tokenizer and its priors.
+
+`uploads`, `decoding` and `workbench` are its logic; `page`, `guard` and `serving` the web.
+"""
