@@ -4,7 +4,7 @@ from regvq_fast.quantizers.bsq import BSQQuantizer
 from regvq_fast.quantizers.ema import EMAQuantizer
 from regvq_fast.quantizers.fsq import FSQQuantizer
 from regvq_fast.quantizers.gumbel import GumbelQuantizer
-from regvq_fast.quantizers.ibq import IBQQuantizer
+from regvq_fast.quantizers.index_backpropagation import IBQQuantizer
 from regvq_fast.quantizers.lfq import LFQQuantizer
 from regvq_fast.quantizers.nearest import NearestQuantizer
 from regvq_fast.quantizers.quantizer import CodebookQuantizer, Quantizer, QuantizerOutput, QuantizerSettings

@@ -41,7 +41,7 @@ class IBQQuantizer(CodebookQuantizer):
 
     ``loss = mean |z - q|^2 + mean |z - sg(q)|^2 + codebook_weight * mean |sg(z) - q|^2 + entropy_weight * (H - H')``,
     q having the softmax's gradient in the first term and that of the look-up in the third. H is the mean entropy of a
-    position's softmax at ``entropy_temperature``, H' the entropy of their mean (SEED-Voken's
+    position's softmax at ``entropy_temperature``, H' the entropy of their mean, in training alone (SEED-Voken's
     ``IndexPropagationQuantize``, whose configurations have these weights). No M x N matrix is kept.
 
     Args:
@@ -88,11 +88,11 @@ class IBQQuantizer(CodebookQuantizer):
             loss = padding.mean_squared_error(quantized, rows) + commitment
             loss = loss + settings.codebook_weight * padding.mean_squared_error(codes, rows.detach())
             metrics = {"commitment": commitment.detach()}
-            if settings.entropy_weight > 0:
+            if self.training and settings.entropy_weight > 0:
                 temperature = settings.entropy_temperature
                 entropy, mean_p = softmax_statistics(rows, codebook, temperature=temperature, valid=padding.valid)
-                batch_entropy = -(mean_p * (mean_p + 1e-5).log()).sum()
-                entropy, batch_entropy = padding.mean_of_ranks(entropy), padding.mean_of_ranks(batch_entropy)
-                loss = loss + settings.entropy_weight * (entropy - batch_entropy)
-                metrics |= {"entropy": entropy.detach(), "batch_entropy": batch_entropy.detach()}
+                of_mean = -(mean_p * (mean_p + 1e-5).log()).sum()
+                entropy, of_mean = padding.mean_of_ranks(entropy), padding.mean_of_ranks(of_mean)
+                loss = loss + settings.entropy_weight * (entropy - of_mean)
+                metrics |= {"entropy": entropy.detach(), "entropy_of_mean": of_mean.detach()}
             return self._deterministic(z, quantized, out.indices, loss, metrics, padding)
