@@ -128,7 +128,7 @@ class Report:
 
         details = {
             row.name: {
-                str(seed): {"metrics": metrics, "stages": self.plan[row][seed].record()}
+                str(seed): {**_hoisted(metrics), "stages": self.plan[row][seed].record()}
                 for seed, metrics in seeds.items()
             }
             for row, seeds in measured.items()
@@ -231,6 +231,18 @@ class Report:
     def _write(self, suffix: str, text: str) -> None:
         with atomic_path(self._path(suffix)) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def _hoisted(metrics: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return metrics without the facts that all measurements among them share, and these facts once."""
+    protocols = [metric for metric in metrics.values() if metric.keys() > {"name", "value"}]
+    common = {
+        fact: value
+        for fact, value in protocols[0].items()
+        if fact not in ("name", "value") and all(protocol.get(fact) == value for protocol in protocols)
+    }
+    own = {key: {fact: metric[fact] for fact in metric if fact not in common} for key, metric in metrics.items()}
+    return {"protocol": common, "metrics": own}
 
 
 def _agreement(prior: Path) -> dict[str, dict[str, Any]]:
