@@ -10,11 +10,12 @@ with everything in units of log 2. The posterior counts the selections over the 
 
 A program sweeps the codes for BM rows: no score leaves its registers. Rows are ordered by the mask, so that only tiles
 with a stochastic row sample noise. Where rows alone don't fill the GPU the codes are split, and a second kernel
-combines the splits in their order. ``assign_codes`` is the same sweep without noise, softmax and look-up.
+combines the splits in their order. Each head has programs of its own, whose rows lie H D channels apart.
+``assign_codes`` is the same sweep without noise, softmax and look-up.
 
 Deterministic: no reduction depends on the order in which programs run (the selections' counts are integers). Memory:
-no M x N tensor; per code its bias; the counts (G, N); per row the order and, where the codes are split, six numbers a
-split. The ``chunked`` schedule has a buffer of scores for each chunk of rows.
+no M x N tensor; per code its bias; the counts (G, H, N); per row the order and, where the codes are split, six numbers
+a head and split. The ``chunked`` schedule has a buffer of scores for each chunk of rows.
 """
 
 from typing import NamedTuple

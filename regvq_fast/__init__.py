@@ -12,10 +12,12 @@ if TYPE_CHECKING:
         EMAQuantizer,
         FSQQuantizer,
         GumbelQuantizer,
+        IBQQuantizer,
         LFQQuantizer,
         NearestQuantizer,
         QuantizerOutput,
         RegularizedQuantizer,
+        SimVQQuantizer,
     )
 
 __all__ = [
@@ -23,11 +25,13 @@ __all__ = [
     "EMAQuantizer",
     "FSQQuantizer",
     "GumbelQuantizer",
+    "IBQQuantizer",
     "LFQQuantizer",
     "NearestQuantizer",
     "ProbabilisticContrastiveLoss",
     "QuantizerOutput",
     "RegularizedQuantizer",
+    "SimVQQuantizer",
     "__version__",
 ]
 

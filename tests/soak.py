@@ -1,17 +1,22 @@
 """Disturb runs at random, resume them, and compare their ends with those of undisturbed ones, bit by bit.
 
     python tests/soak.py --minutes 30 --seed 1
+    python tests/soak.py --seed 1 --only 17                   # job 17 of that seed again
 
 Not a test of the suite: it takes as long as it is given, and prints counts of what was done. It trains the tokenizer
-and both priors and fills a token cache, at tiny sizes, each with disturbances until it is through: SIGKILL, SIGTERM,
-SIGINT, SIGHUP, TensorBoard's folder removed, a reader of the output that goes away, and
-a second process in the folder.
+and the priors and fills a token cache, at tiny sizes, each with disturbances until it is through: SIGKILL, SIGTERM,
+SIGINT, SIGHUP, TensorBoard's folder or the whole run's removed, files that can't grow for two seconds (as on a full
+disk), a reader of the output that goes away, a second process in the folder, and a resumption by two processes, whose
+sums have another order: there only the steps and the size of the losses are compared.
+
+What a job suffers, and after how many of its records or shards, is a function of the seed and the job's number.
 """
 
 import argparse
 import itertools
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +26,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from helpers.runs import FAST, TINY, TRAIN, assert_same_run
+from helpers.runs import FAST, TINY, TRAIN, assert_same_run, checkpoints, records, torchrun
 
 PRIOR = "--preset scenes --steps 14 --batch-size 4 --width 16 --depth 1 --heads 2 --device cpu".split()
 PRIOR += "--log-every 2 --checkpoint-every 2 --warmup-steps 2 --dropout 0.1 --ema 0.9".split()
@@ -32,18 +37,27 @@ JOBS = {
     "tokens": ["cache_tokens.py", *"--scenes 400 --views 2 --val-images 40 --shard-samples 64 --device cpu".split()],
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-DISTURBANCES = [*(number.name for number in SIGNALS), "tensorboard", "reader", "second"]
-TAKES_SECONDS = (1.0, 14.0)
+DISTURBANCES = [*(number.name for number in SIGNALS), "tensorboard", "vanished", "full", "reader", "second", "ranks"]
+FULL_SECONDS = 2.0
 
 
-def start(job: str, out: Path, base: Path, *flags: str) -> "subprocess.Popen[bytes]":
+def start(job: str, out: Path, base: Path, *flags: str, ranks: bool = False) -> "subprocess.Popen[bytes]":
     script, *settings = JOBS[job]
     needs = {"ar": ["--cache", base / "tokens"], "diffusion": ["--cache", base / "tokens"]}
     needs["tokens"] = ["--tokenizer", base / "vq"]
-    command = [sys.executable, TRAIN / script, *settings, *needs.get(job, []), "--out", out, *flags]
+    arguments = [*settings, *needs.get(job, []), "--out", out, *flags]
     if job != "tokens" and (out / "config.json").exists():
-        command = [sys.executable, TRAIN / script, "--resume", "--out", out, *flags]
+        arguments = ["--resume", "--out", out, *flags]
+    command = torchrun(TRAIN / script, *arguments) if ranks else [sys.executable, TRAIN / script, *arguments]
     return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def progress(job: str, out: Path) -> int:
+    """Return the number of records or shards that a job has written."""
+    if job == "tokens":
+        return len(list(out.glob("*.safetensors")))
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, base: Path) -> None:
@@ -52,6 +66,14 @@ def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, 
         process.send_signal(signal.Signals[kind])
     elif kind == "tensorboard":
         shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    elif kind == "vanished":
+        shutil.rmtree(out, ignore_errors=True)
+    elif kind == "full":
+        hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, hard))
+        time.sleep(FULL_SECONDS)
+        if process.poll() is None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
     elif kind == "reader" and process.stdout:
         process.stdout.close()
         process.stdout = None
@@ -62,43 +84,55 @@ def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, 
         assert ended or (second.returncode == 1 and f"in use by process {process.pid}" in said), said
 
 
-def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Random) -> None:
-    """Take a job to its end through random disturbances."""
-    for attempt in itertools.count():
-        process = start(job, out, base)
-        kind = rng.choice(DISTURBANCES) if attempt < 6 else "none"
-        end = time.monotonic() + rng.uniform(*TAKES_SECONDS)
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.02)
+def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Random) -> bool:
+    """Take a job to its end through random disturbances; return whether one process took all steps."""
+    alone, attempts = True, 0
+    while True:
+        kind, attempts = rng.choice(DISTURBANCES) if attempts < 6 else "none", attempts + 1
+        due = progress(job, out) + rng.randrange(4)
+        ranks = kind == "ranks" and out.exists()
+        alone &= not ranks
+        process = start(job, out, base, ranks=ranks)
+        while process.poll() is None and progress(job, out) < due:
+            time.sleep(0.01)
         if kind != "none" and process.poll() is None:
+            time.sleep(rng.uniform(0, 0.5))
             counts[kind] += 1
             disturb(kind, process, job, out, base)
         said = process.communicate(timeout=600)[1].decode()
         if process.returncode == 0:
-            return
-        died = process.returncode in {-number for number in SIGNALS}
-        saved = process.returncode in {128 + number for number in SIGNALS}
-        assert died or saved, f"{job} ended with {process.returncode}: {said[-2000:]}"
-        assert "Traceback" not in said or kind == "SIGINT", said[-2000:]
+            return alone
+        # A run whose folder was lost, or whose files could not be written, ends with 1 and says so.
+        expected = {-number for number in SIGNALS} | {128 + number for number in SIGNALS} if not ranks else set()
+        expected |= {1} if kind in ("vanished", "full") else set()
+        assert process.returncode in expected, f"{job} ended with {process.returncode} after {kind}: {said[-3000:]}"
+        assert "Traceback" not in said or kind == "SIGINT", f"{job} after {kind}: {said[-3000:]}"
 
 
-def same(job: str, a: Path, b: Path) -> None:
-    if job != "tokens":
+def same(job: str, a: Path, b: Path, alone: bool) -> None:
+    if job == "tokens":
+        names = sorted(path.name for path in a.iterdir())
+        assert names == sorted(path.name for path in b.iterdir())
+        assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    elif alone:
         assert_same_run(a, b)
-        return
-    names = sorted(path.name for path in a.iterdir())
-    assert names == sorted(path.name for path in b.iterdir())
-    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    else:
+        first, second = records(a), records(b)
+        assert [row["step"] for row in first] == [row["step"] for row in second]
+        losses = [[row[name] for row in rows for name in row if name.endswith("loss")] for rows in (first, second)]
+        assert all(abs(x - y) <= 0.2 * abs(x) + 0.05 for x, y in zip(*losses, strict=True)), losses
+        assert checkpoints(a)[-1] == checkpoints(b)[-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="this job alone")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    rng, counts, done = random.Random(args.seed), Counter[str](), Counter[str]()
+    counts, done = Counter[str](), Counter[str]()
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -106,15 +140,21 @@ def main() -> None:
             said = start(job, base / job, base).communicate()[1]
             assert any((base / job / name).exists() for name in ("summary.json", "cache.json")), said.decode()[-2000:]
         print("undisturbed runs are done", flush=True)
-        for job in itertools.cycle(args.jobs):
+        for number in itertools.count() if args.only is None else [args.only]:
             if time.monotonic() > end:
                 break
-            out = base / "disturbed"
+            job, out = args.jobs[number % len(args.jobs)], base / "disturbed"
             shutil.rmtree(out, ignore_errors=True)
-            run(job, out, base, counts, rng)
-            same(job, base / job, out)
+            before = counts.copy()
+            try:
+                same(job, base / job, out, run(job, out, base, counts, random.Random(f"{args.seed} {number}")))
+            except AssertionError as error:
+                done[f"{job} failed"] += 1
+                print(f"job {number}, {job}, after {dict(counts - before)}: {str(error)[-3000:]}", flush=True)
+                continue
             done[job] += 1
-            print(f"{dict(done)} same to the bit, after {dict(counts)}", flush=True)
+            print(f"{number}: {dict(done)} same, after {dict(counts)}", flush=True)
+    sys.exit(any(name.endswith("failed") for name in done))
 
 
 if __name__ == "__main__":

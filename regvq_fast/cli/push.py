@@ -35,6 +35,7 @@ and of paths on this machine only the last name. Anybody then loads it by its na
 VQGAN.from_pretrained("me/scenes-vq") or as a --run.
 """
 
+_PNG = b"\x89PNG\r\n\x1a\n"  # begins each such file
 _DIGITS = 12  # of a hash in evaluation.json
 _ABSOLUTE = re.compile(r"(?<![^\s=:,;\"'(\[])/(?:[^\s/\"',:;]+/)*([^\s/\"',:;]+)")
 
@@ -118,7 +119,7 @@ def published_files(run: Path, name: HubName, license: str | None = None) -> dic
     if evaluation is not None:
         files[RESULTS] = to_json(evaluation)
     pictures = [path for path in sorted((run / PICTURES).glob("*.png")) if not re.search(r"-\d{7}$", path.stem)]
-    files |= {f"{PICTURES}/{path.name}": path.read_bytes() for path in pictures}
+    files |= {f"{PICTURES}/{path.name}": _picture(path, run) for path in pictures}
     card = model.card(
         name,
         config=config,
@@ -144,6 +145,15 @@ def _model_files(folder: Path) -> dict[str, bytes]:
     config.setdefault("versions", {"regvq_fast": "of unknown version"})
     files = {CONFIG: to_json(without_folders(config)), WEIGHTS: (folder / WEIGHTS).read_bytes()}
     return with_manifest(files)
+
+
+def _picture(path: Path, run: Path) -> bytes:
+    """Return an image of a run; ValueError for another file under such a name, as a link to a private key."""
+    if path.is_file() and path.resolve().is_relative_to(run.resolve()):
+        content = path.read_bytes()
+        if content.startswith(_PNG):
+            return content
+    raise ValueError(f"{path} is no image of this run: remove it")
 
 
 def _evaluation(run: Path, model: Model, tokenizer: Model) -> dict[str, Any] | None:

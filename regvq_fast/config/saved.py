@@ -11,7 +11,7 @@ from regvq_fast.json_values import check_types, parse_json
 from regvq_fast.quantizers import QUANTIZERS
 
 # Settings that were removed, with their defaults: files that have these still describe the same run.
-_REMOVED: dict[str, object] = {"contrastive_max_places": 4096, "contrastive_layer_weights": [], "l1_weight": 1.0}
+_REMOVED: dict[str, object] = {"contrastive_max_places": 4096, "contrastive_layer_weights": []}
 _RENAMED = {"caption_dropout": "condition_dropout"}
 
 

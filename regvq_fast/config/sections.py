@@ -11,9 +11,19 @@ from regvq_fast.settings import Section, check_at_least, check_finite
 
 PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco", "imagenet"]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
+OptionalFloat = Annotated[float | None, arg(metavar="FLOAT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
+_TRACKERS = ("tensorboard", "wandb", "trackio")
 UNTITLED = arg(help="")
 """Marks a section that has no description in the help."""
+
+
+def check_adamw(lr_flag: str, lr: float | None, betas_flag: str, betas: tuple[float, float] | None) -> None:
+    """Raise ValueError for a learning rate or betas that AdamW does not take; None passes."""
+    if lr is not None and not lr > 0:
+        raise ValueError(f"{lr_flag} must be greater than 0, got {lr}")
+    if betas is not None and not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{betas_flag} must be in [0, 1), got {betas}")
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,21 @@ class OptimizerConfig(Section):
     """Weight decay of matrices and kernels."""
     warmup_steps: int = 100
     """Linear warm-up steps."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Decay of the learning rate after warm-up."""
     final_lr_fraction: Annotated[float, arg(metavar="X")] = 1.0
-    """Cosine decay to this fraction."""
+    """Fraction that it decays to; 1: no decay."""
+    decay_fraction: Annotated[float, arg(metavar="X")] = 0.2
+    """wsd: fraction of the steps that decays."""
     clip_grad: float = 1.0
     """Maximum norm of gradients; 0: off."""
     ema: float = 0.0
     """Decay of the averaged weights; 0: off."""
+
+    @property
+    def decays(self) -> bool:
+        """True if the learning rate depends on the number of steps of the run."""
+        return self.schedule != "constant" and self.final_lr_fraction != 1
 
     def check(self) -> None:
         super().check()
@@ -63,10 +82,14 @@ class OptimizerConfig(Section):
                 "--final-lr-fraction": self.final_lr_fraction,
             },
         )
-        if not self.lr > 0:
-            raise ValueError(f"--lr must be greater than 0, got {self.lr}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"--betas must be in [0, 1), got {self.betas}")
+        check_adamw("--lr", self.lr, "--betas", self.betas)
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"--decay-fraction must be in (0, 1], got {self.decay_fraction}")
+        if self.schedule in ("linear", "wsd") and not self.decays:
+            raise ValueError(
+                f"--schedule {self.schedule} decays to --final-lr-fraction {self.final_lr_fraction:g}, which is no "
+                "decay: give a smaller fraction, such as 0, or --schedule constant"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema must be in [0, 1), got {self.ema}")
         if self.batch_size % self.accumulate:
@@ -103,6 +126,8 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
     """Print the largest batch that fits, and exit."""
     trace_steps: int = 0
     """Steps to profile into OUT/trace.json."""
+    log: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("tensorboard",)
+    """tensorboard, wandb, trackio, or none."""
     log_every: int = 10
     """Steps between log records."""
     image_every: int = 250
@@ -116,8 +141,16 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
     max_skipped: int = 20
     """Non-finite steps in a row before an error."""
 
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers, which may also be given with commas; empty for "none"."""
+        return tuple(name for name in dict.fromkeys(",".join(self.log).split(",")) if name != "none")
+
     def check(self) -> None:
         super().check()
+        for name in self.trackers:
+            if name not in _TRACKERS:
+                raise ValueError(f"--log takes {', '.join(_TRACKERS)} or none, got {name!r}")
         check_at_least(
             1,
             {

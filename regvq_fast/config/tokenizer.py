@@ -1,5 +1,6 @@
 """Configuration of a tokenizer run: one dataclass a concern, and the named presets."""
 
+import contextlib
 import functools
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Annotated, Literal, get_args
@@ -9,13 +10,16 @@ from tyro.conf import FlagCreatePairsOff, arg
 from regvq_fast.config.sections import (
     UNTITLED,
     OptimizerConfig,
+    OptionalFloat,
     OptionalInt,
     OptionalPath,
     PresetName,
     RunConfig,
     TrainConfig,
+    check_adamw,
 )
 from regvq_fast.data.samples import Crop
+from regvq_fast.losses.adversarial import ADVERSARIAL_LOSSES
 from regvq_fast.quantizers import QUANTIZERS, QuantizerSettings
 from regvq_fast.settings import Section, check_at_least
 
@@ -102,18 +106,26 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class QuantizerConfig(Section):
-    """Quantizer: what all of them have. A run's section has the settings of its own one as well."""
+    """Quantizer: what all of them have. A run's section has the settings of its own one as well, and its real sizes."""
 
     quantizer: Literal[tuple(QUANTIZERS)] = next(iter(QUANTIZERS))  # type: ignore[valid-type]
     """Reg-VQ, or a baseline with settings of its own."""
     num_codes: int = 256
     """Codebook size N."""
     code_dim: int = 32
-    """Channels D of a code; fsq, lfq and bsq have their own."""
+    """Channels D of a code, where it is free."""
     fp32_scores: bool = False
     """Scores in fp32 on a GPU even under --amp."""
     collapse_threshold: Annotated[float, arg(metavar="X")] = 0.1
     """Warn below this fraction of uniform code usage."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self, QuantizerSettings):
+            return
+        with contextlib.suppress(ValueError):  # which check raises, when all flags are there
+            num_codes, code_dim = self.sizes(self.num_codes, self.code_dim)
+            object.__setattr__(self, "num_codes", num_codes)
+            object.__setattr__(self, "code_dim", code_dim)
 
     def check(self) -> None:
         super().check()
@@ -149,6 +161,10 @@ def quantizer_section(quantizer: str) -> type[QuantizerConfig]:
 class LossConfig(Section):
     """Losses."""
 
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error of pixels."""
+    l2_weight: float = 0.0
+    """Weight of their mean squared error."""
     perceptual_weight: Annotated[float, arg(metavar="X")] = 1.0
     """Weight of LPIPS."""
     perceptual_net: Literal["vgg16", "vgg19"] = "vgg16"
@@ -173,6 +189,18 @@ class LossConfig(Section):
     """Weight of the adversarial loss, times lambda."""
     disc_start: OptionalInt = None
     """First step with the discriminator; None: never."""
+    disc_loss: Literal[tuple(ADVERSARIAL_LOSSES)] = next(iter(ADVERSARIAL_LOSSES))  # type: ignore[valid-type]
+    """Adversarial loss."""
+    disc_lr: OptionalFloat = None
+    """Learning rate of the discriminator; None: --lr."""
+    disc_betas: Annotated[tuple[float, float] | None, arg(metavar="X X")] = None
+    """Its betas; None: --betas."""
+    lecam_weight: Annotated[float, arg(metavar="X")] = 0.0
+    """Weight of LeCAM on the discriminator; 0: off."""
+    r1_weight: float = 0.0
+    """Weight of R1 on the discriminator; 0: off."""
+    r1_every: int = 16
+    """Steps between R1 penalties, each that much heavier."""
 
     @property
     def has_contrastive(self) -> bool:
@@ -186,15 +214,21 @@ class LossConfig(Section):
 
     def check(self) -> None:
         super().check()
+        check_at_least(1, {"--r1-every": self.r1_every})
         check_at_least(
             0,
             {
+                "--l1-weight": self.l1_weight,
+                "--l2-weight": self.l2_weight,
                 "--perceptual-weight": self.perceptual_weight,
                 "--contrastive-weight": self.contrastive_weight,
                 "--disc-weight": self.disc_weight,
                 "--disc-start": self.disc_start or 0,
+                "--lecam-weight": self.lecam_weight,
+                "--r1-weight": self.r1_weight,
             },
         )
+        check_adamw("--disc-lr", self.disc_lr, "--disc-betas", self.disc_betas)
         if self.contrastive != "none" and self.contrastive_patches < 2:
             raise ValueError(
                 f"--contrastive-patches must be at least 2, for there to be negatives, got {self.contrastive_patches}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regvq_fast.data.samples import Batch, Sample
-from regvq_fast.data.workers import PatientBatches, WorkerLoader, start_worker
+from regvq_fast.data.workers import OwnBatches, PatientBatches, WorkerLoader, start_worker
 
 Item = TypeVar("Item")
 
@@ -49,8 +49,8 @@ class TimedBatches(Iterator[Batch]):
         return waited
 
     def close(self) -> None:
-        """End the worker processes."""
-        if isinstance(self._batches, PatientBatches):
+        """End the worker processes, or the thread."""
+        if isinstance(self._batches, PatientBatches | OwnBatches):
             self._batches.close()
 
 

@@ -1,7 +1,8 @@
-"""Processes that load data: what they do about signals, and how waiting for them ends."""
+"""Processes and threads that load data: what they do about signals, and how waiting for them ends."""
 
 import atexit
 import os
+import queue
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
@@ -24,15 +26,57 @@ _in_use: weakref.WeakSet["PatientBatches"] = weakref.WeakSet()
 
 
 class WorkersFailed(OSError):
-    """A data worker ended or stopped answering, seen while a batch was waited for."""
+    """A data worker or the disk ended or stopped answering, seen while a batch was waited for."""
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A DataLoader whose worker processes are waited for with :class:`PatientBatches`."""
+    """A DataLoader that is not waited for without an end: with :class:`PatientBatches`, or :class:`OwnBatches`."""
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        return PatientBatches(batches) if self.num_workers else batches
+        return PatientBatches(batches) if self.num_workers else OwnBatches(batches)
+
+
+class OwnBatches(Iterator[Any]):
+    """Batches that this process loads, in a thread: Python's signals reach no thread that waits for a disk.
+
+    Raises:
+        WorkersFailed: no batch came for five minutes.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._loaded: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        arguments = (batches, self._asked, self._loaded, device)
+        self._thread = threading.Thread(target=_load, args=arguments, daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Any:
+        self._asked.put(True)
+        try:
+            batch, error = self._loaded.get(timeout=PATIENCE_SECONDS)
+        except queue.Empty:
+            raise WorkersFailed(f"no data for {PATIENCE_SECONDS:.0f} seconds: the disk doesn't answer") from None
+        if error is not None:
+            raise error
+        return batch
+
+    def close(self) -> None:
+        """End the thread, once it has what it waits for."""
+        self._asked.put(False)
+
+    __del__ = close
+
+
+def _load(batches: Iterator[Any], asked: Any, loaded: Any, device: int | None) -> None:
+    if device is not None:  # a thread's own; pinned memory takes some of it
+        torch.cuda.set_device(device)
+    while asked.get():
+        try:
+            loaded.put((next(batches), None))
+        except BaseException as error:
+            loaded.put((None, error))
 
 
 class PatientBatches(Iterator[Any]):
@@ -50,6 +94,7 @@ class PatientBatches(Iterator[Any]):
         self._since: float | None = None  # on the monotonic clock, of the present wait
         self._stuck = ""
         self._closed = threading.Event()
+        self._forget_workers()
         threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), daemon=True).start()
         _in_use.add(self)
 
@@ -58,14 +103,11 @@ class PatientBatches(Iterator[Any]):
         try:
             return next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
-            why = self._stuck or worker_failure(error)
-            if not why and isinstance(error, (ConnectionError, EOFError)):  # it died while it sent a batch
-                why = "DataLoader worker ended while it sent a batch; --workers 0 loads data without them"
-            if why is None:
+            why = self._stuck or self._failure()
+            if not why:
                 raise
-            no_room = any(worker.exitcode == _NO_SHARED_MEMORY for worker in self._batches._workers)
             self.close()
-            raise WorkersFailed(_no_room() if no_room else why) from error
+            raise WorkersFailed(why) from error
         finally:
             self._since = None
 
@@ -85,11 +127,26 @@ class PatientBatches(Iterator[Any]):
             )
             worker.kill()
 
-    def close(self) -> None:
-        """End the workers, at once: they have nothing to save, and a stuck one takes no other signal."""
-        if self._batches._worker_pids_set:  # DataLoader would raise an error for each, wherever that comes
+    def _failure(self) -> str:
+        """Return which worker ended, and why; "" if all live."""
+        for number, worker in enumerate(self._batches._workers):
+            worker.join(0.1)  # it may just have died, while it sent a batch
+            if worker.exitcode == _NO_SHARED_MEMORY:
+                return _no_room()
+            if worker.exitcode is not None:
+                signaled = worker.exitcode < 0
+                how = f"by {signal.Signals(-worker.exitcode).name}" if signaled else f"with status {worker.exitcode}"
+                return f"data worker {number} (process {worker.pid}) ended {how}; --workers 0 loads data without them"
+        return ""
+
+    def _forget_workers(self) -> None:
+        """Keep DataLoader from raising an error where a worker ends: that comes anywhere in this process's work."""
+        if self._batches._worker_pids_set:
             _remove_worker_pids(id(self._batches))
             self._batches._worker_pids_set = False
+
+    def close(self) -> None:
+        """End the workers, at once: they have nothing to save, and a stuck one takes no other signal."""
         self._closed.set()
         for worker in self._batches._workers:
             worker.kill()
@@ -110,17 +167,6 @@ def _end_workers() -> None:
     """End the workers of batches that are still in use when Python exits."""
     for batches in list(_in_use):
         batches.close()
-
-
-def worker_failure(error: BaseException) -> str | None:
-    """Return what an error of DataLoader tells of an ended worker; None if it is another one."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
-        return None
-    if f"exit code {_NO_SHARED_MEMORY}." in text:
-        return _no_room()
-    # What follows is advice for programmers.
-    return text.partition(". ")[0].strip().removesuffix(".") + "; --workers 0 loads data without them"
 
 
 def _no_room() -> str:

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from regvq_fast.data.image_dataset import ImageDataset
-from regvq_fast.demo.uploads import FORMATS, MAX_BYTES, read_square
+from regvq_fast.demo.decoding import Decoder
+from regvq_fast.demo.uploads import FORMATS, MAX_BYTES
 from regvq_fast.demo.workbench import MAX_CAPTION, MAX_IMAGES, Painter, Reconstruction, Reconstructor, Request
 from regvq_fast.priors.conditions import Condition
 from regvq_fast.version import __version__
@@ -67,10 +68,12 @@ def build_page(reconstructor: Reconstructor, painters: Sequence[Painter], exampl
 
 
 def _reconstruct_tab(reconstructor: Reconstructor, examples: ImageDataset) -> None:
+    decoder = Decoder()
+
     def uploaded(file: Path | None) -> str:
         if file is None:
             raise ValueError("There is no image: drop one.")
-        square = read_square(file, reconstructor.size)
+        square = decoder.read_square(file, reconstructor.size)
         side = min(square.width, square.height)
         whole = f"The image has {square.width} x {square.height} pixels"
         cut = "" if square.width == square.height else f"; its central square of {side} x {side} was cut out"
@@ -162,6 +165,8 @@ def _prior_tab(painter: Painter, name: str, hint: str, make_condition: Callable[
             with gr.Accordion("Settings", open=True):
                 controls = _controls(painter)
     inputs = [*([] if condition is None else [condition]), *controls.values()]
+    for component in inputs:
+        component.preprocess = _as_it_came
     for event in (button.click, *([condition.submit] if isinstance(condition, gr.Textbox) else [])):
         event(_in_words(sample), inputs, result, api_name=name, **_MODEL)
 
@@ -206,6 +211,11 @@ _TITLES: dict[Condition, str] = {
 def _html(value: str, **settings: Any) -> gr.HTML:
     """Return a component of HTML without the framework's typography."""
     return gr.HTML(value, apply_default_css=False, **settings)
+
+
+def _as_it_came(value: Any) -> Any:
+    """Return a value unchanged: what a component says of a wrong one is no sentence, or nothing."""
+    return value
 
 
 def _path_of(payload: Any) -> Path | None:

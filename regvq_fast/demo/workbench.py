@@ -202,7 +202,7 @@ class Painter:
             return self.map_of(given)
         if self.condition == "caption":
             return self.caption_of(given)
-        return str(given) if self.condition == "label" else no_conditions(1)
+        return self.label_of(given) if self.condition == "label" else no_conditions(1)
 
     def map_of(self, text: str) -> Tensor:
         """Read a painted map, (1, map_side, map_side) uint8.
@@ -230,12 +230,24 @@ class Painter:
         Raises:
             ValueError: no text, or too long a one.
         """
-        caption = " ".join(text.split()) if isinstance(text, str) else ""
+        caption = " ".join(text.encode(errors="replace").decode().split()) if isinstance(text, str) else ""
         if not caption:
             raise ValueError("There is no caption: type one.")
         if len(caption) > MAX_CAPTION:
             raise ValueError(f"The caption has {len(caption)} characters, the limit is {MAX_CAPTION}: shorten it.")
         return caption
+
+    def label_of(self, text: Any) -> str:
+        """Return a label, one of the prior's.
+
+        Raises:
+            ValueError: another one.
+        """
+        names = self.sampler.prior.label_names
+        if text not in names:
+            some = ", ".join(map(repr, names[:3]))
+            raise ValueError(f"{str(text)[:60]!r} is none of the prior's {len(names)} labels, such as {some}.")
+        return str(text)
 
     def unknown_words(self, caption: str) -> list[str]:
         """Return the words of a caption that no training caption had, each once; none if that is not known."""

@@ -1,11 +1,11 @@
-"""Losses of the patch discriminator and their adaptive weight (Esser et al., CVPR 2021, section 3.1)."""
+"""Losses of the patch discriminator, their adaptive weight (Esser et al., CVPR 2021, section 3.1), its regularizers."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from regvq_fast.ranks import mean_over_ranks
@@ -25,6 +25,16 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
     return -fake.float().mean()
 
 
+def non_saturating_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """``(mean softplus(-real) + mean softplus(fake)) / 2`` of logits of any shape; 0-dim float32."""
+    return 0.5 * (F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean())
+
+
+def non_saturating_generator_loss(fake: Tensor) -> Tensor:
+    """``mean softplus(-fake)`` of logits of any shape; 0-dim float32 (Goodfellow et al., NeurIPS 2014, section 3)."""
+    return F.softplus(-fake.float()).mean()
+
+
 class AdversarialLoss(NamedTuple):
     """Losses of the two players; each gives a 0-dim float32 of logits of any shape."""
 
@@ -34,7 +44,56 @@ class AdversarialLoss(NamedTuple):
     """(logits of reconstructions)"""
 
 
-HINGE = AdversarialLoss(hinge_discriminator_loss, hinge_generator_loss)
+ADVERSARIAL_LOSSES = {
+    "hinge": AdversarialLoss(hinge_discriminator_loss, hinge_generator_loss),
+    "non-saturating": AdversarialLoss(non_saturating_discriminator_loss, non_saturating_generator_loss),
+}
+"""All adversarial losses by their names on the command line."""
+
+
+class LeCAM(nn.Module):
+    """LeCAM regularizer: ``mean relu(real - average_fake)^2 + mean relu(average_real - fake)^2``.
+
+    Tseng et al., CVPR 2021, equation 5; the relu and the decay are those of the authors' code. The averages are
+    exponential, corrected for their start at 0, and of the logits of all ranks. Each call updates them first.
+
+    Args:
+        weight: of the term in the discriminator's loss, for the caller.
+        decay: of the averages.
+    """
+
+    averages: Tensor
+
+    def __init__(self, weight: float, decay: float = 0.99) -> None:
+        super().__init__()
+        self.weight, self.decay = weight, decay
+        self.register_buffer("averages", torch.zeros(3))  # of real logits, of fake ones and of ones
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Logits of images and of reconstructions, of any shape, to a 0-dim float32 without the weight."""
+        real, fake = real.float(), fake.float()
+        means = torch.stack([real.mean(), fake.mean(), torch.ones_like(self.averages[2])])
+        self.averages.lerp_(mean_over_ranks(means), 1 - self.decay)
+        average_real, average_fake = self.averages[:2] / self.averages[2]
+        return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
+
+
+def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
+    """Half of the squared gradient norm of an image's summed logits, mean over images (Mescheder et al., ICML 2018).
+
+    The second derivative needs the discriminator as it is, not compiled. With batch norm in training the gradient
+    passes through the statistics, so that images of a batch act on each other, and running statistics move once more.
+
+    Args:
+        discriminator: (B, C, H, W) -> logits.
+        images: real ones, (B, C, H, W) float32.
+
+    Returns:
+        0-dim, with a gradient to the discriminator's parameters.
+    """
+    images = images.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+    return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
 def adaptive_weight(

@@ -7,7 +7,7 @@ from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 
 
 class ReconstructionLoss(nn.Module):
-    """``l1_weight * L1 + perceptual_weight * LPIPS + contrastive_weight * PCL`` of an image and its reconstruction.
+    """Weighted sum of L1, L2 (mean squared error), LPIPS and PCL of an image and its reconstruction.
 
     The feature network runs once on each of the two, and both losses read its maps; a contrastive loss with a network
     of its own adds that. Terms of weight 0, or without a module, cost nothing, but for the L1 that is recorded.
@@ -17,7 +17,7 @@ class ReconstructionLoss(nn.Module):
         perceptual: (maps, maps) -> (B,) distances.
         contrastive: the contrastive loss, or None.
         contrastive_features: its own feature network, or None to share ``features``.
-        l1_weight, perceptual_weight, contrastive_weight: of the terms.
+        l1_weight, l2_weight, perceptual_weight, contrastive_weight: of the terms.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class ReconstructionLoss(nn.Module):
         contrastive_features: nn.Module | None = None,
         *,
         l1_weight: float = 1.0,
+        l2_weight: float = 0.0,
         perceptual_weight: float = 1.0,
         contrastive_weight: float = 1.0,
     ) -> None:
@@ -35,7 +36,7 @@ class ReconstructionLoss(nn.Module):
         self.features, self.perceptual = features, perceptual
         self.contrastive = contrastive if contrastive_weight > 0 else None
         self.contrastive_features = contrastive_features if self.contrastive is not None else None
-        self.l1_weight = l1_weight
+        self.l1_weight, self.l2_weight = l1_weight, l2_weight
         self.perceptual_weight, self.contrastive_weight = perceptual_weight, contrastive_weight
 
     def forward(
@@ -60,6 +61,9 @@ class ReconstructionLoss(nn.Module):
         # The sum of no values is 0, and its gradient too, though a pixel be inf.
         loss = self.l1_weight * l1 if self.l1_weight > 0 else reconstruction[:0].float().sum()
         terms = {"l1": l1.detach()}
+        if self.l2_weight > 0:
+            l2 = F.mse_loss(reconstruction.float(), images)
+            loss, terms["l2"] = loss + self.l2_weight * l2, l2.detach()
         original: list[Tensor] = []
         reconstructed: list[Tensor] = []
         shares_trunk = self.contrastive is not None and self.contrastive_features is None

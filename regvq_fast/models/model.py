@@ -143,8 +143,9 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
         for number in _whole_numbers(description):
             if number > max(most, _ANY_SIZE):
                 raise ValueError(f"its architecture has the number {number}, more than its weights could have")
-        # A pre-trained text encoder has its weights elsewhere.
-        with _at_most(math.inf if description.get("text_encoder") else most):
+        encoder = description.get("text_encoder")  # a pre-trained one has its weights elsewhere
+        elsewhere = isinstance(encoder, dict) and encoder.get("type") == "PretrainedTextEncoder"
+        with _at_most(math.inf if elsewhere else most):
             model = kind._build(**description)
         fresh = model.state_dict()
         check_state_dict(weights, {name: value.shape for name, value in fresh.items()}, f"this {name}")

@@ -32,6 +32,9 @@ CHECKPOINTS = "checkpoints"  # folder in a run's folder
 TOKENIZER = "tokenizer"
 """Folder in a prior's run that holds its tokenizer, so that the run is all that sampling needs."""
 
+_LARGEST_JSON = 16 * 2**20
+"""Bytes of the largest config.json or manifest.json that is read: a parsed one takes ten times as much memory."""
+
 Part = TypeVar("Part")
 Content = TypeVar("Content", bytes, memoryview, bytes | memoryview)
 
@@ -124,7 +127,7 @@ def read_folder(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
         ValueError: in one sentence, what is missing, truncated or not the file that was written.
     """
     check_files(folder, names)
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: _read(folder / name) for name in names}
 
 
 def check_files(folder: Path, names: Sequence[str]) -> None:
@@ -149,7 +152,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
 def read_manifest(folder: Path) -> dict[str, Entry]:
     """Return the entries of a folder's files; ValueError if it has no manifest or a damaged one."""
     try:
-        return dict(parse_json((folder / MANIFEST).read_bytes())["files"])
+        return dict(parse_json(_read(folder / MANIFEST))["files"])
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or only a part of one") from None
     except (ValueError, KeyError, TypeError):
@@ -267,9 +270,16 @@ def restore_quantizer(description: Mapping[str, Any]) -> Quantizer:
 
 
 def _read(path: Path) -> bytes:
+    """Return a file's content; FileNotFoundError for a pipe or device, ValueError for a JSON file of absurd size."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    return path.read_bytes()
+        raise FileNotFoundError(f"{path} is missing, or no file")
+    size = path.stat().st_size
+    if path.suffix == ".json" and size > _LARGEST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, over the {_LARGEST_JSON:,} of the largest that is read")
+    try:
+        return path.read_bytes()
+    except MemoryError:
+        raise ValueError(f"{path} has {size:,} bytes, more than there is memory for") from None
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:

@@ -13,6 +13,8 @@ R = M / G rows.
 The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
 and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
 tile's scores and its noise. (The PyTorch fallback keeps those of small calls.)
+
+With heads (x (M, H, D), codebook (H, N, D)) all of it holds for each head; mask and valid rows are common to them.
 """
 
 from typing import Literal, NamedTuple
@@ -127,13 +129,14 @@ def vector_quantize(
     exact tie. "eager" takes probabilities under 1e-26 as 0 in backward. Deterministic: two calls give the same bits.
     Autocast: floating-point inputs are cast to fp32.
 
-    Memory beyond inputs and outputs. Triton, bytes: forward 4 (M + N + G N), and 24 M for each split of the codes;
-    backward 4 N (D + 8), as much again for a "hard" look-up or linear logits, and for a chunk of rows 16 (16-bit
-    inputs: 12) (D + 8) a row and two buffers of a score in the type of ``x``: of 4096 rows or 512 MiB each, whichever
-    is less, but of 2^25 scores and of 2 KiB a code at least (of M rows if that is less). Below sm_80 each has
-    max(2^25, 512 N) scores, and so has an fp32 buffer forward, and two more backward. Eager: O((M + N) * D) plus a
-    fixed number of tiles of about 2^20 scores (2^24 on CUDA; at least 64 rows); until the backward, M N scores where
-    that is no more than 2^21, and those of the stochastic rows where it is no more than 2^24.
+    Memory beyond inputs and outputs, where N counts the codes of all heads (24 M and the sizes of a row are a head's).
+    Triton, bytes: forward 4 (M + N + G N), and 24 M for each split of the codes; backward 4 N (D + 8), as much again
+    for a "hard" look-up or linear logits, and for a chunk of rows 16 (16-bit inputs: 12) (D + 8) a row and two buffers
+    of a score in the type of ``x``: of 4096 rows or 512 MiB each, whichever is less, but of 2^25 scores and of 2 KiB a
+    code at least (of M rows if that is less). Below sm_80 each has max(2^25, 512 N) scores, and so has an fp32 buffer
+    forward, and two more backward. Eager: O((M + N) * D) plus a fixed number of tiles of about 2^20 scores (2^24 on
+    CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^21, and those of the
+    stochastic rows where it is no more than 2^24.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in

@@ -4,11 +4,13 @@ from regvq_fast.quantizers.bsq import BSQQuantizer
 from regvq_fast.quantizers.ema import EMAQuantizer
 from regvq_fast.quantizers.fsq import FSQQuantizer
 from regvq_fast.quantizers.gumbel import GumbelQuantizer
+from regvq_fast.quantizers.ibq import IBQQuantizer
 from regvq_fast.quantizers.lfq import LFQQuantizer
 from regvq_fast.quantizers.nearest import NearestQuantizer
 from regvq_fast.quantizers.quantizer import CodebookQuantizer, Quantizer, QuantizerOutput, QuantizerSettings
 from regvq_fast.quantizers.regularized import RegularizedQuantizer
 from regvq_fast.quantizers.residual import ResidualQuantizer
+from regvq_fast.quantizers.simvq import SimVQQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "reg-vq": RegularizedQuantizer,
@@ -18,6 +20,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "fsq": FSQQuantizer,
     "lfq": LFQQuantizer,
     "bsq": BSQQuantizer,
+    "simvq": SimVQQuantizer,
+    "ibq": IBQQuantizer,
 }
 """All quantizers by their names on the command line; one that is added before `regvq_fast.config` is imported has its
 settings there, too."""
@@ -29,6 +33,7 @@ __all__ = [
     "EMAQuantizer",
     "FSQQuantizer",
     "GumbelQuantizer",
+    "IBQQuantizer",
     "LFQQuantizer",
     "NearestQuantizer",
     "Quantizer",
@@ -36,4 +41,5 @@ __all__ = [
     "QuantizerSettings",
     "RegularizedQuantizer",
     "ResidualQuantizer",
+    "SimVQQuantizer",
 ]

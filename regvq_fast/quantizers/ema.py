@@ -22,6 +22,8 @@ from regvq_fast.quantizers.quantizer import (
 from regvq_fast.ranks import gather_rows
 from regvq_fast.settings import arg, check_at_least
 
+_KMEANS_STEPS = 10
+
 
 @dataclass(frozen=True)
 class EMASettings(NearestSettings):
@@ -31,6 +33,8 @@ class EMASettings(NearestSettings):
     """Decay of the codes' running averages."""
     dead_threshold: float = 0.1
     """Usage, over uniform, that moves a code."""
+    kmeans_init: bool = False
+    """Start a new model's codes by k-means of its latents."""
 
     def check(self) -> None:
         super().check()
@@ -45,7 +49,8 @@ class EMAQuantizer(CodebookQuantizer):
     A code whose running fraction of the rows falls below ``dead_threshold`` / N is dead: it is moved to an encoder
     output sampled from the batch, and starts over with twice that fraction. At a decay of 0.99 it then has 69 steps to
     be selected before it is moved again. All codes of a new codebook are dead, so the first batch initializes them:
-    each becomes an encoder output, or the mean of those assigned to it.
+    each becomes an encoder output, or the mean of those assigned to it. With ``kmeans_init``, :meth:`initialize` fits
+    them instead.
 
     The averages have the module's type, and 16 bits lose most of a step's change of them: train it in float32.
 
@@ -74,6 +79,23 @@ class EMAQuantizer(CodebookQuantizer):
         self.register_load_state_dict_pre_hook(_adopt_loaded_codes)
         if self.settings.dead_threshold == 0:  # codes that are never selected stay where they are
             self.start_from_embedding()
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor) -> None:
+        """With ``kmeans_init``, let a new codebook be the means of ten steps of k-means, with their fractions of z.
+
+        It starts from randomly chosen latents (PyTorch's global generator of the CPU). A code that no latent selects
+        is one of them, and dead.
+        """
+        if not self.settings.kmeans_init:
+            return
+        rows = self._wide_rows(z)
+        order = torch.randperm(len(rows)).repeat(-(-self.num_codes // len(rows)))[: self.num_codes]
+        codes, counts = k_means(rows, rows[order.to(rows.device)], _KMEANS_STEPS)
+        share = counts.to(rows.dtype) / len(rows)
+        self.embedding.weight.copy_(codes)
+        self.cluster_share.copy_(share)
+        self.cluster_sum.copy_(share.unsqueeze(1) * codes)
 
     @torch.no_grad()
     def start_from_embedding(self) -> None:
@@ -108,7 +130,7 @@ class EMAQuantizer(CodebookQuantizer):
             codebook = wide(self.embedding.weight)
             indices = assign_codes(rows.to(dtype), codebook.to(dtype))
             codes = F.embedding(indices, codebook)
-            quantized = straight_through(rows, codes)
+            quantized = straight_through(rows, codes, rotation_trick=self.settings.rotation_trick)
             commitment = padding.mean_squared_error(rows, codes)
             metrics = {"commitment": commitment.detach()}
             out = self._deterministic(z, quantized, indices, self.settings.commitment * commitment, metrics, padding)
@@ -149,6 +171,20 @@ class EMAQuantizer(CodebookQuantizer):
         self.cluster_sum.copy_(total)
         moved = self.embedding.weight if self.held is None else self.held
         moved.copy_(torch.where(faded.unsqueeze(1), wide(moved), total / share.unsqueeze(1)))
+
+
+def k_means(rows: Tensor, codes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Move codes (N, D) to the means of the rows (M, D) that they are nearest to, in some steps of Lloyd's algorithm.
+
+    Returns:
+        The codes, and how many rows (N,) each is the mean of; a code without rows stays where it is.
+    """
+    for _ in range(steps):
+        indices = assign_codes(rows, codes)
+        counts = segment_counts(indices, len(codes))
+        means = segment_sum(rows, indices, len(codes)) / counts.clamp(min=1).unsqueeze(1)
+        codes = torch.where(counts.unsqueeze(1) > 0, means, codes)
+    return codes, counts
 
 
 def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

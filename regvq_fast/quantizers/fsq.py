@@ -22,8 +22,8 @@ _PAPER_LEVELS = {
     65536: (8, 8, 8, 5, 5, 5),
 }
 """Levels for codebooks of about so many codes (the paper's table 1)."""
-_MOST_CODES = 2**24
-"""Indices are sums in float32, which has all whole numbers up to here."""
+_MOST_CODES = 2**20
+"""Of all codes the library's module keeps a table."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,21 @@ class FSQQuantizer(Quantizer):
         """Return the indices (M,) of codes (M, D); of nan, which a GPU lets through, that of some code."""
         return self.fsq.codes_to_indices(quantized).long().clamp(0, self.num_codes - 1)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+    def forward(
+        self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
+    ) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._finite(self._latents(z))
+            padding = self._padding(valid, z)
+            rows = self._finite(padding.clear(self._latents(z)))
             quantized = self.fsq.quantize(rows)
-            return self._deterministic(z, quantized, self._indices(quantized.detach()), rows.new_zeros(()), {})
+            return self._deterministic(z, quantized, self._indices(quantized.detach()), rows.new_zeros(()), {}, padding)
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        codes = self.fsq.indices_to_codes(indices.flatten()).unflatten(0, indices.shape)
-        return self._channels(codes).to(self.codes().dtype)
+        codes = self.fsq.indices_to_codes(indices.clamp(min=0).flatten()).unflatten(0, indices.shape)
+        return self._channels(codes.masked_fill((indices < 0).unsqueeze(-1), 0)).to(self.codes().dtype)
 
     def logits(self, z: Tensor) -> Tensor:
+        # The channels before they are rounded, in levels (the paper's appendix A.1): the nearest digits are the code.
         rows = self._latents(z)
         levels = torch.tensor(self.settings.levels, device=rows.device)
         half = (levels - 1) * (1 + 1e-3) / 2

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regvq_fast.matmul import compute_dtype
 from regvq_fast.ops import softmax_statistics
+from regvq_fast.padding import Padding
 from regvq_fast.quantizers.nearest import NearestSettings
 from regvq_fast.quantizers.quantizer import NearestCodes, Quantizer, QuantizerOutput, straight_through, wide
 from regvq_fast.settings import arg, check_at_least
@@ -80,8 +81,9 @@ class LFQQuantizer(Quantizer):
         """Return rows (M, D) in the form that is quantized."""
         return rows
 
-    def _latents(self, z: Tensor) -> Tensor:
-        return self._bounded(self._to_rows(z, compute_dtype(self.one)))
+    def _latents(self, z: Tensor, padding: Padding | None = None) -> Tensor:
+        rows = self._to_rows(z, compute_dtype(self.one))
+        return self._bounded(rows if padding is None else padding.clear(rows))
 
     def _places(self, bits: int) -> Tensor:
         """Return the powers of two (bits,) of an index's bits, the highest first."""
@@ -98,27 +100,33 @@ class LFQQuantizer(Quantizer):
     def _all_codes(self, bits: int) -> Tensor:
         return self._codes(torch.arange(1 << bits, device=self.one.device)[:, None] // self._places(bits) % 2 > 0)
 
-    def forward(self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0) -> QuantizerOutput:
+    def forward(
+        self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
+    ) -> QuantizerOutput:
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._finite(self._latents(z))
+            padding = self._padding(valid, z)
+            rows = self._finite(self._latents(z, padding))
             codes = self._codes(rows > 0)
             quantized = straight_through(rows, codes)
-            commitment = F.mse_loss(rows, codes)
+            commitment = padding.mean_squared_error(rows, codes)
             loss, metrics = self.settings.commitment * commitment, {"commitment": commitment.detach()}
             if self.training and self.settings.entropy_weight > 0:
-                entropy, of_mean = self._entropies(rows)
+                entropy, of_mean = map(padding.mean_of_ranks, self._entropies(rows, padding.valid))
                 loss = loss + self.settings.entropy_weight * (entropy - self.settings.diversity * of_mean)
                 metrics |= {"entropy": entropy.detach(), "entropy_of_mean": of_mean.detach()}
-            return self._deterministic(z, quantized, self._indices(rows), loss, metrics)
+            return self._deterministic(z, quantized, self._indices(rows), loss, metrics, padding)
 
-    def _entropies(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _entropies(self, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean entropy of the rows' soft assignments, and entropy of their mean, each a sum over groups of bits."""
         groups = rows.tensor_split(-(-self.code_dim // self.settings.group_bits), dim=1)
         entropies = []
         for group in groups:
             # All codes of a group have one length, and -|x - z|^2 is 2 x.z up to a constant of the row.
             entropy, mean = softmax_statistics(
-                group.contiguous(), self._all_codes(group.shape[1]), temperature=self.settings.temperature / 2
+                group.contiguous(),
+                self._all_codes(group.shape[1]),
+                temperature=self.settings.temperature / 2,
+                valid=valid,
             )
             of_mean = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
             entropies.append(torch.stack([entropy, of_mean]))
@@ -130,8 +138,9 @@ class LFQQuantizer(Quantizer):
         return self._all_codes(self.code_dim)
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        bits = indices.unsqueeze(-1) // self._places(self.code_dim) % 2 > 0
-        return self._channels(self._codes(bits)).to(self.one.dtype)
+        indices = indices.unsqueeze(-1)
+        codes = self._codes(indices // self._places(self.code_dim) % 2 > 0).masked_fill(indices < 0, 0)
+        return self._channels(codes).to(self.one.dtype)
 
     def logits(self, z: Tensor) -> Tensor:
         return F.linear(self._latents(z), self.codes()).unflatten(0, self._positions(z))

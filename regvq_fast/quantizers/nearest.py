@@ -24,6 +24,8 @@ class NearestSettings(QuantizerSettings):
 
     commitment: float = 0.25
     """Weight of the commitment loss."""
+    rotation_trick: bool = False
+    """Turn and scale the gradient from code to latent."""
 
     def check(self) -> None:
         super().check()
@@ -31,7 +33,7 @@ class NearestSettings(QuantizerSettings):
 
 
 class NearestQuantizer(CodebookQuantizer):
-    """Nearest code of each position, with the identity as gradient to the encoder.
+    """Nearest code of each position, with the identity as gradient to the encoder, or with the rotation trick.
 
     ``loss = mean |sg(z) - q|^2 + commitment * mean |z - sg(q)|^2``, the codebook's only gradient being the first term
     (taming-transformers' ``VectorQuantizer2`` with ``legacy=False``). Codes start uniform in [-1/N, 1/N], as there.
@@ -40,6 +42,8 @@ class NearestQuantizer(CodebookQuantizer):
         num_codes: N.
         code_dim: D.
         settings: fields of :class:`NearestSettings`, and ``channels_last``; ``commitment`` as above.
+            ``rotation_trick`` gives the encoder the gradient that turns and grows with the map of its output to the
+            code (Fifty et al., 2024).
 
     Raises:
         ValueError: a setting that is out of range.
@@ -58,10 +62,10 @@ class NearestQuantizer(CodebookQuantizer):
         with torch.autocast(z.device.type, enabled=False):
             padding, dtype = self._padding(valid, z), self._score_dtype(z)
             rows = padding.clear(self._wide_rows(z))
-            codebook = wide(self.embedding.weight)
+            codebook = wide(self.codes())
             indices = assign_codes(rows.to(dtype), codebook.to(dtype))
             codes = F.embedding(indices, codebook)
-            quantized = straight_through(rows, codes)
+            quantized = straight_through(rows, codes, rotation_trick=self.settings.rotation_trick)
             commitment = padding.mean_squared_error(rows, codes.detach())
             loss = padding.mean_squared_error(codes, rows.detach()) + self.settings.commitment * commitment
             return self._deterministic(z, quantized, indices, loss, {"commitment": commitment.detach()}, padding)

@@ -213,7 +213,7 @@ class Quantizer(nn.Module):
         """Check ``valid``, (B, *), and return the padding of the rows of z."""
         if valid is None:
             return Padding()
-        check_rows("valid", valid, z if self.channels_last else z.movedim(1, -1))
+        check_rows("valid", valid, self._positions(z), z)
         return Padding(valid.reshape(-1), over_ranks=self.training)  # ranks run this together in training only
 
     def _to_rows(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -323,13 +323,29 @@ def wide(parameter: Tensor) -> Tensor:
     return parameter.to(compute_dtype(parameter))
 
 
-def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
-    """``codes`` forward, the identity to ``rows`` backward.
+def straight_through(rows: Tensor, codes: Tensor, *, rotation_trick: bool = False) -> Tensor:
+    """``codes`` forward; backward the identity to ``rows``, or the transposed map of :func:`rotated`.
 
     Called before the losses of the rows it saves a copy of them: backward comes to it last, and adds its gradient to
     the losses' instead of adding theirs to its own, which belongs to the decoder.
     """
-    return rows + (codes - rows).detach()
+    moved = rotated(rows, codes) if rotation_trick else rows
+    return moved + (codes - moved).detach()
+
+
+def rotated(rows: Tensor, codes: Tensor) -> Tensor:
+    """Rows (M, D), each turned and scaled to its code by a linear map that gets no gradient (Fifty et al., 2024).
+
+    The map of section 4.2 there, ``|q| / |e| (I - 2 w w^T + 2 q' e'^T)`` of a row e and its code q: e' and q' have
+    length 1, and w is the direction of their sum.
+    """
+    with torch.no_grad():
+        lengths, code_lengths = (vectors.norm(dim=1, keepdim=True) for vectors in (rows, codes))
+        scale = code_lengths / lengths.clamp(min=1e-6)
+        turned, target = rows / lengths.clamp(min=1e-6), codes / code_lengths.clamp(min=1e-6)
+        middle = F.normalize(turned + target, dim=1)
+    reflected = rows - 2 * (rows * middle).sum(1, keepdim=True) * middle
+    return scale * (reflected + 2 * (rows * turned).sum(1, keepdim=True) * target)
 
 
 def sample_seed(device: torch.device) -> Tensor:

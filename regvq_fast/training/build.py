@@ -78,6 +78,8 @@ def build_reconstruction_loss(
         perceptual,
         contrastive,
         contrastive_features,
+        l1_weight=config.l1_weight,
+        l2_weight=config.l2_weight,
         perceptual_weight=config.perceptual_weight,
         contrastive_weight=config.contrastive_weight,
     )

@@ -53,11 +53,11 @@ TRAINING, BEST = "training.pt", "best.json"
 # depends on them, of which Checkpoint.check tells; what files hold is compared by itself (Networks.identity) ...
 _FREE = (
     "out resume device compile workers data cache tokenizer val_images perceptual_weights contrastive_weights steps "
-    "epochs log_every image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold "
+    "epochs log log_every image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold "
     "activation_checkpointing deterministic trace_steps find_batch_size shard"
 ).split()
 # ... but these, which help against numbers that are not finite, or against too little memory: the run says so.
-_REMEDIES = ("amp", "lr", "clip_grad", "accumulate")
+_REMEDIES = ("amp", "lr", "disc_lr", "clip_grad", "accumulate")
 
 # What decides on the best checkpoint: the first of these that an evaluation has.
 _LOWER_IS_BETTER = {"perceptual": True, "psnr": False, "loss": True}

@@ -5,7 +5,7 @@ through the same code and leaves everything as it was. Only `Watch.read`, called
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -58,11 +58,20 @@ def micro_batch_size(config: OptimizerConfig) -> int:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the learning rate at a step of a run: linear warm-up, then a cosine to ``final_lr_fraction``."""
+    """Return the learning rate at a step of a run: linear warm-up, then the schedule down to ``final_lr_fraction``.
+
+    "cosine" and "linear" decay from the end of the warm-up on, "wsd" (warm-up, stable, decay: Hu et al., MiniCPM, 2024)
+    linearly in the last ``decay_fraction`` of all steps, "constant" not at all.
+    """
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    done = max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return config.lr * warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
+    done = min(1.0, max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    above = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": 1 - done,
+        "wsd": min(1.0, max(0, steps - step) / (config.decay_fraction * steps)),
+        "constant": 1.0,
+    }[config.schedule]
+    return config.lr * warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * above)
 
 
 class Optimization:
@@ -80,7 +89,10 @@ class Optimization:
 
     def __init__(self, networks: Networks, config: OptimizerConfig, precision: Precision, device: torch.device) -> None:
         self.trained, self.model, self.config, self.device = networks.trained, networks.model, config, device
-        self.optimizers = {name: build_optimizer(module, config) for name, module in networks.trained.items()}
+        self.optimizers = {
+            name: build_optimizer(module, networks.optimizers.get(name, config))
+            for name, module in networks.trained.items()
+        }
         self.scaler = precision.scaler()
         self.watch = Watch(device)
         skip, skeleton = self.watch.skip, networks.skeleton
@@ -100,13 +112,13 @@ class Optimization:
         """Return the factor (0-dim) of the gradients of each of so many micro-batches."""
         return self.scaler.scale(torch.ones((), device=self.device)) / micro_batches
 
-    def step(self, names: Iterable[str], lr: float) -> None:
-        """Update the networks of these names by their gradients if all numbers of the step are finite.
+    def step(self, rates: Mapping[str, float]) -> None:
+        """Update the networks of these names, with these learning rates, if all numbers of the step are finite.
 
         Waits for the ranks, which all decide the same, but not for the device.
         """
         norms = {}
-        for name in names:
+        for name in rates:
             self.scaler.unscale_(self.optimizers[name])
             gradients = [p.grad for p in self.trained[name].parameters() if p.grad is not None]
             norms[name] = full(nn.utils.get_total_norm(gradients))
@@ -115,7 +127,7 @@ class Optimization:
             if self.config.clip_grad > 0:
                 nn.utils.clip_grads_with_norm_(self.trained[name].parameters(), self.config.clip_grad, norm)
             for group in self.optimizers[name].param_groups:
-                group["lr"] = lr
+                group["lr"] = rates[name]
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
         self.scaler.update()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.config import Config
+from regvq_fast.config import Config, OptimizerConfig
 from regvq_fast.precision import Precision
 from regvq_fast.training.recorder import Recorder
 
@@ -57,6 +57,8 @@ class Networks:
     """Networks with an optimizer, the model first, by the name of their gradient norm in the records."""
     first_step: dict[str, int] = field(default_factory=dict)
     """Step from which a trained network takes part; absent: 0."""
+    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
+    """Settings of a trained network's optimizer; absent: the run's."""
     auxiliary: dict[str, nn.Module] = field(default_factory=dict)
     """Modules without an optimizer whose buffers a step changes."""
     saved_beside: dict[str, Any] = field(default_factory=dict)

@@ -1,10 +1,9 @@
-"""Output of a run: its folder, metrics.jsonl, TensorBoard, progress bar."""
+"""Output of a run: its folder, metrics.jsonl, trackers, progress bar."""
 
 import dataclasses
 import json
 import math
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +24,7 @@ from regvq_fast.number_formats import evaluation_items, progress_items, result
 from regvq_fast.ownership import FolderLock, check_free
 from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
+from regvq_fast.training.trackers import Trackers
 from regvq_fast.version import __version__
 
 _SUMMARY = "summary.json"
@@ -73,7 +73,7 @@ def reason(error: OSError) -> str:
 class Recorder:
     """Writes a run's numbers to ``folder``; a context manager. On ranks other than 0 it does nothing.
 
-    A disk that is full doesn't end a run: numbers wait in memory until there is room, TensorBoard's are lost. Nor does
+    A disk that is full doesn't end a run: numbers wait in memory until there is room, trackers' are lost. Nor does
     a run folder that is removed: it is made anew with the records, and `removed` is set.
 
     Args:
@@ -129,9 +129,9 @@ class Recorder:
                 say(self.console, "resuming", f"from {start.folder}")
         keep = start.state.get("metrics_bytes", 0) if start else 0
         self._lines = LineFile(folder / "metrics.jsonl", keep) if self._writes else None
-        self._resuming = start is not None
         self._failing: set[str] = set()
-        self._tensorboard: Any = None
+        trackers = config.run.trackers if self._writes else ()
+        self._trackers = Trackers(trackers, folder, start.step if start else None, self.warn)
         self._num_codes: int | None = self.description.get("quantizer", {}).get("num_codes")
         self._below = Items()
         self._trained: Sequence[str] = ()  # numbers of the last training record
@@ -141,12 +141,7 @@ class Recorder:
     def __enter__(self) -> Self:
         if not self._writes:
             return self
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
-        # A resumed run hides what TensorBoard has of later steps.
-        purge = self._start + 1 if self._start else 0
-        self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=purge if self._resuming else None)
+        self._trackers.open()
         self._progress.start()
         return self
 
@@ -159,8 +154,7 @@ class Recorder:
         with self.surviving_a_full_disk("metrics.jsonl"):
             self._lines.sync()
         self._lines.close()
-        self._to_board(lambda board: board.close())
-        threading.excepthook = self._excepthook
+        self._trackers.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -227,17 +221,15 @@ class Recorder:
             self._lines.sync()
 
     def record(self, step: int, values: Mapping[str, float | str], prefix: str = "train") -> None:
-        """Write numbers of a step to metrics.jsonl and TensorBoard, and the main ones of training below the bar."""
+        """Write numbers of a step to metrics.jsonl and the trackers, and the main ones of training below the bar."""
         if self._lines is None:
             return
         self.check_folder(step)
         with self.surviving_a_full_disk("metrics.jsonl"):
             self._lines.restore()
             self._lines.write(json.dumps({"step": step, "split": prefix, **_finite(values)}, allow_nan=False))
-        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
-        self._to_board(
-            lambda board: [board.add_scalar(f"{prefix}/{name}", value, step) for name, value in numbers.items()]
-        )
+        numbers = {f"{prefix}/{name}": value for name, value in values.items() if not isinstance(value, str)}
+        self._trackers.numbers(step, numbers)
         if prefix == "train":
             self._trained = progress_items(values)
             self._show(self._trained)
@@ -256,28 +248,8 @@ class Recorder:
         return self.folder / "pictures" / (f"{name}.png" if step is None else f"{name}-{step:07d}.png")
 
     def show_image(self, path: Path, step: int) -> None:
-        """Add a saved image to TensorBoard."""
-        import numpy as np
-        from PIL import Image
-
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        self._to_board(lambda board: board.add_image(path.stem.split("-")[0], pixels, step, dataformats="HWC"))
-
-    def _to_board(self, write: Callable[[Any], object]) -> None:
-        """Write to TensorBoard, until that fails once: its queue has no reader from then on, and would block."""
-        if self._tensorboard is None:
-            return
-        try:
-            write(self._tensorboard)
-        except OSError as error:
-            self._tensorboard = None
-            self.warn(f"TensorBoard gets no more numbers ({reason(error)}); metrics.jsonl has them")
-
-    def _thread_failed(self, failure: Any) -> None:
-        """Keep quiet about TensorBoard's writer, which finds the disk full in a thread: its next call says so."""
-        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
-            self._excepthook(failure)
+        """Show a saved image in the trackers."""
+        self._trackers.image(step, path.stem.split("-")[0], path)
 
     def save_json(self, name: str, value: Mapping[str, object]) -> None:
         """Write a JSON file into the run folder, whole or not at all."""

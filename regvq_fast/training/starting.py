@@ -144,17 +144,16 @@ def check_architecture(config: VQGANConfig, model: VQGAN) -> None:
             f"--quantizer {quantizer.quantizer} has codes of its own and can't start from other ones: leave it, and "
             f"--reset-codebook, out with the weights of {source}"
         )
-    sizes = quantizer.settings().sizes(quantizer.num_codes, quantizer.code_dim)
+    sizes = quantizer.num_codes, quantizer.code_dim
     known = model.quantize.num_codes, model.quantize.code_dim
     if kind.adopt is Quantizer.adopt and sizes != known:
         raise ValueError(
             f"--quantizer {quantizer.quantizer} has {sizes[0]} codes of {sizes[1]} channels with these settings, the "
             f"weights of {source} have {known[0]} of {known[1]}: leave its settings out"
         )
-    implied = dict(zip(("num_codes", "code_dim"), sizes, strict=True))
     for name, theirs in _fixed(model).items():
         section = config.model if hasattr(config.model, name) else config.quantizer
-        value, flag = implied.get(name, getattr(section, name)), flag_of(type(section), name)
+        value, flag = getattr(section, name), flag_of(type(section), name)
         if value == theirs or (name == "num_codes" and config.model.reset_codebook):
             continue
         hint = ", or add --reset-codebook" if name == "num_codes" else ""

@@ -15,7 +15,6 @@ from typing import Any, Protocol, Self
 import torch
 
 from regvq_fast.config import TrainConfig
-from regvq_fast.data.workers import worker_failure
 from regvq_fast.ranks import any_rank, rank, world_size
 from regvq_fast.training.checkpoint import Checkpoints
 from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
@@ -165,8 +164,6 @@ def explained(error: BaseException, run: Run) -> RunStopped:
         return RunStopped(message, shared=not isinstance(error, ValueError))  # an op's, of its rank alone, is both
     if is_out_of_memory(error):
         why = out_of_memory_advice(run.config, run.device, run.rank_batch, training=not run.evaluating)
-    elif (failed := worker_failure(error)) is not None:  # one that ended during a step
-        why = failed
     elif isinstance(error, (ValueError, OSError)):
         why = first_line(error).removeprefix(f"{type(error).__name__}: ")
     elif any(sign in str(error) for sign in _CONNECTION_LOST) and world_size() > 1:

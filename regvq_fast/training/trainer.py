@@ -34,6 +34,7 @@ from regvq_fast.training.sharding import gathered, whole
 from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained, remedy
 from regvq_fast.training.throughput import Clock, DeviceMonitor, Utilization, count_flops
 from regvq_fast.training.trace import StepTrace
+from regvq_fast.training.trackers import check_installed
 
 
 class Trainer(Generic[Config]):
@@ -53,6 +54,7 @@ class Trainer(Generic[Config]):
     def __init__(self, kind: type[Recipe[Config]], config: Config) -> None:
         config.check()
         run, optimizer = config.run, config.optimizer
+        check_installed(run.trackers)
         self.device = choose_device(run.device)
         self.batch_size = optimizer.batch_size
         self.micro_batch = micro_batch_size(optimizer)
@@ -246,7 +248,6 @@ class Trainer(Generic[Config]):
         micro_batches = self.config.optimizer.accumulate
         for module in self.networks.trained.values():
             module.train()
-        self.lr = learning_rate(self.config.optimizer, number, self.steps)
         self.seed += 1
 
         self.optimization.begin()
@@ -262,7 +263,10 @@ class Trainer(Generic[Config]):
                 self.optimization.watch.abort(error)
                 break
             self.optimization.watch.add(metrics)
-        self.optimization.step(self.networks.active(number), self.lr)
+        run, own = self.config.optimizer, self.networks.optimizers
+        self.lr = learning_rate(run, number, self.steps)
+        active = self.networks.active(number)
+        self.optimization.step({name: learning_rate(own.get(name, run), number, self.steps) for name in active})
 
     def _leaving_at_once(self) -> AbstractContextManager[None]:
         """Leave the block at a signal, whatever it waits for; not on one of several ranks: the others wait for it."""
@@ -379,7 +383,7 @@ class Trainer(Generic[Config]):
         """
         if checkpoint.folder is None:
             return
-        lr = () if self.config.optimizer.final_lr_fraction == 1 else ("the learning rate",)
+        lr = ("the learning rate",) if self.config.optimizer.decays else ()
         checkpoint.check(self.identity, self.networks.fingerprint, self.steps, (*lr, *self.networks.scheduled))
         self.start = self.done = checkpoint.step
         self.optimization.load_state_dict(checkpoint.state, checkpoint.weights)

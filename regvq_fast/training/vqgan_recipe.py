@@ -1,7 +1,7 @@
 """The recipe of the VQ-GAN: autoencoder, quantizer and discriminator (``regvq train vq``)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.codebook import CodebookUsage, perplexity, utilization
 from regvq_fast.evaluation.plots import save_codebook_mosaic, save_reconstruction_grid, save_usage_histogram
 from regvq_fast.evaluation.reconstruction_metrics import ReconstructionMetrics, evaluate_reconstruction
+from regvq_fast.losses.adversarial import ADVERSARIAL_LOSSES, LeCAM
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.pretrained import step_folders
@@ -68,9 +69,6 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
             weights = read_weights(config.model.init_from)
             check_architecture(config, weights.model)
         self.model = build_model(config).to(device, memory_format=layout)  # type: ignore[call-overload]
-        quantizer = self.model.quantize
-        sizes = {"num_codes": quantizer.num_codes, "code_dim": quantizer.code_dim}  # which its settings may decide
-        config = replace(config, quantizer=replace(config.quantizer, **sizes, **asdict(quantizer.settings)))
         shape = config.model
         discriminator = PatchDiscriminator(3, shape.disc_filters, shape.disc_layers, shape.disc_norm)
         self.disc_start = disc_start = steps if config.loss.disc_start is None else config.loss.disc_start
@@ -106,6 +104,11 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
             count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             started["frozen"] = f"{', '.join(config.model.freeze)}; {count / 1e6:.1f} M parameters of the model train"
         loss, losses, feature_networks = build_reconstruction_loss(config.loss, optional=config.run.preset == "scenes")
+        self.lecam = LeCAM(losses.lecam_weight).to(device) if losses.lecam_weight > 0 else None
+        optimizer = config.optimizer
+        disc_optimizer = replace(
+            optimizer, lr=losses.disc_lr or optimizer.lr, betas=losses.disc_betas or optimizer.betas
+        )
         self.config = config = replace(config, loss=losses)  # a resumed run has the same, whatever weights it finds
         self.reconstruction_loss = loss.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.meter = CodebookMeter(config, device)
@@ -115,7 +118,7 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
             joins = f"none: --disc-start {disc_start} is past the last step, {steps - 1}"
             if config.loss.disc_start is None:
                 joins = "none; --disc-start N brings it in"
-        height, width = self.model.token_shape
+        quantizer, (height, width) = self.model.quantize, self.model.token_shape
         images = f"{len(self.data.train):,} training images, {len(self.data.val):,} validation images"
         left_out = left_out_note(self.data.train, self.data.val)
         features = [module.label for module in loss.modules() if isinstance(module, VGGFeatures)]
@@ -123,6 +126,8 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
             self.model,
             {"grad_norm": self.model, "grad_norm_discriminator": self.discriminator},
             first_step={"grad_norm_discriminator": disc_start},
+            optimizers={"grad_norm_discriminator": disc_optimizer},
+            auxiliary={} if self.lecam is None else {"lecam": self.lecam},
             metadata={
                 "data": f"{self.data.train.title}: {images} of {config.data.image_size} px{left_out}",
                 "tokens": f"{height} x {width} an image",
@@ -138,12 +143,16 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
         )
 
     def distribute(self, compile: bool) -> None:
+        loss = self.config.loss
         self.train_step = VQGANStep(
             self.model,
             self.discriminator,
             self.reconstruction_loss,
             self.precision,
-            disc_weight=self.config.loss.disc_weight,
+            adversarial_loss=ADVERSARIAL_LOSSES[loss.disc_loss],
+            disc_weight=loss.disc_weight,
+            lecam=self.lecam,
+            r1_weight=loss.r1_weight * loss.r1_every,
             compile=compile,
         )
 
@@ -152,11 +161,13 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
         for module in self._frozen:
             module.eval()
         self.model.quantize.set_progress(now.number / (self.config.optimizer.steps or 1))
+        with_discriminator, loss = now.number - self.disc_start, self.config.loss
         metrics, indices = self.train_step(
             images.contiguous(memory_format=torch.channels_last),
             now.seed,
             first_image=now.first_image,
-            adversarial=self.disc_start <= now.number,
+            adversarial=with_discriminator >= 0,
+            penalize=loss.r1_weight > 0 and with_discriminator % loss.r1_every == 0 and not now.plain,
             loss_scale=now.loss_scale,
             synchronize=now.synchronize,
             plain=now.plain,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regvq_fast.losses.adversarial import HINGE, AdversarialLoss, adaptive_weight
+from regvq_fast.losses.adversarial import ADVERSARIAL_LOSSES, AdversarialLoss, LeCAM, adaptive_weight, r1_penalty
 from regvq_fast.losses.reconstruction import ReconstructionLoss
 from regvq_fast.models.discriminator import PatchDiscriminator
 from regvq_fast.models.vqgan import VQGAN
@@ -37,8 +37,13 @@ class VQGANStep:
         precision: see :func:`regvq_fast.precision.choose_precision`.
         adversarial_loss: of generator and discriminator.
         disc_weight: of the adversarial loss, on top of its adaptive factor.
+        lecam: regularizer of the discriminator, or None.
+        r1_weight: of the R1 penalty of the discriminator, in the steps that have it.
         compile: compile the networks; a discriminator with batch norm over several ranks stays as it is, since its
             statistics are exchanged in the middle of it.
+
+    Raises:
+        ValueError: an R1 penalty of such a discriminator, which has no second derivative.
     """
 
     def __init__(
@@ -48,14 +53,22 @@ class VQGANStep:
         reconstruction_loss: ReconstructionLoss,
         precision: Precision,
         *,
-        adversarial_loss: AdversarialLoss = HINGE,
+        adversarial_loss: AdversarialLoss = ADVERSARIAL_LOSSES["hinge"],
         disc_weight: float = 0.8,
+        lecam: LeCAM | None = None,
+        r1_weight: float = 0.0,
         compile: bool = False,
     ) -> None:
         self.model, self.discriminator = model, discriminator
         self.precision, self.adversarial_loss, self.disc_weight = precision, adversarial_loss, disc_weight
+        self.lecam, self.r1_weight = lecam, r1_weight
         self._plain = _Networks(model, discriminator, discriminator, reconstruction_loss)
         exchanges = any(isinstance(module, nn.SyncBatchNorm) for module in discriminator.modules())
+        if exchanges and r1_weight > 0:
+            raise ValueError(
+                "--r1-weight needs second derivatives, which --disc-norm batch over several GPUs does not have: use "
+                "--disc-norm group or none"
+            )
         discriminate = maybe_compile(discriminator, compile and not exchanges)
         self._networks = _Networks(
             distributed(maybe_compile(model, compile)),
@@ -71,6 +84,7 @@ class VQGANStep:
         *,
         first_image: int | Tensor = 0,
         adversarial: bool = False,
+        penalize: bool = False,
         loss_scale: Tensor | float = 1.0,
         synchronize: bool = True,
         plain: bool = False,
@@ -83,6 +97,7 @@ class VQGANStep:
             first_image: number of the batch's first image in the global batch; a 0-dim int64 tensor where it changes,
                 which spares a compilation for each value.
             adversarial: the discriminator takes part; without it, it costs nothing.
+            penalize: add the R1 penalty to the discriminator's loss; for an adversarial step.
             loss_scale: factor of all gradients (fp16 loss scaling, gradient accumulation).
             synchronize: average the gradients over the ranks; False for all but the last micro-batch.
             plain: use the networks as they are, neither compiled nor distributed.
@@ -92,9 +107,14 @@ class VQGANStep:
         """
         networks = self._plain if plain else self._networks
         with synchronized(*networks, enabled=synchronize):
-            return self._step(networks, images, seed, first_image, adversarial, loss_scale)
+            metrics, reconstruction, indices = self._autoencode(
+                networks, images, seed, first_image, adversarial, loss_scale
+            )
+            if adversarial:
+                metrics |= self._discriminate(networks, images, reconstruction, penalize, loss_scale)
+            return metrics, indices
 
-    def _step(
+    def _autoencode(
         self,
         networks: "_Networks",
         images: Tensor,
@@ -102,7 +122,8 @@ class VQGANStep:
         first_image: int | Tensor,
         adversarial: bool,
         loss_scale: Tensor | float,
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Add the gradients of the autoencoder; return its numbers, reconstruction and codes."""
         height, width = self.model.token_shape
         with self.precision.autocast():
             out = networks.autoencode(images, seed, first_image * height * width)
@@ -129,18 +150,38 @@ class VQGANStep:
         ends = [(output, value) for output, value in ends if output.requires_grad]  # parts may be frozen
         torch.autograd.backward([output for output, _ in ends], [value for _, value in ends])
 
-        if adversarial:
-            with self.precision.autocast():
-                real = networks.train_discriminate(images)
-                fake = networks.train_discriminate(reconstruction.detach())
-                discriminator_loss = self.adversarial_loss.discriminator(real, fake)
-            (loss_scale * discriminator_loss).backward()
-            metrics |= {
-                "discriminator": discriminator_loss.detach(),
-                "logits_real": real.detach().float().mean(),
-                "logits_fake": fake.detach().float().mean(),
-            }
-        return metrics, out.quantizer.indices
+        return metrics, reconstruction.detach(), out.quantizer.indices
+
+    def _discriminate(
+        self,
+        networks: "_Networks",
+        images: Tensor,
+        reconstruction: Tensor,
+        penalize: bool,
+        loss_scale: Tensor | float,
+    ) -> dict[str, Tensor]:
+        """Add the gradients of the discriminator; return its numbers."""
+        regularizers = {}
+        if penalize:
+            # Compiled networks have no second derivative. The ranks average this gradient with that of the forward
+            # passes below, which must therefore come after it.
+            penalty = r1_penalty(self.discriminator, images)
+            (loss_scale * self.r1_weight * penalty).backward()
+            regularizers["r1"] = penalty.detach()
+        with self.precision.autocast():
+            real = networks.train_discriminate(images)
+            fake = networks.train_discriminate(reconstruction)
+            loss = discriminator_loss = self.adversarial_loss.discriminator(real, fake)
+            if self.lecam is not None:
+                lecam = self.lecam(real, fake)
+                loss, regularizers["lecam"] = loss + self.lecam.weight * lecam, lecam.detach()
+        (loss_scale * loss).backward()
+        return {
+            "discriminator": discriminator_loss.detach(),
+            "logits_real": real.detach().float().mean(),
+            "logits_fake": fake.detach().float().mean(),
+            **regularizers,
+        }
 
 
 class _Networks(NamedTuple):

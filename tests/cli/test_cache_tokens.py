@@ -1,11 +1,15 @@
 """Whole runs of train/cache_tokens.py at a tiny size, and what they leave."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -120,6 +124,25 @@ def test_missing_and_damaged_shards_are_made_anew(
     assert "val-000000.safetensors is truncated or damaged" in said.replace("\n", "")
     cache(tokenizer, out, *SCENES)  # which has nothing left to do
     assert contents(out) == contents(scenes)
+
+
+def test_a_data_worker_that_ends_is_a_sentence(tokenizer: Path, tmp_path: Path) -> None:
+    """It ends while the network works, not while a batch is waited for."""
+    killed: list[int] = []
+
+    def kill_at_first(*arguments: Any) -> Any:
+        if not killed:
+            killed.extend(process.pid for process in multiprocessing.active_children() if process.pid)
+            for number in killed:
+                os.kill(number, signal.SIGKILL)
+            time.sleep(0.2)
+        return tokenize_batch(*arguments)
+
+    flags = "--scenes 60 --views 1 --val-images 5 --shard-samples 8 --batch-size 3 --device cpu --workers 1".split()
+    with patch.object(caching, "tokenize_batch", kill_at_first), pytest.raises(SystemExit) as stopped:
+        cache(tokenizer, tmp_path / "cache", *flags)
+    said = str(stopped.value.code)
+    assert re.fullmatch(r"error: data worker 0 \(process \d+\) ended by SIGKILL; --workers 0 .*", said), said
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

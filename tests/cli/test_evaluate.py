@@ -34,6 +34,7 @@ from regvq_fast.evaluation.measurement import Measurement, write_measurements
 from regvq_fast.evaluation.metrics import SampledImages
 from regvq_fast.image_grids import save_images
 from regvq_fast.models.features import VGGFeatures
+from regvq_fast.ownership import FolderLock
 from regvq_fast.precision import choose_precision
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
 from regvq_fast.priors.autoregressive.config import AR_PRESETS
@@ -473,6 +474,18 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
     with pytest.raises(PermissionError, match=r"\bout\b"):
         measure(tmp_path / "out", run=runs["vq"])
+
+
+@pytest.mark.usefixtures("tiny_nets")
+def test_a_folder_that_another_process_evaluates_into_is_refused_before_the_work(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regvq_fast.cli.evaluate.evaluate_tokenizer", lambda *_, **__: pytest.fail("it works"))
+    out = tmp_path / "out"
+    refused = pytest.raises(FileExistsError, match=f"out is in use by process {os.getpid()} ")
+    with FolderLock(out, "evaluation"), refused:
+        measure(out, run=runs["vq"])
+    assert list(out.iterdir()) == []
 
 
 def test_the_script_ends_with_the_sentence(runs: dict[str, Path], tmp_path: Path) -> None:

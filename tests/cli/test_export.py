@@ -19,9 +19,11 @@ from regvq_fast.quantizers import (
     EMAQuantizer,
     FSQQuantizer,
     GumbelQuantizer,
+    IBQQuantizer,
     LFQQuantizer,
     Quantizer,
     RegularizedQuantizer,
+    SimVQQuantizer,
 )
 
 N, D = 16, 4
@@ -76,12 +78,15 @@ def test_pt2_programs_need_pytorch_alone_and_give_the_same_in_any_size(
     assert f"all of {description['compared']['tokens']} are" in capsys.readouterr().out
 
 
-def test_gumbel_vq_exports_its_predicted_tokens() -> None:
-    model = tokenizer(GumbelQuantizer(N, D))
+@pytest.mark.parametrize("kind", [GumbelQuantizer, SimVQQuantizer, IBQQuantizer])
+def test_quantizers_with_learned_logits_or_codes_are_exported(kind: type[Quantizer]) -> None:
+    model = tokenizer(kind(N, D)).requires_grad_(False)
     encoder = exporting._traced_encoder(model).module()
     tokens = encoder(images_of((3, 3, 16, 20)))
     assert torch.equal(tokens, model.tokenize(images_of((3, 3, 16, 20))))
     assert len(tokens.unique()) > 2
+    decoder = exporting._traced_decoder(model).module()
+    torch.testing.assert_close(decoder(tokens), model.decode_indices(tokens))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,21 @@ def test_runs_that_are_not_published(run: Path, prior_run: Path, tmp_path: Path)
     shutil.rmtree(prior_run / "tokenizer")
     with pytest.raises(ValueError, match="tokenizer/"):
         published_files(prior_run, AR)
+
+
+@pytest.mark.parametrize("name", ["a key by a link", "a picture by a link", "a key", "a pipe"])
+def test_only_images_of_the_run_are_published_as_such(run: Path, tmp_path: Path, name: str) -> None:
+    key, picture = tmp_path / "id_ed25519", run / "pictures" / "extra.png"
+    key.write_text("-----BEGIN OPENSSH PRIVATE KEY-----")
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    if name == "a pipe":
+        os.mkfifo(picture)
+    elif name == "a key":
+        picture.write_bytes(key.read_bytes())
+    else:
+        picture.symlink_to(key if name == "a key by a link" else tmp_path / "private.png")
+    with pytest.raises(ValueError, match=r"extra\.png is no image of this run: remove it"):
+        published_files(run, VQ)
 
 
 def test_measurements_of_another_prior_are_not_published(prior_run: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from regvq_fast.data import ImageFolder, training_batches, validation_batches
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.loading import TimedBatches, default_workers, spread_samples
-from regvq_fast.data.workers import start_worker
+from regvq_fast.data.workers import WorkersFailed, start_worker
 from regvq_fast.scenes import ScenesDataset
 
 
@@ -211,3 +211,25 @@ def test_workers_end_though_one_was_killed_with_a_lock():
     closing.join(20)
     assert not closing.is_alive()
     assert not worker.is_alive()
+
+
+def test_a_worker_that_ends_is_an_error_of_the_wait_for_its_batch_alone():
+    batches = training_batches(ScenesDataset("train", 16), 2, workers=1)
+    next(batches)
+    (worker,) = batches._batches._batches._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join(20)
+    for _ in range(20):  # DataLoader's own error would come here
+        time.sleep(0.01)
+    with pytest.raises(WorkersFailed, match=rf"worker 0 \(process {worker.pid}\) ended by SIGKILL; --workers 0"):
+        take(batches, 100)
+
+
+def test_without_workers_a_thread_loads_and_ends_with_the_batches():
+    batches = training_batches(AboutTheProcess(), 1)
+    assert int(next(batches)["image"][0, 0]) == os.getpid()
+    thread = batches._batches._thread
+    assert thread.is_alive()
+    del batches
+    thread.join(20)
+    assert not thread.is_alive()

@@ -1,8 +1,11 @@
 """The page's server, attacked: files, addresses, sizes, broken requests, many clients. It answers, and it stays up."""
 
+import asyncio
 import http.server
 import json
+import math
 import os
+import signal
 import socket
 import threading
 import time
@@ -12,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.demo_server import DemoServer
+from helpers.demo_server import DemoServer, demo_server, save_tiny_models
 from helpers.hostile_images import encoded, gradient, refused, valid_oddities
 
-from regvq_fast.demo.serving import Guard, listen, make_room
+from regvq_fast.demo import guard
+from regvq_fast.demo.guard import LEAST_BYTES, MAX_STREAMS, Guard, Receive, make_room
+from regvq_fast.demo.serving import MAX_CONNECTIONS, listen
 from regvq_fast.demo.uploads import MAX_BYTES
 
 
@@ -47,7 +52,9 @@ def alive(server: DemoServer) -> Iterator[None]:
     succeeded, shown = server.call("reconstruct", as_file(paths[0]))
     assert succeeded, shown
     assert server.process.poll() is None
-    assert "a request to the demo failed" not in server.log.read_text()
+    logged = server.log.read_text()
+    assert "a request to the demo failed" not in logged
+    assert "ASGI application" not in logged
 
 
 def as_file(path: str, **more: Any) -> dict[str, Any]:
@@ -195,6 +202,54 @@ def test_settings_that_a_page_does_not_send(server: DemoServer, alive: None) -> 
         assert "map" in error
 
 
+WRONG = [None, math.nan, math.inf, -1, "x", [], {}, {"a": math.nan}, True, [[]] * 50, "\ud800", "x" * 200_000, 10**300]
+
+
+@pytest.mark.parametrize("name", ["map", "caption", "label", "any"])
+def test_wrong_values_get_a_sentence(server: DemoServer, alive: None, name: str) -> None:
+    settings = [1, 0, 1, 1]
+    right = {"map": ["00" * 4096, *settings, 1], "caption": ["a cat", *settings, 2], "label": ["cow", *settings, 2]}
+    right["any"] = settings
+    for place in range(len(right[name])):
+        for wrong in WRONG:
+            values = [wrong if k == place else value for k, value in enumerate(right[name])]
+            succeeded, answer = server.call(name, *values)
+            default, text = place == 5 and wrong is None, (name, place) == ("caption", 0)
+            assert not succeeded or default or (text and isinstance(wrong, str)), (place, wrong)
+            if not succeeded:
+                assert "must be a number" in answer or (place == 0 and name != "any"), (place, wrong, answer)
+                assert len(answer) < 400
+                assert " " in answer
+
+
+def test_what_the_framework_fails_at_is_an_answer(server: DemoServer, alive: None) -> None:
+    _, paths = server.upload(encoded(gradient()))
+    work = {"data": [], "session_hash": "s"}
+    bodies = [work | {"fn_index": number} for number in (-1, 10**9)] + [work | {"fn_index": 0, "trigger_id": math.inf}]
+    answers = [server.join(json.dumps(body).encode()) for body in bodies]
+    kind = {"Content-Type": "multipart/form-data; boundary=" + "b" * 5000}
+    answers.append(server.ask("POST", "/gradio_api/upload", b"--b", kind))
+    ranges = {"Range": "bytes=" + ",".join(f"{k}-{k}" for k in range(5000))}
+    answers.append(server.ask("GET", f"/gradio_api/file={paths[0]}", headers=ranges))
+    assert [status for status, _ in answers] == [500] * len(answers)
+    assert all("The request failed" in str(answer) for _, answer in answers)
+    assert server.ask("GET", "/assets/" + "a/" * 3000)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join"])
+def test_other_web_sites_send_nothing(server: DemoServer, path: str) -> None:
+    for origin in (
+        "https://evil.example",
+        "null",
+        "http://127.0.0.1.evil.example",
+        f"http://evil.example:{server.port}",
+    ):
+        status, answer = server.ask("POST", path, b"{}", {"Origin": origin, "Content-Type": "application/json"})
+        assert (status, b"another web site" in answer) == (403, True)
+    own = {"Origin": server.url.rstrip("/"), "Content-Type": "application/json"}
+    assert server.ask("POST", path, b"{}", own)[0] not in (403, 404)
+
+
 def test_markup_in_a_caption_stays_text(server: DemoServer) -> None:
     succeeded, shown = server.call("caption", "<img src=x onerror=alert(1)> cat", 1, 0, 1, 1, 1)
     assert succeeded
@@ -225,8 +280,8 @@ def test_many_clients_at_once_are_served(server: DemoServer, alive: None) -> Non
             return server.call("caption", "a cat on the left and bricks on the right", 1, number, 1, 1, 2)
         return server.call("reconstruct", as_file(server.upload(content)[1][0]))
 
-    with ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(visit, range(24)))
+    with ThreadPoolExecutor(30) as pool:
+        answers = list(pool.map(visit, range(30)))
     assert [error for succeeded, error in answers if not succeeded] == []
 
 
@@ -258,14 +313,97 @@ def test_idle_connections_do_no_harm(server: DemoServer, alive: None) -> None:
         connection.close()
 
 
+def connect(server: DemoServer, request: str) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection.sendall(request.encode())
+    return connection
+
+
+def test_connections_without_a_request_are_closed(server: DemoServer, alive: None) -> None:
+    whole = "GET /favicon.ico HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    half = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Le"
+    slow = [connect(server, [half, "", whole + half][k % 3]) for k in range(MAX_CONNECTIONS + 40)]
+    assert server.ask("GET", "/")[0] == 503
+    time.sleep(6)
+    assert server.ask("GET", "/")[0] == 200
+    for connection in slow:
+        connection.close()
+
+
+def test_heartbeats_leave_room_for_the_page(server: DemoServer, alive: None) -> None:
+    beats = [
+        connect(server, f"GET /gradio_api/heartbeat/s{k} HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for k in range(MAX_STREAMS + 20)
+    ]
+    statuses = [connection.recv(12) for connection in beats]
+    assert statuses.count(b"HTTP/1.1 200") == MAX_STREAMS
+    assert statuses.count(b"HTTP/1.1 503") == 20
+    assert server.call("caption", "a cat", 1, 0, 1, 1, 2)[0]
+    for connection in beats:
+        connection.close()
+
+
+def test_clients_that_leave_are_forgotten(server: DemoServer, alive: None) -> None:
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    part = '--b\r\nContent-Disposition: form-data; name="files"; filename="x.png"\r\n\r\n' + "x" * 10**6
+    for _ in range(10):
+        connect(server, f"{head}Content-Length: {2 * 10**6}\r\n\r\n{part}").close()
+    function = server.function("caption")
+    for number in range(25):
+        body = {"data": ["a cat", 8, number, 1, 1, 6], "fn_index": function, "session_hash": f"gone{number}"}
+        assert server.join(json.dumps(body).encode())[0] == 200
+        data = f"GET /gradio_api/queue/data?session_hash=gone{number} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        connect(server, data).close()
+    assert server.call("caption", "a cat", 1, 0, 1, 1, 2)[0]
+
+
+def test_a_body_has_to_arrive_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never() -> dict[str, object]:
+        await asyncio.sleep(60)
+        return {}
+
+    async def page(scope: object, receive: Receive, send: object) -> None:
+        assert (await receive())["type"] == "http.disconnect"
+        raise ClientDisconnect
+
+    class ClientDisconnect(Exception):
+        pass
+
+    monkeypatch.setattr(guard, "_SECONDS", dict.fromkeys(guard._SECONDS, 0.05))
+    for path in guard._SECONDS:
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: Any, sent: list[dict[str, Any]] = sent) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"localhost"), (b"content-length", b"5")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        asyncio.run(Guard(page, tmp_path, local=True)(scope, never, send))
+        assert [message.get("status") for message in sent] == [408, None]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_page_ends_under_open_tabs(tmp_path: Path, number: signal.Signals) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    save_tiny_models(tmp_path / "models")
+    with demo_server(tmp_path / "models", tmp_path / "errors.log") as server:
+        uploads = Path(server.upload(encoded(gradient()))[1][0]).parents[1]
+        tab = connect(server, "GET /gradio_api/heartbeat/s HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert tab.recv(12) == b"HTTP/1.1 200"
+        server.process.send_signal(number)
+        assert server.process.wait(60) == 128 + number
+        assert not uploads.exists()
+        assert "Traceback" not in server.log.read_text()
+
+
 def test_the_oldest_uploads_go(tmp_path: Path) -> None:
     for number in range(6):
         path = tmp_path / str(number) / "image.png"
         path.parent.mkdir()
         path.write_bytes(bytes(1000))
         os.utime(path, (number, number))
-    make_room(tmp_path, 2500)
-    assert sorted(path.parent.name for path in tmp_path.rglob("*.png")) == ["4", "5"]
+    make_room(tmp_path, 2 * LEAST_BYTES)  # tiny ones count, too
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
 
 def test_a_port_in_use_is_a_sentence() -> None:

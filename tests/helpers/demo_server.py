@@ -26,7 +26,9 @@ LABELS = ("cow", "red fox")
 START = """
 import sys
 from pathlib import Path
+from regvq_fast.demo import serving
 from regvq_fast.scenes import embedded
+serving.REQUEST_SECONDS = 2.0
 embedded.FOLDER = Path(sys.argv[1])
 from regvq_fast.cli.demo import main
 main(sys.argv[2:])

@@ -38,6 +38,13 @@ def png_of_size(width: int, height: int) -> bytes:
     )
 
 
+def many_scans(scans: int, side: int = 7000) -> bytes:
+    """A progressive JPEG whose last, empty scan comes again and again: 270 bytes that cost a pass over the image."""
+    flat = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True)
+    last = flat.rindex(b"\xff\xda")
+    return flat[:last] + flat[last:-2] * scans + b"\xff\xd9"
+
+
 def valid_oddities() -> dict[str, bytes]:
     """Images that have to be read."""
     plain = gradient()

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from regvq_fast.losses import LPIPS, ProbabilisticContrastiveLoss, ReconstructionLoss
+from regvq_fast.losses import LPIPS, LeCAM, ProbabilisticContrastiveLoss, ReconstructionLoss
 from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
 from regvq_fast.precision import Precision
 from regvq_fast.quantizers import EMAQuantizer, RegularizedQuantizer
@@ -28,6 +28,8 @@ class Case(NamedTuple):
     """Only losses that are means over images."""
     parts: int = 1
     compile: bool = False
+    regularized: bool = False
+    """LeCAM and R1 on the discriminator."""
 
 
 CASES = {
@@ -35,6 +37,7 @@ CASES = {
     "vq-vae": Case("vq-vae"),
     "parts": Case(by_image=True, parts=2),
     "compiled": Case(compile=True),
+    "regularized": Case(regularized=True),
 }
 
 
@@ -56,7 +59,8 @@ def train(case: Case) -> list[dict[str, dict]]:
     loss = ReconstructionLoss(features, LPIPS(features), contrastive, contrastive_weight=0.1)
     # Traced as one graph with its collectives; generating code for it would take minutes.
     with patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
-        step = VQGANStep(model, discriminator, loss, Precision(device, None, ""), compile=case.compile)
+        precision, lecam = Precision(device, None, ""), LeCAM(0.3) if case.regularized else None
+        step = VQGANStep(model, discriminator, loss, precision, lecam=lecam, r1_weight=0.1, compile=case.compile)
     optimizers = [torch.optim.SGD(module.parameters(), lr=1e-2) for module in (model, discriminator)]
     generator = torch.Generator().manual_seed(1)
     modules = {"model": model, "discriminator": discriminator}
@@ -74,6 +78,7 @@ def train(case: Case) -> list[dict[str, dict]]:
                 torch.tensor(number),
                 first_image=torch.tensor(rank() * size + k * len(part)),
                 adversarial=number > 0 and not case.by_image,
+                penalize=case.regularized and number != 2,
                 loss_scale=1 / case.parts,
                 synchronize=k == case.parts - 1,
             )
@@ -81,6 +86,7 @@ def train(case: Case) -> list[dict[str, dict]]:
             optimizer.step()
             optimizer.zero_grad()
         results.append({name: copy.deepcopy(module.state_dict()) for name, module in modules.items()})
+        results[-1]["lecam"] = copy.deepcopy(lecam.state_dict()) if lecam else {}
         results[-1]["metrics"] = {name: float(mean_over_ranks(value.float())) for name, value in metrics.items()}
     return results
 

@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +56,58 @@ def test_the_folder_of_another_model_is_refused_in_a_sentence(
     tiny(kind).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=f"{tmp_path / 'model'} .* {kind.__name__}, .* {asked.__name__}$"):
         asked.from_pretrained(tmp_path / "model")
+
+
+def described(**changes: Any) -> Callable[[Path], None]:
+    """Change the architecture in a folder."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["architecture"] |= changes
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (described(depth=2**19), "more parameters"),
+        (described(width=2**18), "more parameters"),
+        (described(num_steps=2**20), "more parameters"),
+        (described(text_encoder="org/name"), "sequence|text encoder"),
+        (described(type="os.system"), "holds a os.system"),
+        (replaced("config.json", lambda path: path.symlink_to("/etc/passwd")), "does not describe a model"),
+        (replaced("config.json", lambda path: path.symlink_to(path)), "missing"),
+        (replaced("config.json", os.mkfifo), "no file"),
+        (replaced("manifest.json", os.mkfifo), "manifest"),
+        (replaced("manifest.json", lambda path: path.symlink_to("/dev/zero")), "manifest"),
+        (replaced("model.safetensors", lambda path: path.symlink_to("/dev/zero")), "no file"),
+        (replaced("config.json", lambda path: path.write_bytes(b"[" * (2**24 + 1))), "16,777,217 bytes"),
+        (replaced("manifest.json", lambda path: path.write_bytes(b"[" * (2**24 + 1))), "damaged"),
+        (replaced("model.safetensors", lambda path: (path.parent / "model.bin").write_bytes(b"\x80\x04")), "neither"),
+    ],
+)
+def test_a_hostile_folder_costs_neither_time_nor_memory(
+    tmp_path: Path, change: Callable[[Path], None], word: str
+) -> None:
+    folder = tmp_path / "model"
+    tiny(VQDiffusion).save_pretrained(folder)
+    (folder / "manifest.json").unlink()
+    change(folder)
+    start = time.monotonic()
+    with pytest.raises((ValueError, OSError), match=word) as refused:
+        VQDiffusion.from_pretrained(folder)
+    assert str(folder) in str(refused.value)
+    assert time.monotonic() - start < 20
 
 
 def test_folders_without_a_type_are_of_a_vqgan(tmp_path: Path) -> None:

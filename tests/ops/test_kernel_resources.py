@@ -282,6 +282,28 @@ def test_another_number_of_rows_or_images_compiles_no_kernel(architecture):
 
 
 @without_interpreter
+@pytest.mark.parametrize("architecture", [70, 90])
+@pytest.mark.parametrize(("linear", "codebook_grad"), [(False, "soft"), (True, "hard")])
+def test_heads_take_the_launches_of_one(architecture, linear, codebook_grad):
+    def launches(*lead: int) -> list[str]:
+        x, codes, mask = torch.zeros(300, *lead, 64), torch.zeros(*lead, 8192, 64), torch.zeros(300, dtype=torch.bool)
+        one, zero = torch.ones(()), torch.tensor(0)
+        weight = codes if linear else None
+        inputs = dispatch.Inputs(x, codes, weight, None, mask, zero, one, one, zero, 3, codebook_grad)
+        with (
+            kernel_resources.recording(architecture) as calls,
+            mock.patch.object(dispatch, "_num_splits", return_value=2),
+        ):
+            *_, lse = vector_quantize_forward(inputs, needs_lse=True)
+            indices = torch.zeros(x.shape[:-1], dtype=torch.int64)
+            vector_quantize_backward(inputs, x, torch.zeros(3, *lead, 8192), indices, lse, True, True)
+            assign_codes_forward(x, codes)
+        return [call["kernel"] for call in calls]
+
+    assert launches(4) == launches()
+
+
+@without_interpreter
 @pytest.mark.parametrize(
     ("architecture", "tile", "loaded", "ahead"),
     [

@@ -75,7 +75,7 @@ def test_a_description_in_json_builds_it_again() -> None:
         ((512, 9), (), "512: .*--levels.* 256, 1024, 4096, 16384 or 65536 codes$"),
         ((1024, 4), (), "num_codes=1000, code_dim=4 .*1024 and 4$"),
         ((16, 2), (8, 2), "at least 3 .*8 2$"),
-        ((10**9, 3), (1000, 1000, 1000), "at most 16777216, got 1000 1000 1000$"),
+        ((10**9, 3), (1000, 1000, 1000), "at most 1048576, got 1000 1000 1000$"),
     ],
 )
 def test_sizes_and_levels_that_do_not_fit_are_refused(sizes, levels, message: str) -> None:

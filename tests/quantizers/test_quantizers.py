@@ -10,16 +10,19 @@ from torch import Tensor
 
 from regvq_fast.losses.prior import prior_kl
 from regvq_fast.matmul import score_dtype
+from regvq_fast.padding import Padding
 from regvq_fast.quantizers import (
     BSQQuantizer,
     EMAQuantizer,
     FSQQuantizer,
     GumbelQuantizer,
+    IBQQuantizer,
     LFQQuantizer,
     NearestQuantizer,
     Quantizer,
     QuantizerOutput,
     RegularizedQuantizer,
+    SimVQQuantizer,
 )
 from regvq_fast.quantizers.mask import stochastic_mask
 
@@ -35,6 +38,10 @@ BUILDERS = {
     "lfq": lambda: LFQQuantizer(2**D, D),
     "lfq-groups": lambda: LFQQuantizer(2**D, D, temperature=1.0, group_bits=3),
     "bsq": lambda: BSQQuantizer(2**D, D),
+    "vq-gan-rotation": lambda: NearestQuantizer(N, D, rotation_trick=True),
+    "vq-vae-kmeans": lambda: EMAQuantizer(N, D, kmeans_init=True),
+    "simvq": lambda: SimVQQuantizer(N, D),
+    "ibq": lambda: IBQQuantizer(N, D),
 }
 
 
@@ -388,7 +395,7 @@ def test_equal_codes_leave_the_scale_in_range() -> None:
     with torch.no_grad():
         quantizer.embedding.weight.fill_(1.0)
     for step in range(2000):
-        quantizer._control(torch.randn(2, 3, D, generator=torch.Generator().manual_seed(step)), seed(step))
+        quantizer._control(torch.randn(2, 3, D, generator=torch.Generator().manual_seed(step)), seed(step), Padding())
     assert torch.isfinite(quantizer(maps(), seed()).quantized).all()
 
 
@@ -591,6 +598,10 @@ def test_gumbel_vq_samples_every_position_as_torch_does_and_has_the_kl_of_its_so
         (GumbelQuantizer, {"tau_end": 0.0}, r"tau_start .*tau_end .*1\.0 and 0\.0$"),
         (GumbelQuantizer, {"kl_weight": -1.0}, r"kl_weight .*-1\.0$"),
         (GumbelQuantizer, {"kl_weight": math.nan}, "kl_weight .*nan$"),
+        (SimVQQuantizer, {"commitment": -1.0}, r"commitment .*-1\.0$"),
+        (IBQQuantizer, {"codebook_weight": -1.0}, r"codebook_weight .*-1\.0$"),
+        (IBQQuantizer, {"entropy_weight": math.nan}, "entropy_weight .*nan$"),
+        (IBQQuantizer, {"entropy_temperature": 0.0}, r"entropy_temperature .*\b0\.0$"),
     ],
 )
 def test_baselines_refuse_bad_settings(build: type[Quantizer], arguments: dict, message: str) -> None:

@@ -16,9 +16,16 @@ from helpers.runs import FAST, assert_same_run, checkpoints, records, resume, tr
 from helpers.tiny_models import tiny_vqgan
 from safetensors.torch import save_file
 
-from regvq_fast import EMAQuantizer, GumbelQuantizer, NearestQuantizer, RegularizedQuantizer
 from regvq_fast.models import VQGAN
-from regvq_fast.quantizers import Quantizer
+from regvq_fast.quantizers import (
+    EMAQuantizer,
+    GumbelQuantizer,
+    IBQQuantizer,
+    NearestQuantizer,
+    Quantizer,
+    RegularizedQuantizer,
+    SimVQQuantizer,
+)
 from regvq_fast.ranks import set_random_state
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints
 from regvq_fast.training.recorder import Recorder, reason
@@ -52,7 +59,9 @@ def largest_file(size: int) -> Iterator[None]:
         RegularizedQuantizer(8, 4, logits="cosine", prior_scope="image"),
         GumbelQuantizer(8, 4, tau_start=2.0),
         NearestQuantizer(8, 4, commitment=0.5),
-        EMAQuantizer(8, 4, decay=0.9),
+        EMAQuantizer(8, 4, decay=0.9, kmeans_init=True),
+        SimVQQuantizer(8, 4, rotation_trick=False),
+        IBQQuantizer(8, 4, entropy_weight=0.1),
     ],
     ids=lambda quantizer: quantizer.extra_repr(),
 )
@@ -286,7 +295,9 @@ def test_records_wait_for_room_on_the_disk(
         if step in (2, 4):
             with largest_file((recorder.folder / "metrics.jsonl").stat().st_size + 20):
                 record(recorder, step, *arguments, **others)
-                recorder._to_board(lambda board: board.flush())  # its thread writes when it likes, else
+                recorder._trackers._each(
+                    lambda tracker: tracker._writer.flush()
+                )  # its thread writes when it likes, else
         else:
             record(recorder, step, *arguments, **others)
 
@@ -294,7 +305,7 @@ def test_records_wait_for_room_on_the_disk(
     train(*FAST, "--out", tmp_path / "run", "--steps", 6)
     assert [row["step"] for row in records(tmp_path / "run")] == [1, 2, 4, 6, 6]
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: TensorBoard gets no more numbers (File too large); metrics.jsonl has them" in said
+    assert "warning: tensorboard gets no more numbers (File too large); metrics.jsonl has them" in said
     assert said.count("warning: metrics.jsonl could not be written (File too large); the run goes on") == 1
 
 

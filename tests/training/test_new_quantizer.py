@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,19 @@ def test_a_section_builds_each_of_them_with_its_settings(name: str) -> None:
     sizes = {"fsq": (240, 3), "lfq": (256, 8), "bsq": (256, 8)}.get(name, (256, 4))
     assert (quantizer.num_codes, quantizer.code_dim, quantizer.fp32_scores) == (*sizes, True)
     assert type(quantizer)(**quantizer.arguments()).arguments() == quantizer.arguments()
+
+
+def test_a_section_has_the_sizes_that_its_settings_decide() -> None:
+    lfq = quantizer_section("lfq")(quantizer="lfq", num_codes=1024, code_dim=256)
+    assert (lfq.num_codes, lfq.code_dim) == (1024, 10)
+    fsq = quantizer_section("fsq")(quantizer="fsq", num_codes=1024)
+    assert (fsq.num_codes, fsq.code_dim) == (1000, 4)
+    assert replace(fsq, num_codes=1000) == fsq  # as a resumed run has it
+    fsq = replace(fsq, levels=(3, 5))
+    assert (fsq.num_codes, fsq.code_dim) == (15, 2)
+    wrong = quantizer_section("lfq")(quantizer="lfq", num_codes=1000)
+    with pytest.raises(ValueError, match=r"1000: use 512 or 1024$"):
+        wrong.check()
 
 
 def test_settings_of_another_quantizer_are_kept_where_both_have_them() -> None:

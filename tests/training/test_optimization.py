@@ -23,6 +23,38 @@ def test_learning_rate_warms_up_and_then_follows_a_cosine() -> None:
     assert learning_rate(OptimizerConfig(lr=1.0, warmup_steps=0), 0, 10) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [  # at steps 0, 4, 29, 54, 79, 92 and 104 of 104, the first 4 of them warm-up
+        ("cosine", [0.25, 1, 0.868198, 0.55, 0.231802, 0.131601, 0.1]),
+        ("linear", [0.25, 1, 0.775, 0.55, 0.325, 0.208, 0.1]),
+        ("wsd", [0.25, 1, 1, 1, 0.1 + 0.9 * 25 / 26, 0.1 + 0.9 * 12 / 26, 0.1]),
+        ("constant", [0.25, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_schedules_of_the_learning_rate(schedule: str, rates: list[float]) -> None:
+    settings: dict[str, Any] = {"schedule": schedule, "final_lr_fraction": 0.1, "decay_fraction": 0.25}
+    config = OptimizerConfig(lr=2.0, warmup_steps=4, **settings)
+    steps = (0, 4, 29, 54, 79, 92, 104)
+    assert [learning_rate(config, step, 104) / 2 for step in steps] == pytest.approx(rates, abs=1e-6)
+    assert config.decays == (schedule != "constant")
+    assert learning_rate(config, 78, 104) >= learning_rate(config, 79, 104)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "wsd"}, r"--schedule wsd .*--final-lr-fraction 1"),
+        ({"schedule": "linear", "final_lr_fraction": 1}, r"--schedule linear .*--final-lr-fraction"),
+        ({"decay_fraction": 0.0}, r"--decay-fraction .*0\.0"),
+    ],
+)
+def test_a_schedule_that_decays_to_nowhere_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**settings).check()
+    OptimizerConfig(schedule="constant").check()
+
+
 def test_weight_decay_spares_biases_normalisation_and_codes() -> None:
     module = torch.nn.ModuleDict(
         {"q": RegularizedQuantizer(8, 4, logits="linear"), "c": torch.nn.Conv2d(4, 4, 3), "n": torch.nn.GroupNorm(2, 4)}

@@ -20,7 +20,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[s
 
 def assert_same(one: list[dict[str, dict]], two: list[dict[str, dict]]) -> None:
     for alone, together in zip(one, two, strict=True):
-        for module in ("model", "discriminator"):
+        for module in ("model", "discriminator", "lecam"):
             assert alone[module].keys() == together[module].keys()
             for name, value in alone[module].items():
                 difference = (together[module][name] - value).abs().max()
@@ -34,6 +34,15 @@ def test_two_ranks_take_the_steps_of_one(two_ranks: dict[str, list[dict[str, dic
     for alone, together in zip(one, two, strict=True):
         assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-5)
     assert one[-1]["metrics"]["lambda"] > 0
+
+
+def test_regularizers_of_two_ranks_are_those_of_one(two_ranks: dict[str, list[dict[str, dict]]]) -> None:
+    one = train_on_ranks.train(CASES["regularized"])
+    assert_same(one, two_ranks["regularized"])
+    assert {"r1" in step["metrics"] for step in one[1:]} == {True, False}
+    assert one[-1]["metrics"]["lecam"] > 0
+    weights = [results[-1]["discriminator"]["main.0.weight"] for results in (one, two_ranks["reg-vq"])]
+    assert (weights[0] - weights[1]).abs().max() > 1e-4
 
 
 def test_parts_of_a_ranks_batch_add_up_before_the_ranks_do(two_ranks: dict[str, list[dict[str, dict]]]) -> None:

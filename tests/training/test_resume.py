@@ -31,7 +31,7 @@ from regvq_fast.training.vqgan_recipe import VQGANRecipe
 STEPS = 12
 RUN = (
     f"--steps {STEPS} --dropout 0.2 --ema 0.9 --disc-start 5 --grad-accum-steps 2 --eval-every 4 --log-every 3 "
-    "--final-lr-fraction 0.1 --checkpoint-every 2"
+    "--final-lr-fraction 0.1 --checkpoint-every 2 --disc-lr 1e-4 --lecam-weight 0.1 --r1-weight 0.01 --r1-every 3"
 ).split()
 
 # A run that kills itself: {0} is where, {1} the command line.

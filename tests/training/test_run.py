@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, override
+from regvq_fast.losses.adversarial import ADVERSARIAL_LOSSES
 from regvq_fast.models import VGGFeatures, weights
 from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.training import build
@@ -20,6 +21,7 @@ from regvq_fast.training.build import build_model
 from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.trainer import Trainer
 from regvq_fast.training.vqgan_recipe import VQGANRecipe
+from regvq_fast.training.vqgan_step import VQGANStep
 
 
 def test_a_run_leaves_everything_it_promises(tmp_path: Path) -> None:
@@ -227,6 +229,13 @@ def test_data_that_go_bad_end_a_run_with_the_way_to_continue(
             "--grad-accum-steps 4 .*--batch-size 6.* 1, 2, 3, 6",
         ),
         (["--lr", "-1"], r"--lr .*-1\.0$"),
+        (["--disc-lr", "0"], r"--disc-lr .*\b0\.0$"),
+        (["--disc-betas", "0.9", "1"], r"--disc-betas .*\(0\.9, 1\.0\)$"),
+        (["--l2-weight", "-1"], r"--l2-weight .*-1\.0$"),
+        (["--lecam-weight", "-1"], r"--lecam-weight .*-1\.0$"),
+        (["--r1-every", "0"], r"--r1-every .*\b0$"),
+        (["--schedule", "wsd", "--final-lr-fraction", "1"], "--schedule wsd .*--final-lr-fraction 1"),
+        (["--log", "tensorboard", "paper"], "--log .*'paper'$"),
         (["--perceptual-weights", "no/such.pth"], "no/such.pth"),
         (["--disc-start", "0", "--disc-layers", "5"], "5 layers"),
     ],
@@ -253,6 +262,33 @@ def test_a_run_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"error: .*file"):
         train("--out", tmp_path / "file" / "run", *FAST)
+
+
+def test_the_discriminator_has_settings_and_regularizers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    penalized, step = [], VQGANStep.__call__
+
+    def counted(self: VQGANStep, *arguments: Any, **others: Any) -> Any:
+        penalized.append(others["adversarial"] and others["penalize"])
+        return step(self, *arguments, **others)
+
+    monkeypatch.setattr(VQGANStep, "__call__", counted)
+    tiny: dict[str, Any] = {"image_size": 32, "ch": 8, "ch_mult": (1, 2), "z_channels": 8, "code_dim": 8, "steps": 9}
+    tiny |= {"batch_size": 2, "perceptual_weight": 0, "contrastive": "none", "device": "cpu", "disc_filters": 4}
+    config = override(VQGANConfig(), **tiny, lr=1e-3, betas=(0.9, 0.95), warmup_steps=2, disc_start=1)
+    own = override(config, disc_lr=2e-4, disc_betas=(0.0, 0.99), r1_weight=0.5, r1_every=3, disc_loss="non-saturating")
+    for settings, lr, betas, steps in ((config, 1e-3, (0.9, 0.95), []), (own, 2e-4, (0.0, 0.99), [1, 4])):
+        penalized.clear()
+        trainer = Trainer(VQGANRecipe, settings)
+        for number in range(6):
+            trainer.step(number)
+        assert [number for number, found in enumerate(penalized) if found] == steps
+        model, discriminator = trainer.optimization.optimizers.values()
+        assert {(group["lr"], group["betas"]) for group in model.param_groups} == {(1e-3, (0.9, 0.95))}
+        assert {(group["lr"], group["betas"]) for group in discriminator.param_groups} == {(lr, betas)}
+        assert trainer.lr == 1e-3
+    train_step = trainer.recipe.train_step
+    assert train_step.r1_weight == 1.5
+    assert train_step.adversarial_loss is ADVERSARIAL_LOSSES["non-saturating"]
 
 
 def test_overflow_of_scaled_gradients_skips_the_step_and_lowers_the_scale() -> None:

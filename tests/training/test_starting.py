@@ -23,9 +23,11 @@ from regvq_fast.quantizers import (
     EMAQuantizer,
     FSQQuantizer,
     GumbelQuantizer,
+    IBQQuantizer,
     NearestQuantizer,
     Quantizer,
     RegularizedQuantizer,
+    SimVQQuantizer,
 )
 from regvq_fast.training.starting import freeze, start_model
 from regvq_fast.training.trainer import Trainer
@@ -62,7 +64,12 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize(
     "quantizer",
-    [RegularizedQuantizer(32, 4, logits="distance"), GumbelQuantizer(32, 4), EMAQuantizer(32, 4)],
+    [
+        RegularizedQuantizer(32, 4, logits="distance"),
+        GumbelQuantizer(32, 4),
+        EMAQuantizer(32, 4),
+        SimVQQuantizer(32, 4),
+    ],
     ids=lambda quantizer: type(quantizer).__name__,
 )
 def test_codes_of_a_nearest_code_model_are_kept_with_their_tokens(quantizer: Quantizer) -> None:
@@ -122,7 +129,13 @@ def test_the_same_kind_is_copied_with_its_buffers() -> None:
 
 @pytest.mark.parametrize(
     "quantizer",
-    [NearestQuantizer(50, 4), RegularizedQuantizer(50, 4), GumbelQuantizer(50, 4)],
+    [
+        NearestQuantizer(50, 4),
+        RegularizedQuantizer(50, 4),
+        GumbelQuantizer(50, 4),
+        SimVQQuantizer(50, 4),
+        IBQQuantizer(50, 4),
+    ],
     ids=lambda q: type(q).__name__,
 )
 def test_a_new_codebook_is_of_latents_and_in_use(quantizer: Quantizer) -> None:
@@ -135,6 +148,7 @@ def test_a_new_codebook_is_of_latents_and_in_use(quantizer: Quantizer) -> None:
 def test_learned_logits_stay_with_their_kind() -> None:
     for source, name in (
         (GumbelQuantizer(32, 4), "gumbel-vq"),
+        (IBQQuantizer(32, 4), "ibq"),
         (RegularizedQuantizer(32, 4, logits="linear"), "reg-vq"),
     ):
         model = tiny_vqgan(NearestQuantizer(32, 4))
@@ -172,7 +186,8 @@ def test_frozen_parts_stay_to_the_last_bit(base: Path, quantizer: str, parts: st
     optimized = {id(p) for group in trainer.optimization.optimizers["grad_norm"].param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         frozen = name.startswith(prefixes)
-        assert frozen == (id(parameter) not in optimized) or quantizer == "vq-vae", name
+        learned = name != "quantize.embedding.weight" or quantizer not in ("vq-vae", "simvq")
+        assert frozen == (id(parameter) not in optimized) or not learned, name
         if frozen:
             assert torch.equal(parameter, before[name]), name
             assert parameter.grad is None

@@ -8,7 +8,16 @@ import torch
 from helpers.tiny_models import tiny_vqgan
 from torch import Tensor, nn
 
-from regvq_fast.losses import ReconstructionLoss, hinge_discriminator_loss, hinge_generator_loss
+from regvq_fast.losses import (
+    LeCAM,
+    ReconstructionLoss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    non_saturating_discriminator_loss,
+    non_saturating_generator_loss,
+    r1_penalty,
+)
+from regvq_fast.losses.adversarial import ADVERSARIAL_LOSSES
 from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 from regvq_fast.losses.perceptual import LPIPS
 from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
@@ -87,6 +96,50 @@ def test_step_equals_the_textbook_computation(quantizer: str) -> None:
     assert_same_gradients(actual, expected, 1e-5)
 
 
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_regularizers_and_another_loss_train_the_discriminator_as_a_textbook_would(loss_scale: float) -> None:
+    parts = build_parts()
+    model, discriminator, _ = copy.deepcopy(parts)
+    batch, seed = images(), torch.tensor(3)
+    other = ADVERSARIAL_LOSSES["non-saturating"]
+    step = VQGANStep(*parts, FP32, adversarial_loss=other, lecam=LeCAM(0.3), r1_weight=10.0)
+    metrics, _ = step(batch, seed, adversarial=True, penalize=True, loss_scale=loss_scale)
+
+    reconstruction = model(batch, seed).reconstruction.detach()
+    torch.testing.assert_close(metrics["generator"], non_saturating_generator_loss(discriminator(reconstruction)))
+    penalty, lecam = r1_penalty(discriminator, batch), LeCAM(0.3)
+    real, fake = discriminator(batch), discriminator(reconstruction)
+    expected = {"discriminator": non_saturating_discriminator_loss(real, fake), "lecam": lecam(real, fake)}
+    (expected["discriminator"] + 0.3 * expected["lecam"] + 10 * penalty).backward()
+    for name, value in {**expected, "r1": penalty}.items():
+        torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-4, atol=1e-7)
+    assert penalty > 0
+    found = {name: value / loss_scale for name, value in gradients(parts[1]).items()}
+    assert_same_gradients(found, gradients(discriminator), 1e-5)
+
+
+def test_r1_is_refused_where_batch_norm_communicates() -> None:
+    model, discriminator, loss = build_parts()
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    VQGANStep(model, synchronized, loss, FP32, lecam=LeCAM(1.0))
+    with pytest.raises(ValueError, match=r"--r1-weight .*--disc-norm group"):
+        VQGANStep(model, synchronized, loss, FP32, r1_weight=1.0)
+
+
+def test_l1_and_l2_stand_beside_each_other() -> None:
+    batch, reconstruction = torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5, requires_grad=True)
+    arguments = batch, reconstruction, torch.zeros(1, 1, 1), torch.tensor(0)
+    for l1_weight, l2_weight, value, slope in ((2, 0, 1.0, 2), (0, 3, 0.75, 3), (2, 3, 1.75, 5), (0, 0, 0.0, 0)):
+        loss = ReconstructionLoss(
+            nn.Identity(), nn.Identity(), None, l1_weight=l1_weight, l2_weight=l2_weight, perceptual_weight=0
+        )
+        total, terms = loss(*arguments)
+        assert total.item() == value
+        assert {name: float(term) for name, term in terms.items()} == {"l1": 0.5} | ({"l2": 0.25} if l2_weight else {})
+        (gradient,) = torch.autograd.grad(total, reconstruction)
+        torch.testing.assert_close(gradient, torch.full_like(gradient, slope / 12))  # 12 values, d l2 = 2 * 0.5
+
+
 def test_discriminator_costs_nothing_before_it_joins() -> None:
     model, discriminator, loss = build_parts()
     calls = []
@@ -139,12 +192,14 @@ def test_compiled_networks_have_no_graph_break_and_do_not_recompile(monkeypatch:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
-    step = VQGANStep(*build_parts(), Precision(torch.device("cpu"), torch.bfloat16, "test"), compile=True)
+    bf16 = Precision(torch.device("cpu"), torch.bfloat16, "test")
+    step = VQGANStep(*build_parts(), bf16, lecam=LeCAM(0.1), r1_weight=1.0, compile=True)
     batch = images().contiguous(memory_format=torch.channels_last)
 
     def run(seed: int) -> None:
         number, scale = torch.tensor(2 * seed), torch.tensor(2.0**seed)
-        step(batch, torch.tensor(seed), first_image=number, loss_scale=scale, adversarial=seed >= 2)
+        turns = {"adversarial": seed >= 2, "penalize": seed == 3}
+        step(batch, torch.tensor(seed), first_image=number, loss_scale=scale, **turns)
 
     for seed in range(3):
         run(seed)
@@ -169,9 +224,10 @@ def test_compiled_step_equals_the_eager_one_on_both_sides_of_disc_start() -> Non
     for compiled in (False, True):
         # No resampling, whose compiled gradients test_vqgan.py looks at: each kernel takes a second or two to compile.
         parts = build_parts(ch_mult=(1,), layers=LAYERS[:1])
-        step = VQGANStep(*parts, FP32, compile=compiled)
-        # Twice on each side: several backward passes over compiled graphs must not share buffers.
-        metrics = [step(images(), torch.tensor(s), adversarial=s >= 2)[0] for s in range(4)]
+        step = VQGANStep(*parts, FP32, lecam=LeCAM(0.1), r1_weight=1.0, compile=compiled)
+        # Twice on each side: several backward passes over compiled graphs must not share buffers, and none may be
+        # differentiated again.
+        metrics = [step(images(), torch.tensor(s), adversarial=s >= 2, penalize=s == 3)[0] for s in range(4)]
         results.append((metrics, gradients(*parts)))
     (eager, eager_gradients), (compiled_metrics, compiled_gradients) = results
     for a, b in zip(eager, compiled_metrics, strict=True):

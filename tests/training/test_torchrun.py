@@ -18,6 +18,7 @@ from regvq_fast.ranks import all_gather_strings, raise_on_all_ranks
 
 # Batch statistics are those of a rank's part: group norm has none.
 RUN = [*TINY, *FAST, "--disc-norm", "group", "--disc-start", "1", "--kl-scope", "global", "--val-images", "5"]
+RUN += ["--lecam-weight", "0.1", "--r1-weight", "0.01", "--r1-every", "2"]
 RUN += ["--final-lr-fraction", "1"]  # else the rate depends on the number of steps
 
 

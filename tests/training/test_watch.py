@@ -47,6 +47,7 @@ def trained(trainer: Trainer[Any]) -> dict[str, Any]:
     optimizers = [optimizer["state"] for optimizer in state["optimizers"]]
     return copy.deepcopy(
         {"model": model, "average": average, "optimizers": optimizers, "discriminator": state["others"]}
+        | {"auxiliary": state["companions"]}
     )
 
 
@@ -95,13 +96,14 @@ def break_terms(monkeypatch: pytest.MonkeyPatch, trainer: Trainer[Any], *names: 
 def test_a_bad_pixel_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch, quantizer: str, value: float, cause: str
 ) -> None:
-    trainer = tiny_trainer(quantizer=quantizer, num_codes=256, dropout=0.1)
+    trainer = tiny_trainer(quantizer=quantizer, num_codes=256, dropout=0.1, lecam_weight=0.1, r1_weight=0.1, r1_every=1)
     break_images(monkeypatch, {2, 3}, value)
     if cause != "latents":
         let_through(monkeypatch)
     for step in range(2):
         trainer.step(step)
     before = trained(trainer)
+    assert before["auxiliary"]["lecam"]["averages"].abs().min() > 0
     for step in (2, 3):
         trainer.step(step)
         assert trainer.optimization.watch.last_step_was_skipped()
@@ -186,7 +188,7 @@ def test_a_step_never_waits_for_the_device() -> None:
             assert func is not torch.ops.aten.nonzero.default, "a shape depends on values"
             return func(*args, **(kwargs or {}))
 
-    trainer = tiny_trainer()
+    trainer = tiny_trainer(lecam_weight=0.1, r1_weight=0.1, r1_every=1)
     trainer.step(0)
     with NoLook():
         trainer.step(1)

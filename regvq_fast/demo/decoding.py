@@ -1,0 +1,101 @@
+"""Process in which the images of strangers are decoded: its time and memory are limited, and it may crash."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from regvq_fast.demo.uploads import Square, read_square
+
+SECONDS = 20.0
+"""Longest time that an image is decoded. Few bytes can ask for hours, as a JPEG of many empty scans does."""
+MEMORY = 2 * 2**30
+"""Bytes that decoding may take: a WebP image of 50 million pixels takes 1.1 GiB."""
+_START_SECONDS = 120.0
+
+
+class Decoder:
+    """`read_square` in another process, for one image at a time; the process is replaced where it ends.
+
+    Args:
+        seconds: longest time of an image.
+        memory: bytes that one may take.
+    """
+
+    def __init__(self, seconds: float = SECONDS, memory: int = MEMORY) -> None:
+        self.seconds, self.memory = seconds, memory
+        self._lock = threading.Lock()
+        self._begun = False
+        self._start()
+
+    def read_square(self, file: Path, size: int) -> Square:
+        """Read an image as :func:`regvq_fast.demo.uploads.read_square`.
+
+        Raises:
+            ValueError: as there; or it takes too much time or memory, or its decoder crashes.
+            OSError: the disk fails, or there is no such process.
+        """
+        with self._lock:
+            if not self._process.is_alive():
+                self._start()
+            try:
+                if not self._begun:
+                    if not self._pipe.poll(_START_SECONDS):
+                        raise OSError(f"the process that decodes images did not start in {_START_SECONDS:.0f} seconds")
+                    self._begun = self._pipe.recv()
+                self._pipe.send((file, size))
+                if not self._pipe.poll(self.seconds):
+                    self.close()
+                    raise ValueError(
+                        f"The image takes over {self.seconds:.0f} seconds to decode: save it anew, smaller."
+                    )
+                answer = self._pipe.recv()
+            except (EOFError, ConnectionError):
+                self._process.join()
+                raise ValueError("The image is damaged: its decoder crashed.") from None
+        if isinstance(answer, Exception):
+            raise answer
+        pixels, width, height = answer
+        return Square(torch.from_numpy(pixels), width, height)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would hold the locks of this process's threads
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_decode, args=(other, self.memory), daemon=True)
+        self._process.start()
+        other.close()
+        self._begun = False
+
+
+def _decode(pipe: Connection, memory: int) -> None:
+    """Answer requests until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the page ends this one
+    if sys.platform == "linux":
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
+    pipe.send(True)
+    while True:
+        try:
+            file, size = pipe.recv()
+        except EOFError:
+            return
+        answer: object
+        try:
+            square = read_square(file, size)
+            answer = (square.pixels.numpy(), square.width, square.height)
+        except MemoryError:
+            answer = ValueError(f"The image takes over {memory / 2**30:.1f} GiB to decode: save it anew, smaller.")
+        except Exception as error:
+            answer = error
+        pipe.send(answer)
