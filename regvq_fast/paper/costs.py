@@ -24,7 +24,8 @@ NAMES = {
 """Titles of the columns, by key."""
 
 SHARES = frozenset({"train_utilization", "prior_fall"})
-EQUAL = frozenset({"bits", "parameters", "quantizer_parameters"})
+COUNTS = frozenset({"parameters", "quantizer_parameters"})
+EQUAL = frozenset({"bits", *COUNTS})
 """Those that no seed changes."""
 
 

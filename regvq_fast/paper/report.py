@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 
     def text(self, key: str) -> str:
         """Mean, and the standard deviation of several seeds."""
-        form = figures.percent if key in _SHARES else _number
+        form = figures.percent if key in _SHARES else "{:,.0f}".format if key in costs.COUNTS else _number
         if len(self.values) < 2 or key in costs.EQUAL or not all(map(math.isfinite, self.values)):
             return form(self.mean)
         return f"{form(self.mean)} ± {form(statistics.stdev(self.values)).removesuffix(' %')}"
@@ -274,4 +274,4 @@ def _cell(seeds: Mapping[int, Any], key: str) -> Cell | None:
 
 def _number(value: float) -> str:
     """Three digits or more, two decimals at most."""
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
