@@ -14,17 +14,18 @@ from regvq_fast.paper.stages import Pipeline
 NAMES = {
     "train_utilization": "codes used, training images",
     "prior_loss": "prior, nats a token",
-    "prior_fall": "its fall in the last quarter",
+    "prior_fall": "fall of that in the last quarter",
     "seconds": "seconds a step",
     "memory": "peak memory, GiB",
     "bits": "bits a token",
     "parameters": "parameters",
-    "quantizer_parameters": "of the quantizer",
+    "quantizer_parameters": "parameters of the quantizer",
 }
 """Titles of the columns, by key."""
 
 SHARES = frozenset({"train_utilization", "prior_fall"})
-EQUAL = frozenset({"bits", "parameters", "quantizer_parameters"})
+COUNTS = frozenset({"parameters", "quantizer_parameters"})
+EQUAL = frozenset({"bits", *COUNTS})
 """Those that no seed changes."""
 
 

@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 
     def text(self, key: str) -> str:
         """Mean, and the standard deviation of several seeds."""
-        form = figures.percent if key in _SHARES else _number
+        form = figures.percent if key in _SHARES else "{:,.0f}".format if key in costs.COUNTS else _number
         if len(self.values) < 2 or key in costs.EQUAL or not all(map(math.isfinite, self.values)):
             return form(self.mean)
         return f"{form(self.mean)} ± {form(statistics.stdev(self.values)).removesuffix(' %')}"
@@ -128,7 +128,7 @@ class Report:
 
         details = {
             row.name: {
-                str(seed): {"metrics": metrics, "stages": self.plan[row][seed].record()}
+                str(seed): {**_hoisted(metrics), "stages": self.plan[row][seed].record()}
                 for seed, metrics in seeds.items()
             }
             for row, seeds in measured.items()
@@ -233,6 +233,18 @@ class Report:
             temporary.write_text(text, encoding="utf-8")
 
 
+def _hoisted(metrics: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return metrics without the facts that all measurements among them share, and these facts once."""
+    protocols = [metric for metric in metrics.values() if metric.keys() > {"name", "value"}]
+    common = {
+        fact: value
+        for fact, value in protocols[0].items()
+        if fact not in ("name", "value") and all(protocol.get(fact) == value for protocol in protocols)
+    }
+    own = {key: {fact: metric[fact] for fact in metric if fact not in common} for key, metric in metrics.items()}
+    return {"protocol": common, "metrics": own}
+
+
 def _agreement(prior: Path) -> dict[str, dict[str, Any]]:
     """Return the agreement of a prior's samples with their conditions, if its run has measured it."""
     try:
@@ -262,4 +274,4 @@ def _cell(seeds: Mapping[int, Any], key: str) -> Cell | None:
 
 def _number(value: float) -> str:
     """Three digits or more, two decimals at most."""
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"

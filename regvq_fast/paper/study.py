@@ -11,11 +11,14 @@ SIZES = (256, 1024, 4096, 16384)
 QUANTIZER_FLAGS: dict[str, tuple[str, ...]] = {
     "Reg-VQ": ("--quantizer", "reg-vq"),
     "VQ-GAN": ("--quantizer", "vq-gan"),
-    "VQ-VAE": ("--quantizer", "vq-vae"),
+    "VQ-GAN, rotation trick": ("--quantizer", "vq-gan", "--rotation-trick"),
+    "VQ-VAE": ("--quantizer", "vq-vae", "--kmeans-init"),
     "Gumbel-VQ": ("--quantizer", "gumbel-vq"),
     "FSQ": ("--quantizer", "fsq"),
     "LFQ": ("--quantizer", "lfq"),
     "BSQ": ("--quantizer", "bsq"),
+    "SimVQ": ("--quantizer", "simvq"),
+    "IBQ": ("--quantizer", "ibq"),
 }
 """Flags of each quantizer, with its own settings where the defaults are not those of its authors or of a sweep."""
 

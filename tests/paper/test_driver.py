@@ -197,7 +197,10 @@ def test_tables_hold_what_was_measured_beside_the_paper(ran, tmp_path):
     assert "64 validation images of 32 px, 2 seeds a row" in text
     assert "compare the order of the rows, not the values" in text
     details = json.loads((out / "table2.json").read_text())
-    assert details["+ PCL instead of CL"]["1"]["metrics"]["fid_r"]["features_sha256"] == "abc"
+    run = details["+ PCL instead of CL"]["1"]
+    assert run["metrics"]["fid_r"]["features_sha256"] == "abc"
+    assert run["protocol"] == {"images": 64, "image_size": 32}  # of all metrics, which have their names and values
+    assert run["metrics"]["utilization"] == {"name": "codebook utilization", "value": 0.66}
 
 
 def test_a_table_has_all_that_is_there_whatever_is_run(ran, tmp_path):
