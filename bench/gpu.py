@@ -105,7 +105,7 @@ class Session:
 
     def tiles(self) -> None:
         """Search for faster tiles in the time that is left."""
-        path = self.path.with_suffix(".tiles.json")
+        path = self.path.with_name(f"tiles-{self.path.name}")  # which no report takes for records of cases
         done = run_python([TILES, "--out", str(path)], self.left())
         self.note(TILES, read_part(*done), int(path.exists()))
 
