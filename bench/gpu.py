@@ -1,306 +1,227 @@
-"""Measure the ops on a GPU, against PyTorch and other packages, within a limit of seconds.
+"""Measure ops, training steps and priors on a GPU, against PyTorch and other packages, within a limit of seconds.
 
     python bench/gpu.py                      everything; bench/results/gpu-NAME.json
     python bench/gpu.py --limit 1500         in at most 25 minutes instead of 580 seconds
-    python bench/gpu.py --quick              the first cases alone: vector_quantize by N and D
+    python bench/gpu.py --quick              the ops alone, the most important cases first
 
-In this order, each within its fraction of the time: vector_quantize at N = 8192 and 1024 over D, in 16 bits and fp32;
-tests/ops, whose kernels run natively on CUDA, while other processes compile the training steps; the whole training
-step; the steps and the sampling of the priors; all other cases; a search for faster tiles. A result is compared with
-the eager twin's in fp64, and a wrong one gets no time; then all competitors take turns. The JSON is written after every
-case, the tables come last. Competitors that are missing, don't compile or run out of memory are named as such and stop
-nobody. To have all: ``pip install -e ".[bench,test]"``, ``pip install --no-deps taming-transformers-rom1504`` and ``pip
-install flash-kmeans inf-cl``. ``python bench/report.py`` then puts the numbers into README.md and docs.
+In this order, each within its fraction of the time: the ops; tests/ops, whose kernels run natively on CUDA, while
+another process compiles the training steps; steps and sampling; the cases of the ops that are left; a search for faster
+tiles. Each is ``pytest bench/ --benchmark-only --records FILE``, which writes the file after every case: what is
+measured stays, whatever comes, and a second call goes on with what the first one left. To have all competitors: ``pip
+install -e ".[bench,test]"``, ``pip install --no-deps taming-transformers-rom1504`` and ``pip install flash-kmeans
+inf-cl``. ``python bench/report.py`` then puts the numbers into README.md and docs.
 
 Exits with 0; 1 if a test failed or a result of ours was wrong or failed; 2 without CUDA.
 """
 
 import argparse
-import contextlib
-import datetime
+import importlib.util
+import math
 import os
 import re
-import statistics
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
-import gpu_cases
-import gpu_info_nce
-import gpu_parts
-import gpu_report
-import machine
 import measuring
-import peers
-import records
+import report
 import torch
-from gpu_cases import Case
-from gpu_info_nce import InfoNceCase
-from gpu_report import OUT_OF_TIME
-from measuring import Sample
-from peers import TensorRun
 
-from regvq_fast import nvml
-
-LIMIT = 580.0  # seconds in all, up to the tables: no case begins that would not be ready by then
-# Of these at most; what they leave goes to the cases that come last.
-FIRST, TESTS = 0.4, 0.25
-STEPS = dict(zip(gpu_parts.STEPS, (0.15, 0.08, 0.08, 0.04), strict=True))
-CASE_LIMIT = 3.0  # seconds of the turns of a case
-REPEATS = 30
-# Who knows the cases of an op: make_inputs, competitors, truth_of and examine.
-OPS: dict[type, ModuleType] = {Case: gpu_cases, InfoNceCase: gpu_info_nce}
+LIMIT = 580.0
+OPS, STEPS, TILES = "bench/bench_ops.py", "bench/bench_steps.py", "bench/tile_search.py"
+FRACTIONS = {OPS: 0.4, "tests/ops": 0.25, STEPS: 0.3}  # at most; what they leave goes to what comes after
 NO_CUDA = "bench/gpu.py measures on a CUDA GPU, and PyTorch finds none on this machine."
+GRACE = 20.0  # seconds that a process has to end by itself
 
 
-class Meter(Protocol):
-    """What :class:`measuring.DeviceMeter` does."""
-
-    def time(self, run: measuring.Run) -> Sample: ...
-    def extra_mib(self, run: TensorRun) -> float: ...
-
-
-# ------------------------------------------------------------------------------------------------------------- cases
-
-
-def first_cases(half: str) -> list[Case | InfoNceCase]:
-    """Most important cases, since time may run out. ``half``: the GPU's main 16-bit type."""
-    step, forward, _ = gpu_cases.PARTS
-    sizes = [
-        (width, codes, dtype) for width in (256, 64, 32, 8) for codes in (8192, 1024) for dtype in (half, "float32")
-    ]
-    cases = [Case(part, codes, dtype, width=width) for width, codes, dtype in sizes for part in (step, forward)]
-    trained = [Case(step, codes, half, latents="trained-like") for codes in (8192, 1024)]
-    return [Case(step, 1024, half, graph=True), *cases, *trained, Case(step, 8192, half, codebook_grad="hard")]
+def run_python(arguments: list[str], limit: float, **variables: str) -> tuple[str, int | None, float]:
+    """Run a process; return its output, exit code, None where it was stopped after ``limit`` seconds, and seconds."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | variables
+    for name in ("TRITON_INTERPRET", "REGVQ_SCHEDULE", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
+    begin, pipe = time.perf_counter(), subprocess.PIPE
+    # A group of their own: what tests have started must not go on beside what is timed next.
+    command, group = [sys.executable, *arguments], {"start_new_session": True, "env": environment}
+    process = subprocess.Popen(command, cwd=measuring.ROOT, stdout=pipe, stderr=subprocess.STDOUT, **group)  # type: ignore[call-overload]
+    try:
+        output, code = process.communicate(timeout=max(limit, 0.0))[0], process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, code = process.communicate()[0], None
+    return output.decode(errors="replace"), code, round(time.perf_counter() - begin, 1)
 
 
-def other_cases(half: str) -> list[Case | InfoNceCase]:
-    """Cases for the time that is left: assignments, InfoNCE, other sizes and types."""
-    step, forward, assign = gpu_cases.PARTS
-    types = (half, "float32")
-    narrow = [Case(part, n, dtype, width=16) for n in (8192, 1024) for dtype in types for part in (step, forward)]
-    assignments = [Case(assign, n, dtype, width=d) for n in (8192, 1024) for d in (256, 64) for dtype in types]
-    lengths = [(65536, 64), *((length, width) for length in (4096, 16384, 65536) for width in (512, 128))]
-    lengths += [(length, width) for length in (1024, 256) for width in (512, 128)]
-    contrastive = [InfoNceCase(part, *size, half) for part in gpu_info_nce.PARTS for size in lengths]
-    large = [Case(part, 65536, dtype) for dtype in types for part in gpu_cases.PARTS]
-    large.append(Case(step, 262144, half, masked=False))
-    rest = [Case(part, n, half) for n in (16384, 4096, 512) for part in gpu_cases.PARTS]
-    rest += [Case(part, 8192, half, width=512) for part in gpu_cases.PARTS]
-    rest += [Case(part, 8192, "float16") for part in gpu_cases.PARTS if half != "float16"]
-    return [*narrow, *assignments, *contrastive, *large, *rest]
+def read_part(output: str, code: int | None, seconds: float) -> dict[str, Any]:
+    """Return how a part went, from pytest's words."""
+    lines = output.splitlines()
+    status = {0: "done", 5: "done", None: "stopped at the time limit"}.get(code, "failed")
+    told = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:20]
+    if status == "failed" and not told:
+        told = lines[-5:]  # it didn't get as far as a test
+    passed = re.findall(r"(\d+) passed", lines[-1] if lines else "")
+    dots = sum(line.count(".") for line in re.findall(r"^[.FEsxX]+", output, re.MULTILINE))
+    return {"status": status, "seconds": seconds, "told": told, "passed": int(passed[0]) if passed else dots}
 
 
-def competitors(case: Case | InfoNceCase, inputs: Any) -> dict[str, Callable[[], TensorRun]]:
-    """Competitors of a case. Packages take part in vector quantization at D = 256 only, to save time."""
-    makers: dict[str, Callable[[], TensorRun]] = OPS[type(case)].competitors(case, inputs)
-    if case.op == "vector_quantize" and case.width != Case.width:
-        return {name: makers[name] for name in ("matmul", "ours", "eager", "compiled")}
-    return makers
+class Session:
+    """The parts of a session, whose records and outcomes are in one file."""
+
+    def __init__(self, path: Path, limit: float) -> None:
+        self.path, self.limit, self.begin = path, limit, time.perf_counter()
+        self.parts: dict[str, dict[str, Any]] = {}
+
+    def left(self, part: str = "") -> float:
+        """Return the seconds that a part has."""
+        rest = self.limit - (time.perf_counter() - self.begin)
+        return min(FRACTIONS.get(part, 1.0) * self.limit, rest)
+
+    def document(self) -> dict[str, Any]:
+        return measuring.load(self.path, "cuda")
+
+    def bench(self, script: str, name: str = "") -> None:
+        """Measure the cases of a script that the file lacks."""
+        seconds, before = self.left("" if name else script), len(self.document()["records"])
+        arguments = ["-m", "pytest", script, "--benchmark-only", "--tb=line", "-rfE", "--records", str(self.path)]
+        done = run_python([*arguments, "--limit", str(seconds)], seconds + GRACE)
+        self.note(name or script, read_part(*done), len(self.document()["records"]) - before)
+
+    def tests(self) -> None:
+        """Run the tests of the ops and, at the same time, compile the steps: nobody times either."""
+        seconds, half = self.left("tests/ops"), (os.cpu_count() or 2) // 2
+        spread = ["-n", str(half)] if half > 1 and importlib.util.find_spec("xdist") else []
+        compiled = ["-m", "pytest", STEPS, "-k", "compile", "--benchmark-disable", "--tb=line", "-rfE", *spread]
+        tests = ["-m", "pytest", "tests/ops", "--ignore=tests/ops/test_kernel_resources.py", "--tb=line", "-rfE"]
+        with ThreadPoolExecutor() as pool:
+            # Each process compiles with some more of its own: with few, since there are enough of them.
+            compilation = pool.submit(run_python, compiled, seconds, TORCHINDUCTOR_COMPILE_THREADS="4")
+            done = run_python([*tests, *spread], seconds, OMP_NUM_THREADS="1")
+            self.note("tests/ops", read_part(*done), 1)
+            self.note("compiling the steps", read_part(*compilation.result()), 1)
+
+    def tiles(self) -> None:
+        """Search for faster tiles in the time that is left."""
+        path = self.path.with_name(f"tiles-{self.path.name}")  # which no report takes for records of cases
+        done = run_python([TILES, "--out", str(path)], self.left())
+        self.note(TILES, read_part(*done), int(path.exists()))
+
+    def note(self, name: str, part: dict[str, Any], measured: int) -> None:
+        """Write how a part went, and the targets so far."""
+        self.parts[name] = part | {"measured": measured}
+        found, seconds = self.document(), round(time.perf_counter() - self.begin, 1)
+        found["targets"] = list(targets_of(found))
+        measuring.save(self.path, found | {"seconds": seconds, "parts": self.parts})
+        print(f"{seconds:.0f} s: {name} {part['status']}, {part['passed']} passed", flush=True)
+
+    def problems(self) -> list[str]:
+        """Return what makes the session a failure: failed parts, wrong or failed results of ours. Peers may fail."""
+        found = [
+            f"{name}: {'; '.join(part['told'])}" for name, part in self.parts.items() if part["status"] == "failed"
+        ]
+        for record in self.document()["records"]:
+            if record["competitor"] in ("ours", "vanilla", "nearest") and record["status"] in ("wrong", "failed"):
+                found.append(f"{record['op']}, {report.case_of(record)}: {record['competitor']} {record['reason']}")
+        return found
 
 
-def measure_case(
-    case: Case | InfoNceCase,
-    inputs: Any,
-    makers: dict[str, Callable[[], TensorRun]],
-    meter: Meter,
-    repeats: int = REPEATS,
-    limit: float = CASE_LIMIT,
-) -> dict[str, Any]:
-    """One entry of the report."""
-    op = OPS[type(case)]
-    truth = op.truth_of(case, inputs)
-
-    def examine(name: str, run: TensorRun) -> dict[str, Any]:
-        found: dict[str, Any] = op.examine(case, inputs, truth, name, run)
-        # A graph owns its memory.
-        return found if case.graph else found | {"extra_mib": meter.extra_mib(run)}
-
-    outcomes = measuring.measure_side_by_side(makers, examine, meter.time, repeats, limit)
-    return entry(case, {name: result(case, outcome) for name, outcome in outcomes.items()})
-
-
-def result(case: Case | InfoNceCase, outcome: measuring.Measured[Sample] | Exception) -> dict[str, Any]:
-    """What the JSON has of a competitor in a case."""
-    if isinstance(outcome, measuring.Measured):
-        device = sorted(1e3 * sample.device for sample in outcome.readings)
-        return (
-            {"status": "ok"}
-            | outcome.found
-            | {
-                "ms": statistics.median(device),
-                "ms_quartiles": [device[len(device) // 4], device[-1 - len(device) // 4]],
-                "host_ms": statistics.median(1e3 * sample.host for sample in outcome.readings),
-                "repeats": len(device),
-                "tflops": case.flops / statistics.median(device) / 1e9,
-            }
-        )
-    if isinstance(outcome, torch.OutOfMemoryError):
-        return {"status": "out of memory"}
-    if isinstance(outcome, peers.SkippedError):
-        return {"status": "skipped", "reason": str(outcome)}
-    if isinstance(outcome, gpu_cases.WrongResultError):
-        return {"status": "wrong", "reason": str(outcome)}
-    return {"status": "failed", "reason": _describe(outcome)}  # whatever a competitor dies of is its result
+def targets_of(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the targets that the measured cases show to be met or missed; a wrong result of ours misses."""
+    for op in (*report.OPS, "vqgan"):
+        for group in report.groups_of(document, op):
+            record = next(iter(group.values()))
+            name = ", ".join([op, record["part"], *(f"{k}={v}" for k, v in record["size"].items()), record["detail"]])
+            for what, wanted, at_most, got, ours in _targets(document, op, record, group):
+                failed = group.get(ours, {}).get("status", "ok") != "ok"
+                if failed or (got is not None and not math.isnan(got)):
+                    value = None if failed else got
+                    met = value is not None and (value <= wanted if at_most else value >= wanted)
+                    yield {
+                        "case": name,
+                        "what": what,
+                        "at_most": at_most,
+                        "target": wanted,
+                        "measured": value,
+                        "met": met,
+                    }
 
 
-def entry(case: Case | InfoNceCase, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the JSON has of a case."""
-    return {
-        "case": case.name,
-        "op": case.op,
-        "part": case.part,
-        "dtype": case.dtype,
-        **case.describe(),
-        "products": case.products,
-        "flops": case.flops,
-        "bytes": case.bytes,
-        "results": results,
-    }
+PRODUCTS = 7  # of M x N x D that our forward and backward do, "soft" (docs/kernels.md)
+# Largest milliseconds on an H200 of forward and backward at D = 256, by N and whether it is a CUDA graph.
+H200_MS = {(1024, True): 0.12, (8192, False): 0.68, (65536, False): 5.5}
 
 
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
+def _targets(document: Any, op: str, record: Any, group: Any) -> Iterator[tuple[str, float, bool, float | None, str]]:
+    size, part = record["size"], record["part"]
+    whole, mine, share = part.startswith("forward+backward"), group.get("ours", {}), report.rate(group)
+    gigabytes = mine["mib"] * 2**20 / 1e9 if mine.get("mib") else None
 
+    def faster(peer: str, wanted: float) -> tuple[str, float, bool, float, str]:
+        ours = report.TWINS.get(peer, "ours")
+        return f"times as fast as {peer}", wanted, False, report.against(group, op, peer), ours
 
-# -------------------------------------------------------------------------------------------------------------- main
-
-
-def square_product_tflops(meter: Meter, dtype: str) -> float:
-    """TFLOP/s of a product whose speed memory doesn't limit, 8192 cubed."""
-    a = torch.randn(8192, 8192, dtype=getattr(torch, dtype), device="cuda")
-    samples = measuring.take_turns({"": partial(torch.mm, a, a)}, meter.time, REPEATS, CASE_LIMIT)[""]
-    return 2 * 8192**3 / statistics.median(sample.device for sample in samples) / 1e12
-
-
-def copy_tb_per_s(meter: Meter) -> float:
-    """TB/s of a copy of 1 GiB, read and written."""
-    a, b = (torch.empty(2**28, device="cuda") for _ in range(2))
-    samples = measuring.take_turns({"": partial(b.copy_, a)}, meter.time, REPEATS, CASE_LIMIT)[""]
-    return 2 * a.nbytes / statistics.median(sample.device for sample in samples) / 1e12
-
-
-def measure_cases(
-    cases: list[Case | InfoNceCase],
-    report: dict[str, Any],
-    meter: Meter,
-    until: float,
-    read_state: Callable[[], nvml.State],
-    measured: Callable[[dict[str, Any]], None],
-) -> None:
-    """Measure each case, as long as it would be ready in time, into the report."""
-    durations, inputs = [0.0], None
-    for case in cases:
-        measuring.release_memory()
-        now = time.perf_counter()
-        if now + max(durations[-3:]) > until:
-            report["not_measured"][case.name] = OUT_OF_TIME
-            continue
-        try:
-            inputs = OPS[type(case)].make_inputs(case, "cuda")
-            entry = measure_case(case, inputs, competitors(case, inputs), meter)
-            report["cases"].append(entry | {"state": read_state()})
-        except Exception as error:  # not a competitor's fault: the GPU is too small, or beyond use
-            report["not_measured"][case.name] = _describe(error)
-        inputs = None
-        durations.append(time.perf_counter() - now)
-        measured(report)
-        print(f"{report['seconds']:.0f} s: {case.name}", flush=True)
-
-
-def new_report(quick: bool) -> tuple[dict[str, Any], Callable[[], nvml.State]]:
-    """A report without measurements, and what reads the GPU's clocks."""
-    driver, read_state, problem = nvml.gpu_state()
-    if problem:
-        print(problem)
-    report: dict[str, Any] = {
-        "command": "python bench/gpu.py" + (" --quick" if quick else ""),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine.describe_gpu() | {"driver": driver} | machine.describe_software(),
-        "packages": peers.versions(),
-        "method": {
-            "rows": Case.rows,
-            "width": Case.width,
-            "mask_ratio": gpu_cases.MASK_RATIO,
-            "info_nce_rows": gpu_info_nce.ROWS,
-            "info_nce_tau": gpu_info_nce.TAU,
-            "repeats": REPEATS,
-        },
-        "state_before": read_state(),
-        "tests": None,
-        "compilation": None,
-        "matmul_8192_tflops": {},
-        "cases": [],
-        "benchmarks": [],
-        "parts": {},
-        "targets": [],
-        "tiles": [],
-        "not_measured": {},
-    }
-    return report, read_state
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records.save(path, report)
+    if op == "vqgan":
+        ours = group.get("amp-compile", {})
+        for peer, what, wanted in (("taming-amp", " in mixed precision", 3.0), ("taming", "", 5.0)):
+            speed = report.ratio(ours, group.get(peer))
+            yield f"times as fast as taming's{what}", wanted, False, speed, "amp-compile"
+        if ours.get("mib") and group.get("taming", {}).get("mib"):
+            yield "of taming's memory", 0.6, True, ours["mib"] / group["taming"]["mib"], "amp-compile"
+    elif op == "weighted_info_nce":
+        if whole and size["L"] >= 4096:
+            yield from (faster("eager", 8.0), faster("inf-cl", 4.0))
+        if whole and (size["L"], size["C"]) == (65536, 64):
+            yield "GB besides inputs and outputs", 1.0, True, gigabytes, "ours"
+        if size["C"] >= 256:
+            yield f"of the matmul rate, {record['products']} product(s)", 0.4, False, share, "ours"
+    else:
+        codes, width, graph = size["N"], size["D"], "CUDA graph" in part
+        if whole and width <= 64 and not graph:
+            yield from (faster("eager", 8.0), faster("compiled", 3.0))
+        if record["detail"] == "float32" or width != 256:
+            return
+        if part in ("assign", "forward") and codes >= 8192:
+            yield "of the matmul rate", 0.65 if part == "assign" else 0.45, False, share, "ours"
+            yield from [faster("flash-kmeans", 1.0)] if part == "assign" else []
+        if whole and codes >= 1024 and not graph:
+            yield faster("compiled", 2.2)
+            if "hard" not in part:
+                reached = None if share is None else share * PRODUCTS / record["products"]
+                yield f"of the matmul rate, {PRODUCTS} products", 0.6, False, reached, "ours"
+        usual = part in ("forward+backward", "forward+backward, CUDA graph")
+        if usual and "H200" in document["machine"].get("gpu", "") and (codes, graph) in H200_MS:
+            yield "ms under a CUDA graph" if graph else "ms", H200_MS[codes, graph], True, mine.get("ms"), "ours"
+        if whole and codes == 262144:
+            yield "GB besides inputs and outputs", 2.0, True, gigabytes, "ours"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON to write; default bench/results/gpu-NAME.json")
+    parser.add_argument("--out", type=Path, help="JSON to write, or to go on with; default bench/results/gpu-NAME.json")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all, default %(default)g")
-    parser.add_argument("--quick", action="store_true", help="only the first cases, neither tests nor steps")
+    parser.add_argument("--quick", action="store_true", help="only the ops, neither tests nor steps")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
         return 2
-    begin = time.perf_counter()
-    end = begin + options.limit
-    for name in ("TRITON_INTERPRET", "REGVQ_SCHEDULE"):  # before the kernels are imported, and for the tests as well
-        os.environ.pop(name, None)
-    report, read_state = new_report(options.quick)
-    gpu = re.sub(r"[^a-z0-9]+", "-", report["machine"]["gpu"].lower())
-    path = options.out or machine.ROOT / "bench" / "results" / f"gpu-{gpu}.json"
-    meter = measuring.DeviceMeter()
-    report["method"]["flushed_mib"] = meter.flushed_mib
-    # bf16 is emulated below sm_80.
-    half = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
-    for dtype in (half, "float32"):
-        report["matmul_8192_tflops"][dtype] = square_product_tflops(meter, dtype)
-    report["copy_tb_per_s"] = copy_tb_per_s(meter)
-
-    def measured(report: dict[str, Any]) -> None:
-        report["seconds"] = round(time.perf_counter() - begin, 1)
-        report["targets"] = gpu_report.evaluate_targets(report["cases"], report["machine"]["gpu"])
-        report["targets"] += gpu_report.step_targets(report["benchmarks"])
-        save(report, path)  # after everything: what is measured stays, whatever comes
-
-    def run_cases(cases: list[Case | InfoNceCase], until: float) -> None:
-        measure_cases(cases, report, meter, until, read_state, measured)
-
-    run_cases(first_cases(half), end if options.quick else begin + FIRST * options.limit)
-    if not options.quick:
-        measuring.release_memory()
-        report["tests"], report["compilation"] = gpu_parts.run_tests(TESTS * options.limit)
-        print(f"tests/ops: {report['tests']}\ncompiling the steps: {report['compilation']}", flush=True)
-        for script, fraction in STEPS.items():
-            limit = min(fraction * options.limit, end - time.perf_counter())
-            entries, report["parts"][script] = gpu_parts.run_benchmarks(script, limit)
-            report["benchmarks"] += entries
-            measured(report)
-            print(f"{report['seconds']:.0f} s: {script} {report['parts'][script]}", flush=True)
-        run_cases(other_cases(half), end)
-        measuring.release_memory()
-        report["tiles"], report["parts"][gpu_parts.TILES] = gpu_parts.search_tiles(end - time.perf_counter())
-    measured(report)
-    with contextlib.suppress(ValueError):  # another drive has no relative path
-        path = path.resolve().relative_to(Path.cwd())
-    print(f"\n{path}\n\n{gpu_report.summary(report)}")
-    return 1 if gpu_report.problems(report) else 0
+    gpu = re.sub(r"[^a-z0-9]+", "-", measuring.describe_machine("cuda")["gpu"].lower())
+    session = Session((options.out or measuring.ROOT / report.RESULTS / f"gpu-{gpu}.json").resolve(), options.limit)
+    if options.quick:
+        session.bench(OPS, "the ops")
+    else:
+        session.bench(OPS)
+        session.tests()
+        session.bench(STEPS)
+        session.bench(OPS, "the rest of the ops")
+        session.tiles()
+    document = session.document()
+    print(f"\n{session.path}\n\n{report.full(document)}\n\n{report.targets(document)}")
+    for problem in (found := session.problems()):
+        print(f"PROBLEM: {problem}")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

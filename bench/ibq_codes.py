@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine
+import measuring
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,11 +128,7 @@ def main() -> None:
         name, *arguments = options.child
         print(json.dumps(turns() if name == "turns" else alone(name, int(*arguments))))
         return
-    found: dict[str, Any] = {
-        "date": str(datetime.date.today()),
-        **machine.describe_cpu(),
-        **machine.describe_software(),
-    }
+    found: dict[str, Any] = {"date": str(datetime.date.today()), **measuring.describe_machine("cpu")}
     found |= {"threads": 1, "M, D": [ROWS, CHANNELS], "turns": {}, "alone": []}
     seconds = json.loads(child(__file__, "--child", "turns")[0])
     ratio = seconds["public form"] / seconds["regvq_fast"]

@@ -5,20 +5,10 @@
 
 The calls are those that the launchers make: they run here on small CPU tensors, with the launches recorded instead of
 made. Exits with 1 if a kernel spills registers, needs more shared memory than the GPU has, multiplies without the
-tensor cores from sm_80 on, or multiplies at all below.
-
-Two columns are of the kernels that sweep codes or keys:
-
-- ``bytes``: loaded from L2 or global memory for each score of a tile of BM x BN. With s bytes a channel, a tile of
-  rows that stays (D <= BK) costs D s / BM for the codes, twice that for a backward of linear logits; one that goes
-  through in steps (D > BK) costs D s (1 / BM + 1 / BN) a product, of which the backward of ``vector_quantize`` has two.
-  Where HAS_SCORES, fp32 products are read in place of that: 4, or 8. ``vector_quantize`` adds 4 / BM for the per-code
-  bias, its posterior's gradient 4 / BM for one group and 4 for several. Writes and what is loaded before the sweep
-  don't count.
-- ``ahead``: how many whole tiles are computed between the issue of a load of codes and the wait for it, of steps of BK
-  where D > BK; `-` where no load is asynchronous. A load is issued at a tile's end and awaited at the head of the one
-  that takes it, so that num_stages = 2 gives 0, no prefetch, and num_stages = 3 gives 1. On sm_100 with D <= BK the
-  product itself also runs one tile ahead of its use.
+tensor cores from sm_80 on, or multiplies at all below. Of the kernels that sweep codes or keys, ``bytes`` is what they
+load from L2 or global memory for each score (see `bytes_per_score`), writes and loads before the sweep aside; ``ahead``
+is how many whole tiles are computed between the issue of a load of codes and the wait for it: num_stages = 2 gives 0,
+no prefetch, and 3 gives 1; on sm_100 with D <= BK the product itself also runs one tile ahead of its use.
 """
 
 import argparse
@@ -32,26 +22,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
-
-import records
-from rich.console import Console
-
-from regvq_fast.console import progress_bar
 
 ARCHITECTURES = (70, 80, 86, 90, 100)
 WIDTHS = (16, 32, 64, 128, 256, 512)
 # Shared memory that a program can have, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {70: 98304, 75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-TENSOR_CORE = {
-    80: "mma.sync",
-    86: "mma.sync",
-    89: "mma.sync",
-    90: "wgmma.mma_async",
-    100: "tcgen05.mma",
-    120: "mma.sync",
-}
+TENSOR_CORE = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # others: mma.sync
 COLUMNS = "kernel sm type D flags tile registers shared spills bytes ahead".split()
 
 # A kernel, the types of its arguments, its constants, attributes and options: what one compilation takes.
@@ -201,7 +180,13 @@ def compile_call(call: Call) -> dict[str, Any]:
 
 
 def bytes_per_score(call: Call) -> float | str:
-    """Return the bytes that a sweep loads for each score."""
+    """Return the bytes that a sweep loads for each score of a tile of BM x BN.
+
+    With s bytes a channel, a tile of rows that stays (D <= BK) costs D s / BM for the codes, twice that for a backward
+    of linear logits; one that goes through in steps costs D s (1 / BM + 1 / BN) a product, of which the backward of
+    ``vector_quantize`` has two. Where HAS_SCORES, fp32 products are read in place of that. ``vector_quantize`` adds the
+    per-code bias, its posterior's gradient one number a code and group.
+    """
     c = call["constants"]
     if "HAS_SCORES" not in c:
         return "-"
@@ -236,7 +221,7 @@ def main() -> int:
     )
     parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS), help="channels, D")
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
-    parser.add_argument("--json", type=records.path_to_write, help="write the table here as well")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
     arguments = parser.parse_args()
     if unknown := set(arguments.architectures) - SHARED_LIMIT.keys():
         parser.error(f"SM must be of {known}, got {', '.join(map(str, sorted(unknown)))}")
@@ -247,15 +232,14 @@ def main() -> int:
         for call in record_calls(architecture, tuple(arguments.width))
         if arguments.kernel in call["kernel"]
     ]
-    bar = progress_bar(Console(stderr=True))
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool, bar:
-        rows = list(bar.track(pool.map(compile_call, calls), total=len(calls), description="compiling"))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(compile_call, calls))
     widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in COLUMNS}
     print("  ".join(name.ljust(widths[name]) for name in COLUMNS))
     for row in rows:
         print("  ".join(str(row[name]).ljust(widths[name]) for name in COLUMNS), *row["problems"], sep="  ")
     if arguments.json:
-        records.save(arguments.json, rows)
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     bad = [row for row in rows if row["problems"]]
     print(f"{len(rows)} compilations, {len(bad)} with problems")
     return bool(bad)

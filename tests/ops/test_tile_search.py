@@ -39,7 +39,7 @@ def test_the_pinned_tile_comes_first_and_all_are_possible(kernel):
     assert tiles[0] == dispatch.pinned_tile(kernel, torch.bfloat16, 256, CPU)
     assert len(set(tiles)) == len(tiles) > 20
     assert {tile.BK for tile in tiles} == {64, 128, 256}
-    assert search.case.name.startswith(("forward+backward", "assign", "InfoNCE forward+backward"))
+    assert search.case.name.startswith(("vector_quantize", "assign_codes", "weighted_info_nce"))
 
 
 @needs_kernels
@@ -66,9 +66,6 @@ def test_each_tile_is_launched_on_the_call_as_it_is(monkeypatch):
     times = tile_search.time_tiles(search, tiles, "cpu", clock)
     assert launched == tiles
     assert list(times.items()) == [(tiles[2], 1 / 3), (tiles[1], 1 / 2), (tiles[0], 1.0)]  # fastest first
-    text = tile_search.report(search, times, {tiles[0]: "spills 4 registers"}, tiles[1])
-    assert text.splitlines()[0] == "vector_quantize_backward: forward+backward, N=70, D=16, float32"
-    assert text.count("<- pinned") == 1
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert tile_search.try_tile(search, tiles[0], "cpu") == ""

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import report_tables
 import torch
 import trained_runs
 from helpers.runs import FAST, TRAIN, assert_same_run, records, resume, run_script, torchrun, train, without_clock
@@ -531,38 +530,11 @@ def test_finished_runs_become_results(
     trained_runs.main()
     found = json.loads(out.read_text())
     summary = json.loads((runs["ar"] / "summary.json").read_text())
-    assert found["ar"]["agreement of samples"] == summary["agreement of samples"]
-    assert found["tokenizer"]["psnr"] == json.loads((tokenizer / "summary.json").read_text())["psnr"]
-    assert found["diffusion"]["layout of the scenes of other captions"] < found["diffusion"]["layout of scenes"]
-    heard = found["diffusion"]["cross-entropy of masked tokens (nats)"]
-    assert heard["images"] == 10
-    assert all(len(heard[name]) == 4 and min(heard[name]) > 0 for name in heard if "caption" in name)
-    for table in (report_tables.agreement, report_tables.captions_heard, report_tables.captions_obeyed):
-        assert "nan" not in table(found)
-
-
-def test_noise_of_a_tokenizer_is_measured_beside_its_records(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "noise.json"
-    monkeypatch.setattr(trained_runs, "SAMPLED_IMAGES", 64)
-    flags = ["noise", "--runs", tokenizer, "--fid-features", "random-vgg16", "--json", out]
-    monkeypatch.setattr(sys, "argv", ["trained_runs.py", *map(str, flags)])
-    with pytest.warns(UserWarning, match="too few"):
-        trained_runs.main()
-    (found,) = json.loads(out.read_text())["runs"]
-    assert [record["step"] for record in found["softmax"]] == [1, 2, 4]
-    assert 0 < found["tokens moved"] < 1
-    assert 0 < found["squared distance moved, over that of two random codes"] < 1
-    assert found["PSNR of sampled codes"] != found["PSNR of best codes"]
-    before, summary = (
-        json.loads((tokenizer / "config.json").read_text()),
-        json.loads((tokenizer / "summary.json").read_text()),
-    )
-    assert found["num_codes"] == before["quantizer"]["num_codes"]
-    assert found["psnr"] == summary["psnr"]
-    row = report_tables.noise(json.loads(out.read_text())).splitlines()[2]
-    assert "nan" not in row
+    cell = found["tables"]["agreement"]["rows"][0][2]
+    assert cell == f"{100 * summary['agreement of samples']:.1f} %"
+    diffusion = found["runs"]["diffusion"]
+    assert diffusion["layout of scenes of other captions"] < diffusion["layout of scenes"]
+    assert "nan" not in json.dumps(found["tables"])
 
 
 def test_runs_of_other_seeds_or_quantizers_are_not_compared(tokenizer: Path) -> None:
@@ -570,3 +542,6 @@ def test_runs_of_other_seeds_or_quantizers_are_not_compared(tokenizer: Path) -> 
         trained_runs.main_job({"reg-vq": [tokenizer], "vq-gan": [tokenizer]})
     with pytest.raises(SystemExit, match="same seeds"):
         trained_runs.main_job({"reg-vq": [tokenizer, tokenizer], "vq-gan": []})
+    (row,) = trained_runs.main_job({"reg-vq": [tokenizer, tokenizer]})["tables"]["main-job"]["rows"]
+    assert row[0] == "`reg-vq`"
+    assert all("± 0.0" in cell for cell in row[1:])

@@ -4,9 +4,9 @@ import json
 import math
 from typing import get_args
 
-import peers
+import measuring
 import pytest
-import taming_gpt
+import step_peers
 import torch
 import torch.nn.functional as F
 
@@ -107,8 +107,8 @@ def test_taming_weights_give_minGPTs_logits():
 
 def test_logits_are_those_of_tamings_own_network():
     try:
-        mingpt = taming_gpt.module()
-    except peers.SkippedError as error:
+        mingpt = step_peers.taming_module("transformer.mingpt")
+    except measuring.SkippedError as error:
         pytest.skip(str(error))
     theirs = mingpt.GPT(CODES, CONDITION + TOKENS, n_layer=DEPTH, n_head=HEADS, n_embd=WIDTH).eval()
     theirs.load_state_dict(taming_state())
