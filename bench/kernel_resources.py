@@ -76,12 +76,15 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
         indices, lse = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
         query, weights = torch.zeros(1, 256, width, dtype=dtype), torch.zeros(1, 256)
         inputs = dispatch.Inputs(x, codebook, None, None, None, seed, tau, tau, zero, 1, "soft")
+        heads = inputs._replace(x=x.view(rows // 4, 4, width), codebook=codebook.view(4, codes // 4, width))
+        heads = heads._replace(mask=mask[: rows // 4], valid=mask[: rows // 4])
         with recording(architecture) as recorded:
             for number in (2, 1):
                 with splits(number):
                     for masked, needs_lse in itertools.product((mask, None), (True, False)):
                         vector_quantize.vector_quantize_forward(inputs._replace(mask=masked), needs_lse)
                     assign_codes.assign_codes_forward(x, codebook)
+                    vector_quantize.vector_quantize_forward(heads, True)
                     for weight in (weights, None):
                         weighted_info_nce.weighted_info_nce_forward(query, query, weight, 0.07)
             with splits(2):
@@ -91,6 +94,9 @@ def record_calls(architecture: int, widths: tuple[int, ...]) -> list[Call]:
                     vector_quantize_backward.vector_quantize_backward(
                         case, x, torch.zeros(groups, codes), indices, lse, True, True
                     )
+                vector_quantize_backward.vector_quantize_backward(
+                    heads, heads.x, torch.zeros(1, 4, codes // 4), indices.view(-1, 4), lse.view(-1, 4), True, True
+                )
                 weighted_info_nce.weighted_info_nce_backward(
                     weights, query, query, weights, weights, 0.07, False, False
                 )

@@ -42,7 +42,7 @@ class Padding:
         """Return this rank's mean over its valid rows as a term of the whole batch's: weighted by their number."""
         if self.valid is None:
             return mean
-        return self._rescaled(mean * (self.valid.sum().to(mean.dtype) / len(self.valid)))
+        return self._rescaled(mean * (self.valid.sum().to(mean.dtype) / self.valid.shape[0]))
 
     def groups(self, num_rows: int, groups: int) -> tuple[int | Tensor, "Padding"]:
         """Return the valid rows of each of ``groups`` equal parts of ``num_rows``, and which parts have none."""
@@ -54,5 +54,5 @@ class Padding:
     def _rescaled(self, mean: Tensor) -> Tensor:
         """Return a mean over all rows, of which padding has 0, as one over the valid rows."""
         assert self.valid is not None
-        rows = len(self.valid) * (world_size() if self.over_ranks else 1)
+        rows = self.valid.shape[0] * (world_size() if self.over_ranks else 1)
         return mean * (mean.new_full((), rows) / self.count.clamp(min=1))  # 1 where every row counts, to the bit

@@ -30,6 +30,7 @@ from regvq_fast.cli.main import run
 from regvq_fast.config import parse_config
 from regvq_fast.invocation import SCRIPTS
 from regvq_fast.models import VQGAN, VGGFeatures
+from regvq_fast.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
@@ -118,14 +119,16 @@ def parse(name: str, *flags: str) -> object:
 
 @functools.cache
 def help_of(name: str) -> set[str]:
-    """The flags that a command explains."""
+    """The flags that a command explains; training of a tokenizer those of every quantizer."""
+    shown = [["--quantizer", quantizer] for quantizer in QUANTIZERS] if name == "train vq" else [[]]
     with pytest.MonkeyPatch.context() as environment, redirect_stdout(io.StringIO()) as text:
         # Wide enough that the help wraps no flag, and without the terminal codes that could split one.
         for variable, value in {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}.items():
             environment.setenv(variable, value)
-        with pytest.raises(SystemExit) as end:
-            parse(name, "--help")
-    assert end.value.code == 0
+        for flags in shown:
+            with pytest.raises(SystemExit) as end:
+                parse(name, *flags, "--help")
+            assert end.value.code == 0
     return set(re.findall(r"--[a-z][\w-]*", text.getvalue()))
 
 

@@ -17,6 +17,7 @@ tile's scores and its noise. (The PyTorch fallback keeps those of small calls.)
 With heads (x (M, H, D), codebook (H, N, D)) all of it holds for each head; mask and valid rows are common to them.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -230,7 +231,7 @@ def _check_arguments(
                 raise TypeError(f"{name} gets no gradient, but it requires one: give {name}.detach()")
         else:
             check_positive(name, value)
-    num_rows = shape.numel()
+    num_rows = math.prod(shape)
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     if num_rows and groups > num_rows:

@@ -143,7 +143,7 @@ class EMAQuantizer(CodebookQuantizer):
     @torch.no_grad()
     def _update_codes(self, rows: Tensor, indices: Tensor, seed: Tensor, valid: Tensor | None) -> None:
         # Debiasing as in Adam is not needed: the codes are a ratio of two averages with the same bias.
-        size: int | Tensor = len(rows)
+        size: int | Tensor = rows.shape[0]
         rate: float | Tensor = 1 - self.settings.decay
         segments = self.num_codes
         if valid is not None:
@@ -159,7 +159,7 @@ class EMAQuantizer(CodebookQuantizer):
             threshold = self.settings.dead_threshold / self.num_codes
             dead = share < threshold
             # A random row for each code, without repetition if there are enough.
-            words = row_words(seed, torch.arange(len(rows), device=rows.device), Stream.DEAD_CODES)
+            words = row_words(seed, torch.arange(rows.shape[0], device=rows.device), Stream.DEAD_CODES)
             if valid is not None:
                 words = words.masked_fill(~valid, 2**32)  # the last ones
                 dead &= valid.any()

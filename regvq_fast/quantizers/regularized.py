@@ -230,7 +230,7 @@ class RegularizedQuantizer(CodebookQuantizer):
         with torch.autocast(z.device.type, enabled=False):
             padding = self._padding(valid, z)
             rows = self._standardized(padding.clear(self._wide_rows(z)))
-            batch, positions = z.shape[0], len(rows) // z.shape[0]
+            batch, positions = z.shape[0], rows.shape[0] // z.shape[0]
             settings, mask, found = self.settings, None, {}
             if self.training:
                 seed = sample_seed(z.device) if seed is None else seed

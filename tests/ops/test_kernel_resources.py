@@ -177,7 +177,7 @@ def thinned(architecture, widths, record_calls=kernel_resources.record_calls):
     for call in record_calls(architecture, widths):
         if call["type"] not in {COMPILED}[architecture]:
             continue
-        names = ("ASSIGN", "LINEAR", "ONE_GROUP", "BM", "BN", "BK")
+        names = ("ASSIGN", "LINEAR", "ONE_GROUP", "H", "BM", "BN", "BK")
         constants = call["constants"]
         steps = call["D"] > constants.get("BK", call["D"])  # through the channels, another loop
         key = (call["kernel"], call["type"], str(call["options"]), steps, *map(constants.get, names))
