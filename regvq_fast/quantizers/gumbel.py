@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from regvq_fast.quantizers.quantizer import (
     wide,
 )
 from regvq_fast.quantizers.statistics import FITTED_ROWS, log_scale_that_perturbs, softmax_of_some_rows
-from regvq_fast.settings import arg, check_at_least
+from regvq_fast.settings import check_at_least
 
 _FIRST_PERTURBED = 0.24
 """Fraction of the positions that noise moves when given codes are adopted: as many as of reg-vq by default."""
@@ -32,7 +32,7 @@ class GumbelSettings(QuantizerSettings):
     """Temperature at the start."""
     tau_end: float = 0.0625
     """Temperature at the end."""
-    kl_weight: Annotated[float, arg(name="gumbel-kl-weight")] = 5e-4
+    kl_weight: float = 5e-4
     """Weight of KL from the uniform prior."""
 
     def check(self) -> None:

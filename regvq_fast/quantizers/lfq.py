@@ -10,13 +10,13 @@ from torch import Tensor
 from regvq_fast.matmul import compute_dtype
 from regvq_fast.ops import softmax_statistics
 from regvq_fast.padding import Padding
-from regvq_fast.quantizers.nearest import NearestSettings
+from regvq_fast.quantizers.nearest import CommitmentSettings
 from regvq_fast.quantizers.quantizer import NearestCodes, Quantizer, QuantizerOutput, straight_through, wide
 from regvq_fast.settings import arg, check_at_least
 
 
 @dataclass(frozen=True)
-class LFQSettings(NearestSettings):
+class LFQSettings(CommitmentSettings):
     """Settings of LFQ."""
 
     entropy_weight: float = 0.1

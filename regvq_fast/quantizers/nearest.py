@@ -19,17 +19,23 @@ from regvq_fast.settings import check_at_least
 
 
 @dataclass(frozen=True)
-class NearestSettings(QuantizerSettings):
-    """Settings of quantizers that pull latents to their nearest codes."""
+class CommitmentSettings(QuantizerSettings):
+    """Settings of quantizers that pull latents to their codes."""
 
     commitment: float = 0.25
     """Weight of the commitment loss."""
-    rotation_trick: bool = False
-    """Turn and scale the gradient from code to latent."""
 
     def check(self) -> None:
         super().check()
         check_at_least(0, {"commitment": self.commitment})
+
+
+@dataclass(frozen=True)
+class NearestSettings(CommitmentSettings):
+    """Settings of quantizers that select the nearest code."""
+
+    rotation_trick: bool = False
+    """Turn and scale the gradient from code to latent."""
 
 
 class NearestQuantizer(CodebookQuantizer):
