@@ -15,6 +15,7 @@ from helpers.runs import FAST, checkpoints, records, resume, train
 
 from regvq_fast import ownership
 from regvq_fast.ownership import FolderLock, check_free
+from regvq_fast.paper.commands import Commands
 from regvq_fast.paper.stages import Pipeline, Stage
 
 OWNS = """
@@ -142,9 +143,9 @@ def test_a_stage_of_the_paper_does_not_remove_a_run_that_is_alive(
 ) -> None:
     stage = Stage("tokenizer", "train vq", (), tmp_path / "run", tmp_path / "run" / "summary.json", trains=True)
     with pytest.raises(FileExistsError, match=str(owner.pid)):
-        Pipeline(tmp_path, (stage,)).run(stage, ())
+        Pipeline(tmp_path, (stage,)).run(stage, (), Commands())
     assert (tmp_path / "run" / LOCK).exists()
     other_row = FolderLock(tmp_path, "row")
     with pytest.raises(FileExistsError, match=str(os.getpid())):
-        Pipeline(tmp_path, (stage,)).run(stage, ())
+        Pipeline(tmp_path, (stage,)).run(stage, (), Commands())
     other_row.release()

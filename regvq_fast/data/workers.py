@@ -70,10 +70,10 @@ class OwnBatches(Iterator[Any]):
 
 
 def _load(batches: Iterator[Any], asked: Any, loaded: Any, device: int | None) -> None:
-    if device is not None:  # a thread's own; pinned memory takes some of it
-        torch.cuda.set_device(device)
     while asked.get():
         try:
+            if device is not None:  # a thread's own; pinned memory takes some of it
+                torch.cuda.set_device(device)
             loaded.put((next(batches), None))
         except BaseException as error:
             loaded.put((None, error))

@@ -105,7 +105,10 @@ def install() -> None:
         "current_stream": _Stream(),
         "Stream": _Stream(),
     } | dict.fromkeys(
-        "synchronize empty_cache reset_peak_memory_stats manual_seed manual_seed_all set_rng_state _lazy_init".split()
+        (
+            "synchronize empty_cache reset_peak_memory_stats manual_seed manual_seed_all set_rng_state set_device "
+            "_lazy_init"
+        ).split()
     )
     for name, answer in says.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
