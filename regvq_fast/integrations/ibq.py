@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from regvq_fast.integrations.adapter import Adapter, to_rows
 from regvq_fast.matmul import score_dtype
-from regvq_fast.ops import softmax_statistics, vector_quantize
+from regvq_fast.ops import vector_quantize
+from regvq_fast.quantizers.statistics import softmax_entropies
 
 
 class IndexPropagationQuantize(Adapter):
@@ -43,7 +44,8 @@ class IndexPropagationQuantize(Adapter):
             quantized, info = out.quantized.permute(0, 3, 1, 2), (None, None, out.indices.flatten())
             if not self.use_entropy_loss:
                 return quantized, loss, info
-            entropy, mean_p = softmax_statistics(rows.flatten(0, 2), codebook, temperature=self.entropy_temperature)
-            mean_entropy = -(mean_p * (mean_p + 1e-5).log()).sum()
+            entropy, mean_entropy = softmax_entropies(
+                rows.flatten(0, 2), codebook, temperature=self.entropy_temperature
+            )
             balance = self.sample_minimization_weight * entropy - self.batch_maximization_weight * mean_entropy
             return quantized, (loss, entropy, mean_entropy, balance), info

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.integrations.adapter import Adapter, to_rows, two_losses
-from regvq_fast.ops import softmax_statistics
+from regvq_fast.quantizers.statistics import softmax_entropies
 
 _ENTROPY_TEMPERATURE = 0.01  # the default of LlamaGen's function, which its quantizer leaves as it is
 
@@ -46,10 +46,10 @@ class LlamaGenQuantizer(Adapter):
             return 0 * loss  # with a gradient, as the library's
         with torch.autocast(rows.device.type, enabled=False):
             bias = -codebook.square().sum(1)
-            entropy, mean_p = softmax_statistics(
+            entropy, mean_entropy = softmax_entropies(
                 rows.to(codebook.dtype), 2 * codebook, bias, temperature=_ENTROPY_TEMPERATURE
             )
-            return self.entropy_loss_ratio * (entropy + (mean_p * (mean_p + 1e-5).log()).sum())
+            return self.entropy_loss_ratio * (entropy - mean_entropy)
 
     @torch.no_grad()
     def _usage(self, indices: Tensor) -> float:

@@ -15,6 +15,7 @@ from regvq_fast.quantizers.quantizer import (
     CodebookQuantizer,
     CodeMap,
     QuantizerOutput,
+    random_rows,
     sample_seed,
     straight_through,
     wide,
@@ -90,8 +91,7 @@ class EMAQuantizer(CodebookQuantizer):
         if not self.settings.kmeans_init:
             return
         rows = self._wide_rows(z)
-        order = torch.randperm(len(rows)).repeat(-(-self.num_codes // len(rows)))[: self.num_codes]
-        codes, counts = k_means(rows, rows[order.to(rows.device)], _KMEANS_STEPS)
+        codes, counts = k_means(rows, random_rows(rows, self.num_codes), _KMEANS_STEPS)
         share = counts.to(rows.dtype) / len(rows)
         self.embedding.weight.copy_(codes)
         self.cluster_share.copy_(share)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regvq_fast.ops import assign_codes, softmax_statistics, vector_quantize
+from regvq_fast.ops import assign_codes, vector_quantize
 from regvq_fast.quantizers.quantizer import (
     CodebookQuantizer,
     CodeMap,
@@ -15,6 +15,7 @@ from regvq_fast.quantizers.quantizer import (
     QuantizerSettings,
     wide,
 )
+from regvq_fast.quantizers.statistics import softmax_entropies
 from regvq_fast.settings import check_at_least
 
 
@@ -89,10 +90,10 @@ class IBQQuantizer(CodebookQuantizer):
             loss = loss + settings.codebook_weight * padding.mean_squared_error(codes, rows.detach())
             metrics = {"commitment": commitment.detach()}
             if self.training and settings.entropy_weight > 0:
-                temperature = settings.entropy_temperature
-                entropy, mean_p = softmax_statistics(rows, codebook, temperature=temperature, valid=padding.valid)
-                of_mean = -(mean_p * (mean_p + 1e-5).log()).sum()
-                entropy, of_mean = padding.mean_of_ranks(entropy), padding.mean_of_ranks(of_mean)
+                entropies = softmax_entropies(
+                    rows, codebook, temperature=settings.entropy_temperature, valid=padding.valid
+                )
+                entropy, of_mean = map(padding.mean_of_ranks, entropies)
                 loss = loss + settings.entropy_weight * (entropy - of_mean)
                 metrics |= {"entropy": entropy.detach(), "entropy_of_mean": of_mean.detach()}
             return self._deterministic(z, quantized, out.indices, loss, metrics, padding)

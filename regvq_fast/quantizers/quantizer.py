@@ -348,6 +348,12 @@ def rotated(rows: Tensor, codes: Tensor) -> Tensor:
     return scale * (reflected + 2 * (rows * turned).sum(1, keepdim=True) * target)
 
 
+def random_rows(rows: Tensor, count: int) -> Tensor:
+    """Return ``count`` random rows of (M, D), repeated if M is less; by PyTorch's global generator of the CPU."""
+    order = torch.randperm(len(rows)).repeat(-(-count // len(rows)))[:count]
+    return rows[order.to(rows.device)]
+
+
 def sample_seed(device: torch.device) -> Tensor:
     """Sample a 0-dim int64 seed from PyTorch's global generator of the device."""
     return torch.randint(torch.iinfo(torch.int64).max, (), device=device)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from regvq_fast.matmul import compute_dtype
 from regvq_fast.ops.noise import Stream, philox4x32
-from regvq_fast.quantizers.quantizer import CodebookQuantizer, Quantizer, QuantizerOutput, sample_seed
+from regvq_fast.quantizers.quantizer import CodebookQuantizer, Quantizer, QuantizerOutput, random_rows, sample_seed
 
 
 class ResidualQuantizer(nn.Module):
@@ -133,9 +133,7 @@ class ResidualQuantizer(nn.Module):
         new = set(self._different())
         for quantizer in self._stages():
             if quantizer in new and isinstance(quantizer, CodebookQuantizer):
-                rows = quantizer._to_rows(z)
-                order = torch.randperm(len(rows)).repeat(-(-quantizer.num_codes // len(rows)))[: quantizer.num_codes]
-                quantizer.adopt(rows[order.to(rows.device)], z)
+                quantizer.adopt(random_rows(quantizer._to_rows(z), quantizer.num_codes), z)
             elif quantizer in new:
                 quantizer.initialize(z)
             new.discard(quantizer)

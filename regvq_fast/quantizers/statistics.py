@@ -1,10 +1,11 @@
-"""Sharpness of the softmax over the codes, measured on a few rows of each image."""
+"""Sharpness of the softmax over the codes: of a few rows of each image, and entropies of all rows."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from regvq_fast.ops import softmax_statistics
 from regvq_fast.padding import Padding
 
 _ROWS_OF_AN_IMAGE = 8
@@ -53,6 +54,18 @@ def _some_rows(rows: Tensor, padding: Padding) -> tuple[Tensor, Padding]:
     positions = (~valid).byte().argsort(stable=True).gather(1, numbers * strides % counts.clamp(min=1))
     some = Padding((numbers < counts).flatten(), over_ranks=padding.over_ranks)
     return rows.take_along_dim(positions.unsqueeze(2), 1).flatten(0, 1), some
+
+
+def softmax_entropies(
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, temperature: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean entropy of the rows' softmax, and the entropy of their mean softmax: nats, 0-dim, with gradients.
+
+    Arguments are those of :func:`regvq_fast.ops.softmax_statistics`. As in IBQ and LlamaGen, 1e-5 keeps the logarithm
+    of the mean finite.
+    """
+    entropy, mean = softmax_statistics(rows, weight, bias, temperature=temperature, valid=valid)
+    return entropy, -(mean * (mean + 1e-5).log()).sum()
 
 
 def log_scale_that_perturbs(fraction: float, perturbed: Callable[[float], float | Tensor]) -> float:

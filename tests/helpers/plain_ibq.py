@@ -5,7 +5,7 @@ from torch import nn
 
 
 class IndexPropagationQuantize(nn.Module):
-    """What SEED-Voken's class computes (src/IBQ/modules/vqvae/quantize.py), under its names; it isn't on PyPI."""
+    """Computation of SEED-Voken's class (src/IBQ/modules/vqvae/quantize.py), under its names; it isn't on PyPI."""
 
     def __init__(
         self,

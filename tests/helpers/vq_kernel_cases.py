@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-from helpers.kernel_cases import DEVICE, FLOATS, kernels, surrounded
+from helpers.kernel_cases import DEVICE, FLOATS, kernels, patch_dispatch, set_split, surrounded
 from helpers.vq_cases import LEAVES, copy_leaves, head_of, make_inputs, outputs_and_gradients, plain_low_precision
 from torch import Tensor
 
@@ -152,3 +153,19 @@ def assert_gradients(
         else:
             allowed = allowed.clamp(max=2) + 1
         assert error <= allowed, f"{name}: {error:.2f} eps, allowed {allowed:.2f}"
+
+
+def assert_splits_and_chunks_agree(
+    monkeypatch: pytest.MonkeyPatch, case: Case, inputs: dict[str, Any], schedule: str
+) -> list[int]:
+    """Assert that splits and chunks change no output, and gradients not much; return the splits of each sweep."""
+    whole = kernel_results(inputs, schedule, **case.settings())
+    for name, value in {"CHUNK_SCORES": 1, "MIN_CHUNK_ROWS": 128, "FULL_CHUNK_ROWS": 1}.items():
+        patch_dispatch(monkeypatch, name, value)
+    splits = set_split(monkeypatch, 64)
+    results = kernel_results(inputs, schedule, **case.settings())
+    assert min(splits) > 1
+    for name in OUTPUTS:
+        assert torch.equal(results[name], whole[name]), name
+    assert_gradients(results, inputs, **case.settings())
+    return splits

@@ -10,8 +10,6 @@ from helpers.kernel_cases import (
     kernels,
     needs_kernels,
     pass_in_the_interpreter,
-    patch_dispatch,
-    set_split,
 )
 from helpers.vq_cases import (
     LEAVES,
@@ -24,7 +22,14 @@ from helpers.vq_cases import (
     make_inputs,
     outputs_and_gradients,
 )
-from helpers.vq_kernel_cases import OUTPUTS, Case, assert_gradients, assert_outputs, kernel_results
+from helpers.vq_kernel_cases import (
+    OUTPUTS,
+    Case,
+    assert_gradients,
+    assert_outputs,
+    assert_splits_and_chunks_agree,
+    kernel_results,
+)
 
 from regvq_fast.ops import assign_codes, segment_sum, vector_quantize
 from regvq_fast.ops.reference import vector_quantize_reference
@@ -223,16 +228,8 @@ def test_kernels_of_one_head_give_the_bits_of_none(schedule):
 def test_kernels_with_splits_and_chunks(logits, schedule, monkeypatch):
     case = Case(260, 150, 9, logits, groups=5, dtype=torch.float16)
     inputs = inputs_of(case, 2) | {"valid": torch.arange(260) % 3 != 1}
-    whole = kernel_results(inputs, schedule, **case.settings())
-    for name, value in {"CHUNK_SCORES": 1, "MIN_CHUNK_ROWS": 128, "FULL_CHUNK_ROWS": 1}.items():
-        patch_dispatch(monkeypatch, name, value)
-    splits = set_split(monkeypatch, 64)
-    results = kernel_results(inputs, schedule, **case.settings())
-    assert min(splits) > 1
+    splits = assert_splits_and_chunks_agree(monkeypatch, case, inputs, schedule)
     assert len(splits) > 2  # the forward's, and more than one chunk of the backward
-    for name in OUTPUTS:
-        assert torch.equal(results[name], whole[name]), name
-    assert_gradients(results, inputs, **case.settings())
 
 
 @needs_kernels

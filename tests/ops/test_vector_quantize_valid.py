@@ -8,11 +8,15 @@ from helpers.kernel_cases import (
     if_kernels_are_elsewhere,
     needs_kernels,
     pass_in_the_interpreter,
-    patch_dispatch,
-    set_split,
 )
 from helpers.vq_cases import LOGITS, assert_same, make_inputs, outputs_and_gradients
-from helpers.vq_kernel_cases import OUTPUTS, Case, assert_gradients, assert_outputs, kernel_results
+from helpers.vq_kernel_cases import (
+    Case,
+    assert_gradients,
+    assert_outputs,
+    assert_splits_and_chunks_agree,
+    kernel_results,
+)
 
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.reference import vector_quantize_reference
@@ -136,21 +140,13 @@ def test_kernels_with_all_rows_valid_give_the_bits_of_no_valid(dtype, groups, sc
 def test_kernels_with_splits_and_chunks(schedule, monkeypatch):
     case = Case(260, 300, 9, "linear with bias", groups=5, dtype=torch.float16)
     inputs = with_valid(case, case.inputs())
-    whole = kernel_results(inputs, schedule, **case.settings())
-    for name, value in {"CHUNK_SCORES": 1, "MIN_CHUNK_ROWS": 128, "FULL_CHUNK_ROWS": 1}.items():
-        patch_dispatch(monkeypatch, name, value)
-    splits = set_split(monkeypatch, 64)
-    results = kernel_results(inputs, schedule, **case.settings())
-    assert min(splits) > 1
-    for name in OUTPUTS:
-        assert torch.equal(results[name], whole[name]), name
-    assert_gradients(results, inputs, **case.settings())
+    assert_splits_and_chunks_agree(monkeypatch, case, inputs, schedule)
 
 
 @needs_kernels
 @every_schedule
 def test_fp16_gradients_of_a_group_with_one_valid_row_do_not_overflow(schedule):
-    """What a number of rows would divide goes to one row whole."""
+    """One row takes the gradient that several would share."""
     case = Case(256, 64, 16, "distance", "random", 2, dtype=torch.float16)
     inputs = case.inputs() | {"valid": torch.arange(256) == 3}
     results = kernel_results(inputs, schedule, ("posterior",), **case.settings())
