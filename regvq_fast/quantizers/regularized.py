@@ -36,7 +36,9 @@ LogitKind = Literal["cosine", "distance", "linear"]
 _RATE = 0.1
 """Change of the log of the scale in a step, over the error of the perturbed fraction in the step before."""
 _JITTER = 0.1
-"""Standard deviation, in each channel, of what is added to the latents that become codes, which have 1."""
+"""Standard deviation, in each channel, of the noise added to the latents that become codes, whose own is 1."""
+_SPREAD = 0.5
+"""Standard deviation of the copies of a latent that becomes several codes, over that of the latents."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class RegularizedQuantizer(CodebookQuantizer):
     def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
         super().__init__(num_codes, code_dim, **settings)
         logits = self.settings.logits
-        # With few codes, uniform selection takes another code than the best one for 1 - 1 / N of the rows.
-        self._target = min(self.settings.perturbed, 0.75 * (1 - 1 / num_codes))
+        # Uniform selection takes another code than the best one for 1 - 1 / N of the rows: no scale gives more.
+        self._target = min(self.settings.perturbed, 0.95 * (1 - 1 / num_codes))
         if logits == "linear":
             self.proj = nn.Linear(code_dim, num_codes)
         self._set_codes(torch.randn(num_codes, code_dim))
@@ -149,7 +151,8 @@ class RegularizedQuantizer(CodebookQuantizer):
         """Fit a new quantizer to latents of an encoder that is new itself.
 
         A fixed shift and gain give their channels mean 0 and variance 1. Codes become randomly chosen latents with a
-        little noise (PyTorch's global generator of the CPU). The scale becomes that which perturbs the target fraction.
+        little noise (PyTorch's global generator of the CPU); where there are fewer latents than codes, copies of them
+        that are spread as latents are. The scale becomes that which perturbs the target fraction.
 
         Raises:
             ValueError: a single position, which has no variance; otherwise as :meth:`forward`.
@@ -165,7 +168,13 @@ class RegularizedQuantizer(CodebookQuantizer):
         order = torch.randperm(len(rows)).to(rows.device)
         half, others = order[: len(rows) // 2], order[len(rows) // 2 :][:FITTED_ROWS]
         chosen = rows[half.repeat(-(-self.num_codes // len(half)))[: self.num_codes]]
-        self._set_codes(chosen + _JITTER * torch.randn(chosen.shape).to(rows))
+        chosen = chosen + _JITTER * torch.randn(chosen.shape).to(rows)
+        # Copies that start close together get the same gradients and stay together. Differences of latents spread them
+        # in the directions that latents have.
+        copies = chosen[len(half) :]
+        first, second = rows[half[torch.randint(len(half), (2, len(copies))).to(half.device)]]
+        copies += _SPREAD / math.sqrt(2) * (first - second)
+        self._set_codes(chosen)
         self._fit_scale(rows[others])
 
     @torch.no_grad()
