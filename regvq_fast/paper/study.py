@@ -96,7 +96,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--code-dim 8",
     ),
 }
-"""What each quantizer was tuned over, besides its defaults: five settings each, its own or those that work elsewhere."""
+"""Settings that each quantizer was tuned over, besides its defaults: five each."""
 
 CHOSEN: dict[str, str] = {}
 """The best of them by Fréchet distance of reconstructions, where the defaults are not (docs/quantizers.md)."""
@@ -104,7 +104,7 @@ CHOSEN: dict[str, str] = {}
 
 def _row(name: str, size: int, settings: str, label: str) -> Row:
     """Return the row of a quantizer; one with the same settings and size has the same key in both experiments."""
-    words = [word for word in f"{name} {size} {settings}".lower().replace(",", "").split()]
+    words = f"{name} {size} {settings}".lower().replace(",", "").split()
     return Row(
         f"{name}, {label}",
         "-".join(["study", *(word.strip("-") for word in words)]),
@@ -123,7 +123,7 @@ def _trials() -> tuple[Row, ...]:
     """Return all quantizers with their defaults, then with each of the settings that they are tuned over."""
     return tuple(
         _row(name, TUNED_SIZE, trial, trial or "defaults")
-        for trials in zip(*((("", *trials) for trials in TRIALS.values())), strict=True)
+        for trials in zip(*(("", *trials) for trials in TRIALS.values()), strict=True)
         for name, trial in zip(TRIALS, trials, strict=True)
     )
 
