@@ -30,6 +30,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--perturbed 0.9 --kl-weight 0.03",
         "--perturbed 0.9 --kl-weight 0.01",
         "--perturbed 0.9 --kl-weight 0.03 --code-dim 8",
+        "--perturbed 0.9 --kl-weight 0.03 --code-dim 16",
         "--perturbed 0.9 --kl-weight 0.03 --mask-ratio 0.2",
     ),
     "VQ-GAN": (
@@ -38,6 +39,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--code-dim 8",
         "--code-dim 8 --commitment 1",
         "--code-dim 8 --commitment 0.05",
+        "--code-dim 16",
     ),
     "VQ-GAN, rotation trick": (
         "--commitment 1",
@@ -45,6 +47,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--code-dim 8",
         "--code-dim 8 --commitment 1",
         "--code-dim 8 --commitment 0.05",
+        "--code-dim 16",
     ),
     "VQ-VAE": (
         "--codebook-decay 0.95",
@@ -52,6 +55,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--commitment 1",
         "--commitment 0.05",
         "--code-dim 8",
+        "--code-dim 16",
     ),
     "Gumbel-VQ": (
         "--kl-weight 0.005",
@@ -59,6 +63,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--tau-end 0.5",
         "--tau-end 0.5 --kl-weight 0.005",
         "--code-dim 8",
+        "--code-dim 16",
     ),
     "FSQ": (
         "--levels 4 4 4 4 4",
@@ -66,6 +71,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--levels 32 32",
         "--levels 6 6 6 5",
         "--levels 3 3 3 3 4 3",
+        "--levels 16 8 8",
     ),
     "LFQ": (
         "--entropy-weight 0.02",
@@ -73,6 +79,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--temperature 0.1",
         "--temperature 1",
         "--entropy-weight 0.02 --temperature 1",
+        "--commitment 1",
     ),
     "BSQ": (
         "--entropy-weight 0.02",
@@ -80,6 +87,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--entropy-weight 0.02 --temperature 0.1",
         "--temperature 0.1",
         "--commitment 0.25",
+        "--commitment 0.25 --entropy-weight 0.02",
     ),
     "SimVQ": (
         "--commitment 1",
@@ -87,6 +95,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--no-rotation-trick",
         "--code-dim 8",
         "--code-dim 8 --commitment 0.05",
+        "--code-dim 16",
     ),
     "IBQ": (
         "--entropy-weight 0",
@@ -94,9 +103,10 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--entropy-temperature 1",
         "--codebook-weight 1",
         "--code-dim 8",
+        "--code-dim 16",
     ),
 }
-"""Settings that each quantizer was tuned over, besides its defaults: five each."""
+"""Settings that each quantizer was tuned over, besides its defaults: six each."""
 
 CHOSEN: dict[str, str] = {}
 """The best of them by Fréchet distance of reconstructions, where the defaults are not (docs/quantizers.md)."""

@@ -149,10 +149,10 @@ def test_the_study_compares_quantizers_on_equal_terms(scale):
 
 def test_all_quantizers_are_tuned_over_as_many_settings_and_the_chosen_ones_are_among_them():
     assert TRIALS.keys() == QUANTIZER_FLAGS.keys()
-    assert {len(set(trials)) for trials in TRIALS.values()} == {5}
+    assert {len(set(trials)) for trials in TRIALS.values()} == {6}
     assert all(settings in TRIALS[name] for name, settings in CHOSEN.items())
     rows = EXPERIMENTS["tuning"].rows["tiny"]
-    assert len({row.key for row in rows}) == len({row.name for row in rows}) == 6 * len(TRIALS)
+    assert len({row.key for row in rows}) == len({row.name for row in rows}) == 7 * len(TRIALS)
     study = {row.key: row.flags for row in EXPERIMENTS["quantizers"].rows["tiny"] if row.x == TUNED_SIZE}
     assert sum(study.get(row.key) == row.flags for row in rows) == len(TRIALS)  # those of the study are one run
     for row in rows:
