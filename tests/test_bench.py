@@ -167,20 +167,8 @@ def test_steps_and_samples_of_both_sides_run_and_a_wrong_first_step_is_refused(m
 # ------------------------------------------------------------------------------ turns, clocks, records
 
 
-def test_competitors_take_turns_until_the_time_is_up(monkeypatch):
-    order, clock = [], itertools.count(step=10.0)
-    makers = {name: lambda name=name: lambda: order.append(name) for name in "ab"}
-    monkeypatch.setattr(measuring, "seconds_of", lambda run, *_: run() or 1.0)
-    outcomes = measuring.measure_side_by_side(makers, lambda *_: {}, "cpu", turns=3)
-    assert "".join(order).endswith("ababab")
-    assert outcomes["a"]["seconds"] == [1.0] * 3
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
-    outcomes = measuring.measure_side_by_side(makers, lambda *_: {}, "cpu")
-    assert len(outcomes["b"]["seconds"]) == 3
-
-
-def test_each_outcome_is_kept_and_no_tensor_of_what_failed():
-    held, calls = [], []
+def test_each_outcome_is_kept_no_tensor_of_what_failed_and_few_turns_when_the_time_is_up(monkeypatch):
+    held, calls, clock = [], [], itertools.count(step=10.0)
 
     def too_large():
         held.append(weakref.ref(tensor := torch.zeros(1)))
@@ -192,7 +180,7 @@ def test_each_outcome_is_kept_and_no_tensor_of_what_failed():
             raise torch.OutOfMemoryError("8 GiB")
 
     def absent():
-        raise SkippedError("x is not installed")
+        raise SkippedError("not installed")
 
     def examine(name, results):
         bench_ops.require("dx", name != "wrong", "is off")
@@ -200,14 +188,16 @@ def test_each_outcome_is_kept_and_no_tensor_of_what_failed():
 
     makers = {name: lambda: lambda: None for name in ("right", "wrong")}
     makers |= {"large": too_large, "late": lambda: late, "absent": absent, "broken": lambda: lambda: 1 / 0}
-    outcomes = measuring.measure_side_by_side(makers, examine, "cpu", turns=5)
-    records = {name: measuring.record_of({"op": "x"}, name, outcome) for name, outcome in outcomes.items()}
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
+    outcomes = measuring.measure_side_by_side(makers, examine, "cpu")
+    found = {name: measuring.record_of({"op": "x"}, name, outcome) for name, outcome in outcomes.items()}
     expected = {"right": "ok", "wrong": "wrong", "large": "out of memory", "late": "out of memory"}
     expected |= {"absent": "skipped", "broken": "failed"}
-    assert {name: record["status"] for name, record in records.items()} == expected
-    assert (records["right"]["turns"], records["right"]["agreement"], records["right"]["op"]) == (5, 1, "x")
-    assert records["broken"]["reason"].startswith("ZeroDivisionError")
+    assert {name: record["status"] for name, record in found.items()} == expected
+    assert (found["right"]["turns"], found["right"]["agreement"], found["right"]["op"]) == (3, 1, "x")
+    assert found["broken"]["reason"].startswith("ZeroDivisionError")
     assert held[0]() is None
+    assert measuring.measure_side_by_side({"a": makers["right"]}, examine, "cpu", turns=0)["a"]["seconds"] == []
 
 
 def test_clocks_are_tritons_for_ops_on_a_gpu_and_pytorchs_for_the_rest(monkeypatch):
