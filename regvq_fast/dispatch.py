@@ -12,7 +12,7 @@ Tiles are pinned in one table, so that a call costs no search and gives the same
 ``python bench/tile_search.py`` times their neighbours on a GPU. On sm_90 the tiles of 16-bit inputs with D = 256
 (InfoNCE: C = 128 and 512) are the fastest without spills of those tried on an H200. All others follow from counting
 registers and shared memory, and from the resource reports of ahead-of-time compilation
-(``python bench/kernel_resources.py``).
+(``python tests/kernel_resources.py``).
 """
 
 import functools
