@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_docs import PACKAGES
@@ -74,10 +75,21 @@ def test_formulas_are_mathml(site: Path) -> None:
 def test_the_reference_has_every_public_name(site: Path) -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in (site / "docs" / "api").rglob("*.html"))
     shown = set(re.findall(r'id="(regvq_fast[\w.]+)"', text))
-    public = {f"{name}.{item}" for name in PACKAGES[1:] for item in importlib.import_module(name).__all__}
+    packages = [importlib.import_module(name) for name in PACKAGES[1:]]
+    public = [(package, name) for package in packages for name in package.__all__]
     assert len(public) > 100
-    assert sorted(public - shown) == []
+    lacking = []
+    for package, name in public:
+        own = getattr(getattr(package, name), "__name__", name)  # another name for the same function has no entry
+        # A function that is named like its module is found there: the package has room for one of them.
+        if not {f"{package.__name__}.{own}", f"{package.__name__}.{own}.{own}"} & shown:
+            lacking.append(name)
+    assert lacking == []
     assert not re.search(r":\w+:<code>|:\w+:`", text), "a role that nothing resolves"
+
+
+def kinds_of_output(notebook: Any) -> list[set[str]]:
+    return [{output.output_type for output in cell.get("outputs", [])} for cell in notebook.cells]
 
 
 @pytest.mark.slow
@@ -87,7 +99,7 @@ def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     notebook = nbformat.read(path, as_version=4)
-    shown = [[output.output_type for output in cell.get("outputs", [])] for cell in notebook.cells]
+    shown = kinds_of_output(notebook)
     assert sum(map(len, shown)) >= 2
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert [[output.output_type for output in cell.get("outputs", [])] for cell in notebook.cells] == shown
+    assert kinds_of_output(notebook) == shown
