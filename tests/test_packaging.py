@@ -201,16 +201,18 @@ def test_the_wheel_works_in_an_environment_of_its_own(built: Distributions, tmp_
     pip = [sys.executable, "-m", "pip", "--python", tmp_path / "venv", "install", "--no-deps", "--no-index"]
     run([*pip, built.wheels["wheel"]], cwd=tmp_path)
     (packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
-    (packages / "libraries.pth").write_text("\n".join(site.getsitepackages()))
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "libraries.pth").write_text("\n".join(libraries))
+    python = [tmp_path / "venv" / "bin" / "python", "-I"]
 
-    help_page = run([tmp_path / "venv" / "bin" / "regvq", "--help"], cwd=tmp_path)
+    help_page = run([*python, tmp_path / "venv" / "bin" / "regvq", "--help"], cwd=tmp_path)
     assert "usage: regvq" in help_page
     code = (
         "import regvq_fast, torch; from regvq_fast.ops import vector_quantize;"
         "out = vector_quantize(torch.tensor([[0.9], [-2.0]]), torch.tensor([[-1.0], [1.0]]));"
         "print(regvq_fast.__file__, out.indices.tolist())"
     )
-    printed = run([tmp_path / "venv" / "bin" / "python", "-c", code], cwd=tmp_path)
+    printed = run([*python, "-c", code], cwd=tmp_path)
     assert printed == f"{packages / 'regvq_fast' / '__init__.py'} [1, 0]\n"
 
 
