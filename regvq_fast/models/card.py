@@ -11,7 +11,7 @@ from regvq_fast.models.hub import HubName, import_hub
 from regvq_fast.models.pretrained import CONFIG
 from regvq_fast.quantizers import QUANTIZERS
 
-_NOT_SETTINGS = ("facts", "architecture", "versions")  # of config.json
+_NOT_SETTINGS = ("started_in", "facts", "architecture", "versions")  # of config.json
 _OF_THE_RUN = ("preset", "seed", "amp", "compile", "deterministic")  # the rest of it is records and machine
 _FIRST = ("reconstructions", "samples")  # images below the title
 _CAPTIONS = {
