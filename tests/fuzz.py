@@ -3,9 +3,10 @@
     PYTHONPATH=tests OMP_NUM_THREADS=1 python tests/fuzz.py --cases 20000 --seed 0
     PYTHONPATH=tests python tests/fuzz.py --reader "tar shards" --case 17     # one case, with its traceback
 
-A case changes one valid file (:mod:`helpers.fuzz_mutations`) of a reader (:mod:`helpers.fuzz_readers`), and reads it in
-a child process with bounded memory and time. It passes if the values read are of their types and ranges, or if a
-ValueError or OSError names the file or its folder. A function of the seed, the reader and the number of the case.
+A case changes one valid file (:mod:`helpers.fuzz_mutations`) of a reader (:mod:`helpers.fuzz_readers`,
+:mod:`helpers.fuzz_model_readers`), and reads it in a child process with bounded memory and time. It passes if the
+values read are of their types and ranges, or if a ValueError or OSError names the file or its folder. A function of the
+seed, the reader and the number of the case.
 """
 
 import argparse
@@ -25,9 +26,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from helpers.fuzz_model_readers import MODEL_READERS
 from helpers.fuzz_mutations import mutate
-from helpers.fuzz_readers import READERS, Reader
+from helpers.fuzz_readers import DATA_READERS, Reader
 
+READERS = {**DATA_READERS, **MODEL_READERS}
 MEMORY = 4 * 2**30
 """Bytes that a child may have beyond those it begins with."""
 CPU_SECONDS, SECONDS = 10, 60

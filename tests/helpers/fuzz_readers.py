@@ -277,7 +277,7 @@ def _read_run(folder: Path) -> None:
     assert Checkpoints(folder / "run", 2, found).newest == found.folder
 
 
-READERS = {
+DATA_READERS = {
     "folder of images": Reader(
         _make_folder, lambda f: _read_images(ImageFolder, f / "photos", "caption segmentation label")
     ),
