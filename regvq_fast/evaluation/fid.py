@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -268,17 +268,17 @@ def _load(
 ) -> tuple[FeatureStatistics, int] | None:
     """The statistics in a file of the cache and the number of unreadable images; None where it isn't just of that."""
     try:
-        with safe_open(file, "pt") as content:
-            told = content.metadata() or {}
-            if told.get("identity") != _text(identity):
-                return None
-            total, products = content.get_tensor("total"), content.get_tensor("products")
-            unreadable = told.get("unreadable", "")
-            if told.get("sha256") != _digest(total, products, unreadable):
-                raise SafetensorError("its checksum is not that of its contents")
+        content = file.read_bytes()  # safetensors opens no path that is not UTF-8
+        tensors = safetensors.torch.load(content)
+        told = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        if told.get("identity") != _text(identity):
+            return None
+        total, products, unreadable = tensors["total"], tensors["products"], told.get("unreadable", "")
+        if told.get("sha256") != _digest(total, products, unreadable):
+            raise ValueError("its checksum is not that of its contents")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         logger.warning("the statistics in %s are damaged (%s) and computed anew", file, error)
         return None
     if total.shape != (num_features,) or products.shape != (num_features, num_features):
@@ -296,6 +296,6 @@ def _save(file: Path, identity: dict[str, Any], statistics: FeatureStatistics, u
         with atomic_path(file) as temporary:
             digest = _digest(tensors["total"], tensors["products"], str(unreadable))
             told = {"identity": _text(identity), "unreadable": str(unreadable), "sha256": digest}
-            safetensors.torch.save_file(tensors, temporary, metadata=told)
+            temporary.write_bytes(safetensors.torch.save(tensors, told))
     except OSError as error:
         logger.warning("the statistics of %s can't be kept, and are computed each time (%s)", identity["data"], error)
