@@ -149,6 +149,8 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
         for name, value in fresh.items():
             if value.is_floating_point() != weights[name].is_floating_point():
                 raise ValueError(f"the weights have {name} as {weights[name].dtype}, not {value.dtype}")
+            if not weights[name].isfinite().all():
+                raise ValueError(f"the weights have non-finite values in {name}")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     except (TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
