@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=20_000, help="of all readers together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reader", choices=READERS, help="only this one")
+    parser.add_argument("--reader", choices=READERS, nargs="+", default=list(READERS), help="only these")
     parser.add_argument("--case", type=int, help="only this one, with its traceback")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = f"{top}/cache"
         corpora = {name: Corpus(READERS[name], Path(top, f"{k:02d}")) for k, name in enumerate(READERS)}
         others = [data for corpus in corpora.values() for data in corpus.files.values() if len(data) < 10**6]
-        names = [args.reader] if args.reader else list(READERS)
+        names = args.reader
         if args.case is not None:
             corpus = corpora[names[0]]
             corpus.reader = corpus.reader._replace(read=_with_traceback(corpus.reader))
