@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,15 +142,15 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
         for number in _whole_numbers(description):
             if number > max(most, _ANY_SIZE):
                 raise ValueError(f"its architecture has the number {number}, more than its weights could have")
-        encoder = description.get("text_encoder")  # a pre-trained one has its weights elsewhere
-        elsewhere = isinstance(encoder, dict) and encoder.get("type") == "PretrainedTextEncoder"
-        with _at_most(math.inf if elsewhere else most):
+        with _at_most(most):
             model = kind._build(**description)
         fresh = model.state_dict()
         check_state_dict(weights, {name: value.shape for name, value in fresh.items()}, f"this {name}")
         for name, value in fresh.items():
             if value.is_floating_point() != weights[name].is_floating_point():
                 raise ValueError(f"the weights have {name} as {weights[name].dtype}, not {value.dtype}")
+            if not weights[name].isfinite().all():
+                raise ValueError(f"the weights have non-finite values in {name}")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     except (TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
@@ -169,8 +168,22 @@ def _whole_numbers(description: Any) -> Iterator[int]:
             yield from _whole_numbers(value)
 
 
+_counts = True  # False inside `weights_of_its_own`
+
+
 @contextmanager
-def _at_most(numbers: float) -> Iterator[None]:
+def weights_of_its_own() -> Iterator[None]:
+    """Allow modules of any size inside the block: they are loaded, and don't belong to the model being read."""
+    global _counts
+    before, _counts = _counts, False
+    try:
+        yield
+    finally:
+        _counts = before
+
+
+@contextmanager
+def _at_most(numbers: int) -> Iterator[None]:
     """Raise ValueError where modules made inside the block have more parameters than this, before these are filled.
 
     A damaged description would ask for more memory, or time, than there is.
@@ -179,7 +192,7 @@ def _at_most(numbers: float) -> Iterator[None]:
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal made
-        made += parameter.numel() if isinstance(parameter, Tensor) else 0
+        made += parameter.numel() if _counts and isinstance(parameter, Tensor) else 0
         if made > numbers:
             raise ValueError("its architecture has more parameters than its weights")
 

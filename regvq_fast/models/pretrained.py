@@ -211,6 +211,10 @@ def weights_from_bytes(content: bytes, path: Path) -> dict[str, Tensor]:
 
 def weights_from_file(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU; their values are read when they are used. ValueError as above."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # safetensors opens no such path
+        return weights_from_bytes(path.read_bytes(), path)
     with _readable(path):
         return safetensors.torch.load_file(path)
 

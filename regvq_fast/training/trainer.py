@@ -151,6 +151,8 @@ class Trainer(Generic[Config]):
             self._stop = stop
             try:
                 self._loop(stop)
+            except RunStopped:
+                raise
             except Exception as error:
                 self._end_workers()
                 # Both come between two steps; the other ranks don't know of a worker's failure.
