@@ -132,22 +132,6 @@ def test_autocast_computes_in_fp32():
         assert torch.equal(softmax_statistics(x, weight, bias)[0], expected[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight": torch.zeros(4, 2)}, r"weight .*\b3 .*\(4, 2\)"),
-        ({"weight": torch.zeros(0, 3)}, r"\(5, 3\) and \(0, 3\)"),
-        ({"bias": torch.zeros(3)}, r"bias .*\b4\b"),
-        ({"valid": torch.ones(4, dtype=torch.bool)}, r"valid .*\(5,\).*\(4,\)"),
-        ({"temperature": 0.0}, r"temperature .*\b0\.0"),
-    ],
-)
-def test_bad_input_gets_a_sentence(change, message):
-    arguments = {"x": torch.zeros(5, 3), "weight": torch.zeros(4, 3), "bias": torch.zeros(4)} | change
-    with pytest.raises(ValueError, match=message):
-        softmax_statistics(**arguments)
-
-
 def test_a_second_derivative_is_refused_instead_of_being_wrong():
     inputs = leaves()
     (gradient,) = torch.autograd.grad(softmax_statistics(*inputs)[0].square(), inputs[0], create_graph=True)

@@ -215,7 +215,9 @@ def test_weighted_info_nce_names_what_is_wrong(case):
 STATISTICS = {
     "x is integer": ({"x": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "x .*torch.int64"),
     "no rows": ({"x": torch.zeros(0, 4)}, ValueError, r"x and weight .*\(0, 4\) and \(5, 4\)"),
-    "weight have other D": ({"weight": torch.zeros(5, 3)}, ValueError, r"weight .*\b4 .*\(5, 3\)"),
+    "no codes": ({"weight": torch.zeros(0, 4)}, ValueError, r"x and weight .*\(6, 4\) and \(0, 4\)"),
+    "valid of other shape": ({"valid": MASK[:5]}, ValueError, r"valid .*\(6,\).*\(5,\)"),
+    "weight has other D": ({"weight": torch.zeros(5, 3)}, ValueError, r"weight .*\b4 .*\(5, 3\)"),
     "weight in another type": ({"weight": torch.zeros(5, 4).half()}, TypeError, "weight .*torch.float16"),
     "bias of other length": ({"bias": torch.zeros(4)}, ValueError, r"bias .*\b5 .*\(4,\)"),
     "temperature 0": ({"temperature": 0.0}, ValueError, "temperature .*0.0"),

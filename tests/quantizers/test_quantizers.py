@@ -223,7 +223,7 @@ def test_lookup_gives_the_codes_of_a_token_map(quantizer: Quantizer) -> None:
 
 @pytest.mark.parametrize("shape", [(2, D + 1, 4, 4), (2, 4, D), (D,), (0, D, 4)])
 def test_latents_of_another_shape_are_refused(quantizer: Quantizer, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"\(B, {D}, \*\)|there is none"):
+    with pytest.raises(ValueError, match=rf"\(B, {D}, \*\)|at least one position"):
         quantizer(torch.randn(shape), seed())
 
 
@@ -412,7 +412,7 @@ def test_initialize_makes_codes_of_latents_and_gives_their_channels_unit_varianc
     many = RegularizedQuantizer(1000, 16)  # more codes than latents
     many.initialize(z)
     assert len(many.embedding.weight.unique(dim=0)) == 1000
-    with pytest.raises(ValueError, match="one latent"):
+    with pytest.raises(ValueError, match=r"single latent .*\(1, 16, 1, 1\)"):
         quantizer.initialize(z[:1, :, :1, :1])
 
 
