@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from regvq_fast.data.finding import EXTENSIONS, SPLIT_NAMES, find_files, is_image, name_hash
 from regvq_fast.data.image_files import FIELD_SUFFIXES, ImageFileDataset
 from regvq_fast.data.labels import folder_class, folder_classes
-from regvq_fast.data.samples import Crop, Field, Part, Split
+from regvq_fast.data.samples import Field, Part, Split
 
 
 class ImageFolder(ImageFileDataset):
@@ -29,47 +29,25 @@ class ImageFolder(ImageFileDataset):
     (:class:`~regvq_fast.data.shards.ImageShards`) instead, which file systems prefer, too.
 
     Args:
-        root: the folder, searched recursively for jpg, jpeg, png, webp, bmp, tif, tiff and gif files.
-        split: "train": endless, every image once an epoch in shuffled order. "val": each image once, central crop.
-        image_size: height and width in pixels of the samples.
-        crop: of training images. "random-resized": 50 to 100 % of the area of the largest square that fits, aspect
-            0.9 to 1.1, anywhere in the image. "center": that square itself, in the middle. Resized with Lanczos.
-        flip: mirror training images with probability 1/2.
-        seed: order, crops and flips are functions of (seed, index) only.
-        limit: use at most so many validation images, spread evenly over the sorted list. None: all.
-        fields: what samples have besides their image, from files beside it. "caption": a line of PHOTO.txt, in
-            training a random one, by (seed, index), in validation the first; repeated ones count once.
-            "segmentation": the class ids of PHOTO.seg.png, an image of the same shape with one channel, cropped alike
-            with the nearest neighbour. "label": the first folder below the split's that the image is in, as of
-            torchvision's ``ImageFolder``; ids are ranks among the sorted names of both splits (``label_names``), of
-            which there must be two. Images that lack one are left out, with a warning.
-
-    A sample has ``image`` (3, image_size, image_size) uint8 and, if requested, ``segmentation`` (image_size,
-    image_size) uint8, ``caption`` str and ``label`` int.
+        source: the folder, searched recursively for jpg, jpeg, png, webp, bmp, tif, tiff and gif files.
+        split, image_size, crop, flip, seed, limit: see :class:`~regvq_fast.data.image_files.ImageFileDataset`.
+        fields: read from files beside the image. "caption": a line of PHOTO.txt, in training a random one, by
+            (seed, index), in validation the first; repeated ones count once. "segmentation": the class ids of
+            PHOTO.seg.png, an image of the same shape with one channel, cropped alike with the nearest neighbour.
+            "label": the first folder below the split's that the image is in, as in torchvision's ``ImageFolder``; ids
+            are ranks among the sorted names of both splits (``label_names``), at least two.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it, or none with the fields. NotADirectoryError: it is a file.
-        ValueError: none of its images can be read (also on a later access, when the last one fails);
-            an unknown split, crop or field; an image size or a limit below 1.
+        ValueError: as :class:`~regvq_fast.data.image_files.ImageFileDataset`.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(root, split, image_size, crop, flip, seed, limit, fields)
-        self.root = Path(root)
+    def _find(self) -> None:
+        self.root = Path(self.source)
         folders = _split_folders(self.root)
-        self.folder = folders.get(split, self.root)
+        self.folder = folders.get(self.split, self.root)
         """The folder of the split's images."""
-        files = self._find(list(folders.values()))
+        files = self._list(list(folders.values()))
         within = os.path.join(self.root, "")
         hashes = None if folders else np.array([name_hash(f.removeprefix(within)) for f in files], dtype=np.uint32)
         self.files: Sequence[str] = [files[k] for k in self._choose(hashes, len(files))]
@@ -82,7 +60,7 @@ class ImageFolder(ImageFileDataset):
     def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
         return data is not None
 
-    def _find(self, splits: Sequence[Path]) -> list[str]:
+    def _list(self, splits: Sequence[Path]) -> list[str]:
         """Return the paths of the images with all fields, sorted; at least one."""
         suffixes = [FIELD_SUFFIXES[field] for field in self.fields if field != "label"]
         left_out = self.left_out[os.fspath(self.folder)] = Counter[str]()

@@ -63,8 +63,7 @@ RESIZE = "Lanczos with antialiasing (Pillow)"
 class ImageFileDataset(ImageDataset):
     """Square uint8 RGB images cropped from image files, with captions and semantic maps if requested.
 
-    A subclass lists its images in a fixed order, selects those of the split with :meth:`_choose`, reads their files
-    (:meth:`_read`), and calls :meth:`_start` once it can.
+    A subclass defines how to find its images (:meth:`_find`) and to read their files (:meth:`_read`).
 
     Files that cannot be decoded are skipped: one warning each in the logger "regvq_fast", and the next readable image
     of the list replaces it. They are found on first use, so that opening a large data set stays cheap. Where the
@@ -75,20 +74,35 @@ class ImageFileDataset(ImageDataset):
     that can't be decoded. Class ids that the source declares as mirror pairs (a face's left and right eye) are
     exchanged in the maps of mirrored images.
 
+    A sample has ``image`` (3, image_size, image_size) uint8 and, if requested, ``segmentation`` (image_size,
+    image_size) uint8, ``caption`` str and ``label`` int.
+
+    Args:
+        source: what the subclass reads.
+        split: "train": endless, every image once an epoch in shuffled order. "val": each image once, central crop.
+        image_size: height and width in pixels of the samples.
+        crop: of training images. "random-resized": 50 to 100 % of the area of the largest square that fits, aspect
+            0.9 to 1.1, anywhere in the image. "center": that square itself, in the middle. Resized with Lanczos.
+        flip: mirror training images with probability 1/2.
+        seed: order, crops and flips are functions of (seed, index) only.
+        limit: largest number of validation images, spread evenly over the list. None: all.
+        fields: what samples have besides their image. Images that lack one are left out, with a warning.
+
     Raises:
-        ValueError: an unknown split, crop or field; an image size or a limit below 1.
+        ValueError: an unknown split, crop or field; an image size or a limit below 1; none of the images can be read
+            (also on a later access, when the last one fails).
     """
 
     def __init__(
         self,
         source: str | os.PathLike[str],
-        split: Split,
-        image_size: int,
-        crop: Crop,
-        flip: bool,
-        seed: int,
-        limit: int | None,
-        fields: Collection[Field],
+        split: Split = "train",
+        image_size: int = 256,
+        crop: Crop = "random-resized",
+        flip: bool = True,
+        seed: int = 0,
+        limit: int | None = None,
+        fields: Collection[Field] = (),
     ) -> None:
         check_split(split)
         if crop not in get_args(Crop):
@@ -119,6 +133,7 @@ class ImageFileDataset(ImageDataset):
         self.num_classes = len(manifest.classes) or None if manifest else None
         self._mirrored_ids = mirrored_ids(manifest.mirror_pairs if manifest else ())
         self._stated_labels = manifest.label_names if manifest else ()
+        self._find()
 
     @classmethod
     def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
@@ -139,6 +154,10 @@ class ImageFileDataset(ImageDataset):
         return FieldCounts(len(train), having)
 
     # ----------------------------------------------------------------------------------------- for subclasses to define
+
+    @abstractmethod
+    def _find(self) -> None:
+        """List the images in a fixed order, select those of the split (:meth:`_choose`), and call :meth:`_start`."""
 
     @abstractmethod
     def _read(self, position: int, part: Part) -> bytes:
@@ -164,7 +183,7 @@ class ImageFileDataset(ImageDataset):
         """
         chosen = np.arange(count)
         if hashes is not None and count == 1:
-            warnings.warn(f"{self.source} holds one image: it serves both training and validation", stacklevel=3)
+            warnings.warn(f"{self.source} holds one image: it serves both training and validation", stacklevel=4)
         elif hashes is not None:
             low = np.count_nonzero(hashes < HOLD_OUT * 2**32)
             held_out = np.zeros(count, dtype=bool)

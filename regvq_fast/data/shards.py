@@ -3,7 +3,7 @@
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from itertools import chain
 from math import ceil
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from regvq_fast.data.finding import EXTENSIONS, SHARD_SUFFIXES, SPLIT_NAMES, find_files, holds_shards
 from regvq_fast.data.image_files import ImageFileDataset
 from regvq_fast.data.labels import label_ids
-from regvq_fast.data.samples import Crop, Field, Part, Split
+from regvq_fast.data.samples import Field, Part, Split
 from regvq_fast.data.shard_index import ShardIndex, load_indexes, member_name
 from regvq_fast.files import atomic_path
 
@@ -52,7 +52,8 @@ class ImageShards(ImageFileDataset):
     Args:
         source: a folder with tar files, searched recursively; one tar file; or a pattern with braces, in which ranges
             and lists are expanded as in a shell: ``shards-{000000..000099}.tar``, ``{a,b}-{0..9}.tar``.
-        split, image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``.
+        split, image_size, crop, flip, seed, limit, fields: see
+            :class:`~regvq_fast.data.image_files.ImageFileDataset`.
 
     The order is that of the shards' paths, sorted, and within a shard that of the file: shards of a folder's images in
     sorted order give the samples that the folder gives.
@@ -64,21 +65,10 @@ class ImageShards(ImageFileDataset):
         OSError: a shard can't be read.
     """
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
+    def _find(self) -> None:
         root, shards = _find_shards(self.source)
         splits = _own_shards(root, shards)
-        self.shards: Sequence[Path] = splits.get(split, shards)
+        self.shards: Sequence[Path] = splits.get(self.split, shards)
         indexes = load_indexes(self.shards)
         if "label" in self.fields:
             used = list(chain.from_iterable(splits.values())) or shards  # of both splits, whose ids must agree

@@ -3,7 +3,7 @@
 import logging
 import os
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ from regvq_fast.data.huggingface.source import find_split, is_stream, open_split
 from regvq_fast.data.image_dataset import FieldCounts, Provenance, SplitSettings
 from regvq_fast.data.image_files import CROP, HOLD_OUT, RESIZE, ImageFileDataset
 from regvq_fast.data.reading import is_of_the_machine, why_unreadable
-from regvq_fast.data.samples import Crop, Field, Part, Sample, Split, check_index
+from regvq_fast.data.samples import Field, Part, Sample, check_index
 from regvq_fast.ranks import rank, world_size
 
 logger = logging.getLogger("regvq_fast")
@@ -50,45 +50,35 @@ class HuggingFaceStream(ImageFileDataset):
     Args:
         source: as :mod:`regvq_fast.data.huggingface.source` describes it. ``length=N`` is the number of training
             images, where the data set doesn't state its own.
-        split, image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``; labels, too.
+        split, image_size, crop, flip, seed, limit, fields: see
+            :class:`~regvq_fast.data.image_files.ImageFileDataset`.
 
     Raises:
         ValueError: no length is known, labels that are no class labels; otherwise as :class:`HuggingFaceImages`.
     """
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
-        self._place = place = parse_source(source)
-        splits = open_splits(place)
-        name, self._is_own = find_split(place, splits, split)
+    def _find(self) -> None:
+        self._parsed = parsed = parse_source(self.source)
+        splits = open_splits(parsed)
+        name, self._is_own = find_split(parsed, splits, self.split)
         stream = splits[name]
         self._features = features = stream.features
         if features is None:
             raise ValueError(f"{self.source} doesn't state its columns, so that it can't be streamed: leave out stream")
         parts: tuple[Part, ...] = ("image", *sorted(self.fields))
-        self._columns = {part: require_column(place, features, part) for part in parts}
+        self._columns = {part: require_column(parsed, features, part) for part in parts}
         if "label" in self.fields:
             self.label_names = tuple(features[self._columns["label"]].names)
         self._stream = without_decoding(stream, self._columns).select_columns(sorted(set(self._columns.values())))
         self._reader: tuple[int, Iterator[Mapping[str, Any]]] | None = None
-        if split == "val":
-            self._take(list(islice(filter(self._serves, _rows(self._stream)), limit)))
+        if self.split == "val":
+            self._take(list(islice(filter(self._serves, _rows(self._stream)), self.limit)))
             if not self._rows:
                 raise ValueError(f"no image of {self.source} ({name}) is for validation, or has the fields")
             self._start(len(self._rows))
             return
         stated = (stream.info.splits or {}).get(name)
-        length = int(place.options.get("length", 0)) or (stated.num_examples if stated else 0)
+        length = int(parsed.options.get("length", 0)) or (stated.num_examples if stated else 0)
         if not length:
             raise ValueError(
                 f"{self.source} doesn't state how many images it has: append &length=N, a training epoch's number"
@@ -149,7 +139,7 @@ class HuggingFaceStream(ImageFileDataset):
         return ()
 
     def _having(self) -> dict[Field, int]:
-        columns = find_fields(self._place, self._features)
+        columns = find_fields(self._parsed, self._features)
         return {field: len(self) if field in columns else 0 for field in get_args(Field)}
 
     def _serves(self, row: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """The images of a Hugging Face data set on this machine, at random positions."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -18,7 +18,7 @@ from regvq_fast.data.huggingface.columns import (
 from regvq_fast.data.huggingface.source import find_split, is_source, open_splits, parse_source
 from regvq_fast.data.image_dataset import Provenance
 from regvq_fast.data.image_files import CROP, RESIZE, ImageFileDataset
-from regvq_fast.data.samples import Crop, Field, Part, Split
+from regvq_fast.data.samples import Field, Part, Split
 
 
 class HuggingFaceImages(ImageFileDataset):
@@ -39,7 +39,8 @@ class HuggingFaceImages(ImageFileDataset):
 
     Args:
         source: as :mod:`regvq_fast.data.huggingface.source` describes it.
-        split, image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``; labels, too.
+        split, image_size, crop, flip, seed, limit, fields: see
+            :class:`~regvq_fast.data.image_files.ImageFileDataset`.
 
     Raises:
         FileNotFoundError: no such data set. OSError: the hub can't be reached, or refuses access.
@@ -47,30 +48,19 @@ class HuggingFaceImages(ImageFileDataset):
             fields; and what ``ImageFolder`` raises.
     """
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
-        self._place = parse_source(source)
-        splits = open_splits(self._place)
-        self.split_name, own = find_split(self._place, splits, split)
+    def _find(self) -> None:
+        self._parsed = parse_source(self.source)
+        splits = open_splits(self._parsed)
+        self.split_name, own = find_split(self._parsed, splits, self.split)
         # Both splits, this one first: they share the ids of their labels.
         names = dict.fromkeys(
-            [self.split_name, *(find_split(self._place, splits, part)[0] for part in get_args(Split))]
+            [self.split_name, *(find_split(self._parsed, splits, part)[0] for part in get_args(Split))]
         )
         self._tables = [splits[name] for name in names]
         table = self._tables[0]
         self._identity: str = table._fingerprint
         parts: tuple[Part, ...] = ("image", *sorted(self.fields))
-        columns = {part: require_column(self._place, table.features, part) for part in parts}
+        columns = {part: require_column(self._parsed, table.features, part) for part in parts}
         has = [self._has(field, columns[field]) for field in sorted(self.fields)]
         if has and not np.logical_and.reduce(has).any():
             missing = " and ".join(sorted(self.fields))
@@ -90,13 +80,13 @@ class HuggingFaceImages(ImageFileDataset):
         return data is not None and is_source(data)
 
     def _having(self) -> dict[Field, int]:
-        columns = find_fields(self._place, self._tables[0].features)
+        columns = find_fields(self._parsed, self._tables[0].features)
         counts = {field: int(self._has(field, column)[self._rows].sum()) for field, column in columns.items()}
         return dict.fromkeys(get_args(Field), 0) | counts
 
     def provenance(self) -> Provenance:
         # The identity: of a data set on the hub the same on every machine, unlike the times of its files.
-        data = self._place.path if self._place.is_local else self.source
+        data = self._parsed.path if self._parsed.is_local else self.source
         return Provenance(data, CROP, RESIZE, " ".join([self._identity, *sorted(self.fields)]))
 
     def _has(self, field: Field, column: str) -> NDArray[np.bool_]:
@@ -109,7 +99,7 @@ class HuggingFaceImages(ImageFileDataset):
     def _read_labels(self, column: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
         """Return the names of the labels of both splits, and the ids of this one's rows."""
         values = [_arrow(table, column) for table in self._tables if column in table.features]
-        names, ids = read_labels(self._place, self._tables[0].features[column], values)
+        names, ids = read_labels(self._parsed, self._tables[0].features[column], values)
         return names, ids[0]
 
     def _read(self, position: int, part: Part) -> bytes:
