@@ -10,9 +10,9 @@ from regvq_fast.priors.registry import PRIORS
 from regvq_fast.ranks import local_rank, process_group, rank
 from regvq_fast.training.batch_size import find_batch_size
 from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
+from regvq_fast.training.opening import open_run
 from regvq_fast.training.recipe import Recipe
 from regvq_fast.training.stopping import RunStopped
-from regvq_fast.training.trainer import Trainer
 from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 
@@ -49,7 +49,7 @@ def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Se
             if config.run.find_batch_size:
                 find_batch_size(recipe, config)
                 return
-            trainer = Trainer.open(recipe, config)
+            trainer = open_run(recipe, config)
         except (ValueError, OSError) as error:
             sys.exit(as_typed(f"error: {error}") if rank() == 0 else 1)
         except Exception as error:

@@ -13,7 +13,6 @@ PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco", "imagenet
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
 OptionalFloat = Annotated[float | None, arg(metavar="FLOAT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
-_TRACKERS = ("tensorboard", "wandb", "trackio")
 UNTITLED = arg(help="")
 """Marks a section that has no description in the help."""
 
@@ -148,9 +147,6 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
 
     def check(self) -> None:
         super().check()
-        for name in self.trackers:
-            if name not in _TRACKERS:
-                raise ValueError(f"--log takes {', '.join(_TRACKERS)} or none, got {name!r}")
         check_at_least(
             1,
             {
