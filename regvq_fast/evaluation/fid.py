@@ -126,7 +126,7 @@ def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Mome
     other = b.covariance.cpu()
     inner = root @ other @ root
     overlap = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).cpu().square().sum() + values.sum() + other.trace() - 2 * overlap
+    distance = (a.mean.cpu() - b.mean.cpu()).square().sum() + values.sum() + other.trace() - 2 * overlap
     return max(float(distance), 0.0)  # of equal sets, rounding can leave less than nothing
 
 
