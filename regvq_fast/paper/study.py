@@ -1,7 +1,7 @@
 """The study of quantizers: all of them on equal terms, at four codebook sizes, on any data.
 
-Equal are the autoencoder, its steps, batch and losses, and the prior. The contrastive loss of the paper is left out: it
-is a loss of images, which any quantizer could have.
+They share the autoencoder, its steps, batch size and losses, and the prior. The paper's contrastive loss is off, since
+it could be combined with any quantizer.
 """
 
 from regvq_fast.paper.rows import Experiment, Recipe, Row, Scale
@@ -20,11 +20,11 @@ QUANTIZER_FLAGS: dict[str, tuple[str, ...]] = {
     "SimVQ": ("--quantizer", "simvq"),
     "IBQ": ("--quantizer", "ibq"),
 }
-"""Flags of each quantizer, with its own settings where the defaults are not those of its authors or of a sweep."""
+"""Flags of each quantizer; settings are given where the defaults are neither the authors' nor from a sweep."""
 
 
 def _rows() -> tuple[Row, ...]:
-    """Return all quantizers with the least codes, then with more."""
+    """Return the rows of all quantizers, by ascending codebook size."""
     return tuple(
         Row(
             f"{name}, {size} codes",
@@ -39,8 +39,8 @@ def _rows() -> tuple[Row, ...]:
 
 
 def _recipe(scale: Scale, scenes: bool) -> Recipe:
-    """Return the settings: at the tiny scale pixel losses alone, as no perceptual network comes with the package."""
-    whole = ("--crop", "center", "--no-flip")  # what the token cache has; a face or a letter is not its mirror image
+    """Return the settings. The tiny scale uses pixel losses only: the package includes no perceptual network."""
+    whole = ("--crop", "center", "--no-flip")  # as in the token cache; a face or a letter is not its mirror image
     if scale == "tiny":
         return Recipe(
             "scenes",
