@@ -1,8 +1,8 @@
 """The processes of a distributed run, as ``torchrun`` starts them, and their communication.
 
-Every function here is that of one process alone where there are no others, and costs nothing then. Numbers of training
-go over NCCL without the host waiting for the GPUs; what the hosts agree on (:func:`any_rank`,
-:func:`raise_on_all_ranks`, :func:`all_gather_strings`) goes over gloo and never touches a GPU.
+With a single process, every function here is trivial and costs nothing. Training numbers go over NCCL, without the host
+waiting for the GPUs. Agreement between hosts (:func:`any_rank`, :func:`raise_on_all_ranks`,
+:func:`all_gather_strings`) goes over gloo and does not use the GPUs.
 """
 
 import inspect
@@ -47,7 +47,7 @@ def local_world_size() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the run's processes for the time of the block; nothing happens without ``torchrun``."""
+    """Join the run's process group for the block; without ``torchrun`` do nothing."""
     if not is_torchrun():
         yield
         return
@@ -58,8 +58,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # gloo's thread frees the tensors of the last operation, for which it needs Python's lock; whoever frees the
-        # group later waits for that thread with the lock in hand. Half a second is plenty to be done before.
+        # Avoid a deadlock: gloo's thread needs the GIL to free the tensors of the last operation, and destroying the
+        # group waits for that thread while holding the GIL. Half a second lets the thread finish first.
         time.sleep(0.5)
         dist.destroy_process_group()
 
@@ -81,17 +81,17 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return equally many rows (M, ...) of every rank in their order, (ranks * M, ...), without a gradient."""
+    """Return the rows (M, ...) of all ranks, in order of ranks, as (ranks * M, ...) without a gradient."""
     if world_size() == 1:
         return rows.detach()
-    everybody = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as newer versions call it
-    gather(everybody, rows.detach().contiguous())
-    return everybody
+    gathered = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in newer versions
+    gather(gathered, rows.detach().contiguous())
+    return gathered
 
 
 def any_rank(value: int) -> int:
-    """Return the largest value of all ranks; the hosts wait for each other, not for their GPUs."""
+    """Return the largest value of all ranks; the hosts wait for each other, but not for their GPUs."""
     if world_size() == 1:
         return value
     largest = torch.tensor(value)
@@ -100,7 +100,7 @@ def any_rank(value: int) -> int:
 
 
 def all_gather_strings(text: str) -> list[str]:
-    """Return the strings of all ranks in their order."""
+    """Return the strings of all ranks, in order of ranks."""
     if world_size() == 1:
         return [text]
     content = text.encode()
@@ -112,10 +112,7 @@ def all_gather_strings(text: str) -> list[str]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of PyTorch's global generators, which dropout samples from; nothing else of a run uses them.
-
-    One row of bytes for each rank.
-    """
+    """Return the state of PyTorch's global generators, one row of bytes per rank. Only dropout uses them."""
     state = {"cpu": gather_rows(torch.get_rng_state()[None])}
     if device.type == "cuda":
         state["cuda"] = gather_rows(torch.cuda.get_rng_state(device)[None])
@@ -123,9 +120,9 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Continue the generators; one that was not saved, of a GPU or of a rank more than there were, stays as it is."""
+    """Restore the generators; those of a device or rank without a saved state stay unchanged."""
     if rank() < len(state["cpu"]):
-        torch.set_rng_state(state["cpu"][rank()].clone())  # of a view, it reads from where the storage begins
+        torch.set_rng_state(state["cpu"][rank()].clone())  # cloned: of a view, it reads from the start of the storage
     if device.type == "cuda" and rank() < len(state.get("cuda", ())):
         torch.cuda.set_rng_state(state["cuda"][rank()], device)
 
@@ -134,7 +131,7 @@ def distributed(module: nn.Module) -> nn.Module:
     """Return the module with its gradients averaged over the ranks, if there are several."""
     if world_size() == 1:
         return module
-    # Buffers are those of one rank's part (batch statistics), or equal on all ranks: nothing to broadcast.
+    # No broadcast of buffers: they are batch statistics of one rank, or equal on all ranks.
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)  # type: ignore[arg-type]
@@ -142,8 +139,8 @@ def distributed(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
-    """Average gradients over the ranks in backward passes of forward passes inside the block, or don't."""
-    from torch.distributed.fsdp import FSDPModule  # half a second that only training needs to spend
+    """If ``enabled``, average gradients over the ranks in the backward passes of forward passes in the block."""
+    from torch.distributed.fsdp import FSDPModule  # here: takes half a second, and only training needs it
 
     with ExitStack() as stack:
         for module in modules:
@@ -155,7 +152,7 @@ def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def check_agreement(values: Mapping[str, str], remedy: str = "all of them need the same files") -> None:
-    """Raise ValueError if the ranks have different values of one name: their losses would differ."""
+    """Raise ValueError if a value differs between the ranks, since their losses would differ."""
     for name, value in values.items():
         found = list(dict.fromkeys(all_gather_strings(value)))
         if len(found) > 1:
@@ -164,9 +161,9 @@ def check_agreement(values: Mapping[str, str], remedy: str = "all of them need t
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise an error (ValueError, OSError) that one rank meets in the block on all ranks.
+    """Raise a ValueError or OSError of one rank's block on all ranks.
 
-    The block must not hold a collective operation that a rank with an error would miss.
+    The block must not contain a collective operation, which a rank with an error would not reach.
     """
     error: ValueError | OSError | None = None
     try:
@@ -174,8 +171,8 @@ def raise_on_all_ranks() -> Iterator[None]:
     except (ValueError, OSError) as caught:
         error = caught
     if world_size() > 1:
-        said = "" if error is None else ("value " if isinstance(error, ValueError) else "file ") + str(error)
-        first = next(filter(None, all_gather_strings(said)), None)
+        text = "" if error is None else ("value " if isinstance(error, ValueError) else "file ") + str(error)
+        first = next(filter(None, all_gather_strings(text)), None)
         if error is None and first is not None:
             kind, _, message = first.partition(" ")
             error = ValueError(message) if kind == "value" else OSError(message)
@@ -186,16 +183,13 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def reported_by_rank_0(error: BaseException) -> bool:
-    """Return whether all ranks raised this error and this is not rank 0; works after the process group is gone, too.
-
-    Any other error may be one that this rank alone knows of.
-    """
+    """Return whether all ranks raised this error and this is not rank 0; also after the process group is destroyed."""
     return is_torchrun() and os.environ["RANK"] != "0" and _OF_ALL in getattr(error, "__notes__", ())
 
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 does the block while the others wait: what it leaves on the disk is there for them."""
+    """Run the block on rank 0 before the other ranks, which then find its files."""
     if rank() > 0:
         any_rank(0)
     try:

@@ -1,4 +1,4 @@
-"""Settings that check themselves and are flags of a command line; a field's docstring is its help."""
+"""Dataclasses of settings, which check themselves and define command-line flags; a field's docstring is its help."""
 
 import inspect
 import math
@@ -16,7 +16,7 @@ class Section:
     """Base of the dataclasses whose fields are flags."""
 
     def __init_subclass__(cls) -> None:
-        # The help shows a default as "[0.1]", and leaves one that is None, or empty, to the docstring.
+        # The help shows a default as "[0.1]"; docstrings state defaults that are None or empty.
         shown = arg(help_behavior_hint=lambda default: "" if default in ("None", "") else f"[{default}]")
         cls.__annotations__ = {
             name: hint if get_origin(hint) is ClassVar else Annotated[hint, shown]
@@ -24,7 +24,7 @@ class Section:
         }
 
     def check(self) -> None:
-        """Raise ValueError for settings that are wrong by themselves; subclasses add to it."""
+        """Raise ValueError for invalid settings; subclasses extend it."""
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
@@ -32,14 +32,14 @@ class Section:
 
 
 def flag_of(section: type, name: str) -> str:
-    """Return the flag of a field of a section: "--grad-accum-steps" of `accumulate`."""
+    """Return the flag of a section's field: "--grad-accum-steps" for `accumulate`."""
     hint = get_type_hints(section, include_extras=True)[name]
     names = (getattr(extra, "name", None) for extra in getattr(hint, "__metadata__", ()))
     return "--" + next(filter(None, names), name.replace("_", "-"))
 
 
 def changed_flags(section: object, names: Iterable[str]) -> list[str]:
-    """Return those of some fields that don't have their defaults, as flags: "--crop center", "--no-flip"."""
+    """Return the fields among ``names`` with other values than their defaults, as flags: "--crop center"."""
     kind = type(section)
     flags = {flag_of(kind, name): value for name in names if (value := getattr(section, name)) != getattr(kind, name)}
     return [f"--no-{flag[2:]}" if value is False else f"{flag} {value}" for flag, value in flags.items()]
@@ -54,14 +54,14 @@ def check_finite(section: object) -> None:
 
 
 def check_at_least(least: int, values: Mapping[str, float]) -> None:
-    """Raise ValueError for one of the values, by flag, that is below ``least`` (0 or 1)."""
+    """Raise ValueError for a value, given by flag, below ``least`` (0 or 1)."""
     for flag, value in values.items():
         if not value >= least:
             raise ValueError(f"{flag} must {'be at least 1' if least else 'not be negative'}, got {value}")
 
 
 def check_probabilities(values: Mapping[str, float]) -> None:
-    """Raise ValueError for one of the values, by flag, that is not in [0, 1]."""
+    """Raise ValueError for a value, given by name, outside [0, 1]."""
     for flag, probability in values.items():
         if not 0 <= probability <= 1:
             raise ValueError(f"{flag} is a probability and must lie in [0, 1], got {probability}")
