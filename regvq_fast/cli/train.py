@@ -17,7 +17,7 @@ from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 
 def main(args: Sequence[str]) -> None:
-    """Run ``regvq train`` with the name of what to train, and flags."""
+    """Run ``regvq train``, given the name of the model to train and flags."""
     kind, *flags = args
     if kind == "vq":
         train(VQGANRecipe, VQGAN_PRESETS, flags)
@@ -38,7 +38,7 @@ def train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Seq
 def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Sequence[str]) -> None:
     try:
         config = parse_config(presets, args, recipe.usage, recipe.command, recipe.begin)
-    except (ValueError, OSError) as error:  # each process of a machine finds the same
+    except (ValueError, OSError) as error:  # all processes of a machine find the same error
         sys.exit(as_typed(f"error: {error}") if local_rank() == 0 else 1)
     try:
         device = choose_device(config.run.device)
