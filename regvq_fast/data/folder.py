@@ -1,4 +1,4 @@
-"""Any folder of images as a data set."""
+"""A folder of images as a data set."""
 
 import os
 from collections import Counter
@@ -15,18 +15,18 @@ from regvq_fast.data.samples import Field, Part, Split
 
 
 class ImageFolder(ImageFileDataset):
-    """Every image under a folder, as square uint8 RGB images (decoded by :func:`crop_rgb`).
+    """All images under a folder, as square uint8 RGB images (decoded by :func:`crop_rgb`).
 
-    Splits: the folder's own where it has ``train`` and one of ``val``, ``validation`` or ``test`` (the first of these);
-    otherwise validation is about 5 % of the images, chosen by a hash of their paths in the folder, so that adding
-    images moves none from one split to the other. A single image serves as both, with a warning. Links to folders are
-    followed, each folder once; names that begin with a dot are left out.
+    Splits: the folder's own if it has ``train`` and one of ``val``, ``validation`` or ``test`` (the first of these).
+    Otherwise about 5 % of the images are for validation, chosen by a hash of their paths in the folder, so that adding
+    images moves none between the splits. A single image serves as both, with a warning. Links to folders are followed,
+    each folder once; names that begin with a dot are left out.
 
-    Files that cannot be decoded are skipped: one warning each in the logger "regvq_fast", and the next readable file
-    of the sorted list replaces it. They are found on first use, so that opening a large folder stays cheap.
+    Undecodable files are skipped: each causes one warning in the logger "regvq_fast", and the next readable file of the
+    sorted list replaces it. They are found on first use, so that opening a large folder is fast.
 
-    The paths are Python strings, of which every worker gets a copy: keep millions of images in tar shards
-    (:class:`~regvq_fast.data.shards.ImageShards`) instead, which file systems prefer, too.
+    Every worker gets a copy of the paths, which are Python strings: keep millions of images in tar shards instead
+    (:class:`~regvq_fast.data.shards.ImageShards`).
 
     Args:
         source: the folder, searched recursively for jpg, jpeg, png, webp, bmp, tif, tiff and gif files.
@@ -46,7 +46,7 @@ class ImageFolder(ImageFileDataset):
         self.root = Path(self.source)
         folders = _split_folders(self.root)
         self.folder = folders.get(self.split, self.root)
-        """The folder of the split's images."""
+        """Folder of the split's images."""
         files = self._list(list(folders.values()))
         within = os.path.join(self.root, "")
         hashes = None if folders else np.array([name_hash(f.removeprefix(within)) for f in files], dtype=np.uint32)
@@ -73,7 +73,7 @@ class ImageFolder(ImageFileDataset):
             )
         self._spelled = {_lowered(file): file for file in found if _lowered(file) != file}
         for both in self._spelled.keys() & set(found):
-            del self._spelled[both]  # lower case comes first
+            del self._spelled[both]  # lower case takes precedence
         has = [_have_beside(images, suffix, found) for suffix in suffixes]
         if "label" in self.fields:
             self.label_names = self._classes(images, splits)
@@ -124,7 +124,7 @@ def _split_folders(root: Path) -> dict[Split, Path]:
 
 
 def _have_beside(images: Sequence[str], suffix: str, found: Iterable[str]) -> NDArray[np.bool_]:
-    """Return which images have a file of this suffix, in either case, beside them, among the files found."""
+    """Return a mask of the images with a file of this suffix, in either case, among the files found."""
     others = set(map(_lowered, found))
     return np.array([_beside(file, suffix) in others for file in images])
 
@@ -134,6 +134,6 @@ def _beside(file: str, suffix: str) -> str:
 
 
 def _lowered(file: str) -> str:
-    """Return a path with the suffix of a field's file in lower case."""
+    """Return a path, with its suffix in lower case if it is that of a field's file."""
     suffix = next((suffix for suffix in FIELD_SUFFIXES.values() if file.lower().endswith(suffix)), "")
     return file[: len(file) - len(suffix)] + suffix

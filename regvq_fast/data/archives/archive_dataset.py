@@ -18,8 +18,8 @@ from regvq_fast.data.samples import Field, Part
 class ArchiveDataset(ImageFileDataset):
     """An official split of one of the paper's data sets, as square uint8 RGB images.
 
-    Like :class:`~regvq_fast.data.folder.ImageFolder`, except that the archive defines which images are for training,
-    where captions and maps are, and which class ids a mirrored image exchanges.
+    Like :class:`~regvq_fast.data.folder.ImageFolder`, but the archive defines the splits, the files of captions and
+    maps, and the class ids to exchange in mirrored images.
 
     Args:
         archive: result of ``find_archive``.
@@ -48,7 +48,7 @@ class ArchiveDataset(ImageFileDataset):
         if files.missing:
             warn_once(files.missing_note())
         complete = self._complete(list(files.has.values()), len(files.names))
-        # An array: worker processes share its memory, while each would copy a list.
+        # An array, whose memory worker processes share; each would copy a list.
         self.names = np.array(files.names)[complete][self._choose(None, len(complete))]
         if "label" in self.fields:
             self.label_names, self._labels = archive.label_names, archive.labels(self.names.tolist())

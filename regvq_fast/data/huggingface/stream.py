@@ -1,4 +1,4 @@
-"""A Hugging Face data set that is streamed from the hub, without being downloaded as a whole first."""
+"""A Hugging Face data set that is streamed from the hub instead of downloaded."""
 
 import logging
 import os
@@ -23,38 +23,38 @@ from regvq_fast.ranks import rank, world_size
 logger = logging.getLogger("regvq_fast")
 
 BUFFER = 1000
-"""Rows that a process shuffles among; the files that it reads from are shuffled, too."""
+"""Size of a process's shuffle buffer in rows; the files that it reads are shuffled, too."""
 MOST_UNREADABLE = 1000
-"""Unreadable images in a row after which a process gives up."""
+"""Number of consecutive unreadable images after which a process raises an error."""
 
 
 class HuggingFaceStream(ImageFileDataset):
     """The rows of ``hf:...?stream`` as they arrive, as square uint8 RGB images.
 
-    For data that don't fit on the disk. Training samples are not a function of (seed, index), as those of other data
-    sets are; only crop, flip and the choice of a caption are, given the image. Each process (a rank, or one of its
-    workers) reads files of its own; where there are fewer files than processes, all read every file and serve
-    different rows. It shuffles within a buffer of 1000 rows, and begins another pass after the last row. So
+    For data that don't fit on the disk. Unlike in other data sets, training samples are not a function of (seed,
+    index); only crop, flip and the choice of a caption are, given the image. Each process (a worker, or a rank without
+    workers) reads its own files; if there are fewer files than processes, all read every file and serve different
+    rows. A process shuffles within a buffer of 1000 rows, and begins another pass after the last row. Therefore
 
     - the order depends on the numbers of ranks and workers;
-    - an epoch is a number of samples, in which some images may come twice and others not at all;
+    - an epoch is a number of samples, in which images may be repeated or missing;
     - a resumed run begins the pass of its epoch anew.
 
     Validation samples are exact: they are read once, at the start, and kept in memory as encoded files.
 
     Columns and splits are found as in :class:`HuggingFaceImages`. Without a validation split, about 5 % of the images
-    are held out by a hash of their bytes, and the first ``limit`` of these are used, for which twenty times as many
-    have to be read. Labels must be class labels, whose names are known beforehand. Rows without the fields are left
-    out silently; unreadable images are named in warnings, but not counted.
+    are held out by a hash of their bytes, and the first ``limit`` of them are used; this reads about 20 ``limit``
+    rows. Labels must be class labels, whose names are known beforehand. Rows without the fields are left out silently;
+    unreadable images cause warnings, but are not counted.
 
     Args:
-        source: as :mod:`regvq_fast.data.huggingface.source` describes it. ``length=N`` is the number of training
-            images, where the data set doesn't state its own.
+        source: see :mod:`regvq_fast.data.huggingface.source`. ``length=N`` is the number of training images, if the
+            data set does not state it.
         split, image_size, crop, flip, seed, limit, fields: see
             :class:`~regvq_fast.data.image_files.ImageFileDataset`.
 
     Raises:
-        ValueError: no length is known, labels that are no class labels; otherwise as :class:`HuggingFaceImages`.
+        ValueError: an unknown length, or labels that are not class labels; otherwise as :class:`HuggingFaceImages`.
     """
 
     def _find(self) -> None:
@@ -84,7 +84,7 @@ class HuggingFaceStream(ImageFileDataset):
                 f"{self.source} doesn't state how many images it has: append &length=N, a training epoch's number"
             )
         self._length = length if self._is_own else max(round(length * (1 - HOLD_OUT)), 1)
-        self.unreadable_flags = torch.zeros(0, dtype=torch.bool)  # no image has a number to be counted by
+        self.unreadable_flags = torch.zeros(0, dtype=torch.bool)  # images have no index to flag
         warn_once(
             f"{self.source} is streamed: the order of its images depends on --workers and the number of ranks, an "
             "epoch may miss or repeat images, and a resumed run does not continue where it stopped in the data"
@@ -92,7 +92,7 @@ class HuggingFaceStream(ImageFileDataset):
 
     @classmethod
     def count_fields(cls, data: str | os.PathLike[str] | None) -> FieldCounts:
-        """Count a field for all images where there is a column for it: rows without a value are not served."""
+        """Count a field for all images if it has a column, since rows without a value are left out."""
         stream = cls.open(data, SplitSettings("train", image_size=1))
         return FieldCounts(len(stream), stream._having())
 
@@ -122,7 +122,7 @@ class HuggingFaceStream(ImageFileDataset):
         raise ValueError(f"none of {MOST_UNREADABLE} images of {self.source} in a row can be read")
 
     def _take(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the rows that the next samples are of: those of validation, or one."""
+        """Keep the rows of the next samples: all of validation, or one of training."""
         self._rows = rows
         if "label" in self.fields:
             self._labels = np.array([row[self._columns["label"]] for row in rows], dtype=np.int32)
@@ -143,7 +143,7 @@ class HuggingFaceStream(ImageFileDataset):
         return {field: len(self) if field in columns else 0 for field in get_args(Field)}
 
     def _serves(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row is of this split, and has the fields."""
+        """Return whether a row belongs to this split and has the fields."""
         label = row[self._columns["label"]] if "label" in self.fields else 0
         if label is None or label < 0 or any(row[column] in (None, "", []) for column in self._columns.values()):
             return False
@@ -158,8 +158,8 @@ class HuggingFaceStream(ImageFileDataset):
         return held_out == (self.split == "val")
 
     def _next(self, epoch: int) -> Mapping[str, Any]:
-        """Return the next row of this process, whose first one is of the pass of ``epoch``."""
-        if self._reader is None or self._reader[0] != os.getpid():  # a forked worker must not read with its parent
+        """Return the next row of this process; the first one is of the pass ``epoch``."""
+        if self._reader is None or self._reader[0] != os.getpid():  # a forked worker must not use its parent's reader
             self._reader = os.getpid(), self._passes(epoch)
         return next(self._reader[1])
 
@@ -171,7 +171,7 @@ class HuggingFaceStream(ImageFileDataset):
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         processes, process = world_size() * workers, rank() * workers + number
-        fsspec.asyn.reset_lock()  # which a fork may have copied locked
+        fsspec.asyn.reset_lock()  # a fork may have copied it locked
         if self._stream.num_shards >= processes:
             stream = self._stream.shard(processes, process, contiguous=False)
         else:
@@ -195,6 +195,6 @@ class HuggingFaceStream(ImageFileDataset):
 
 
 def _rows(stream: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a stream; batches of one, since plain iteration would divide it among workers once more."""
+    """Yield the rows of a stream, as batches of one: plain iteration would divide them among workers again."""
     for batch in stream.iter(batch_size=1):
         yield {column: values[0] for column, values in batch.items()}
