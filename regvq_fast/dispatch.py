@@ -19,13 +19,12 @@ import functools
 import importlib.util
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 Impl = Literal["auto", "triton", "eager"]
 
-_IMPLS = ("auto", "triton", "eager")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when the kernels are imported
 

@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from regvq_fast.files import user_cache
+
 
 @functools.lru_cache
 def library(source: Path) -> ctypes.CDLL | None:
@@ -21,7 +23,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regvq_fast"
+        folder = user_cache("native")
         built = folder / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
         if not built.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -32,5 +34,5 @@ def library(source: Path) -> ctypes.CDLL | None:
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 os.replace(new, built)
         return ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: no home folder
+    except (OSError, subprocess.SubprocessError):
         return None

@@ -32,7 +32,7 @@ class Section:
 
 
 def flag_of(section: type, name: str) -> str:
-    """Return the flag of a field of a section: "--grad-accum-steps" of `accumulate`."""
+    """Return the flag of a section's field: "--grad-accum-steps" for `accumulate`."""
     hint = get_type_hints(section, include_extras=True)[name]
     names = (getattr(extra, "name", None) for extra in getattr(hint, "__metadata__", ()))
     return "--" + next(filter(None, names), name.replace("_", "-"))

@@ -1,14 +1,14 @@
 """The study of quantizers: all of them on equal terms, at four codebook sizes, on any data.
 
-Equal are the autoencoder, its steps, batch and losses, the prior, and the number of settings that each quantizer was
-tuned over. The contrastive loss of the paper is left out: any quantizer could have it.
+They share the autoencoder, its steps, batch size and losses, and the prior, and each was tuned over as many settings. The
+paper's contrastive loss is off, since it could be combined with any quantizer.
 """
 
 from regvq_fast.paper.rows import Experiment, Recipe, Row, Scale
 
 SIZES = (256, 1024, 4096, 16384)
 TUNED_SIZE = 1024
-"""Codes of the rows of the tuning."""
+"""Codebook size of the tuning."""
 
 QUANTIZER_FLAGS: dict[str, str] = {
     "Reg-VQ": "--quantizer reg-vq",
@@ -106,14 +106,14 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--code-dim 16",
     ),
 }
-"""Settings that each quantizer was tuned over, besides its defaults: six each."""
+"""Six settings for each quantizer to be tuned over, besides its defaults."""
 
 CHOSEN: dict[str, str] = {}
-"""The best of them by Fréchet distance of reconstructions, where the defaults are not (docs/quantizers.md)."""
+"""Settings of the study where the defaults were not the best of the tuning (docs/quantizers.md)."""
 
 
 def _row(name: str, size: int, settings: str, label: str) -> Row:
-    """Return the row of a quantizer; one with the same settings and size has the same key in both experiments."""
+    """Return a row; the same settings and size have the same key, and so one run, in both experiments."""
     words = f"{name} {size} {settings}".lower().replace(",", "").split()
     return Row(
         f"{name}, {label}",
@@ -125,12 +125,12 @@ def _row(name: str, size: int, settings: str, label: str) -> Row:
 
 
 def _rows() -> tuple[Row, ...]:
-    """Return all quantizers with the least codes, then with more."""
+    """Return the rows of all quantizers, by ascending codebook size."""
     return tuple(_row(name, size, CHOSEN.get(name, ""), f"{size} codes") for size in SIZES for name in QUANTIZER_FLAGS)
 
 
 def _trials() -> tuple[Row, ...]:
-    """Return all quantizers with their defaults, then with each of the settings that they are tuned over."""
+    """Return the rows of all quantizers with their defaults, then with each of the settings to be tuned over."""
     return tuple(
         _row(name, TUNED_SIZE, trial, trial or "defaults")
         for trials in zip(*(("", *trials) for trials in TRIALS.values()), strict=True)
@@ -139,8 +139,8 @@ def _trials() -> tuple[Row, ...]:
 
 
 def _recipe(scale: Scale, scenes: bool) -> Recipe:
-    """Return the settings: at the tiny scale pixel losses alone, as no perceptual network comes with the package."""
-    whole = ("--crop", "center", "--no-flip")  # what the token cache has; a face or a letter is not its mirror image
+    """Return the settings. The tiny scale uses pixel losses only: the package includes no perceptual network."""
+    whole = ("--crop", "center", "--no-flip")  # as in the token cache; a face or a letter is not its mirror image
     if scale == "tiny":
         return Recipe(
             "scenes",
