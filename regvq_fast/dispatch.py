@@ -178,8 +178,8 @@ KERNELS = tuple(_CHUNKED)
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> Literal["triton", "eager"]:
     """Return the implementation that runs; nothing else decides it."""
-    if impl not in _IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLS))}, got {impl!r}")
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got {impl!r}")
     if impl == "eager":
         return "eager"
     if impl == "auto":

@@ -1,6 +1,6 @@
 """The study of quantizers: all of them on equal terms, at four codebook sizes, on any data.
 
-They share the autoencoder, its steps, batch size and losses, and the prior, and each was tuned over as many settings. The
+They share the autoencoder, its steps, batch size and losses, and the prior. Each was tuned over as many settings. The
 paper's contrastive loss is off, since it could be combined with any quantizer.
 """
 
