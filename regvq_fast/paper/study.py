@@ -4,6 +4,8 @@ They share the autoencoder, its steps, batch size and losses, and the prior. Eac
 paper's contrastive loss is off, since it could be combined with any quantizer.
 """
 
+import math
+
 from regvq_fast.paper.rows import Experiment, Recipe, Row, Scale
 
 SIZES = (256, 1024, 4096, 16384)
@@ -108,8 +110,22 @@ TRIALS: dict[str, tuple[str, ...]] = {
 }
 """Six settings for each quantizer to be tuned over, besides its defaults."""
 
-CHOSEN: dict[str, str] = {}
+CHOSEN: dict[str, str] = {
+    "Reg-VQ": "--perturbed 0.9 --kl-weight 0.03 --code-dim 8",
+    "VQ-VAE": "--codebook-decay 0.9",
+    "FSQ": "--levels 4 4 4 4 4",
+    "LFQ": "--temperature 0.1",
+    "BSQ": "--entropy-weight 0.3",
+    "IBQ": "--entropy-temperature 0.1",
+    "Gumbel-VQ": "--tau-end 0.5",
+}
 """Settings of the study where the defaults were not the best of the tuning (docs/quantizers.md)."""
+
+
+def _chosen(name: str, size: int) -> str:
+    if name == "FSQ":  # four levels per channel, with more or fewer channels
+        return "--levels" + " 4" * round(math.log(size, 4))
+    return CHOSEN.get(name, "")
 
 
 def _row(name: str, size: int, settings: str, label: str) -> Row:
@@ -126,7 +142,7 @@ def _row(name: str, size: int, settings: str, label: str) -> Row:
 
 def _rows() -> tuple[Row, ...]:
     """Return the rows of all quantizers, by ascending codebook size."""
-    return tuple(_row(name, size, CHOSEN.get(name, ""), f"{size} codes") for size in SIZES for name in QUANTIZER_FLAGS)
+    return tuple(_row(name, size, _chosen(name, size), f"{size} codes") for size in SIZES for name in QUANTIZER_FLAGS)
 
 
 def _trials() -> tuple[Row, ...]:
