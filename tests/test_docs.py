@@ -79,7 +79,7 @@ def test_every_public_name_is_documented(name: str) -> None:
 
 def test_the_reference_has_all_packages() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
-    assert sorted(re.findall(r"^::: (\S+)$", pages, re.MULTILINE)) == sorted(PACKAGES[1:])
+    assert set(PACKAGES[1:]) <= set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
 
 
 def templates() -> list[re.Pattern[str]]:

@@ -197,7 +197,7 @@ def test_commands_are_understood(pytestconfig: pytest.Config) -> None:
             assert set(chosen) <= extras.keys(), command
             assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).exists()
         else:
-            known = ("pre-commit install", "mkdocs serve", "python -m build")
+            known = ("pre-commit install", "mkdocs serve", "pyproject-build")
             assert command in known or words[0] == "twine", f"no test knows this kind: {command}"
 
 
