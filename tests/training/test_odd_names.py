@@ -23,7 +23,7 @@ def script(*flags: object) -> None:
     """Run in a terminal whose encoding has no such characters."""
     command = [sys.executable, str(SCRIPT), *map(str, flags)]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 

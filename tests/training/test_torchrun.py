@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,20 +68,26 @@ def test_two_processes_make_the_run_of_one_and_either_resumes_the_other(alone: P
     assert_close_runs(tmp_path / "longer", alone)
 
 
+@contextmanager
+def running_on_ranks(out: Path, *flags: object) -> Iterator["subprocess.Popen[str]"]:
+    """A run on two processes that has records, and ends with the block."""
+    command = torchrun(SCRIPT, *RUN, "--out", out, "--steps", "5000", *flags)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 600
+            while not (out / "metrics.jsonl").exists() or len(records(out)) < 2:
+                assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            yield process
+        finally:
+            process.terminate()  # which torchrun passes on
+
+
 @pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_a_refusal_is_one_sentence_and_resuming_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with subprocess.Popen(
-        torchrun(SCRIPT, *RUN, "--out", out, "--steps", "5000"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").exists() or len(records(out)) < 2:
-            assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    with running_on_ranks(out) as process:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert re.search(r"SIGTERM .*step \d", errors)
@@ -100,17 +108,11 @@ def test_sigterm_to_the_launcher_saves_a_refusal_is_one_sentence_and_resuming_go
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_in_a_sentence_and_the_run_resumes(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = torchrun(SCRIPT, *RUN, "--out", out, "--steps", "5000", "--checkpoint-every", "1")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").exists() or len(records(out)) < 2:
-            assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    with running_on_ranks(out, "--checkpoint-every", "1") as process:
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(ranks) == 2
         os.kill(int(ranks[1]), signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert re.search(r"^stopped after step \d+: the connection to another process is lost.*--resume", errors, re.M)
     saved = checkpoints(out)
