@@ -154,7 +154,8 @@ def quantizer_section(quantizer: str) -> type[QuantizerConfig]:
     # With several bases, the fields of the last one come first.
     bases = QUANTIZERS[quantizer].Settings, QuantizerConfig
     own = {"__doc__": "Quantizer.", "check": QuantizerConfig.check}
-    return make_dataclass("QuantizerConfig", (), bases=bases, namespace=own, frozen=True)
+    name = ("quantizer", QuantizerConfig.__annotations__["quantizer"], quantizer)
+    return make_dataclass("QuantizerConfig", (name,), bases=bases, namespace=own, frozen=True)
 
 
 @dataclass(frozen=True)

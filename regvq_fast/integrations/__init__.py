@@ -1,7 +1,7 @@
-"""The fused ops in other people's models: :func:`swap_quantizers` swaps the look-up of the quantizers it knows.
+"""The fused ops in models of other libraries: :func:`swap_quantizers` swaps the look-up of known quantizers.
 
-:func:`as_taming`, :func:`as_diffusers` and :func:`as_lucidrains` give a quantizer of ours, Reg-VQ first of all, the
-interface that models around those libraries call.
+:func:`as_taming`, :func:`as_diffusers` and :func:`as_lucidrains` give one of this package's quantizers, such as Reg-VQ,
+the interface of those libraries.
 """
 
 from regvq_fast.integrations.forms import as_diffusers, as_lucidrains, as_taming

@@ -1,4 +1,4 @@
-"""Base of the adapters: replacement of a module's class."""
+"""Base of the adapters, which replace a module's class."""
 
 import inspect
 from typing import ClassVar
@@ -11,31 +11,30 @@ from regvq_fast.ops import assign_codes
 
 
 class Adapter(nn.Module):
-    """Methods that take the place of a library class's own; never instantiated by itself.
+    """Methods that replace those of a library's class; never instantiated on its own.
 
-    A module is swapped by its class: the new one inherits from the adapter and from the library's class, whose name it
-    keeps. So parameters, buffers, hooks, options and all other methods stay as they are, ``isinstance`` and
-    ``super()`` lead to the library's class, copies and pickles are swapped as well, and nothing of the library needs
-    to be imported here.
+    Swapping a module replaces its class by one that inherits from the adapter and the library's class and keeps the
+    latter's name. Parameters, buffers, hooks, options and all other methods stay the same, ``isinstance`` and
+    ``super()`` lead to the library's class, copies and pickles are swapped as well, and the library is not imported.
 
-    An adapter annotates the attributes that it uses: a module without one of them isn't what it is for.
+    An adapter annotates the attributes that it uses; a module that lacks one of them does not fit.
 
     On a GPU rows and codes are multiplied in the type of the rows, 16 bits under autocast, unless ``fp32_scores``.
     """
 
     methods: ClassVar[tuple[str, ...]] = ("forward",)
-    """Methods of the adapter whose arguments must be the library's."""
+    """Methods whose arguments must be those of the library's class."""
     fp32_scores = False
 
     def _nearest_codes(self, rows: Tensor, codebook: Tensor) -> Tensor:
-        """Return indices (M,) of the nearest of codes (N, D), for rows (M, D)."""
+        """Return the indices (M,) of the codes (N, D) nearest to rows (M, D)."""
         dtype = score_dtype(rows, codebook, self.fp32_scores)
         with torch.autocast(rows.device.type, enabled=False):
             return assign_codes(rows.to(dtype), codebook.to(dtype))
 
     @classmethod
     def unlike(cls, module: nn.Module) -> str | None:
-        """Return a clause about what this module has other than the known classes do; None if it is like them."""
+        """Return a clause on how this module differs from the known classes; None if it does not."""
         for method in cls.methods:
             if reason := other_arguments(cls, type(module), method):
                 return reason
@@ -46,16 +45,16 @@ class Adapter(nn.Module):
 
     @classmethod
     def uncovered(cls, module: nn.Module) -> str | None:
-        """Return a clause about an option of this module that isn't covered; None if all are."""
+        """Return a clause about an option of this module that isn't covered; None if there is none."""
         return None
 
     @classmethod
     def swap(cls, module: nn.Module) -> None:
-        """Give the module (not swapped yet) its new class."""
+        """Give a module its new class; call it once."""
         module.__class__ = swapped_class(cls, type(module))
 
     def __reduce__(self) -> tuple:
-        # By name a pickle would find the library's class, which this one isn't.
+        # By name a pickle would find the library's class.
         adapter, library_class = type(self).__bases__
         return _bare_module, (adapter, library_class), self.__dict__
 
@@ -64,7 +63,7 @@ _swapped_classes: dict[tuple[type[Adapter], type[nn.Module]], type[nn.Module]] =
 
 
 def swapped_class(adapter: type[Adapter], library_class: type[nn.Module]) -> type[nn.Module]:
-    """The class that is ``library_class`` but for the adapter's methods; one and the same at every call."""
+    """Return ``library_class`` with the adapter's methods, the same class at every call."""
     key = (adapter, library_class)
     if key not in _swapped_classes:
         names = {"__module__": library_class.__module__, "__qualname__": library_class.__qualname__}
@@ -78,9 +77,9 @@ def _bare_module(adapter: type[Adapter], library_class: type[nn.Module]) -> nn.M
 
 
 def other_arguments(adapter: type[nn.Module], library_class: type[nn.Module], method: str = "forward") -> str | None:
-    """Return a clause about a library's method that takes other arguments than the adapter's: an unknown release.
+    """Return a clause if a library's method takes other arguments than the adapter's, as an unknown release may.
 
-    Of an adapter that hands on ``*args`` and ``**options`` only the named ones count, which come first.
+    If the adapter passes on ``*args`` and ``**options``, only its named arguments, which come first, are compared.
     """
     if not hasattr(library_class, method):
         return f"it has no method {method}"
@@ -88,23 +87,23 @@ def other_arguments(adapter: type[nn.Module], library_class: type[nn.Module], me
     known, found = (list(inspect.signature(function).parameters.values())[1:] for function in methods)
     named = [argument.name for argument in known if argument.kind is argument.POSITIONAL_OR_KEYWORD]
     names = [argument.name for argument in found]
-    hands_on = len(named) < len(known)
-    if named == (names[: len(named)] if hands_on else names):
+    passes_on = len(named) < len(known)
+    if named == (names[: len(named)] if passes_on else names):
         return None
-    wanted = ", ".join([*named, "..."] if hands_on else named)
+    wanted = ", ".join([*named, "..."] if passes_on else named)
     return f"its {method} takes ({', '.join(names)}), not the ({wanted}) of the releases that are known"
 
 
 def to_rows(maps: Tensor) -> Tensor:
-    """(B, D, H, W) -> (B, H, W, D) contiguous."""
+    """Return maps (B, D, H, W) as contiguous rows (B, H, W, D)."""
     return maps.permute(0, 2, 3, 1).contiguous()
 
 
 def codes_and_loss(rows: Tensor, codes: Tensor, beta: float, legacy: bool) -> tuple[Tensor, Tensor]:
-    """Codes (B, H, W, D) -> maps (B, D, H, W), with the identity's gradient to the rows, and both terms of the loss.
+    """Return codes (B, H, W, D) as maps (B, D, H, W) with the identity's gradient to the rows, and the loss.
 
-    In the order of operations of taming and its descendants, so that values are the same to the bit. ``legacy``: beta
-    weighs the codebook's term instead of the commitment.
+    Operations have the order of taming and its descendants, so that values agree to the bit. With ``legacy`` beta
+    weighs the codebook term, not the commitment.
     """
     commitment, codebook = two_losses(rows, codes)
     loss = commitment + beta * codebook if legacy else beta * commitment + codebook
@@ -113,5 +112,5 @@ def codes_and_loss(rows: Tensor, codes: Tensor, beta: float, legacy: bool) -> tu
 
 
 def two_losses(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the commitment of rows to their codes, and the loss that moves codes to their rows: 0-dim."""
+    """Return the commitment loss, which moves rows to their codes, and the codebook loss, codes to their rows."""
     return ((codes.detach() - rows) ** 2).mean(), ((codes - rows.detach()) ** 2).mean()

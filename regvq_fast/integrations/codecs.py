@@ -1,6 +1,6 @@
-"""Audio codecs: the codebooks of EnCodec and of DAC, those of the original packages and those of transformers.
+"""Audio codecs: the codebooks of EnCodec and DAC, in the original packages and in transformers.
 
-The residual quantizers around them, projections, losses and k-means are the library's own code.
+Residual quantizers, projections, losses and k-means remain the library's code.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from regvq_fast.ops.segment_sum import segment_counts
 
 
 class TransformersCodebook(Adapter):
-    """``EncodecEuclideanCodebook`` of transformers and its like, which only encode and decode."""
+    """``EncodecEuclideanCodebook`` of transformers, which only encodes and decodes."""
 
     methods: ClassVar[tuple[str, ...]] = ("quantize",)
     embed: Tensor  # [N, D]
@@ -28,7 +28,7 @@ class TransformersCodebook(Adapter):
 
 
 class EnCodecCodebook(Adapter):
-    """``encodec.quantization.core_vq.EuclideanCodebook``, with the library's start, dead codes and moving averages."""
+    """``encodec.quantization.core_vq.EuclideanCodebook``; initialization and dead codes are the library's code."""
 
     methods: ClassVar[tuple[str, ...]] = ("forward", "quantize")
     codebook_size: int
@@ -69,7 +69,7 @@ class EnCodecCodebook(Adapter):
 
 
 class TransformersDacQuantize(Adapter):
-    """``DacVectorQuantize`` of transformers: nearest by cosine, of few channels."""
+    """``DacVectorQuantize`` of transformers: nearest code by cosine."""
 
     methods: ClassVar[tuple[str, ...]] = ("decode_latents",)
     codebook: nn.Embedding

@@ -1,4 +1,4 @@
-"""Our quantizers with the interface of other libraries' quantizers, to stand in for one in a model around it."""
+"""Quantizers of this package with the interfaces of other libraries' quantizers, to replace them in a model."""
 
 import itertools
 from typing import Any, TypeVar
@@ -17,33 +17,33 @@ AnyQuantizer = TypeVar("AnyQuantizer", bound=Quantizer)
 def as_taming(quantizer: AnyQuantizer) -> AnyQuantizer:
     """Give a quantizer the interface of taming-transformers' ``VectorQuantizer2``: ``model.quantize = as_taming(...)``.
 
-    ``quantizer(z)`` of maps (B, D, H, W) returns ``(quantized, loss, (perplexity, None, indices))``: the indices are
-    (B * H * W,), the perplexity is that of the batch's codes. In training the loss has all of the quantizer's own
-    terms, Reg-VQ's KL among them. It has ``get_codebook_entry(indices, shape)``, ``embed_code(indices)``, ``n_e``,
-    ``e_dim`` and ``codebook``; ``embedding.weight`` of Reg-VQ has the directions of the codes, and isn't the codebook.
+    ``quantizer(z)`` of maps (B, D, H, W) returns ``(quantized, loss, (perplexity, None, indices))``, with indices
+    (B * H * W,) and the perplexity of the batch's codes. The loss has all terms of the quantizer, such as Reg-VQ's KL.
+    The quantizer also has ``get_codebook_entry(indices, shape)``, ``embed_code(indices)``, ``n_e``, ``e_dim`` and
+    ``codebook``. ``embedding.weight`` of Reg-VQ has the directions of the codes; it is not the codebook.
 
-    The first batch in training initializes a quantizer that needs it, as Reg-VQ does: codes, scale and the size of the
-    latents come from that batch, on several ranks from rank 0's. A buffer ``initialized`` in ``state_dict`` says so. A
-    quantizer that was initialized, trained or loaded stays as it is.
+    A new quantizer that needs it, such as Reg-VQ, is initialized by the first batch in training, with several ranks by
+    that of rank 0: codes, scale and statistics of the latents. The buffer ``initialized`` in ``state_dict`` records
+    this. A quantizer that was initialized, trained or loaded stays the same.
 
     Args:
-        quantizer: one of ours. It is changed in place: the same object, parameters and ``state_dict`` names.
+        quantizer: a quantizer of this package, changed in place: the same object, parameters and ``state_dict`` names.
 
     Returns:
         The quantizer.
 
     Raises:
-        TypeError: none of our quantizers.
-        ValueError: it has such an interface already.
+        TypeError: not a quantizer of this package.
+        ValueError: it already has such an interface.
     """
     return _with_form(TamingForm, quantizer)
 
 
 def as_diffusers(quantizer: AnyQuantizer) -> AnyQuantizer:
-    """Give a quantizer the interface of the ``VectorQuantizer`` in diffusers' ``VQModel``: that of :func:`as_taming`.
+    """Give a quantizer the interface of the ``VectorQuantizer`` in diffusers' ``VQModel``, as :func:`as_taming`.
 
-    ``save_pretrained`` of the model saves it, but ``from_pretrained`` builds diffusers' own: build the model, give it
-    the quantizer, and load the ``state_dict``.
+    The model's ``save_pretrained`` saves it, but ``from_pretrained`` builds diffusers' own quantizer: instead build the
+    model, set the quantizer, and load the ``state_dict``.
     """
     return _with_form(TamingForm, quantizer)
 
@@ -53,13 +53,13 @@ def as_lucidrains(
 ) -> AnyQuantizer:
     """Give a quantizer the interface of vector-quantize-pytorch's ``VectorQuantize``; otherwise as :func:`as_taming`.
 
-    ``quantizer(x)`` returns ``(quantized, indices, loss)``; in evaluation the loss is 0, as there. It has ``codebook``
-    (N, D), ``codebook_size``, ``get_codes_from_indices(indices)`` and ``get_output_from_indices(indices)``.
+    ``quantizer(x)`` returns ``(quantized, indices, loss)``; in evaluation the loss is 0, as in the library. It has
+    ``codebook`` (N, D), ``codebook_size``, ``get_codes_from_indices`` and ``get_output_from_indices``.
 
     Args:
-        quantizer: one of ours, changed in place.
+        quantizer: a quantizer of this package, changed in place.
         channel_last: x is (B, L, D) or (B, D), and indices (B, L) or (B,); otherwise (B, D, L) and (B, L). A stochastic
-            mask has its fraction of each row of L positions, or of all B.
+            mask selects its fraction of the L positions of each sequence, or of all B.
         accept_image_fmap: x is (B, D, H, W), and indices (B, H, W).
     """
     _with_form(LucidrainsForm, quantizer)
@@ -86,29 +86,29 @@ def _first_tensor(quantizer: nn.Module) -> Tensor:
 
 
 def _is_as_built(quantizer: Quantizer) -> bool:
-    """Return whether no buffer has changed, as they do when it is initialized, trained or loaded."""
+    """Return whether all buffers have their first values, which initializing, training and loading change."""
     with torch.random.fork_rng(devices=[]):
         fresh = dict(type(quantizer)(**quantizer.arguments()).named_buffers())
     return all(torch.equal(buffer.cpu(), fresh[name].to(buffer.dtype)) for name, buffer in quantizer.named_buffers())
 
 
 class Form(Adapter):
-    """Start of a new quantizer by its first batch, and what all interfaces share."""
+    """Initialization by the first batch, and methods of all interfaces."""
 
     num_codes: int
     code_dim: int
     is_new: bool
-    """True until it is initialized or loaded: the negation of ``initialized``, for which no GPU is waited for."""
+    """True until it is initialized or loaded: not ``initialized``, without a synchronization."""
 
     def _select(self, z: Tensor) -> QuantizerOutput:
         if self.training and self.is_new:
             self.initialize(z)
         positions = z.shape[0] * z.shape[2:].numel()
-        return super().forward(z, row_offset=rank() * positions)  # ranks with equal seeds have other noise
+        return super().forward(z, row_offset=rank() * positions)  # other noise on each rank, even with equal seeds
 
     @torch.compiler.disable
     def initialize(self, z: Tensor) -> None:
-        """Fit the quantizer to latents (B, D, H, W), those of rank 0; the first batch in training calls it."""
+        """Fit the quantizer to latents (B, D, H, W) of rank 0; called by the first batch in training."""
         with torch.autocast(z.device.type, enabled=False):
             super().initialize(z)  # type: ignore[misc]
         if "initialized" in self._buffers:
@@ -122,18 +122,18 @@ class Form(Adapter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         has_flag = "initialized" in self._buffers
         if has_flag and any(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters()):
-            state_dict.setdefault(f"{prefix}initialized", torch.tensor(True))  # of a quantizer before it had a form
+            state_dict.setdefault(f"{prefix}initialized", torch.tensor(True))  # saved without this interface
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.is_new = has_flag and not bool(self.get_buffer("initialized"))
 
     def _codes_of(self, indices: Tensor) -> Tensor:
-        """Indices (...) -> codes (..., D), in the module's type."""
+        """Return the codes (..., D) of indices (...) in the module's type."""
         codes = self.codes_of(indices.reshape(1, 1, -1))  # type: ignore[operator]
         return codes[0, :, 0].t().reshape(*indices.shape, self.code_dim)
 
     @property
     def codebook(self) -> Tensor:
-        """Codes (N, D), as indices stand for them."""
+        """Codes (N, D) in the order of their indices."""
         return self._codes_of(torch.arange(self.num_codes, device=_first_tensor(self).device))
 
     @property
@@ -156,9 +156,9 @@ class TamingForm(Form):
             )
         out = self._select(z)
         indices = out.indices.flatten()
-        share = segment_counts(indices, self.num_codes).to(out.loss.dtype) / len(indices)
-        perplexity = (-(share * (share + 1e-10).log()).sum()).exp()
-        dtype = torch.promote_types(z.dtype, _first_tensor(self).dtype)  # of the library's z + (codes - z)
+        fractions = segment_counts(indices, self.num_codes).to(out.loss.dtype) / len(indices)
+        perplexity = (-(fractions * (fractions + 1e-10).log()).sum()).exp()
+        dtype = torch.promote_types(z.dtype, _first_tensor(self).dtype)  # as of the library's z + (codes - z)
         return out.quantized.to(dtype), out.loss, (perplexity, None, indices)
 
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -192,7 +192,7 @@ class LucidrainsForm(Form):
         """x -> codes, indices, loss; the library's other arguments must be None or False, or left out."""
         options = {"indices": indices, "mask": mask, **options}
         if given := [name for name, value in options.items() if value is not None and value is not False]:
-            raise ValueError(f"{', '.join(given)}: not covered by {type(self).__name__}, leave it out")
+            raise ValueError(f"{type(self).__name__} does not take {', '.join(given)}: leave it out")
         is_last = self.channel_last or x.ndim == 2
         axis = -1 if is_last else 1
         if x.ndim < 2 or x.shape[axis] != self.code_dim:

@@ -1,5 +1,8 @@
-"""SEED-Voken's IBQ: index backpropagation quantization (Shi et al., "Scalable Image Tokenization with Index
-Backpropagation Quantization", 2024), the softmax over all codes as straight-through gradient."""
+"""SEED-Voken's IBQ, index backpropagation quantization.
+
+Shi et al., "Scalable Image Tokenization with Index Backpropagation Quantization", 2024: a straight-through gradient of
+the softmax over all codes.
+"""
 
 from typing import Any
 
@@ -13,7 +16,7 @@ from regvq_fast.quantizers.statistics import softmax_entropies
 
 
 class IndexPropagationQuantize(Adapter):
-    """Logits are the products with the codes: linear logits whose weight is the codebook."""
+    """``IndexPropagationQuantize``: linear logits with the codebook as weight."""
 
     embedding: nn.Embedding
     beta: float
@@ -25,7 +28,7 @@ class IndexPropagationQuantize(Adapter):
 
     @classmethod
     def uncovered(cls, module: nn.Module) -> str | None:
-        return None if module.remap is None else "remap, a softmax of a part of the codes, isn't covered"
+        return None if module.remap is None else "remap, a softmax of some of the codes, isn't covered"
 
     def forward(self, z: Tensor, temp: float | None = None, return_logits: bool = False) -> Any:
         """z (B, D, H, W) -> codes, loss, (None, None, indices (B * H * W,)); the library ignores the other arguments.

@@ -1,4 +1,4 @@
-"""LlamaGen's and TiTok's (1d-tokenizer's) ``VectorQuantizer``: nearest code, of normalised rows and codes if wanted."""
+"""``VectorQuantizer`` of LlamaGen and TiTok (1d-tokenizer): nearest code, optionally of normalised rows and codes."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from regvq_fast.integrations.adapter import Adapter, to_rows, two_losses
 from regvq_fast.quantizers.statistics import softmax_entropies
 
-_ENTROPY_TEMPERATURE = 0.01  # the default of LlamaGen's function, which its quantizer leaves as it is
+_ENTROPY_TEMPERATURE = 0.01  # default of LlamaGen's function, which its quantizer does not change
 
 
 class LlamaGenQuantizer(Adapter):
-    """``tokenizer.tokenizer_image.vq_model.VectorQuantizer``, with all options; its entropies go in tiles of rows."""
+    """``tokenizer.tokenizer_image.vq_model.VectorQuantizer`` with all options; entropies are computed in tiles."""
 
     embedding: nn.Embedding
     n_e: int
@@ -25,7 +25,7 @@ class LlamaGenQuantizer(Adapter):
     def forward(self, z: Tensor) -> tuple[Tensor, tuple, tuple[None, None, Tensor]]:
         """z (B, D, H, W) -> codes, losses, (None, None, indices (B * H * W,)).
 
-        The losses are (codebook's, commitment, entropy, used fraction of codes); in evaluation (None, None, None, 0).
+        Losses are (codebook, commitment, entropy, fraction of codes in use); in evaluation (None, None, None, 0).
         """
         rows, codebook = to_rows(z), self.embedding.weight
         if self.l2_norm:
@@ -41,9 +41,9 @@ class LlamaGenQuantizer(Adapter):
         return quantized.permute(0, 3, 1, 2), losses, (None, None, indices)
 
     def _entropy_loss(self, rows: Tensor, codebook: Tensor, loss: Tensor) -> Tensor:
-        """Mean entropy of the rows' softmax of -distance / 0.01, less the entropy of its mean; times the ratio."""
+        """Return the ratio times (mean entropy of the rows' softmax - entropy of their mean softmax)."""
         if self.entropy_loss_ratio == 0:
-            return 0 * loss  # with a gradient, as the library's
+            return 0 * loss  # has a gradient, as the library's
         with torch.autocast(rows.device.type, enabled=False):
             bias = -codebook.square().sum(1)
             entropy, mean_entropy = softmax_entropies(
@@ -53,7 +53,7 @@ class LlamaGenQuantizer(Adapter):
 
     @torch.no_grad()
     def _usage(self, indices: Tensor) -> float:
-        """Add indices (M,) to the last 65536, and return the fraction of the codes among them (the host waits)."""
+        """Add indices (M,) to the last 65536; return the fraction of codes among these. It synchronizes."""
         used = self.codebook_used
         assert isinstance(used, Tensor)
         used.copy_(torch.cat([used, indices.to(used.dtype)])[-len(used) :])
@@ -61,7 +61,7 @@ class LlamaGenQuantizer(Adapter):
 
 
 class TiTokQuantizer(Adapter):
-    """``modeling.quantizer.quantizer.VectorQuantizer`` of 1d-tokenizer, in fp32 under autocast, as it is."""
+    """``modeling.quantizer.quantizer.VectorQuantizer`` of 1d-tokenizer, in fp32 under autocast, as the library."""
 
     embedding: nn.Embedding
     commitment_cost: float

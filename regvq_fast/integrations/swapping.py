@@ -1,4 +1,4 @@
-"""Replacement of a model's quantizers, and warnings about those that stay."""
+"""Replacement of the quantizers in a model of another library."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -19,7 +19,7 @@ INTERFACES: dict[str, tuple[type[Adapter], ...]] = {
     "encodec": (codecs.EnCodecCodebook, codecs.TransformersCodebook),
     "dac": (codecs.DacQuantize, codecs.TransformersDacQuantize),
 }
-"""Adapters by the name of an interface: the first that fits a class is taken."""
+"""Adapters by the name of an interface; the first one that fits a module is used."""
 
 KNOWN: dict[str, str] = {
     "taming.modules.vqvae.quantize.VectorQuantizer": "one-hot",
@@ -35,45 +35,45 @@ KNOWN: dict[str, str] = {
     "dac.nn.quantize.VectorQuantize": "dac",
     "transformers.models.dac.modeling_dac.DacVectorQuantize": "dac",
 }
-"""Interface by "module.Class". Copies of these files elsewhere may compute something else under the same names."""
+"""Interface by "module.Class". Copies elsewhere may compute something else under the same class names."""
 
 _ADAPTERS = tuple(adapter for fitting in INTERFACES.values() for adapter in fitting)
 
 
 class Acceleration(NamedTuple):
-    """Result of :func:`swap_quantizers`, by the names that ``model.named_modules()`` gives ("" is the model itself)."""
+    """Result of :func:`swap_quantizers`, by name in ``model.named_modules()`` ("" is the model itself)."""
 
     swapped: dict[str, str]
-    """Class, by module."""
+    """Class by module."""
     left_alone: dict[str, str]
-    """Class and the reason, by module."""
+    """Class and reason by module."""
 
 
 def swap_quantizers(
     model: nn.Module, *, also: Mapping[str, str] | None = None, fp32_scores: bool = False
 ) -> Acceleration:
-    """Swap the look-up of the quantizers that are known, in place: no M x N matrix of distances or one-hot rows.
+    """Swap the look-up of known quantizers in place, so that no M x N matrix of distances or one-hot rows is made.
 
     Known are the quantizers of taming-transformers, diffusers, vector-quantize-pytorch (also inside its residual
-    quantizers), SEED-Voken's IBQ, LlamaGen, TiTok (1d-tokenizer), EnCodec and DAC (the last two also transformers').
-    They keep their class names, parameters, ``state_dict``, options and outputs; gradients are those of
-    the library. A module with an option that isn't covered is left as it is. Calling it again changes nothing. Call it
-    before ``torch.compile``, which wouldn't look again. ``accelerate`` is the same function.
+    quantizers), SEED-Voken's IBQ, LlamaGen, TiTok (1d-tokenizer), and EnCodec and DAC, also those of transformers. They
+    keep their class names, parameters, ``state_dict``, options, outputs and gradients. A module with an option that
+    isn't covered is left alone. A second call changes nothing. Call it before ``torch.compile``, which would not notice
+    the change. ``accelerate`` is the same function.
 
     Args:
-        model: a model with such quantizers in it, or a quantizer.
-        also: classes of forks, by "module.Class", and the interface that each has: a key of ``INTERFACES``, such as
-            "nearest" for a copy of taming's ``VectorQuantizer2``. That they compute the same is for you to know.
-        fp32_scores: multiply rows and codes in fp32 under autocast on a GPU, too; by default that is done in autocast's
-            16 bits, summed in fp32, as the libraries' own products are (vector-quantize-pytorch's are in fp32 always).
+        model: a model with such quantizers, or a quantizer.
+        also: classes of forks, by "module.Class", with their interface: a key of ``INTERFACES``, such as "nearest" for
+            a copy of taming's ``VectorQuantizer2``. You must know that they compute the same.
+        fp32_scores: multiply rows and codes in fp32 even under autocast on a GPU. By default they are multiplied in the
+            16 bits of autocast, with fp32 sums, as by the libraries (vector-quantize-pytorch always uses fp32).
 
     Returns:
-        What was swapped, and what was left alone and why.
+        The modules swapped, and those left alone with the reasons.
 
     Raises:
         TypeError: ``model`` isn't a module.
-        ValueError: nothing in it could be swapped; or ``also`` has an unknown interface, a class of which the model has
-            no module, or one that hasn't that interface. The model is as it was.
+        ValueError: nothing could be swapped; or ``also`` has an unknown interface, a class without a module in the
+            model, or a class without that interface. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -118,7 +118,7 @@ def _path(module_class: type) -> str:
 
 
 def _fitting(interface: str, module: nn.Module) -> tuple[type[Adapter], str | None]:
-    """Return the adapter of an interface that fits a module; if none does the first, and why it doesn't."""
+    """Return the adapter of an interface that fits a module; if none does, the first one and the reason."""
     reasons = {adapter: adapter.unlike(module) for adapter in INTERFACES[interface]}
     return next(((adapter, None) for adapter, reason in reasons.items() if reason is None), next(iter(reasons.items())))
 

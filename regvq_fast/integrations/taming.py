@@ -1,4 +1,4 @@
-"""taming-transformers: the quantizers of ``taming.modules.vqvae.quantize``, one of which diffusers has as well."""
+"""Quantizers of taming-transformers' ``taming.modules.vqvae.quantize``, one of which is also in diffusers."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from regvq_fast.quantizers.quantizer import sample_seed
 
 
 class DiffusersVectorQuantizer(Adapter):
-    """The quantizer of diffusers' ``VQModel``, of its MoVQ and of Paella's, with all options."""
+    """``VectorQuantizer`` of diffusers' ``VQModel``, also used by its MoVQ and by Paella, with all options."""
 
     embedding: nn.Embedding
     beta: float
@@ -24,7 +24,7 @@ class DiffusersVectorQuantizer(Adapter):
     remap_to_used: Callable[[Tensor], Tensor]
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """z (B, D, H, W) -> codes (B, D, H, W), loss, (None, None, indices); these (B * H * W,), options aside."""
+        """z (B, D, H, W) -> codes (B, D, H, W), loss, (None, None, indices (B * H * W,) by default)."""
         rows = to_rows(z)
         indices = self._nearest_codes(rows.flatten(0, 2), self.embedding.weight)
         quantized, loss = codes_and_loss(rows, self.embedding(indices).view(rows.shape), self.beta, self.legacy)
@@ -36,7 +36,7 @@ class DiffusersVectorQuantizer(Adapter):
 
 
 class VectorQuantizer2(DiffusersVectorQuantizer):
-    """The quantizer of ``VQModel``, with all options."""
+    """``VectorQuantizer2`` of taming's ``VQModel``, with all options."""
 
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
@@ -51,7 +51,7 @@ class VectorQuantizer2(DiffusersVectorQuantizer):
 
 
 class VectorQuantizer(Adapter):
-    """The older one. Its one-hot matrix (M, N) is an output and stays; distances and product with it go."""
+    """taming's older ``VectorQuantizer``. Its one-hot matrix (M, N) stays, since it is an output."""
 
     embedding: nn.Embedding
     n_e: int
@@ -63,15 +63,15 @@ class VectorQuantizer(Adapter):
         indices = self._nearest_codes(rows.flatten(0, 2), self.embedding.weight)
         quantized, loss = codes_and_loss(rows, self.embedding(indices).view(rows.shape), self.beta, legacy=True)
         one_hot = rows.new_zeros(len(indices), self.n_e).scatter_(1, indices.unsqueeze(1), 1)
-        share = one_hot.mean(0)
-        perplexity = (-(share * (share + 1e-10).log()).sum()).exp()
+        fractions = one_hot.mean(0)
+        perplexity = (-(fractions * (fractions + 1e-10).log()).sum()).exp()
         return quantized, loss, (perplexity, one_hot, indices.unsqueeze(1))
 
 
 class GumbelQuantize(Adapter):
-    """Gumbel-softmax of logits from a 1x1 convolution, hard; in evaluation it samples as well, as the library's does.
+    """Hard Gumbel-softmax of logits from a 1x1 convolution; it also samples in evaluation, as the library does.
 
-    The noise is of our generator, seeded from PyTorch's: other numbers, the same distribution.
+    The noise comes from this package's generator, seeded from PyTorch's: other numbers, the same distribution.
     """
 
     proj: nn.Conv2d
@@ -88,7 +88,7 @@ class GumbelQuantize(Adapter):
         assert isinstance(module.proj, nn.Conv2d)
         assert isinstance(module.embed, nn.Embedding)
         if module.remap is not None:
-            return "remap, noise for a part of the codes, isn't covered"
+            return "remap, noise for some of the codes, isn't covered"
         if not module.straight_through:
             return "straight_through=False, mixtures of all codes, isn't covered"
         if module.proj.in_channels != module.embed.embedding_dim:

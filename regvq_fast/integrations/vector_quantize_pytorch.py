@@ -1,7 +1,7 @@
-"""vector-quantize-pytorch: ``VectorQuantize``, alone or in a residual quantizer, and the ``Codebook`` inside it.
+"""vector-quantize-pytorch: ``VectorQuantize``, also in residual quantizers, and its ``Codebook``.
 
-Known: the interface of release 1.32. Heads, masks, projections and losses are the library's own code; what is swapped
-is the look-up of its ``Codebook``, and the sums of its moving averages.
+The interface is that of release 1.32. Heads, masks, projections and losses remain the library's code; the look-up of
+its ``Codebook`` and the sums of its moving averages are swapped.
 """
 
 import sys
@@ -19,7 +19,7 @@ from regvq_fast.ops.segment_sum import segment_counts
 
 
 class VectorQuantize(Adapter):
-    """Swaps its codebook, and tells it when the library's own code will read the distances."""
+    """Module with a swapped codebook, which it notifies if the library will read the distances."""
 
     _codebook: "Codebook"
 
@@ -49,18 +49,18 @@ class VectorQuantize(Adapter):
     def swap(cls, module: nn.Module) -> None:
         codebook = module._codebook
         assert isinstance(codebook, nn.Module)
-        if not isinstance(codebook, Codebook):  # not shared with a module that was swapped
+        if not isinstance(codebook, Codebook):  # it may be shared with a swapped module
             Codebook.swap(codebook)
         super().swap(module)
 
     def forward(self, x: Tensor, indices: Tensor | None = None, *args: Any, **options: Any) -> Any:
-        """The library's; with ``indices``, the cross entropy to which reads all distances, with its look-up too."""
+        """Call the library's forward; with ``indices`` it reads all distances, so that its own look-up runs."""
         self._codebook.gives_distances = indices is not None
         return super().forward(x, indices, *args, **options)
 
 
 class Codebook(Adapter):
-    """Nearest codes by distance or cosine, in training with the library's updates, without rows of N numbers."""
+    """Nearest codes by distance or cosine, with the library's updates in training, without M x N matrices."""
 
     embed: Tensor  # [H, N, D], H codebooks
     embed_avg: Tensor  # [H, N, D]
@@ -74,7 +74,7 @@ class Codebook(Adapter):
     all_reduce_fn: Callable[[Tensor], Any]
 
     gives_distances = False
-    """Return whether the library's own forward must run, since its caller reads the distances."""
+    """True if the library's own forward must run, since its caller reads the distances."""
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class Codebook(Adapter):
             has_codebook_dim = x.ndim == 4
             rows = x.float() if has_codebook_dim else x.float().unsqueeze(0)
             shape, rows = rows.shape, rows.flatten(1, 2)  # [H, M, D]
-            if mask is not None:  # (B, T), of a batch that heads may multiply
+            if mask is not None:  # (B, T); the batch may be multiplied by the heads
                 heads = rows.shape[1] // mask.numel()
                 mask = mask.repeat_interleave(heads, 0).reshape(1, -1).expand(len(rows), -1)
             self.init_embed_(rows, mask=mask)
@@ -130,7 +130,7 @@ class Codebook(Adapter):
     def _nearest(self, rows: Tensor, codes: Tensor) -> Tensor:
         if not self.use_cosine_sim:
             return assign_codes(rows, codes)
-        # The largest product, as in the library: codes that a user sets need not have unit length.
+        # The largest product, as in the library: codes set by the user may not have unit length.
         return vector_quantize(rows.detach(), codes.detach(), weight=codes.detach()).indices
 
     @torch.no_grad()
@@ -142,13 +142,13 @@ class Codebook(Adapter):
         ema_update_weight: Tensor | Callable | None = None,
         accum_ema_update: bool = False,
     ) -> None:
-        """The library's moving averages. Rows (H, M, D); one-hot rows (H, M, N) from it, indices (H, M) from us."""
+        """Update the moving averages by rows (H, M, D); ``embed_onehot`` is (H, M, N) one-hot, or (H, M) indices."""
         if embed_onehot.ndim == 3:
             arguments = (flatten, embed_onehot, mask, ema_update_weight, accum_ema_update)
             super().track_cluster_size_and_embed_avg(*arguments)  # type: ignore[misc]
             return
         num_codes = self.codebook_size
-        if mask is not None:  # masked rows go to a code too many
+        if mask is not None:  # masked rows go to an extra code
             embed_onehot = embed_onehot.masked_fill(~mask, num_codes)
         counts = [segment_counts(indices, num_codes + 1)[:-1].to(flatten.dtype) for indices in embed_onehot]
         pairs = zip(flatten, embed_onehot, strict=True)

@@ -1,7 +1,7 @@
-// A GPU for PyTorch where there is none: CUDA tensors in the host's memory, and every op on them done by the CPU's kernel.
+// A pretend GPU for PyTorch: CUDA tensors in the host's memory, with every op run by the CPU's kernel.
 //
-// To be preloaded before libtorch asks who provides CUDA. What it keeps of a GPU is what programs get wrong: an op that
-// is given tensors of both devices fails, and memory that nobody has written holds large numbers, not zeros.
+// Preload it before libtorch looks for a provider of CUDA. It fails where programs fail on a GPU: an op on tensors of
+// both devices is an error, and uninitialized memory holds large numbers, not zeros.
 
 #include <cstdlib>
 #include <cstring>
@@ -104,14 +104,14 @@ at::Tensor on_gpu(const at::Tensor& tensor) {
 
 // ------------------------------------------------------------------------------------------------------- operators
 
-// Any op: by the CPU's kernel, on aliases of its tensors.
+// Run any op by the CPU's kernel, on aliases of its tensors.
 void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<std::pair<at::Tensor, at::Tensor>> given;  // (alias, original)
   const auto take = [&](const at::Tensor& tensor) {
     if (!tensor.defined()) {
       return tensor;
     }
-    // Numbers may be on the host: PyTorch takes them as arguments of a kernel.
+    // 0-dim tensors may be on the host: PyTorch passes them as arguments of a kernel.
     TORCH_CHECK(tensor.is_cuda() || tensor.dim() == 0, op.operator_name().name, " got tensors of both devices: ",
                 tensor.sizes(), " is on the CPU");
     auto result = on_cpu(tensor);
@@ -143,7 +143,7 @@ void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       each(value, take);
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> result;
-      for (const auto& tensor : value.toOptionalTensorVector()) {  // indices, which may be the host's
+      for (const auto& tensor : value.toOptionalTensorVector()) {  // indices, which may be on the host
         const bool ours = tensor.has_value() && tensor->defined() && tensor->is_cuda();
         result.push_back(ours ? std::optional(take(*tensor)) : tensor);
       }
@@ -154,7 +154,7 @@ void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   op.redispatchBoxed(kCpuKeys, stack);
   for (const auto& [ours, original] : given) {
-    if (!ours.sizes().equals(original.sizes())) {  // an output that was given, and has been resized
+    if (!ours.sizes().equals(original.sizes())) {  // a given output, which was resized
       auto* impl = original.unsafeGetTensorImpl();
       impl->set_storage_keep_dtype(on_gpu(ours).storage());
       impl->set_sizes_and_strides(ours.sizes(), ours.strides(), ours.storage_offset());
@@ -196,7 +196,7 @@ const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size, Format f
   return self;
 }
 
-// Attention is written out: 0 is PyTorch's number of that.
+// Use the math implementation of attention, which is number 0 in PyTorch.
 int64_t attention(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, double, bool,
                   std::optional<double>, bool) {
   return 0;
@@ -215,7 +215,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
   m.impl("_fused_sdp_choice", TORCH_FN(attention));
-  // Ops that PyTorch would put together from those of a GPU's libraries.
+  // Ops that PyTorch would otherwise compose from those of a GPU's libraries.
   for (const auto* name : {"convolution", "convolution_backward", "native_group_norm", "native_group_norm_backward",
                            "native_layer_norm", "native_layer_norm_backward", "native_batch_norm", "mse_loss"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&by_cpu>());

@@ -1,10 +1,10 @@
-"""Runs scripts as on a GPU where there is none: what torch.cuda says of the device that ``backend.cpp`` provides.
+"""Run scripts as on a GPU on a machine without one: torch.cuda describes the device that ``backend.cpp`` provides.
 
     LD_PRELOAD=backend.so TRITON_INTERPRET=1 python pretend_gpu.py '[["train/vq.py", "--device", "cuda"]]'
 
-Kernels run in Triton's interpreter. A CUDA graph is a list of ops: capturing takes back what they did, a replay does
-them again with the tensors that they had. So a step that reads what it should not, waits for the device or copies from
-the host while it is captured, fails here as it would on a GPU. ``PRETEND_CAPABILITY`` (9.0) is the device's.
+Kernels run in Triton's interpreter. A CUDA graph is a list of ops: capturing undoes their writes, a replay runs them
+again with the same tensors. A step that reads stale memory, synchronizes or copies from the host while it is captured
+fails here as on a GPU. ``PRETEND_CAPABILITY`` is the compute capability, by default 9.0.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
 
 class _Recorder(TorchDispatchMode):
-    """Records ops into a graph; `undo` takes back what they wrote into tensors that were there before."""
+    """Recorder of ops into a graph; `undo` restores the tensors that they overwrote."""
 
     def __init__(self, graph: "_Graph") -> None:
         super().__init__()
@@ -85,9 +85,9 @@ class _Stream:
 
 
 def install() -> None:
-    """Make torch.cuda tell of one GPU, for the rest of the process."""
+    """Make torch.cuda report one GPU for the rest of the process."""
     properties = SimpleNamespace(name=NAME, total_memory=2**36, multi_processor_count=132, uuid="none")
-    says = {
+    answers = {
         "is_available": True,
         "is_initialized": True,
         "device_count": 1,
@@ -110,20 +110,20 @@ def install() -> None:
             "_lazy_init"
         ).split()
     )
-    for name, answer in says.items():
+    for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.CUDAGraph, torch.cuda.graph = _Graph, _capture  # type: ignore[assignment,misc]
 
-    # The memory is the host's: nothing needs copying to be written to a file, pinned, or read by the interpreter.
+    # The memory is the host's: no copy is needed to write it to a file, to pin it, or to read it in the interpreter.
     torch.UntypedStorage.cpu = _to_host  # type: ignore[method-assign]
-    copy_tensor = Tensor.__deepcopy__  # of buffers: by their storage, which PyTorch for CPUs can't make on a GPU
+    copy_tensor = Tensor.__deepcopy__  # copies the storage, which a CPU build of PyTorch can't allocate on a GPU
     Tensor.__deepcopy__ = lambda self, memo: self.clone() if self.is_cuda else copy_tensor(self, memo)  # type: ignore
     pin_memory.pin_memory = lambda data, device=None: data  # type: ignore[assignment]
     from triton.runtime import interpreter
 
     interpreter.GridExecutor._init_args_hst = lambda self, args, kwargs: (list(args), dict(kwargs))
     interpreter.GridExecutor._restore_args_dev = lambda self, *args: None
-    # Products of 16-bit factors into fp32, which cuBLAS has and the CPU's library lacks.
+    # Products of 16-bit factors with fp32 results, which cuBLAS has and CPUs lack.
     torch.library.impl("aten::mm.dtype", "CPU")(lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
     torch.library.impl("aten::bmm.dtype", "CPU")(lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
 

@@ -1,4 +1,4 @@
-"""Draws tokens from priors on the CPU and on the pretend GPU, in a CUDA graph there, and compares them."""
+"""Sample tokens from priors on the CPU and, in a CUDA graph, on the pretend GPU, and compare them."""
 
 import copy
 
@@ -11,7 +11,7 @@ from regvq_fast.priors.maskgit import MaskGIT, sample_maskgit
 
 
 def spread(prior: torch.nn.Module) -> None:
-    """Weights with which a prior tells one condition and token from another."""
+    """Enlarge the weights of a prior, so that its output depends on condition and tokens."""
     for parameter in prior.parameters():
         parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
 

@@ -13,7 +13,7 @@ from helpers.runs import FAST, SCRIPT, TINY
 
 from regvq_fast.config import QuantizerConfig, quantizer_section
 from regvq_fast.models import VQGAN
-from regvq_fast.quantizers import QUANTIZERS, Quantizer
+from regvq_fast.quantizers import QUANTIZERS, EMAQuantizer, Quantizer
 
 MODULE = '''
 from dataclasses import dataclass
@@ -108,6 +108,12 @@ def test_a_section_builds_each_of_them_with_its_settings(name: str) -> None:
     sizes = {"fsq": (240, 3), "lfq": (256, 8), "bsq": (256, 8)}.get(name, (256, 4))
     assert (quantizer.num_codes, quantizer.code_dim, quantizer.fp32_scores) == (*sizes, True)
     assert type(quantizer)(**quantizer.arguments()).arguments() == quantizer.arguments()
+
+
+def test_a_section_is_of_its_own_quantizer_by_default() -> None:
+    section = quantizer_section("vq-vae")(decay=0.8)
+    assert section.quantizer == "vq-vae"
+    assert section.settings() == EMAQuantizer.Settings(decay=0.8)
 
 
 def test_a_section_has_the_sizes_that_its_settings_decide() -> None:
