@@ -1,4 +1,4 @@
-"""C code for CPUs, compiled if there is a compiler; all of it has a PyTorch fallback."""
+"""Optional C code for CPUs, compiled on first use if there is a compiler; all of it has a PyTorch fallback."""
 
 import ctypes
 import functools
@@ -14,9 +14,10 @@ from regvq_fast.files import user_cache
 
 @functools.lru_cache
 def library(source: Path) -> ctypes.CDLL | None:
-    """Compile a C file, once per user, and load it; None if that fails, for example without a compiler.
+    """Compile and load a C file; None if that fails, as without a compiler.
 
-    The user's cache keeps the library under a hash of its source.
+    Compiled files are cached in ``$XDG_CACHE_HOME/regvq_fast`` (default: ``~/.cache/regvq_fast``) by a hash of the
+    source.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
     if compiler is None:
@@ -26,7 +27,7 @@ def library(source: Path) -> ctypes.CDLL | None:
         built = folder / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
         if not built.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # its own for each thread
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # so that it appears complete
                 new = Path(scratch) / built.name
                 flags = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]
                 command = [compiler, *flags, str(source), "-o", str(new)]

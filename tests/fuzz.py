@@ -3,9 +3,10 @@
     PYTHONPATH=tests OMP_NUM_THREADS=1 python tests/fuzz.py --cases 20000 --seed 0
     PYTHONPATH=tests python tests/fuzz.py --reader "tar shards" --case 17     # one case, with its traceback
 
-A case changes one valid file (:mod:`helpers.fuzz_mutations`) of a reader (:mod:`helpers.fuzz_readers`), and reads it in
-a child process with bounded memory and time. It passes if the values read are of their types and ranges, or if a
-ValueError or OSError names the file or its folder. A function of the seed, the reader and the number of the case.
+A case changes one valid file (:mod:`helpers.fuzz_mutations`) of a reader (:mod:`helpers.fuzz_readers`,
+:mod:`helpers.fuzz_model_readers`), and reads it in a child process with bounded memory and time. It passes if the
+values read are of their types and ranges, or if a ValueError or OSError names the file or its folder. A function of the
+seed, the reader and the number of the case.
 """
 
 import argparse
@@ -25,9 +26,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from helpers.fuzz_model_readers import MODEL_READERS
 from helpers.fuzz_mutations import mutate
-from helpers.fuzz_readers import READERS, Reader
+from helpers.fuzz_readers import DATA_READERS, Reader
 
+READERS = {**DATA_READERS, **MODEL_READERS}
 MEMORY = 4 * 2**30
 """Bytes that a child may have beyond those it begins with."""
 CPU_SECONDS, SECONDS = 10, 60
@@ -149,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=20_000, help="of all readers together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reader", choices=READERS, help="only this one")
+    parser.add_argument("--reader", choices=READERS, nargs="+", default=list(READERS), help="only these")
     parser.add_argument("--case", type=int, help="only this one, with its traceback")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,7 +160,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = f"{top}/cache"
         corpora = {name: Corpus(READERS[name], Path(top, f"{k:02d}")) for k, name in enumerate(READERS)}
         others = [data for corpus in corpora.values() for data in corpus.files.values() if len(data) < 10**6]
-        names = [args.reader] if args.reader else list(READERS)
+        names = args.reader
         if args.case is not None:
             corpus = corpora[names[0]]
             corpus.reader = corpus.reader._replace(read=_with_traceback(corpus.reader))

@@ -4,16 +4,18 @@
     python tests/soak.py --seed 1 --only 17                   # job 17 of that seed again
 
 Not a test of the suite: it takes as long as it is given, and prints counts of what was done. It trains the tokenizer
-and the priors and fills a token cache, at tiny sizes, each with disturbances until it is through: SIGKILL, SIGTERM,
-SIGINT, SIGHUP, TensorBoard's folder or the whole run's removed, files that can't grow for two seconds (as on a full
-disk), a reader of the output that goes away, a second process in the folder, and a resumption by two processes, whose
-sums have another order: there only the steps and the size of the losses are compared.
+and the priors, fills a token cache and evaluates, at tiny sizes, each with disturbances until it is through: SIGKILL,
+SIGTERM, SIGINT, SIGHUP, two seconds of SIGSTOP, SIGKILL of a data worker, TensorBoard's folder or the whole run's
+removed, files that can't grow for two seconds (as on a full disk), a reader of the output that goes away, a second
+process in the folder, and two processes in place of one, one of which may be killed. Their sums have another order:
+there only the steps and the size of the losses are compared.
 
 What a job suffers, and after how many of its records or shards, is a function of the seed and the job's number.
 """
 
 import argparse
 import itertools
+import json
 import os
 import random
 import resource
@@ -29,49 +31,73 @@ from pathlib import Path
 from helpers.runs import FAST, TINY, TRAIN, assert_same_run, checkpoints, records, torchrun
 
 PRIOR = "--preset scenes --steps 14 --batch-size 4 --width 16 --depth 1 --heads 2 --device cpu".split()
-PRIOR += "--log-every 2 --checkpoint-every 2 --warmup-steps 2 --dropout 0.1 --ema 0.9".split()
+PRIOR += "--log-every 2 --checkpoint-every 2 --warmup-steps 2 --dropout 0.1 --ema 0.9 --workers 1".split()
+EVALUATE = "--fid-features random-vgg16 --perceptual-weights random --val-images 48 --batch-size 8".split()
+EVERY_2 = "--steps 14 --checkpoint-every 2 --dropout 0.2 --ema 0.9 --disc-start 5 --workers 1".split()
 JOBS = {
-    "vq": ["vq.py", *TINY, *FAST, *"--steps 14 --checkpoint-every 2 --dropout 0.2 --ema 0.9 --disc-start 5".split()],
+    "vq": ["vq.py", *TINY, *FAST, *EVERY_2],
+    "tokens": ["cache_tokens.py", *"--scenes 400 --views 2 --val-images 40 --shard-samples 64".split()],
     "ar": ["ar.py", *PRIOR],
     "diffusion": ["diffusion.py", *PRIOR],
-    "tokens": ["cache_tokens.py", *"--scenes 400 --views 2 --val-images 40 --shard-samples 64 --device cpu".split()],
+    "maskgit": ["maskgit.py", *PRIOR],
+    "evaluate": ["evaluate.py", *EVALUATE],
 }
+"""A job may need what those before it leave."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-DISTURBANCES = [*(number.name for number in SIGNALS), "tensorboard", "vanished", "full", "reader", "second", "ranks"]
-FULL_SECONDS = 2.0
+DISTURBANCES = [number.name for number in SIGNALS]
+DISTURBANCES += ["paused", "worker", "tensorboard", "vanished", "full", "reader", "second", "ranks", "rank"]
+SECONDS = 2.0
+"""Of a pause, and of a full disk."""
+PATIENCE_SECONDS = 600.0
 
 
-def start(job: str, out: Path, base: Path, *flags: str, ranks: bool = False) -> "subprocess.Popen[bytes]":
-    script, *settings = JOBS[job]
-    needs = {"ar": ["--cache", base / "tokens"], "diffusion": ["--cache", base / "tokens"]}
-    needs["tokens"] = ["--tokenizer", base / "vq"]
-    arguments = [*settings, *needs.get(job, []), "--out", out, *flags]
-    if job != "tokens" and (out / "config.json").exists():
-        arguments = ["--resume", "--out", out, *flags]
+def start(job: str, out: Path, base: Path, ranks: bool = False) -> "subprocess.Popen[bytes]":
+    script, *arguments = JOBS[job]
+    if job == "tokens":
+        arguments += ["--tokenizer", base / "vq", "--device", "cpu", "--workers", 1, "--out", out]
+    elif job == "evaluate":
+        arguments += ["--prior-run", base / "maskgit", "--cache-dir", out / "cache", "--device", "cpu"]
+        arguments += ["--workers", 1, "--out", out]
+    elif (out / "config.json").exists():
+        arguments = ["--resume", "--out", out]
+    else:
+        arguments += [*([] if job == "vq" else ["--cache", base / "tokens"]), "--out", out]
     command = torchrun(TRAIN / script, *arguments) if ranks else [sys.executable, TRAIN / script, *arguments]
     return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def progress(job: str, out: Path) -> int:
-    """Return the number of records or shards that a job has written."""
+    """Return the number of records, shards or files that a job has written."""
     if job == "tokens":
         return len(list(out.glob("*.safetensors")))
+    if job == "evaluate":
+        return sum(path.is_file() for path in out.rglob("*"))
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, base: Path) -> None:
-    """Do something to a running job; an AssertionError if a second process is not refused."""
+def children(process: "subprocess.Popen[bytes]") -> list[int]:
+    """Return the numbers of the processes that one started: data workers, or the ranks of torchrun."""
+    lists = Path(f"/proc/{process.pid}/task").glob("*/children")
+    return sorted(int(number) for path in lists for number in path.read_text().split())
+
+
+def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, base: Path) -> bool:
+    """Do something to a running job if it can be done; an AssertionError if a second process is not refused."""
     if kind in signal.Signals.__members__:
         process.send_signal(signal.Signals[kind])
-    elif kind == "tensorboard":
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    elif kind == "vanished":
-        shutil.rmtree(out, ignore_errors=True)
+    elif kind == "paused":
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(SECONDS)
+        process.send_signal(signal.SIGCONT)
+    elif kind in ("worker", "rank") and (found := children(process)):
+        os.kill(found[-1], signal.SIGKILL)
+    elif kind in ("tensorboard", "vanished") and (folder := out / kind if kind == "tensorboard" else out).exists():
+        shutil.rmtree(folder, ignore_errors=True)
     elif kind == "full":
         hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, hard))
-        time.sleep(FULL_SECONDS)
+        time.sleep(SECONDS)
         if process.poll() is None:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
     elif kind == "reader" and process.stdout:
@@ -79,9 +105,12 @@ def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, 
         process.stdout = None
     elif kind == "second" and any(out.glob(".*.lock")):
         second = start(job, out, base)
-        said = second.communicate()[1].decode()
+        said = second.communicate(timeout=PATIENCE_SECONDS)[1].decode()
         ended = process.poll() is not None or not any(out.glob(".*.lock"))
         assert ended or (second.returncode == 1 and f"in use by process {process.pid}" in said), said
+    else:
+        return kind == "ranks"
+    return True
 
 
 def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Random) -> bool:
@@ -89,24 +118,32 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
     alone, attempts = True, 0
     while True:
         kind, attempts = rng.choice(DISTURBANCES) if attempts < 6 else "none", attempts + 1
-        due = progress(job, out) + rng.randrange(4)
-        ranks = kind == "ranks" and out.exists()
+        due = progress(job, out) + rng.choice((0, 1, 1, 2, 2, 3))  # 0: while it starts
+        ranks = kind in ("ranks", "rank") and out.exists()
         alone &= not ranks
-        process = start(job, out, base, ranks=ranks)
-        while process.poll() is None and progress(job, out) < due:
-            time.sleep(0.01)
-        if kind != "none" and process.poll() is None:
+        process = start(job, out, base, ranks)
+        try:
+            end = time.monotonic() + PATIENCE_SECONDS
+            while process.poll() is None and progress(job, out) < due and time.monotonic() < end:
+                time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.5))
-            counts[kind] += 1
-            disturb(kind, process, job, out, base)
-        said = process.communicate(timeout=600)[1].decode()
+            able = kind != "none" and (ranks or kind not in ("ranks", "rank")) and process.poll() is None
+            if able and disturb(kind, process, job, out, base):
+                counts[kind] += 1
+            said = process.communicate(timeout=PATIENCE_SECONDS)[1].decode()
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{job} did not end within {PATIENCE_SECONDS:.0f} seconds of {kind}") from None
+        finally:
+            process.kill()
         if process.returncode == 0:
             return alone
         # A run whose folder was lost, or whose files could not be written, ends with 1 and says so.
         expected = {-number for number in SIGNALS} | {128 + number for number in SIGNALS} if not ranks else set()
-        expected |= {1} if kind in ("vanished", "full") else set()
+        expected |= {1} if kind in ("vanished", "full", "worker", "rank") else set()
         assert process.returncode in expected, f"{job} ended with {process.returncode} after {kind}: {said[-3000:]}"
-        assert "Traceback" not in said or kind == "SIGINT", f"{job} after {kind}: {said[-3000:]}"
+        assert kind != "worker" or "data worker" in said, f"{job} after {kind}: {said[-3000:]}"
+        # torchrun prints one of its own.
+        assert "Traceback" not in said or kind in ("SIGINT", "rank"), f"{job} after {kind}: {said[-3000:]}"
 
 
 def same(job: str, a: Path, b: Path, alone: bool) -> None:
@@ -114,6 +151,13 @@ def same(job: str, a: Path, b: Path, alone: bool) -> None:
         names = sorted(path.name for path in a.iterdir())
         assert names == sorted(path.name for path in b.iterdir())
         assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    elif job == "evaluate":
+        assert (a / "code_counts.json").read_text() == (b / "code_counts.json").read_text()
+        first, second = (json.loads((folder / "evaluation.json").read_text()) for folder in (a, b))
+        assert first.keys() == second.keys()
+        for name, found in first.items():
+            x, y = found["value"], second[name]["value"]
+            assert x == y if alone else abs(x - y) <= 1e-3 * abs(x), (name, x, y)
     elif alone:
         assert_same_run(a, b)
     else:
@@ -136,9 +180,10 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        for job in ("vq", "tokens", *(job for job in args.jobs if job in ("ar", "diffusion"))):
-            said = start(job, base / job, base).communicate()[1]
-            assert any((base / job / name).exists() for name in ("summary.json", "cache.json")), said.decode()[-2000:]
+        for job in JOBS:
+            process = start(job, base / job, base)
+            said = process.communicate()[1]
+            assert process.returncode == 0, said.decode()[-2000:]
         print("undisturbed runs are done", flush=True)
         for number in itertools.count() if args.only is None else [args.only]:
             if time.monotonic() > end:

@@ -18,7 +18,7 @@ from helpers.hostile_images import encoded, gradient
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from regvq_fast.config import VQGANConfig, read_config
+from regvq_fast.config import VQGAN_PRESETS, VQGANConfig, parse_config, read_config
 from regvq_fast.data.archives import ArchiveDataset, find_archive
 from regvq_fast.data.encoded_images import EncodedImages
 from regvq_fast.data.image_arrays import ImageArray
@@ -133,6 +133,17 @@ def test_a_configuration_with_a_value_of_another_kind_is_refused(
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=rf"config\.json.*{name}"):
         read_config(tmp_path, VQGANConfig)
+
+
+@pytest.mark.parametrize("flags", [["--config"], ["--resume", "--out"]])
+def test_a_configuration_out_of_range_is_refused_by_its_folder(tmp_path: Path, flags: list[str]) -> None:
+    valid._make_config(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_bytes())
+    values["loss"]["r1_every"] = -1
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"{tmp_path} is not valid: --r1-every .*-1$"):
+        parse_config(VQGAN_PRESETS, [*flags, str(tmp_path)])
 
 
 def test_headers_without_end_are_damage(tmp_path: Path) -> None:

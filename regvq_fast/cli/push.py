@@ -124,7 +124,7 @@ def published_files(run: Path, name: HubName, license: str | None = None) -> dic
         config=config,
         evaluation=evaluation,
         license=license,
-        pictures=[file for file in files if file.startswith(f"{PICTURES}/")],
+        images=[file for file in files if file.startswith(f"{PICTURES}/")],
         commands=commands,
         train=train if "run" in config else "",
     )

@@ -85,11 +85,11 @@ def _defaults(presets: Mapping[str, Config], start: _Start) -> Config:
     if start.resume and start.config is not None:
         raise ValueError(f"--resume continues a run with its own settings: leave out --config {start.config}")
     if start.resume and start.out is not None:
-        default = override(read_config(start.out, type(first)), out=start.out)
+        default = override(read_checked(start.out, type(first)), out=start.out)
     elif start.config is not None:
         if start.preset:
             raise ValueError(f"--preset {start.preset} and --config {start.config} exclude each other: take one")
-        default = override(read_config(start.config, type(first)), out=None)
+        default = override(read_checked(start.config, type(first)), out=None)
     elif start.preset in get_args(PresetName) and start.preset not in presets:
         raise ValueError(f"--preset {start.preset} is of another command; this one has {', '.join(presets)}")
     else:
@@ -98,6 +98,16 @@ def _defaults(presets: Mapping[str, Config], start: _Start) -> Config:
         default = override(default, quantizer=start.quantizer)
     # --epochs takes precedence over the steps of a saved run or a preset.
     return default if start.epochs is None else override(default, steps=None)
+
+
+def read_checked(path: Path, kind: type[Config]) -> Config:
+    """Read a configuration as `read_config`; ValueError that names the file for settings out of range, too."""
+    config = read_config(path, kind)
+    try:
+        config.check()
+    except ValueError as error:
+        raise ValueError(f"the configuration in {path} is not valid: {error}") from None
+    return config
 
 
 def typed_command(name: str, settings: Any) -> str:

@@ -22,11 +22,12 @@ from typing import Any, NamedTuple, Self
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from regvq_fast.data.image_dataset import ImageDataset, Provenance
+from regvq_fast.data.loading import fingerprint
 from regvq_fast.data.samples import Sample
 from regvq_fast.evaluation.feature_nets import FeatureNet
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
@@ -35,7 +36,7 @@ from regvq_fast.ranks import any_rank, rank, sum_over_ranks
 
 logger = logging.getLogger("regvq_fast")
 
-_FORMAT = 1  # of cached statistics and of their identity
+_FORMAT = 2  # of cached statistics, and of the meaning of what identifies them
 
 
 @dataclass
@@ -267,26 +268,34 @@ def _load(
 ) -> tuple[FeatureStatistics, int] | None:
     """Return cached statistics and the number of unreadable images; None if the file has another identity."""
     try:
-        with safe_open(file, "pt") as content:
-            metadata = content.metadata() or {}
-            if metadata.get("identity") != _text(identity):
-                return None
-            total, products = content.get_tensor("total").to(device), content.get_tensor("products").to(device)
+        content = file.read_bytes()  # safetensors opens no path that is not UTF-8
+        tensors = safetensors.torch.load(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        if metadata.get("identity") != _text(identity):
+            return None
+        total, products, unreadable = tensors["total"], tensors["products"], metadata.get("unreadable", "")
+        if metadata.get("sha256") != _digest(total, products, unreadable):
+            raise ValueError("its checksum is not that of its contents")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         logger.warning("the statistics in %s are damaged (%s) and computed anew", file, error)
         return None
     if total.shape != (num_features,) or products.shape != (num_features, num_features):
         return None
-    return FeatureStatistics(identity["images"], total, products), int(metadata.get("unreadable", 0))
+    return FeatureStatistics(identity["images"], total.to(device), products.to(device)), int(unreadable)
+
+
+def _digest(total: Tensor, products: Tensor, unreadable: str) -> str:
+    return hashlib.sha256(f"{fingerprint(total, products)} {unreadable}".encode()).hexdigest()
 
 
 def _save(file: Path, identity: dict[str, Any], statistics: FeatureStatistics, unreadable: int) -> None:
     tensors = {"total": statistics.total.cpu().contiguous(), "products": statistics.products.cpu().contiguous()}
     try:
         with atomic_path(file) as temporary:
-            metadata = {"identity": _text(identity), "unreadable": str(unreadable)}
-            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+            digest = _digest(tensors["total"], tensors["products"], str(unreadable))
+            metadata = {"identity": _text(identity), "unreadable": str(unreadable), "sha256": digest}
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
     except OSError as error:
         logger.warning("the statistics of %s can't be cached, and are computed each time (%s)", identity["data"], error)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from regvq_fast.data.image_arrays import KEY, ImageArray, open_npz
+from regvq_fast.data.reading import is_of_the_machine, why_unreadable
 from regvq_fast.evaluation.feature_nets import FeatureNet
 from regvq_fast.evaluation.fid import FeatureStatistics, Moments, frechet_distance
 from regvq_fast.evaluation.metrics import SampledImages
@@ -36,14 +37,18 @@ class ReferenceBatch:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it has neither images nor statistics, or they are damaged.
+        ValueError: it has neither images nor statistics, or they are damaged; the message names it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with open_npz(path) as arrays:
-            self.pooled = _moments(path, arrays, "mu", "sigma")
-            self.spatial = _moments(path, arrays, "mu_s", "sigma_s")
+            try:
+                self.pooled, self.spatial = _moments(arrays, "mu", "sigma"), _moments(arrays, "mu_s", "sigma_s")
+            except Exception as error:  # a damaged file can make the reader raise anything, MemoryError among it
+                if isinstance(error, OSError) and is_of_the_machine(error):
+                    raise
+                raise ValueError(f"{path} is damaged, or no reference: {why_unreadable(error)}") from None
             self.images = ImageArray(path) if KEY in arrays else None
         if self.images is None and self.pooled is None:
             raise ValueError(f"{path} has neither images ({KEY}) nor statistics (mu, sigma): it is no reference")
@@ -70,15 +75,20 @@ class ReferenceBatch:
             raise ValueError(f"{self.path} has images of {theirs} pixels, the samples have {ours}: resize the samples")
 
 
-def _moments(path: Path, arrays: Any, mean: str, covariance: str) -> Moments | None:
+def _moments(arrays: Any, mean: str, covariance: str) -> Moments | None:
     if (mean in arrays) != (covariance in arrays):
-        raise ValueError(f"{path} has one of {mean} and {covariance} only: statistics are both")
+        raise ValueError(f"it has one of {mean} and {covariance} only, statistics are both")
     if mean not in arrays:
         return None
-    found = [np.asarray(arrays[name], dtype=np.float64) for name in (mean, covariance)]
+    found = [arrays[name] for name in (mean, covariance)]
     if found[0].ndim != 1 or found[1].shape != (len(found[0]),) * 2:
-        raise ValueError(f"{path} has {mean} of {found[0].shape} and {covariance} of {found[1].shape}, not (K), (K, K)")
-    return Moments(*map(torch.from_numpy, found))
+        raise ValueError(f"{mean} is {found[0].shape} and {covariance} {found[1].shape}, not (K) and (K, K)")
+    for name, array in zip((mean, covariance), found, strict=True):
+        if array.dtype.kind != "f" or not (np.abs(array) <= np.finfo(np.float32).max).all():
+            raise ValueError(f"{name} ({array.dtype}) has values that are not finite float32 numbers")
+    if (found[1].diagonal() < 0).any() or not np.allclose(found[1], found[1].T):
+        raise ValueError(f"{covariance} is no covariance: it is not symmetric, or has a negative variance")
+    return Moments(*(torch.from_numpy(array.astype(np.float64)) for array in found))
 
 
 class SuiteMetrics(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Literal
 
 from regvq_fast.config import PresetName
 from regvq_fast.paper.rows import Experiment, Published, Recipe, Row, Scale
-from regvq_fast.paper.study import STUDY
+from regvq_fast.paper.study import STUDY, TUNING
 from regvq_fast.priors.registry import PRIORS, PriorName
 
-ExperimentName = Literal["table1", "table2", "masking", "codebook-size", "quantizers"]
+ExperimentName = Literal["table1", "table2", "masking", "codebook-size", "quantizers", "tuning"]
 
 
 PUBLISHED_DATASETS: dict[str, str] = {
@@ -147,6 +147,7 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
         axis="codes N",
     ),
     "quantizers": STUDY,
+    "tuning": TUNING,
 }
 
 

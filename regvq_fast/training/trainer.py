@@ -112,6 +112,8 @@ class Trainer(Generic[Config]):
             self._stop = stop
             try:
                 self._loop(stop)
+            except RunStopped:
+                raise
             except Exception as error:
                 self._end_workers()
                 # Both happen between steps, so the state can be saved; other ranks don't see a worker's failure.

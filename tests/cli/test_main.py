@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.runs import TRAIN
 
 from regvq_fast.cli import main as command_line
 from regvq_fast.cli.main import COMMANDS, main
@@ -73,6 +74,17 @@ def test_every_command_has_its_script_module_and_place_in_the_list(
 def test_unknown_commands_are_one_sentence(monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         start(monkeypatch, *words.split())
+
+
+def test_the_help_stays_without_docstrings() -> None:
+    """Of the parser, as --steps before it asks for: the page that is kept needs none."""
+    flags = [str(TRAIN / "vq.py"), "--steps", "3", "--help"]
+    pages = [
+        subprocess.run([sys.executable, *options, *flags], capture_output=True, text=True, check=True).stdout
+        for options in ([], ["-OO"])
+    ]
+    assert "Train an image tokenizer" in pages[0]
+    assert pages[0] == pages[1]
 
 
 def test_without_words_it_lists_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face data sets: saved ones, parquet files, and what is asked of both by name."""
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -195,6 +196,18 @@ def test_rows_without_a_label_are_left_out(tmp_path: Path, caplog: pytest.LogCap
         HuggingFaceImages(path, "val", 8, fields=["label"])
     with pytest.raises(ValueError, match="one is 70,000,000"):
         HuggingFaceImages(saved(tmp_path / "b", train=table([0], label=(NUMBER, [70_000_000]))), fields=["label"])
+
+
+def test_a_label_beyond_the_names_is_refused(tmp_path: Path) -> None:
+    one = table([0, 10, 20], label=(ANIMALS, [2, 0, 1]))
+    path = saved(tmp_path, train=one, test=one)
+    for split in ("train", "test"):
+        described = path / split / "dataset_info.json"
+        names = json.loads(described.read_text())
+        names["features"]["label"]["names"] = ["cat", "dog"]
+        described.write_text(json.dumps(names))
+    with pytest.raises(ValueError, match=rf"{path} has a label 2 and only 2 names"):
+        HuggingFaceImages(path, "train", 8, fields=["label"])
 
 
 def test_captions_of_a_row_are_those_of_a_folder(tmp_path: Path) -> None:

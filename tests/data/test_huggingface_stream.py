@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from regvq_fast.data import HuggingFaceImages, HuggingFaceStream
 from regvq_fast.data.datasets import build_dataset
-from regvq_fast.data.loading import collate, training_batches
+from regvq_fast.data.loading import collate, read_samples, training_batches
 
 datasets = pytest.importorskip("datasets")
 from helpers.hugging_face import IMAGE, TEXT, quiet_datasets, source, table  # noqa: E402
@@ -107,6 +107,20 @@ def test_fields_come_with_their_images(tmp_path: Path) -> None:
     assert (counts.images, counts.having) == (10, {"caption": 10, "label": 10, "segmentation": 0})
     with pytest.raises(ValueError, match=r"'caption' .* has no class labels \(or, unless streamed"):
         build_dataset(data + "&label=caption", split="val", image_size=8, fields=["label"])
+
+
+def test_a_label_beyond_the_names_is_refused(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data = published(tmp_path, shards=1, label=(ANIMALS, [0, 1, 2, 0, 1] * 2))
+    for path in tmp_path.glob("*.parquet"):
+        rows = parquet.read_table(path)
+        described = rows.schema.metadata[b"huggingface"].replace(b', "owl"', b"")
+        parquet.write_table(rows.replace_schema_metadata({b"huggingface": described}), path)
+    with pytest.raises(ValueError, match=r"has a label 2 and only 2 names"):
+        build_dataset(data, split="val", image_size=8, fields=["label"])
+    stream = build_dataset(data, split="train", image_size=8, fields=["label"], seed=1)
+    with pytest.raises(ValueError, match=r"has a label 2 and only 2 names"):
+        read_samples(stream, range(10))
 
 
 def test_unreadable_images_are_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -170,6 +170,18 @@ def test_damaged_and_unwritable_caches_cost_time_alone(tmp_path: Path, caplog: p
     assert net.seen == 10
     reference_of(net, dataset, tmp_path / "cache")
     assert net.seen == 0
+    content = file.read_bytes()
+    for changed in (
+        content[:-4] + bytes([content[-4] ^ 1]) + content[-3:],
+        content.replace(b'"unreadable":"0"', b'"unreadable":"7"'),
+    ):
+        assert changed != content
+        file.write_bytes(changed)
+        caplog.clear()
+        again = reference_of(net, dataset, tmp_path / "cache")
+        assert torch.equal(again.statistics.products, expected.products)
+        assert (again.unreadable, net.seen) == (0, 10)
+        assert f"{file} are damaged (its checksum" in caplog.text
     (tmp_path / "file").write_text("")
     reference_of(net, dataset, tmp_path / "file")
     assert "can't be cached" in caplog.text

@@ -1,5 +1,7 @@
 """ADM's evaluation suite: its reference files, and what is measured against them."""
 
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,12 @@ def test_statistics_alone_leave_the_rest_out(tmp_path: Path) -> None:
         ({"mu": np.zeros(8)}, "one of mu and sigma only"),
         ({"mu": np.zeros(8), "sigma": np.eye(7)}, r"\(8,\) .*\(7, 7\)"),
         ({"mu": np.zeros(7), "sigma": np.eye(7)}, "7 features, Inception 8"),
+        ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, r"mu \(float64\) .*not finite"),
+        ({"mu": np.zeros(8), "sigma": np.eye(8) * 1e300}, r"sigma .*not finite float32"),
+        ({"mu": np.zeros(8, np.complex128), "sigma": np.eye(8)}, r"mu \(complex128\)"),
+        ({"mu": np.array(["x"] * 8), "sigma": np.eye(8)}, r"reference.npz is damaged.* mu \(<U1\)"),
+        ({"mu": np.zeros(8), "sigma": np.tri(8)}, "sigma is no covariance: it is not symmetric"),
+        ({"mu": np.zeros(8), "sigma": -np.eye(8)}, "sigma is no covariance: .*negative variance"),
         ({"arr_0": np.zeros((9, 16, 8, 3), np.uint8)}, "16 x 8 pixels.* 8 x 8: resize"),
         ({"arr_0": np.zeros((3, 8, 8, 3), np.uint8)}, "at least 4 reference images, there are 3"),
     ],
@@ -126,3 +134,39 @@ def test_references_that_will_not_do(tmp_path: Path, arrays: dict[str, np.ndarra
     samples = open_samples(save(tmp_path / "samples.npz", noise(5, seed=0)))
     with pytest.raises(ValueError, match=message):
         ReferenceBatch(tmp_path / "reference.npz").check(samples, Inception())
+
+
+def change_member(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change the file of mu in an .npz file, whose checksum is right again."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    changed = change(members["mu.npy"])
+    assert changed != members["mu.npy"]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (members | {"mu.npy": changed}).items():
+            archive.writestr(name, content)
+
+
+def overwrite_file(path: Path, at: int) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: change_member(path, lambda member: member[:49]),
+        lambda path: change_member(path, lambda member: member[:-49]),
+        lambda path: change_member(path, lambda member: member.replace(b"(8,), }" + b" " * 11, b"(99999999999999,),}")),
+        lambda path: overwrite_file(path, path.read_bytes().index(b"mu.npy") + 40),
+    ],
+    ids=["header cut", "values cut", "more values than there is memory", "overwritten"],
+)
+def test_a_damaged_reference_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Kinds found by tests/fuzz.py."""
+    path = tmp_path / "reference.npz"
+    np.savez_compressed(path, mu=np.arange(8.0), sigma=np.eye(8))
+    assert ReferenceBatch(path).pooled is not None
+    damage(path)
+    with pytest.raises(ValueError, match=r"reference.npz is damaged, or no reference: "):
+        ReferenceBatch(path)

@@ -16,7 +16,8 @@ from helpers.hostile_images import encoded, gradient
 from helpers.tiny_models import tiny_vqgan
 from PIL import Image
 
-from regvq_fast.config import VQGANConfig, read_config
+from regvq_fast.config import VQGANConfig
+from regvq_fast.config.command_line import read_checked
 from regvq_fast.data.archives import ArchiveDataset, find_archive
 from regvq_fast.data.encoded_images import EncodedImages
 from regvq_fast.data.folder import ImageFolder
@@ -254,8 +255,7 @@ def _make_config(folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> None:
-    config = read_config(folder, VQGANConfig)
-    config.check()
+    read_checked(folder, VQGANConfig).check()
 
 
 def _make_run(folder: Path) -> None:
@@ -277,7 +277,7 @@ def _read_run(folder: Path) -> None:
     assert Checkpoints(folder / "run", 2, found).newest == found.folder
 
 
-READERS = {
+DATA_READERS = {
     "folder of images": Reader(
         _make_folder, lambda f: _read_images(ImageFolder, f / "photos", "caption segmentation label")
     ),

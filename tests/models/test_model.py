@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +77,17 @@ def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None
         make(folder / name)
 
     return change
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, kind: type[Model]) -> None:
+    model = tiny(kind)
+    name, parameter = next(iter(model.named_parameters()))
+    with torch.no_grad():
+        parameter.view(-1)[-1] = math.inf
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'model'}: .*non-finite values in {re.escape(name)}$"):
+        kind.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from helpers.tiny_models import tiny_vqgan
 
 from regvq_fast.cli.train import train
+from regvq_fast.priors.diffusion import VQDiffusion
 from regvq_fast.priors.diffusion.config import DIFFUSION_PRESETS
 from regvq_fast.priors.diffusion.recipe import DiffusionRecipe
 from regvq_fast.priors.diffusion.text import PretrainedTextEncoder, TextEncoder, WordEncoder, restore_text_encoder
@@ -129,7 +130,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     clip = transformers.CLIPTextConfig(vocab_size=7, max_position_embeddings=7, eos_token_id=2, **size)
     t5 = transformers.T5Config(vocab_size=7, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    wide = transformers.CLIPTextConfig(**(clip.to_dict() | {"hidden_size": 64}))
     models = {"clip": transformers.CLIPTextModel(clip), "t5": transformers.T5Model(t5)}
+    models["wide"] = transformers.CLIPTextModel(wide)
     root = tmp_path_factory.mktemp("encoders")
     for name, model in models.items():
         model.save_pretrained(root / name)
@@ -186,6 +189,21 @@ def test_a_prior_trains_under_a_pretrained_encoder_as_the_paper_does(
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
     assert b"text_encoder" not in weights[0]  # CLIP's own weights aren't saved with the prior
+
+
+def test_the_size_of_a_pretrained_encoder_does_not_unbound_the_rest(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = PretrainedTextEncoder(str(folders["wide"]))
+    prior = VQDiffusion(4, text_encoder=encoder, num_steps=5, token_shape=(2, 2), width=8, depth=1, heads=2)
+    prior.save_pretrained(tmp_path / "prior")
+    (tmp_path / "prior" / "manifest.json").unlink()
+    frozen = sum(parameter.numel() for parameter in encoder._frozen.model.parameters())
+    assert frozen > 2 * sum(value.numel() for value in prior.state_dict().values())
+    assert VQDiffusion.from_pretrained(tmp_path / "prior").text_shape == (7, 64)
+    config = json.loads((tmp_path / "prior" / "config.json").read_text())
+    config["architecture"]["depth"] = 2000
+    (tmp_path / "prior" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"prior: .*more parameters than its weights"):
+        VQDiffusion.from_pretrained(tmp_path / "prior")
 
 
 def test_missing_models_are_named(tmp_path: Path) -> None:

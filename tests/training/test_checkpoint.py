@@ -277,8 +277,9 @@ def test_results_that_find_no_room_are_made_up_for_by_resuming(
     monkeypatch.setattr(Trainer, "conclude", conclude)
     assert stop.value.code == 1
     (said,) = capsys.readouterr().err.strip().splitlines()
-    assert "File too large" in said
-    assert said.endswith(f": python train/vq.py --resume --out {out}")
+    assert said.startswith("all steps are done, but the results could not be written (File too large")
+    assert said.endswith(f"; make room, then: python train/vq.py --resume --out {out}")
+    assert not (out / "traceback.txt").exists()
     assert not (out / "model.safetensors").exists()
     assert not list(out.rglob(".*"))
     resume(out)

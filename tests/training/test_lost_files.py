@@ -40,8 +40,11 @@ def test_a_run_folder_that_is_removed_comes_back_and_the_end_says_so(
     assert stop.value.code == 1
     said = capsys.readouterr()
     assert said.out.count(f"warning: {out} was removed") == 1
-    assert "all steps are done" in said.err.splitlines()[-1]
-    assert "removed before step 6" in said.err.splitlines()[-1]
+    assert said.err.splitlines()[-1] == (
+        f"all steps are done and {out} has the model, but the folder was removed before step 6: what it held beside "
+        "the records is lost"
+    )
+    assert not (out / "traceback.txt").exists()
     assert without_clock(records(out)) == without_clock(records(tmp_path / "whole"))
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert json.loads((out / "config.json").read_text())["optimizer"]["steps"] == 8

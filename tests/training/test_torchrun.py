@@ -1,6 +1,7 @@
 """train/vq.py on several processes: what one process does, and how it ends."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -94,6 +95,26 @@ def test_sigterm_to_the_launcher_saves_a_refusal_is_one_sentence_and_resuming_go
     resumed = run_on_ranks("--resume", "--out", out, "--steps", steps)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert checkpoints(out)[-1] == f"step-{steps:07d}"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others_in_a_sentence_and_the_run_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = torchrun(SCRIPT, *RUN, "--out", out, "--steps", "5000", "--checkpoint-every", "1")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len(records(out)) < 2:
+            assert process.poll() is None, process.stderr and process.stderr.read()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(ranks) == 2
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"^stopped after step \d+: the connection to another process is lost.*--resume", errors, re.M)
+    saved = checkpoints(out)
+    resume(out, "--steps", int(saved[-1].removeprefix("step-")) + 1)
 
 
 def test_what_one_process_finds_wrong_is_said_by_all(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def read_labels(
         columns: of all splits, which have common ids.
 
     Raises:
-        ValueError: a number above a million.
+        ValueError: a number above a million, or one of a class without a name.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -152,11 +152,13 @@ def read_labels(
         known = pa.array(names, _arrow_type(feature))
         columns = [pc.index_in(column, value_set=known) for column in columns]
     ids = [pc.fill_null(column.cast(pa.int64()), -1).to_numpy() for column in columns]
+    largest = max((int(found.max()) for found in ids if len(found)), default=-1)
     if names is None:
-        largest = max((int(found.max()) for found in ids if len(found)), default=-1)
         if largest > MOST_LABELS:
             raise ValueError(f"labels of {source.text} must be at most {MOST_LABELS:,}, one is {largest:,}")
         names = map(str, range(largest + 1))
+    elif largest >= len(names):
+        raise ValueError(f"{source.text} has a label {largest} and only {len(names)} names of classes: write it anew")
     return tuple(names), ids
 
 

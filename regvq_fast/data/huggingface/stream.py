@@ -145,6 +145,10 @@ class HuggingFaceStream(ImageFileDataset):
     def _serves(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row belongs to this split and has the fields."""
         label = row[self._columns["label"]] if "label" in self.fields else 0
+        if "label" in self.fields and label is not None and label >= len(self.label_names):
+            raise ValueError(
+                f"{self.source} has a label {label} and only {len(self.label_names)} names of classes: write it anew"
+            )
         if label is None or label < 0 or any(row[column] in (None, "", []) for column in self._columns.values()):
             return False
         if self._is_own:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from regvq_fast.invocation import install
 from regvq_fast.models.attention import attention
+from regvq_fast.models.model import weights_of_its_own
 from regvq_fast.models.pretrained import restore
 from regvq_fast.models.transformer import Block, check_sizes, initialize
 from regvq_fast.priors.conditions import Condition, label_ids
@@ -163,7 +164,8 @@ class PretrainedTextEncoder(TextEncoder):
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self.name, self.truncate = name, truncate
-        self._tokenizer, model = _load(name)
+        with weights_of_its_own():
+            self._tokenizer, model = _load(name)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         limit = self._tokenizer.model_max_length
