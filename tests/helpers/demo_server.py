@@ -136,3 +136,8 @@ def demo_server(models: Path, log: Path) -> Iterator[DemoServer]:
         finally:
             process.terminate()
             process.wait(30)
+
+
+def as_file(path: str, **more: Any) -> dict[str, Any]:
+    """Return an upload's path as the page names files."""
+    return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}

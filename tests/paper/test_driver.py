@@ -3,16 +3,11 @@
 import csv
 import itertools
 import json
-import math
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,17 +15,11 @@ import torch
 import torch.distributed.run
 from PIL import Image
 
-from regvq_fast.cli.evaluate import CODE_COUNTS, RESULTS
-from regvq_fast.models.features import RANDOM
-from regvq_fast.models.vqgan import VQGAN
-from regvq_fast.paper import commands, driver
+from regvq_fast.cli.evaluate import RESULTS
+from regvq_fast.paper import driver
 from regvq_fast.paper.commands import Commands
 from regvq_fast.paper.driver import PaperConfig, reproduce
-from regvq_fast.paper.experiments import EXPERIMENTS
-from regvq_fast.paper.figures import percent, save_curves, save_rows
 from regvq_fast.paper.report import Report
-from regvq_fast.paper.rows import Recipe, Row
-from regvq_fast.paper.study import STUDY
 
 NET = "random-vgg16"
 
@@ -232,67 +221,6 @@ def test_a_report_of_nothing_is_an_error(ran, tmp_path):
     assert not ran.commands
 
 
-@pytest.fixture
-def child(tmp_path, monkeypatch):
-    """A module whose function `work(folder, name)` runs until a signal, which it writes down."""
-    module = """
-import os, signal, sys, time
-def work(folder, name):
-    def stop(number, frame):
-        open(f"{folder}/{name}-{number}", "a").write("x")  # saves its work
-        sys.exit(128 + number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    open(f"{folder}/{name}-ready", "w").close()
-    time.sleep(600)
-"""
-    (tmp_path / "child.py").write_text(module)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    return tmp_path
-
-
-DRIVER = """
-import signal, sys
-from concurrent.futures import ThreadPoolExecutor
-import child
-from regvq_fast.paper import commands
-commands._SERVER.set_forkserver_preload(["regvq_fast.paper.commands"])
-if __name__ == "__main__":
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests it is ignored
-    with commands.Commands(2) as two, ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: two.run(child.work, sys.argv[1], name), "ab"))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_reach_commands_that_save_their_work_and_end_the_driver(child, number):
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(child)], stderr=subprocess.PIPE)
-    start = time.monotonic()
-    while len(list(child.glob("*-ready"))) < 2:
-        assert time.monotonic() - start < 180
-        time.sleep(0.05)
-    os.kill(process.pid, number)  # to this process alone, as kill and a batch system do
-    _, error = process.communicate(timeout=300)
-    passed = signal.SIGTERM if number == signal.SIGHUP else number
-    assert [(child / f"{name}-{passed}").read_text() for name in "ab"] == ["x", "x"]  # once each
-    assert process.returncode == 128 + number or (number == signal.SIGINT and b"KeyboardInterrupt" in error)
-
-
-def test_a_signal_while_a_command_starts_reaches_it(monkeypatch):
-    start = commands._SERVER.Process.start
-
-    def slow_start(process):
-        start(process)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(commands._SERVER.Process, "start", slow_start)
-    begin = time.monotonic()
-    with pytest.raises(SystemExit) as stopped, Commands() as one:
-        one.run(time.sleep, 600)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert time.monotonic() - begin < 300
-
-
 def test_rows_side_by_side_share_the_cores_and_leave_their_output_in_files(ran, tmp_path, monkeypatch):
     threads, together = [], threading.Barrier(2, timeout=20)
 
@@ -423,110 +351,9 @@ def test_a_command_that_made_nothing_may_be_corrected(ran, tmp_path, monkeypatch
     assert result.exists()
 
 
-@pytest.mark.slow
-def test_a_row_for_real(tmp_path, monkeypatch, capfd):
-    """All four commands at the smallest sizes; a second call leaves everything as it is."""
-    tokenizer = "--steps 2 --image-size 32 --ch 8 --z-channels 8 --code-dim 8 --batch-size 2 --val-images 8".split()
-    tokenizer += "--perceptual-weight 0.1 --warmup-steps 1 --ch-mult 1 1 1 --num-codes 16".split()
-    prior = "--steps 2 --width 16 --depth 1 --heads 2 --batch-size 2".split()
-    cache = "--views 1 --scenes 32 --val-images 8".split()
-    micro = Recipe("scenes", tuple(tokenizer), tuple(cache), tuple(prior), 8)
-    monkeypatch.setattr(driver, "recipe", lambda preset, scale: micro)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    out = tmp_path / "out"
-    config = PaperConfig("table2", out=out, rows=("reg-vq",), prior="diffusion", fid_features="random-vgg16")
-    reproduce(config)
-    folder = out / "runs" / "reg-vq" / "seed-0"
-    measured = json.loads((folder / "prior" / RESULTS).read_text())
-    assert {"psnr", "fid_r", "fid_g", "utilization"} <= measured.keys()
-    line = next(csv.DictReader((out / "table2.csv").open()))
-    assert float(line["fid_g"]) == measured["fid_g"]["value"]
-    for name in ("reconstructions", "samples", "codebooks", "usage"):
-        with Image.open(out / f"table2-{name}.png") as picture:
-            assert picture.width > 300
-    assert "layout of samples" in line
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(VQGAN, "tokenize", None)  # figures take the codes that were counted with the metrics
-    reproduce(config)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
-    (folder / "prior" / CODE_COUNTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"code_counts\.json .*evaluation\.json"):
-        reproduce(config)
-    assert VQGAN.from_pretrained(folder / "vq").quantize.num_codes == 16
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scenes", [True, False])
-def test_a_study_for_real(scenes, tmp_path, monkeypatch):
-    """Two quantizers with two sizes each, side by side, on the scenes and on a folder of images without captions."""
-    tokenizer = (
-        "--steps 4 --image-size 32 --ch 8 --z-channels 8 --code-dim 8 --batch-size 2 --val-images 8 --log-every 2"
-    )
-    tokenizer += " --perceptual-weight 0 --contrastive none --warmup-steps 1 --ch-mult 1 1 1 --crop center --no-flip"
-    prior = "--steps 4 --eval-every 1 --width 16 --depth 1 --heads 2 --batch-size 2"
-    cache = "--views 1 --val-images 8" + (" --scenes 32" if scenes else " --no-flip")
-    micro = Recipe("scenes", *(tuple(flags.split()) for flags in (tokenizer, cache, prior)), 8, unconditional=True)
-    monkeypatch.setitem(EXPERIMENTS, "quantizers", replace(STUDY, own_recipe=lambda scale, scenes: micro, shown=16))
-    rows = tuple(
-        Row(f"{name}, {n} codes", f"{name}-{n}", ("--quantizer", name, "--num-codes", str(n)), x=n, series=name)
-        for n in (16, 64)
-        for name in ("reg-vq", "vq-gan")
-    )
-    monkeypatch.setitem(STUDY.rows, "tiny", rows)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data = None
-    if not scenes:
-        data = tmp_path / "images"
-        for split in ("train", "val"):
-            (data / split).mkdir(parents=True)
-            for k in range(10):
-                Image.effect_noise((40, 40), 8 * k).convert("RGB").save(data / split / f"{k}.png")
-    out = tmp_path / "out"
-    net = {"fid_features": NET, "perceptual_weights": RANDOM}
-    study = partial(PaperConfig, "quantizers", data=data, out=out, jobs=2, **net)
-    reproduce(study(rows=("reg-vq",)))  # by the name of a curve
-    lines = list(csv.DictReader((out / "quantizers.csv").open()))
-    assert [line["row"] for line in lines] == ["reg-vq, 16 codes", "reg-vq, 64 codes"]
-    reproduce(study())
-    lines = list(csv.DictReader((out / "quantizers.csv").open()))
-    assert [line["row"] for line in lines] == [row.name for row in rows]
-    assert [float(line["bits"]) for line in lines] == [4, 4, 6, 6]
-    for line, row in zip(lines, rows, strict=True):
-        folder = out / "runs" / row.key / "seed-0"
-        model = VQGAN.from_pretrained(folder / "vq")
-        assert int(line["parameters"]) == sum(p.numel() for p in model.parameters())
-        assert int(line["quantizer_parameters"]) >= 8 * row.x
-        assert json.loads((folder / "prior" / "config.json").read_text())["tokens"]["condition"] == "none"
-        assert 0 < float(line["train_utilization"]) <= 1
-        assert all(math.isfinite(float(value)) for key, value in line.items() if key not in ("row", "seed"))
-    header = next(line for line in (out / "quantizers.md").read_text().splitlines() if line.startswith("|"))
-    assert {"bits a token", "seconds a step", "prior, nats a token", "FD[G]"} < set(header.strip("| ").split(" | "))
-    for name in ("reconstructions", "samples", "codebooks", "usage", "curves"):
-        assert (out / f"quantizers-{name}.png").exists()
-
-
 def test_a_study_takes_any_data_and_has_settings_of_its_own(ran, tmp_path):
     with pytest.raises(ValueError, match=r"quantizers .*leave out --preset coco"):
         reproduce(PaperConfig("quantizers", preset="coco", data=tmp_path, out=tmp_path / "out"))
     with pytest.raises(ValueError, match=r"--jobs .*\b0$"):
         reproduce(PaperConfig("quantizers", jobs=0, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_share_is_100_percent_only_if_it_is_all():
-    assert [percent(share) for share in (1.0, 0.99951, 0.9996, 0.999, 0.0125)] == [
-        "100.0 %",
-        "99.9 %",
-        "99.9 %",
-        "99.9 %",
-        "1.2 %",
-    ]
-
-
-def test_curves_of_a_sweep(tmp_path):
-    curves = {"codes used": {"VQ-GAN": [(256, (0.1, 0.2)), (4096, (0.01, 0.02))], "Reg-VQ": [(256, (1.0,))]}}
-    save_curves(tmp_path / "curves.png", curves, EXPERIMENTS["codebook-size"].axis)
-    save_rows(tmp_path / "rows.png", {"a": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)})
-    for name in ("curves", "rows"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert len(picture.convert("L").getcolors()) > 2
