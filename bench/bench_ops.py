@@ -172,7 +172,7 @@ class Quantize(Case):
         mask = normal.rand(self.rows) < MASK_RATIO if self.masked and self.part != ASSIGN else None
         x, codebook, scale = self.latent(normal)
         x, codebook = (value.to(self.type).requires_grad_(self.part != ASSIGN) for value in (x, codebook))
-        tau = torch.tensor(TAU, dtype=self.type, device=device)  # on the device it costs nobody a copy
+        tau = torch.tensor(TAU, dtype=self.type, device=device)  # on the device: no implementation pays for a copy
         found = {"x": x, "codebook": codebook, "scale": scale, "mask": mask, "tau": tau}
         return found | {"seed": torch.tensor(SEED, device=device), "codebook_grad": self.codebook_grad}
 

@@ -232,7 +232,7 @@ def training_step(network: nn.Module, amp: bool, loss: Callable[[], Tensor]) -> 
 
 
 def halved(network: Any, mode: str) -> Any:
-    """The network in evaluation mode, its weights in half precision where the mode says so."""
+    """The network in evaluation mode, with half-precision weights if the mode asks for them."""
     dtype = choose_precision("half" in mode, next(network.parameters()).device).dtype
     return network.eval() if dtype is None else network.eval().to(dtype)
 

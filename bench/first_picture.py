@@ -1,4 +1,4 @@
-"""Make the README's first picture: originals, and their reconstructions by a VQ-GAN and by Reg-VQ.
+"""Make the README's first image: originals, and their reconstructions by a VQ-GAN and by Reg-VQ.
 
     python bench/first_picture.py --vq-gan RUN --reg-vq RUN --out docs/pictures/reconstructions.png
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("vq-gan", "reg-vq"):
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="RUN", help=f"run of --quantizer {name}")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to write")
     given = parser.parse_args()
     first_picture({"VQ-GAN": given.vq_gan, "Reg-VQ": given.reg_vq}, given.out)
 

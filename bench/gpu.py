@@ -91,7 +91,7 @@ class Session:
         self.note(name or script, read_part(*done), len(self.document()["records"]) - before)
 
     def tests(self) -> None:
-        """Run the tests of the ops and, at the same time, compile the steps: nobody times either."""
+        """Run the tests of the ops and, at the same time, compile the steps: neither is timed."""
         seconds, half = self.left("tests/ops"), (os.cpu_count() or 2) // 2
         spread = ["-n", str(half)] if half > 1 and importlib.util.find_spec("xdist") else []
         compiled = ["-m", "pytest", STEPS, "-k", "compile", "--benchmark-disable", "--tb=line", "-rfE", *spread]

@@ -1,4 +1,4 @@
-"""The harness of bench/ as far as a CPU can tell: checks, turns, records, a GPU's session, targets, tables."""
+"""Harness of bench/ on a CPU: checks, turns, records, a GPU's session, targets, tables."""
 
 import json
 import math

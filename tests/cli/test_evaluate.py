@@ -64,7 +64,7 @@ def make_diffusion() -> VQDiffusion:
 
 
 def save_run(folder: Path, model: Any, config: Any) -> Path:
-    """What training leaves: weights without a manifest, and the configuration beside the architecture."""
+    """Write the files of a training run: weights without a manifest, configuration and architecture."""
     folder.mkdir(parents=True)
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
     content = dataclasses.asdict(config) | {"architecture": model.architecture()}

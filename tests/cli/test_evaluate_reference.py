@@ -1,4 +1,4 @@
-"""``regvq evaluate --reference`` from files to files, and evaluations where the network of FID can't be had."""
+"""``regvq evaluate --reference`` with image files, and evaluation without the FID network."""
 
 import json
 import sys

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 class Told:
-    """What a command printed, with the lines of its table as columns."""
+    """Output of a command, with the rows of its table split into columns."""
 
     def __init__(self, command, root, **options):
         self.console = Console(record=True, width=200, file=io.StringIO())

@@ -39,7 +39,7 @@ def test_unweighted_loss_is_vanilla_contrastive_learning_whatever_the_perturbati
 
 
 def test_sampled_places_are_the_same_in_both_images_and_drawn_once() -> None:
-    # Features that tell their place: the loss of identical maps is small only if the places agree.
+    # Every position has distinct features: identical maps have a small loss only if positions match.
     place = torch.eye(64).view(1, 64, 8, 8).expand(2, -1, -1, -1).contiguous()
     module = ProbabilisticContrastiveLoss(weighted=False, num_patches=32)
     assert float(module([place], [place], torch.zeros(2, 2, 2), SEED)) < 1e-4

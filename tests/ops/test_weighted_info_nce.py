@@ -28,7 +28,7 @@ def assert_same(results, expected, tolerance=1e-12) -> None:
 
 
 def test_by_hand():
-    """Two places, features (1, 0) and (0, 1), tau 1/2: a = [[2, 0], [0, 2]]; weights 1/4 and 3/4."""
+    """Two positions, features (1, 0) and (0, 1), tau 1/2: a = [[2, 0], [0, 2]]; weights 1/4 and 3/4."""
     features = torch.eye(2, dtype=torch.float64)[None]
     vanilla = weighted_info_nce(features, features, tau=0.5)
     torch.testing.assert_close(vanilla, torch.full((1, 2), math.log(math.e**2 + 1) - 2, dtype=torch.float64))
@@ -107,7 +107,7 @@ def test_zero_weights_are_exact_even_where_similarities_differ_by_hundreds(dtype
     weight = torch.zeros(1, 2, dtype=dtype)
     loss = weighted_info_nce(query, query.detach(), weight, tau=0.01)
     torch.testing.assert_close(loss, torch.full((1, 2), -200 - math.log(2), dtype=dtype))
-    # All of row i's mass lies on the other place: dL_i/dq_i = (k_j - k_i) / tau.
+    # All of row i's mass lies on the other position: dL_i/dq_i = (k_j - k_i) / tau.
     (gradient,) = torch.autograd.grad(loss.sum(), query)
     torch.testing.assert_close(gradient, torch.tensor([[[-200.0, 0.0], [200.0, 0.0]]], dtype=dtype))
 

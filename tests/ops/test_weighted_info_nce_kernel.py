@@ -186,7 +186,7 @@ def test_an_order_of_places_and_images_changes_nothing_but_the_order(weights, sc
 @every_schedule
 @pytest.mark.parametrize("weights", ["none", "random"])
 def test_the_gradient_keeps_its_digits_where_the_positive_dominates(weights, schedule):
-    """The negatives' share is 1e-10 or less: one less the positive's share is rounding, as it is for plain PyTorch."""
+    """Negatives weigh at most 1e-10: 1 - p of the positive is pure rounding, as in plain PyTorch."""
     query, key, weight = make_inputs((1, 40, 64), weights, torch.float32)
     key = (query.detach() + 0.05 * key.detach()).requires_grad_()
     inputs = (query, key, weight)
@@ -220,7 +220,7 @@ def test_zero_weights_are_exact_even_where_similarities_differ_by_hundreds(dtype
     inputs = (query, query.detach().clone().requires_grad_(), torch.zeros(1, 2))
     loss, grad_query, grad_key = kernel_results(inputs, schedule, torch.ones(1, 2), tau=0.01)
     torch.testing.assert_close(loss, torch.full((1, 2), -200 - math.log(2)))
-    # All of row i's mass lies on the other place: dL_i/dq_i = (k_j - k_i) / tau, and the same for the keys.
+    # All of row i's mass lies on the other position: dL_i/dq_i = (k_j - k_i) / tau; the keys are analogous.
     expected = torch.tensor([[[-200.0, 0.0], [200.0, 0.0]]], dtype=dtype)
     torch.testing.assert_close(grad_query, expected)
     torch.testing.assert_close(grad_key, expected)

@@ -40,7 +40,7 @@ def measurement(name, value, **facts):
 
 
 def evaluation(k):
-    """Results of `regvq evaluate`, with numbers that tell row k."""
+    """Results of `regvq evaluate`, with numbers that identify row k."""
     versions = {"torch": "2.13.0"}
     return {
         "psnr": measurement("PSNR (dB)", 18 + k, device="CPU", versions=versions),

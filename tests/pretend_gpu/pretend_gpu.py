@@ -85,7 +85,7 @@ class _Stream:
 
 
 def install() -> None:
-    """Make torch.cuda tell of one GPU, for the rest of the process."""
+    """Make torch.cuda report one GPU for the rest of the process."""
     properties = SimpleNamespace(name=NAME, total_memory=2**36, multi_processor_count=132, uuid="none")
     says = {
         "is_available": True,

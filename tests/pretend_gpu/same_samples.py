@@ -1,4 +1,4 @@
-"""Draws tokens from priors on the CPU and on the pretend GPU, in a CUDA graph there, and compares them."""
+"""Compare tokens sampled on the CPU with those sampled on the pretend GPU in a CUDA graph."""
 
 import copy
 
@@ -11,7 +11,7 @@ from regvq_fast.priors.maskgit import MaskGIT, sample_maskgit
 
 
 def spread(prior: torch.nn.Module) -> None:
-    """Weights with which a prior tells one condition and token from another."""
+    """Scale the weights so that a prior distinguishes conditions and tokens."""
     for parameter in prior.parameters():
         parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
 
