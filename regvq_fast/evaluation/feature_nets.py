@@ -204,7 +204,7 @@ def load_feature_net(spec: str) -> FeatureNet:
     """
     kind, colon, rest = spec.partition(":")
     if kind not in ("inception", "vgg16", "random-vgg16") or bool(colon) != bool(rest) or (kind[0] == "r" and rest):
-        raise ValueError(f"--fid-features {spec} is none of {_CHOICES}")
+        raise ValueError(f"--fid-features {spec} must be one of {_CHOICES}")
     path = Path(rest) if rest else None
     if kind == "inception":
         return InceptionFeatureNet(path)
@@ -213,9 +213,7 @@ def load_feature_net(spec: str) -> FeatureNet:
     try:
         return VGGFeatureNet(load_vgg_features("vgg16", path, layers=("relu5_3",)))
     except NoWeightsError as error:
-        raise OSError(
-            f"{error}: give a file with --fid-features vgg16:PATH, or random-vgg16 for random features, named so"
-        ) from None
+        raise OSError(f"{error}: give a file with --fid-features vgg16:PATH, or use random-vgg16") from None
 
 
 class PerceptualDistance(nn.Module):

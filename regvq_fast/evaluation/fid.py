@@ -114,7 +114,7 @@ def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Mome
         ValueError: statistics of different numbers of features, or of a single image.
     """
     if (sizes := (len(a.mean), len(b.mean)))[0] != sizes[1]:
-        raise ValueError(f"the statistics are of {sizes[0]} and {sizes[1]} features: take one network for both")
+        raise ValueError(f"the statistics are of {sizes[0]} and {sizes[1]} features: use the same network for both")
     for side in (a, b):
         if isinstance(side, FeatureStatistics):
             if side.count < 2:
@@ -224,7 +224,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
         ValueError: there is no image in it.
     """
     if not len(dataset):
-        raise ValueError("the split is empty: there is no image to evaluate on")
+        raise ValueError("the split is empty: no image to evaluate")
     origin = dataset.provenance() if isinstance(dataset, ImageDataset) else Provenance(type(dataset).__name__)
     digest = hashlib.sha256()
     for file in origin.files:
@@ -275,7 +275,7 @@ def _load(
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError) as error:
-        logger.warning("the statistics in %s are damaged (%s) and computed anew", file, error)
+        logger.warning("the statistics in %s are damaged (%s) and will be recomputed", file, error)
         return None
     if total.shape != (num_features,) or products.shape != (num_features, num_features):
         return None
@@ -289,4 +289,4 @@ def _save(file: Path, identity: dict[str, Any], statistics: FeatureStatistics, u
             told = {"identity": _text(identity), "unreadable": str(unreadable)}
             safetensors.torch.save_file(tensors, temporary, metadata=told)
     except OSError as error:
-        logger.warning("the statistics of %s can't be kept, and are computed each time (%s)", identity["data"], error)
+        logger.warning("the statistics of %s can't be saved and are recomputed each time (%s)", identity["data"], error)

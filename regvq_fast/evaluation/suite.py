@@ -46,7 +46,7 @@ class ReferenceBatch:
             self.spatial = _moments(path, arrays, "mu_s", "sigma_s")
             self.images = ImageArray(path) if KEY in arrays else None
         if self.images is None and self.pooled is None:
-            raise ValueError(f"{path} has neither images ({KEY}) nor statistics (mu, sigma): it is no reference")
+            raise ValueError(f"{path} has neither images ({KEY}) nor statistics (mu, sigma): it is not a reference")
 
     def check(self, samples: SampledImages | ImageArray, net: FeatureNet) -> None:
         """Raise ValueError if images can't be compared with this reference through the network."""
@@ -72,7 +72,7 @@ class ReferenceBatch:
 
 def _moments(path: Path, arrays: Any, mean: str, covariance: str) -> Moments | None:
     if (mean in arrays) != (covariance in arrays):
-        raise ValueError(f"{path} has one of {mean} and {covariance} only: statistics are both")
+        raise ValueError(f"{path} has only one of {mean} and {covariance}: both are needed")
     if mean not in arrays:
         return None
     found = [np.asarray(arrays[name], dtype=np.float64) for name in (mean, covariance)]

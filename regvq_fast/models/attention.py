@@ -41,7 +41,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
             except NotImplementedError as error:  # a build for another PyTorch has no kernels, and imports all the same
                 _without_kernel.add(kind)
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"PyTorch's attention instead of xformers', which has no kernel: {reason}", stacklevel=2)
+                warnings.warn(f"using PyTorch's attention: xformers has no kernel: {reason}", stacklevel=2)
     return pytorch_attention(query, key, value, causal=causal)
 
 
@@ -136,7 +136,7 @@ def _xformers() -> ModuleType | None:
     except Exception as error:  # a build for another PyTorch may raise anything: OSError, RuntimeError, AttributeError
         if not (isinstance(error, ModuleNotFoundError) and error.name == "xformers"):  # which is to have none
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            warnings.warn(f"PyTorch's attention instead of xformers', which fails to import: {reason}", stacklevel=2)
+            warnings.warn(f"using PyTorch's attention: xformers fails to import: {reason}", stacklevel=2)
         return None
     return xformers.ops
 

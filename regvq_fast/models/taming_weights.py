@@ -76,7 +76,7 @@ def read_taming(path: Path, config: Path | None = None, image_size: int | None =
             architecture["dropout"] = float(described.get("dropout", 0.0))
             break
     if config is not None and found is None:
-        raise ValueError(f"{config} describes another model than the tensors in {path}: give its own yaml, or none")
+        raise ValueError(f"{config} describes another model than {path} holds: give the matching yaml, or none")
     architecture["image_size"] = size = image_size or DEFAULT_IMAGE_SIZE
     architecture["attn_resolutions"] = [size >> level for level in levels]
     kind = "GumbelVQ" if "quantize.embed.weight" in given else "VQModel"
@@ -132,7 +132,7 @@ def _architecture(shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Any], lis
 
     def shape(name: str) -> torch.Size:
         if name not in shapes:
-            raise ValueError(f"it is no VQGAN of taming-transformers, which has {name}")
+            raise ValueError(f"it is not a VQGAN of taming-transformers: {name} is missing")
         return shapes[name]
 
     def count(pattern: str) -> int:
@@ -142,13 +142,13 @@ def _architecture(shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Any], lis
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count(r"encoder\.down\.\d+\.block"))]
     out_channels = shape("decoder.conv_out.weight")[0]
     if any(width % ch for width in widths):
-        raise ValueError(f"the widths of its levels, {widths}, are no multiples of its base width, {ch}")
+        raise ValueError(f"the widths of its levels, {widths}, are not multiples of its base width, {ch}")
     if in_channels != out_channels:
         raise ValueError(f"it takes images of {in_channels} channels and gives {out_channels}: they must be equal")
     gumbel = "quantize.embed.weight" in shapes
     codebook = shapes.get("quantize.embed.weight" if gumbel else "quantize.embedding.weight")
     if codebook is None:
-        raise ValueError("it has no codebook (quantize.embedding.weight): it is no model of tokens")
+        raise ValueError("it has no codebook (quantize.embedding.weight): it is not a tokenizer")
     num_codes, code_dim = codebook
     architecture = {
         "image_size": DEFAULT_IMAGE_SIZE,

@@ -17,9 +17,9 @@ class BSQSettings(LFQSettings):
     commitment: float = 0.0
     """Weight of the commitment loss."""
     temperature: float = 1.0
-    """Temperature of the soft assignment in them."""
+    """Temperature of the soft assignment in the entropies."""
     group_bits: Annotated[int, arg(metavar="N")] = 9
-    """Most bits that share one entropy of the mean."""
+    """Maximum bits per entropy of the mean."""
 
 
 class BSQQuantizer(LFQQuantizer):

@@ -35,7 +35,7 @@ class NearestSettings(CommitmentSettings):
     """Settings of quantizers that select the nearest code."""
 
     rotation_trick: bool = False
-    """Turn and scale the gradient from code to latent."""
+    """Rotate and scale the gradient from code to latent."""
 
 
 class NearestQuantizer(CodebookQuantizer):

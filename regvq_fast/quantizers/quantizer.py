@@ -191,7 +191,7 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: the quantizer has no use for codes.
         """
-        raise ValueError(f"{type(self).__name__} can't start from given codes")
+        raise ValueError(f"{type(self).__name__} does not accept given codes")
 
     def freeze(self) -> None:
         """Keep the codes, and the weights that select them, as they are from now on, in training, too."""
@@ -222,7 +222,7 @@ class Quantizer(nn.Module):
             expected = f"(B, *, {self.code_dim})" if self.channels_last else f"(B, {self.code_dim}, *)"
             raise ValueError(f"the quantizer takes latents {expected}, got {tuple(z.shape)}")
         if z.numel() == 0:
-            raise ValueError(f"the quantizer needs a position at least: there is none in latents {tuple(z.shape)}")
+            raise ValueError(f"the quantizer needs at least one position, got latents {tuple(z.shape)}")
         z = z.to(dtype)
         return (z if self.channels_last else z.movedim(1, -1)).reshape(-1, self.code_dim)
 

@@ -16,7 +16,7 @@ class SimVQSettings(NearestSettings):
     """Settings of SimVQ."""
 
     rotation_trick: bool = True
-    """Turn and scale the gradient from code to latent."""
+    """Rotate and scale the gradient from code to latent."""
 
 
 class SimVQQuantizer(NearestQuantizer):

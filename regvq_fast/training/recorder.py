@@ -159,7 +159,7 @@ class Recorder:
             self._lock.release()
 
     def check_folder(self, step: int) -> None:
-        """Make the run folder anew if it was removed; OSError if it is another process's by now."""
+        """Make the run folder anew if it was removed; OSError if it is now held by another process."""
         if self._lock is not None:
             self._lock.check()
         if self._lines is None or (self.folder / "config.json").exists():
@@ -168,7 +168,7 @@ class Recorder:
             self.save_json("config.json", self.description)
             self.removed = step
             self.warn(
-                f"{self.folder} was removed; it is made anew with the records, without earlier checkpoints and images"
+                f"{self.folder} was removed; it is recreated with the records, without earlier checkpoints and images"
             )
 
     def advance(self, step: int) -> None:
@@ -204,7 +204,7 @@ class Recorder:
             yield
         except OSError as error:
             if what not in self._failing:
-                self.warn(f"{what} could not be written ({reason(error)}); the run goes on")
+                self.warn(f"{what} could not be written ({reason(error)}); the run continues")
             self._failing.add(what)
         else:
             self._failing.discard(what)

@@ -225,7 +225,7 @@ class Trainer(Generic[Config]):
         if recorder.removed is not None:
             raise RunStopped(
                 f"all steps are done and {recorder.folder} has the model, but the folder was removed before step "
-                f"{recorder.removed}: what it held beside the records is lost"
+                f"{recorder.removed}: its earlier checkpoints and images are lost"
             )
         stop.check()
 

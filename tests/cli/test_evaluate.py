@@ -433,7 +433,7 @@ def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: P
         ({"run": "ar"}, r"TokenTransformer.* VQGAN"),
         ({"prior_run": "vq"}, r"VQGAN.* TokenTransformer or VQDiffusion"),
         ({"prior_run": "ar", "run": "other"}, "--prior-run"),
-        ({"prior_run": "ar", "images": "vq"}, "give one of the two"),
+        ({"prior_run": "ar", "images": "vq"}, "exclude each other"),
         ({"run": "vq", "top_p": 0.5}, r"--top-p 0\.5 "),
         ({"run": "vq", "guidance": 3.0}, r"--guidance 3\.0 "),
         ({"images": "vq"}, "needs --image-size"),

@@ -129,9 +129,9 @@ def test_repeated_and_empty_captions_are_told(tmp_path):
 
 
 def test_what_is_no_archive_is_told_with_what_there_should_be(tmp_path):
-    assert Told("verify", tmp_path / "nowhere").error.endswith("name the one that the archives are unpacked in")
+    assert Told("verify", tmp_path / "nowhere").error.endswith("folder of the unpacked archives")
     error = Told("verify", tmp_path).error
-    assert all(part in error for part in ("no data set", "cub200: images.txt", "ade20k: ", "coco: ", "celebahq: "))
+    assert all(part in error for part in ("no known layout", "cub200: images.txt", "ade20k: ", "coco: ", "celebahq: "))
     error = Told("verify", tmp_path, dataset="celebahq").error
     assert error.startswith(
         f"celebahq is not in {tmp_path}, nor in {tmp_path}/CelebAMask-HQ: there should be CelebA-HQ"

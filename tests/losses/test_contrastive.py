@@ -173,7 +173,7 @@ def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"3 .*\b2 feature maps"):
         ProbabilisticContrastiveLoss(layer_weights=(1, 1, 1))(maps, maps, perturbation, SEED)
     for empty in ([], [torch.zeros(0, 6, 4, 4)]):
-        with pytest.raises(ValueError, match="must be feature maps"):
+        with pytest.raises(ValueError, match="at least one image, channel and position"):
             ProbabilisticContrastiveLoss()(empty, empty, perturbation[:0], SEED)
     larger = feature_maps(0, (8, 5))
     for other in (larger, maps[:1]):

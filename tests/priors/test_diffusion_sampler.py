@@ -179,7 +179,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ({"temperature": -1.0}, r"temperature .*-1\.0"),
         ({"guidance": float("nan")}, "guidance .*nan"),
         ({"num_images": 3}, r"num_images .*\b3 .*\b8 texts"),
-        ({"text": None}, "num_images .*given"),
+        ({"text": None}, "num_images .*required"),
         ({"text": None, "num_images": 0}, r"image.*\b0$"),
         ({"text": None, "num_images": 1, "guidance": 2.0}, r"guidance 2\.0 .*text"),
         ({"text": [""]}, r"caption 0\b"),
