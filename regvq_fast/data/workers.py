@@ -57,7 +57,7 @@ class OwnBatches(Iterator[Any]):
         try:
             batch, error = self._loaded.get(timeout=PATIENCE_SECONDS)
         except queue.Empty:
-            raise WorkersFailed(f"no data for {PATIENCE_SECONDS:.0f} seconds: the disk does not respond") from None
+            raise WorkersFailed(f"no data for {PATIENCE_SECONDS:.0f} seconds: the disk doesn't answer") from None
         if error is not None:
             raise error
         return batch

@@ -166,7 +166,7 @@ class Optimization:
         if not skipped or (self.scaler.is_enabled() and OVERFLOWING.issuperset(causes)):
             return []
         steps = "a step was" if skipped == 1 else f"{skipped} steps were"
-        return [f"{steps} skipped since the last record, not finite: {', '.join(causes)}"]
+        return [f"{steps} skipped since the last record, non-finite: {', '.join(causes)}"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update depends on, beside the weights that are evaluated: tensors and plain values.

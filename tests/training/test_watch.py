@@ -113,7 +113,7 @@ def test_a_bad_pixel_leaves_everything_as_it_was(
     assert (values["skipped"], values["not_finite"]) == (2, cause)
     assert all(value == value for value in values.values()), "means are over the finite numbers"
     assert trainer.optimization.warnings(max_skipped=20) == [
-        f"2 steps were skipped since the last record, not finite: {cause}"
+        f"2 steps were skipped since the last record, non-finite: {cause}"
     ]
 
     trainer.step(4)
