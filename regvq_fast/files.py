@@ -15,7 +15,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells writers the format
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # writers choose the format by the suffix
     try:
         yield temporary
         os.replace(temporary, path)

@@ -154,7 +154,7 @@ def spread_samples(dataset: Any, most: int) -> Batch:
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Return the SHA-256 of tensors' bytes, which tells first samples from those of other files of the same name."""
+    """Return the SHA-256 of tensors' bytes, which distinguishes files of the same name by their first samples."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.cpu().numpy().tobytes())

@@ -23,7 +23,7 @@ def as_taming(quantizer: AnyQuantizer) -> AnyQuantizer:
     ``e_dim`` and ``codebook``; ``embedding.weight`` of Reg-VQ has the directions of the codes, and isn't the codebook.
 
     The first batch in training initializes a quantizer that needs it, as Reg-VQ does: codes, scale and the size of the
-    latents come from that batch, on several ranks from rank 0's. A buffer ``initialized`` in ``state_dict`` says so. A
+    latents come from that batch, on several ranks from rank 0's. Buffer ``initialized`` in ``state_dict`` records it. A
     quantizer that was initialized, trained or loaded stays as it is.
 
     Args:

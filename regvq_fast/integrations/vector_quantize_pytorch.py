@@ -19,7 +19,7 @@ from regvq_fast.ops.segment_sum import segment_counts
 
 
 class VectorQuantize(Adapter):
-    """Swaps its codebook, and tells it when the library's own code will read the distances."""
+    """Swap its codebook, and flag calls in which the library's own code reads the distances."""
 
     _codebook: "Codebook"
 

@@ -66,7 +66,7 @@ class PriorRecipe(Recipe[Config]):
 
     @staticmethod
     def check_files(config: Config) -> None:
-        """Raise ValueError or OSError where files that the network is built from can't be had."""
+        """Raise ValueError or OSError if files that the network is built from are unavailable."""
 
     @abstractmethod
     def build_prior(self, config: Config) -> tuple[Any, dict[str, nn.Module]]:

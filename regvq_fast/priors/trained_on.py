@@ -1,4 +1,4 @@
-"""Data that a prior was trained on, as far as its folder tells: names of class ids, words and examples of captions."""
+"""Training data of a prior according to its folder: names of class ids, words and examples of captions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class TrainedOn:
 
     @classmethod
     def of(cls, run: Path, config: type[PriorConfig]) -> Self:
-        """Look up the training data of the prior in a folder; unknown if the folder doesn't tell, or they are gone.
+        """Look up the training data of the prior in a folder; unknown if not recorded in the folder, or gone.
 
         Args:
             run: the folder.

@@ -51,7 +51,7 @@ def find_column(source: Source, features: Mapping[str, Any], part: Part) -> str 
     fitting = [name for name in features if _fits(source, features[name], part)]
     found = [name for name in fitting if _is_usual(name, part)]
     if not found and part in ("image", "label"):
-        # By its type alone, which a text, a number or bytes don't tell.
+        # Decided by the type alone, which a text, a number or bytes don't reveal.
         found = [
             name
             for name in fitting
