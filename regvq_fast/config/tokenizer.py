@@ -91,7 +91,7 @@ class ModelConfig(Section):
             raise ValueError(f"--freeze takes {', '.join(get_args(FrozenPart))}, got {', '.join(sorted(unknown))}")
         flag = "--reset-codebook" if self.reset_codebook else f"--freeze {' '.join(self.freeze)}"
         if self.init_from is None and (self.reset_codebook or self.freeze):
-            raise ValueError(f"{flag} applies to existing weights: give them with --init-from")
+            raise ValueError(f"{flag} is for weights that are there: name them with --init-from")
 
     def check_image_size(self, size: int) -> int:
         """Return the side of an image's token map; ValueError if the down-sampling does not divide ``size``."""
@@ -236,7 +236,7 @@ class LossConfig(Section):
         if self.contrastive_weights is not None and not self.has_own_contrastive_net:
             serves = f"with --contrastive-net {self.contrastive_net} the perceptual one serves both"
             why = f"{serves}; use --perceptual-weights" if self.has_contrastive else "there is no contrastive loss"
-            raise ValueError(f"--contrastive-weights {self.contrastive_weights} has no network to load into: {why}")
+            raise ValueError(f"--contrastive-weights {self.contrastive_weights} has no network to go to: {why}")
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,9 @@ def load_feature_net(spec: str) -> FeatureNet:
     try:
         return VGGFeatureNet(load_vgg_features("vgg16", path, layers=("relu5_3",)))
     except NoWeightsError as error:
-        raise OSError(f"{error}: give a file with --fid-features vgg16:PATH, or use random-vgg16") from None
+        raise OSError(
+            f"{error}: give a file with --fid-features vgg16:PATH, or random-vgg16 for random features, named so"
+        ) from None
 
 
 class PerceptualDistance(nn.Module):

@@ -289,4 +289,4 @@ def _save(file: Path, identity: dict[str, Any], statistics: FeatureStatistics, u
             told = {"identity": _text(identity), "unreadable": str(unreadable)}
             safetensors.torch.save_file(tensors, temporary, metadata=told)
     except OSError as error:
-        logger.warning("the statistics of %s can't be saved and are recomputed each time (%s)", identity["data"], error)
+        logger.warning("the statistics of %s can't be kept, and are computed each time (%s)", identity["data"], error)

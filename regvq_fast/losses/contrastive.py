@@ -48,7 +48,7 @@ class ProbabilisticContrastiveLoss(nn.Module):
         super().__init__()
         for name, value in (("num_patches", num_patches), ("max_places", max_places)):
             if value is not None and value < 2:
-                raise ValueError(f"{name} must be at least 2, since each position needs a negative, got {value}")
+                raise ValueError(f"{name} must be at least 2, for there to be negatives, got {value}")
         if region not in ("all", "masked"):
             raise ValueError(f"region must be 'all' or 'masked', got {region!r}")
         if layer_weights is not None and not (min(layer_weights, default=0) >= 0 and sum(layer_weights) > 0):
@@ -96,7 +96,7 @@ class ProbabilisticContrastiveLoss(nn.Module):
         if shapes != others:
             raise ValueError(f"feature maps of the two images have different shapes: {shapes} and {others}")
         if not shapes or any(0 in shape for shape in shapes):
-            raise ValueError(f"feature maps must have at least one image, channel and position, got {shapes}")
+            raise ValueError(f"there must be feature maps, of an image, a channel and a place at least, got {shapes}")
         for name, tokens in (("perturbation", perturbation), ("mask", mask)):
             if tokens is not None and (tokens.ndim != 3 or tokens.shape[0] != shapes[0][0]):
                 raise ValueError(f"{name} must be (B, h, w) of {shapes[0][0]} images, got {tuple(tokens.shape)}")

@@ -50,7 +50,9 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
     if indices.shape != values.shape[:-1]:
-        raise ValueError(f"indices must have shape {tuple(values.shape[:-1])}, one per row, got {tuple(indices.shape)}")
+        raise ValueError(
+            f"indices must have shape {tuple(values.shape[:-1])}, a row's each, got {tuple(indices.shape)}"
+        )
     if indices.device != values.device:
         raise ValueError(f"indices are on {indices.device} but values on {values.device}; move them to one device")
     num_segments = whole_number("num_segments", num_segments)

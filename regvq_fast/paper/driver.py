@@ -156,7 +156,7 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
         )
     prior = _prior(config, experiment)
     if config.fid_features == "none" and prior != "none":
-        raise ValueError("--fid-features none leaves no metric for a prior: add --prior none")
+        raise ValueError("--fid-features none leaves nothing to judge a prior by: give --prior none as well")
     if not config.report_only:  # what they lack is said now, not after the first row's training
         if config.fid_features != "none":
             load_feature_net(config.fid_features)

@@ -114,8 +114,8 @@ class Pipeline(NamedTuple):
         if status:
             where = "" if output is None else f"{output} has its output; "
             raise StageFailed(
-                f"the {stage.name} of {self.folder} ended with status {status}; {where}finished work is kept; repeat "
-                f"the command to continue: {typed}"
+                f"the {stage.name} of {self.folder} ended with status {status}; {where}what is done is kept, the same "
+                f"command goes on from there. It was: {typed}"
             )
 
     def _flags(self, stage: Stage, how: Sequence[str]) -> list[str]:

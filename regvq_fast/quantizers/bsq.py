@@ -17,7 +17,7 @@ class BSQSettings(LFQSettings):
     commitment: float = 0.0
     """Weight of the commitment loss."""
     temperature: float = 1.0
-    """Temperature of the soft assignment in the entropies."""
+    """Temperature of the soft assignment in them."""
     group_bits: Annotated[int, arg(metavar="N")] = 9
     """Maximum bits per entropy of the mean."""
 

@@ -35,7 +35,7 @@ class EMASettings(NearestSettings):
     dead_threshold: float = 0.1
     """Reset codes used less than this fraction of uniform."""
     kmeans_init: bool = False
-    """Initialize a new model's codes by k-means of latents."""
+    """Start a new model's codes by k-means of its latents."""
 
     def check(self) -> None:
         super().check()

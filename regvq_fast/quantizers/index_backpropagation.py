@@ -28,7 +28,7 @@ class IBQSettings(QuantizerSettings):
     entropy_weight: float = 0.05
     """Weight of the entropy terms; 0 skips them."""
     entropy_temperature: float = 0.01
-    """Temperature of the softmax in the entropies."""
+    """Temperature of the softmax in them."""
 
     def check(self) -> None:
         super().check()

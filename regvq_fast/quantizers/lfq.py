@@ -24,7 +24,7 @@ class LFQSettings(CommitmentSettings):
     diversity: float = 1.0
     """Relative weight of the mean's entropy."""
     temperature: float = 0.01
-    """Temperature of the soft assignment in the entropies."""
+    """Temperature of the soft assignment in them."""
     group_bits: Annotated[int, arg(metavar="N")] = 14
     """Maximum bits per entropy of the mean."""
 

@@ -154,7 +154,7 @@ def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Conf
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run: {error}") from None
     state = training_state(contents[TRAINING], folder / TRAINING)
     if state.get("step") != step:
-        raise ValueError(f"{folder / TRAINING} is not the training state after step {step}")
+        raise ValueError(f"{folder / TRAINING} is not the state of training after step {step}")
     # What may be too much for every rank to have at once stays on the disk until it is used.
     large = [WEIGHTS, *sorted((name for name in read_manifest(folder) if name.startswith("shard-")), key=_shard_rank)]
     check_files(folder, large)

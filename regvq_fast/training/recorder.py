@@ -159,7 +159,7 @@ class Recorder:
             self._lock.release()
 
     def check_folder(self, step: int) -> None:
-        """Make the run folder anew if it was removed; OSError if it is now held by another process."""
+        """Make the run folder anew if it was removed; OSError if it is another process's by now."""
         if self._lock is not None:
             self._lock.check()
         if self._lines is None or (self.folder / "config.json").exists():

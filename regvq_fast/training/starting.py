@@ -141,8 +141,8 @@ def check_architecture(config: VQGANConfig, model: VQGAN) -> None:
     kind = QUANTIZERS[quantizer.quantizer]
     if kind.adopt is Quantizer.adopt and (config.model.reset_codebook or type(model.quantize) is not kind):
         raise ValueError(
-            f"--quantizer {quantizer.quantizer} has its own codes and can't start from those of {source}: "
-            "leave out --quantizer and --reset-codebook"
+            f"--quantizer {quantizer.quantizer} has codes of its own and can't start from other ones: leave it, and "
+            f"--reset-codebook, out with the weights of {source}"
         )
     sizes = quantizer.num_codes, quantizer.code_dim
     known = model.quantize.num_codes, model.quantize.code_dim
@@ -296,5 +296,5 @@ def freeze(model: VQGAN, parts: Sequence[str]) -> list[nn.Module]:
     if "codebook" in parts:
         model.quantize.freeze()
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--freeze {' '.join(parts)} leaves no trainable parameter: leave out one of them")
+        raise ValueError(f"--freeze {' '.join(parts)} leaves nothing that gradients train: leave out one of them")
     return frozen

@@ -39,7 +39,7 @@ def test_unweighted_loss_is_vanilla_contrastive_learning_whatever_the_perturbati
 
 
 def test_sampled_places_are_the_same_in_both_images_and_drawn_once() -> None:
-    # Every position has distinct features: identical maps have a small loss only if positions match.
+    # Features that tell their place: the loss of identical maps is small only if the places agree.
     place = torch.eye(64).view(1, 64, 8, 8).expand(2, -1, -1, -1).contiguous()
     module = ProbabilisticContrastiveLoss(weighted=False, num_patches=32)
     assert float(module([place], [place], torch.zeros(2, 2, 2), SEED)) < 1e-4
@@ -173,7 +173,7 @@ def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"3 .*\b2 feature maps"):
         ProbabilisticContrastiveLoss(layer_weights=(1, 1, 1))(maps, maps, perturbation, SEED)
     for empty in ([], [torch.zeros(0, 6, 4, 4)]):
-        with pytest.raises(ValueError, match="at least one image, channel and position"):
+        with pytest.raises(ValueError, match="must be feature maps"):
             ProbabilisticContrastiveLoss()(empty, empty, perturbation[:0], SEED)
     larger = feature_maps(0, (8, 5))
     for other in (larger, maps[:1]):

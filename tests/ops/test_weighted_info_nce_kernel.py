@@ -220,7 +220,7 @@ def test_zero_weights_are_exact_even_where_similarities_differ_by_hundreds(dtype
     inputs = (query, query.detach().clone().requires_grad_(), torch.zeros(1, 2))
     loss, grad_query, grad_key = kernel_results(inputs, schedule, torch.ones(1, 2), tau=0.01)
     torch.testing.assert_close(loss, torch.full((1, 2), -200 - math.log(2)))
-    # All of row i's mass lies on the other position: dL_i/dq_i = (k_j - k_i) / tau; the keys are analogous.
+    # All of row i's mass lies on the other place: dL_i/dq_i = (k_j - k_i) / tau, and the same for the keys.
     expected = torch.tensor([[[-200.0, 0.0], [200.0, 0.0]]], dtype=dtype)
     torch.testing.assert_close(grad_query, expected)
     torch.testing.assert_close(grad_key, expected)
