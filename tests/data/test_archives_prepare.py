@@ -108,7 +108,7 @@ def test_decoding_finds_what_counting_does_not(tmp_path, monkeypatch):
     for name, reason in (
         ("train_00000001", "class ids of a segmentation map must be in 0..150, got 151..151"),
         ("train_00000002", "its map has 12 x 10 pixels, the image 24 x 20"),
-        ("train_00000003", "a segmentation map has one class id a pixel, this one is RGB"),
+        ("train_00000003", "a segmentation map must have one class id per pixel, but this one is RGB"),
         ("val_00000001", ""),
     ):
         assert f"ADE_{name}.jpg: {reason}" in told.text

@@ -142,7 +142,7 @@ def test_settings_are_checked_before_anything_is_written(package, tmp_path):
         (DataCommand("emoji", tmp_path, out=out), "is not a file: give the package's .tgz"),
         (DataCommand("emoji", package, out=package), "exists and is not an empty folder"),
         (DataCommand("emoji", package, out=out, size=32), "--size 32 is for the archives of verify and prepare"),
-        (DataCommand("verify"), "verify needs the folder that the archives are unpacked in: name it with --root"),
+        (DataCommand("verify"), "verify needs the folder of the unpacked archives: give it with --root"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             manage_data(command)
