@@ -1,4 +1,4 @@
-"""Clocks, memory, turns and machine facts of the benchmarks, and the file of records that they leave."""
+"""Clocks, memory, turns and machine metadata of the benchmarks, and their file of records."""
 
 import contextlib
 import ctypes

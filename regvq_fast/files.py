@@ -15,7 +15,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells writers the format
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # writers choose the format by the suffix
     try:
         yield temporary
         os.replace(temporary, path)
@@ -59,7 +59,7 @@ def check_writable(out: Path, remedy: str = "name another one") -> None:
     """Raise OSError unless ``out``, a folder or a missing path, is writable; ``remedy`` ends the message."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"--out {out} is no folder: {there} is a file; {remedy}")
+        raise NotADirectoryError(f"--out {out} is not a folder: {there} is a file; {remedy}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"--out {out} can't be written to; {remedy}")
 
@@ -116,7 +116,7 @@ class LineFile:
         with suppress(FileNotFoundError):
             if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
                 return
-            raise FileExistsError(f"{self.path} is another process's by now")
+            raise FileExistsError(f"{self.path} is now held by another process")
         self._file.seek(0)
         content = self._file.read()
         with atomic_path(self.path) as temporary:

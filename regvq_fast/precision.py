@@ -21,7 +21,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f'--device {name} is no device; use "auto", "cpu", "cuda" or "cuda:N"') from None
+        raise ValueError(f'--device {name} is not a device; use "auto", "cpu", "cuda" or "cuda:N"') from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f'--device {name} is not supported; use "auto", "cpu", "cuda" or "cuda:N"')
     if device.type == "cuda":
@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
             device = torch.device("cuda", local_rank())
         if (device.index or 0) >= (count := torch.cuda.device_count()):
             needed = f" and {local_world_size()} processes need one each" if is_torchrun() else ""
-            raise ValueError(f"--device {name}: this machine shows {count} CUDA device(s) to PyTorch{needed}")
+            raise ValueError(f"--device {name}: PyTorch finds {count} CUDA device(s){needed}")
         _check_build(device)
         if device.index is not None:
             torch.cuda.set_device(device)

@@ -137,7 +137,7 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
             process.kill()
         if process.returncode == 0:
             return alone
-        # A run whose folder was lost, or whose files could not be written, ends with 1 and says so.
+        # A run that lost its folder or could not write its files reports it and exits with 1.
         expected = {-number for number in SIGNALS} | {128 + number for number in SIGNALS} if not ranks else set()
         expected |= {1} if kind in ("vanished", "full", "worker", "rank") else set()
         assert process.returncode in expected, f"{job} ended with {process.returncode} after {kind}: {said[-3000:]}"

@@ -105,7 +105,7 @@ def test_an_old_spelling_of_a_flag_works_with_a_notice(capsys: pytest.CaptureFix
 
 
 OLD = Path(__file__).with_name("config-0.1.json")
-"""Of a run before settings were removed and sections shared."""
+"""Configuration of a 0.1 run, before settings were removed and sections shared."""
 
 
 def test_a_runs_config_starts_a_new_run() -> None:

@@ -46,6 +46,6 @@ def test_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert user_cache("fid") == tmp_path / "me" / ".cache" / "regvq_fast" / "fid"
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody's home
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home directory
     with pytest.raises(OSError, match="XDG_CACHE_HOME"):
         user_cache("fid")

@@ -1,4 +1,4 @@
-"""Imports go one way, and no two modules share a name: docs say so, and a reader relies on it."""
+"""Imports go one way and module names are unique, as the documents promise."""
 
 import ast
 from collections import Counter

@@ -76,7 +76,7 @@ def install(wheel: Path, target: Path) -> Path:
 
 
 def probe(form: Form, modules: Sequence[str], cwd: Path) -> dict[str, Any]:
-    """What a fresh interpreter in the unrelated folder `cwd` finds with this form on its search path."""
+    """Report what a fresh interpreter, started in the unrelated folder `cwd`, imports from this form."""
     libraries = [*site.getsitepackages(), site.getusersitepackages()]
     arguments = json.dumps([str(form.target), libraries, [name for name in FOLDERS if name != "regvq_fast"], modules])
     return json.loads(run([sys.executable, "-I", "-S", "-c", PROBE, arguments], cwd))

@@ -252,7 +252,7 @@ TINY = {
     "evaluate.py": "--val-images 3 --fid-features vgg16:vgg.safetensors --perceptual-weights vgg.safetensors "
     "--cache-dir statistics --workers 0 --device cpu",
 }
-"""What makes a command small, appended to it."""
+"""Flags appended to a command to shrink its work."""
 
 
 def run_tiny(command: str, more: str = "") -> str:
@@ -297,12 +297,12 @@ def test_from_nothing_to_samples(few_regions: None, tmp_path: Path, monkeypatch:
     assert (tmp_path / "runs" / "vq" / "checkpoints" / "step-0000003").exists()
     for name, pixel in {"map": 3, "photo": 99, "mask": 255}.items():
         Image.new("L", (32, 32), pixel).save(f"{name}.png")
-    drawing = [command for command in shell_commands(TEXTS["docs/priors.md"]) if "--out samples " in command]
-    assert len(drawing) == 3
-    for number, command in enumerate(drawing):
-        run_tiny(command.replace("--out samples", f"--out drawn/{number}").replace("--steps 25", "--steps 3"))
-        assert (tmp_path / "drawn" / str(number) / "grid.png").exists()
-    assert (tmp_path / "drawn" / "1" / "strip.png").exists()
+    sampling = [command for command in shell_commands(TEXTS["docs/priors.md"]) if "--out samples " in command]
+    assert len(sampling) == 3
+    for number, command in enumerate(sampling):
+        run_tiny(command.replace("--out samples", f"--out sampled/{number}").replace("--steps 25", "--steps 3"))
+        assert (tmp_path / "sampled" / str(number) / "grid.png").exists()
+    assert (tmp_path / "sampled" / "1" / "strip.png").exists()
 
 
 def test_readers_find_what_drifts() -> None:

@@ -45,14 +45,14 @@ from regvq_fast.settings import check_at_least
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
-USAGE = """Encode a data set once with a trained tokenizer: the priors train from its tokens.
+USAGE = """Encode a data set once with a trained tokenizer, as training data of the priors.
 
     regvq tokens --tokenizer runs/NAME --out cache/           # embedded scenes
     regvq tokens --tokenizer runs/NAME --out cache/ --data photos/ --amp
     torchrun --nproc-per-node 8 -m regvq_fast tokens --tokenizer runs/NAME --out cache/ --data shards/ --amp
 
 The cache holds the first --views epochs of the training stream and the validation split, with the captions, labels and
-semantic maps that nearly all images have. The same command completes a cache whose run was stopped.
+semantic maps that nearly all images have. The same command completes an interrupted cache.
 """
 
 
@@ -61,29 +61,27 @@ class CacheConfig(LoadingConfig, DeviceConfig, SeedConfig):
     """A run of ``regvq tokens``."""
 
     tokenizer: Path
-    """Run of regvq train vq, one of its checkpoints, a folder of VQGAN.save_pretrained, or
-    ORGANIZATION/NAME on the Hugging Face Hub."""
+    """Tokenizer: run, checkpoint, folder of VQGAN.save_pretrained, or ORGANIZATION/NAME on the Hugging Face Hub."""
     out: Path
-    """Folder of the cache. One that a run began with the same settings is completed."""
+    """Folder of the cache; one begun with the same settings is completed."""
     data: Path | None = None
-    """Folder of images or of tar shards, as for regvq train vq. Not given: the embedded scenes."""
+    """Images, as for regvq train vq. Default: the embedded scenes."""
     views: int | None = None
-    """Epochs of the training stream to keep, each with its own flips and captions, or scenes.
-    Not given: 4; 2 of images without captions."""
+    """Epochs to encode, each with new flips, captions or scenes. Default: 4, or 2 for images without captions."""
     fields: tuple[Field, ...] | None = None
-    """Fields to keep beside tokens; images that lack one are left out. Not given: those that 95 % have."""
+    """Fields to store; images without one are skipped. Default: fields that 95 % of the images have."""
     crop: Crop = "center"
-    """Training crop of images; center is that of FID's reference images."""
+    """Training crop; center is the crop of FID's reference images."""
     flip: bool = True
     """Mirror half of the training images."""
     scenes: int | None = None
-    """Scenes that count as an epoch. Not given: 8192."""
+    """Embedded scenes per epoch. Default: 8192."""
     val_images: int = 512
-    """Most validation images to keep."""
+    """Maximum number of validation images."""
     shard_samples: int = 4096
-    """Samples a file; what a run that is stopped loses at most."""
+    """Samples per file; an interrupted run loses at most one file."""
     batch_size: int = 64
-    """Images that are encoded at once."""
+    """Images encoded per batch."""
 
 
 def cache_tokens(config: CacheConfig) -> None:
@@ -182,7 +180,7 @@ class _Caching:
                 elif name == "first_images":
                     if saved[name] not in (None, value):
                         raise ValueError(
-                            f"the first images differ from those that {self.folder} has the tokens of (other files, or "
+                            f"the first images differ from those encoded in {self.folder} (other files, or "
                             "another version of Pillow?): name another --out"
                         )
                 elif value != saved[name]:
@@ -191,7 +189,7 @@ class _Caching:
                         "name another --out"
                     )
         elif any(not name.startswith(".") for name in names):
-            raise ValueError(f"--out {self.folder} is not empty and no token cache: name a new folder")
+            raise ValueError(f"--out {self.folder} is neither empty nor a token cache: name a new folder")
 
     def run(self) -> None:
         """Lock the folder, encode missing shards, check all of them and print a summary."""
@@ -277,7 +275,7 @@ class _Caching:
             num_classes = self.datasets["train"].num_classes or largest + 1
             if largest >= num_classes:
                 raise ValueError(
-                    f"{self.folder} holds the class id {largest}, of {num_classes} classes: delete it, and make it anew"
+                    f"{self.folder} holds class id {largest} of {num_classes} classes: delete it and make it again"
                 )
         write_info(self.folder, dataclasses.replace(self.info, num_classes=num_classes, complete=True))
 

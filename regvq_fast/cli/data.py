@@ -20,10 +20,10 @@ from regvq_fast.data.samples import Field
 from regvq_fast.data.verifying import verify
 from regvq_fast.settings import changed_flags
 
-USAGE = """Check the paper's data sets and ImageNet as they unpack, pack them into shards; make two small ones.
+USAGE = """Check the paper's data sets and ImageNet, pack them into shards, or make two small data sets.
 
     regvq data verify --dataset cub200 --root data/               # which files exist, where to get the rest
-    regvq data verify --root data/CUB_200_2011 --decode           # and can all of it be read?
+    regvq data verify --root data/CUB_200_2011 --decode           # also decode every file
     regvq data prepare --root data/CUB_200_2011 --out cub-shards  # resized, as tar files for --data
     regvq data emoji --out emoji                                  # 1,906 images with names and groups, for --data
     regvq data photos --out photos                                # 2,200 crops of ten photographs, for --data
@@ -40,28 +40,28 @@ class DataCommand:
     """A run of ``regvq data``."""
 
     command: Annotated[Literal["verify", "prepare", "emoji", "photos"], tyro.conf.Positional]
-    """verify: list which files of a data set exist and where to get the rest. prepare: pack it, resized, in shards.
-    emoji: download Google's emoji (74 MB) into a folder of images with captions, in a folder for each group.
-    photos: crops of ten photographs that come with scikit-image, in a folder for each of them."""
+    """verify: list existing and missing files of a data set. prepare: resize it and pack it into shards.
+    emoji: download Google's emoji (74 MB) as captioned images, one folder per group.
+    photos: crop ten photographs of scikit-image, one folder each."""
     root: Path | None = None
-    """Folder that the official archives are unpacked in, or the top folder of one.
-    emoji: the npm package emoji-datasource-google, a .tgz, in place of the download."""
+    """Folder of the unpacked official archives, or the top folder of one.
+    emoji: the npm package emoji-datasource-google (.tgz), instead of a download."""
     dataset: ArchiveName | None = None
-    """Name of the data set. Default: the one whose layout is found; needed if there are several."""
+    """Data set. Default: detected from the layout; required if several are found."""
     fields: tuple[Field, ...] | None = None
-    """Required fields of its images. Default: those of its preset's prior; prepare also packs labels."""
+    """Required fields. Default: those of the preset's prior; prepare also packs labels."""
     decode: bool = False
-    """verify: open every image, map and caption as well."""
+    """verify: also decode every image, map and caption."""
     out: Path | None = None
-    """prepare: folder of the shards; emoji, photos: of the images. New or empty."""
+    """prepare: folder of the shards; emoji, photos: of the images. Must be new or empty."""
     size: int = 384
-    """prepare: pixels of the shorter side; smaller images keep their size. Training crops take down to 71 % of it."""
+    """prepare: shorter side in pixels; smaller images are kept. Training crops use down to 71 % of it."""
     quality: int = 95
     """prepare: JPEG quality, without chroma subsampling."""
     shard_mib: int = 1000
-    """prepare: largest size of a shard, in MiB."""
+    """prepare: maximum size of a shard in MiB."""
     workers: int | None = None
-    """Processes that decode images. Default: half of the cores, at most 8; 0 on two cores."""
+    """Image decoding processes. Default: half the cores, at most 8; 0 with two cores."""
 
 
 def manage_data(command: DataCommand, console: Console | None = None) -> None:
@@ -130,15 +130,15 @@ def _archive(command: DataCommand) -> Archive:
     """Return the archive in the folder that the command names; raise FileNotFoundError if there is none."""
     root = command.root
     if root is None:
-        raise ValueError(f"{command.command} needs the folder that the archives are unpacked in: name it with --root")
+        raise ValueError(f"{command.command} needs the folder of the unpacked archives: give it with --root")
     if not root.is_dir():
-        raise FileNotFoundError(f"--root {root} is no folder: name the one that the archives are unpacked in")
+        raise FileNotFoundError(f"--root {root} is not a folder: give the folder of the unpacked archives")
     archive = find_archive(root, command.dataset)
     if archive is not None:
         return archive
     if command.dataset is None:
         layouts = "; ".join(f"{name}: {kind.layout}" for name, kind in ARCHIVES.items())
-        raise FileNotFoundError(f"--root {root} has the layout of no data set ({layouts}): name one with --dataset")
+        raise FileNotFoundError(f"--root {root} has no known layout ({layouts}): name one with --dataset")
     kind = ARCHIVES[command.dataset]
     tops = ", ".join(str(root / top) for top in kind.tops)
     raise FileNotFoundError(

@@ -25,8 +25,8 @@ USAGE = """Turn a file of tokens into images, the inverse of regvq encode.
 
     regvq decode --run runs/vq photos.npz --out photos-back
 
-- --out gets NAME.png for each name in the file, of the size before padding.
-- The file must be of this tokenizer: it has the SHA-256 of its weights.
+- --out gets NAME.png for each name in the file, cropped to its size before padding.
+- The SHA-256 in the file must be that of this tokenizer's weights.
 """
 
 
@@ -35,7 +35,7 @@ class TokensConfig(Section):
     """Tokens."""
 
     tokens: Positional[Path]
-    """File of regvq encode."""
+    """File made by regvq encode."""
 
 
 # With several bases, the fields of the last one come first in the help.
@@ -44,7 +44,7 @@ class DecodeConfig(ComputeConfig, TokensConfig, TokenizerConfig):
     """A run of ``regvq decode``."""
 
     out: Path
-    """Folder of the images; new, or empty."""
+    """New or empty folder of the images."""
 
 
 class _Map(NamedTuple):
@@ -67,7 +67,7 @@ def decode(config: DecodeConfig) -> None:
     used = UsedTokenizer.load(config.run, config)
     if (own := weights_hash(used.model)) != encoded.tokenizer:
         raise ValueError(
-            f"{config.tokens} is of another tokenizer (SHA-256 {encoded.tokenizer[:12]}) than --run {config.run} "
+            f"{config.tokens} was made by another tokenizer (SHA-256 {encoded.tokenizer[:12]}) than --run {config.run} "
             f"({own[:12]}): name the one that encoded it"
         )
     stated = encoded.num_codes, encoded.downsampling_factor
@@ -93,7 +93,7 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
     for name in names:
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
-            raise ValueError(f"{path} has an image named {name!r}, which is no path in a folder")
+            raise ValueError(f"{path} has an image named {name!r}, which is not a relative path")
         if (found := output_name(name)) in seen:
             raise ValueError(f"{path} has two images that would both become {found}")
         seen.add(found)

@@ -26,7 +26,7 @@ from regvq_fast.settings import Section
 USAGE = """Open a web page to use a tokenizer and its priors: reconstruct an image, paint a map, type a caption.
 
     regvq demo                                              # models of the embedded scenes
-    regvq demo --run runs/vq                                # a run, and priors on its tokens that lie beside it
+    regvq demo --run runs/vq                                # a run, and the priors of its tokens beside it
     regvq demo --run runs/vq --prior-runs runs/ar runs/diffusion
     regvq demo --prior-runs runs/diffusion --port 8080
 
@@ -39,13 +39,13 @@ class PageConfig(Section):
     """Models and address of the page."""
 
     run: OptionalPath = None
-    """Tokenizer: run or folder. Default: that of the first prior, else the embedded one."""
+    """Tokenizer: run or folder. Default: the first prior's, else the embedded one."""
     prior_runs: tuple[Path, ...] = ()
-    """Priors: runs or folders. Default: those beside --run whose tokenizer it is."""
+    """Priors: runs or folders. Default: priors of this tokenizer beside --run."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any other one lets other machines in: there is no password."""
+    """Listening address. Other addresses expose the page to the network, without a password."""
     port: int = 7860
-    """Port to listen on; 0: any free one."""
+    """Listening port; 0: any free one."""
 
 
 # With several bases, the fields of the last one come first in the help.

@@ -28,8 +28,8 @@ USAGE = """Turn images into a file of tokens, with their names.
     regvq encode --run runs/vq photos/ --out photos.npz --square
     regvq decode --run runs/vq photos.npz --out photos-back
 
-- The file is NumPy's: names, tokens, shapes, sizes, and which tokenizer made it.
-- To train a prior, cache the tokens of a data set instead: regvq tokens.
+- The NumPy file has names, tokens, shapes, sizes and the tokenizer's hash.
+- To train a prior, cache the tokens of a data set with regvq tokens instead.
 """
 
 
@@ -39,7 +39,7 @@ class EncodeConfig(ComputeConfig, ImagesConfig, TokenizerConfig):
     """A run of ``regvq encode``."""
 
     out: Path
-    """File to write, NAME.npz; a new one."""
+    """New file NAME.npz to write."""
 
 
 def encode(config: EncodeConfig) -> EncodedImages:

@@ -124,7 +124,7 @@ class _SplitEvaluation:
         self.samples = None if config.images is None else open_samples(config.images, size)
         for what, images in (("validation", self.dataset), ("sampled", self.samples)):
             if self.net is not None and images is not None and len(images) < 2:
-                raise ValueError(f"a Fréchet distance needs at least 2 {what} images, there is {len(images)}")
+                raise ValueError(f"a Fréchet distance needs at least 2 {what} images, got {len(images)}")
         self.protocol: dict[str, Any] = {}
         self.results: dict[str, Measurement] = {}
 
@@ -137,7 +137,7 @@ class _SplitEvaluation:
         if tokenizer is not None and (given := weights_hash(tokenizer)) != (wanted := weights_hash(own)):
             raise ValueError(
                 f"--run {config.run} (SHA-256 {given[:12]}) is not the tokenizer of --prior-run {config.prior_run} "
-                f"({wanted[:12]}): evaluate them apart, or leave out --run"
+                f"({wanted[:12]}): evaluate them separately, or leave out --run"
             )
         return own
 

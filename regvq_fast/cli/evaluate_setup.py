@@ -33,39 +33,32 @@ class EvaluateConfig(LoadingConfig, DeviceConfig, SamplingConfig):
 
     run: Path | None = None
     """Tokenizer: run of regvq train vq, one of its checkpoints, a folder of VQGAN.save_pretrained, or
-    ORGANIZATION/NAME on the Hugging Face Hub. Not given: the one in the folder of `prior_run`."""
+    ORGANIZATION/NAME on the Hugging Face Hub. Default: the tokenizer of --prior-run."""
     prior_run: Path | None = None
-    """Run of a prior, to sample an image under the condition of each validation image; or its
-    ORGANIZATION/NAME on the hub."""
+    """Prior to sample from, under the condition of each validation image: run or ORGANIZATION/NAME on the hub."""
     images: Path | None = None
-    """Images that exist already, in place of `prior_run`: a folder, or an .npz file of regvq sample."""
+    """Evaluate existing images instead of a prior: a folder, or an .npz file of regvq sample."""
     reference: Path | None = None
-    """Reference .npz file of ADM's evaluation suite, to measure `images` as papers do:
-    FID, sFID, Inception Score, precision and recall. Takes the place of `data`."""
+    """Reference .npz file of ADM's suite, instead of --data: FID, sFID, IS, precision and recall of --images."""
     image_size: int | None = None
-    """Pixels a side, where only `images` are evaluated; otherwise the tokenizer's."""
+    """Side of the images in pixels; only with --images and no --run. Default: the tokenizer's."""
     data: Path | None = None
-    """Folder of images or of tar shards, as for regvq train vq.
-    "scenes": the embedded scenes, where nothing is there of that name.
-    Not given: what the run was trained on."""
+    """Images, as for regvq train vq, or "scenes" for the embedded ones. Default: the training data of the run."""
     val_images: int | None = None
-    """Use at most so many validation images. Not given: the whole split (of the scenes: 256)."""
+    """Maximum number of validation images. Default: the whole split (scenes: 256)."""
     data_seed: int = 0
-    """Seed of the embedded scenes. 0 whatever the seed of the run: all runs are judged on the same scenes.
-    The validation scenes of its training are those of the seed it was trained with."""
+    """Seed of the embedded scenes, independent of the run's seed so that all runs are compared on the same scenes."""
     fid_features: str | None = None
-    """"inception" or "inception:PATH" (FID, with torch-fidelity's network), "vgg16" or "vgg16:PATH", "random-vgg16";
-    "none": no Fréchet distance. Not given: inception; where it can't be had, none for `run`."""
+    """Features of FID: inception[:PATH], vgg16[:PATH], random-vgg16 or none.
+    Default: inception; none for --run if it is unavailable."""
     perceptual_weights: Path | None = None
-    """Weights of VGG-16 for LPIPS, or "random". Not given: ImageNet's, from the torch hub cache or a download; without
-    them no perceptual distance."""
+    """VGG-16 weights of LPIPS: file or "random". Default: ImageNet's from the torch hub, else no LPIPS."""
     cache_dir: Path | None = None
-    """Folder that keeps the statistics of data sets. Not given: ~/.cache/regvq_fast/fid."""
+    """Cache of data set statistics. Default: ~/.cache/regvq_fast/fid."""
     batch_size: int = 32
-    """Images that are computed at once."""
+    """Images per batch."""
     out: Path | None = None
-    """Folder of evaluation.json and plots.
-    Not given: that of `prior_run`, of `run`, or of `images`, the first there is; what comes from the hub needs one."""
+    """Folder of evaluation.json and plots; required for hub models. Default: that of --prior-run, --run or --images."""
 
 
 def check_flags(config: EvaluateConfig) -> None:
@@ -78,33 +71,31 @@ def check_flags(config: EvaluateConfig) -> None:
         return
     tokenizer = config.run or config.prior_run
     if config.prior_run is not None and config.images is not None:
-        raise ValueError("--prior-run samples images and --images brings them: give one of the two")
+        raise ValueError("--prior-run and --images exclude each other: give one")
     if config.prior_run is None and (flags := changed_flags(config, SAMPLING_SETTINGS)):
-        raise ValueError(f"{flags[0]} says how a prior samples: give its run with --prior-run")
+        raise ValueError(f"{flags[0]} is a sampling setting: give the run of a prior with --prior-run")
     if tokenizer is None and config.images is None:
-        raise ValueError("there is nothing to evaluate: give --run, --prior-run or --images")
+        raise ValueError("nothing to evaluate: give --run, --prior-run or --images")
     if tokenizer is None and config.image_size is None:
-        raise ValueError(f"--images {config.images} needs --image-size, or --run for that of a tokenizer")
+        raise ValueError(f"--images {config.images} needs --image-size, or --run to use the size of a tokenizer")
     if tokenizer is not None and config.image_size is not None:
-        raise ValueError(f"--image-size {config.image_size} is for --images alone: {tokenizer} has a size of its own")
+        raise ValueError(f"--image-size {config.image_size} is for --images alone: {tokenizer} sets the size")
     source = config.prior_run or config.run
     if config.out is None and source is not None and hub_name(source) is not None:
-        raise ValueError(f"{source} is no folder here: if it is on the hub, name one for evaluation.json with --out")
+        raise ValueError(f"{source} is not a local folder: for a hub model, name an output folder with --out")
     if config.fid_features == "none" and (config.images or config.prior_run) is not None:
-        raise ValueError("--fid-features none measures nothing of sampled images: leave out --images and --prior-run")
+        raise ValueError("--fid-features none leaves no metric for sampled images: leave out --images and --prior-run")
 
 
 def _check_reference(config: EvaluateConfig, reference: Path) -> None:
     """Raise ValueError for flags that contradict ``--reference``."""
     if config.images is None:
-        raise ValueError(
-            f"--reference {reference} is for images that exist: give --images, a file of regvq sample --npz"
-        )
+        raise ValueError(f"--reference {reference} needs --images, a file made by regvq sample --npz")
     others = ("run", "prior_run", "data", "val_images", "image_size", *SAMPLING_SETTINGS)
     if flags := changed_flags(config, others):
-        raise ValueError(f"{flags[0]} has no part in --images against --reference {reference}: leave it out")
+        raise ValueError(f"{flags[0]} is not used with --reference {reference}: leave it out")
     if config.fid_features == "none":
-        raise ValueError(f"--fid-features none measures nothing against --reference {reference}: leave it out")
+        raise ValueError(f"--fid-features none leaves no metric for --reference {reference}: leave it out")
 
 
 class Setup:
@@ -158,18 +149,16 @@ def data_of(config: EvaluateConfig, sampler: ImageSampler | None) -> Path | None
         try:
             return read_config(local_folder(config.run), VQGANConfig).data.data
         except ValueError:
-            raise ValueError(f"{config.run} doesn't say what it was trained on: {remedy}") from None
+            raise ValueError(f"{config.run} does not record its training data: {remedy}") from None
     if config.prior_run is None or sampler is None:
-        raise ValueError(f"--images {config.images} don't say what they are to be compared with: {remedy}")
+        raise ValueError(f"--images {config.images} have no images to compare with: {remedy}")
     try:
         tokens = read_config(local_folder(config.prior_run), sampler.entry.config).tokens
     except ValueError:
-        raise ValueError(f"{config.prior_run} doesn't say what it was trained on: {remedy}") from None
+        raise ValueError(f"{config.prior_run} does not record its training data: {remedy}") from None
     if tokens.cache is None:
         return tokens.data
     if not tokens.cache.exists():
-        raise ValueError(
-            f"the token cache {tokens.cache} that {config.prior_run} was trained on is not there: {remedy}"
-        )
+        raise ValueError(f"the token cache {tokens.cache} that {config.prior_run} was trained on is missing: {remedy}")
     data = read_info(tokens.cache).data
     return None if data is None else Path(data)

@@ -26,7 +26,7 @@ USAGE = """Export a tokenizer as two programs that run without this library.
 
 - encoder: images (B, 3, H, W) float32 in [-1, 1] to tokens (B, h, w) int64.
 - decoder: tokens (B, h, w) int64 to images (B, 3, H, W) float32, not clamped.
-- B, h, w >= 2 are free. Both are run and compared with the tokenizer.
+- B, h, w >= 2 are dynamic. Both programs are run and compared with the tokenizer.
 """
 
 
@@ -36,9 +36,9 @@ class ExportConfig(TokenizerConfig):
     """A run of ``regvq export``."""
 
     out: Path
-    """Folder of encoder, decoder and export.json; new, or empty."""
+    """New or empty folder of encoder, decoder and export.json."""
     format: Annotated[Format, arg(metavar="pt2|onnx")] = "pt2"
-    """pt2: for torch.export.load. onnx: for ONNX Runtime; making it needs the extra `export`."""
+    """pt2: for torch.export.load. onnx: for ONNX Runtime; needs the extra `export`."""
 
 
 def export(config: ExportConfig) -> Agreement:

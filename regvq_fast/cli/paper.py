@@ -11,9 +11,8 @@ USAGE = """Reproduce a table or a sweep of the paper: every row from training to
     regvq paper codebook-size --fid-features vgg16:vgg16.pth --perceptual-weights vgg16.pth --seeds 0 1 2
     regvq paper table1 --preset ade20k --scale full --data ADE20K/ --processes 4 --compile --amp
 
-The same command goes on where it was stopped; rows that are done are not run again. --out, by default a folder in
-runs/paper, gets the table beside the paper's numbers as Markdown, CSV and JSON, the figures, and in runs/ all that was
-trained.
+The same command continues an interrupted one and skips finished rows. --out, by default a folder in runs/paper, gets
+figures, the table beside the paper's numbers as Markdown, CSV and JSON, and the trained models in runs/.
 """
 
 

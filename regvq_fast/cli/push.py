@@ -25,14 +25,13 @@ from regvq_fast.version import __version__
 
 USAGE = """Publish a run on the Hugging Face Hub, with a model card of its settings and measurements.
 
-    regvq push --run runs/vq --to me/scenes-vq --out published   # look at what would be uploaded
+    regvq push --run runs/vq --to me/scenes-vq --out published   # a dry run
     regvq push --run runs/vq --to me/scenes-vq --private
     regvq push --run runs/ar --to me/scenes-ar --license mit     # a prior, with its tokenizer
 
-Log in with `hf auth login` first. Uploaded are the final model, config.json, the
-evaluation.json of regvq evaluate, the last images and the card: no checkpoints, no logs,
-and of paths on this machine only the last name. Anybody then loads it by its name, with
-VQGAN.from_pretrained("me/scenes-vq") or as a --run.
+Log in with `hf auth login` first. The upload has the final model, config.json, evaluation.json,
+the last images and the card, but no checkpoints and no logs; local paths are cut to their last
+name. The model then loads by name: VQGAN.from_pretrained("me/scenes-vq") or --run me/scenes-vq.
 """
 
 _PNG = b"\x89PNG\r\n\x1a\n"  # first bytes of a PNG file
@@ -45,17 +44,17 @@ class PushConfig(Section):
     """A run of ``regvq push``."""
 
     run: Path
-    """Run to publish, at its end; one of its checkpoints, or a folder of save_pretrained."""
+    """Finished run to publish, one of its checkpoints, or a folder of save_pretrained."""
     to: str
-    """Repository: ORGANIZATION/NAME. Made if it isn't there."""
+    """Repository ORGANIZATION/NAME; created if missing."""
     out: Path | None = None
-    """Upload nothing: write what would be uploaded to this new folder."""
+    """Dry run: write the files to this new folder instead of uploading them."""
     private: bool = False
-    """Make a private repository."""
+    """Create a private repository."""
     revision: str | None = None
-    """Branch, made if it isn't there. Not given: main."""
+    """Branch; created if missing. Default: main."""
     license: str | None = None
-    """License of the weights, as the hub names it, such as mit. Not given: the card states none."""
+    """License id of the weights on the hub, such as mit. Default: none stated."""
 
 
 def push(config: PushConfig) -> None:
@@ -152,7 +151,7 @@ def _image(path: Path, run: Path) -> bytes:
         content = path.read_bytes()
         if content.startswith(_PNG):
             return content
-    raise ValueError(f"{path} is no image of this run: remove it")
+    raise ValueError(f"{path} is not an image of this run: remove it")
 
 
 def _evaluation(run: Path, model: Model, tokenizer: Model) -> dict[str, Any] | None:
@@ -165,13 +164,13 @@ def _evaluation(run: Path, model: Model, tokenizer: Model) -> dict[str, Any] | N
         for found in content.values():
             _ = found["name"], found["value"], found["data"], found["split"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is damaged, or not of `regvq evaluate`: remove it, or measure again") from None
+        raise ValueError(f"{path} is damaged or not of `regvq evaluate`: remove it, or measure again") from None
     hashes = {"tokenizer_sha256": weights_hash(tokenizer)[:_DIGITS], "prior": weights_hash(model)[:_DIGITS]}
     for found in content.values():
         for key, expected in hashes.items():
             if key in found and not str(found[key]).endswith(expected):
                 raise ValueError(
-                    f"{path} is of other weights ({key} {found[key]}) than those in {run} ({expected}): remove it, or "
+                    f"{path} has other weights ({key} {found[key]}) than {run} ({expected}): remove it, or "
                     "measure again with `regvq evaluate`"
                 )
     return content

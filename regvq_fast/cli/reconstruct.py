@@ -34,15 +34,15 @@ from regvq_fast.image_grids import save_image, save_image_grid
 _SHEET_IMAGES, _SHEET_SIDE = 16, 256
 _LISTED = 16  # up to this many images get a line each
 
-USAGE = """Pass images through a tokenizer, and save what comes back.
+USAGE = """Reconstruct images with a tokenizer.
 
     regvq reconstruct --run runs/vq a.jpg photos/ --out back --sheet sheet.png
     regvq reconstruct --run runs/vq panorama.jpg --out back --tile 512
 
 - Images of any size are padded to the down-sampling factor and cropped back.
-- --out gets NAME.png for NAME.jpg, in the folders that it had inside its own.
-- --tile bounds memory. Each tile is normalized and attends by itself: results
-  are near those of the whole image, not equal to them (docs/use.md).
+- --out gets NAME.png for NAME.jpg and keeps subfolders.
+- --tile bounds memory. Normalization and attention are per tile, so results
+  are close, but not equal, to those of the whole image (docs/use.md).
 """
 
 
@@ -52,9 +52,9 @@ class ReconstructConfig(ComputeConfig, ImagesConfig, TokenizerConfig):
     """A run of ``regvq reconstruct``."""
 
     out: Path
-    """Folder of the reconstructions; new, or empty."""
+    """New or empty folder of the reconstructions."""
     sheet: Annotated[Path | None, arg(metavar="PATH")] = None
-    """Image file to save with the first 16 images, each above its reconstruction."""
+    """Image file of the first 16 images, each above its reconstruction."""
 
 
 def reconstruct(config: ReconstructConfig) -> None:

@@ -58,7 +58,7 @@ class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
     """A run of ``regvq sample``."""
 
     batch_size: int = 16
-    """Images that are sampled at once."""
+    """Images sampled per batch."""
     npz: Path | None = None
     """Write the images to this file, arr_0 (N, H, W, 3) uint8 as evaluation suites read it, in place of NUMBER.png."""
     strip: bool = False
@@ -113,9 +113,9 @@ def _check(config: SampleConfig) -> None:
     if config.npz is not None and config.npz.exists():
         raise FileExistsError(f"--npz {config.npz} exists; name a new file")
     if config.mask is not None and config.edit is None:
-        raise ValueError(f"--mask {config.mask} needs the image that it is of: give --edit")
+        raise ValueError(f"--mask {config.mask} needs an image: give --edit")
     if config.edit is not None and config.mask is None and not config.extend:
-        raise ValueError(f"--edit {config.edit} needs --mask, where to sample it anew, or --extend")
+        raise ValueError(f"--edit {config.edit} needs --mask, the region to resample, or --extend")
     if config.strip and config.extend:
         raise ValueError("--strip shows a single grid of tokens: leave out --extend")
     if config.per_class is not None:
@@ -123,7 +123,7 @@ def _check(config: SampleConfig) -> None:
     given = (config.map, config.text, config.label, config.per_class)
     if config.data is not None and any(given):
         raise ValueError(
-            f"--data {config.data} brings conditions of its own: leave out --map, --text, --label or --per-class"
+            f"--data {config.data} has its own conditions: leave out --map, --text, --label or --per-class"
         )
 
 

@@ -47,32 +47,29 @@ class SubjectConfig(Section):
     """Prior and conditions."""
 
     prior: PriorName | None = None
-    """Prior that the run has to be of. Not given: any."""
+    """Fail unless the run is of this prior. Default: any."""
     run: Path | None = None
-    """Run of a prior, or its ORGANIZATION/NAME on the Hugging Face Hub.
-    Not given: the embedded prior of the scenes, for maps, or with `text` for captions."""
+    """Prior: run, or ORGANIZATION/NAME on the hub. Default: embedded scenes, for maps or, with --text, captions."""
     out: Path
-    """Folder of the images; new, or empty."""
+    """New or empty folder of the images."""
     num_images: int = 16
-    """Images to sample. Conditions are used in turn."""
+    """Number of images; conditions repeat in turn."""
     per_class: int | None = None
-    """Images of each label, in place of `num_images`; labels come in turn."""
+    """Number of images per label, instead of --num-images."""
     map: Path | None = None
-    """A semantic map, an image file whose pixels are class ids (greyscale or palette).
-    Of one that is not square, the largest square in its middle counts, as of `edit` and `mask`."""
+    """Semantic map: image with class ids as pixels (grayscale or palette); center-cropped, like --edit and --mask."""
     text: tuple[str, ...] = ()
-    """One or more captions."""
+    """Captions."""
     label: tuple[str, ...] = ()
-    """One or more labels, by name or number. Not given: all of the prior's, in turn."""
+    """Labels, by name or number. Default: all labels of the prior."""
     data: Path | None = None
-    """Take the conditions, 64 at most, of a data set's validation split: a folder or shards with maps or captions.
-    Not given (nor a condition): of the one that the prior was trained on."""
+    """Data set whose validation split gives up to 64 conditions. Default: the prior's training data."""
     edit: Path | None = None
-    """An image to edit: it is kept where `mask` is black, or with `extend` as a whole."""
+    """Image to edit: kept where --mask is black, or entirely with --extend."""
     mask: Path | None = None
-    """Image file that is white where `edit` is to be sampled anew."""
+    """Image that is white where --edit is resampled."""
     extend: tuple[Direction, ...] = ()
-    """Directions in which images grow, each time by half the size that the prior was trained for."""
+    """Directions to extend images in; each one adds half of the prior's image size."""
 
 
 def check_flags(config: SubjectConfig, sampler: ImageSampler) -> None:
@@ -131,7 +128,7 @@ def _warn_of_words(captions: Sequence[str], trained_on: TrainedOn) -> None:
     known = trained_on.words()
     words = dict.fromkeys(word for caption in captions for word in words_of(caption))
     if known and (unknown := [word for word in words if word not in known]):
-        say(Console(), "warning", f"no training caption has {', '.join(map(repr, unknown))}: the prior can't know it")
+        say(Console(), "warning", f"no training caption has {', '.join(map(repr, unknown))}: unknown to the prior")
 
 
 def _canvas_map(path: Path, sampler: ImageSampler, plan: Plan) -> Tensor:

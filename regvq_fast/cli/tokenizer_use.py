@@ -42,8 +42,7 @@ class TokenizerConfig(Section):
     """Tokenizer."""
 
     run: Annotated[str | None, arg(metavar="RUN")] = None
-    """Run of a tokenizer or prior, a checkpoint, a folder of VQGAN.save_pretrained, or a name on the Hugging Face Hub.
-    Default: the embedded tokenizer of the scenes."""
+    """Tokenizer: run (of a prior, too), checkpoint, folder or name on the hub. Default: the embedded scenes'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +50,17 @@ class ComputeConfig(DeviceConfig):
     """Device, and how much goes through the networks at once."""
 
     batch_size: int = 16
-    """Images computed at once if they have the tokenizer's own size; fewer of larger ones."""
+    """Images of the tokenizer's size per batch; fewer if they are larger."""
     tile: Annotated[int | None, arg(metavar="INT")] = None
-    """Pixels of square tiles, for images that don't fit memory. Default: each image as a whole."""
+    """Side of square tiles in pixels, for images larger than memory. Default: no tiles."""
     overlap: Annotated[int | None, arg(metavar="INT")] = None
-    """Pixels by which tiles overlap at least, where they are blended. Default: a quarter of a tile."""
+    """Minimum overlap of blended tiles in pixels. Default: a quarter of a tile."""
 
     def check(self) -> None:
         super().check()
         check_at_least(1, {"--batch-size": self.batch_size})
         if self.tile is None and self.overlap is not None:
-            raise ValueError(f"--overlap {self.overlap} is of tiles: give their size with --tile")
+            raise ValueError(f"--overlap {self.overlap} applies to tiles: give their size with --tile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +68,9 @@ class ImagesConfig(Section):
     """Images."""
 
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="PATH [PATH ...]")]
-    """Image files, and folders of them, searched recursively."""
+    """Image files and folders, searched recursively."""
     square: bool = False
-    """Take the central square, resized to the tokenizer's image size. Default: images as they are."""
+    """Crop the central square and resize it to the tokenizer's image size."""
 
 
 class UsedTokenizer(NamedTuple):
@@ -158,7 +157,7 @@ def find_images(paths: Sequence[Path]) -> list[ImageFile]:
         ValueError: no path, a file that is not an image, or two images with the same output name.
     """
     if not paths:
-        raise ValueError("there are no images: name files or folders")
+        raise ValueError("no images given: name files or folders")
     found: dict[str, ImageFile] = {}
     for path in paths:
         if path.is_dir():

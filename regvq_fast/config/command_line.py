@@ -88,10 +88,10 @@ def _defaults(presets: Mapping[str, Config], start: _Start) -> Config:
         default = override(read_checked(start.out, type(first)), out=start.out)
     elif start.config is not None:
         if start.preset:
-            raise ValueError(f"--preset {start.preset} and --config {start.config} exclude each other: take one")
+            raise ValueError(f"--preset {start.preset} and --config {start.config} exclude each other: give one")
         default = override(read_checked(start.config, type(first)), out=None)
     elif start.preset in get_args(PresetName) and start.preset not in presets:
-        raise ValueError(f"--preset {start.preset} is of another command; this one has {', '.join(presets)}")
+        raise ValueError(f"--preset {start.preset} belongs to another command; this one has {', '.join(presets)}")
     else:
         default = presets.get(start.preset, first)  # the parser reports an unknown one, with the choices
     if start.quantizer in QUANTIZERS:  # the parser reports an unknown one

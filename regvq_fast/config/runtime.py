@@ -34,7 +34,7 @@ class SeedConfig(Section):
     """Randomness."""
 
     seed: int = 0
-    """Seed of everything random."""
+    """Random seed."""
 
     def check(self) -> None:
         super().check()

@@ -29,7 +29,7 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"there is no run in {path.parent}: it has no {path.name}") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run of this script: {error}") from None
+        raise ValueError(f"{path} is not a configuration of this command: {error}") from None
 
 
 def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:

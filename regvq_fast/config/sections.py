@@ -30,11 +30,11 @@ class OptimizerConfig(Section):
     """Optimization."""
 
     steps: OptionalInt = None
-    """Optimizer steps; None: from --epochs."""
+    """Optimizer steps; None: set by --epochs."""
     epochs: int = 100
     """Passes over the images; ignored with --steps."""
     batch_size: int = 16
-    """Images per step, of all ranks."""
+    """Images per step, over all ranks."""
     accumulate: Annotated[int, arg(name="grad-accum-steps", metavar="N")] = 1
     """Micro-batches per step, each with its own statistics."""
     lr: float = 1.5e-4
@@ -48,13 +48,13 @@ class OptimizerConfig(Section):
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Decay of the learning rate after warm-up."""
     final_lr_fraction: Annotated[float, arg(metavar="X")] = 1.0
-    """Fraction that it decays to; 1: no decay."""
+    """Final fraction of --lr; 1: no decay."""
     decay_fraction: Annotated[float, arg(metavar="X")] = 0.2
-    """wsd: fraction of the steps that decays."""
+    """wsd: fraction of the steps with decay."""
     clip_grad: float = 1.0
-    """Maximum norm of gradients; 0: off."""
+    """Maximum gradient norm; 0: off."""
     ema: float = 0.0
-    """Decay of the averaged weights; 0: off."""
+    """Decay of averaged weights; 0: off."""
 
     @property
     def decays(self) -> bool:
@@ -118,7 +118,7 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
     """Run."""
 
     deterministic: bool = False
-    """Reproducible on a GPU; a CPU always is."""
+    """Reproducible GPU runs; CPU runs always are."""
     activation_checkpointing: bool = False
     """Recompute activations: less memory, slower."""
     find_batch_size: FlagCreatePairsOff[bool] = False

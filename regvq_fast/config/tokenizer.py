@@ -41,7 +41,7 @@ class DataConfig(Section):
     flip: bool = True
     """Mirror half of the training images."""
     val_images: int = 512
-    """Largest number of validation images."""
+    """Maximum number of validation images."""
 
     def check(self) -> None:
         super().check()
@@ -59,9 +59,9 @@ class ModelConfig(Section):
     init_from: Annotated[str | None, arg(metavar="X")] = None
     """Start from a run, a folder, a hub id or a .ckpt."""
     reset_codebook: FlagCreatePairsOff[bool] = False
-    """New codebook, of the first latents."""
+    """New codebook, made from the first latents."""
     freeze: Annotated[tuple[FrozenPart, ...], arg(metavar="PART ...")] = ()
-    """Not trained: encoder, decoder, codebook."""
+    """Parts not to train: encoder, decoder, codebook."""
     ch: int = 32
     """Base width of encoder and decoder."""
     ch_mult: Annotated[tuple[int, ...], arg(metavar="N ...")] = (1, 1, 2)
@@ -79,9 +79,9 @@ class ModelConfig(Section):
     disc_filters: int = 32
     """Base width of the discriminator."""
     disc_layers: int = 2
-    """Its down-samplings."""
+    """Down-samplings of the discriminator."""
     disc_norm: Literal["batch", "group", "none"] = "batch"
-    """Its normalization."""
+    """Normalization of the discriminator."""
 
     def check(self) -> None:
         super().check()
@@ -109,11 +109,11 @@ class QuantizerConfig(Section):
     """Settings of all quantizers. `quantizer_section` adds those of one quantizer; sizes are then its actual ones."""
 
     quantizer: Literal[tuple(QUANTIZERS)] = next(iter(QUANTIZERS))  # type: ignore[valid-type]
-    """Reg-VQ, or a baseline with settings of its own."""
+    """Reg-VQ or a baseline, each with its own flags."""
     num_codes: int = 256
     """Codebook size N."""
     code_dim: int = 32
-    """Channels D of a code, where it is free."""
+    """Channels D of a code, unless N decides them."""
     fp32_scores: bool = False
     """Scores in fp32 on a GPU even under --amp."""
     collapse_threshold: Annotated[float, arg(metavar="X")] = 0.1
@@ -163,15 +163,15 @@ class LossConfig(Section):
     """Losses."""
 
     l1_weight: float = 1.0
-    """Weight of the mean absolute error of pixels."""
+    """Weight of the mean absolute pixel error."""
     l2_weight: float = 0.0
-    """Weight of their mean squared error."""
+    """Weight of the mean squared pixel error."""
     perceptual_weight: Annotated[float, arg(metavar="X")] = 1.0
     """Weight of LPIPS."""
     perceptual_net: Literal["vgg16", "vgg19"] = "vgg16"
-    """Its feature network."""
+    """Feature network of LPIPS."""
     perceptual_weights: OptionalPath = None
-    """File, or "random". Default: torch hub."""
+    """LPIPS weights: file or "random". Default: torch hub."""
     contrastive: Literal["pcl", "cl", "none"] = "pcl"
     """Contrastive loss: Eq. 3 (pcl), Eq. 2 or none."""
     contrastive_weight: Annotated[float, arg(metavar="X")] = 0.02
@@ -183,9 +183,9 @@ class LossConfig(Section):
     contrastive_patches: Annotated[int, arg(metavar="N")] = 256
     """Sampled positions per image and layer."""
     contrastive_net: Literal["same", "vgg16", "vgg19"] = "same"
-    """Its feature network; same: the perceptual one."""
+    """Feature network; same: that of LPIPS."""
     contrastive_weights: OptionalPath = None
-    """File of its own network."""
+    """Weights file of --contrastive-net."""
     disc_weight: float = 0.8
     """Weight of the adversarial loss, times lambda."""
     disc_start: OptionalInt = None
@@ -195,13 +195,13 @@ class LossConfig(Section):
     disc_lr: OptionalFloat = None
     """Learning rate of the discriminator; None: --lr."""
     disc_betas: Annotated[tuple[float, float] | None, arg(metavar="X X")] = None
-    """Its betas; None: --betas."""
+    """Betas of the discriminator; None: --betas."""
     lecam_weight: Annotated[float, arg(metavar="X")] = 0.0
     """Weight of LeCAM on the discriminator; 0: off."""
     r1_weight: float = 0.0
     """Weight of R1 on the discriminator; 0: off."""
     r1_every: int = 16
-    """Steps between R1 penalties, each that much heavier."""
+    """Steps between R1 penalties, scaled to match."""
 
     @property
     def has_contrastive(self) -> bool:
@@ -232,7 +232,7 @@ class LossConfig(Section):
         check_adamw("--disc-lr", self.disc_lr, "--disc-betas", self.disc_betas)
         if self.contrastive != "none" and self.contrastive_patches < 2:
             raise ValueError(
-                f"--contrastive-patches must be at least 2, for there to be negatives, got {self.contrastive_patches}"
+                f"--contrastive-patches must be at least 2 (one is negative), got {self.contrastive_patches}"
             )
         if self.contrastive_weights is not None and not self.has_own_contrastive_net:
             serves = f"with --contrastive-net {self.contrastive_net} the perceptual one serves both"

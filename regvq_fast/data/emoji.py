@@ -41,7 +41,7 @@ def prepare_emoji(out: Path, package: Path | None = None, *, console: Console) -
         ValueError: it is another package. OSError: it can't be downloaded.
     """
     if package is not None and not package.is_file():
-        raise FileNotFoundError(f"--root {package} is no file: name the package's .tgz, or leave --root out")
+        raise FileNotFoundError(f"--root {package} is not a file: give the package's .tgz, or leave out --root")
     groups = set()
     count = 0
     with atomic_folder(out) as partial:
@@ -71,7 +71,9 @@ def _read(package: Path) -> list[tuple[dict[str, Any], Image.Image]]:
         # Emoji without an image by Google have other vendors' images, which are not free.
         return [(emoji, _rgb(files[_IMAGES + emoji["image"]])) for emoji in listed if emoji["has_img_google"]]
     except (tarfile.TarError, EOFError, zlib.error, KeyError) as error:
-        raise ValueError(f"{package} is no whole package of emoji-datasource-google ({error}): get it anew") from None
+        raise ValueError(
+            f"{package} is not a complete emoji-datasource-google package ({error}): download it again"
+        ) from None
 
 
 def _rgb(data: bytes) -> Image.Image:

@@ -93,7 +93,7 @@ class EncodedImages:
                 arrays = {name: file[name] for name in _ARRAYS}
             named = arrays["names"].dtype.kind == "U" and all(arrays["names"].tolist())
             if not named or arrays["tokens"].dtype.kind not in "iu":
-                raise ValueError("its names are no texts, or its tokens no whole numbers")
+                raise ValueError("its names are not text or its tokens are not integers")
             lengths = arrays["shapes"].prod(axis=1, dtype=np.int64)
             flat = torch.from_numpy(arrays["tokens"].astype(np.int64))
             return cls(

@@ -67,14 +67,14 @@ def open_npz(path: Path) -> Any:
     except Exception as error:  # a damaged file can make the reader raise anything
         if is_of_the_machine(error):
             raise
-        raise ValueError(f"{path} is not an .npz file, or not a whole one") from None
+        raise ValueError(f"{path} is not an .npz file or is truncated") from None
     archive = getattr(found, "zip", None)
     if archive is None:
         raise ValueError(f"{path} is one array, not an .npz file: write it with numpy.savez")
     unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > max(_UNSUSPECTED, _MOST_PACKED * path.stat().st_size):
         found.close()
-        raise ValueError(f"{path} would unpack to {unpacked:,} bytes, over {_MOST_PACKED} times its size: make it anew")
+        raise ValueError(f"{path} would unpack to {unpacked:,} bytes, over {_MOST_PACKED} times its size: recreate it")
     return found
 
 
@@ -87,7 +87,7 @@ def _mapped(path: Path) -> np.ndarray:
     except Exception as error:  # a damaged file can make the reader raise anything
         if is_of_the_machine(error):
             raise
-        raise ValueError(f"{path} is damaged, or no file of images: {why_unreadable(error)}") from None
+        raise ValueError(f"{path} is damaged or not a file of images: {why_unreadable(error)}") from None
 
 
 def _images(path: Path) -> np.ndarray:
@@ -140,4 +140,4 @@ def image_array_writer(path: Path, count: int, image_size: tuple[int, int]) -> I
 
         yield write
         if written != count:
-            raise ValueError(f"{written} images were written to {path}, which was to have {count}")
+            raise ValueError(f"{written} images were written to {path} instead of {count}")

@@ -278,7 +278,7 @@ class ImageFileDataset(ImageDataset):
             if not self._has_255:
                 self._has_255.fill_(True)
                 logger.warning(
-                    "semantic maps of %s have pixels of 255, which some data sets ignore: here that is a class",
+                    "semantic maps of %s have pixels of 255, which some data sets ignore: here it is a class",
                     self.source,
                 )
 

@@ -41,6 +41,6 @@ def cls_ids(texts: Mapping[str, Path], names: Sequence[str]) -> tuple[tuple[str,
         if not 0 <= ids[text] <= largest:
             raise ValueError(
                 f"{shard} has the label {text!r} in a .cls file, where labels are numbers from 0 to {largest:,}: "
-                "write it anew"
+                "write it again"
             )
     return tuple(names) or tuple(map(str, range(max(ids.values(), default=-1) + 1))), ids

@@ -65,11 +65,11 @@ def read_manifest(source: str | os.PathLike[str]) -> Manifest | None:
             manifest = Manifest(**(values | {"mirror_pairs": tuple(map(tuple, values["mirror_pairs"]))}))
             check_types(Manifest, vars(manifest))
             if not all(0 <= label < 256 for pair in manifest.mirror_pairs for label in pair):
-                raise ValueError("mirror_pairs are of class ids from 0 to 255")
+                raise ValueError("mirror_pairs must have class ids from 0 to 255")
             return manifest
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}): prepare the shards anew") from None
-    raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: prepare the shards anew")
+        raise ValueError(f"{path} is damaged ({error}): prepare the shards again") from None
+    raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: prepare the shards again")
 
 
 def mirrored_ids(pairs: Sequence[tuple[int, int]]) -> NDArray[np.uint8] | None:

@@ -106,7 +106,7 @@ def text_lines(path: Path) -> list[str]:
     try:
         return [text for line in raw_lines(path.read_bytes()) if (text := line.decode()).strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged, or not UTF-8 ({error}): unpack it anew") from None
+        raise ValueError(f"{path} is damaged, or not UTF-8 ({error}): unpack it again") from None
 
 
 def check_same_size(labels: Image.Image, size: tuple[int, int]) -> None:

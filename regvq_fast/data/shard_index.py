@@ -238,7 +238,7 @@ def _refuse_compression(path: Path, start: bytes) -> None:
     for magic, name in _COMPRESSIONS.items():
         if start.startswith(magic):
             raise ValueError(
-                f"{path} is compressed with {name}, so that no sample can be read without all before it; "
+                f"{path} is compressed with {name}, which has no random access; "
                 "unpack it to a plain .tar (images are compressed already)"
             )
 
@@ -329,4 +329,4 @@ def _save_cache(folder: Path, records: Mapping[str, _Record]) -> None:
             return
         except OSError as failure:
             error = failure
-    logger.warning("the index of the shards in %s can't be kept, and is made anew each time (%s)", folder, error)
+    logger.warning("the index of the shards in %s can't be kept, and is rebuilt each time (%s)", folder, error)

@@ -157,7 +157,7 @@ def _expand(text: str, pattern: str) -> list[str]:
     if limits := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
         first, last = map(int, limits.groups())
         if not 0 <= last - first < _MOST_SHARDS:
-            raise ValueError(f"cannot expand {pattern}: {{{inside}}} is no range of 1 to {_MOST_SHARDS} shards")
+            raise ValueError(f"cannot expand {pattern}: {{{inside}}} is not a range of 1 to {_MOST_SHARDS} shards")
         padded = any(len(limit) > 1 and limit.startswith("0") for limit in limits.groups())
         width = max(map(len, limits.groups())) if padded else 0
         choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
@@ -238,7 +238,7 @@ def write_shards(samples: Iterable[Mapping[str, str | bytes]], pattern: str, max
     while sample is not None:
         shard = Path(pattern % len(shards))
         if shard.exists():
-            raise FileExistsError(f"{shard} exists; name other shards, or remove it")
+            raise FileExistsError(f"{shard} exists; use another name or remove it")
         keys: set[str] = set()
         with atomic_path(shard) as temporary, tarfile.open(temporary, "w") as archive:
             while sample is not None:

@@ -97,7 +97,7 @@ def tokenize_images(
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     if images.ndim != 4 or images.shape[1] != model.in_channels or not images.numel():
-        raise ValueError(f"images must be (B, {model.in_channels}, H, W), with a pixel each, got {tuple(images.shape)}")
+        raise ValueError(f"images must be (B, {model.in_channels}, H, W) and not empty, got {tuple(images.shape)}")
     factor = model.downsampling_factor
     images = pad(images, factor)
     height, width = images.shape[2] // factor, images.shape[3] // factor
@@ -142,7 +142,7 @@ def decode_tokens(
         TypeError, ValueError: invalid tokens.
     """
     if tokens.ndim != 3 or not tokens.numel():
-        raise ValueError(f"tokens must be (B, h, w), one at least, got {tuple(tokens.shape)}")
+        raise ValueError(f"tokens must be (B, h, w) with at least one token, got {tuple(tokens.shape)}")
     factor, (batch, height, width) = model.downsampling_factor, tokens.shape
     rows, columns = _windows(height, factor, tiling), _windows(width, factor, tiling)
     images = torch.empty(batch, model.in_channels, height * factor, width * factor, dtype=torch.uint8)

@@ -144,7 +144,7 @@ def read_info(folder: Path) -> CacheInfo:
             return info
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged, or does not describe a token cache ({error})") from None
-    raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: make the cache anew")
+    raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: make the cache again")
 
 
 def shard_path(folder: Path, split: Split, number: int) -> Path:
@@ -216,7 +216,7 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
             header = file.read(min(length, _MAX_HEADER))
             content = _mapped(file, size)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: run `regvq tokens` again, it makes what is missing") from None
+        raise FileNotFoundError(f"{path} is missing: run `regvq tokens` again to add missing files") from None
     try:
         entries = {name: _Entry.parse(entry) for name, entry in parse_json(header).items() if name != "__metadata__"}
         starts, stops = zip(*sorted(entry.extent for entry in entries.values()), strict=True)
@@ -233,7 +233,7 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
         if (shard.caption_ends <= np.append(0, shard.caption_ends[:-1])).any():  # a difference could overflow
             raise ValueError(f"{path} has an empty caption{REMEDY}")  # no text encoder takes it
         if shard.caption_ends[-1] != len(shard.caption):
-            raise ValueError(f"{path} has {len(shard.caption):,} bytes of captions, not what their ends state{REMEDY}")
+            raise ValueError(f"{path} has {len(shard.caption):,} bytes of captions, unlike their offsets{REMEDY}")
     return shard
 
 

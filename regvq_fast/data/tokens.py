@@ -146,11 +146,11 @@ class TokenDataset(Dataset[TokenSample]):
         self.seed = seed
         self.info = info = read_info(self.folder)
         if not info.complete:
-            raise ValueError(f"the token cache {folder} is not complete: run `regvq tokens` again, it goes on")
+            raise ValueError(f"the token cache {folder} is incomplete: run `regvq tokens` again to complete it")
         if tokenizer_hash is not None and tokenizer_hash != info.tokenizer_sha256:
             raise ValueError(
                 f"the token cache {folder} was made by {info.tokenizer} (SHA-256 {info.tokenizer_sha256[:12]}), not by "
-                f"this tokenizer ({tokenizer_hash[:12]}): use that one, or make a cache with this one"
+                f"this tokenizer ({tokenizer_hash[:12]}): use that tokenizer, or make a new cache"
             )
         self._opened: list[Shard] | None = self._open()  # now, so that a damaged file is an error here
 
@@ -180,7 +180,7 @@ class TokenDataset(Dataset[TokenSample]):
         if tokens.max() >= self.info.num_codes:  # out of range, an embedding on a GPU would end the process
             raise ValueError(
                 f"{self.folder} holds the token {tokens.max()}, but its tokenizer has {self.info.num_codes} codes: "
-                "a shard is damaged; delete the cache, and make it anew"
+                "a shard is damaged; delete the cache and make it again"
             )
         batch = TokenBatch(tokens=torch.from_numpy(tokens))
         if "segmentation" in self.info.fields:
@@ -189,7 +189,7 @@ class TokenDataset(Dataset[TokenSample]):
             if segmentation.max() >= (self.info.num_classes or _MAX_CLASSES):  # an embedding, too
                 raise ValueError(
                     f"{self.folder} holds the class id {segmentation.max()}, of {self.info.num_classes} classes: "
-                    "delete the cache, and make it anew"
+                    "delete the cache and make it again"
                 )
             batch["segmentation"] = torch.from_numpy(segmentation)
         if "label" in self.info.fields:
@@ -197,7 +197,7 @@ class TokenDataset(Dataset[TokenSample]):
             if labels.min() < 0 or labels.max() >= len(self.info.label_names):  # an embedding, too
                 raise ValueError(
                     f"{self.folder} holds labels from {labels.min()} to {labels.max()}, of "
-                    f"{len(self.info.label_names)} classes: a shard is damaged; delete the cache, and make it anew"
+                    f"{len(self.info.label_names)} classes: a shard is damaged; delete the cache and make it again"
                 )
             batch["label"] = torch.from_numpy(labels)
         if "caption" in self.info.fields:

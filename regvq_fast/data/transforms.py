@@ -102,7 +102,7 @@ def crop_labels(
             aspect ratio than the image.
     """
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise ValueError(f"a segmentation map has one class id a pixel, this one is {image.mode}")
+        raise ValueError(f"a segmentation map must have one class id per pixel, but this one is {image.mode}")
     labels = np.asarray(image)
     largest = min(num_classes or 256, 256) - 1  # a map has 8 bits
     if labels.max() > largest or labels.min() < 0:

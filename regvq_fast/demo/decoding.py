@@ -53,7 +53,7 @@ class Decoder:
                 if not self._pipe.poll(self.seconds):
                     self.close()
                     raise ValueError(
-                        f"The image takes over {self.seconds:.0f} seconds to decode: save it anew, smaller."
+                        f"The image takes over {self.seconds:.0f} seconds to decode: save a smaller version."
                     )
                 answer = self._pipe.recv()
             except (EOFError, ConnectionError):
@@ -95,7 +95,7 @@ def _decode(pipe: Connection, memory: int) -> None:
             square = read_square(file, size)
             answer = (square.pixels.numpy(), square.width, square.height)
         except MemoryError:
-            answer = ValueError(f"The image takes over {memory / 2**30:.1f} GiB to decode: save it anew, smaller.")
+            answer = ValueError(f"The image takes over {memory / 2**30:.1f} GiB to decode: save a smaller version.")
         except Exception as error:
             answer = error
         pipe.send(answer)

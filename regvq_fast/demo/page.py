@@ -72,7 +72,7 @@ def _reconstruct_tab(reconstructor: Reconstructor, examples: ImageDataset) -> No
 
     def uploaded(file: Path | None) -> str:
         if file is None:
-            raise ValueError("There is no image: drop one.")
+            raise ValueError("No image: drop one here.")
         square = decoder.read_square(file, reconstructor.size)
         side = min(square.width, square.height)
         whole = f"The image has {square.width} x {square.height} pixels"
@@ -179,7 +179,7 @@ def _controls(painter: Painter) -> dict[str, Any]:
         controls["count"] = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images", min_width=120)
         info = "Equal seeds, equal images"
         controls["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120, info=info)
-    info = "0: always the likeliest code"
+    info = "0: always the most likely code code"
     controls["temperature"] = gr.Slider(0, 2, 1, step=0.05, label="Temperature", info=info)
     if painter.condition != "none":
         info = "1: none" if painter.guided else "This prior was trained without a null condition: none"

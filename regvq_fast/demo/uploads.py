@@ -59,7 +59,7 @@ def read_square(file: Path | bytes, size: int) -> Square:
             width, height = upright_size(image)
             square = crop_rgb(image, center_box(width, height), size, size, OVERSAMPLING["val"])
     except Image.UnidentifiedImageError:
-        raise ValueError("The file is no PNG, JPEG, WebP, GIF, BMP or TIFF image: choose another one.") from None
+        raise ValueError("The file is not a PNG, JPEG, WebP, GIF, BMP or TIFF image: choose another.") from None
     except Image.DecompressionBombError:
         raise ValueError(f"The image has more than {_LIMIT}, which is the limit: make it smaller.") from None
     except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files

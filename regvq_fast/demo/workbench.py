@@ -218,7 +218,7 @@ class Painter:
         except (TypeError, ValueError):
             content = b""
         if len(content) != self.map_side**2:
-            raise ValueError("The map can't be read: reload the page, and paint it anew.")
+            raise ValueError("The map can't be read: reload the page and paint it again.")
         ids = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(self.map_side, self.map_side)
         if int(ids.max()) >= len(self.class_names):
             raise ValueError(f"The map has the class {int(ids.max())}; there are {len(self.class_names)}.")
@@ -232,7 +232,7 @@ class Painter:
         """
         caption = " ".join(text.encode(errors="replace").decode().split()) if isinstance(text, str) else ""
         if not caption:
-            raise ValueError("There is no caption: type one.")
+            raise ValueError("No caption: type one.")
         if len(caption) > MAX_CAPTION:
             raise ValueError(f"The caption has {len(caption)} characters, the limit is {MAX_CAPTION}: shorten it.")
         return caption
@@ -246,7 +246,7 @@ class Painter:
         names = self.sampler.prior.label_names
         if text not in names:
             some = ", ".join(map(repr, names[:3]))
-            raise ValueError(f"{str(text)[:60]!r} is none of the prior's {len(names)} labels, such as {some}.")
+            raise ValueError(f"{str(text)[:60]!r} is not one of the prior's {len(names)} labels, such as {some}.")
         return str(text)
 
     def unknown_words(self, caption: str) -> list[str]:

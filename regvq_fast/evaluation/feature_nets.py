@@ -204,7 +204,7 @@ def load_feature_net(spec: str) -> FeatureNet:
     """
     kind, colon, rest = spec.partition(":")
     if kind not in ("inception", "vgg16", "random-vgg16") or bool(colon) != bool(rest) or (kind[0] == "r" and rest):
-        raise ValueError(f"--fid-features {spec} is none of {_CHOICES}")
+        raise ValueError(f"--fid-features {spec} must be one of {_CHOICES}")
     path = Path(rest) if rest else None
     if kind == "inception":
         return InceptionFeatureNet(path)

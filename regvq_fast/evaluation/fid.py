@@ -115,7 +115,7 @@ def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Mome
         ValueError: statistics with different numbers of features, or of a single image.
     """
     if (sizes := (len(a.mean), len(b.mean)))[0] != sizes[1]:
-        raise ValueError(f"the statistics are of {sizes[0]} and {sizes[1]} features: take one network for both")
+        raise ValueError(f"the statistics are of {sizes[0]} and {sizes[1]} features: use the same network for both")
     for side in (a, b):
         if isinstance(side, FeatureStatistics):
             if side.count < 2:
@@ -225,7 +225,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
         ValueError: the split is empty.
     """
     if not len(dataset):
-        raise ValueError("the split is empty: there is no image to evaluate on")
+        raise ValueError("the split is empty: no image to evaluate")
     origin = dataset.provenance() if isinstance(dataset, ImageDataset) else Provenance(type(dataset).__name__)
     digest = hashlib.sha256()
     for file in origin.files:
@@ -279,7 +279,7 @@ def _load(
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        logger.warning("the statistics in %s are damaged (%s) and computed anew", file, error)
+        logger.warning("the statistics in %s are damaged (%s) and will be recomputed", file, error)
         return None
     if total.shape != (num_features,) or products.shape != (num_features, num_features):
         return None

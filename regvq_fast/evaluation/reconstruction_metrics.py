@@ -117,7 +117,7 @@ def evaluate_reconstruction(
     sums = [torch.cat([zero, *values]).double().sum() for values in (psnr, ssim, distances)]
     *totals, images = sum_over_ranks(torch.stack([*sums, zero.double().squeeze() + images])).tolist()
     if not images:
-        raise ValueError("there is no image to evaluate on")
+        raise ValueError("no image to evaluate")
     height, width = any_rank(height), any_rank(width)  # a rank may have no image
     by_position = torch.zeros(height * width * num_codes, dtype=torch.int64, device=device)
     by_position = sum_over_ranks(by_position if usage is None else usage.counts).view(height, width, num_codes)

@@ -51,7 +51,7 @@ class ReferenceBatch:
                 raise ValueError(f"{path} is damaged, or no reference: {why_unreadable(error)}") from None
             self.images = ImageArray(path) if KEY in arrays else None
         if self.images is None and self.pooled is None:
-            raise ValueError(f"{path} has neither images ({KEY}) nor statistics (mu, sigma): it is no reference")
+            raise ValueError(f"{path} has neither images ({KEY}) nor statistics (mu, sigma): it is not a reference")
 
     def check(self, samples: SampledImages | ImageArray, net: FeatureNet) -> None:
         """Raise ValueError if images can't be compared with this reference through the network."""
@@ -77,7 +77,7 @@ class ReferenceBatch:
 
 def _moments(arrays: Any, mean: str, covariance: str) -> Moments | None:
     if (mean in arrays) != (covariance in arrays):
-        raise ValueError(f"it has one of {mean} and {covariance} only, statistics are both")
+        raise ValueError(f"it has only one of {mean} and {covariance}: both are needed")
     if mean not in arrays:
         return None
     found = [arrays[name] for name in (mean, covariance)]

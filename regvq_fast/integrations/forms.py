@@ -71,7 +71,7 @@ def _with_form(form: type["Form"], quantizer: AnyQuantizer) -> AnyQuantizer:
     if not isinstance(quantizer, Quantizer):
         raise TypeError(f"quantizer must be one of regvq_fast.quantizers, got {type(quantizer).__name__}")
     if isinstance(quantizer, Form):
-        raise ValueError(f"this {type(quantizer).__name__} has another library's interface already: make a new one")
+        raise ValueError(f"this {type(quantizer).__name__} already has another library's interface: make a new one")
     needs_start = type(quantizer).initialize is not Quantizer.initialize
     is_new = needs_start and _is_as_built(quantizer)
     form.swap(quantizer)

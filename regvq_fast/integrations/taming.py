@@ -44,7 +44,7 @@ class VectorQuantizer2(DiffusersVectorQuantizer):
         """z (B, D, H, W) -> codes, loss, (None, None, indices); the other arguments are GumbelQuantize's."""
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise ValueError(
-                f"temp={temp}, rescale_logits={rescale_logits}, return_logits={return_logits} are GumbelQuantize's: "
+                f"temp={temp}, rescale_logits={rescale_logits}, return_logits={return_logits} apply to GumbelQuantize: "
                 "VectorQuantizer2 takes the nearest code, leave them out"
             )
         return DiffusersVectorQuantizer.forward(self, z)

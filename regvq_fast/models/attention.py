@@ -40,7 +40,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
             except NotImplementedError as error:  # a build for another PyTorch imports, but has no kernels
                 _without_kernel.add(kind)
                 reason = str(error).partition("\n")[0]
-                warnings.warn(f"PyTorch's attention runs, since xformers has no kernel: {reason}", stacklevel=2)
+                warnings.warn(f"using PyTorch's attention: xformers has no kernel: {reason}", stacklevel=2)
     return pytorch_attention(query, key, value, causal=causal)
 
 
@@ -135,7 +135,7 @@ def _xformers() -> ModuleType | None:
     except Exception as error:  # a build for another PyTorch may raise anything: OSError, RuntimeError, AttributeError
         if not (isinstance(error, ModuleNotFoundError) and error.name == "xformers"):  # not installed
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            warnings.warn(f"PyTorch's attention runs, since xformers fails to import: {reason}", stacklevel=2)
+            warnings.warn(f"using PyTorch's attention: xformers fails to import: {reason}", stacklevel=2)
         return None
     return xformers.ops
 

@@ -70,13 +70,13 @@ def local_folder(source: str | os.PathLike[str], revision: str | None = None) ->
         raise NotADirectoryError(f"{folder} is a file: give its folder, {folder.parent}")
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"{folder} is a folder here, which has no revision {revision!r}: leave the revision out")
+            raise ValueError(f"{folder} is a local folder and has no revision {revision!r}: leave out the revision")
         return folder
     if name is None:
-        raise FileNotFoundError(f"no such folder: {source}; nor is this a name on {HUB}, which is ORGANIZATION/NAME")
+        raise FileNotFoundError(f"no such folder: {source}; nor is it ORGANIZATION/NAME on {HUB}")
     if revision is not None:
         if name.revision is not None:
-            raise ValueError(f"{name} names a revision, and revision={revision!r} another one: give one of the two")
+            raise ValueError(f"{name} and revision={revision!r} name different revisions: give one")
         name = HubName(name.repo, revision)
     return _download(name)
 
@@ -152,7 +152,7 @@ def check_name(to: str) -> HubName:
     """Return the name of a repository to publish to; ValueError if it is invalid or has a revision."""
     match = _NAME.fullmatch(to)
     if match is None or match[2] is not None:
-        raise ValueError(f"{to!r} is no name of a repository on {HUB}: give ORGANIZATION/NAME")
+        raise ValueError(f"{to!r} is not a repository name on {HUB}: give ORGANIZATION/NAME")
     return HubName(match[1], None)
 
 

@@ -146,7 +146,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
             raise ValueError(f"{path} is truncated: {found:,} of {size:,} bytes are there")
         with path.open("rb") as file:
             if found > size or hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise ValueError(f"{path} is not the file that was written: its SHA-256 is not the one in {MANIFEST}")
+                raise ValueError(f"{path} was changed: its SHA-256 is not the one in {MANIFEST}")
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
@@ -154,7 +154,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     try:
         return dict(parse_json(_read(folder / MANIFEST))["files"])
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or only a part of one") from None
+        raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint or is incomplete") from None
     except (ValueError, KeyError, TypeError):
         raise _damaged(folder) from None
 
@@ -179,7 +179,7 @@ def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / WEIGHTS).exists():
         checkpoints = list(step_folders(folder).values())
         if not checkpoints:
-            raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {CHECKPOINTS}/: it is no run or checkpoint")
+            raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {CHECKPOINTS}/: it is not a run or checkpoint")
         folder = checkpoints[-1]
     if (folder / MANIFEST).exists():
         contents = read_folder(folder, (CONFIG, WEIGHTS))
@@ -246,7 +246,7 @@ def restore(what: str, kinds: Mapping[str, type[Part]], description: Mapping[str
     arguments = dict(description)
     kind = arguments.pop("type", None)
     if kind not in kinds:
-        raise ValueError(f"{what} {kind!r} is none of {', '.join(kinds)}")
+        raise ValueError(f"{what} {kind!r} must be one of {', '.join(kinds)}")
     try:
         return kinds[kind](**arguments)
     except TypeError as error:
@@ -283,7 +283,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except MemoryError:
-        raise ValueError(f"{path} has {size:,} bytes, more than there is memory for") from None
+        raise ValueError(f"{path} has {size:,} bytes, more than the memory holds") from None
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:

@@ -76,7 +76,7 @@ def read_taming(path: Path, config: Path | None = None, image_size: int | None =
             architecture["dropout"] = float(described.get("dropout", 0.0))
             break
     if config is not None and found is None:
-        raise ValueError(f"{config} describes another model than the tensors in {path}: give its own yaml, or none")
+        raise ValueError(f"{config} describes another model than {path} holds: give the matching yaml, or none")
     architecture["image_size"] = size = image_size or DEFAULT_IMAGE_SIZE
     architecture["attn_resolutions"] = [size >> level for level in levels]
     kind = "GumbelVQ" if "quantize.embed.weight" in given else "VQModel"
@@ -132,7 +132,7 @@ def _architecture(shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Any], lis
 
     def shape(name: str) -> torch.Size:
         if name not in shapes:
-            raise ValueError(f"it is not a VQGAN of taming-transformers, which has {name}")
+            raise ValueError(f"it is not a VQGAN of taming-transformers: {name} is missing")
         return shapes[name]
 
     def count(pattern: str) -> int:

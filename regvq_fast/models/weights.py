@@ -74,7 +74,7 @@ def find_weights(remote: RemoteWeights, path: Path | None = None, *, download: b
     if cached.is_file():
         return FoundWeights(cached, f"cache:{cached}")
     if not download:
-        raise OSError(f"{remote.file_name} is not in {cached.parent}, and downloads are switched off")
+        raise OSError(f"{remote.file_name} is not in {cached.parent}, and downloads are disabled")
     download_file(remote, cached)
     return FoundWeights(cached, f"download:{remote.url}")
 
@@ -315,5 +315,5 @@ def _copy(response: http.client.HTTPResponse, file: IO[bytes], label: str, total
                         raise TimeoutError(f"{window_bytes / elapsed:.0f} bytes a second")
                     window_start, window_bytes = time.monotonic(), 0
         except (TimeoutError, http.client.HTTPException) as error:
-            raise OSError(f"the download of {label} stalled or broke off: {error}") from error
+            raise OSError(f"the download of {label} stalled or was interrupted: {error}") from error
     return digest.hexdigest()

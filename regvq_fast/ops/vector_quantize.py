@@ -209,13 +209,13 @@ def _check_arguments(
         check_matrix("bias", bias, codebook.shape[-2], ndim=codebook.ndim - 1)
         check_like("bias", bias, "x", x)
         if bias.shape != codebook.shape[:-1]:
-            raise ValueError(f"bias {tuple(bias.shape)} must have one number for each code of {tuple(codebook.shape)}")
+            raise ValueError(f"bias {tuple(bias.shape)} must have one value per code of {tuple(codebook.shape)}")
     shape = x.shape[: 1 - codebook.ndim]
     for name, rows in (("mask", mask), ("valid", valid)):
         if rows is not None:
             check_rows(name, rows, shape, x)
     if mask is not None and seed is None:
-        raise ValueError("mask without seed: stochastic rows need a seed, a 0-dim int64 tensor")
+        raise ValueError("mask needs seed, a 0-dim int64 tensor, for its stochastic rows")
     if seed is not None:
         check_scalar("seed", seed, x)
     if isinstance(row_offset, Tensor):
@@ -231,7 +231,7 @@ def _check_arguments(
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     if num_rows and groups > num_rows:
-        raise ValueError(f"more groups than rows: groups={groups}, rows={num_rows}")
+        raise ValueError(f"groups must not exceed the number of rows, got groups={groups}, rows={num_rows}")
     if num_rows % groups:
         raise ValueError(f"groups must divide the number of rows, got groups={groups}, rows={num_rows}")
     if codebook_grad not in _CODEBOOK_GRADS:

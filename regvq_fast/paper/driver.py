@@ -43,33 +43,33 @@ class PaperConfig(CompileConfig, DeviceConfig):
     """A run of ``regvq paper``."""
 
     experiment: Positional[ExperimentName]
-    """Rows to run."""
+    """Table or sweep."""
     preset: PresetName = "scenes"
-    """Data set, and settings at scale full."""
+    """Data set; at scale full also its settings."""
     scale: Scale = "tiny"
-    """tiny: minutes a row, on a CPU, too; full: the paper's sizes (scenes: 128 px, for a GPU)."""
+    """tiny: minutes per row, even on a CPU. full: the paper's sizes (scenes: 128 px), for GPUs."""
     data: Path | None = None
-    """Images of the preset, for quantizers any, as for regvq train vq. Not given: the embedded scenes."""
+    """Images of the preset (any images for quantizers), as for regvq train vq. Default: the embedded scenes."""
     out: Path | None = None
-    """Folder of tables and figures, with the runs in its runs/. Not given: runs/paper/DATA-SCALE."""
+    """Folder of tables, figures and runs/. Default: runs/paper/DATA-SCALE."""
     seeds: tuple[int, ...] = (0,)
-    """Each row is trained once with each of them; its numbers are means, with their standard deviations."""
+    """Seeds; each row is trained once per seed and reports mean and standard deviation."""
     rows: tuple[str, ...] = ()
-    """Only these rows, by name, name of their folder, or curve of the sweep. Not given: all."""
+    """Rows to run, by name, folder name or curve of the sweep. Default: all."""
     prior: Literal["preset", "none"] | PriorName = "preset"
-    """Prior that samples the images of FID[G]; "preset": the paper's on this data, and none in the sweeps."""
+    """Prior for FID[G]; preset: the paper's for this data, none in sweeps."""
     fid_features: str = "inception"
-    """As in regvq evaluate; random-vgg16 needs no file."""
+    """Features of FID, as in regvq evaluate; random-vgg16 needs no file."""
     perceptual_weights: Path | None = None
-    """VGG-16 weights of training and of the perceptual distance, as in regvq train vq."""
+    """VGG-16 weights of training and LPIPS, as in regvq train vq."""
     contrastive_weights: Path | None = None
     """VGG-19 weights of the contrastive loss at scale full, as in regvq train vq."""
     jobs: int = 1
-    """Rows that run side by side, each with its fraction of the cores."""
+    """Rows run in parallel; they divide the cores among them."""
     processes: int = 1
-    """GPUs: more than one trains under torchrun."""
+    """GPUs per row; more than one uses torchrun."""
     report_only: bool = False
-    """Run nothing; write tables and figures of the rows that are done."""
+    """Run nothing; write tables and figures of finished rows."""
 
 
 def reproduce(config: PaperConfig) -> None:
@@ -98,7 +98,7 @@ def reproduce(config: PaperConfig) -> None:
     report = Report(experiment, config.experiment, config.preset, out, plan)
     if config.report_only and not report.measured():
         raise ValueError(
-            f"no row of {config.experiment} is done in {out}: leave out --report-only, or give its folder with --out"
+            f"{out} has no finished row of {config.experiment}: leave out --report-only, or give another --out"
         )
     if not config.report_only:
         # One seed of all rows first, so that a table that is stopped early has all rows.
@@ -140,7 +140,7 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
         theirs = ", ".join(PUBLISHED_DATASETS)
         raise ValueError(f"the paper has no experiments on --preset {config.preset}: take scenes, or one of {theirs}")
     if experiment.own_recipe and config.preset != "scenes":
-        raise ValueError(f"{config.experiment} has settings of its own: leave out --preset {config.preset}")
+        raise ValueError(f"{config.experiment} has its own settings: leave out --preset {config.preset}")
     if not experiment.own_recipe and config.preset == "scenes" and config.data is not None:
         raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
     if config.preset != "scenes" and config.data is None:

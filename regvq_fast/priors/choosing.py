@@ -114,7 +114,7 @@ def check_choice(temperature: float = 1.0, top_k: int | None = None, top_p: floa
     """Raise ValueError for a setting of `choose_tokens` out of range."""
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(
-            f"temperature must be a finite number of at least 0 (0: always the likeliest), got {temperature}"
+            f"temperature must be a finite number of at least 0 (0: always the most likely code), got {temperature}"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for all codes, got {top_k}")

@@ -212,7 +212,7 @@ class ClassIdSampler(PriorSampler):
         shape, least = conditions.shape[1:], self.prior.condition_shape
         if any(side < cells for side, cells in zip(shape, least, strict=False)):
             given, needed = (" x ".join(map(str, sides)) for sides in (shape, least))
-            raise ValueError(f"{source} gives {given} pixels; the prior needs at least {needed}: take a larger map")
+            raise ValueError(f"{source} gives {given} pixels; the prior needs at least {needed}: use a larger map")
         maps = conditions if shape == least else majority_vote(conditions, least)
         if (largest := int(maps.max())) >= self.prior.num_classes:
             raise ValueError(

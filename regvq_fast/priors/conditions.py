@@ -42,7 +42,7 @@ def choose_condition(
     if wanted is None:
         return next((kind for kind in takes if kind in has), "none")
     if wanted not in takes:
-        raise ValueError(f"--condition {wanted} is not for this prior: take one of {', '.join(takes)}")
+        raise ValueError(f"--condition {wanted} is not available for this prior: use one of {', '.join(takes)}")
     if wanted != "none" and wanted not in has:
         there = ", ".join(sorted(has)) or "no condition at all"
         raise ValueError(f"{source} has no {wanted}, only {there}: leave out --condition, or give data with a {wanted}")
@@ -88,7 +88,7 @@ def label_ids(labels: Sequence[str | int] | Tensor, names: Sequence[str], source
         if k is None:
             close = difflib.get_close_matches(str(label).casefold(), ids, n=3, cutoff=0.5) or list(ids)[:5]
             shown = ", ".join(repr(names[ids[name]]) for name in close)
-            raise ValueError(f"{source} {label!r} is none of the prior's {len(names)} labels, such as {shown}")
+            raise ValueError(f"{source} {label!r} is not one of the prior's {len(names)} labels, such as {shown}")
         if not 0 <= k < len(names):
             raise ValueError(f"{source} {label} is out of range: the prior has {len(names)} labels, from 0 on")
         found.append(k)

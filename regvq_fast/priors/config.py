@@ -16,11 +16,11 @@ class TokensConfig(Section):
     cache: OptionalPath = None
     """Token cache, made by regvq tokens."""
     on_the_fly: bool = False
-    """Make tokens of images in each step, by --tokenizer."""
+    """Encode images in every step with --tokenizer, without a cache."""
     tokenizer: OptionalPath = None
     """Tokenizer: run, checkpoint, folder or ORGANIZATION/NAME on the hub. Default: the cache's."""
     condition: Condition | None = None
-    """Condition of an image. Default: the first that 95 % of the images have."""
+    """Condition of an image. Default: the first kind that 95 % of the images have."""
     data: OptionalPath = None
     """on the fly: images, as for regvq train vq. Default: the embedded scenes."""
     crop: Crop = "center"
@@ -28,13 +28,13 @@ class TokensConfig(Section):
     flip: bool = True
     """on the fly: mirror half of a folder's training images."""
     val_images: int = 512
-    """on the fly: largest number of validation images."""
+    """on the fly: maximum number of validation images."""
 
     def check(self) -> None:
         super().check()
         check_at_least(1, {"--val-images": self.val_images})
         if self.on_the_fly and self.cache is not None:
-            raise ValueError(f"--on-the-fly and --cache {self.cache} exclude each other: take one")
+            raise ValueError(f"--on-the-fly and --cache {self.cache} exclude each other: give one")
         if not self.on_the_fly and self.cache is None:
             raise ValueError(
                 "give a token cache with --cache (`regvq tokens` makes one), or --on-the-fly with --tokenizer"
@@ -58,7 +58,7 @@ class TransformerConfig(Section):
     dropout: float = 0.0
     """Dropout rate."""
     condition_dropout: float = 0.1
-    """Fraction of images without their condition, for classifier-free guidance."""
+    """Fraction of images trained without condition, for classifier-free guidance."""
 
     def check(self) -> None:
         super().check()
@@ -75,7 +75,7 @@ class PriorRunConfig(RunConfig):
     def check(self) -> None:
         super().check()
         if self.shard and self.find_batch_size:
-            raise ValueError("--find-batch-size looks at one GPU with the whole model: leave out --shard, or it")
+            raise ValueError("--find-batch-size measures one GPU with the whole model: leave out --shard")
 
 
 @dataclass(frozen=True)

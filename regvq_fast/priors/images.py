@@ -60,7 +60,7 @@ class ImageSampler:
         if tokenizer.token_shape != self.prior.token_shape or tokenizer.quantize.num_codes != self.prior.num_codes:
             raise ValueError(
                 f"the tokenizer has {tokenizer.token_shape} tokens of {tokenizer.quantize.num_codes} codes, the prior "
-                f"{self.prior.token_shape} of {self.prior.num_codes}: they don't belong together"
+                f"{self.prior.token_shape} of {self.prior.num_codes}: they do not match"
             )
         self.hash = weights_hash(prior)[:12]
         if precision.dtype is not None:
@@ -134,7 +134,7 @@ class ImageSampler:
             raise TypeError(f"conditions of this {kind.title} prior must be {_CONDITIONS[self.condition]}, got {given}")
         if states is not None and not kind.has_states:
             owners = titles(lambda sampler: sampler.has_states)
-            raise ValueError(f"states are of {owners} priors; this one is {kind.title}: leave them out")
+            raise ValueError(f"states exist for {owners} priors; this one is {kind.title}: leave them out")
         return self.decode(
             self.token_sampler.sample(conditions, first_image, keep=keep, states=states, progress=progress)
         )

@@ -93,7 +93,7 @@ class PriorRecipe(Recipe[Config]):
         if source is None and tokens.cache is not None:
             source = Path(read_info(tokens.cache).tokenizer)
             if not source.exists() and hub_name(source) is None:
-                raise ValueError(f"the tokenizer {source} that {tokens.cache} names is not there: give --tokenizer")
+                raise ValueError(f"the tokenizer {source} named by {tokens.cache} is missing: give --tokenizer")
         assert source is not None  # checked
         self.tokenizer = VQGAN.from_pretrained(source)
         self.tokenizer_hash = weights_hash(self.tokenizer)

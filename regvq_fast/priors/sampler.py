@@ -40,7 +40,7 @@ class SteppedSettings(SamplingSettings):
     """Settings of samplers with a number of steps, each over all tokens."""
 
     steps: int | None = None
-    """diffusion, maskgit: steps to take. Not given: as many as a diffusion was trained with; 12."""
+    """diffusion, maskgit: sampling steps. Default: the diffusion's training steps; 12 for maskgit."""
 
 
 class PriorSampler(ABC):

@@ -19,7 +19,7 @@ class BSQSettings(LFQSettings):
     temperature: float = 1.0
     """Temperature of their soft assignment."""
     group_bits: Annotated[int, arg(metavar="N")] = 9
-    """Most bits that share one entropy of the mean."""
+    """Maximum bits per entropy of the mean."""
 
 
 class BSQQuantizer(LFQQuantizer):

@@ -33,7 +33,7 @@ class EMASettings(NearestSettings):
     decay: Annotated[float, arg(name="codebook-decay")] = 0.99
     """Decay of the codes' running averages."""
     dead_threshold: float = 0.1
-    """Usage, over uniform, that moves a code."""
+    """Reset codes used less than this fraction of uniform."""
     kmeans_init: bool = False
     """Initialize the codes by k-means of latents."""
 

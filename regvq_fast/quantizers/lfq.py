@@ -22,11 +22,11 @@ class LFQSettings(CommitmentSettings):
     entropy_weight: float = 0.1
     """Weight of the entropy terms."""
     diversity: float = 1.0
-    """Weight, among them, of the mean's entropy."""
+    """Relative weight of the mean's entropy."""
     temperature: float = 0.01
     """Temperature of their soft assignment."""
     group_bits: Annotated[int, arg(metavar="N")] = 14
-    """Most bits that share one entropy of the mean."""
+    """Maximum bits per entropy of the mean."""
 
     def check(self) -> None:
         super().check()

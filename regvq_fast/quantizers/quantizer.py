@@ -192,7 +192,7 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: the quantizer can't start from given codes.
         """
-        raise ValueError(f"{type(self).__name__} can't start from given codes")
+        raise ValueError(f"{type(self).__name__} does not accept given codes")
 
     def freeze(self) -> None:
         """Keep the codes, and the weights that select them, from now on, even in training."""

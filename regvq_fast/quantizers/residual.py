@@ -42,7 +42,7 @@ class ResidualQuantizer(nn.Module):
         super().__init__()
         forms = {(quantizer.code_dim, quantizer.channels_last) for quantizer in quantizers}
         if len(forms) != 1:
-            raise ValueError(f"quantizers must be at least one, of one code_dim and channels_last, got {sorted(forms)}")
+            raise ValueError(f"quantizers must be given and have one code_dim and channels_last, got {sorted(forms)}")
         self.num_quantizers, self.dropout, self.chain_rule = len(quantizers), tuple(dropout), chain_rule
         if not all(1 <= number <= self.num_quantizers for number in self.dropout):
             raise ValueError(f"dropout must have numbers in 1, ..., {self.num_quantizers}, got {self.dropout}")

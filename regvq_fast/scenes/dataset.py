@@ -172,7 +172,7 @@ def _open_photographs() -> list[Image.Image]:
     missing = [photograph.file for photograph in PHOTOGRAPHS if not (folder / photograph.file).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}, which the scenes are made of; "
+            f"{folder} lacks {', '.join(missing)}, which the scenes need; "
             "reinstall scikit-image from its wheel (pip install --force-reinstall scikit-image), or train on a folder"
         )
     images = []

@@ -28,7 +28,7 @@ def embedded_model(name: str) -> Path:
     folder = FOLDER / name
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(
-            f"{folder} is not there: this copy of the package has no embedded models; reinstall it, or train one with "
+            f"{folder} is missing: this copy of the package has no embedded models; reinstall it, or train one with "
             f"`{EMBEDDED[name]}` and give its run"
         )
     return folder

@@ -110,7 +110,7 @@ class RegionClassifier(nn.Module):
                 progress(first + len(batch["image"]), samples)
         few = torch.nonzero(moments[0].count < 2)[:, 0].tolist()
         if few:
-            raise ValueError(f"classes {few} have fewer than two regions in {samples} samples: give more of them")
+            raise ValueError(f"classes {few} have fewer than two regions in {samples} samples: give more samples")
 
         count, total, products = (torch.cat(parts) for parts in zip(*(m.sums() for m in moments), strict=True))
         mean = total.sum(0) / count.sum()

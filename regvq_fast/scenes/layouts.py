@@ -157,7 +157,7 @@ def parse_caption(caption: str) -> ParsedCaption:
             ids = {photograph.phrase: label for label, photograph in enumerate(PHOTOGRAPHS)}
             return ParsedCaption(name, tuple(ids[phrase] for phrase in phrases))
     raise ValueError(
-        f"{caption!r} is no caption of the scenes: write one like 'a cat on the left and bricks on the right', "
+        f"{caption!r} is not a caption of the scenes: write one like 'a cat on the left and bricks on the right', "
         "with a sentence of LAYOUTS and phrases of PHOTOGRAPHS (regvq_fast.scenes)"
     )
 

@@ -56,7 +56,7 @@ def find_batch_size(kind: type[Recipe[Config]], config: Config) -> None:
     """
     device = choose_device(config.run.device)
     if world_size() > 1:
-        raise ValueError("--find-batch-size looks at one GPU: run it without torchrun, then multiply by the processes")
+        raise ValueError("--find-batch-size measures one GPU: run it without torchrun, then multiply by the processes")
     limit = memory_limit(device)
     if limit is None:
         raise ValueError("--find-batch-size needs a GPU: on a CPU the system swaps before an allocation fails")

@@ -92,7 +92,7 @@ class Checkpoint:
         """
         if self.step > steps:
             raise ValueError(
-                f"{self.folder} has {self.step} steps done, and the run is to end after {steps}: give more --steps or "
+                f"{self.folder} already has {self.step} steps, but the run ends after {steps}: give more --steps or "
                 "--epochs, or neither"
             )
         for name, value in identity.items():
@@ -174,9 +174,9 @@ def training_state(content: bytes, path: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise anything, in many lines
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} is not a state of training, or damaged ({reason})") from None
+        raise ValueError(f"{path} is not a training state or is damaged ({reason})") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a state of training")
+        raise ValueError(f"{path} is not a training state")
     return state
 
 

@@ -51,8 +51,8 @@ def micro_batch_size(config: OptimizerConfig) -> int:
     if rest:
         by = f" and --grad-accum-steps {config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
-            f"--batch-size {config.batch_size} does not divide among {world_size()} processes{by}: "
-            f"take a multiple of {world_size() * config.accumulate}"
+            f"--batch-size {config.batch_size} can't be divided among {world_size()} processes{by}: "
+            f"use a multiple of {world_size() * config.accumulate}"
         )
     return size
 
@@ -160,13 +160,13 @@ class Optimization:
         _, skipped, causes, longest = self._reading
         if longest > max_skipped:
             raise FloatingPointError(
-                f"{longest} steps in a row were skipped (--max-skipped {max_skipped}), not finite: {', '.join(causes)}"
+                f"{longest} steps in a row were skipped (--max-skipped {max_skipped}), non-finite: {', '.join(causes)}"
             )
         # Loss scaling skips overflowing steps while it searches for a scale: no warning.
         if not skipped or (self.scaler.is_enabled() and OVERFLOWING.issuperset(causes)):
             return []
         steps = "a step was" if skipped == 1 else f"{skipped} steps were"
-        return [f"{steps} skipped since the last record, not finite: {', '.join(causes)}"]
+        return [f"{steps} skipped since the last record, non-finite: {', '.join(causes)}"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next update depends on, except the evaluated weights: tensors and plain values.

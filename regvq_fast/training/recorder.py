@@ -139,7 +139,7 @@ class Recorder:
             self.save_json("config.json", self.description)
             self.removed = step
             self.warn(
-                f"{self.folder} was removed; it is made anew with the records, without earlier checkpoints and images"
+                f"{self.folder} was removed; it is recreated with the records, without earlier checkpoints and images"
             )
 
     def advance(self, step: int) -> None:
@@ -175,7 +175,7 @@ class Recorder:
             yield
         except OSError as error:
             if what not in self._failing:
-                self.warn(f"{what} could not be written ({reason(error)}); the run goes on")
+                self.warn(f"{what} could not be written ({reason(error)}); the run continues")
             self._failing.add(what)
         else:
             self._failing.discard(what)

@@ -32,8 +32,8 @@ class StepTrace:
         self._end = min(self._begin + count, steps.stop)
         if count and self._end <= self._begin:
             recorder.warn(
-                f"--trace-steps {count} leaves no trace: the first {WARM} steps are not traced, and the run has "
-                f"{len(steps)} to do"
+                f"--trace-steps {count} leaves no trace: the first {WARM} steps are not traced and only "
+                f"{len(steps)} steps are left"
             )
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._profile = profile(activities=activities) if self._end > self._begin and rank() == 0 else None

@@ -66,7 +66,7 @@ class VQGANStep:
         exchanges = any(isinstance(module, nn.SyncBatchNorm) for module in discriminator.modules())
         if exchanges and r1_weight > 0:
             raise ValueError(
-                "--r1-weight needs second derivatives, which --disc-norm batch over several GPUs does not have: use "
+                "--r1-weight needs second derivatives, which --disc-norm batch over several GPUs does not support: use "
                 "--disc-norm group or none"
             )
         discriminate = maybe_compile(discriminator, compile and not exchanges)

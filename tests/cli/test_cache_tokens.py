@@ -303,7 +303,7 @@ def test_images_with_captions_and_maps(tokenizer: Path, tmp_path: Path, capsys: 
     for k in range(8):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(photos / f"{k}.png")
         Image.fromarray(np.full((20, 24), k, dtype=np.uint8)).save(photos / f"{k}.seg.png")
-        (photos / f"{k}.txt").write_text(f"picture {k}")
+        (photos / f"{k}.txt").write_text(f"image {k}")
     (photos / "9.png").write_bytes(b"no image")
     (photos / "9.seg.png").write_bytes(b"no map")
     (photos / "9.txt").write_text("no caption")
@@ -325,7 +325,7 @@ def test_images_with_captions_and_maps(tokenizer: Path, tmp_path: Path, capsys: 
     for index in range(len(tokens)):
         sample = tokens[index]
         assert torch.equal(sample["tokens"], tokenize_batch(model, collate([images[index]]))["tokens"][0])
-        assert sample["caption"] == f"picture {int(sample['segmentation'].unique())}"
+        assert sample["caption"] == f"image {int(sample['segmentation'].unique())}"
 
 
 def test_fields_that_all_images_have_are_kept_and_others_named_before_encoding(
@@ -338,7 +338,7 @@ def test_fields_that_all_images_have_are_kept_and_others_named_before_encoding(
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
             if k != 1:
-                path.with_suffix(".txt").write_text(f"picture {k}")
+                path.with_suffix(".txt").write_text(f"image {k}")
     flags = ["--data", photos, *"--views 2 --shard-samples 5 --batch-size 4 --device cpu --workers 0".split()]
     with (
         patch.object(caching._Caching, "_encode", side_effect=ValueError("encoding begins")),

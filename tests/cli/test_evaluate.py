@@ -64,7 +64,7 @@ def make_diffusion() -> VQDiffusion:
 
 
 def save_run(folder: Path, model: Any, config: Any) -> Path:
-    """What training leaves: weights without a manifest, and the configuration beside the architecture."""
+    """Write the files of a training run: weights without a manifest, configuration and architecture."""
     folder.mkdir(parents=True)
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
     content = dataclasses.asdict(config) | {"architecture": model.architecture()}
@@ -433,7 +433,7 @@ def test_images_that_cannot_be_read_are_counted(runs: dict[str, Path], photos: P
         ({"run": "ar"}, r"TokenTransformer.* VQGAN"),
         ({"prior_run": "vq"}, r"VQGAN.* TokenTransformer or VQDiffusion"),
         ({"prior_run": "ar", "run": "other"}, "--prior-run"),
-        ({"prior_run": "ar", "images": "vq"}, "give one of the two"),
+        ({"prior_run": "ar", "images": "vq"}, "exclude each other"),
         ({"run": "vq", "top_p": 0.5}, r"--top-p 0\.5 "),
         ({"run": "vq", "guidance": 3.0}, r"--guidance 3\.0 "),
         ({"images": "vq"}, "needs --image-size"),

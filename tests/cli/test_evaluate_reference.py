@@ -1,4 +1,4 @@
-"""``regvq evaluate --reference`` from files to files, and evaluations where the network of FID can't be had."""
+"""``regvq evaluate --reference`` with image files, and evaluation without the FID network."""
 
 import json
 import sys
@@ -76,7 +76,7 @@ def test_from_a_prior_to_the_suites_numbers(prior: Path, tmp_path: Path) -> None
     ("settings", "error", "message"),
     [
         ({"images": None}, ValueError, "--reference .*--images"),
-        ({"data": Path("photos")}, ValueError, "--data photos has no part"),
+        ({"data": Path("photos")}, ValueError, "--data photos is not used"),
         ({"image_size": 16}, ValueError, "--image-size 16"),
         ({"top_p": 0.5}, ValueError, r"--top-p 0\.5"),
         ({"fid_features": "none"}, ValueError, "--fid-features none"),

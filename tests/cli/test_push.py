@@ -189,7 +189,7 @@ def test_runs_that_are_not_published(run: Path, prior_run: Path, tmp_path: Path)
     with pytest.raises(FileNotFoundError, match="no such folder: --run org/vq"):
         push(PushConfig(run=Path("org/vq"), to="org/vq"))
     safetensors.torch.save_file(tiny_tokenizer(seed=5).state_dict(), run / "model.safetensors")
-    with pytest.raises(ValueError, match=r"evaluation\.json is of other weights .*tokenizer_sha256"):
+    with pytest.raises(ValueError, match=r"evaluation\.json has other weights .*tokenizer_sha256"):
         published_files(run, VQ)
     (run / "evaluation.json").write_text('{"psnr": 3}')
     with pytest.raises(ValueError, match=r"evaluation\.json is damaged"):

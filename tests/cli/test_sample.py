@@ -1,4 +1,4 @@
-"""What train/sample.py is given as files; what it draws is tested with the priors, in tests/training."""
+"""Input files of train/sample.py. The samples themselves are tested in tests/priors."""
 
 from pathlib import Path
 

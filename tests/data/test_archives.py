@@ -22,7 +22,7 @@ from regvq_fast.data.datasets import build_dataset
 
 
 def levels(dataset) -> list[int]:
-    """Of each picture once, in steps of 20: JPEG moves them a little."""
+    """Return the gray level of each image, rounded to steps of 20 because JPEG shifts it slightly."""
     return [20 * round(level_of(dataset[k]) / 20) for k in range(len(dataset))]
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 class Told:
-    """What a command printed, with the lines of its table as columns."""
+    """Output of a command, with the rows of its table split into columns."""
 
     def __init__(self, command, root, **options):
         self.console = Console(record=True, width=200, file=io.StringIO())
@@ -108,7 +108,7 @@ def test_decoding_finds_what_counting_does_not(tmp_path, monkeypatch):
     for name, reason in (
         ("train_00000001", "class ids of a segmentation map must be in 0..150, got 151..151"),
         ("train_00000002", "its map has 12 x 10 pixels, the image 24 x 20"),
-        ("train_00000003", "a segmentation map has one class id a pixel, this one is RGB"),
+        ("train_00000003", "a segmentation map must have one class id per pixel, but this one is RGB"),
         ("val_00000001", ""),
     ):
         assert f"ADE_{name}.jpg: {reason}" in told.text
@@ -129,9 +129,9 @@ def test_repeated_and_empty_captions_are_told(tmp_path):
 
 
 def test_what_is_no_archive_is_told_with_what_there_should_be(tmp_path):
-    assert Told("verify", tmp_path / "nowhere").error.endswith("name the one that the archives are unpacked in")
+    assert Told("verify", tmp_path / "nowhere").error.endswith("folder of the unpacked archives")
     error = Told("verify", tmp_path).error
-    assert all(part in error for part in ("no data set", "cub200: images.txt", "ade20k: ", "coco: ", "celebahq: "))
+    assert all(part in error for part in ("no known layout", "cub200: images.txt", "ade20k: ", "coco: ", "celebahq: "))
     error = Told("verify", tmp_path, dataset="celebahq").error
     assert error.startswith(
         f"celebahq is not in {tmp_path}, nor in {tmp_path}/CelebAMask-HQ: there should be CelebA-HQ"

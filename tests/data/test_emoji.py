@@ -127,7 +127,7 @@ def test_nothing_is_left_of_a_run_that_fails_or_is_killed(package, tmp_path, mon
     broken.write_bytes(package.read_bytes()[:-40])
     other = packed(tmp_path / "other.tgz", {})
     for path in (broken, other, Path(__file__)):
-        with pytest.raises(ValueError, match=r"no whole package of emoji-datasource-google .*: get it anew"):
+        with pytest.raises(ValueError, match=r"not a complete .* package .*: download it again"):
             run(tmp_path / "emoji", path)
     monkeypatch.setattr(Image.Image, "save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
@@ -139,10 +139,10 @@ def test_settings_are_checked_before_anything_is_written(package, tmp_path):
     out = tmp_path / "emoji"
     for command, message in (
         (DataCommand("emoji", package), "emoji needs a folder to write to: name a new one with --out"),
-        (DataCommand("emoji", tmp_path, out=out), "is no file: name the package's .tgz, or leave --root out"),
+        (DataCommand("emoji", tmp_path, out=out), "is not a file: give the package's .tgz"),
         (DataCommand("emoji", package, out=package), "exists and is not an empty folder"),
         (DataCommand("emoji", package, out=out, size=32), "--size 32 is for the archives of verify and prepare"),
-        (DataCommand("verify"), "verify needs the folder that the archives are unpacked in: name it with --root"),
+        (DataCommand("verify"), "verify needs the folder of the unpacked archives: give it with --root"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             manage_data(command)

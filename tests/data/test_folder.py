@@ -17,7 +17,7 @@ from regvq_fast.data.loading import collate, training_batches
 
 @pytest.fixture
 def folder(tmp_path):
-    """40 pictures of level 0, 5, 10 ..., in three folders."""
+    """40 images of gray level 0, 5, 10 ..., in three folders."""
     for k in range(40):
         write_flat(tmp_path / ("a", "b/c", ".")[k % 3] / f"{k:02d}.png", 5 * k)
     return tmp_path
@@ -97,7 +97,7 @@ def test_an_epoch_visits_every_image_once_in_its_own_order(folder):
 
 @pytest.fixture
 def gradients(tmp_path):
-    """Two wide pictures, red rising to the right and green to the bottom."""
+    """Two wide images, red rising to the right and green to the bottom."""
     pixels = np.zeros((64, 128, 3), dtype=np.uint8)
     pixels[..., 0] = np.arange(128) * 2
     pixels[..., 1] = np.arange(64)[:, None] * 4
@@ -319,7 +319,7 @@ def test_bad_arguments_name_the_value(folder):
 
 
 def test_spawned_workers_share_what_they_find(tmp_path):
-    """Where processes are spawned rather than forked, the data set travels by pickling."""
+    """With spawned instead of forked processes the data set is pickled."""
     for k in range(3):
         write_flat(tmp_path / "val" / f"{k}.png", 10 * k)
     write_flat(tmp_path / "train" / "0.png")

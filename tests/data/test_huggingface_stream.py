@@ -152,7 +152,7 @@ def test_it_says_once_what_a_stream_gives_up(tmp_path: Path, caplog: pytest.LogC
 
 def test_a_length_has_to_be_known(tmp_path: Path) -> None:
     published(tmp_path)
-    with pytest.raises(ValueError, match=r"how many images.*&length=N"):
+    with pytest.raises(ValueError, match=r"number of images.*&length=N"):
         build_dataset(source(tmp_path, stream=""), split="train", image_size=8)
 
 

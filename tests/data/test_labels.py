@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def served(dataset) -> set[tuple[int, int]]:
-    """Of each image its level, in steps of 10, and its label."""
+    """Return the gray level, in steps of 10, and the label of each image."""
     return set(served_in_order(dataset))
 
 

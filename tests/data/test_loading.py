@@ -205,7 +205,7 @@ def test_workers_end_though_one_was_killed_with_a_lock():
     next(batches)
     inner = batches._batches._batches
     (worker,) = inner._workers
-    assert inner._workers_done_event._cond._lock.acquire(timeout=10), "nobody will release it"
+    assert inner._workers_done_event._cond._lock.acquire(timeout=10), "the lock is never released"
     closing = threading.Thread(target=batches.close, daemon=True)
     closing.start()
     closing.join(20)

@@ -120,7 +120,7 @@ def test_an_upload_is_reconstructed(page: Any, tmp_path: Path) -> None:
 
 def test_what_is_no_image_is_an_error_in_words(page: Any, tmp_path: Path) -> None:
     for name, content, message in (
-        ("text.png", b"no image", "The file is no PNG"),
+        ("text.png", b"no image", "The file is not a PNG"),
         ("broken.png", encoded(gradient(300, 300))[:2000], "The image is damaged"),
         ("large.png", bytes(MAX_BYTES + 1), "exceed the maximum"),
     ):
@@ -190,7 +190,7 @@ def test_a_label_is_chosen_and_a_prior_without_a_condition_sampled(page: Any) ->
 
 def test_errors_of_a_caption_are_words(page: Any) -> None:
     page.get_by_role("tab", name="Type a caption").click()
-    for caption, message in (("", "There is no caption"), ("so " * 30, "30 words, over the encoder's 24")):
+    for caption, message in (("", "No caption"), ("so " * 30, "30 words, over the encoder's 24")):
         page.fill("#caption textarea", caption)
         page.click("#sample-caption")
         see_error(page, message)

@@ -221,7 +221,7 @@ def test_shards_are_known_by_their_files_and_fields(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_known_by_its_fields(photos: Path) -> None:
-    """A picture without a caption is passed over where captions are asked for."""
+    """Images without a caption are skipped if captions are needed."""
     for file in (photos / "val").iterdir():
         file.with_suffix(".txt").write_text("black")
     plain, captioned = (ImageFolder(photos, "val", 16, fields=fields) for fields in ((), ("caption",)))

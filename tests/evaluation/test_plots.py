@@ -55,7 +55,7 @@ def test_a_grid_refuses_other_shapes(tmp_path):
 
 
 def decode(codes):
-    """Each token a block of 16 pixels of its code's level, in a frame of noise that the picture must leave out."""
+    """Each token is a block of 16 pixels of its code's level, in a frame of noise that the plot must crop."""
     assert not torch.is_grad_enabled()
     assert codes.dtype == torch.int64
     images = codes.to(torch.uint8)[:, None].expand(-1, 3, -1, -1)

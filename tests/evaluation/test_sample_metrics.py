@@ -56,7 +56,7 @@ def test_precision_and_recall_by_hand() -> None:
     assert precision_and_recall(line, 3.5 + line) == (5 / 6, 5 / 6)  # 8.5 > 5 + 3
     assert precision_and_recall(line, 100 + line) == (0, 0)
     assert precision_and_recall(line, torch.full((4, 1), 2.5)) == (1, 0)  # equal samples: balls of radius 0
-    # Far from the origin, float32 would not tell these from each other.
+    # Far from the origin, float32 can't distinguish these.
     assert precision_and_recall(line + 1e4, line + 1e4 + 8.5) == (0, 0)
     with pytest.raises(ValueError, match=r"at least 4 images.*\b3$"):
         precision_and_recall(line, line[:3])

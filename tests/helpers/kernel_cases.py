@@ -1,4 +1,4 @@
-"""How the tests of the Triton kernels run: on a GPU as they are, elsewhere in Triton's interpreter.
+"""Set-up of the Triton kernel tests: compiled on a GPU, in Triton's interpreter elsewhere.
 
 The interpreter must be chosen before Triton is imported, which other tests of a process may have done: so a file of
 such tests runs once more, in a process of its own. Inputs and expectations are the CPU's in both.

@@ -1,4 +1,4 @@
-"""What the ranks of one run say to runs that can't begin, though only one rank has found out. Each writes RANK.json.
+"""Runs that fail to start because of an error on one rank only. Each rank writes its error to RANK.json.
 
 python -m torch.distributed.run --nproc-per-node 2 refusals_on_ranks.py FOLDER
 
@@ -28,7 +28,7 @@ TINY = override(
 
 
 def load(net: str, weights: Path | None, folder: Path, stalled: bool) -> VGGFeatures:
-    """What downloads into a cache that the ranks share; where it is ``stalled`` only rank 0 gets weights."""
+    """Stand in for a download into a shared cache; if ``stalled``, only rank 0 gets weights."""
     if rank() == 0:
         time.sleep(0.5)
         (folder / "cache").touch()

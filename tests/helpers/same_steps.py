@@ -1,4 +1,4 @@
-"""What the tests of all libraries ask: a quantizer and its accelerated copy do the same."""
+"""Comparison of a quantizer with its accelerated copy, used by the tests of all integrations."""
 
 import copy
 from typing import Any

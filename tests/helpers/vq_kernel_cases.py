@@ -96,7 +96,7 @@ def scores_and_bands(
 
 
 def is_separated(inputs: dict[str, Any], **settings: Any) -> bool:
-    """Whether no row has a tie within the bands, so that every implementation must take the same codes."""
+    """Return True if no row has a tie within the bands, so that all implementations must choose the same codes."""
     if inputs["codebook"].ndim == 3:
         return all(is_separated(head_of(inputs, h), **settings, head=h) for h in range(len(inputs["codebook"])))
     for scores, band in scores_and_bands(inputs, **settings).values():

@@ -136,7 +136,7 @@ def test_the_whole_model():
 
 
 def test_where_the_code_is_another_it_is_the_nearer_one():
-    """Rows far larger than fresh codes: the library's distances round off what tells the codes apart."""
+    """With rows far larger than new codes, the library's distances round away the differences between codes."""
     quantizer = quantize.VectorQuantizer2(1024, 64, beta=0.25)
     z = 8 * torch.randn(8, 64, 16, 16)
     theirs = quantizer(z)[2][2]

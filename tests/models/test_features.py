@@ -198,7 +198,7 @@ def test_weights_from_the_cache(checkpoint, empty_cache):
     assert (network.source, network.imagenet) == (f"cache:{empty_cache / 'weights.pth'}", True)
 
 
-@pytest.mark.parametrize(("download", "reason"), [(False, "downloads are switched off"), (True, "can't reach http")])
+@pytest.mark.parametrize(("download", "reason"), [(False, "downloads are disabled"), (True, "can't reach http")])
 def test_absent_weights_are_an_error_and_random_ones_have_to_be_asked_for(download, reason):
     with pytest.raises(NoWeightsError, match=f"VGG-19.*{reason}"):
         load_vgg_features("vgg19", layers=SMALL, download=download)

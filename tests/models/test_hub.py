@@ -242,7 +242,7 @@ def test_files_of_an_earlier_model_go_and_others_stay(hub: StandInHub) -> None:
     repository = hub.add("org/vq", files | {"notes.txt": b"", "pictures/a.txt": b""})
     tiny_tokenizer().push_to_hub("org/vq")
     assert sorted(files_of(hub, "org/vq")) == sorted([*MODEL, "notes.txt", "pictures/a.txt"])
-    assert len(repository.commits) == 2  # one commit, so that nobody reads half of it
+    assert len(repository.commits) == 2  # one commit, so that no reader sees half of it
 
 
 def test_a_push_that_changes_nothing(hub: StandInHub) -> None:

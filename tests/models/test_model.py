@@ -1,4 +1,4 @@
-"""What the models share: folders that say whose they are, activation checkpointing, evaluation mode for a while."""
+"""Features shared by the models: labelled folders, activation checkpointing, temporary evaluation mode."""
 
 import itertools
 import json

@@ -126,7 +126,7 @@ def test_group_norm_groups(channels, groups):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_written_out_group_norm(memory_format):
-    """What is compiled for a GPU: the same numbers and gradients, in the memory format that it is given."""
+    """The variant compiled for GPUs gives the same values and gradients and keeps the memory format."""
     shapes = {"x": (3, 12, 5, 4), "weight": (12,), "bias": (12,)}
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
     x, weight, bias = inputs

@@ -85,10 +85,10 @@ def test_download_into_the_cache(server, tmp_path):
     [
         ("missing", "404"),
         ("silent", r"127\.0\.0\.1 .*\b0\.5 s"),
-        ("stall", "broke off"),
-        ("trickle", "broke off"),
-        ("cut", "broke off|incomplete"),
-        ("portal", "broke off|incomplete"),
+        ("stall", "was interrupted"),
+        ("trickle", "was interrupted"),
+        ("cut", "was interrupted|incomplete"),
+        ("portal", "was interrupted|incomplete"),
     ],
 )
 def test_a_failed_download_is_quick_and_leaves_nothing(server, tmp_path, page, reason):

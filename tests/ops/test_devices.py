@@ -19,7 +19,7 @@ def test_this_file_passes_in_the_interpreter():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Of every launch, in which device's context it was made."""
+    """Record the current device of every kernel launch."""
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 

@@ -123,7 +123,7 @@ def test_the_outermost_words_give_the_hand_computed_noise():
 def test_the_upper_tail_is_resolved_to_the_last_word():
     words = torch.arange(100_000)
     noise = gumbel_from_words(words).double()
-    assert (noise.diff() < 0).sum() >= 95_000  # a word more is less noise, where fp32 can tell the two apart
+    assert (noise.diff() < 0).sum() >= 95_000  # a larger word gives less noise, wherever fp32 distinguishes the two
     assert (noise.diff() <= 0).all()
     truth = -torch.log(-torch.log1p(-(words.double() + 0.5) / WORD))
     assert ((noise - truth).abs() <= 4e-7 * truth.abs()).all()

@@ -1,4 +1,4 @@
-"""``bench/tile_search.py`` as far as a CPU can tell, its kernels in Triton's interpreter."""
+"""``bench/tile_search.py`` on a CPU, with kernels in Triton's interpreter."""
 
 import os
 import subprocess

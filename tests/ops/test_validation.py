@@ -58,7 +58,7 @@ QUANTIZE = {
     "tau is a word": ({"tau": "a"}, TypeError, "tau .*'a'"),
     "tau is None": ({"tau": None}, TypeError, "tau .*None"),
     "scale is complex": ({"scale": 1j}, TypeError, "scale .*1j"),
-    "mask without seed": ({"mask": MASK}, ValueError, "mask .*seed"),
+    "mask needs seed": ({"mask": MASK}, ValueError, "mask .*seed"),
     "mask is a list": ({"mask": [True] * 6, "seed": SEED}, TypeError, "mask .*list"),
     "mask is float": ({"mask": MASK.float(), "seed": SEED}, TypeError, "mask .*bool.* torch.float32"),
     "mask of other shape": (
@@ -122,7 +122,7 @@ QUANTIZE = {
     "tau negative": ({"tau": -0.5}, ValueError, "tau .*-0.5"),
     "tau nan": ({"tau": NAN}, ValueError, "tau .*nan"),
     "groups 0": ({"groups": 0}, ValueError, r"groups .*\b0$"),
-    "more groups than rows": ({"groups": 7}, ValueError, "groups=7, rows=6"),
+    "exceed the number of rows": ({"groups": 7}, ValueError, "groups=7, rows=6"),
     "groups that don't divide": ({"groups": 4}, ValueError, "groups=4, rows=6"),
     "unknown codebook_grad": ({"codebook_grad": "firm"}, ValueError, "codebook_grad .*'firm'"),
     "unknown impl": ({"impl": "cuda"}, ValueError, "impl .*'cuda'"),

@@ -1,4 +1,4 @@
-"""What ``vector_quantize`` promises beyond its formulas: sampling, tiles, offsets, edge shapes, precision, memory."""
+"""Behaviour of ``vector_quantize`` beyond its formulas: sampling, tiles, offsets, edge shapes, precision, memory."""
 
 import os
 import subprocess

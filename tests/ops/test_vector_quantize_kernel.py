@@ -43,7 +43,7 @@ def test_float64_has_no_kernels():
 @every_schedule
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_the_best_code_wins_and_the_outputs_are_its(case, schedule):
-    """Where nothing trains; the tests of the gradients look at the outputs, too."""
+    """Check outputs without gradients; the gradient tests check outputs with them."""
     inputs = frozen(case.inputs())
     assert_outputs(kernel_results(inputs, schedule, **case.settings()), inputs, **case.settings())
 
@@ -100,7 +100,7 @@ def test_the_smallest_of_identical_codes_wins(logits, mask, codes_of_a_split, sc
 @needs_kernels
 @every_schedule
 def test_a_row_of_nan_disturbs_no_other_and_gets_a_code_that_exists(schedule):
-    """On a GPU nobody looks for nan in the inputs."""
+    """On a GPU the inputs are not checked for NaN."""
     from regvq_fast.dispatch import Inputs
     from regvq_fast.kernels.vector_quantize import vector_quantize_forward
 

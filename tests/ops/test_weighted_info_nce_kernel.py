@@ -186,7 +186,7 @@ def test_an_order_of_positions_and_images_changes_nothing_but_the_order(weights,
 @every_schedule
 @pytest.mark.parametrize("weights", ["none", "random"])
 def test_the_gradient_keeps_its_digits_where_the_positive_dominates(weights, schedule):
-    """The negatives' share is 1e-10 or less: one less the positive's share is rounding, as it is for plain PyTorch."""
+    """Negatives weigh at most 1e-10: 1 - p of the positive is pure rounding, as in plain PyTorch."""
     query, key, weight = make_inputs((1, 40, 64), weights, torch.float32)
     key = (query.detach() + 0.05 * key.detach()).requires_grad_()
     inputs = (query, key, weight)

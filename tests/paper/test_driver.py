@@ -29,7 +29,7 @@ def measurement(name, value, **facts):
 
 
 def evaluation(k):
-    """Results of `regvq evaluate`, with numbers that tell row k."""
+    """Results of `regvq evaluate`, with numbers that identify row k."""
     versions = {"torch": "2.13.0"}
     return {
         "psnr": measurement("PSNR (dB)", 18 + k, device="CPU", versions=versions),
@@ -215,7 +215,7 @@ def test_a_seed_without_its_prior_counts_where_it_was_measured(ran, tmp_path):
 
 
 def test_a_report_of_nothing_is_an_error(ran, tmp_path):
-    with pytest.raises(ValueError, match=r"no row of table2 .*--report-only.*--out"):
+    with pytest.raises(ValueError, match=r"no finished row of table2.*--report-only.*--out"):
         reproduce(table2(tmp_path, report_only=True))
     assert not (tmp_path / "out").exists()
     assert not ran.commands

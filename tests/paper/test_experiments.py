@@ -1,4 +1,4 @@
-"""What rows are: flags that the scripts take, keys that never stand for two tokenizers, the paper's numbers."""
+"""Rows of the paper's tables: valid script flags, one tokenizer per key, the published numbers."""
 
 import dataclasses
 import itertools

@@ -216,7 +216,7 @@ def test_loss_weighs_by_probability_and_adds_the_auxiliary_term() -> None:
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> float:
-    """Of the classes that are expected five times or more, over its 1e-6 quantile: below 1 where all is well."""
+    """Return chi-square over its 1e-6 quantile (below 1 passes), for classes expected at least five times."""
     expected = probabilities * counts.sum()
     tested = expected >= 5
     assert counts[~tested].sum() <= 5 * (~tested).sum() + 10

@@ -1,4 +1,4 @@
-"""Drawing from the diffusion prior: what it has learned by heart, the law of its draws, and what is refused."""
+"""Sampling from the diffusion prior: memorized images, the distribution of samples, and refused settings."""
 
 import inspect
 from typing import Any
@@ -47,7 +47,7 @@ def learned() -> tuple[VQDiffusion, Tensor]:
         optimizer.step()
         schedule.step()
         steps.update(t, terms.bound)
-    assert steps.probabilities().std() > 0  # the last ones were drawn by importance
+    assert steps.probabilities().std() > 0  # the last ones were sampled by importance
     return prior, tokens
 
 
@@ -115,7 +115,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fixed")
 @pytest.mark.parametrize("steps", [None, 3, 1])
 def test_draws_have_the_networks_probabilities_however_many_steps(steps: int | None) -> None:
-    """4096 draws: a share's standard deviation is below 0.008."""
+    """4096 samples: a frequency's standard deviation is below 0.008."""
     assert shares(steps, truncation=1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     total = 0.95  # the codes that 0.86 takes
     assert shares(steps, truncation=0.86) == pytest.approx([0.5 / total, 0.3 / total, 0.15 / total, 0], abs=0.03)
@@ -179,7 +179,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ({"temperature": -1.0}, r"temperature .*-1\.0"),
         ({"guidance": float("nan")}, "guidance .*nan"),
         ({"num_images": 3}, r"num_images .*\b3 .*\b8 texts"),
-        ({"text": None}, "num_images .*given"),
+        ({"text": None}, "num_images .*required"),
         ({"text": None, "num_images": 0}, r"image.*\b0$"),
         ({"text": None, "num_images": 1, "guidance": 2.0}, r"guidance 2\.0 .*text"),
         ({"text": [""]}, r"caption 0\b"),

@@ -253,7 +253,7 @@ def test_smoothing_that_is_no_fraction_is_refused():
 
 
 def test_its_loss_is_in_nats_of_a_uniform_guess():
-    """Of a network that knows nothing, the loss of a masked token is log N."""
+    """An untrained network has a loss of log N per masked token."""
     model = make_model()
     with torch.no_grad():
         model.tok_emb.weight.zero_()

@@ -260,7 +260,7 @@ def test_a_resumed_run_has_its_tokenizer_with_it(
 
 @pytest.mark.parametrize("prior", ["diffusion", "maskgit"])
 def test_two_processes_train_the_prior_of_one(runs: dict[str, Path], cache: Path, tmp_path: Path, prior: str) -> None:
-    """Of the diffusion, whose choice of steps learns from all of them, and of masks, whose numbers differ by rank."""
+    """Diffusion adapts its step sampling to all ranks; masks have random numbers that depend on the rank."""
     out = tmp_path / "run"
     code = "import runpy, regvq_fast.scenes.evaluation as evaluation; evaluation.FITTED_TO = 128\n"
     code += f"runpy.run_path({str(TRAIN / PRIORS[prior])!r}, run_name='__main__')"

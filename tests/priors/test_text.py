@@ -83,7 +83,7 @@ def test_long_captions_are_cut_only_on_request() -> None:
 
 def check_refusals(encoder: TextEncoder) -> None:
     for captions, error, message in [
-        ([], ValueError, "at least one caption"),
+        ([], ValueError, "must not be empty"),
         (["a cat", " \n"], ValueError, r"caption 1\b"),
         ("a cat", TypeError, r"list.* str$"),
         (["a cat", None], TypeError, "NoneType, str"),

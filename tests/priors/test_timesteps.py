@@ -64,7 +64,7 @@ def test_history_takes_all_ranks_terms_at_once(monkeypatch: pytest.MonkeyPatch) 
     ranks.update(t, terms)
     torch.testing.assert_close(ranks.history, alone.history)
     assert ranks.count.tolist() == alone.count.tolist() == [4, 0, 2]
-    # A step drawn four times moves by 1 - 0.9^4 towards the mean square of its terms, one that wasn't stays.
+    # A step sampled four times moves by 1 - 0.9^4 towards the mean square of its terms, one that wasn't stays.
     torch.testing.assert_close(alone.history, torch.tensor([(1 - 0.9**4) * 5, 0, (1 - 0.9**2) * 4]))
 
 

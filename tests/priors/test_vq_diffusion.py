@@ -146,7 +146,7 @@ def test_compiled_training_step_has_the_eager_gradients_under_autocast() -> None
     eager, compiled = (torch.autograd.grad(value, list(parameters.values())) for value in values)
     for name, ours, expected in zip(parameters, compiled, eager, strict=True):
         error = (ours - expected).norm() / expected.norm().clamp(min=1e-6)
-        assert error < 0.05, name  # bf16's rounding, which fused code leaves out in places
+        assert error < 0.05, name  # fused code skips some of bf16's roundings
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -199,5 +199,5 @@ def test_ibq(dtype: torch.dtype, options: dict, settings: dict, monkeypatch: pyt
     found, expected = step(ours, z), step(Public(), z)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert all(gradient.abs().sum(-1).min() > 0 for gradient in found[3][1:]), "every code learns"
-    theirs.use_entropy_loss = False  # in evaluation nobody needs them
+    theirs.use_entropy_loss = False  # unused in evaluation
     torch.testing.assert_close(ours.eval()(z).loss, theirs(z)[1], rtol=1e-4, atol=1e-4)

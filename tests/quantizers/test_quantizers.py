@@ -517,7 +517,7 @@ def test_vq_vae_without_revival_leaves_codes_that_are_never_selected_where_they_
     with torch.no_grad():
         quantizer.embedding.weight.copy_(torch.tensor([[0.0], [1.0], [1000.0]]))
         quantizer.start_from_embedding()
-    monkeypatch.delattr("regvq_fast.quantizers.ema.row_words")  # nor are rows drawn for them
+    monkeypatch.delattr("regvq_fast.quantizers.ema.row_words")  # no rows are sampled for them either
     fresh = EMAQuantizer(N, D, dead_threshold=0)
     before = fresh.embedding.weight.detach().clone()
     for step in range(3):

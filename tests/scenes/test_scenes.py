@@ -93,7 +93,7 @@ def test_shapes_types_and_content_at_any_resolution(split, size):
         assert sample["image"].dtype == sample["segmentation"].dtype == torch.uint8
         assert sample["image"].is_contiguous()
         parse(sample["caption"])
-    assert sum(dataset[index]["image"].float().std() > 20 for index in range(12)) >= 9  # pictures, not blanks
+    assert sum(dataset[index]["image"].float().std() > 20 for index in range(12)) >= 9  # images, not blanks
 
 
 def test_deterministic_in_seed_split_and_index():

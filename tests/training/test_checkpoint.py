@@ -307,7 +307,7 @@ def test_records_wait_for_room_on_the_disk(
     assert [row["step"] for row in records(tmp_path / "run")] == [1, 2, 4, 6, 6]
     said = " ".join(capsys.readouterr().out.split())
     assert "warning: tensorboard gets no more numbers (File too large); metrics.jsonl has them" in said
-    assert said.count("warning: metrics.jsonl could not be written (File too large); the run goes on") == 1
+    assert said.count("warning: metrics.jsonl could not be written (File too large); the run continues") == 1
 
 
 def test_an_error_names_no_temporary_file() -> None:

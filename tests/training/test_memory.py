@@ -107,7 +107,7 @@ def test_parts_bound_evaluations_too(
     assert said.startswith("stopped after step 4: out of memory in an evaluation at a peak of")
     assert "GiB; add --grad-accum-steps 2; to continue from step-0000004" in said
     resume(out, "--grad-accum-steps", 2)
-    assert sizes == {4, 2, 6}  # 6: all validation images in one picture
+    assert sizes == {4, 2, 6}  # 6: all validation images in one grid
     found, expected = (records(run)[-1] for run in (out, tmp_path / "whole"))
     assert found.pop("split") == expected.pop("split") == "val"
     assert found == pytest.approx(expected, rel=1e-4)

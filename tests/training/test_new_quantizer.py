@@ -43,13 +43,13 @@ class ScalarQuantizer(Quantizer):
         levels = self.settings.levels
         rows = self._to_rows(z).sigmoid() * (levels - 1)
         codes = rows + (rows.round() - rows).detach()
-        places = levels ** torch.arange(self.code_dim)
-        indices = (codes.detach().long() * places).sum(1)
+        powers = levels ** torch.arange(self.code_dim)
+        indices = (codes.detach().long() * powers).sum(1)
         return self._deterministic(z, codes, indices, rows.new_zeros(()), {})
 
     def codes_of(self, indices):
-        places = self.settings.levels ** torch.arange(self.code_dim)
-        digits = indices.unsqueeze(-1) // places % self.settings.levels
+        powers = self.settings.levels ** torch.arange(self.code_dim)
+        digits = indices.unsqueeze(-1) // powers % self.settings.levels
         return digits.permute(0, 3, 1, 2).float()
 '''
 START = """

@@ -11,7 +11,7 @@ from helpers.train_on_ranks import CASES, Case
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, dict]]]:
-    """What two ranks made of every case, in one run: to start one takes longer than its steps."""
+    """Results of all cases from one run of two ranks: starting ranks takes longer than the cases."""
     folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(torchrun(train_on_ranks.__file__, folder), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -144,7 +144,7 @@ def test_pictures_are_abandoned_at_a_signal(monkeypatch: pytest.MonkeyPatch, who
     def interrupted(recipe: VQGANRecipe, model: Any, path: Path) -> None:
         monkeypatch.setattr(VQGANRecipe, "save_images", save_images)
         os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the signal did not end the sampling of pictures")
+        pytest.fail("the signal did not end image sampling")
 
     monkeypatch.setattr(VQGANRecipe, "save_images", interrupted)
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""What a run tells of its speed: waits, operations, traces."""
+"""Speed reports of a run: waits, operations, traces."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def test_records_tell_how_long_the_step_waited_for_data(tmp_path: Path) -> None:
 
 
 def test_waits_are_those_of_the_time_that_they_are_a_share_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A picture between two records begins the window anew."""
+    """Saving an image between two records restarts the measurement window."""
     step = Trainer.step
 
     def slow_data(trainer: Trainer[Any], number: int) -> None:
@@ -70,12 +70,12 @@ def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.M
         device="cpu", dropout=0.5,
     )  # fmt: skip
     plain = Trainer(VQGANRecipe, config)
-    assert plain.utilization(0, 100.0) == {}  # nobody knows a CPU's peak
+    assert plain.utilization(0, 100.0) == {}  # the peak rate of a CPU is unknown
     monkeypatch.setattr("regvq_fast.training.throughput.peak_flops", lambda device, dtype: 1e9)
     counted = Trainer(VQGANRecipe, config)
     ratios = []
     for step in range(3):
-        # Dropout draws from the global generator: both trainers get the same stretch of it.
+        # Dropout uses the global generator: both trainers get the same section of its stream.
         torch.manual_seed(step)
         plain.step(step)
         torch.manual_seed(step)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: skipped, counted, named; and the collapse of a codebook."""
+"""Non-finite values are skipped, counted and named; codebook collapse is reported."""
 
 import copy
 import re
@@ -38,7 +38,7 @@ def numbers(**values: float) -> dict[str, Tensor]:
 
 
 def trained(trainer: Trainer[Any]) -> dict[str, Any]:
-    """What only a step that is taken changes."""
+    """Return the state that only a completed step changes."""
     state = trainer.state()
     average = {name: value for name, value in trainer.eval_model.state_dict().items() if name != "quantize.tau"}
     model = {
@@ -113,7 +113,7 @@ def test_a_bad_pixel_leaves_everything_as_it_was(
     assert (values["skipped"], values["not_finite"]) == (2, cause)
     assert all(value == value for value in values.values()), "means are over the finite numbers"
     assert trainer.optimization.warnings(max_skipped=20) == [
-        f"2 steps were skipped since the last record, not finite: {cause}"
+        f"2 steps were skipped since the last record, non-finite: {cause}"
     ]
 
     trainer.step(4)

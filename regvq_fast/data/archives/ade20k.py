@@ -125,7 +125,7 @@ class ADE20K(Archive):
         path = self.path(name, "segmentation")
         with Image.open(BytesIO(Path(path).read_bytes())) as file:
             if file.mode not in ("RGB", "RGBA"):
-                raise ValueError(f"{path} should have colours that stand for classes, but is {file.mode}")
+                raise ValueError(f"{path} must have RGB colours that encode classes, but is {file.mode}")
             colours = np.asarray(file.convert("RGB")).astype(np.uint16)
         return ADE20K_CODE_TO_CLASS[colours[..., 0] // 10 * 256 + colours[..., 1]]
 

@@ -65,7 +65,7 @@ class CelebAHQ(Archive):
         names = []
         for words in self._lines(mapping)[1:]:
             if len(words) < 2 or not all(_NUMBER.fullmatch(word) for word in words[:2]):
-                raise ValueError(f"{mapping} has a line {' '.join(words)!r} instead of two numbers: unpack it anew")
+                raise ValueError(f"{mapping} has the line {' '.join(words)!r} instead of two numbers: unpack it again")
             row = int(words[1])
             if partition == ("train" if row < _VALIDATION else "val" if row < _TEST else "test"):
                 names.append(f"{int(words[0])}.jpg")

@@ -106,7 +106,7 @@ class COCO(Archive):
         path = self.path(name, part)
         with Image.open(BytesIO(Path(path).read_bytes())) as image:
             if image.mode not in ("L", "P"):
-                raise ValueError(f"{path} should have one class id a pixel, but is {image.mode}")
+                raise ValueError(f"{path} must have one class id per pixel, but is {image.mode}")
             labels = np.asarray(image)
         return encoded_map(labels if "pixelmaps" in Path(path).parent.name else labels + np.uint8(1))  # 255 becomes 0
 
@@ -148,7 +148,7 @@ def _read_captions(path: Path) -> CaptionTable:
                 lines.setdefault(files[annotation["image_id"]], []).append(annotation["caption"])
             return CaptionTable(lines)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged, or holds no captions ({error!r}): unpack it anew") from None
+            raise ValueError(f"{path} is damaged or holds no captions ({error!r}): unpack it again") from None
     return CaptionTable(lines)
 
 

@@ -56,7 +56,7 @@ class CUB200(Archive):
         for number, *rest in self._lines(images):
             if number not in training or not rest:
                 raise ValueError(
-                    f"{split} does not say where image {number} of {images.name} belongs: unpack both anew"
+                    f"{split} does not assign image {number} of {images.name} to a split: unpack both again"
                 )
             if training[number] == (partition == "train"):
                 names.append(" ".join(rest))

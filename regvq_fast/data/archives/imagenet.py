@@ -96,7 +96,7 @@ class ImageNet(Archive):
         order = self._devkit_order()
         numbers = [words[0] for words in self._lines(truth)]
         for number in set(numbers).difference(order):
-            raise ValueError(f"{truth} has the class {number!r}, which its development kit does not: unpack both anew")
+            raise ValueError(f"{truth} has the class {number!r}, which the development kit lacks: unpack both again")
         return {f"ILSVRC2012_val_{k:08d}": order[number] for k, number in enumerate(numbers, start=1)}
 
     def _devkit_order(self) -> dict[str, str]:
@@ -105,7 +105,7 @@ class ImageNet(Archive):
             return {words[1]: words[0] for words in self._lines(table) if len(words) > 1}
         if (meta := self._list("meta.mat")) is None:
             raise FileNotFoundError(
-                f"{_GROUND_TRUTH} has numbers that meta.mat or map_clsloc.txt explain: put one of these beside it"
+                f"{_GROUND_TRUTH} has class numbers that need meta.mat or map_clsloc.txt: put one of these beside it"
             )
         from scipy.io import loadmat
 
@@ -113,7 +113,7 @@ class ImageNet(Archive):
             synsets = loadmat(meta, squeeze_me=True)["synsets"]
             return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in synsets}
         except Exception as error:  # many types, for a damaged file
-            raise ValueError(f"{meta} is damaged, or of no development kit ({error!r}): unpack it anew") from None
+            raise ValueError(f"{meta} is damaged or not from a development kit ({error!r}): unpack it again") from None
 
     def _list(self, name: str) -> Path | None:
         """Return the path of a list beside the splits, or up to three folders above; None if there is none."""

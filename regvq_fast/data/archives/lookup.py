@@ -40,7 +40,7 @@ def find_archive(root: str | os.PathLike[str], name: ArchiveName | None = None) 
     found = here or below
     if len(found) > 1:
         hint = " (`regvq data`: or give --dataset)" if len({archive.name for archive in found}) > 1 else ""
-        raise ValueError(f"{root} holds {_listed(found)}: name the top folder of one{hint}")
+        raise ValueError(f"{root} holds {_listed(found)}: give the top folder of one{hint}")
     if here and below:
         warn_once(f"{here[0].heading} is taken, not {_listed(below)} in it: name the top folder of the one you mean")
     return found[0] if found else None

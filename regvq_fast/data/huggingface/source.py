@@ -75,13 +75,13 @@ def parse_source(data: str | os.PathLike[str]) -> Source:
             raise ValueError(f"{text} has no value for {key}: write {key}=...")
     length = options.get("length", "1")
     if not length.isdecimal() or int(length) < 1:
-        raise ValueError(f"length must be a whole number of at least 1, got {length!r} in {text}")
+        raise ValueError(f"length must be an integer of at least 1, got {length!r} in {text}")
     if os.path.exists(name):
         return Source(text, os.path.abspath(name), None, options)
     found = hub_name(name)
     if found is None:
         raise FileNotFoundError(
-            f"no such folder: {name}; nor is this a name on {HUB}, which is hf:ORGANIZATION/NAME or "
+            f"no such folder: {name}; nor is it a name on {HUB}, which would be hf:ORGANIZATION/NAME or "
             "hf:ORGANIZATION/NAME@REVISION"
         )
     return Source(text, found.repo, found.revision, options)
@@ -102,7 +102,7 @@ def open_splits(source: Source) -> Mapping[str, Any]:
     streaming = "stream" in source.options
     saved = source.is_local and _is_saved(source.path)
     if saved and streaming:
-        raise ValueError(f"{source.text} is on this disk already, where any image can be read: leave out stream")
+        raise ValueError(f"{source.text} is already on this disk: leave out stream")
     try:
         if saved:
             opened = datasets.load_from_disk(source.path)

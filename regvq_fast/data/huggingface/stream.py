@@ -64,7 +64,7 @@ class HuggingFaceStream(ImageFileDataset):
         stream = splits[name]
         self._features = features = stream.features
         if features is None:
-            raise ValueError(f"{self.source} doesn't state its columns, so that it can't be streamed: leave out stream")
+            raise ValueError(f"{self.source} does not list its columns and can't be streamed: leave out stream")
         parts: tuple[Part, ...] = ("image", *sorted(self.fields))
         self._columns = {part: require_column(parsed, features, part) for part in parts}
         if "label" in self.fields:
@@ -74,14 +74,14 @@ class HuggingFaceStream(ImageFileDataset):
         if self.split == "val":
             self._take(list(islice(filter(self._serves, _rows(self._stream)), self.limit)))
             if not self._rows:
-                raise ValueError(f"no image of {self.source} ({name}) is for validation, or has the fields")
+                raise ValueError(f"no image of {self.source} ({name}) is a validation image with the fields")
             self._start(len(self._rows))
             return
         stated = (stream.info.splits or {}).get(name)
         length = int(parsed.options.get("length", 0)) or (stated.num_examples if stated else 0)
         if not length:
             raise ValueError(
-                f"{self.source} doesn't state how many images it has: append &length=N, a training epoch's number"
+                f"{self.source} does not state its number of images: append &length=N, the images per epoch"
             )
         self._length = length if self._is_own else max(round(length * (1 - HOLD_OUT)), 1)
         self.unreadable_flags = torch.zeros(0, dtype=torch.bool)  # images have no index to flag

@@ -15,9 +15,9 @@ class ARModelConfig(ClassIdModelConfig):
     """Autoregressive transformer."""
 
     arch: Arch = "taming"
-    """Blocks and positions of taming-transformers, or of Llama-like image models (LlamaGen)."""
+    """Blocks and position embeddings of taming-transformers or of LlamaGen."""
     keep: float = 1.0
-    """Probability that an input token is not replaced by a random one (taming's pkeep)."""
+    """Probability of keeping an input token instead of a random one (taming's pkeep)."""
 
     def check(self) -> None:
         super().check()

@@ -156,7 +156,7 @@ class TokenTransformer(ClassIdModel):
         """
         inputs = tokens if inputs is None else inputs
         if len(inputs) != len(tokens):
-            raise ValueError(f"inputs and tokens must be of equally many images, got {len(inputs)}, {len(tokens)}")
+            raise ValueError(f"inputs and tokens must have the same number of images, got {len(inputs)}, {len(tokens)}")
         hidden = self._hidden(inputs, condition).flatten(0, 1)
         targets = self._flat_tokens(tokens).flatten()
         return torch.stack(self._by_chunks(self._summed_loss, hidden, targets)).sum() / len(targets)
@@ -260,7 +260,7 @@ class TokenTransformer(ClassIdModel):
         for name in [name for name in given if name.endswith("attn.mask")]:
             mask = given.pop(name)
             if not torch.equal(mask, mask.tril()):
-                raise ValueError(f"{name} lets positions see later ones (n_unmasked > 0), which this model can't")
+                raise ValueError(f"{name} is not causal (n_unmasked > 0), which this model does not support")
         parts, own = ("query", "key", "value"), self.state_dict()
         expected = {
             name: value.shape for name, value in own.items() if ".qkv." not in name and name != "cond_emb.weight"
@@ -288,7 +288,7 @@ class TokenTransformer(ClassIdModel):
         tokens, condition = self._flat_tokens(tokens), self._flat_condition(condition)
         if len(tokens) != len(condition):
             raise ValueError(
-                f"tokens and condition must be of equally many images, got {len(tokens)}, {len(condition)}"
+                f"tokens and condition must have the same number of images, got {len(tokens)}, {len(condition)}"
             )
         x, rotation = self._placed(torch.cat([self.cond_emb(condition), self.tok_emb(tokens[:, :-1])], dim=1))
         causal = functools.partial(attention, causal=True)

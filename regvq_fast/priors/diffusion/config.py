@@ -13,11 +13,11 @@ class DiffusionModelConfig(TransformerConfig):
     """Diffusion network and its condition."""
 
     text_encoder: str = "words"
-    """Encoder of captions: words (trained with the prior), or a frozen one of transformers."""
+    """Caption encoder: words (trained with the prior), or a frozen model of transformers."""
     diffusion_steps: int = 100
     """Diffusion steps T."""
     auxiliary_weight: float = 5e-4
-    """Weight of the cross-entropy of x_0, besides the variational bound."""
+    """Weight of the cross-entropy of x_0, added to the variational bound."""
 
     def check(self) -> None:
         super().check()

@@ -201,7 +201,7 @@ class VQDiffusion(Model):
         """
         tokens = flat_ids("tokens", tokens, self.token_shape, self.num_codes + 1)
         if t.shape != (len(tokens),):
-            raise ValueError(f"t must be ({len(tokens)},), one step an image, got {tuple(t.shape)}")
+            raise ValueError(f"t must be ({len(tokens)},), one step per image, got {tuple(t.shape)}")
         condition = self.condition(len(tokens), text, text_mask)
         positions = self.row_emb.weight[:, None] + self.column_emb.weight
         x = self.tok_emb(tokens) + positions.flatten(0, 1)
@@ -216,14 +216,14 @@ class VQDiffusion(Model):
         """
         if text is not None and not text.is_floating_point():
             if self.text_encoder is None:
-                raise ValueError(f"text of type {text.dtype} needs a text_encoder, which this model has none of")
+                raise ValueError(f"text of type {text.dtype} needs a text_encoder, which this model lacks")
             text, written = self.text_encoder(text)
             if self.null_text is not None:
                 text_mask = written if text_mask is None else written & text_mask
         positions = self.text_shape[0]
         if text is not None and text.shape != (batch, *self.text_shape):
             wanted = (batch, *self.text_shape)
-            raise ValueError(f"text must be {wanted}, features of as many captions as images, got {tuple(text.shape)}")
+            raise ValueError(f"text must be {wanted}, features of one caption per image, got {tuple(text.shape)}")
         if text_mask is not None and text_mask.shape not in ((batch, positions), (batch, 1)):
             raise ValueError(f"text_mask must be ({batch}, {positions}) or ({batch}, 1), got {tuple(text_mask.shape)}")
         if text is not None:
@@ -263,7 +263,7 @@ class VQDiffusion(Model):
             TypeError: not a sequence of str.
         """
         if self.text_encoder is None:
-            raise ValueError("captions need a text_encoder, which this model has none of: give features")
+            raise ValueError("captions need a text_encoder, which this model lacks: give features")
         return self.text_encoder.tokenize(captions)
 
     def architecture(self) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def check_settings(prior: VQDiffusion, steps: int | None, truncation: float, gui
 def _batch(text: Tensor | None, num_images: int | None) -> int:
     batch = num_images if text is None else len(text)
     if batch is None:
-        raise ValueError("num_images must be given where there is no text")
+        raise ValueError("num_images is required without text")
     if num_images not in (None, batch):
         raise ValueError(f"num_images is {num_images} but there are {batch} texts: leave it out")
     if batch < 1:

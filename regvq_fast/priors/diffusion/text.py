@@ -250,11 +250,11 @@ def check_captions(captions: Sequence[str]) -> None:
         kind = "a str" if isinstance(captions, str) else ", ".join(sorted({type(item).__name__ for item in captions}))
         raise TypeError(f"captions must be a list of str, got {kind}")
     if not captions:
-        raise ValueError("there must be at least one caption, got none")
+        raise ValueError("captions must not be empty")
     for number, caption in enumerate(captions):
         if not caption.strip():
             raise ValueError(
-                f"caption {number} is empty: give it words, or none at all for an image without a condition (text=None)"
+                f"caption {number} is empty: give it words, or use text=None for images without a condition"
             )
 
 

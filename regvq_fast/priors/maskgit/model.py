@@ -148,7 +148,7 @@ class MaskGIT(ClassIdModel):
         condition = self._flat_condition(condition)
         if len(tokens) != len(condition):
             raise ValueError(
-                f"tokens and condition must be of equally many images, got {len(tokens)}, {len(condition)}"
+                f"tokens and condition must have the same number of images, got {len(tokens)}, {len(condition)}"
             )
         x, condition = self.tok_emb(tokens), self.cond_emb(condition)
         x = x + condition if self.conditioned_on == "segmentation" else torch.cat([condition, x], dim=1)
