@@ -109,19 +109,19 @@ class Case:
     variant: str = ""
     whole: ClassVar[bool] = False
 
-    def facts(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """Return what a record has of the case."""
         part = ", ".join(filter(None, (self.part, self.variant)))
         size = dict(zip("BLC" if self.op == INFO_NCE else "MND", (self.rows, self.codes, self.width), strict=True))
-        found = {"op": self.op, "part": part, "size": size, "detail": self.dtype}
+        found: dict[str, Any] = {"op": self.op, "part": part, "size": size, "detail": self.dtype}
         if self.op != SWAP:
             found["products"] = PRODUCTS[self.op][self.part] - (HARD in self.variant)
         return found
 
     @property
     def name(self) -> str:
-        facts = self.facts()
-        return ", ".join([self.op, facts["part"], *(f"{k}={v}" for k, v in facts["size"].items()), self.dtype])
+        fields = self.fields()
+        return ", ".join([self.op, fields["part"], *(f"{k}={v}" for k, v in fields["size"].items()), self.dtype])
 
     def competitors(self, device: str) -> tuple[str, ...]:
         """Names; on a CPU "compiled" competes in few cases: compiling takes longer than all the rest."""
@@ -173,7 +173,7 @@ class Case:
 
 
 class Problem(NamedTuple):
-    """What is measured of a case."""
+    """Inputs, calls and checks of a case."""
 
     given: Inputs
     grads: list[Tensor]  # of the first results
@@ -212,7 +212,7 @@ def quantize_inputs(case: Case, device: str) -> Inputs:
     found = {"x": x.to(dtype).requires_grad_(trains), "codebook": codebook.to(dtype).requires_grad_(trains)}
     if not trains:
         return found
-    tau = torch.tensor(TAU, dtype=dtype, device=device)  # on the device it costs nobody a copy
+    tau = torch.tensor(TAU, dtype=dtype, device=device)  # on the device no competitor pays for a copy
     codebook_grad, seed = "hard" if HARD in case.variant else "soft", torch.tensor(SEED, device=device)
     return found | {"mask": mask, "scale": scale, "tau": tau, "seed": seed, "codebook_grad": codebook_grad}
 
@@ -238,7 +238,7 @@ def quantize(case: Case, device: str) -> Problem:
         rows = None if mask is None else mask.nonzero().squeeze(1)
         settings = (mask, rows, given["tau"], given["scale"], given["codebook_grad"])
         plain = partial(peers.plain_quantize, x, codebook, *settings)
-    others = {
+    others: Makers = {
         "nearest": partial(peer, peers.nearest),
         "taming nearest": partial(peer, peers.taming_nearest),
         "vqp nearest": partial(peer, peers.vqp, gumbel=False, training=case.op == QUANTIZE),

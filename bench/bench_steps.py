@@ -103,7 +103,7 @@ class Whole:
         run |= {"condition_dropout": 0.0} if self.op == "autoregressive" else {}  # as taming
         return override(KINDS[self.op].presets["scenes"], **run, on_the_fly=True, tokenizer="random")
 
-    def facts(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """Return what a record has of the case."""
         config = self.config
         if self.op == "vqgan":
@@ -116,8 +116,8 @@ class Whole:
 
     @property
     def name(self) -> str:
-        facts = self.facts()
-        return f"{self.op}, {self.part}, {facts['size']['B']} images of {facts['detail']}"
+        fields = self.fields()
+        return f"{self.op}, {self.part}, {fields['size']['B']} images of {fields['detail']}"
 
     def competitors(self, device: str) -> tuple[str, ...]:
         """Names: another implementation, and ours with the precision, compiled or not."""
@@ -172,7 +172,7 @@ def make_trainer(kind: Any, config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def halved(network: Any, mode: str) -> Any:
-    """The network in evaluation mode, its weights in half precision where the mode says so."""
+    """Return the network in evaluation mode, with half-precision weights if the mode asks for them."""
     return network.eval().to(choose_precision("half" in mode, next(network.parameters()).device).dtype or torch.float32)
 
 
@@ -189,7 +189,7 @@ def make_ours(case: Whole, mode: str, trainer: Any, batch: dict[str, Any], start
             trainer.step(0)  # which opens the batches
         return partial(trainer.step, 1), trainer.record()[0]
     _, condition = trainer.recipe.inputs(batch)
-    settings = {"seed": 0, "compile": mode.endswith("compile")}
+    settings: dict[str, Any] = {"seed": 0, "compile": mode.endswith("compile")}
     if case.op == "autoregressive":  # among all codes
         return partial(sample_autoregressive, halved(model, mode), condition, **settings), {}
     settings |= {"guidance": GUIDANCE, "steps": SIZES[case.op][case.device][4]}

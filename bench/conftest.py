@@ -51,8 +51,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def outcomes_of(case: Any, names: tuple[str, ...], path: Path | None, limit: float, timed: bool) -> dict[str, Outcome]:
     """Measure competitors of a case, once for the tests of all of them, and keep their records in the file."""
     found = measuring.load(path, DEVICE) if path else {"records": [], "not_measured": []}
-    facts, missing = case.facts(), f"out of time: {case.name}"
-    if set(names) <= {record["competitor"] for record in found["records"] if record.items() >= facts.items()}:
+    fields, missing = case.fields(), f"out of time: {case.name}"
+    if set(names) <= {record["competitor"] for record in found["records"] if record.items() >= fields.items()}:
         return dict.fromkeys(names, measuring.SkippedError("the file of records has the case"))
     late = time.perf_counter() - BEGIN > limit
     outcomes: dict[str, Outcome] = dict.fromkeys(names, measuring.SkippedError("out of time"))
@@ -66,7 +66,7 @@ def outcomes_of(case: Any, names: tuple[str, ...], path: Path | None, limit: flo
         except Exception as error:  # such as memory that its fp64 twin lacks
             outcomes = dict.fromkeys(names, error)
         if timed:
-            found["records"] += [measuring.record_of(facts, *outcome) for outcome in outcomes.items()]
+            found["records"] += [measuring.record_of(fields, *outcome) for outcome in outcomes.items()]
             if DEVICE == "cuda":
                 found["records"][-1]["state"] = nvml.gpu_state()[1]()
     if path:

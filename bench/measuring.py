@@ -195,9 +195,9 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
-def record_of(facts: dict[str, Any], name: str, outcome: Outcome) -> dict[str, Any]:
+def record_of(fields: dict[str, Any], name: str, outcome: Outcome) -> dict[str, Any]:
     """Return what the file has of a competitor in a case."""
-    record = facts | {"competitor": name}
+    record = fields | {"competitor": name}
     if isinstance(outcome, Exception):
         return record | {"status": status_of(outcome), "reason": f"{type(outcome).__name__}: {outcome}"[:500]}
     found, ms = dict(outcome), sorted(1e3 * value for value in outcome["seconds"])

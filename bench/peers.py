@@ -262,7 +262,8 @@ def _autoencoder(config: VQGANConfig) -> Any:
     """taming's ``VQModel``, which is a LightningModule, as a plain module."""
     size = {"resolution": config.data.image_size, "in_channels": 3, "out_ch": 3, "double_z": False}
     shared, width = asdict(config.model) | size, config.quantizer.code_dim  # they ignore what they don't know
-    networks, net, z = taming()["model"], nn.Module(), config.model.z_channels
+    networks, z = taming()["model"], config.model.z_channels
+    net: Any = nn.Module()
     net.encoder, net.decoder = networks.Encoder(**shared), networks.Decoder(**shared)
     net.quantize = taming()["quantize"].VectorQuantizer2(config.quantizer.num_codes, width, beta=0.25)
     nn.init.normal_(net.quantize.embedding.weight)  # fresh codes are so small that none would matter

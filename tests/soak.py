@@ -47,7 +47,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DISTURBANCES = [number.name for number in SIGNALS]
 DISTURBANCES += ["paused", "worker", "tensorboard", "vanished", "full", "reader", "second", "ranks", "rank"]
 SECONDS = 2.0
-"""Of a pause, and of a full disk."""
+"""Length of a pause, and of a full disk."""
 PATIENCE_SECONDS = 600.0
 
 

@@ -1,4 +1,4 @@
-"""The harness of bench/ as far as a CPU can tell: checks, competitors, turns, records, targets, tables."""
+"""The harness of bench/, as far as it runs on a CPU: checks, competitors, turns, records, targets, tables."""
 
 import itertools
 import json
@@ -223,7 +223,7 @@ def test_memory_is_the_peak_less_what_was_there_and_what_is_returned(monkeypatch
 def test_names_tell_cases_apart_and_few_are_compiled_on_a_cpu(module, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     cases = module.cases(device)
-    assert len({case.name for case in cases}) == len(cases) == len({json.dumps(case.facts()) for case in cases})
+    assert len({case.name for case in cases}) == len(cases) == len({json.dumps(case.fields()) for case in cases})
     assert all(len(set(case.competitors(device))) == len(case.competitors(device)) > 1 for case in cases)
     compiled = [case for case in cases if any("compile" in name for name in case.competitors(device))]
     assert 1 <= len(compiled) <= (9 if device == "cpu" else len(cases))
@@ -235,7 +235,7 @@ import measuring
 class Case:
     name, whole, order = "case", False, []
     def __hash__(self): return 1
-    def facts(self): return {"op": "op", "part": "part", "size": {"N": 1}, "detail": "float32"}
+    def fields(self): return {"op": "op", "part": "part", "size": {"N": 1}, "detail": "float32"}
     def competitors(self, device): return ("a", "b", "taming", "eager")
     def prepare(self, device):
         def absent(): raise measuring.SkippedError("not installed")
@@ -283,7 +283,7 @@ def test_the_suite_writes_a_record_of_each_competitor_and_goes_on_with_its_file(
 def records(case, **results):
     """Records of a case: milliseconds, or more, by competitor."""
     full = {name: value if isinstance(value, dict) else {"ms": value} for name, value in results.items()}
-    return [case.facts() | {"competitor": name, "status": "ok", "mib": 1.0} | more for name, more in full.items()]
+    return [case.fields() | {"competitor": name, "status": "ok", "mib": 1.0} | more for name, more in full.items()]
 
 
 BF16 = Case(QUANTIZE, STEP, 8192, "bfloat16")

@@ -72,7 +72,7 @@ def training_batches(
         dataset: accepts any index >= 0 (a training split).
         batch_size: samples per batch.
         start: first sample; to resume, the number of samples seen.
-        stride: samples from one batch to the next. None: the batch size; larger if each rank loads part of a batch.
+        stride: samples from one batch to the next. None: the batch size; more if ranks share a batch.
         workers: loader processes; 0: a thread of this process loads.
         pin_memory: put batches into pinned memory, for asynchronous copies to a GPU.
 

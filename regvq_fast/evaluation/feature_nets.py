@@ -219,7 +219,7 @@ def load_feature_net(spec: str) -> FeatureNet:
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS; with weights other than ImageNet's of VGG-16, the same distance under a name that says so.
+    """LPIPS; with weights other than ImageNet's of VGG-16, the same distance under another name.
 
     It computes in float32, as a :class:`FeatureNet` does.
 

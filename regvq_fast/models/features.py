@@ -130,7 +130,7 @@ class VGGFeatures(nn.Module):
         """
         given = {name: tensor for name, tensor in state_dict.items() if not name.startswith("classifier.")}
         needed = self.state_dict()
-        # Layers not needed are also checked if the file has them: they tell a VGG-19 from a VGG-16.
+        # Layers not needed are also checked if the file has them: they distinguish a VGG-19 from a VGG-16.
         expected = {name: shape for name, shape in self._trunk_shapes.items() if name in needed or name in given}
         check_state_dict(given, expected, f"the {self.net} feature network")
         self.load_state_dict({name: given[name] for name in needed})

@@ -77,7 +77,7 @@ def test_unknown_commands_are_one_sentence(monkeypatch: pytest.MonkeyPatch, word
 
 
 def test_the_help_stays_without_docstrings() -> None:
-    """Of the parser, as --steps before it asks for: the page that is kept needs none."""
+    """Check the parser's own help, which --steps before --help asks for; the stored page needs no docstrings."""
     flags = [str(TRAIN / "vq.py"), "--steps", "3", "--help"]
     pages = [
         subprocess.run([sys.executable, *options, *flags], capture_output=True, text=True, check=True).stdout

@@ -39,7 +39,7 @@ def test_unweighted_loss_is_vanilla_contrastive_learning_whatever_the_perturbati
 
 
 def test_sampled_positions_are_the_same_in_both_images_and_drawn_once() -> None:
-    # Features that tell their position: the loss of identical maps is small only if the positions agree.
+    # Features that depend on their position: the loss of identical maps is small only if the positions agree.
     position = torch.eye(64).view(1, 64, 8, 8).expand(2, -1, -1, -1).contiguous()
     module = ProbabilisticContrastiveLoss(weighted=False, num_patches=32)
     assert float(module([position], [position], torch.zeros(2, 2, 2), SEED)) < 1e-4
