@@ -25,6 +25,7 @@ NO_STUDY = (
     "Not run yet: the command is above; its tables and plots go to results, and `python bench/report.py` fills this."
 )
 
+WHOLE = ("forward+backward", "assign", "training step")
 OPS = ("vector_quantize", "assign_codes", "weighted_info_nce")
 STEPS = {
     "vqgan": "VQ-GAN with discriminator",
@@ -183,13 +184,13 @@ def rivals(op: str, group: Group) -> list[str]:
 
 
 def summary(document: Document) -> str:
-    """Return one row a part of each op, at its largest size, and one of each step."""
+    """Return one row per op, with its gradients and at its largest size, and one per training step."""
     rows = []
     for op in (*OPS, *STEPS):
         largest: dict[str, Group] = {}
         for group in groups_of(document, op):
             ours = group.get(own(op), {})
-            if not ours.get("ms") or ours["part"] == "backward":  # forward and both say it
+            if not ours.get("ms") or ours["part"].partition(",")[0] not in WHOLE:
                 continue
             best = largest.get(ours["part"])
             if best is None or flops(ours) > flops(best[own(op)]):
