@@ -341,7 +341,7 @@ def test_fields_that_all_images_have_are_kept_and_others_named_before_encoding(
                 path.with_suffix(".txt").write_text(f"image {k}")
     flags = ["--data", photos, *"--views 2 --shard-samples 5 --batch-size 4 --device cpu --workers 0".split()]
     with (
-        patch.object(caching._Caching, "_encode", side_effect=ValueError("encoding begins")),
+        patch.object(caching.ShardEncoder, "encode", side_effect=ValueError("encoding begins")),
         pytest.raises(SystemExit),
     ):
         cache(tokenizer, tmp_path / "stopped", *flags)
