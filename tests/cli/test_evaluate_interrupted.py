@@ -114,12 +114,20 @@ def test_an_evaluation_that_was_stopped_leaves_room_for_the_next(
     out = tmp_path / "out"
     command = [sys.executable, str(TRAIN / "evaluate.py"), *flags(prior, out), "--val-images", "9999"]
     command += ["--fid-features", "random-vgg16", "--perceptual-weights", "random"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (out / ".evaluation.lock").exists():
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.01)
-        process.send_signal(number)
-        said = process.communicate(timeout=30)[1]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            while not (out / ".evaluation.lock").exists():
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.01)
+            process.send_signal(number)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode in (-number, 128 + number)
     assert "Traceback" not in said
     assert not (out / RESULTS).exists()
