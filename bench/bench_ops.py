@@ -4,33 +4,49 @@ pytest bench/bench_ops.py --benchmark-only                  forward, backward an
 pytest bench/bench_ops.py --benchmark-only -k assign_codes  a part of it, by the names that it prints
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import peers
 import torch
 import torch.nn.functional as F
-from measuring import Run, WrongResultError, graphed
+from measuring import Examine, Run, WrongResultError, graphed
 from peers import Forward
 from torch import Tensor
 
 from regvq_fast.ops import assign_codes, vector_quantize, weighted_info_nce
-from regvq_fast.ops.noise import gumbel_noise
 
-STEP, FORWARD, BACKWARD, ASSIGN = "forward+backward", "forward", "backward", "assign"
+QUANTIZE, ASSIGN, INFO_NCE, SWAP = "vector_quantize", "assign_codes", "weighted_info_nce", "accelerate"
+STEP, FORWARD, BACKWARD = "forward+backward", "forward", "backward"
+GRAPH, QUIET, TRAINED, HARD = "CUDA graph", "no noise", "trained-like", "hard codebook gradient"
 MASK_RATIO, TAU, INFO_NCE_TAU = 0.4, 0.9, 0.07
 SEED = 123456789
-LATENTS: tuple[Literal["random", "trained-like"], ...] = ("random", "trained-like")
-VQP = "vector-quantize-pytorch"
 DIMENSIONS = 5  # of trained-like latents, whichever D is
-# Largest deviation of a gradient, of its largest element (InfoNCE: of a row's norm). 16-bit probabilities are rounded.
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LOSS_TOLERANCE = 1e-3  # similarities, up to 1 / tau, are sums of fp32 whatever the type of the features
-TIE_BAND, MOST_TIES = 1e-5, 0.01  # of |x|^2 + |z|^2; and the fraction of rows that may tie within it
-Prepared = tuple[dict[str, Callable[[], Run]], Callable[[str, Any], dict[str, Any]]]
+# Largest deviation of a gradient, of its largest element. 16-bit probabilities are rounded.
+GRADIENT_TOLERANCE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
+TOLERANCE = 3e-4  # of other results: sums of fp32 whatever the type of the inputs
+MOST_TIES = 1e-3  # fraction of rows whose best scores may tie within rounding
+# Products of all rows with all codes that a part can't do without; the fifth of the first backward is p^T dQ.
+PRODUCTS = {
+    QUANTIZE: {STEP: 6, FORWARD: 1, BACKWARD: 5},
+    INFO_NCE: {STEP: 3, FORWARD: 1, BACKWARD: 2},
+    ASSIGN: {"assign": 1},
+}
+# Beside the product that is the floor, ours, and plain PyTorch. "nearest" and "vanilla" are ours for others' jobs.
+OTHERS = {
+    QUANTIZE: ("nearest", "vqp nearest", "taming nearest", "vqp gumbel"),
+    ASSIGN: ("vqp nearest", "flash-kmeans"),
+    INFO_NCE: ("vanilla", "inf-cl"),
+}
+Inputs = dict[str, Any]  # arguments of an op
+Results = tuple[Tensor, ...]
+Makers = dict[str, Callable[[], Run]]
+Truth = Callable[[str], Results]  # results in fp64 of "ours" or "vanilla"
 
 
 def require(name: str, condition: bool | Tensor, problem: str) -> None:
@@ -39,12 +55,25 @@ def require(name: str, condition: bool | Tensor, problem: str) -> None:
         raise WrongResultError(f"{name} {problem}")
 
 
+def require_close(name: str, found: Tensor, expected: Tensor, allowed: float) -> None:
+    """Refuse a result whose largest deviation is more than a fraction of the largest element."""
+    error = float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    require(name, error <= allowed, f"is off by {error:.2g} of its largest element, {allowed} is allowed")
+
+
 def normals(device: str) -> Callable[..., Tensor]:
     """Return a function of normal numbers, and of uniform ones with ``normal.rand``."""
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, generator=generator, device=device)
     draw.rand, draw.generator = partial(torch.rand, generator=generator, device=device), generator  # type: ignore[attr-defined]
     return draw
+
+
+def doubled(value: Any) -> Any:
+    """Return a tensor of numbers in fp64, a leaf if it is one; anything else as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
 
 
 def make_run(part: str, forward: Forward, leaves: list[Tensor], grads: list[Tensor]) -> Run:
@@ -69,375 +98,295 @@ def make_run(part: str, forward: Forward, leaves: list[Tensor], grads: list[Tens
 
 @dataclass(frozen=True)
 class Case:
-    """A case of any op. ``part``: STEP, FORWARD, BACKWARD or, of `Quantize`, ASSIGN."""
+    """A part of an op at a size. A variant is "", or some of GRAPH, QUIET, TRAINED and HARD; of SWAP a library."""
 
+    op: str
     part: str
     codes: int  # N; of InfoNCE L, the positions of an image
     dtype: str
     width: int = 256  # D or C
-    rows: int = 10240  # M; of InfoNCE B L, where L isn't larger
+    rows: int = 10240  # M; of InfoNCE B
+    variant: str = ""
     whole: ClassVar[bool] = False
-    op: ClassVar[str]
-
-    @property
-    def type(self) -> torch.dtype:
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
-
-    @property
-    def label(self) -> str:
-        return self.part
-
-    @property
-    def name(self) -> str:
-        return ", ".join([self.op, self.label, *(f"{k}={v}" for k, v in self.size.items()), self.dtype])
-
-    @property
-    def size(self) -> dict[str, int]:
-        return {"M": self.rows, "N": self.codes, "D": self.width}
-
-    products: ClassVar[Any]  # of all rows with all codes, that the part can't do without
-    peers: ClassVar[Any]  # names of ours for others' jobs, and of other packages
-
-    @property
-    def flops(self) -> int:
-        return int(self.products * 2 * self.rows * self.codes * self.width)
-
-    def competitors(self, device: str) -> tuple[str, ...]:
-        """Names; on a CPU "compiled" competes in few cases: compiling takes longer than all the rest."""
-        slow = () if self.rows >= 4096 and self.part != BACKWARD else ("compiled",)
-        left_out = () if device == "cuda" else (*peers.GPU_ONLY, *slow)
-        return tuple(name for name in ("matmul", "ours", "eager", "compiled", *self.peers) if name not in left_out)
 
     def facts(self) -> dict[str, Any]:
         """Return what a record has of the case."""
-        found = {"op": self.op, "part": self.label, "size": self.size, "detail": self.dtype}
-        return found | {"products": self.products, "flops": self.flops}
+        part = ", ".join(filter(None, (self.part, self.variant)))
+        size = dict(zip("BLC" if self.op == INFO_NCE else "MND", (self.rows, self.codes, self.width), strict=True))
+        found = {"op": self.op, "part": part, "size": size, "detail": self.dtype}
+        if self.op != SWAP:
+            found["products"] = PRODUCTS[self.op][self.part] - (HARD in self.variant)
+        return found
 
-    def prepare(self, device: str) -> Prepared:
+    @property
+    def name(self) -> str:
+        facts = self.facts()
+        return ", ".join([self.op, facts["part"], *(f"{k}={v}" for k, v in facts["size"].items()), self.dtype])
+
+    def competitors(self, device: str) -> tuple[str, ...]:
+        """Names; on a CPU "compiled" competes in few cases: compiling takes longer than all the rest."""
+        if self.op == SWAP:
+            return "ours", "library"
+        scores = self.rows * self.codes * (self.codes if self.op == INFO_NCE else 1)
+        slow = scores < 2**24 or self.part == BACKWARD
+        left_out = set() if device == "cuda" else {*peers.GPU_ONLY, *(("compiled",) if slow else ())}
+        if GRAPH in self.variant or (self.rows == Case.rows and self.width != Case.width and self.op == QUANTIZE):
+            left_out |= set(OTHERS[QUANTIZE])  # packages at one width, for time
+        names = ("matmul", "ours", "eager", "compiled", *OTHERS[self.op])
+        return tuple(name for name in names if name not in left_out)
+
+    def prepare(self, device: str) -> tuple[Makers, Examine]:
         """Return functions that make the runs, and the check of a run's results."""
-        raise NotImplementedError
+        if self.op == SWAP:
+            return prepare_swap(self, device)
+        problem = (info_nce if self.op == INFO_NCE else quantize)(self, device)
+        given, plain = problem.given, problem.plain
 
+        def run(forward: Forward, given: Inputs = given, part: str = self.part) -> Run:
+            leaves = [value for value in given.values() if isinstance(value, Tensor) and value.requires_grad]
+            return make_run(part, forward, leaves, problem.grads)
 
-@dataclass(frozen=True)
-class Quantize(Case):
-    """A case of ``vector_quantize``, or of ``assign_codes``."""
-
-    masked: bool = True  # 40 % of the rows are stochastic
-    graph: bool = False  # as a CUDA graph
-    latents: Literal["random", "trained-like"] = "random"
-    codebook_grad: Literal["soft", "hard"] = "soft"
-
-    @property
-    def op(self) -> str:  # type: ignore[override]
-        return "assign_codes" if self.part == ASSIGN else "vector_quantize"
-
-    @property
-    def label(self) -> str:
-        unusual = (self.graph, "CUDA graph"), (not self.masked, "no noise"), (self.latents != "random", self.latents)
-        unusual += ((self.codebook_grad == "hard", "hard codebook gradient"),)  # type: ignore[assignment]
-        return ", ".join([self.part, *(name for holds, name in unusual if holds)])
-
-    @property
-    def products(self) -> int:
-        backward = 5 if self.codebook_grad == "soft" else 4  # the fifth is p^T dQ
-        return {STEP: 1 + backward, BACKWARD: backward}.get(self.part, 1)
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        if self.part == ASSIGN:
-            return ("vqp nearest", "flash-kmeans")
-        known = self.graph or (self.rows == Case.rows and self.width != Case.width)  # packages at one width, for time
-        return () if known else ("nearest", "vqp nearest", "taming nearest", "vqp gumbel")
-
-    def latent(self, normal: Any) -> tuple[Tensor, Tensor, float]:
-        """Return rows and codes of unit variance, and the logit scale.
-
-        Random ones have logits of standard deviation 2: no softmax is one-sided. Trained-like ones have the softmax of
-        trained models, see docs/benchmarks.md.
-        """
-        if self.latents == "random":
-            return normal(self.rows, self.width), normal(self.codes, self.width), 1 / math.sqrt(self.width)
-        codes, spacing = normal(self.codes, DIMENSIONS), self.codes ** (-1 / DIMENSIONS)
-        use = torch.arange(1.0, self.codes + 1, device=codes.device) ** -0.4
-        chosen = use.multinomial(self.rows, replacement=True, generator=normal.generator)
-        x = codes[chosen] + 2 * spacing * normal(self.rows, DIMENSIONS)
-        # Orthonormal: distances are the same at any width but for the factor.
-        basis = math.sqrt(self.width / DIMENSIONS) * torch.linalg.qr(normal(self.width, DIMENSIONS))[0].t()
-        return x @ basis, codes @ basis, 0.226 * DIMENSIONS / self.width / spacing**2
-
-    def inputs(self, device: str) -> dict[str, Any]:
-        """Return the arguments of ``vector_quantize``."""
-        normal: Any = normals(device)
-        mask = normal.rand(self.rows) < MASK_RATIO if self.masked and self.part != ASSIGN else None
-        x, codebook, scale = self.latent(normal)
-        x, codebook = (value.to(self.type).requires_grad_(self.part != ASSIGN) for value in (x, codebook))
-        tau = torch.tensor(TAU, dtype=self.type, device=device)  # on the device it costs nobody a copy
-        found = {"x": x, "codebook": codebook, "scale": scale, "mask": mask, "tau": tau}
-        return found | {"seed": torch.tensor(SEED, device=device), "codebook_grad": self.codebook_grad}
-
-    def prepare(self, device: str) -> Prepared:
-        given, normal = self.inputs(device), normals(device)
-        x, codebook, mask = given["x"], given["codebook"], given["mask"]
-        # The posterior's is over M rows, comparable to the other one.
-        grads = [normal(self.rows, self.width).to(self.type), self.rows * normal(1, self.codes)]
-        rows = None if mask is None else mask.nonzero().squeeze(1)
-        plain = [x, codebook, mask, rows, given["tau"], given["scale"], self.codebook_grad]
-        function: Callable[..., Any] = peers.plain_assign if self.part == ASSIGN else peers.plain_quantize
-
-        def ours(given: dict[str, Any] = given, part: str = self.part, **impl: Any) -> Run:
-            x, codebook = given["x"], given["codebook"]
-            if part == ASSIGN:
-                return lambda: (assign_codes(x, codebook, **impl),)
-            return make_run(part, lambda: vector_quantize(**given, **impl), [x, codebook], grads)
-
-        def make_plain(function: Callable[..., Any]) -> Run:
-            arguments = plain[:2] if self.part == ASSIGN else plain
-            return make_run(self.part, lambda: function(*arguments), [x, codebook], grads)
-
-        def make_peer(make: Callable[..., Any], **settings: Any) -> Run:
-            forward, leaves = make(x, codebook, **settings)
-            return make_run(self.part, forward, leaves, [grads[0], torch.ones((), device=device)])
-
-        makers: dict[str, Callable[[], Run]] = {
-            "matmul": lambda: lambda: (x.detach() @ codebook.detach().t(),),  # the floor, written to memory
-            "ours": ours,
-            "eager": partial(make_plain, function),
-            "compiled": lambda: make_plain(peers.compiled(function, self.part == BACKWARD)),
-            "nearest": partial(make_peer, peers.nearest),
-            "taming nearest": partial(make_peer, peers.taming_nearest),
-            "vqp nearest": partial(make_peer, peers.vqp, gumbel=False, training=self.part != ASSIGN),
-            "vqp gumbel": partial(make_peer, peers.vqp, gumbel=True),
-            "flash-kmeans": lambda: peers.flash_kmeans(x, codebook),
-        }
-
-        def make_graph(make: Callable[[], Run]) -> Run:
+        def in_graph(forward: Forward) -> Run:
+            if GRAPH not in self.variant:
+                return run(forward)
             given["seed"].fill_(0)
-            run = graphed(make())
+            replay = graphed(run(forward))
             given["seed"].fill_(SEED)  # a replay that kept the old seed has wrong indices
-            return run
+            return replay
 
-        if self.graph:
-            makers |= {name: partial(make_graph, makers[name]) for name in ("ours", "eager", "compiled")}
-        types = (torch.float16, torch.bfloat16, torch.float32)
-        double = {
-            name: value.detach().double().requires_grad_(value.requires_grad)
-            if isinstance(value, Tensor) and value.dtype in types
-            else value
-            for name, value in given.items()
+        @functools.cache
+        def truth(name: str) -> Results:
+            double = {key: doubled(value) for key, value in given.items()} | (
+                {"weight": None} if name != "ours" else {}
+            )
+            forward = partial(problem.call, double, impl="eager")
+            return run(forward, double, STEP if self.part == BACKWARD else self.part)()
+
+        makers: Makers = {
+            "matmul": lambda: lambda: (torch.matmul(*problem.factors),),  # written to memory
+            "ours": lambda: in_graph(partial(problem.call, given)),
+            "vanilla": lambda: run(partial(problem.call, given | {"weight": None})),
+            "eager": lambda: in_graph(plain),
+            "compiled": lambda: in_graph(partial(peers.compiled(plain.func, self.part == BACKWARD), *plain.args)),
         }
-        truth = ours(double, STEP if self.part == BACKWARD else self.part, impl="eager")()
-
-        def examine(name: str, results: tuple[Tensor, ...]) -> dict[str, Any]:
-            if name == "ours":
-                self.check(given, truth, results)
-            elif self.part == ASSIGN and name != "matmul":
-                return {"agreement": float((results[-1] == truth[0]).double().mean())}  # with the nearest code in fp64
-            return {}
-
-        return makers, examine
-
-    def check(self, given: dict[str, Any], truth: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
-        """Raise :class:`WrongResultError` unless every row and code of a run of ours is right."""
-        if self.part == ASSIGN:
-            check_indices("indices", results[0], truth[0], given, None)
-            return
-        if self.part != BACKWARD:
-            quantized, posterior, indices, best_indices, perturbation = results[:5]
-            check_indices("indices", indices, truth[2], given, given["mask"])
-            check_indices("best_indices", best_indices, truth[3], given, None)
-            codebook = given["codebook"].detach()
-            require("quantized", torch.equal(quantized, codebook[indices]), "isn't the selected codes")
-            fraction = indices.bincount(minlength=self.codes) / self.rows
-            near = torch.allclose(posterior[0], fraction, rtol=0, atol=1e-6)
-            require("posterior", near, "isn't the indices' frequencies")
-            distance = (codebook[indices].double() - codebook[best_indices].double()).square().sum(1)
-            near = torch.allclose(perturbation.double(), distance, rtol=1e-4, atol=1e-6)
-            require("perturbation", near, "isn't the squared distance of the two codes")
-        gradients = results if self.part == BACKWARD else results[5:]
-        for name, gradient, expected in zip(("dx", "dcodebook"), gradients, truth[5:], strict=False):
-            error = float((gradient.double() - expected).abs().max() / expected.abs().max())
-            allowed = GRADIENT_TOLERANCE[self.type]
-            require(name, error <= allowed, f"is off by {error:.2g} of its largest element, {allowed} is allowed")
+        return makers | problem.others, lambda name, results: problem.check(name, results, truth)
 
 
-def check_indices(name: str, indices: Tensor, expected: Tensor, given: dict[str, Any], mask: Tensor | None) -> None:
-    """Refuse indices other than the expected ones, except on a few rows whose scores tie within rounding."""
-    codebook = given["codebook"].detach().double()
-    require(name, ((indices >= 0) & (indices < len(codebook))).all(), "aren't codes")
-    rows = (indices != expected).nonzero().squeeze(1)
-    fraction = len(rows) / len(indices)
-    require(name, fraction <= MOST_TIES, f"differ from those of fp64 on {100 * fraction:.2g} % of the rows")
-    if not len(rows):
-        return
-    x = given["x"].detach()[rows].double()
-    noise = x.new_zeros(len(rows), len(codebook))
-    if mask is not None:
-        noise = gumbel_noise(given["seed"], rows, len(codebook)) * mask[rows].unsqueeze(1)
+class Problem(NamedTuple):
+    """What is measured of a case."""
 
-    def score(chosen: Tensor) -> Tensor:
-        distance = (x - codebook[chosen]).square().sum(1)
-        return noise.gather(1, chosen.unsqueeze(1)).squeeze(1) - given["scale"] * distance
-
-    lost = (score(expected[rows]) - score(indices[rows])).abs()
-    band = TIE_BAND * given["scale"] * (x.square().sum(1) + codebook[expected[rows]].square().sum(1))
-    require(name, (lost <= band).all(), f"miss a better code by {float(lost.max()):.2g}")
+    given: Inputs
+    grads: list[Tensor]  # of the first results
+    factors: tuple[Tensor, Tensor]  # of the product that is the floor
+    call: Callable[..., Results]  # of the arguments; the leaves are those that require gradients
+    plain: Any  # a partial of plain PyTorch
+    others: Makers
+    check: Callable[[str, Results, Truth], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class InfoNce(Case):
-    """A case of ``weighted_info_nce``; the gradient is that of the key, as in training."""
+# ------------------------------------------------------------------------------------------------------ vector_quantize
 
-    rows: int = 65536
-    op: ClassVar[str] = "weighted_info_nce"
 
-    @property
-    def size(self) -> dict[str, int]:
-        return {"B": max(1, self.rows // self.codes), "L": self.codes, "C": self.width}
+def latents(case: Case, normal: Any) -> tuple[Tensor, Tensor, float]:
+    """Return rows and codes of unit variance, and the logit scale.
 
-    @property
-    def products(self) -> int:
-        return {STEP: 3, BACKWARD: 2}.get(self.part, 1)  # similarities; again, and the key's gradient
+    Random ones have logits of standard deviation 2: no softmax is one-sided. Trained-like ones have the softmax of
+    trained models, see docs/benchmarks.md.
+    """
+    if TRAINED not in case.variant:
+        return normal(case.rows, case.width), normal(case.codes, case.width), 1 / math.sqrt(case.width)
+    codes, spacing = normal(case.codes, DIMENSIONS), case.codes ** (-1 / DIMENSIONS)
+    use = torch.arange(1.0, case.codes + 1, device=codes.device) ** -0.4
+    chosen = use.multinomial(case.rows, replacement=True, generator=normal.generator)
+    x = codes[chosen] + 2 * spacing * normal(case.rows, DIMENSIONS)
+    # Orthonormal: distances are the same at any width but for the factor.
+    basis = math.sqrt(case.width / DIMENSIONS) * torch.linalg.qr(normal(case.width, DIMENSIONS))[0].t()
+    return x @ basis, codes @ basis, 0.226 * DIMENSIONS / case.width / spacing**2
 
-    @property
-    def flops(self) -> int:
-        return self.products * 2 * self.size["B"] * self.codes**2 * self.width
 
-    @property
-    def peers(self) -> tuple[str, ...]:
-        return ("vanilla", "inf-cl")  # the first is ours without weights, for the other
+def quantize_inputs(case: Case, device: str) -> Inputs:
+    normal: Any = normals(device)
+    trains, dtype = case.op == QUANTIZE, getattr(torch, case.dtype)
+    mask = normal.rand(case.rows) < MASK_RATIO if trains and QUIET not in case.variant else None
+    x, codebook, scale = latents(case, normal)
+    found = {"x": x.to(dtype).requires_grad_(trains), "codebook": codebook.to(dtype).requires_grad_(trains)}
+    if not trains:
+        return found
+    tau = torch.tensor(TAU, dtype=dtype, device=device)  # on the device it costs nobody a copy
+    codebook_grad, seed = "hard" if HARD in case.variant else "soft", torch.tensor(SEED, device=device)
+    return found | {"mask": mask, "scale": scale, "tau": tau, "seed": seed, "codebook_grad": codebook_grad}
 
-    def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return query, key, weights and the losses' gradient.
 
-        Features after a ReLU, of 16 latent factors, and a reconstruction that resembles them; most weights are 0. Such
-        keys have many near neighbours: softmaxes are neither flat nor one-sided, and the negatives' part of the
-        gradient is as large as the positive's. Of independent normal features it would vanish in the tolerance.
-        """
-        normal: Any = normals(device)
-        shape = (self.size["B"], self.codes)
-        mixing, original = normal(16, self.width), normal(*shape, 16)
-        features = original @ mixing, (original + 0.5 * normal(*shape, 16)) @ mixing
-        query, key = (F.normalize(feature.relu(), dim=2).to(self.type) for feature in features)
-        weight = (normal.rand(shape) < MASK_RATIO) * normal.rand(shape)
-        return query, key.requires_grad_(), weight / weight.sum(1, keepdim=True), 0.5 + normal.rand(shape)
+def quantize(case: Case, device: str) -> Problem:
+    """A case of ``vector_quantize``, or of ``assign_codes``."""
+    given, normal = quantize_inputs(case, device), normals(device)
+    x, codebook, mask = given["x"], given["codebook"], given.get("mask")
+    # The posterior's is over M rows, comparable to the other one.
+    grads = [normal(case.rows, case.width).to(x.dtype), case.rows * normal(1, case.codes)]
 
-    def prepare(self, device: str) -> Prepared:
-        query, key, weight, grad = self.inputs(device)
-        plain_weight = weight.to(query.dtype)
+    def call(given: Inputs, **impl: Any) -> Results:
+        if case.op == ASSIGN:
+            return (assign_codes(given["x"], given["codebook"], **impl),)
+        return vector_quantize(**given, **impl)
 
-        def ours(weight: Tensor | None, q: Tensor = query, k: Tensor = key, part: str = self.part, **impl: Any) -> Run:
-            return make_run(part, lambda: (weighted_info_nce(q, k, weight, tau=INFO_NCE_TAU, **impl),), [k], [grad])
+    def peer(make: Callable[..., Any], **settings: Any) -> Run:
+        forward, leaves = make(x, codebook, **settings)
+        return make_run(case.part, forward, leaves, [grads[0], torch.ones((), device=device)])
 
-        def make_plain(function: Callable[..., Any]) -> Run:
-            return make_run(self.part, lambda: function(query, key, plain_weight, INFO_NCE_TAU), [key], [grad])
+    plain: Any = partial(peers.plain_assign, x, codebook)
+    if case.op == QUANTIZE:
+        rows = None if mask is None else mask.nonzero().squeeze(1)
+        settings = (mask, rows, given["tau"], given["scale"], given["codebook_grad"])
+        plain = partial(peers.plain_quantize, x, codebook, *settings)
+    others = {
+        "nearest": partial(peer, peers.nearest),
+        "taming nearest": partial(peer, peers.taming_nearest),
+        "vqp nearest": partial(peer, peers.vqp, gumbel=False, training=case.op == QUANTIZE),
+        "vqp gumbel": partial(peer, peers.vqp, gumbel=True),
+        "flash-kmeans": lambda: peers.flash_kmeans(x, codebook),
+    }
+    factors = (x.detach(), codebook.detach().t())
+    return Problem(given, grads, factors, call, plain, others, partial(check_quantize, case))
 
-        makers: dict[str, Callable[[], Run]] = {
-            "matmul": lambda: lambda: (torch.bmm(query, key.detach().mT),),  # the floor, written to memory
-            "ours": partial(ours, weight),
-            "vanilla": partial(ours, None),
-            "eager": partial(make_plain, peers.plain_info_nce),
-            "compiled": lambda: make_plain(peers.compiled(peers.plain_info_nce, self.part == BACKWARD)),
-            "inf-cl": lambda: make_run(self.part, peers.inf_cl(query, key, INFO_NCE_TAU), [key], [grad]),
-        }
-        double, full = (
-            (query.double(), key.detach().double().requires_grad_()),
-            STEP if self.part == BACKWARD else self.part,
+
+def check_quantize(case: Case, name: str, results: Results, truth: Truth) -> dict[str, Any]:
+    """Compare rows and codes with those in fp64; ties within rounding, of few rows, aside."""
+    if case.op == ASSIGN and name != "matmul":
+        agreement = float((results[-1] == truth("ours")[0]).double().mean())
+        require(
+            "indices", name != "ours" or agreement >= 1 - MOST_TIES, f"are the nearest codes on {agreement:.2%} only"
         )
-        truths = [ours(w, *double, full, impl="eager")() for w in (weight, None)]
+        return {"agreement": agreement}
+    if name != "ours":
+        return {}
+    expected = truth(name)
+    if case.part != BACKWARD:
+        quantized, posterior, *indices, perturbation = results[:5]
+        same = (indices[0] == expected[2]) & (indices[1] == expected[3])
+        agreement = float(same.double().mean())
+        require("indices", agreement >= 1 - MOST_TIES, f"are those of fp64 on {agreement:.2%} of the rows only")
+        require_close("quantized", quantized[same], expected[0][same], TOLERANCE)
+        require_close("perturbation", perturbation[same], expected[4][same], TOLERANCE)
+        require_close("posterior", posterior[0], indices[0].bincount(minlength=case.codes) / case.rows, TOLERANCE)
+    for label, gradient, right in zip(("dx", "dcodebook"), results[-2:], expected[5:], strict=False):
+        require_close(label, gradient, right, GRADIENT_TOLERANCE[case.dtype])
+    return {}
 
-        def examine(name: str, results: tuple[Tensor, ...]) -> dict[str, Any]:
-            truth = truths[name in ("vanilla", "inf-cl")]
-            if name == "matmul" or (self.part == BACKWARD and name not in ("ours", "vanilla")):
-                return {}
-            if self.part == BACKWARD:
-                results = (truth[0], *results)
-            error = float((results[0].double() - truth[0]).abs().max())
-            if name in ("ours", "vanilla"):
-                require("loss", error <= LOSS_TOLERANCE, f"is off by {error:.2g}, {LOSS_TOLERANCE} is allowed")
-                for gradient, expected in zip(results[1:], truth[1:], strict=True):
-                    off = float(((gradient.double() - expected).norm(dim=2) / expected.norm(dim=2)).max())
-                    allowed = GRADIENT_TOLERANCE[self.type]
-                    require("dkey", off <= allowed, f"is off by {off:.2g} of a row's norm, {allowed} is allowed")
-            return {"loss_error": error}
 
-        return makers, examine
+# --------------------------------------------------------------------------------------------------- other ops
+
+
+def info_nce(case: Case, device: str) -> Problem:
+    """A case of ``weighted_info_nce``; the gradient is that of the key, as in training.
+
+    Features after a ReLU, of 16 latent factors, and a reconstruction that resembles them; most weights are 0. Such keys
+    have many near neighbours: softmaxes are neither flat nor one-sided, and the negatives' part of the gradient is as
+    large as the positive's. Of independent normal features it would vanish in the tolerance.
+    """
+    normal: Any = normals(device)
+    shape = (case.rows, case.codes)
+    mixing, original = normal(16, case.width), normal(*shape, 16)
+    features = original @ mixing, (original + 0.5 * normal(*shape, 16)) @ mixing
+    query, key = (F.normalize(feature.relu(), dim=2).to(getattr(torch, case.dtype)) for feature in features)
+    weight = (normal.rand(shape) < MASK_RATIO) * normal.rand(shape)
+    given: Inputs = {"query": query, "key": key.requires_grad_(), "weight": weight / weight.sum(1, keepdim=True)}
+    grads = [0.5 + normal.rand(shape)]
+
+    def call(given: Inputs, **impl: Any) -> Results:
+        return (weighted_info_nce(**given, tau=INFO_NCE_TAU, **impl),)
+
+    def check(name: str, results: Results, truth: Truth) -> dict[str, Any]:
+        if name in ("ours", "vanilla") and case.part != BACKWARD:
+            require_close("loss", results[0], truth(name)[0], TOLERANCE)
+        if name in ("ours", "vanilla") and case.part != FORWARD:
+            require_close("dkey", results[-1], truth(name)[1], GRADIENT_TOLERANCE[case.dtype])
+        return {}
+
+    plain = partial(peers.plain_info_nce, query, key, given["weight"].to(query.dtype), INFO_NCE_TAU)
+    others = {"inf-cl": lambda: make_run(case.part, peers.inf_cl(query, key, INFO_NCE_TAU), [key], grads)}
+    return Problem(given, grads, (query, key.detach().mT), call, plain, others, check)
+
+
+def prepare_swap(case: Case, device: str) -> tuple[Makers, Examine]:
+    """A training step of another library's quantizer, before and after ``regvq_fast.integrations.accelerate``."""
+    normal = normals(device)
+    side, scale = 16, case.width**-0.5 if case.variant == "IBQ" else 1.0  # its logits are products: of variance 1
+    batch = (normal(case.rows // side**2, case.width, side, side) * scale).requires_grad_()
+    grad, results = normal(*batch.shape), []
+
+    def make(ours: bool) -> Run:
+        module = peers.library_quantizer(case.variant, case.codes, case.width, ours).to(device)
+        return make_run(STEP, lambda: (module(batch)[0],), [batch], [grad])
+
+    def examine(name: str, found: Results) -> dict[str, Any]:
+        """Compare both, ties within rounding aside."""
+        results.append(found)
+        for ours, theirs in zip(results[0], found, strict=True):
+            wrong = float(((ours - theirs).abs() > 1e-3 * theirs.abs().max()).float().mean())
+            require(case.variant, wrong < 1e-3, f"differs in a fraction of {wrong:.4f} of the values")
+        return {}
+
+    return {"ours": partial(make, True), "library": partial(make, False)}, examine
 
 
 # -------------------------------------------------------------------------------------------------------------- cases
 
+FP32, FP16, BF16, HALVES = ("float32",), ("float16",), ("bfloat16",), ("float16", "bfloat16")
+BOTH, ALL, ONLY = (STEP, FORWARD), (STEP, FORWARD, BACKWARD), (STEP,)
+# Op, parts, N or L, types, D or C, M or B, variants. The most important first: time may run out.
+Row = tuple[Any, ...]
+CPU: list[Row] = [
+    (QUANTIZE, ALL, (8192,), FP32, (64,), 4096),
+    (QUANTIZE, ONLY, (1024, 4096), FP32, (64,), 4096, ("", TRAINED)),
+    (QUANTIZE, ONLY, (512, 8192), FP32, (64,), 512),
+    (QUANTIZE, ONLY, (65536,), FP32, (64,), 256),
+    (QUANTIZE, ONLY, (2048,), FP32, (8, 16, 32, 64, 256, 512), 512),
+    (QUANTIZE, ONLY, (2048,), HALVES, (64,), 512),
+    (QUANTIZE, ONLY, (2048,), FP32, (64,), 512, (HARD,)),
+    (ASSIGN, ("assign",), (8192,), FP32, (64,), 4096),
+    (ASSIGN, ("assign",), (512, 65536), FP32, (64,), 1024),
+    (ASSIGN, ("assign",), (4096,), FP32, (8, 16, 32, 64, 256, 512), 1024),
+    (ASSIGN, ("assign",), (4096,), BF16, (64,), 1024),
+    (INFO_NCE, ALL, (4096,), FP32, (128,), 1),
+    (INFO_NCE, ONLY, (256,), FP32, (128,), 8),
+    (INFO_NCE, ONLY, (1024,), FP32, (128, 512), 2),
+    (INFO_NCE, ONLY, (1024,), HALVES, (128,), 2),
+    (SWAP, ("",), (8192,), FP32, (64,), 4096, ("taming", "diffusers", "vector-quantize-pytorch")),
+    (SWAP, ("",), (16384,), FP32, (256,), 1024, ("IBQ",)),
+]
 
-@dataclass(frozen=True)
-class Swapped(Case):
-    """A training step of another library's quantizer, before and after ``regvq_fast.integrations.accelerate``."""
 
-    library: str = "taming"
-    op: ClassVar[str] = "accelerate"
-
-    @property
-    def label(self) -> str:
-        return f"{self.library}, {self.part}"
-
-    def competitors(self, device: str) -> tuple[str, ...]:
-        return "ours", "library"
-
-    def facts(self) -> dict[str, Any]:
-        return {"op": self.op, "part": self.library, "size": self.size, "detail": self.dtype}
-
-    def prepare(self, device: str) -> Prepared:
-        normal = normals(device)
-        side, scale = 16, self.width**-0.5 if self.library == "IBQ" else 1.0  # its logits are products: of variance 1
-        batch = (normal(self.rows // side**2, self.width, side, side) * scale).requires_grad_()
-        grad, results = normal(*batch.shape), []
-
-        def make(ours: bool) -> Run:
-            module = peers.library_quantizer(self.library, self.codes, self.width, ours).to(device)
-            return make_run(STEP, lambda: (module(batch)[0],), [batch], [grad])
-
-        def examine(name: str, found: tuple[Tensor, ...]) -> dict[str, Any]:
-            """Compare both, ties within rounding aside."""
-            results.append(found)
-            for ours, theirs in zip(results[0], found, strict=True):
-                wrong = float(((ours - theirs).abs() > 1e-3 * theirs.abs().max()).float().mean())
-                require(self.library, wrong < 1e-3, f"differs in a fraction of {wrong:.4f} of the values")
-            return {}
-
-        return {"ours": partial(make, True), "library": partial(make, False)}, examine
+def gpu_rows(half: tuple[str, ...]) -> list[Row]:
+    """Return the cases of a GPU, whose usual type is bf16, or fp16 where that would be emulated."""
+    types, few, m = (*half, "float32"), (8192, 1024), Case.rows
+    return [
+        (QUANTIZE, ONLY, (1024,), half, (256,), m, (GRAPH,)),
+        *((QUANTIZE, BOTH, few, types, (width,), m) for width in (256, 64, 32, 8)),
+        (QUANTIZE, ONLY, few, half, (256,), m, (TRAINED,)),
+        (QUANTIZE, ONLY, (8192,), half, (256,), m, (HARD,)),
+        (QUANTIZE, BOTH, few, types, (16,), m),
+        (ASSIGN, ("assign",), few, types, (256, 64), m),
+        (INFO_NCE, BOTH, (65536,), half, (64,), 1),
+        *((INFO_NCE, BOTH, (n,), half, (512, 128), 65536 // n) for n in (4096, 16384, 65536, 1024, 256)),
+        (QUANTIZE, BOTH, (65536,), types, (256,), m),
+        (QUANTIZE, ONLY, (262144,), half, (256,), m, (QUIET,)),
+        (QUANTIZE, BOTH, (16384, 4096, 512), half, (256,), m),
+        (ASSIGN, ("assign",), (65536, 16384, 4096, 512), half, (256,), m),
+        (QUANTIZE, BOTH, (8192,), half, (512,), m),
+        *((QUANTIZE, BOTH, (8192,), FP16, (256,), m) for _ in range(half != FP16)),
+        (QUANTIZE, (BACKWARD,), few, half, (256,), m),
+        (INFO_NCE, (BACKWARD,), (4096,), half, (512,), 16),
+    ]
 
 
 def cases(device: str) -> list[Case]:
-    """Most important cases first, since time may run out; on a CPU fewer rows and combinations."""
-    if device == "cpu":
-        large = [Quantize(part, 8192, "float32", 64, 4096) for part in (STEP, FORWARD, BACKWARD)]
-        usual = [Quantize(STEP, n, "float32", 64, 4096, latents=kind) for n in (1024, 4096) for kind in LATENTS]
-        codes = [Quantize(STEP, n, "float32", 64, rows) for n, rows in ((512, 512), (8192, 512), (65536, 256))]
-        widths = [Quantize(STEP, 2048, "float32", width, 512) for width in (8, 16, 32, 64, 256, 512)]
-        halves = [Quantize(STEP, 2048, dtype, 64, 512) for dtype in ("float16", "bfloat16")]
-        hard = [Quantize(STEP, 2048, "float32", 64, 512, codebook_grad="hard")]
-        sizes = [(8192, "float32", 64, 4096), *((n, "float32", 64, 1024) for n in (512, 4096, 65536))]
-        sizes += [(4096, "float32", d, 1024) for d in (8, 16, 32, 256, 512)] + [(4096, "bfloat16", 64, 1024)]
-        maps = [InfoNce(part, 4096, "float32", 128, 4096) for part in (STEP, FORWARD, BACKWARD)]
-        maps += [InfoNce(STEP, n, "float32", c, 2048) for n, c in ((256, 128), (1024, 128), (1024, 512))]
-        maps += [InfoNce(STEP, 1024, dtype, 128, 2048) for dtype in ("float16", "bfloat16")]
-        swaps = [Swapped(STEP, 8192, "float32", 64, 4096, name) for name in ("taming", "diffusers", VQP)]
-        swaps.append(Swapped(STEP, 16384, "float32", 256, 1024, "IBQ"))
-        return [*large, *usual, *codes, *widths, *halves, *hard, *(Quantize(ASSIGN, *s) for s in sizes), *maps, *swaps]
-    half = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"  # bf16 is emulated below sm_80
-    types, both = (half, "float32"), (STEP, FORWARD)
-    found: list[Case] = [Quantize(STEP, 1024, half, graph=True)]
-    found += [Quantize(p, n, t, d) for d in (256, 64, 32, 8) for n in (8192, 1024) for t in types for p in both]
-    found += [Quantize(STEP, n, half, latents="trained-like") for n in (8192, 1024)]
-    found += [Quantize(STEP, 8192, half, codebook_grad="hard")]
-    found += [Quantize(p, n, t, 16) for n in (8192, 1024) for t in types for p in both]
-    found += [Quantize(ASSIGN, n, t, d) for n in (8192, 1024) for d in (256, 64) for t in types]
-    lengths = [(65536, 64), *((n, width) for n in (4096, 16384, 65536, 1024, 256) for width in (512, 128))]
-    found += [InfoNce(part, n, half, width) for part in both for n, width in lengths]
-    every = (*both, ASSIGN)
-    found += [Quantize(p, 65536, t) for t in types for p in every] + [Quantize(STEP, 262144, half, masked=False)]
-    found += [Quantize(p, n, half) for n in (16384, 4096, 512) for p in every]
-    found += [Quantize(p, 8192, half, 512) for p in every]
-    found += [Quantize(p, 8192, "float16") for p in every if half != "float16"]
-    return [*found, *(Quantize(BACKWARD, n, half) for n in (8192, 1024)), InfoNce(BACKWARD, 4096, half, 512)]
+    """Return those of a device, in their order."""
+    rows = CPU if device == "cpu" else gpu_rows(BF16 if torch.cuda.get_device_capability() >= (8, 0) else FP16)
+    found = []
+    for op, parts, codes, types, widths, many, *variants in rows:
+        sizes = itertools.product(codes, types, widths, parts, *(variants or [("",)]))
+        found += [Case(op, part, n, dtype, width, many, variant) for n, dtype, width, part, variant in sizes]
+    return found
 
 
 def test_op(measure: Callable[..., None], case: Case, competitor: str) -> None:

@@ -6,7 +6,7 @@ pytest bench/bench_steps.py --benchmark-only -k diffusion     a part of it, by t
 A step of ours is the whole step of ``train/*.py`` on data that are there, clipping and supervision included. That of
 the VQ-GAN, with discriminator, starts from taming's weights, and so does the autoregressive prior's: first losses that
 differ from taming's report no time. "reg-vq" is the full Reg-VQ: masked stochastic quantization, prior regularizer,
-contrastive loss. The plain priors are our network, its attention written out, with loss and sampler in plain PyTorch.
+contrastive loss. "diffusers" samples with our network by its schedulers.
 """
 
 import copy
@@ -16,16 +16,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any, ClassVar
 from unittest import mock
 
-import step_peers
+import peers
 import torch
 import torch.nn.functional as F
-from bench_ops import Prepared, require
-from measuring import Run
-from torch import Tensor, nn
+from bench_ops import Makers, require
+from measuring import Examine, Run
+from torch import Tensor
 
 from regvq_fast.config import VQGAN_PRESETS, override
 from regvq_fast.data.loading import read_samples
@@ -35,9 +34,7 @@ from regvq_fast.models.features import VGGFeatures
 from regvq_fast.precision import choose_precision
 from regvq_fast.priors import prior_recipe
 from regvq_fast.priors.autoregressive import sample_autoregressive
-from regvq_fast.priors.diffusion import model as diffusion_model
 from regvq_fast.priors.diffusion.sampler import sample_diffusion
-from regvq_fast.priors.maskgit import model as maskgit_model
 from regvq_fast.priors.maskgit import sample_maskgit
 from regvq_fast.priors.registry import PRIORS
 from regvq_fast.quantizers import NearestQuantizer
@@ -57,64 +54,32 @@ WORDS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
     "reg-vq": {"quantizer": "reg-vq", "contrastive": "pcl"},
     "llama": {"arch": "llama"},
-    "checkpointing": {"activation_checkpointing": True},
-    "accumulation": {"accumulate": 2},
 }
-# By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
-VQGAN_MODES = {
-    "cpu": "taming fp32 amp-compile reg-vq".split(),
-    "cuda": "taming-amp amp-compile taming reg-vq-amp-compile reg-vq fp32".split(),
-}
-MEMORY_MODES = "reg-vq reg-vq-amp reg-vq-checkpointing reg-vq-accumulation reg-vq-checkpointing-accumulation".split()
+KINDS = {"autoregressive": PRIORS["ar"], "diffusion": PRIORS["diffusion"], "masked": PRIORS["maskgit"]}
 # Of a prior: by device its width, blocks, heads, images and steps of sampling.
 SIZES = {
     "autoregressive": {"cpu": (256, 4, 8, 8, 0), "cuda": (1024, 24, 16, 32, 0)},
     "diffusion": {"cpu": (128, 4, 4, 8, 5), "cuda": (1024, 19, 16, 16, 100)},
     "masked": {"cpu": (128, 4, 4, 8, 8), "cuda": (768, 24, 8, 32, 12)},
 }
-KINDS = {"autoregressive": PRIORS["ar"], "diffusion": PRIORS["diffusion"], "masked": PRIORS["maskgit"]}
-LIKE_THEIRS = {"autoregressive": {"condition_dropout": 0.0}, "diffusion": {"auxiliary_weight": 5e-4}}
-ATTENTION: dict[str, ModuleType] = {"diffusion": diffusion_model, "masked": maskgit_model}
-PRIOR_MODES = {
+# By importance: a GPU's time may run out. On a CPU two are compiled, since compiling takes longer than all the rest.
+MODES = {
+    ("vqgan", STEP, "cpu"): "taming fp32 amp-compile reg-vq",
     ("autoregressive", STEP, "cpu"): "taming fp32 amp llama-fp32",
-    ("autoregressive", STEP, "cuda"): "taming-amp amp-compile taming amp fp32 llama-amp-compile",
     ("autoregressive", SAMPLING, "cpu"): "taming fp32 fp32-compile llama-fp32",
+    ("diffusion", STEP, "cpu"): "fp32 amp",
+    ("diffusion", SAMPLING, "cpu"): "diffusers fp32",
+    ("masked", STEP, "cpu"): "fp32 amp",
+    ("masked", SAMPLING, "cpu"): "diffusers fp32",
+    ("vqgan", STEP, "cuda"): "taming-amp amp-compile taming reg-vq-amp-compile reg-vq fp32",
+    ("autoregressive", STEP, "cuda"): "taming-amp amp-compile taming amp fp32 llama-amp-compile",
     ("autoregressive", SAMPLING, "cuda"): "taming-half half-compile half taming fp32 fp32-compile llama-half-compile",
-} | {
-    (op, part, device): modes
-    for op in ATTENTION
-    for part, device, modes in (
-        (STEP, "cpu", "plain fp32"),
-        (STEP, "cuda", "plain-amp amp-compile plain fp32 fp32-compile"),
-        (SAMPLING, "cpu", "plain fp32"),
-        (SAMPLING, "cuda", "plain fp32-compile fp32"),
-    )
+    ("diffusion", STEP, "cuda"): "amp-compile fp32-compile fp32",
+    ("diffusion", SAMPLING, "cuda"): "diffusers fp32-compile fp32",
+    ("masked", STEP, "cuda"): "amp-compile fp32-compile fp32",
+    ("masked", SAMPLING, "cuda"): "diffusers fp32-compile fp32",
 }
-
-
-def make_trainer(kind: Any, config: Any) -> tuple[Trainer[Any], dict[str, Any]]:
-    """Return a trainer, its feature networks and tokenizer with random weights, and the batch of all its steps."""
-    tokenizer = VQGAN(NearestQuantizer(NUM_CODES, 8), image_size=64, ch=32, ch_mult=(1, 1, 2))
-    with (
-        mock.patch.object(build, "load_vgg_features", lambda net, weights: VGGFeatures(net)),
-        mock.patch.object(prior_recipe.VQGAN, "from_pretrained", return_value=tokenizer),
-    ):
-        trainer = Trainer(kind, config)
-    batch: Any = read_samples(trainer.data.train, range(trainer.batch_size))
-    generator = torch.Generator().manual_seed(0)
-    if kind is VQGANRecipe:
-        images = torch.randint(256, batch["image"].shape, generator=generator, dtype=torch.uint8)
-        return trainer, {"image": images.to(trainer.device)}
-    batch = trainer.recipe.tokenize(batch)  # type: ignore[attr-defined]
-    tokens = torch.randint(NUM_CODES, batch["tokens"].shape, generator=generator)
-    return trainer, batch | {"tokens": tokens.to(trainer.device)}
-
-
-def first_step(trainer: Trainer[Any], batch: dict[str, Any]) -> dict[str, Any]:
-    """Take a step on the batch, as all later ones will be, and return its numbers."""
-    with mock.patch.object(training, "training_batches", return_value=itertools.repeat(batch)):
-        trainer.step(0)  # which opens the batches
-    return trainer.record()[0]
+Made = tuple[Run, dict[str, Any]]  # and the numbers of the first step
 
 
 @dataclass(frozen=True)
@@ -129,54 +94,49 @@ class Whole:
     @property
     def config(self) -> Any:
         """Return the configuration of a mode without words."""
-        run = {"device": self.device, "amp": False, "compile": False, "steps": CPU_STEPS}
+        run: dict[str, Any] = {"device": self.device, "amp": False, "compile": False, "steps": CPU_STEPS}
         if self.op == "vqgan":
             config = SMALL if self.device == "cpu" else PAPER
-            if self.part != STEP:
-                config = override(SMALL, batch_size=16, image_size=128)
             return override(config, **run, quantizer="vq-gan", contrastive="none")
         width, depth, heads, images, _ = SIZES[self.op][self.device]
         run |= {"width": width, "depth": depth, "heads": heads, "batch_size": images}
-        run |= {"on_the_fly": True, "tokenizer": "random"} | LIKE_THEIRS.get(self.op, {})
-        return override(KINDS[self.op].presets["scenes"], **run)
-
-    @property
-    def detail(self) -> str:
-        config = self.config
-        if self.op == "vqgan":
-            return f"{config.data.image_size} px, ch {config.model.ch}"
-        steps = SIZES[self.op][self.device][4] if self.part == SAMPLING else 0
-        more = f", {steps} steps, guidance" if steps else ""
-        return f"256 tokens, width {config.model.width}, {config.model.depth} blocks{more}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.op}, {self.part}, {self.config.optimizer.batch_size} images of {self.detail}"
+        run |= {"condition_dropout": 0.0} if self.op == "autoregressive" else {}  # as taming
+        return override(KINDS[self.op].presets["scenes"], **run, on_the_fly=True, tokenizer="random")
 
     def facts(self) -> dict[str, Any]:
         """Return what a record has of the case."""
-        size = {"B": self.config.optimizer.batch_size}
-        return {"op": self.op, "part": self.part, "size": size, "detail": self.detail}
+        config = self.config
+        if self.op == "vqgan":
+            detail = f"{config.data.image_size} px, ch {config.model.ch}"
+        else:
+            steps = SIZES[self.op][self.device][4] if self.part == SAMPLING else 0
+            detail = f"256 tokens, width {config.model.width}, {config.model.depth} blocks"
+            detail += f", {steps} steps, guidance" if steps else ""
+        return {"op": self.op, "part": self.part, "size": {"B": config.optimizer.batch_size}, "detail": detail}
+
+    @property
+    def name(self) -> str:
+        facts = self.facts()
+        return f"{self.op}, {self.part}, {facts['size']['B']} images of {facts['detail']}"
 
     def competitors(self, device: str) -> tuple[str, ...]:
-        """Names: "taming" or "plain" and ours, with the precision, compiled or not."""
-        if self.op == "vqgan":
-            return tuple(VQGAN_MODES[device] if self.part == STEP else MEMORY_MODES)
-        return tuple(PRIOR_MODES[self.op, self.part, device].split())
+        """Names: another implementation, and ours with the precision, compiled or not."""
+        return tuple(MODES[self.op, self.part, device].split())
 
-    def prepare(self, device: str) -> Prepared:
+    def prepare(self, device: str) -> tuple[Makers, Examine]:
         """Return functions that make the runs, and the comparison of first steps."""
         firsts: dict[str, dict[str, Any]] = {}
         start: dict[str, Any] = {}  # taming's weights
-        makers = {"vqgan": make_vqgan, "autoregressive": make_autoregressive}
-        make = makers.get(self.op, make_plain)
         torch._dynamo.config.recompile_limit = 64  # for all sizes and modes in one process
 
-        def make_mode(mode: str) -> Run:
+        def make(mode: str) -> Run:
             torch.manual_seed(0)
             words = {word: setting for word, setting in WORDS.items() if word in mode}
             config = override(self.config, **{name: value for some in words.values() for name, value in some.items()})
-            run, firsts[mode] = make(self, mode, config, start)
+            trainer, batch = make_trainer(KINDS[self.op].recipe if self.op in KINDS else VQGANRecipe, config)
+            makers = {"taming": make_taming, "diffusers": make_diffusers}
+            maker = next((maker for peer, maker in makers.items() if mode.startswith(peer)), make_ours)
+            run, firsts[mode] = maker(self, mode, trainer, batch, start)
             return run
 
         def examine(mode: str, _: Any) -> dict[str, Any]:
@@ -190,123 +150,99 @@ class Whole:
                     require(name, near, f"is {value:.6g} in the first step, taming's {theirs[name]:.6g}")
             return {}
 
-        return {mode: partial(make_mode, mode) for mode in self.competitors(device)}, examine
+        return {mode: partial(make, mode) for mode in self.competitors(device)}, examine
 
 
-Made = tuple[Run, dict[str, Any]]
+def make_trainer(kind: Any, config: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a trainer, its feature networks and tokenizer with random weights, and the batch of all its steps."""
+    tokenizer = VQGAN(NearestQuantizer(NUM_CODES, 8), image_size=64, ch=32, ch_mult=(1, 1, 2))
+    with (
+        mock.patch.object(build, "load_vgg_features", lambda net, weights: VGGFeatures(net)),
+        mock.patch.object(prior_recipe.VQGAN, "from_pretrained", return_value=tokenizer),
+    ):
+        trainer: Any = Trainer(kind, config)
+    batch: Any = read_samples(trainer.data.train, range(trainer.batch_size))
+    generator = torch.Generator().manual_seed(0)
+    if kind is VQGANRecipe:
+        images = torch.randint(256, batch["image"].shape, generator=generator, dtype=torch.uint8)
+        return trainer, {"image": images.to(trainer.device)}
+    batch = trainer.recipe.tokenize(batch)
+    tokens = torch.randint(NUM_CODES, batch["tokens"].shape, generator=generator)
+    return trainer, batch | {"tokens": tokens.to(trainer.device)}
 
 
-def make_vqgan(case: Whole, mode: str, config: Any, start: dict[str, Any]) -> Made:
-    """A step of the VQ-GAN with discriminator, on a batch that is always the same."""
-    trainer, batch = make_trainer(VQGANRecipe, config)
-    if mode.startswith("taming"):
-        taming = step_peers.TamingStep(config, trainer.precision)
+def halved(network: Any, mode: str) -> Any:
+    """The network in evaluation mode, its weights in half precision where the mode says so."""
+    return network.eval().to(choose_precision("half" in mode, next(network.parameters()).device).dtype or torch.float32)
+
+
+def make_ours(case: Whole, mode: str, trainer: Any, batch: dict[str, Any], start: dict[str, Any]) -> Made:
+    """A step by the trainer on a batch that is always the same, or a sampling by the public sampler."""
+    model = trainer.networks.model
+    if start and not mode.startswith(("reg-vq", "llama")):
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the groups, which taming has from us
+            model.load_taming_state_dict(start["model"])
+        if case.op == "vqgan":
+            trainer.recipe.discriminator.load_state_dict(start["discriminator"])
+    if case.part != SAMPLING:
+        with mock.patch.object(training, "training_batches", return_value=itertools.repeat(batch)):
+            trainer.step(0)  # which opens the batches
+        return partial(trainer.step, 1), trainer.record()[0]
+    _, condition = trainer.recipe.inputs(batch)
+    settings = {"seed": 0, "compile": mode.endswith("compile")}
+    if case.op == "autoregressive":  # among all codes
+        return partial(sample_autoregressive, halved(model, mode), condition, **settings), {}
+    settings |= {"guidance": GUIDANCE, "steps": SIZES[case.op][case.device][4]}
+    if case.op == "masked":
+        return partial(sample_maskgit, model.eval(), condition, **settings), {}
+    return partial(sample_diffusion, model.eval(), condition, truncation=TRUNCATION, **settings), {}
+
+
+def make_taming(case: Whole, mode: str, trainer: Any, batch: dict[str, Any], start: dict[str, Any]) -> Made:
+    """A step of taming's, or a sampling, whose cache grows by a copy of itself at each token; keeps its weights."""
+    precision = trainer.precision
+    if case.op == "vqgan":
+        taming = peers.TamingStep(trainer.config, precision)
         nets = {"model": taming.autoencoder, "discriminator": taming.discriminator}
         start |= {name: copy.deepcopy(net.state_dict()) for name, net in nets.items()}
         images = to_float(batch["image"])
         log = {name.removeprefix("train/"): float(value) for name, value in taming(images).items()}
         first = {"l1": log["rec_loss"] - log["p_loss"], "perceptual": log["p_loss"], "quantizer": log["quant_loss"]}
         return partial(taming, images), first
-    if start and not mode.startswith("reg-vq"):
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of the groups, which taming has from us
-            trainer.networks.model.load_taming_state_dict(start["model"])
-        trainer.recipe.discriminator.load_state_dict(start["discriminator"])  # type: ignore[attr-defined]
-    return partial(trainer.step, 1), first_step(trainer, batch)
-
-
-def training_step(network: nn.Module, amp: bool, loss: Callable[[], Tensor]) -> Run:
-    """A loss, its gradients and the fused update of AdamW."""
-    precision = choose_precision(amp, next(network.parameters()).device)
+    mingpt, model = peers.taming()["mingpt"], trainer.config.model
+    tokens, condition = (ids.flatten(1) for ids in trainer.recipe.inputs(batch))
+    length, sizes = condition.shape[1] + tokens.shape[1], {"n_head": model.heads, "n_embd": model.width}
+    network = mingpt.GPT(NUM_CODES, length, n_layer=model.depth, **sizes).to(tokens.device)
+    start["model"] = copy.deepcopy(network.state_dict())
+    if case.part == SAMPLING:
+        return partial(mingpt.sample_with_past, condition, halved(network, mode), tokens.shape[1]), {}
     optimizer, scaler = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True), precision.scaler()
 
     def step() -> Tensor:
         with precision.autocast():
-            value = loss()
-        scaler.scale(value).backward()
+            logits, _ = network(torch.cat([condition, tokens], 1)[:, :-1])  # as Net2NetTransformer takes them
+            loss = F.cross_entropy(logits[:, condition.shape[1] - 1 :].reshape(-1, NUM_CODES), tokens.flatten())
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return value.detach()
+        return loss.detach()
 
-    return step
-
-
-def halved(network: Any, mode: str) -> Any:
-    """The network in evaluation mode, its weights in half precision where the mode says so."""
-    dtype = choose_precision("half" in mode, next(network.parameters()).device).dtype
-    return network.eval() if dtype is None else network.eval().to(dtype)
-
-
-def make_autoregressive(case: Whole, mode: str, config: Any, start: dict[str, Any]) -> Made:
-    """A step, or a sampling, which chooses among all codes; taming's cache grows by a copy of itself at each token."""
-    trainer, batch = make_trainer(KINDS[case.op].recipe, config)
-    ours, (tokens, condition) = trainer.networks.model, trainer.recipe.inputs(batch)  # type: ignore[attr-defined]
-    tokens = tokens.flatten(1)
-    if not mode.startswith("taming"):
-        if start and not mode.startswith("llama"):
-            ours.load_taming_state_dict(start["model"])
-        if case.part == STEP:
-            return partial(trainer.step, 1), first_step(trainer, batch)
-        compiles = mode.endswith("compile")
-        return partial(sample_autoregressive, halved(ours, mode), condition, seed=0, compile=compiles), {}
-    mingpt, model = step_peers.taming_module("transformer.mingpt"), config.model
-    length = condition.shape[1] + tokens.shape[1]
-    sizes = {"n_layer": model.depth, "n_head": model.heads, "n_embd": model.width}
-    theirs = mingpt.GPT(NUM_CODES, length, **sizes).to(tokens.device)
-    start |= {"model": copy.deepcopy(theirs.state_dict())}
-    if case.part == SAMPLING:
-        return partial(mingpt.sample_with_past, condition, halved(theirs, mode), tokens.shape[1]), {}
-
-    def loss() -> Tensor:
-        logits, _ = theirs(torch.cat([condition, tokens], 1)[:, :-1])  # as Net2NetTransformer takes them
-        return F.cross_entropy(logits[:, condition.shape[1] - 1 :].reshape(-1, NUM_CODES), tokens.flatten())
-
-    step = training_step(theirs, "amp" in mode, loss)
     return step, {"loss": float(step())}
 
 
-def make_plain(case: Whole, mode: str, config: Any, start: dict[str, Any]) -> Made:
-    """A step or a sampling, with guidance, of the diffusion or the masked prior."""
-    trainer, batch = make_trainer(KINDS[case.op].recipe, config)
-    prior, (tokens, condition) = trainer.networks.model, trainer.recipe.inputs(batch)  # type: ignore[attr-defined]
-    tokens, steps = tokens.flatten(1), SIZES[case.op][case.device][4]
-    if not mode.startswith("plain"):
-        if case.part == STEP:
-            return partial(trainer.step, 1), first_step(trainer, batch)
-        samplers: dict[str, Any] = {
-            "diffusion": partial(sample_diffusion, truncation=TRUNCATION),
-            "masked": sample_maskgit,
-        }
-        settings = {"seed": 0, "guidance": GUIDANCE, "compile": mode.endswith("compile"), "steps": steps}
-        return partial(samplers[case.op], prior.eval(), condition, **settings), {}
-
-    run: Run
+def make_diffusers(case: Whole, mode: str, trainer: Any, batch: dict[str, Any], start: dict[str, Any]) -> Made:
+    """A sampling with guidance by diffusers' schedulers."""
+    prior, steps = trainer.networks.model.eval(), SIZES[case.op][case.device][4]
+    _, condition = trainer.recipe.inputs(batch)
     if case.op == "masked":
-        loss = partial(step_peers.maskgit_loss, prior, tokens, condition)
-        run = partial(step_peers.maskgit_sample, prior.eval(), condition, steps, GUIDANCE)
-    else:
-        chain = diffusion_model.MaskAndReplace(NUM_CODES, steps if case.part == SAMPLING else 100)
-        plain = step_peers.PlainDiffusion(chain, tokens.device)
-        loss = partial(plain.loss, prior, tokens, condition)
-        null = prior.condition(len(tokens))
-        text = prior.condition(len(tokens), condition).detach()
-        run = partial(plain.sample, prior.eval(), text, null.detach(), tokens.shape[1], GUIDANCE, TRUNCATION)
-    if case.part == STEP:
-        run = training_step(prior.train(), "amp" in mode, loss)
-
-    def written_out() -> Any:
-        with mock.patch.object(ATTENTION[case.op], "attention", step_peers.plain_attention):
-            return run()
-
-    return written_out, {}
+        return partial(peers.diffusers_masked, prior, condition, steps, GUIDANCE), {}
+    return partial(peers.diffusers_diffusion, prior, condition, steps, GUIDANCE, TRUNCATION), {}
 
 
 def cases(device: str) -> list[Whole]:
-    """By importance; the memory that flags save is measured on a CPU."""
-    steps = [Whole("vqgan", STEP, device)]
-    if device == "cpu":
-        steps.append(Whole("vqgan", "memory of a step", device))
-    return steps + [Whole(op, part, device) for op in SIZES for part in (STEP, SAMPLING)]
+    """Return those of a device, in their order."""
+    return [Whole(op, part, where) for op, part, where in MODES if where == device]
 
 
 def test_step(measure: Callable[..., None], case: Whole, competitor: str) -> None:

@@ -10,13 +10,13 @@ import json
 import math
 import os
 import platform
-import subprocess
+import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -24,12 +24,13 @@ from torch.utils.benchmark import Timer
 from regvq_fast import nvml
 from regvq_fast.files import atomic_path
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = (
-    *("torch", "triton", "vector-quantize-pytorch", "taming-transformers-rom1504"),
-    *("diffusers", "flash-kmeans", "inf-cl"),
-)
+PACKAGES: tuple[str, ...] = ("torch", "triton", "vector-quantize-pytorch", "taming-transformers-rom1504", "diffusers")
+PACKAGES += ("flash-kmeans", "inf-cl")
 Run = Callable[[], Any]
+Examine = Callable[[str, Any], dict[str, Any]]
+"""Check of what a call of a competitor returned: raises `WrongResultError`, or returns what the record has of it."""
+Outcome = dict[str, Any] | Exception
+"""Memory, seconds of each turn and what the check found of a competitor; or why it has no time."""
 
 
 class WrongResultError(Exception):
@@ -40,19 +41,10 @@ class SkippedError(Exception):
     """A competitor that can't run here; the message says why."""
 
 
-class OutOfTimeError(Exception):
-    """A competitor that the time limit left out."""
-
-
-class Measured(NamedTuple):
-    found: dict[str, Any]  # by its check, and its memory
-    seconds: list[float]
-
-
 def status_of(error: Exception) -> str:
     """Return the status that a record has for an outcome without a time."""
     known = {torch.OutOfMemoryError: "out of memory", SkippedError: "skipped", WrongResultError: "wrong"}
-    return (known | {OutOfTimeError: "out of time"}).get(type(error), "failed")
+    return known.get(type(error), "failed")
 
 
 # -------------------------------------------------------------------------------------------------- time and memory
@@ -99,13 +91,6 @@ def peak_mib(run: Run, device: str) -> float:
     return (status("VmHWM:") - before) / 1024
 
 
-def release_memory() -> None:
-    """Release cached memory to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def graphed(run: Run) -> Run:
     """Return a call that replays ``run`` as a CUDA graph and returns the same tensors every time."""
     side = torch.cuda.Stream()
@@ -125,18 +110,6 @@ def graphed(run: Run) -> Run:
     return replay
 
 
-def take_turns(runs: dict[str, Run], clock: Callable[[Run], Any], turns: int, least: int, limit: float) -> Any:
-    """Read the clock on each run, A B A B, so that a busy moment meets all; ``least`` turns if ``limit`` s are over."""
-    readings: dict[str, list[Any]] = {name: [] for name in runs}
-    begin = time.perf_counter()
-    for turn in range(turns):
-        if turn >= least and time.perf_counter() - begin > limit:
-            break
-        for name, run in runs.items():
-            readings[name].append(clock(run))
-    return readings
-
-
 def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what ``function`` returns, or its error, without the tensors that its frames still held."""
     try:
@@ -148,42 +121,47 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def measure_side_by_side(
     makers: dict[str, Callable[[], Run]],
-    examine: Callable[[str, Any], dict[str, Any]],
+    examine: Examine,
     device: str,
     whole: bool = False,
-    until: float = math.inf,
     turns: int | None = None,
-) -> dict[str, Measured | Exception]:
+) -> dict[str, Outcome]:
     """Measure competitors, or keep why one was not: each is made, checked and weighed alone; then they take turns.
 
+    They go A B A B, so that a busy moment meets all, until there are enough turns, or 2 or 3 and the time is up.
+
     Args:
-        examine: checks the results of a call of ours, and returns what the record has of it.
-        until: moment of `time.perf_counter` from which no competitor begins.
-        turns: number of turns; 0 makes and checks, which compiles.
+        turns: number of turns at most, by default 8 to 30; 0 makes and checks, which compiles.
     """
-    outcomes: dict[str, Measured | Exception] = {}
-    runs: dict[str, Run] = {}
 
     def prepare(name: str) -> tuple[Run, dict[str, Any]]:
-        if time.perf_counter() > until:
-            raise OutOfTimeError("out of time")
         run = makers[name]()
         found = examine(name, run())
-        return run, found | {"mib": round(peak_mib(run, device), 3)}
+        return run, found | {"mib": round(peak_mib(run, device), 3), "seconds": []}
 
+    outcomes: dict[str, Any] = {}
+    runs: dict[str, Run] = {}
     for name in makers:
-        release_memory()
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
         prepared = _attempt(prepare, name)
         if isinstance(prepared, Exception):
             outcomes[name] = prepared
         else:
-            runs[name], outcomes[name] = prepared[0], Measured(prepared[1], [])
+            runs[name], outcomes[name] = prepared
     most, least, limit = (8, 2, 3.0) if device == "cuda" else (10 if whole else 30, 3, 0.8 * len(runs))
-    most = most if turns is None else turns
-    clock = functools.partial(_attempt, functools.partial(seconds_of, device=device, whole=whole))
-    for name, readings in take_turns(runs, clock, most, min(least, most), limit).items():
-        errors = [reading for reading in readings if isinstance(reading, Exception)]
-        outcomes[name] = errors[0] if errors else Measured(outcomes[name].found, readings)  # type: ignore[union-attr]
+    begin = time.perf_counter()
+    for turn in range(most if turns is None else turns):
+        if turn >= least and time.perf_counter() - begin > limit:
+            break
+        for name, run in list(runs.items()):
+            seconds = _attempt(seconds_of, run, device, whole)
+            if isinstance(seconds, Exception):
+                outcomes[name] = seconds
+                del runs[name]
+            else:
+                outcomes[name]["seconds"].append(seconds)
     return outcomes
 
 
@@ -193,6 +171,8 @@ def measure_side_by_side(
 @functools.cache
 def describe_machine(device: str) -> dict[str, Any]:
     """Hardware, versions and commit, asked once."""
+    from pytest_benchmark.utils import get_commit_info
+
     found: dict[str, Any] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     if device == "cuda":
         properties = torch.cuda.get_device_properties()
@@ -207,20 +187,23 @@ def describe_machine(device: str) -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    changes = _git("status", "--porcelain")
+    commit = get_commit_info()
+    known = commit["time"] is not None
     return found | {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else changes != "",
+        "commit": commit["id"] if known else None,
+        "uncommitted_changes": commit["dirty"] if known else None,
     }
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of git in this checkout; None without git or checkout."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def record_of(facts: dict[str, Any], name: str, outcome: Outcome) -> dict[str, Any]:
+    """Return what the file has of a competitor in a case."""
+    record = facts | {"competitor": name}
+    if isinstance(outcome, Exception):
+        return record | {"status": status_of(outcome), "reason": f"{type(outcome).__name__}: {outcome}"[:500]}
+    found, ms = dict(outcome), sorted(1e3 * value for value in outcome["seconds"])
+    del found["seconds"]
+    quartiles = [ms[len(ms) // 4], ms[-1 - len(ms) // 4]]
+    return record | {"status": "ok", **found, "ms": statistics.median(ms), "turns": len(ms), "ms_quartiles": quartiles}
 
 
 def load(path: Path, device: str) -> dict[str, Any]:
@@ -229,7 +212,7 @@ def load(path: Path, device: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if found.get("machine", {}).get("commit", "") == where["commit"]:
         return found
-    return {"machine": where, "date": str(datetime.date.today()), "records": []}
+    return {"machine": where, "date": str(datetime.date.today()), "not_measured": [], "records": []}
 
 
 def save(path: Path, found: dict[str, Any]) -> None:

@@ -1,35 +1,66 @@
-"""Competitors of the ops: plain PyTorch, and other packages where they are installed.
+"""Competitors: plain PyTorch, and other packages where they are installed, of which none is needed to run the rest.
 
-A competitor is a forward pass, a call whose first results take gradients, and the leaves that they go to. The packages
-answer other questions than ours does, which the docstrings say; none of them is needed to run the rest.
+One of an op is a forward pass, a call whose first results take gradients, and the leaves that they go to. The packages
+answer other questions than ours does, which the docstrings say.
 """
 
+import contextlib
 import functools
 import importlib
+import io
 import math
+import sys
 from collections.abc import Callable
-from types import ModuleType
+from dataclasses import asdict
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from measuring import SkippedError
-from step_peers import taming_module
 from torch import Tensor, nn
 
 from regvq_fast import NearestQuantizer
+from regvq_fast.config import VQGANConfig
 from regvq_fast.integrations import accelerate
-from regvq_fast.ops import vector_quantize
+from regvq_fast.losses.perceptual import LPIPS
+from regvq_fast.models.features import VGGFeatures
+from regvq_fast.models.layers import group_norm
+from regvq_fast.precision import Precision
+from regvq_fast.priors.choosing import restrict
+from regvq_fast.priors.diffusion import VQDiffusion
+from regvq_fast.priors.maskgit import MaskGIT
+from regvq_fast.training.optimization import build_optimizer
 
 Forward = Callable[[], tuple[Tensor, ...]]
 GPU_ONLY = ("flash-kmeans", "inf-cl")  # Triton kernels
 
 
-def package(name: str, module: str = "") -> ModuleType:
+def package(name: str, module: str = "") -> Any:
     """Return the module of a package, imported only where it is measured."""
     try:
         return importlib.import_module(module or name.replace("-", "_"))
     except ImportError as error:
-        raise SkippedError(f"{name} is not installed: pip install {name} ({error})") from error
+        raise SkippedError(f"not installed: pip install {name} ({error})") from error
+
+
+@functools.cache
+def taming() -> dict[str, Any]:
+    """Modules of taming-transformers by name, with stand-ins for what they import for downloads and trained weights.
+
+    ``pip install --no-deps taming-transformers-rom1504`` is enough.
+    """
+    package("einops")
+    stand_ins = {name: SimpleNamespace(models=None, tqdm=None) for name in ("torchvision", "requests", "tqdm")}
+    stand_ins = {name: module for name, module in stand_ins.items() if find_spec(name) is None}
+    # Newer versions don't have the one function that it needs.
+    filtering = {"top_k_top_p_filtering": lambda logits, top_k, top_p=None: restrict(logits, top_k=top_k, top_p=top_p)}
+    stand_ins["transformers"] = SimpleNamespace(**filtering)
+    names = "transformer.mingpt vqvae.quantize diffusionmodules.model losses.lpips losses.vqperceptual".split()
+    with mock.patch.dict(sys.modules, stand_ins):
+        modules = [package("--no-deps taming-transformers-rom1504", f"taming.modules.{name}") for name in names]
+    return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 
 # ---------------------------------------------------------------------------------------------------- plain PyTorch
@@ -132,7 +163,7 @@ def nearest(x: Tensor, codebook: Tensor) -> tuple[Forward, list[Tensor]]:
 
 def taming_nearest(x: Tensor, codebook: Tensor) -> tuple[Forward, list[Tensor]]:
     """taming-transformers' ``VectorQuantizer2``: nearest code, straight-through identity, in the type of ``x``."""
-    module = taming_module("vqvae.quantize").VectorQuantizer2(*codebook.shape, beta=0.25, legacy=False)
+    module = taming()["quantize"].VectorQuantizer2(*codebook.shape, beta=0.25, legacy=False)
     return quantizer(module.to(x.dtype), x, codebook)
 
 
@@ -167,38 +198,121 @@ def inf_cl(query: Tensor, key: Tensor, tau: float) -> Forward:
 # ------------------------------------------------------------------------------------- quantizers of other libraries
 
 
-class IBQ(nn.Module):
-    """The look-up of IBQ: as its authors write it, which keeps several M x N matrices, or by our op."""
-
-    def __init__(self, num_codes: int, width: int, fused: bool) -> None:
-        super().__init__()
-        self.embedding, self.fused = nn.Embedding(num_codes, width), fused
-
-    def forward(self, z: Tensor) -> tuple[Tensor]:
-        codebook, rows = self.embedding.weight, z.permute(0, 2, 3, 1)
-        if self.fused:
-            out = vector_quantize(rows, codebook, weight=codebook, codebook_grad="hard")
-            return (out.quantized.permute(0, 3, 1, 2),)
-        soft = (rows @ codebook.t()).softmax(-1)
-        hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
-        return (((hard - soft.detach() + soft) @ codebook).permute(0, 3, 1, 2),)
-
-
 def library_quantizer(library: str, num_codes: int, width: int, ours: bool) -> nn.Module:
     """A quantizer of (B, D, H, W) maps of another library, or the same after ``accelerate``."""
     torch.manual_seed(0)
-    if library == "IBQ":
-        return IBQ(num_codes, width, ours)
     if library == "vector-quantize-pytorch":
         module = package(library).VectorQuantize(width, num_codes, accept_image_fmap=True)
+    elif library == "IBQ":  # as its authors write it; it isn't on PyPI
+        module = importlib.import_module("helpers.plain_ibq").IndexPropagationQuantize(num_codes, width)
     else:
-        kind = (
-            taming_module("vqvae.quantize").VectorQuantizer2
-            if library == "taming"
-            else package("diffusers", "diffusers.models.autoencoders.vae").VectorQuantizer
-        )
+        vae = "diffusers.models.autoencoders.vae"
+        kind = taming()["quantize"].VectorQuantizer2 if library == "taming" else package(library, vae).VectorQuantizer
         module = kind(num_codes, width, beta=0.25)
         nn.init.normal_(module.embedding.weight)
     if ours:
         accelerate(module)
     return module
+
+
+# ----------------------------------------------------------------------------------------------- steps and samplers
+
+
+class TamingStep:
+    """``VQModel.training_step`` and what Lightning makes of it with two optimizers, the discriminator active.
+
+    For the first optimizer the batch is encoded, quantized, decoded and judged: L1, LPIPS, adversarial loss with its
+    adaptive weight by two walks back to the last layer, codebook loss. For the second it is encoded, quantized and
+    decoded again, LPIPS included, and the discriminator is trained on the result. While one takes its turn, the
+    parameters of the other take no gradients (``toggle_optimizer``).
+
+    Where the published training leaves a choice, or would cost more, it gets what ours has: AdamW with the fused
+    update, random VGG weights of the same seed with the same heads, LPIPS without the dropout that training mode
+    switches on in it, and below 128 channels our number of groups in GroupNorm (its own would be of one channel).
+    """
+
+    def __init__(self, config: VQGANConfig, precision: Precision) -> None:
+        self.precision, self.scaler = precision, precision.scaler()
+        with contextlib.redirect_stdout(io.StringIO()):  # they announce themselves
+            self.autoencoder, self.loss = _autoencoder(config).to(precision.device), _loss(config).to(precision.device)
+        self.discriminator: nn.Module = self.loss.discriminator
+        self._turns = [(m, build_optimizer(m, config.optimizer)) for m in (self.autoencoder, self.discriminator)]
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Take one step on a batch (B, 3, H, W) in [-1, 1] and return the logged numbers, by taming's names."""
+        metrics: dict[str, Tensor] = {}
+        net = self.autoencoder
+        for index, (module, optimizer) in enumerate(self._turns):
+            for other, _ in self._turns:
+                other.requires_grad_(other is module)
+            with self.precision.autocast():
+                quantized, codebook_loss, _ = net.quantize(net.quant_conv(net.encoder(images)))
+                reconstruction = net.decoder(net.post_quant_conv(quantized))
+                last_layer = net.decoder.conv_out.weight
+                loss, log = self.loss(codebook_loss, images, reconstruction, index, 0, last_layer=last_layer)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            metrics |= log
+        return metrics
+
+
+def _autoencoder(config: VQGANConfig) -> Any:
+    """taming's ``VQModel``, which is a LightningModule, as a plain module."""
+    size = {"resolution": config.data.image_size, "in_channels": 3, "out_ch": 3, "double_z": False}
+    shared, width = asdict(config.model) | size, config.quantizer.code_dim  # they ignore what they don't know
+    networks, net, z = taming()["model"], nn.Module(), config.model.z_channels
+    net.encoder, net.decoder = networks.Encoder(**shared), networks.Decoder(**shared)
+    net.quantize = taming()["quantize"].VectorQuantizer2(config.quantizer.num_codes, width, beta=0.25)
+    nn.init.normal_(net.quantize.embedding.weight)  # fresh codes are so small that none would matter
+    net.quant_conv, net.post_quant_conv = nn.Conv2d(z, width, 1), nn.Conv2d(width, z, 1)
+    for norm in net.modules():
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = group_norm(norm.num_channels).num_groups
+    return net
+
+
+def _loss(config: VQGANConfig) -> Any:
+    """``VQLPIPSWithDiscriminator`` without its downloads."""
+    features = VGGFeatures("vgg16")
+    for layer in features.features:
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = True  # as in torchvision's network
+    lpips, torchvision_models = taming()["lpips"], SimpleNamespace(vgg16=lambda pretrained: features)
+    settings = {"disc_num_layers": config.model.disc_layers, "disc_ndf": config.model.disc_filters}
+    with mock.patch.object(lpips, "models", torchvision_models), mock.patch.object(lpips.LPIPS, "load_from_pretrained"):
+        kind = taming()["vqperceptual"].VQLPIPSWithDiscriminator
+        loss = kind(0, disc_weight=config.loss.disc_weight, **settings)
+    loss.perceptual_loss.load_state_dict(LPIPS(features).state_dict(), strict=False)
+    return loss
+
+
+@torch.no_grad()
+def diffusers_diffusion(prior: VQDiffusion, text: Tensor, steps: int, guidance: float, truncation: float) -> Tensor:
+    """Sample tokens (B, L) of our network by diffusers' ``VQDiffusionScheduler``, as its pipeline uses it."""
+    library, batch = package("diffusers"), len(text)
+    scheduler = library.VQDiffusionScheduler(num_vec_classes=prior.num_codes + 1, num_train_timesteps=steps)
+    scheduler.set_timesteps(steps, device=text.device)
+    tokens = torch.full((batch, prior.num_tokens), prior.num_codes, device=text.device)
+    both = torch.cat([prior.condition(batch, text), prior.condition(batch)])
+    for step in scheduler.timesteps:
+        logits = prior(torch.cat([tokens, tokens]), (step + 1).expand(2 * batch), both)
+        given, free = logits.mT.double().log_softmax(1).float().chunk(2)
+        log_p = free + guidance * (given - free)
+        log_p = library.VQDiffusionPipeline.truncate(None, log_p - log_p.logsumexp(1, keepdim=True), truncation)
+        tokens = scheduler.step(log_p.clamp(-70), step, tokens).prev_sample
+    return tokens
+
+
+@torch.no_grad()
+def diffusers_masked(prior: MaskGIT, condition: Tensor, steps: int, guidance: float) -> Tensor:
+    """Sample tokens (B, L) of our network by diffusers' ``AmusedScheduler``, as its pipeline uses it."""
+    scheduler = package("diffusers").AmusedScheduler(mask_token_id=prior.num_codes)
+    scheduler.set_timesteps(steps, temperature=(4.5, 0), device=condition.device)
+    tokens = torch.full((len(condition), prior.num_tokens), prior.num_codes, device=condition.device)
+    both = torch.cat([condition, torch.full_like(condition, prior.num_classes)])
+    for step in scheduler.timesteps:
+        given, free = prior(torch.cat([tokens, tokens]), both).float().chunk(2)
+        tokens = scheduler.step(free + guidance * (given - free), step, tokens).prev_sample
+    return tokens

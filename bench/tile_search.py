@@ -1,15 +1,16 @@
 """Time a kernel in many tiles on a GPU: how the pinned tiles of ``regvq_fast/dispatch.py`` are found.
 
-    python bench/tile_search.py vector_quantize_backward            N = 1024 and 8192, bf16, D = 256
-    python bench/tile_search.py vector_quantize assign_codes --codes 8192 --width 64 --dtype float16 --out tiles.json
+    python bench/tile_search.py vector_quantize_backward            N = 1024, bf16, D = 256
+    python bench/tile_search.py assign_codes --codes 8192 --width 64 --dtype float16
 
 Tried are the pinned tile and its neighbours, and those with other steps over the channels. All are compiled first, on
-every core; then they are timed one after the other as CUDA graphs, launches hidden. A tile that spills registers, or
-doesn't fit, is reported and not timed. Results go to standard output, fastest first, and to ``--out`` as JSON.
+every core; then they are timed one after the other as CUDA graphs, launches hidden. Results go to standard output,
+fastest first, then the tiles that don't fit. `python tests/kernel_resources.py` says which spill registers.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,15 +18,12 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import measuring
 import torch
-from bench_ops import ASSIGN, STEP, Case, InfoNce, Quantize
-from triton.runtime.jit import JITFunction
+from bench_ops import ASSIGN, INFO_NCE, QUANTIZE, STEP, Case
+from measuring import Run, describe_machine
 
 from regvq_fast import dispatch
 from regvq_fast.dispatch import Tile
@@ -46,10 +44,12 @@ class Search(NamedTuple):
 
     @property
     def case(self) -> Case:
-        kind: type[Case] = InfoNce if self.kernel.startswith("weighted_info_nce") else Quantize
-        return kind(ASSIGN if self.kernel == "assign_codes" else STEP, self.codes, self.dtype, self.width)
+        if self.kernel.startswith(INFO_NCE):
+            return Case(INFO_NCE, STEP, self.codes, self.dtype, self.width, max(1, 65536 // self.codes))
+        op, part = (ASSIGN, "assign") if self.kernel == ASSIGN else (QUANTIZE, STEP)
+        return Case(op, part, self.codes, self.dtype, self.width)
 
-    def prepare(self, device: str) -> measuring.Run:
+    def prepare(self, device: str) -> Run:
         """Return a warm call of the op, which launches the kernel."""
         run = self.case.prepare(device)[0]["ours"]()
         run()
@@ -70,7 +70,7 @@ class Search(NamedTuple):
         return list(dict.fromkeys([*around, *(dataclasses.replace(t, BK=step) for step in steps for t in same)]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def launched_with(kernel: str, tile: Tile) -> Iterator[None]:
     """Launch ``kernel`` with ``tile`` instead of its pinned one inside."""
     names = []
@@ -79,7 +79,7 @@ def launched_with(kernel: str, tile: Tile) -> Iterator[None]:
         names.append(name)
         return tile if name == kernel else dispatch.pinned_tile(name, *inputs)
 
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for module in (vector_quantize, vector_quantize_backward, weighted_info_nce):
             stack.enter_context(mock.patch.object(module, "pinned_tile", chosen))
         yield
@@ -87,75 +87,53 @@ def launched_with(kernel: str, tile: Tile) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(search: Search, device: str) -> measuring.Run:
+def _prepared(search: Search, device: str) -> Run:
     return search.prepare(device)
 
 
-def try_tile(search: Search, tile: Tile, device: str) -> str:
-    """Return why a tile can't be used, "" if it can. It is compiled, and is on disk for other processes."""
-    spills, launch_kernel = [0], JITFunction.run
-
-    def record(self: Any, *args: Any, **options: Any) -> Any:
-        compiled = launch_kernel(self, *args, **options)
-        if options.get("BK") == tile.BK and options.get("BM") == tile.BM:  # not the small kernels beside
-            spills.append(compiled.n_spills or 0)
-        return compiled
-
-    try:
-        run = _prepared(search, device)
-        with launched_with(search.kernel, tile), mock.patch.object(JITFunction, "run", record):
-            run()
-            torch.cuda.synchronize()
-    except Exception as error:  # too many registers, too much shared memory: whatever it is, the tile is out
-        return f"{type(error).__name__}: {error}".splitlines()[0][:120]
-    return f"spills {max(spills)} registers" if any(spills) else ""
+def compile_tile(search: Search, tile: Tile, device: str) -> None:
+    """Compile a tile, which is then on disk for other processes; what fails will fail again when it is timed."""
+    with contextlib.suppress(Exception), launched_with(search.kernel, tile):
+        _prepared(search, device)()
 
 
-def time_tiles(search: Search, tiles: list[Tile], device: str, clock: Callable[[measuring.Run], float]) -> Any:
-    """Return milliseconds of the op by tile, fastest first: what differs between two tiles is the kernel's."""
-    times, run = {}, search.prepare(device)
+def time_tiles(search: Search, tiles: list[Tile], device: str, clock: Callable[[Run], float]) -> dict[Tile, Any]:
+    """Return milliseconds of the op by tile, fastest first, then the errors of those that don't run.
+
+    What differs between two tiles is the kernel's.
+    """
+    times: dict[Tile, float] = {}
+    errors: dict[Tile, str] = {}
+    run = search.prepare(device)
     for tile in tiles:
-        with launched_with(search.kernel, tile):
-            times[tile] = clock(run)
-    return dict(sorted(times.items(), key=lambda pair: pair[1]))
+        try:
+            with launched_with(search.kernel, tile):
+                times[tile] = clock(run)
+        except Exception as error:  # too many registers, too much shared memory: whatever it is, the tile is out
+            errors[tile] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return dict(sorted(times.items(), key=lambda pair: pair[1])) | errors
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"default: all; {', '.join(KERNELS)}")
-    parser.add_argument("--codes", nargs="+", type=int, default=[1024, 8192], help="N; of InfoNCE, L")
-    parser.add_argument("--width", nargs="+", type=int, default=[256], help="D; of InfoNCE, C")
+    parser.add_argument("kernel", choices=KERNELS)
+    parser.add_argument("--codes", type=int, default=1024, help="N; of InfoNCE, L")
+    parser.add_argument("--width", type=int, default=256, help="D; of InfoNCE, C")
     types = ("bfloat16", "float16", "float32")
-    parser.add_argument("--dtype", nargs="+", choices=types, default=["bfloat16"], help="of the inputs")
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    options = parser.parse_args(arguments)
-    if unknown := set(options.kernels) - set(KERNELS):
-        parser.error(f"no such kernel: {', '.join(sorted(unknown))}; choose from {', '.join(KERNELS)}")
+    parser.add_argument("--dtype", choices=types, default="bfloat16", help="of the inputs")
+    search = Search(**vars(parser.parse_args()))
     if not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
         return 2
     from triton.testing import do_bench_cudagraph
 
     clock = functools.partial(do_bench_cudagraph, rep=10, return_mode="median")
-    sizes = (options.kernels or KERNELS, options.codes, options.width, options.dtype)
-    jobs = {search: search.tiles("cuda") for search in itertools.starmap(Search, itertools.product(*sizes))}
-    spawn = multiprocessing.get_context("spawn")  # CUDA doesn't survive a fork
-    found: dict[str, Any] = {"machine": measuring.describe_machine("cuda"), "records": []}
+    tiles, spawn = search.tiles("cuda"), multiprocessing.get_context("spawn")  # CUDA doesn't survive a fork
     with concurrent.futures.ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), spawn) as pool:
-        tried = {
-            search: [pool.submit(try_tile, search, tile, "cuda") for tile in tiles] for search, tiles in jobs.items()
-        }
-        for search, tiles in jobs.items():
-            problems = dict(zip(tiles, (future.result() for future in tried[search]), strict=True))
-            concurrent.futures.wait([future for futures in tried.values() for future in futures])
-            times = time_tiles(search, [tile for tile in tiles if not problems[tile]], "cuda", clock)
-            print(f"{search.kernel}: {search.case.name}; pinned: {tiles[0]}")
-            for tile in [*times, *(tile for tile in tiles if problems[tile])]:
-                result = {"ms": times.get(tile), "problem": problems[tile], "pinned": tile == tiles[0]}
-                found["records"].append(search._asdict() | dataclasses.asdict(tile) | result)
-                print(f"{1e3 * times[tile]:9.1f} us" if tile in times else f"{problems[tile]:>12}", tile, flush=True)
-            if options.out:
-                measuring.save(options.out, found)
+        list(pool.map(functools.partial(compile_tile, search, device="cuda"), tiles))
+    print(f"{search.kernel}: {search.case.name}; pinned: {tiles[0]}\n{describe_machine('cuda')}")
+    for tile, found in time_tiles(search, tiles, "cuda", clock).items():
+        print(found if isinstance(found, str) else f"{1e3 * found:9.1f} us", tile)
     return 0
 
 

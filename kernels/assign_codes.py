@@ -2,8 +2,8 @@
 
     argmin_n |x_m - z_n|^2 = argmax_n x_m . z_n - |z_n|^2 / 2
 
-Floor: one product of 2 M N D operations. Memory: O(N) and, where the codes are split, six numbers a row and split;
-``chunked`` has a buffer of scores for each chunk of rows. Deterministic; the smallest code wins an exact tie.
+Lower bound: one product of 2 M N D operations. Memory: O(N), six numbers per row and split if the codes are split, and
+with the ``chunked`` schedule a buffer of scores of one chunk of rows. Deterministic; the smallest code wins a tie.
 """
 
 import torch

@@ -1,5 +1,5 @@
-// The uniform numbers behind the Gumbel noise of some rows over all codes, for a CPU: what regvq_fast/ops/noise.py
-// computes, bit for bit, in a tenth of the time. Philox4x32-10, see there for the layout of a counter.
+// Uniform numbers behind the Gumbel noise of some rows over all codes, on a CPU. The bits equal those of
+// regvq_fast/ops/noise.py, which documents the counters of Philox4x32-10.
 
 #include <stdint.h>
 
@@ -9,7 +9,7 @@
 #define EVERY_VECTOR_WIDTH
 #endif
 
-enum { BLOCKS = 64 };  // of four codes, at once: loops over them become vector instructions
+enum { BLOCKS = 64 };  // blocks of four codes per call; compilers vectorize the loops over them
 
 static inline __attribute__((always_inline)) void philox(
     uint64_t seed, uint64_t row, uint32_t first_block, float *restrict out)
@@ -42,7 +42,7 @@ static inline __attribute__((always_inline)) void philox(
     }
 }
 
-// rows (num_rows,), out (num_rows, num_codes) of one head; heads follow each other in whole blocks
+// rows (num_rows,), out (num_rows, num_codes) of one head; each head's codes begin a new block
 EVERY_VECTOR_WIDTH void regvq_uniform(
     int64_t seed, const int64_t *rows, int64_t num_rows, int64_t num_codes, int64_t head, float *out)
 {
@@ -51,9 +51,10 @@ EVERY_VECTOR_WIDTH void regvq_uniform(
     for (int64_t r = 0; r < num_rows; r++) {
         for (int64_t code = 0; code < num_codes; code += 4 * BLOCKS) {
             int64_t left = num_codes - code;
-            float *place = out + r * num_codes + code;
-            philox((uint64_t)seed, (uint64_t)rows[r], (uint32_t)(head_block + code / 4), left < 4 * BLOCKS ? last : place);
-            for (int64_t j = 0; left < 4 * BLOCKS && j < left; j++) place[j] = last[j];
+            float *target = out + r * num_codes + code;
+            uint32_t first_block = (uint32_t)(head_block + code / 4);
+            philox((uint64_t)seed, (uint64_t)rows[r], first_block, left < 4 * BLOCKS ? last : target);
+            for (int64_t j = 0; left < 4 * BLOCKS && j < left; j++) target[j] = last[j];
         }
     }
 }

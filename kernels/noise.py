@@ -1,24 +1,24 @@
-"""Gumbel noise of a tile of scores: the device functions that the fused kernels draw their noise from.
+"""Gumbel noise of a tile of scores: device functions of the fused kernels.
 
-A 64-bit seed is the key and (code // 4, global row) the counter of Philox4x32-10 (Salmon et al., SC 2011), exactly as
-in ``regvq_fast/ops/noise.py``: the same words, bit for bit, whatever the tile's shape or place. With the multipliers
-m0, m1 and the key schedule k0 += 0x9E3779B9, k1 += 0xBB67AE85, a round is
+A 64-bit seed is the key and (code // 4, global row) the counter of Philox4x32-10 (Salmon et al., SC 2011). The words
+equal those of ``regvq_fast/ops/noise.py`` bit for bit, and do not depend on the tile's shape or position. With the
+multipliers m0, m1 and the key schedule k0 += 0x9E3779B9, k1 += 0xBB67AE85, a round is
 
     c0, c1, c2, c3  <-  hi(m1 c2) ^ c1 ^ k0,   lo(m1 c2),   hi(m0 c0) ^ c3 ^ k1,   lo(m0 c0)
 
-from c0 = code // 4 (a column's), c1 = row >> 32, c2 = row & 0xffffffff (a row's), c3 = 0. After one round c0, c1 still
-belong to a row and c2, c3 to a column; the products of the second round too. So the first two rounds run on vectors
-[BM, 1] and [1, BN / 4], by broadcasting alone, and eight rounds on all pairs. The four words go to four adjacent codes.
+from c0 = code // 4, c1 = row >> 32, c2 = row & 0xffffffff, c3 = 0. After one round c0 and c1 depend on the row only, c2
+and c3 on the column only; so do the products of the second round. Broadcasting therefore runs the first two rounds on
+vectors [BM, 1] and [1, BN / 4], and eight rounds on all pairs. The four words go to four adjacent codes.
 
     v = (word + 1/2) / 2^32,    E = -log(1 - v),    g = -log E
 
-Small v is the upper tail of g, the one that argmax selects: below 1/4, E comes from a polynomial, with a relative error
-under 1e-7 there, since ``1 - v`` has lost v's low bits. The words are eager's exactly, g within 1e-6 max(1, |g|) of
-its exact value, in [-2.82, 22.88], never inf or nan. Nothing but registers is used.
+Small v is the upper tail of g, which argmax selects. Below v = 1/4, ``1 - v`` would lose v's low bits, so a polynomial
+computes E with a relative error under 1e-7. g is within 1e-6 max(1, |g|) of its exact value, in [-2.82, 22.88], never
+inf or nan.
 
 The kernels keep scores and noise in units of log 2, where exp and log are one instruction each: g / log 2 = -log2 E.
-Both logarithms are the special function unit's (lg2.approx: within 2^-22, absolute on [1/2, 2] and relative elsewhere);
-libdevice's take about 18 instructions each, and the noise two of them an element.
+Both logarithms use the special function unit (lg2.approx: absolute error 2^-22 on [1/2, 2], relative error 2^-22
+elsewhere): libdevice's logarithm takes about 18 instructions, and each element needs two.
 """
 
 import triton
@@ -91,7 +91,7 @@ def gumbel_from_words(words):
 
 @triton.jit
 def first_noise_code(head, num_codes):
-    """Number, for the noise, of the first code of a head: heads follow each other in whole fours of codes."""
+    """Number of a head's first code in the noise's counters: each head begins at a multiple of four."""
     return head * (tl.cdiv(num_codes, 4) * 4)
 
 

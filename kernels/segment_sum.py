@@ -2,10 +2,10 @@
 
     out[n] = sum over m with indices[m] = n of values[m]
 
-The rows are sorted by code; a program adds up the rows of one code, a few at a time and in their order, and is the only
-one to write its element. No copy of the rows is made: memory O(M + N) beyond the result, which sorting takes.
+Row numbers are sorted by code. One program adds up the rows of one code in their order and writes the result, so the
+sums are deterministic. Memory beyond the result: O(M + N), for the sort; contiguous rows are not copied.
 
-A code that takes nearly every row makes one program's loop long; that is the price of a fixed order.
+The fixed order has a price: if most rows have one code, a single program adds nearly all of them.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Device code that the kernels share: tiles of rows and their products, row order, per-code bias, running argmax.
+"""Device code shared by the kernels: tiles of rows and their products, row order, per-code bias, running argmax.
 
-Every matrix is contiguous in its last dimension and addressed with 64 bits. Rows, codes and channels that overrun are
-loaded as zeros, so that any M, N and D will do.
+Matrices are contiguous and addressed with 64 bits. Rows, codes and channels out of range are loaded as zeros, so any
+M, N and D work.
 """
 
 import math
@@ -14,10 +14,10 @@ import triton.language as tl
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
 
-# In fp16 probabilities are kept times this: fp16 has no room for those under 1e-7.
+# Factor of probabilities stored in fp16, whose smallest positive number is 6e-8.
 FP16_SCALE = 2.0**15
 
-# Triton's interpreter knows no inline assembly, and takes a bfloat16 operand of tl.dot for an integer.
+# Triton's interpreter has no inline assembly, and treats a bfloat16 operand of tl.dot as an integer.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -38,7 +38,7 @@ def load_rows(
     D: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Channels first_channel + (0 .. BK - 1) of some rows -> [BM, BK]; zeros outside."""
+    """Load channels first_channel + (0 .. BK - 1) of some rows -> [BM, BK]; zeros out of range."""
     channel = first_channel + tl.arange(0, BK)
     address = matrix_ptr + rows[:, None] * D + channel[None, :]
     if D % BK == 0:
@@ -55,7 +55,7 @@ def load_noise_rows(
     positions,  # [BM] int64
     row_mask,  # [BM] bool
 ):
-    """Rows [BM] int64 at some positions of the order, the stochastic ones among them, and 1 / t of each."""
+    """Return the rows [BM] int64 at some positions of the order, whether each is stochastic, and its 1 / t."""
     rows = tl.load(order_ptr + positions, mask=row_mask, other=0).to(tl.int64)
     stochastic = tl.load(mask_ptr + rows, mask=row_mask, other=0) != 0
     return rows, stochastic, tl.where(stochastic, 1.0 / tl.load(tau_ptr).to(tl.float32), 1.0)
@@ -75,7 +75,7 @@ def product(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Some rows of a times some rows of b -> [BM, BN] fp32, accumulated in fp32."""
+    """Multiply some rows of a with some rows of b -> [BM, BN] fp32, accumulated in fp32."""
     total = tl.zeros([BM, BN], tl.float32)
     for first_channel in range(0, D, BK):
         a = load_rows(a_ptr, a_rows, a_mask, first_channel, D, BK)
@@ -88,8 +88,8 @@ def product(
 def running_argmax(row_max, row_index, tile_max, scores, first_code, BN: tl.constexpr):
     """Update maxima and indices [BM] with scores [BM, BN] of codes first_code + (0 .. BN - 1), their maxima [BM].
 
-    Tiles come in ascending order of their codes; the smallest code wins a tie. In this form an element costs a
-    comparison, a selection and a minimum, whatever the order in which the hardware reduces.
+    Tiles come in ascending order of their codes; the smallest code wins a tie, in whatever order the hardware reduces.
+    Each element costs a comparison, a selection and a minimum.
     """
     column = tl.arange(0, BN)[None, :]
     tile_index = first_code + tl.min(tl.where(scores == tile_max[:, None], column, BN), axis=1)
@@ -99,7 +99,7 @@ def running_argmax(row_max, row_index, tile_max, scores, first_code, BN: tl.cons
 
 @triton.jit
 def _order_rows(mask_ptr, order_ptr, num_rows, window, program, BLOCK: tl.constexpr):
-    """Write the order of BLOCK rows of a window: they need the number of stochastic rows ahead of them."""
+    """Write the positions of BLOCK rows of a window in its order: stochastic rows forward, the others from its end."""
     blocks = tl.cdiv(window, BLOCK)
     block = program % blocks * BLOCK  # the first row of this program, within its window
     first = (program // blocks).to(tl.int64) * window
@@ -142,7 +142,7 @@ def _prepare_kernel(
     BK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Order rows, compute the per-code bias and clear counts: three small jobs of different programs, in one launch."""
+    """Order rows, compute the per-code bias or clear counts: each program does one of the three."""
     program = tl.program_id(0)
     if program < num_order_programs:
         if NOISE:
@@ -176,19 +176,19 @@ def prepare(
     window: int = 1,
     counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return what a sweep over the codes needs beforehand, by one launch, and clear its counts.
+    """Compute the per-code bias and the row order, and clear the counts, in one launch.
 
     Args:
         codebook: (N, D).
-        factor, scale: of the bias; scale () is on the device, None for 1.
-        linear, bias: linear logits and their (N,) bias, None for 0.
-        mask: (M,) bool, None where no row is stochastic.
-        window: rows that are ordered together.
-        counts: any shape, int32, set to 0.
+        factor, scale: factors of the bias; scale is a () tensor on the device, or None for 1.
+        linear, bias: linear logits, and their (N,) bias or None for 0.
+        mask: (M,) bool; None if no row is stochastic.
+        window: number of consecutive rows that are ordered together.
+        counts: int32 of any shape, set to 0.
 
     Returns:
-        The per-code bias, (N,) fp32: ``factor * scale * |z_n|^2``, or ``factor * b_n`` of linear logits. The row
-        numbers (M,) int32, within each window the stochastic rows first, so that few tiles pay for noise.
+        The per-code bias, (N,) fp32: ``factor * scale * |z_n|^2``, or ``factor * b_n`` for linear logits. The row
+        numbers (M,) int32, in each window the stochastic rows first, so that few tiles compute noise.
     """
     (num_codes, width), device = codebook.shape, codebook.device
     code_bias = torch.empty(num_codes, dtype=torch.float32, device=device)

@@ -8,14 +8,14 @@ Reg-VQ (Zhang et al., CVPR 2023), section 3.2 and Algorithm 1. Per row m, over t
 
 with everything in units of log 2. The posterior counts the selections over the (valid) rows of a group.
 
-A program sweeps the codes for BM rows: no score leaves its registers. Rows are ordered by the mask, so that only tiles
-with a stochastic row sample noise. Where rows alone don't fill the GPU the codes are split, and a second kernel
-combines the splits in their order. Each head has programs of its own, whose rows lie H D channels apart.
+A program sweeps the codes for BM rows and keeps their scores in registers. Rows are ordered by the mask, so that only
+tiles with a stochastic row compute noise. If the rows alone do not fill the GPU, the codes are split, and a second
+kernel combines the splits in their order. Each head has its own programs; its rows lie H D elements apart.
 ``assign_codes`` is the same sweep without noise, softmax and look-up.
 
-Deterministic: no reduction depends on the order in which programs run (the selections' counts are integers). Memory:
-no M x N tensor; per code its bias; the counts (G, H, N); per row the order and, where the codes are split, six numbers
-a head and split. The ``chunked`` schedule has a buffer of scores for each chunk of rows.
+Deterministic: no reduction depends on the order in which programs run (atomics add integers only). Memory: no M x N
+tensor; the per-code bias; the counts (G, H, N); the order of the rows; six numbers per row, head and split if the codes
+are split. The ``chunked`` schedule adds a buffer of scores of one chunk of rows.
 """
 
 from typing import NamedTuple
@@ -46,8 +46,8 @@ from regvq_fast.kernels.utils import (
 )
 from regvq_fast.matmul import product_fp32, without_tf32
 
-# Codes of a split at least: every split loads its rows, and combining them costs a kernel. Tiles with noise take
-# several times as long as the others: smaller splits let the others fill in.
+# Fewest codes of a split: every split loads its rows again, and combining the splits costs a kernel. Tiles with noise
+# take several times as long as the others; smaller splits balance the load.
 MIN_SPLIT_CODES = 2048
 MIN_NOISY_SPLIT_CODES = 256
 
@@ -73,7 +73,7 @@ def _write_rows(
     ASSIGN: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """Write the selected codes of BM vectors, their indices, the perturbation, and count them."""
+    """Write selected codes, indices and perturbation of BM vectors, and count the selections."""
     tl.store(indices_ptr + vectors, index.to(tl.int64), mask=row_mask)
     if not ASSIGN:
         tl.store(best_indices_ptr + vectors, best_index.to(tl.int64), mask=row_mask)
@@ -140,7 +140,7 @@ def _vector_quantize_fwd_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    # All splits of a tile of rows are neighbours: stochastic tiles, the first and the longest, begin first.
+    # Splits of a tile of rows are adjacent programs: stochastic tiles come first and take longest, so they start first.
     split = tl.program_id(0) % num_splits
     rows = first_row + (tl.program_id(0) // num_splits).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     row_mask = rows < end_row
@@ -162,7 +162,7 @@ def _vector_quantize_fwd_kernel(
     if not ASSIGN:
         factor *= tl.load(scale_ptr).to(tl.float32)
     if D <= BK and not HAS_SCORES:
-        x = load_rows(x_ptr, vectors, row_mask, 0, D, BK)  # a tile that stays
+        x = load_rows(x_ptr, vectors, row_mask, 0, D, BK)  # loaded once, for all codes
 
     best_max = tl.full([BM], float("-inf"), tl.float32)
     best_index = tl.zeros([BM], tl.int32)
@@ -258,7 +258,7 @@ def _combine_splits_kernel(
     values, indices = split_values_ptr + vectors, split_indices_ptr + vectors
     for _ in range(num_splits):
         value = tl.load(values, mask=row_mask, other=0.0)
-        # Strictly better: the earlier split has the smaller codes.
+        # Strictly better: among equals the earlier split has the smaller code.
         best_index = tl.where(value > best_max, tl.load(indices, mask=row_mask, other=0), best_index)
         best_max = tl.where(value > best_max, value, best_max)
         if NOISE:
@@ -301,13 +301,13 @@ def _posterior_kernel(
     if HAS_VALID:
         rows = tl.load(valid_rows_ptr + element // codes_of_all_heads, mask=element < size, other=1).to(tl.float32)
         rows = tl.maximum(rows, 1.0)
-    # A correctly rounded quotient; PyTorch multiplies with a number's rounded inverse.
+    # Correctly rounded; PyTorch would multiply by the rounded inverse.
     fraction = tl.div_rn(counts, rows)
     tl.store(posterior_ptr + element, fraction, mask=element < size)
 
 
 class Outputs(NamedTuple):
-    """Outputs of a sweep, row by row; ``assign_codes`` has indices alone."""
+    """Outputs of a sweep; ``assign_codes`` has indices only."""
 
     quantized: torch.Tensor | None
     indices: torch.Tensor
@@ -320,9 +320,9 @@ class Outputs(NamedTuple):
 def sweep_codes(
     x: torch.Tensor, codebook: torch.Tensor, outputs: Outputs, a: Inputs | None = None, group_rows: int = 1
 ) -> None:
-    """Launch the sweep for contiguous arguments, chunk by chunk where the products come from cuBLAS.
+    """Launch the sweep for contiguous arguments, one launch per chunk of rows if cuBLAS computes the products.
 
-    ``a`` holds logits and noise of ``vector_quantize``; None is ``assign_codes``.
+    ``a`` holds the arguments of ``vector_quantize``; None for ``assign_codes``.
     """
     num_rows, num_codes, width, device = len(x), codebook.shape[-2], x.shape[-1], x.device
     heads = codebook.numel() // (num_codes * width)
@@ -369,9 +369,9 @@ def sweep_codes(
 def prepare_logits(
     a: Inputs, window: int, counts: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, float, torch.Tensor, torch.Tensor | None]:
-    """Return k ([H,] N, D), the factor of scale * x . k, per-code bias (H N,), row order (M,); the backward's as well.
+    """Return k ([H], N, D), the factor of scale * x . k, per-code bias (H N,) and row order (M,); set ``counts`` to 0.
 
-    Factor and bias are in log 2. ``counts`` are set to 0.
+    Factor and bias are in log 2. Forward and backward use the same.
     """
     linear = a.weight is not None
     bias, order = prepare(
@@ -384,8 +384,8 @@ def prepare_logits(
 def vector_quantize_forward(a: Inputs, needs_lse: bool) -> tuple[torch.Tensor, ...]:
     """Return (quantized, posterior, indices, best_indices, perturbation, lse) of checked arguments.
 
-    lse, fp32 of the shape of the indices, is the log-sum-exp of a row's scores over their temperature, in log 2, which
-    backward needs; empty unless ``needs_lse``.
+    lse (M, [H]) fp32 is the log-sum-exp of a row's scores over its temperature, in log 2, for the backward; empty
+    unless ``needs_lse``.
     """
     a = contiguous(a)
     num_rows, codes = len(a.x), a.codebook.shape[:-1]
@@ -413,10 +413,10 @@ def contiguous(a: Inputs) -> Inputs:
 
 
 def by_head(rows: torch.Tensor) -> torch.Tensor:
-    """Return (M, H, D) as a batch of matrices, (H, M, D); a matrix (M, D) as it is."""
+    """Return (M, H, D) as a batch of matrices, (H, M, D); leave a matrix (M, D) as it is."""
     return rows.transpose(0, 1) if rows.ndim == 3 else rows
 
 
 def valid_rows(a: Inputs) -> torch.Tensor | None:
-    """Return the number of valid rows of each group, (G,) int64; None where all are."""
+    """Return the number of valid rows of each group, (G,) int64; None without a mask of valid rows."""
     return None if a.valid is None else a.valid.view(a.groups, len(a.valid) // a.groups).sum(1)

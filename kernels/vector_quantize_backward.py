@@ -5,29 +5,29 @@ their log-sum-exp, both from the forward's formulas, dQ and dA the gradients of 
 R rows in a group, f the factor of the product (2 scale or scale) and k the logit weights (codes or weight):
 
     p[m,n]  = exp(u[m,n] - lse[m])
-    dP[m,n] = dQ_m . z_n + dA[group(m), n] / R         (an invalid row: dQ_m . z_n; R counts the valid rows)
-    r[m]    = sum_n p dP / sum_n p          (sum_n p is 1 but for the rounding of lse, which large scores make felt)
+    dP[m,n] = dQ_m . z_n + dA[group(m), n] / R         (invalid rows: dQ_m . z_n; R counts the valid rows)
+    r[m]    = sum_n p dP / sum_n p          (sum_n p is 1 up to the rounding of lse, which matters for large scores)
     dS[m,n] = p (dP - r) / t
     dx = f dS k,   dk = f dS^T x,   dbias = sum_m dS,   lookup = p^T dQ ("soft"; "hard": the sum by selected code)
     distance:  dZ = lookup + dk - f diag(dbias) z          linear:  dZ = lookup,  dW = dk,  db = dbias
 
-r is not known before the sweep ends, but the selected code gives a guess: r0 = dQ . z[index] + dA[index] / R. So the
-sweep writes p and w = p (dP - r0), and sums both over the codes; then, for any guess,
+r is known only after the sweep, but the selected code gives a guess: r0 = dQ . z[index] + dA[index] / R. The sweep
+writes p and w = p (dP - r0) and sums both over the codes. Then, for any guess,
 
     delta = sum_n w / sum_n p               r = r0 + delta,   dS = (w - delta p) / t
     dx    = f / t (w k - delta p k)
     dk + lookup = w^T (f x / t) + p^T (dQ - f delta x / t)
 
-and f dbias is one column more of the last product. That is 6 products of 2 M N D operations, two of them in the sweep.
-A good guess keeps delta small: where the softmax is sharp, dS is the small difference of two large terms without it.
+and f dbias is one more column of the last product. That is 6 products of 2 M N D operations, two of them in the sweep.
+A good guess keeps delta small; without it, dS of a sharp softmax would be the small difference of two large terms.
 
-p and w are kept in the type of x: a tensor-core product would round them to it anyway. In fp16 p is kept times 2^15 and
-w relative to a bound on its magnitude: fp16 has no room for probabilities under 1e-7 and for gradients after a loss
-scale.
+p and w are stored in the type of x, to which a tensor-core product would round them anyway. fp16 can't hold
+probabilities under 6e-8 or gradients times a large loss scale: there p is multiplied by 2^15, and w is scaled by a
+bound on its magnitude.
 
 Deterministic: every element has one writer, every sum a fixed order. Memory: O((M + N) D) and two buffers of a chunk of
-rows in the type of x. ``fused``: each of 4096 rows if that is 512 MiB or less, or else of 512 MiB; but of 2^25 scores
-and of 2 KiB a code at least. ``chunked``: of max(2^25, 512 N) scores, and two more in fp32.
+rows in the type of x. ``fused``: a buffer has 4096 rows or 512 MiB, whichever is less, but at least 2^25 scores and
+2 KiB per code. ``chunked``: it has max(2^25, 512 N) scores, and there are two more in fp32.
 """
 
 import math
@@ -54,21 +54,21 @@ from regvq_fast.kernels.utils import FP16_SCALE, load_noise_rows, load_rows, mul
 from regvq_fast.kernels.vector_quantize import by_head, contiguous, prepare_logits, valid_rows
 from regvq_fast.matmul import product_fp32, without_tf32
 
-# Codes of a split at least: splits only add their partial sums of r.
+# Fewest codes of a split: a split costs little, since it only adds its partial sums of p and w.
 MIN_SPLIT_CODES = 256
 
 
 @triton.jit
 def _posterior_gradient(
     grad_posterior_ptr,  # (., N) fp32
-    groups,  # [BM] int64: its rows
+    groups,  # [BM] int64: rows of grad_posterior
     row_mask,  # [BM]
     code,  # [1, BN] or [BM, 1]
     num_codes,
     row_weight,  # 1 / R, or [BM, 1] where it differs
     ONE_GROUP: tl.constexpr,
 ):
-    """dA / R of some rows and codes, in a shape that broadcasts to theirs."""
+    """Load dA / R of some rows and codes, in a shape that broadcasts to [BM, BN] or [BM, 1]."""
     if ONE_GROUP:
         return tl.load(grad_posterior_ptr + code, mask=code < num_codes, other=0.0) * row_weight
     else:
@@ -94,11 +94,11 @@ def _vector_quantize_bwd_kernel(
     row_offset_ptr,  # () int64, where NOISE
     tau_ptr,  # () floating point, where NOISE
     scale_ptr,  # () floating point
-    scales_ptr,  # (2,) fp32: what p and w are kept times, where SCALED
+    scales_ptr,  # (5,) fp32 of _fp16_scales, where SCALED
     valid_ptr,  # (M,) bool, where HAS_VALID
     valid_rows_ptr,  # (G,) int64: valid rows of a group, where HAS_VALID
     p_ptr,  # (H, 2, rows of the chunk, N): p and w, in the order of the rows
-    w_ptr,  # the first w
+    w_ptr,  # the first w in the same memory
     sums_ptr,  # (H, rows of the chunk, 2, splits) fp32: partial sums of p and of w
     first_row,
     end_row,
@@ -121,7 +121,7 @@ def _vector_quantize_bwd_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    # All splits of a tile of rows are neighbours: stochastic tiles, the first and the longest, begin first.
+    # Splits of a tile of rows are adjacent programs: stochastic tiles come first and take longest, so they start first.
     split = tl.program_id(0) % num_splits
     position = (tl.program_id(0) // num_splits).to(tl.int64) * BM + tl.arange(0, BM)  # [BM], in the chunk
     row_mask = position < end_row - first_row
@@ -172,7 +172,7 @@ def _vector_quantize_bwd_kernel(
             axis=1,
         )
 
-    if D <= BK and not HAS_SCORES:  # tiles that stay
+    if D <= BK and not HAS_SCORES:  # loaded once, for all codes
         x = load_rows(x_ptr, vectors, row_mask, 0, D, BK)
         grad_quantized = load_rows(grad_quantized_ptr, vectors, row_mask, 0, D, BK)
     p_sum = tl.zeros([BM], tl.float32)
@@ -228,7 +228,7 @@ def _row_gradients_kernel(
     mask_ptr,  # (M,) bool, where NOISE
     tau_ptr,  # () floating point, where NOISE
     scale_ptr,  # () floating point
-    scales_ptr,  # (4,) fp32: what p, w and the right sides for p and w are kept times, where SCALED
+    scales_ptr,  # (5,) fp32 of _fp16_scales, where SCALED
     grad_x_ptr,  # (M, H, D), where NEEDS_X
     right_ptr,  # (H, 2, rows of the chunk, W), where NEEDS_CODES
     first_row,
@@ -246,7 +246,7 @@ def _row_gradients_kernel(
     BM: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Compute dx and the right sides of the codes' gradients, once delta of each row is known."""
+    """Compute delta of each row from the partial sums, then dx and the right sides of the codes' gradients."""
     position = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     num_rows = (end_row - first_row).to(tl.int64)
     row_mask = position < num_rows
@@ -304,7 +304,7 @@ def _code_gradients_kernel(
     sums_ptr,  # (N, W) fp32: dk (and the look-up's gradient), and f dbias in column D
     lookup_ptr,  # (N, D) fp32, where LOOKUP
     codes_ptr,  # (N, D)
-    scales_ptr,  # (5,) fp32: the last is what the sums are multiplied by, where SCALED
+    scales_ptr,  # (5,) fp32 of _fp16_scales, where SCALED
     grad_codes_ptr,  # (N, D)
     size,  # N D
     D: tl.constexpr,
@@ -313,7 +313,7 @@ def _code_gradients_kernel(
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute dZ of distance logits."""
+    """Compute dZ of distance logits: dk + lookup - f diag(dbias) z."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = element < size
     start = element // D * W
@@ -336,17 +336,17 @@ def vector_quantize_backward(
     needs_x: bool,
     needs_codes: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return gradients of (x, codebook, weight, bias) in their types; None for those that nobody needs.
+    """Return gradients of (x, codebook, weight, bias) in their types; None for those not needed.
 
-    indices int64 and lse fp32 are the forward's.
+    ``indices`` and ``lse`` are the forward's.
 
     Raises:
         RuntimeError: the forward kept no lse.
     """
     if len(lse) != len(a.x):
         raise RuntimeError(
-            "vector_quantize kept nothing for a backward, since no input required a gradient where it was called: "
-            "for gradients under torch.func.vmap give impl='eager'"
+            "vector_quantize kept nothing for its backward, since no input required a gradient when it was called: "
+            "use impl='eager' for gradients under torch.func.vmap"
         )
     a = contiguous(a)
     grad_quantized = grad_quantized.contiguous()
@@ -366,8 +366,8 @@ def vector_quantize_backward(
         scales = _fp16_scales(a, grad_quantized, grad_posterior, factor, group_rows if sizes is None else sizes)
 
     chunked = is_chunked(device)
-    # Linear logits need a tile of weights more, several posteriors or valid rows one of the posterior's gradients, and
-    # heads more addresses: on sm_100 the other tile spills with them.
+    # Linear logits need another tile, of weights; several posteriors or valid rows need a tile of the posterior's
+    # gradients; heads need more addresses. On sm_100 the usual tile would spill.
     heavy = "_heavy" if linear or several_groups or has_valid or heads > 1 else ""
     tile = pinned_tile(f"vector_quantize_backward{heavy}", dtype, width, device)
     all_codes = heads * num_codes
@@ -376,7 +376,7 @@ def vector_quantize_backward(
     logit_weight, log2_factor, bias, order = prepare_logits(a, min(chunk, ORDER_WINDOW))
     waves = 1 if order is None else NOISY_WAVES
     flags = {"D": width, "H": heads, "NOISE": order is not None, "SCALED": scales is not None}
-    # A product's right side has a column more for the bias, and stays aligned.
+    # The right side has one more column for the bias, rounded up to keep rows aligned.
     wide = width if linear and a.bias is None else triton.cdiv(width + 1, 8) * 8
 
     grad_x = torch.empty_like(a.x) if needs_x else None
@@ -412,7 +412,7 @@ def vector_quantize_backward(
         )  # fmt: skip
         if right is not None:
             grad_codes = product_fp32(left.mT, right, grad_codes)
-            if linear and soft:  # the look-up's codes are not the logits' weights: a sum of its own
+            if linear and soft:  # the codes differ from the logit weights, so the look-up has its own sum
                 grads = grad_quantized[start:end] if order is None else grad_quantized[order[start:end]]
                 grad_lookup = product_fp32(p.mT, by_head(grads), grad_lookup)
 
@@ -450,11 +450,11 @@ def _fp16_scales(
     factor: float,
     group_rows: int | torch.Tensor,
 ) -> torch.Tensor:
-    """Return what fp16 copies are multiplied by, so that they fill fp16: (5,) fp32.
+    """Return the factors, (5,) fp32, that bring fp16 copies into the range of fp16.
 
-    Of p, of w, of their right sides in the codes' gradients, and what these gradients are multiplied by in the end.
-    |w| <= 2 max |dP|, which norms bound; then |f x / t| and |dQ - f delta x / t| follow with |delta| <= 2 max |dP|.
-    ``group_rows`` is a number, or that of each group (G,).
+    They are of p, of w, of the right sides for p and for w, and of the codes' gradients, which undoes the others. Norms
+    bound |dP|, and |w| <= 2 max |dP|; then |delta| <= 2 max |dP| bounds |f x / t| and |dQ - f delta x / t|.
+    ``group_rows`` is R, or (G,) the R of each group.
     """
 
     def largest_norm(matrix: torch.Tensor) -> torch.Tensor:

@@ -5,29 +5,29 @@ Reg-VQ (Zhang et al., CVPR 2023), section 3.3. In each image, over its L positio
     loss_i = log(w_i e^{a_ii} + (1/L) sum_{j != i} e^{a_ij}) - a_ii             (Eq. 3 without its constant -log w_i)
     loss_i = log(    e^{a_ii} +       sum_{j != i} e^{a_ij}) - a_ii             (Eq. 2: without weights)
 
-Forward sweeps the keys for BM queries and adds up the negatives online, in units of log 2. The positive is picked out
-of its tile and added last, everything over e^{a_ii}: a weight of 0 is no special case, and neither the loss nor
-the positive's gradient is a small difference of large numbers. Where the queries alone don't fill the GPU the keys are
-split, and a second kernel combines the splits in their order. Kept for backward, a row each:
+Forward sweeps the keys for BM queries and adds up the negatives online, in units of log 2. The positive is taken out of
+its tile and added last, with every term divided by e^{a_ii}: a weight of 0 is no special case, and neither the loss nor
+the positive's gradient is a small difference of large numbers. If the queries alone do not fill the GPU, the keys are
+split, and a second kernel combines the splits in their order. Forward keeps two numbers per row for backward:
 
-    lse_i   = log(L w_i e^{a_ii} + sum_{j != i} e^{a_ij})                       (Eq. 2: 1 for L w_i)
-    fraction_i = sum_{j != i} e^{a_ij - lse_i}                                     the negatives' fraction of that sum
+    lse_i      = log(L w_i e^{a_ii} + sum_{j != i} e^{a_ij})                    (Eq. 2: 1 instead of L w_i)
+    fraction_i = sum_{j != i} e^{a_ij - lse_i}                                  the negatives' fraction of that sum
 
-Backward, with g the gradient of the losses, takes a chunk of keys of one image, or several small images, at a time. A
-sweep writes t, the gradient of a, in the type of the inputs, to which a tensor-core product would round it anyway:
+Backward, with g the gradient of the losses, takes one chunk at a time: some keys of one image, or several small images.
+A sweep writes t, the gradient of a, in the type of the inputs, to which a tensor-core product would round it anyway:
 
     t_ij = g_i e^{a_ij - lse_i} (j != i),    t_ii = -g_i fraction_i
     dk_j = (1/tau) sum_i t_ij q_i,    dq_i = (1/tau) sum_j t_ij k_j
 
-A chunk has all queries, so its dk is complete at once: the usual call, where only the keys train, costs two products
-of 2 B L L C operations and no accumulator. g is a factor of t, not of q: one rounding less, and no copy of q. In fp16
-t is kept relative to the largest |g| and times 2^15: fp16 has no room for probabilities under 1e-7 and for gradients
-after a loss scale.
+A chunk has all queries, so its dk needs no accumulator: in the usual call only the keys train, which costs two products
+of 2 B L L C operations. g is a factor of t, not of q, which saves a rounding and a copy of q. fp16 can't hold
+probabilities under 6e-8 or gradients times a large loss scale: there t is divided by the largest |g| and multiplied by
+2^15.
 
 Deterministic: every element has one writer, every sum a fixed order. Memory beyond inputs and outputs: forward three
-numbers a row and split where the keys are split; backward one chunk, max(2^25, 512 L) elements at most in the type of
-the inputs, its dk in fp32, and dq in fp32 where it is wanted. ``chunked`` has a buffer of as many similarities in fp32
-besides, forward and backward.
+numbers per row and split if the keys are split; backward one chunk of at most max(2^25, 512 L) elements in the type of
+the inputs, its dk in fp32, and dq in fp32 if the queries train. ``chunked`` adds a buffer of as many fp32 similarities,
+forward and backward.
 """
 
 import math
@@ -40,16 +40,16 @@ from regvq_fast.dispatch import Tile, chunk_rows, codes_per_split, dot_precision
 from regvq_fast.kernels.utils import FP16_SCALE, LN_2, LOG2_E, load_rows, multiply, product
 from regvq_fast.matmul import image_chunks, product_fp32, without_tf32
 
-# What the maximum over no key is, finite: 2^(-inf - _LOWEST) is 0.
+# Maximum over no keys: finite, so that 2^(-inf - _LOWEST) is 0, not nan.
 _LOWEST = tl.constexpr(-1e30)
 _SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
-# Keys of a split at least. Combining splits costs the forward a kernel.
+# Fewest keys of a split. Combining the splits costs the forward a kernel.
 MIN_SPLIT_KEYS = 256
 
 
 @triton.jit
 def _products(
-    a,  # [BM, BK]: a tile that stays, where D <= BK and not HAS_SCORES
+    a,  # [BM, BK], loaded once, where D <= BK and not HAS_SCORES
     a_ptr,  # (B L, C)
     a_rows,  # [BM] int64
     a_mask,  # [BM] bool
@@ -66,7 +66,7 @@ def _products(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Some rows of a times some rows of b -> [BM, BN] fp32; multiplied here or read, as the schedule has it."""
+    """Return products of some rows of a and of b, [BM, BN] fp32; the ``chunked`` schedule reads them from a buffer."""
     if HAS_SCORES:
         return tl.load(products_ptr + products_start + offset, mask=a_mask[:, None] & b_mask[None, :], other=0.0)
     elif D <= BK:
@@ -92,7 +92,7 @@ def _write_rows(
     WEIGHTED: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Combine the positive with the negatives of BM rows: everything over e^{a_ii}, in log 2."""
+    """Combine the positive with the negatives of BM rows: every term divided by e^{a_ii}, in log 2."""
     log_negative = tl.log2(negative_sum) + (negative_max - positive * factor)
     log_positive = tl.zeros([BM], tl.float32)
     log_length = log_positive
@@ -100,7 +100,7 @@ def _write_rows(
         wide_length = tl.full([BM], length, tl.float32)
         log_length = tl.log2(wide_length)
         log_negative -= log_length
-        # Without negatives a weight of 0 leaves nothing to sum: the smallest normal number keeps its logarithm finite.
+        # A single key with weight 0 leaves an empty sum: the smallest normal number keeps its logarithm finite.
         smallest = tl.where(wide_length == 1.0, _SMALLEST, 0.0)
         weight = tl.load(weight_ptr + rows, mask=row_mask, other=1.0)
         log_positive = tl.log2(tl.where(weight == 0.0, smallest, weight))
@@ -145,7 +145,7 @@ def _weighted_info_nce_fwd_kernel(
     rows = image_start + row
     products_start = (image.to(tl.int64) * num_rows + (start - first_row)) * length
     buffer_row = (tl.arange(0, BM) * length)[:, None]  # [BM, 1]
-    # A tile that stays.
+    # Loaded once, for all keys.
     query = load_rows(query_ptr, rows, row_mask, 0, D, BK) if D <= BK and not HAS_SCORES else row_mask
     positive = tl.zeros([BM], tl.float32)
     negative_max, negative_sum = tl.full([BM], _LOWEST, tl.float32), positive
@@ -157,7 +157,7 @@ def _weighted_info_nce_fwd_kernel(
             query, query_ptr, rows, row_mask, key_ptr, image_start + key, col_mask,
             products_ptr, products_start, buffer_row + key[None, :], D, HAS_SCORES, PRECISION, BM, BN, BK,
         )  # fmt: skip
-        # Few tiles hold positives or reach beyond the last key; the others skip what that costs.
+        # Only tiles on the diagonal hold positives, and only the last one has keys out of range; the others skip this.
         if (first + BN > length) | ((first < start + BM) & (first + BN > start)):
             negative = row[:, None] != key[None, :]
             positive += tl.sum(tl.where(negative, 0.0, products), axis=1)
@@ -246,7 +246,7 @@ def _weighted_info_nce_bwd_kernel(
     lse = tl.load(lse_ptr + rows, mask=row_mask, other=0.0)
     grad = tl.load(grad_loss_ptr + rows, mask=row_mask, other=0.0)
     grad_positive = -grad * tl.load(negative_fraction_ptr + rows, mask=row_mask, other=0.0)
-    # A tile that stays.
+    # Loaded once, for all keys.
     query = load_rows(query_ptr, rows, row_mask, 0, D, BK) if D <= BK and not HAS_SCORES else row_mask
     first_column = tl.program_id(1) * split_keys
     for column in range(first_column, tl.minimum(first_column + split_keys, num_keys), BN):
@@ -267,7 +267,7 @@ def _weighted_info_nce_bwd_kernel(
 
 
 def _num_tiles(images: slice, rows: slice, tile: Tile) -> int:
-    """Return the tiles of rows in a chunk; one holds rows of one image."""
+    """Return the number of row tiles in a chunk; a tile has rows of one image."""
     return (images.stop - images.start) * triton.cdiv(rows.stop - rows.start, tile.BM)
 
 
@@ -280,7 +280,7 @@ def weighted_info_nce_forward(
     lse, negative_fraction = torch.empty_like(loss), torch.empty_like(loss)
     if loss.numel() == 0:
         return loss, lse, negative_fraction
-    if width == 0:  # similarities of 0, as a channel of zeros gives them
+    if width == 0:  # all similarities are 0, as with one channel of zeros
         query = key = query.new_zeros(num_images, length, 1)
     query, key = query.contiguous(), key.contiguous()
     weight = None if weight is None else weight.to(torch.float32).contiguous()
@@ -319,7 +319,7 @@ def weighted_info_nce_backward(
     needs_query: bool,
     needs_key: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return gradients of (query, key) in their types; None for one that nobody needs.
+    """Return gradients of (query, key) in their types; None for those not needed.
 
     lse and negative_fraction, each (B, L) fp32, are the forward's.
     """
@@ -333,12 +333,9 @@ def weighted_info_nce_backward(
     if dtype == torch.float16:
         largest = grad_loss.abs().amax().clamp(min=1e-30)
         grad_loss, magnitude = grad_loss * (FP16_SCALE / largest), largest * (1 / (FP16_SCALE * tau))
-    elif dtype == torch.bfloat16:  # has room for it: the product itself writes the gradient
+    elif dtype == torch.bfloat16:  # its range suffices: the product writes the gradient directly
         grad_loss, magnitude = grad_loss * magnitude, 1.0
-    chunked, tile = (
-        is_chunked(device),
-        pinned_tile("weighted_info_nce_backward", dtype, width, device),
-    )
+    chunked, tile = is_chunked(device), pinned_tile("weighted_info_nce_backward", dtype, width, device)
     buffer = None
     for images, keys in image_chunks(num_images, length, chunk_rows(length)):
         num_keys = keys.stop - keys.start

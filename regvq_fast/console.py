@@ -17,12 +17,12 @@ _LINE_EVERY = 10.0  # seconds, without a terminal
 
 
 def say(console: Console, name: str, value: str) -> None:
-    """Print a named value on a line of its own; those of a run are aligned in one column."""
+    """Print a name and a value on one line; all names have one width."""
     console.print(Text.assemble((f"{name:>18}  ", "bold"), value), soft_wrap=True)
 
 
 class Items:
-    """Items on one line; those that do not fit are dropped from the right.
+    """Items on one line; the last ones are dropped if they don't fit.
 
     Args:
         items: may be replaced while the line is displayed.
@@ -47,14 +47,14 @@ class _Progress(Progress):
 
 
 def progress_bar(console: Console, below: RenderableType | None = None) -> Progress:
-    """Return a bar of long work: counter, bar, time elapsed and time left, in this order on one line.
+    """Return a progress bar: counter, bar, time elapsed and time left on one line.
 
     Args:
-        console: where it is displayed, if that is a terminal.
-        below: shown on the lines below it.
+        console: displays it, if it is a terminal.
+        below: displayed below the bar.
     """
     ranks = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
-    # Columns of text keep their width: only the bar adapts to the terminal.
+    # Text columns don't wrap: only the bar adapts to the terminal.
     progress = _Progress(
         TextColumn(f"[bold]{{task.description}}{ranks}"),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -76,10 +76,10 @@ def stage(progress: Progress, name: str) -> Iterator[Callable[[int, int], None]]
 
     Args:
         progress: shows the bar until the block ends.
-        name: of the stage and of what it counts, as "sampling, positions".
+        name: of the stage and of the things counted, such as "sampling, positions".
 
     Yields:
-        A function that takes how many are done, and of how many.
+        A function of the numbers done and in total.
     """
     console, last = progress.console, time.monotonic()
     task = progress.add_task(name, total=None)
@@ -99,5 +99,5 @@ def stage(progress: Progress, name: str) -> Iterator[Callable[[int, int], None]]
 
 @cache
 def warn_once(message: str) -> None:
-    """Warn once about something that several callers of one run would repeat."""
+    """Log a warning, once per process."""
     logging.getLogger("regvq_fast").warning(message)

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, folders to write to, and the user's cache."""
+"""Atomic files and folders, checks of output folders, and the user's cache."""
 
 import os
 import shutil
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` to write to; it takes the place of ``path`` once the body succeeds.
+    """Yield a temporary path beside ``path`` to write to; when the body succeeds, it replaces ``path``.
 
-    Creates missing parent folders. Where the body fails, the temporary file is removed and ``path`` left as it was.
+    Creates missing parent folders. If the body fails, the temporary file is removed and ``path`` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,9 +24,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_new_folder(out: Path, remedy: str = "name a new one") -> None:
-    """Raise FileExistsError unless ``out`` is an empty folder, or isn't there; ``remedy`` ends the message.
+    """Raise FileExistsError unless ``out`` is missing or an empty folder; ``remedy`` ends the message.
 
-    Hidden files don't count: a killed process leaves such.
+    Hidden files, such as a killed process leaves, are ignored.
     """
     if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise FileExistsError(f"--out {out} exists and is not an empty folder; {remedy}")
@@ -34,16 +34,16 @@ def check_new_folder(out: Path, remedy: str = "name a new one") -> None:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out`` to fill; it takes the place of ``out`` once the body succeeds.
+    """Yield a temporary folder beside ``out`` to fill; when the body succeeds, it replaces ``out``.
 
-    Creates missing parent folders. Where the body fails, the temporary folder is removed.
+    Creates missing parent folders. If the body fails, the temporary folder is removed.
 
     Raises:
-        FileExistsError: ``out`` is there, and not empty. ValueError: it is a mount point or the current folder.
+        FileExistsError: ``out`` exists and is not empty. ValueError: it is a mount point or the current folder.
     """
     check_new_folder(out)
     out = out.resolve()
-    if out.is_mount() or out == Path.cwd():  # a folder made beside it can't replace it
+    if out.is_mount() or out == Path.cwd():  # another folder can't replace it
         raise ValueError(f"--out {out} is a mount point or the current folder: name a new folder in it")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
@@ -56,7 +56,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def check_writable(out: Path, remedy: str = "name another one") -> None:
-    """Raise OSError unless files can be put into ``out``, a folder or nothing yet; ``remedy`` ends the message."""
+    """Raise OSError unless ``out``, a folder or a missing path, is writable; ``remedy`` ends the message."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"--out {out} is no folder: {there} is a file; {remedy}")
@@ -80,39 +80,39 @@ def user_cache(name: str) -> Path:
 class LineFile:
     """A file of lines that survives a full disk and its removal.
 
-    Lines that can't be written wait in memory for the next one; a file that was removed comes back with all its lines.
+    Lines that can't be written wait in memory until the next write; :meth:`restore` rewrites a removed file.
 
     Args:
-        path: made where it is missing.
-        keep: bytes of it to keep; the rest is cut off, and a last line that was not finished with it.
+        path: of the file, which is created if it is missing.
+        keep: bytes to keep; the rest is cut off, with an incomplete last line.
     """
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         self._file = path.open("a+b", buffering=0)
         self.size = path.read_bytes()[:keep].rfind(b"\n") + 1
-        """Bytes of all lines so far, including those that wait."""
+        """Bytes of all lines so far, including waiting ones."""
         self._file.truncate(self.size)
         self._waiting = b""
 
     def write(self, line: str) -> None:
-        """Add a line; OSError where it has to wait."""
+        """Add a line; OSError if it has to wait."""
         added = line.encode() + b"\n"
         self._waiting += added
         self.size += len(added)
         self._flush()
 
     def sync(self) -> None:
-        """Wait until the disk has all lines; OSError where it can't."""
+        """Flush all lines to the disk; OSError if that fails."""
         self._flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; lines that still wait are lost."""
+        """Close the file; waiting lines are lost."""
         self._file.close()
 
     def restore(self) -> None:
-        """Make the file anew if it was removed, with all its lines. OSError where it can't."""
+        """Rewrite the file with all its lines if it was removed; OSError if that fails."""
         with suppress(FileNotFoundError):
             if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
                 return

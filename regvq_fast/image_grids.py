@@ -18,7 +18,7 @@ from regvq_fast.files import atomic_path
 
 _BACKGROUND = 255
 _SMALLEST_TILE = 128
-"""Pixels; smaller images are enlarged by a whole factor, to make their pixels visible."""
+"""Width in pixels below which images are enlarged by an integer factor, to make their pixels visible."""
 
 
 def save_image_grid(
@@ -29,8 +29,8 @@ def save_image_grid(
     Args:
         path: of the grid; its suffix gives the format.
         kinds: one or more of (B, 3, H, W), uint8 or floating in -1..1 (clamped), on any device; enlarged to one width
-            by whole factors.
-        columns: stacks side by side.
+            by integer factors.
+        columns: stacks per row.
         legend: names of class ids, shown below the grid with their colours in :func:`color_map`.
 
     Raises:
@@ -44,7 +44,9 @@ def save_image_grid(
     )
     if not alike or not count:
         shapes = ", ".join(str(tuple(images.shape)) for images in kinds)
-        raise ValueError(f"images that belong together must be (B, 3, H, W), B >= 1, alike in size, got {shapes}")
+        raise ValueError(
+            f"stacked images must be (B, 3, H, W), B >= 1, with widths that divide the largest, got {shapes}"
+        )
     seam = torch.full((count, 3, 2, width), _BACKGROUND, dtype=torch.uint8)
     parts = [part for images in kinds for part in (seam, enlarge(as_uint8(images), width // images.shape[3]))]
     tiles = torch.cat(parts[1:], dim=2)
@@ -55,13 +57,13 @@ def save_image_grid(
 
 
 def save_images(folder: Path, images: Tensor, first: int = 0) -> None:
-    """Save each of the images (B, 3, H, W), as in :func:`save_image_grid`, as NUMBER.png from ``first`` on."""
+    """Save images (B, 3, H, W), as in :func:`save_image_grid`, as NUMBER.png, numbered from ``first`` on."""
     for number, image in enumerate(as_uint8(images), first):
         save_image(folder / f"{number:05d}.png", image)
 
 
 def caption_tiles(captions: Sequence[str], size: int) -> Tensor:
-    """Render captions, wrapped, as images (B, 3, H, size) uint8; H is what the longest needs."""
+    """Render captions, wrapped, as images (B, 3, H, size) uint8; the longest caption determines H."""
     font_size = max(9, size // 12)
     texts = ["\n".join(_wrap(caption, size - 4, font_size)) for caption in captions]
     height = max(_text_size(text or " ", font_size)[1] + 4 for text in texts)
@@ -88,7 +90,7 @@ def _text_size(text: str, font_size: int) -> tuple[int, int]:
 
 
 def _wrap(text: str, width: int, font_size: int) -> list[str]:
-    """Break text into lines of at most ``width`` pixels, between words, and within words longer than a line."""
+    """Break text into lines of at most ``width`` pixels, between words, or within words longer than a line."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".lstrip()
@@ -104,7 +106,7 @@ def _wrap(text: str, width: int, font_size: int) -> list[str]:
 
 
 def color_map(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Render semantic maps as images, in which the colour of a class depends on its id only.
+    """Render semantic maps as images; the colour of a class depends only on its id.
 
     Args:
         segmentation: (B, h, w) class ids below 256, any integer type.
@@ -118,21 +120,21 @@ def color_map(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def legend_of(segmentation: Tensor, names: Sequence[str] = ()) -> dict[int, str]:
-    """Return the class ids that occur in semantic maps with their names, or with their numbers where names end."""
+    """Return the class ids in semantic maps with their names, or with their numbers if they have none."""
     ids: list[int] = segmentation.unique().tolist()
     return {k: names[k] if k < len(names) else str(k) for k in ids}
 
 
 @cache
 def _palette() -> Tensor:
-    """(256, 3) uint8 colours by class id."""
+    """Return the colours (256, 3) uint8 by class id."""
     hues = np.arange(256) * 0.61803398875 % 1  # the golden ratio keeps neighbouring ids apart
     values = 0.95 - 0.35 * (np.arange(256) % 3) / 2
     return torch.from_numpy((hsv_to_rgb(np.stack([hues, np.full(256, 0.65), values], 1)) * 255).astype(np.uint8))
 
 
 def _legend(names: Mapping[int, str], width: int) -> Tensor:
-    """Render colours and names in columns, (3, H, width) uint8; only a name wider than the grid is cut off."""
+    """Render colours and names in columns, (3, H, width) uint8; names wider than the grid are cut off."""
     font_size, swatch, margin = 14, 14, 8
     row = 20
     cell = min(width - 2 * margin, max(_text_size(name, font_size)[0] for name in names.values()) + swatch + 20)
@@ -153,7 +155,7 @@ def as_uint8(images: Tensor) -> Tensor:
 
 
 def enlarge(images: Tensor, scale: int) -> Tensor:
-    """Enlarge (B, 3, H, W) to (B, 3, scale * H, scale * W), each pixel to a block."""
+    """Enlarge (B, 3, H, W) to (B, 3, scale * H, scale * W) by repeating pixels."""
     return images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
 
 

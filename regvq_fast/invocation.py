@@ -1,4 +1,4 @@
-"""Commands as the user has to type them, which depends on how this process was started."""
+"""Commands as the user types them, which depends on how this process was started."""
 
 import re
 import sys
@@ -15,34 +15,34 @@ SCRIPTS = {
     "data": "data.py",
     "paper": "paper.py",
 }
-"""Scripts in train/, by the name of the command that each of them runs."""
+"""Scripts in train/, by the command that they run."""
 
 _COMMAND = re.compile(r"(-m regvq_fast|regvq) ((?:train )?[a-z]+)")
 
 
 def command(name: str) -> str:
-    """Return a command as it is typed, without its flags.
+    """Return a command as the user types it, without flags.
 
     Args:
         name: "train vq", "sample", ...
 
     Returns:
-        "regvq train vq"; "python train/vq.py" if a script of that folder was started, and the command has one;
-        "python -m regvq_fast train vq" if the module was.
+        "regvq train vq"; "python train/vq.py" if a script in that folder was started and the command has one;
+        "python -m regvq_fast train vq" if the module was started.
     """
     return _script(name, "python ") or ("python -m " if _is_module() else "") + _package(name)
 
 
 def launched(name: str, processes: int) -> str:
-    """Return a command as it is typed to run on several processes of this machine."""
+    """Return a command as the user types it to run several processes on this machine."""
     return f"torchrun --nproc-per-node {processes} {_script(name) or f'-m regvq_fast {name}'}"
 
 
 def as_typed(text: str) -> str:
-    """Return a text whose commands, such as "regvq sample", are as the user has to type them."""
+    """Return a text with its commands, such as "regvq sample", as the user types them."""
 
     def spelling(match: re.Match[str]) -> str:
-        if match[1] != "regvq":  # behind torchrun
+        if match[1] != "regvq":  # after torchrun
             return _script(match[2]) or match[0]
         return command(match[2])
 
@@ -56,7 +56,7 @@ def install(extra: str) -> str:
 
 
 def _script(name: str, before: str = "") -> str:
-    """Return the script of a command, beside the script that was started; "" if there is none, or none was started."""
+    """Return the script of a command, in the folder of the started script; "" if either is missing."""
     started = Path(sys.argv[0] if sys.argv else "")
     if started.name not in SCRIPTS.values() or name not in SCRIPTS:
         return ""

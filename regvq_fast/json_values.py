@@ -1,4 +1,4 @@
-"""JSON that others may have written: parsed, and compared with the types of a dataclass."""
+"""Parsing of untrusted JSON, and its comparison with the types of a dataclass."""
 
 import json
 import math
@@ -11,7 +11,7 @@ def parse_json(content: bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(content)
@@ -20,7 +20,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def check_types(kind: type, values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value that is not of the type of the field of this name; others are passed over."""
+    """Raise ValueError for a value whose type is not that of the field of this name; other names are ignored."""
     for name, hint in get_type_hints(kind).items():
         if name in values and not _fits(values[name], hint):
             shown = repr(values[name])

@@ -1,4 +1,4 @@
-"""C code for CPUs, compiled where there is a compiler: optional, since all of it has a PyTorch fallback."""
+"""Optional C code for CPUs, compiled on first use if there is a compiler; all of it has a PyTorch fallback."""
 
 import ctypes
 import functools
@@ -9,27 +9,30 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from regvq_fast.files import user_cache
+
 
 @functools.lru_cache
 def library(source: Path) -> ctypes.CDLL | None:
-    """Compile a C file once a user, and load it; None where that fails, as without a compiler.
+    """Compile and load a C file; None if that fails, as without a compiler.
 
-    The library is kept in ``$XDG_CACHE_HOME/regvq_fast`` (default: ``~/.cache/regvq_fast``), by a hash of its source.
+    Compiled files are cached in ``$XDG_CACHE_HOME/regvq_fast`` (default: ``~/.cache/regvq_fast``) by a hash of the
+    source.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
     if compiler is None:
         return None
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regvq_fast"
+        folder = user_cache("native")
         built = folder / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
         if not built.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # whole, or not there
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # so that it appears complete
                 new = Path(scratch) / built.name
                 flags = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]
                 command = [compiler, *flags, str(source), "-o", str(new)]
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 os.replace(new, built)
         return ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: no home folder
+    except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""Labels and units of a run's numbers where they are printed; its files keep the plain numbers."""
+"""Labels and units of a run's numbers in its output; its files have the plain numbers."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ def speed(images_per_second: float) -> str:
 
 Format = Callable[[float], str]
 
-# The order is that of importance: a narrow terminal drops the last ones.
+# In order of importance: a narrow terminal drops the last ones.
 _PROGRESS: dict[str, tuple[str, Format]] = {
     "loss": ("loss", "{:.3f}".format),
     "l1": ("l1", "{:.3f}".format),
@@ -38,7 +38,7 @@ _PROGRESS: dict[str, tuple[str, Format]] = {
     "lambda": ("lambda", "{:.2f}".format),
     "mfu": ("MFU", percent),
 }
-"""By the name in metrics.jsonl; others are not shown."""
+"""Label and format by the name in metrics.jsonl; other numbers are not shown."""
 
 _RESULTS: dict[str, tuple[str, Format]] = {
     "psnr": ("PSNR", "{:.1f} dB".format),
@@ -55,12 +55,12 @@ _RESULTS: dict[str, tuple[str, Format]] = {
     "peak memory": ("peak memory", "{:.3g} GiB".format),
     "minutes": ("time", lambda minutes: duration(60 * minutes)),
 }
-"""By the name in summary.json, without what follows " of ", " since " or an opening bracket."""
+"""Label and format by the name in summary.json, up to " of ", " since " or an opening bracket."""
 _EVALUATION = ("psnr", "ssim", "loss", "utilization", "perplexity")
 
 
 def progress_items(values: Mapping[str, float | str]) -> list[str]:
-    """Return the numbers of a training record that are shown, such as `loss 0.123`, the most important first."""
+    """Return the main numbers of a training record as texts such as `loss 0.123`, the most important first."""
     return [
         f"{label} {text(value)}".lstrip()
         for name, (label, text) in _PROGRESS.items()
@@ -69,7 +69,7 @@ def progress_items(values: Mapping[str, float | str]) -> list[str]:
 
 
 def evaluation_items(values: Mapping[str, float], num_codes: int | None = None) -> list[str]:
-    """Return the main numbers of an evaluation, such as `PSNR 21.1 dB`.
+    """Return the main numbers of an evaluation as texts such as `PSNR 21.1 dB`.
 
     Args:
         values: by their names in metrics.jsonl.
@@ -79,7 +79,7 @@ def evaluation_items(values: Mapping[str, float], num_codes: int | None = None) 
 
 
 def result(name: str, value: object, num_codes: int | None = None) -> tuple[str, str]:
-    """Return label and text, with its unit, of a number in summary.json; of another value its name and text."""
+    """Return the label of a number in summary.json and its text with the unit; other values keep their name."""
     base = re.split(r" of | since | \(", name)[0]
     if isinstance(value, str) or base not in _RESULTS:
         return name, f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ import torch
 
 State = dict[str, Any] | None
 
-# Bits of nvmlClocksThrottleReasons (nvml.h): why the clocks are not higher.
+# Bits of nvmlClocksThrottleReasons (nvml.h): limits of the clocks.
 _THROTTLE_REASONS = {
     0x1: "idle",
     0x2: "application clocks",
@@ -22,14 +22,14 @@ _THROTTLE_REASONS = {
 
 
 def throttle_reasons(bits: int) -> list[str]:
-    """Why a GPU's clocks are not higher, by NVML's bits; empty where nothing holds them back."""
+    """Return the reasons that limit a GPU's clocks, from NVML's bits; empty if there are none."""
     return [name for bit, name in _THROTTLE_REASONS.items() if bits & bit]
 
 
 def gpu_state(device: torch.device | None = None) -> tuple[str | None, Callable[[], State], str | None]:
-    """The driver's version, a function that reads clocks, power and temperature, and why they can't be read, if so.
+    """Return the driver's version, a function that reads the GPU's state, and a problem if it can't be read.
 
-    Of the current GPU unless ``device`` is another. Without nvidia-ml-py the first is None, and so is every reading.
+    The GPU is ``device``, by default the current one. With a problem, the version and all readings are None.
     """
     try:
         import pynvml
@@ -45,7 +45,7 @@ def gpu_state(device: torch.device | None = None) -> tuple[str | None, Callable[
     def reading(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return function(handle, *arguments)
-        except pynvml.NVMLError:  # not every GPU tells everything
+        except pynvml.NVMLError:  # not every GPU supports every query
             return None
 
     def read() -> State:

@@ -1,9 +1,9 @@
-"""One owner for each folder that a job writes to: a lock file that names it, also across machines.
+"""One owner for each folder that a job writes to: a lock file names the owner, also across machines.
 
-A kill leaves the file behind. The next process on the same machine sees that its owner is gone: no process has its
-number and start time. From another machine or container that can't be seen. There an owner is gone once it has not
-touched the file for ten minutes, twenty of the touches that a running one makes, by the clock of the disk. One that was
-only paused so long finds out before it writes again (:meth:`FolderLock.check`).
+A killed process leaves its file behind. On the same machine, the next process sees that no process has the owner's
+number and start time. On another machine or in another container that is not visible: there an owner counts as gone if
+it has not touched the file for ten minutes by the clock of the disk; a running one touches it every half minute. A
+process that was paused for longer notices before it writes again (:meth:`FolderLock.check`).
 """
 
 import atexit
@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any, Self
 
 _TOUCH_SECONDS, _GONE_SECONDS = 30.0, 600.0
-_WRITING_SECONDS = 10.0  # for which a new file may be empty
+_WRITING_SECONDS = 10.0  # a new file may be empty for this long
 
 
 class FolderLock:
     """The right to write into a folder, until it is released or this process ends.
 
     Args:
-        folder: made where it is missing.
-        purpose: processes with different ones don't exclude each other; names the file, ``.PURPOSE.lock``.
+        folder: to lock; created if it is missing.
+        purpose: locks with different purposes don't exclude each other; the file is ``.PURPOSE.lock``.
 
     Raises:
-        FileExistsError: another process has it. OSError: no file can be written into the folder.
+        FileExistsError: another process has the lock. OSError: the folder is not writable.
     """
 
     def __init__(self, folder: Path, purpose: str) -> None:
@@ -51,14 +51,14 @@ class FolderLock:
         self.release()
 
     def check(self) -> None:
-        """Raise FileExistsError if another process took over, as from one that was paused; make a lost file anew."""
+        """Raise FileExistsError if another process took over while this one was paused; restore a lost file."""
         if self._read() != self._content:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
 
     def release(self) -> None:
-        """Let other processes have the folder; nothing happens the second time."""
-        if self._released.is_set() or os.getpid() != self._process:  # a forked child has no right of its own
+        """Release the folder; a second call does nothing."""
+        if self._released.is_set() or os.getpid() != self._process:  # a forked child does not own the lock
             return
         self._released.set()
         atexit.unregister(self.release)
@@ -68,12 +68,12 @@ class FolderLock:
 
     def _acquire(self) -> None:
         try:
-            with open(self.path, "x") as file:  # the one operation that is exclusive on network disks, too
+            with open(self.path, "x") as file:  # "x" is exclusive on network disks, too
                 file.write(self._content)
         except FileExistsError:
             try:
                 self._take_over()
-            except FileNotFoundError:  # released by now
+            except FileNotFoundError:  # released meanwhile
                 self._acquire()
         except OSError:  # a full disk
             if self._read() == "":
@@ -81,10 +81,10 @@ class FolderLock:
             raise
 
     def _take_over(self) -> None:
-        """Take the place of an owner that is gone; FileExistsError if it is not."""
+        """Replace an owner that is gone; FileExistsError if it is not gone."""
         with open(self.path, "r+") as file:
-            with suppress(OSError):  # some network disks have no such locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # of two that find the owner gone, the second finds the first
+            with suppress(OSError):  # some network disks have no flock
+                fcntl.flock(file, fcntl.LOCK_EX)  # if two processes find the owner gone, the second sees the first
             content = file.read()
             if (problem := _in_use(self.path, content)) is not None:
                 raise FileExistsError(problem)
@@ -106,7 +106,7 @@ class FolderLock:
 
 
 def check_free(folder: Path, purpose: str) -> None:
-    """Raise FileExistsError if a process has the :class:`FolderLock` of a folder."""
+    """Raise FileExistsError if a process owns the :class:`FolderLock` of a folder."""
     path = folder / f".{purpose}.lock"
     with suppress(FileNotFoundError):
         if (problem := _in_use(path, path.read_text())) is not None:
@@ -114,11 +114,11 @@ def check_free(folder: Path, purpose: str) -> None:
 
 
 def _in_use(path: Path, content: str) -> str | None:
-    """Return why a folder can't be had, with the process that has it; None if that is gone."""
+    """Return an error message that names the owner; None if the owner is gone."""
     try:
         owner: dict[str, Any] = dict(json.loads(content))
         host, number, command = owner["host"], int(owner["pid"]), owner["command"]
-    except (ValueError, KeyError, TypeError):  # it is being written, or its writer was killed
+    except (ValueError, KeyError, TypeError):  # the file is being written, or its writer was killed
         owner, host, number, command = {}, "an unknown host", 0, "an unknown command"
     here = _this_process()
     refusal = (
@@ -136,7 +136,7 @@ def _in_use(path: Path, content: str) -> str | None:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return this process's host, number, start time, and the machine or container in which numbers are unique."""
+    """Return host, number and start time of this process, and the machine or container that numbers it."""
     host, pid = socket.gethostname(), os.getpid()
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
@@ -146,7 +146,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _start_time(pid: int) -> str | None:
-    """Return when a process started, in the system's words; "" where that is not known, None if it is gone."""
+    """Return the start time of a process, as the system states it; "" if unknown, None if the process is gone."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
@@ -165,7 +165,7 @@ def _start_time(pid: int) -> str | None:
 
 
 def _clock_of_disk(folder: Path) -> float:
-    """Return the time by the clock that dates the files of a folder."""
+    """Return the time by the clock that sets the modification times in a folder."""
     probe = folder / f".clock.{os.getpid()}"
     try:
         probe.touch()

@@ -1,4 +1,4 @@
-"""Device, mixed precision and the settings of the backends, each in one function."""
+"""Device, mixed precision and backend settings, each chosen in one function."""
 
 import os
 from typing import NamedTuple
@@ -11,11 +11,10 @@ from regvq_fast.ranks import is_torchrun, local_rank, local_world_size
 def choose_device(name: str) -> torch.device:
     """Return the device that a flag names; "auto" is a GPU if there is one, and under torchrun this process's GPU.
 
-    A GPU with a number becomes the current one: kernels, cuBLAS's workspace and random states are those of device 0
-    otherwise.
+    A GPU with a number becomes the current device, since kernels, cuBLAS's workspace and random states use that.
 
     Raises:
-        ValueError: no such device here, or a GPU that this build of PyTorch has no kernels for.
+        ValueError: no such device, or a GPU without kernels in this build of PyTorch.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,8 +50,7 @@ def _check_build(device: torch.device) -> None:
 
 
 def inference_device(name: str) -> torch.device:
-    """:func:`choose_device`, and a GPU set to give the same bits every time: one script measures what another one
-    samples."""
+    """Return the device that a flag names, and make a GPU deterministic, so that commands agree on samples."""
     device = choose_device(name)
     if device.type == "cuda":
         configure_backends(device, deterministic=True)
@@ -64,13 +62,13 @@ class Precision(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None: fp32 throughout
-    reason: str  # one line for people
+    reason: str  # one line for the user
 
     def autocast(self, *, keep_casts: bool = True) -> torch.autocast:
-        """Return a new autocast context, which may be entered any number of times.
+        """Return a new, reusable autocast context.
 
         Args:
-            keep_casts: keep the weights that were cast, for further uses, until its end.
+            keep_casts: cache cast weights until the context ends.
         """
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=keep_casts)
 
@@ -82,22 +80,22 @@ class Precision(NamedTuple):
 def configure_backends(device: torch.device, deterministic: bool) -> None:
     """Configure cuBLAS and cuDNN for the networks, process-wide; the scores of this project's ops stay fp32.
 
-    fp32 convolutions and products use TF32, with its 10 bits of mantissa but fp32's range: mixed precision has 7 to 10.
-    cuDNN tries its algorithms at each new shape, and keeps the fastest. ``deterministic`` gives that up for algorithms
-    whose results don't depend on the order in which threads finish; an operation that has none warns.
+    fp32 convolutions and products use TF32, with 10 bits of mantissa and fp32's range; mixed precision has 7 to 10
+    bits. cuDNN times its algorithms for each new shape and keeps the fastest. ``deterministic`` selects deterministic
+    algorithms instead; an operation without one warns.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    if device.type == "cuda":  # elsewhere it could mean less than TF32
+    if device.type == "cuda":  # on other devices "high" may be less precise than TF32
         torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("high")
 
 
 def choose_precision(amp: bool, device: torch.device) -> Precision:
-    """bf16 where the device computes in it, else fp16 with loss scaling on a GPU and fp32 on a CPU."""
+    """Return bf16 if the device supports it, else fp16 with loss scaling on a GPU and fp32 on a CPU."""
     if not amp:
         return Precision(device, None, "fp32 (mixed precision is off; --amp turns it on)")
     if device.type == "cuda":

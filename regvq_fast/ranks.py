@@ -1,8 +1,8 @@
 """The processes of a distributed run, as ``torchrun`` starts them, and their communication.
 
-Every function here is that of one process alone where there are no others, and costs nothing then. Numbers of training
-go over NCCL without the host waiting for the GPUs; what the hosts agree on (:func:`any_rank`,
-:func:`raise_on_all_ranks`, :func:`all_gather_strings`) goes over gloo and never touches a GPU.
+With a single process every function works without communication. Values of training go over NCCL without a
+synchronization; values that the hosts agree on (:func:`any_rank`, :func:`raise_on_all_ranks`,
+:func:`all_gather_strings`) go over gloo and never touch a GPU.
 """
 
 import inspect
@@ -26,7 +26,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process, 0 to ``world_size() - 1``; 0 is the one that writes."""
+    """Return the number of this process, 0 to ``world_size() - 1``; rank 0 writes the files."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -36,7 +36,7 @@ def is_torchrun() -> bool:
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine: that of its GPU."""
+    """Return the number of this process on its machine, which is the number of its GPU."""
     return int(os.environ["LOCAL_RANK"]) if is_torchrun() else 0
 
 
@@ -47,7 +47,7 @@ def local_world_size() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the run's processes for the time of the block; nothing happens without ``torchrun``."""
+    """Join the run's process group inside the block; without ``torchrun``, do nothing."""
     if not is_torchrun():
         yield
         return
@@ -58,8 +58,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        # gloo's thread frees the tensors of the last operation, for which it needs Python's lock; whoever frees the
-        # group later waits for that thread with the lock in hand. Half a second is plenty to be done before.
+        # gloo's thread needs the GIL to free the tensors of the last operation, and destroying the group waits for that
+        # thread while holding the GIL: give the thread time to finish.
         time.sleep(0.5)
         dist.destroy_process_group()
 
@@ -81,17 +81,17 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return equally many rows (M, ...) of every rank in their order, (ranks * M, ...), without a gradient."""
+    """Return the rows (M, ...) of all ranks in order, (ranks * M, ...), without a gradient; M is the same on all."""
     if world_size() == 1:
         return rows.detach()
-    everybody = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as newer versions call it
-    gather(everybody, rows.detach().contiguous())
-    return everybody
+    gathered = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name in newer versions
+    gather(gathered, rows.detach().contiguous())
+    return gathered
 
 
 def any_rank(value: int) -> int:
-    """Return the largest value of all ranks; the hosts wait for each other, not for their GPUs."""
+    """Return the largest value of all ranks; hosts wait for each other, but not for their GPUs."""
     if world_size() == 1:
         return value
     largest = torch.tensor(value)
@@ -100,7 +100,7 @@ def any_rank(value: int) -> int:
 
 
 def all_gather_strings(text: str) -> list[str]:
-    """Return the strings of all ranks in their order."""
+    """Return the strings of all ranks in order."""
     if world_size() == 1:
         return [text]
     content = text.encode()
@@ -112,10 +112,7 @@ def all_gather_strings(text: str) -> list[str]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of PyTorch's global generators, which dropout samples from; nothing else of a run uses them.
-
-    One row of bytes for each rank.
-    """
+    """Return the states of PyTorch's global generators, one row of bytes for each rank; only dropout uses them."""
     state = {"cpu": gather_rows(torch.get_rng_state()[None])}
     if device.type == "cuda":
         state["cuda"] = gather_rows(torch.cuda.get_rng_state(device)[None])
@@ -123,18 +120,18 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Continue the generators; one that was not saved, of a GPU or of a rank more than there were, stays as it is."""
+    """Restore the generators; those without a saved state, of a GPU or of an additional rank, stay as they are."""
     if rank() < len(state["cpu"]):
-        torch.set_rng_state(state["cpu"][rank()].clone())  # of a view, it reads from where the storage begins
+        torch.set_rng_state(state["cpu"][rank()].clone())  # it ignores the storage offset of a view
     if device.type == "cuda" and rank() < len(state.get("cuda", ())):
         torch.cuda.set_rng_state(state["cuda"][rank()], device)
 
 
 def distributed(module: nn.Module) -> nn.Module:
-    """Return the module with its gradients averaged over the ranks, if there are several."""
+    """Return the module such that gradients are averaged over the ranks, if there are several."""
     if world_size() == 1:
         return module
-    # Buffers are those of one rank's part (batch statistics), or equal on all ranks: nothing to broadcast.
+    # Buffers are a rank's own (batch statistics) or equal on all ranks, so they are not broadcast.
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)  # type: ignore[arg-type]
@@ -142,8 +139,8 @@ def distributed(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
-    """Average gradients over the ranks in backward passes of forward passes inside the block, or don't."""
-    from torch.distributed.fsdp import FSDPModule  # half a second that only training needs to spend
+    """Switch the averaging of gradients over ranks for forward passes inside the block on or off."""
+    from torch.distributed.fsdp import FSDPModule  # takes half a second, which only training needs
 
     with ExitStack() as stack:
         for module in modules:
@@ -155,7 +152,7 @@ def synchronized(*modules: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def check_agreement(values: Mapping[str, str], remedy: str = "all of them need the same files") -> None:
-    """Raise ValueError if the ranks have different values of one name: their losses would differ."""
+    """Raise ValueError if ranks have different values of a name, with which their losses would differ."""
     for name, value in values.items():
         found = list(dict.fromkeys(all_gather_strings(value)))
         if len(found) > 1:
@@ -164,9 +161,9 @@ def check_agreement(values: Mapping[str, str], remedy: str = "all of them need t
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise an error (ValueError, OSError) that one rank meets in the block on all ranks.
+    """Raise a ValueError or OSError of the block on all ranks, even if only one rank has it.
 
-    The block must not hold a collective operation that a rank with an error would miss.
+    The block must not contain a collective operation, which a rank with an error would miss.
     """
     error: ValueError | OSError | None = None
     try:
@@ -174,8 +171,8 @@ def raise_on_all_ranks() -> Iterator[None]:
     except (ValueError, OSError) as caught:
         error = caught
     if world_size() > 1:
-        said = "" if error is None else ("value " if isinstance(error, ValueError) else "file ") + str(error)
-        first = next(filter(None, all_gather_strings(said)), None)
+        sent = "" if error is None else ("value " if isinstance(error, ValueError) else "file ") + str(error)
+        first = next(filter(None, all_gather_strings(sent)), None)
         if error is None and first is not None:
             kind, _, message = first.partition(" ")
             error = ValueError(message) if kind == "value" else OSError(message)
@@ -186,16 +183,13 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def reported_by_rank_0(error: BaseException) -> bool:
-    """Return whether all ranks raised this error and this is not rank 0; works after the process group is gone, too.
-
-    Any other error may be one that this rank alone knows of.
-    """
+    """Return whether this is not rank 0 and rank 0 raised the same error; also works without the process group."""
     return is_torchrun() and os.environ["RANK"] != "0" and _OF_ALL in getattr(error, "__notes__", ())
 
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 does the block while the others wait: what it leaves on the disk is there for them."""
+    """Run the block on rank 0 first, then on the others, which find the files that rank 0 wrote."""
     if rank() > 0:
         any_rank(0)
     try:

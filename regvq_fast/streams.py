@@ -1,4 +1,4 @@
-"""Standard output and error that a command outlives: a closed pipe or terminal, a full disk, any encoding."""
+"""Standard output and error that survive a closed pipe or terminal, a full disk and any encoding."""
 
 import errno
 import io
@@ -10,19 +10,19 @@ from typing import Any, TextIO
 
 
 def survive_lost_output(*, warns: bool = True) -> None:
-    """Replace this process's output streams by ones whose writes don't fail; does nothing the second time.
+    """Replace this process's output streams by streams whose writes don't fail; a second call does nothing.
 
-    Characters that the encoding lacks are written as escapes. A pipe without a reader or a terminal that is gone takes
-    nothing from then on; a full disk loses what it has no room for.
+    Characters that the encoding lacks are escaped. After a pipe or terminal is closed, output is discarded; on a full
+    disk, only what does not fit.
 
     Args:
-        warns: say once, on the other stream, that output is lost.
+        warns: warn once, on the other stream, that output is lost.
     """
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed at the start: a data file would get its descriptor, and be printed into
+        if getattr(sys, name) is None:  # closed at the start: a data file would get its descriptor
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     outputs = (sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)
-    if any(stream is not original for stream, original in outputs):  # a program's own, or replaced already
+    if any(stream is not original for stream, original in outputs):  # replaced by a program, or by an earlier call
         return
     sys.stdout, sys.stderr = _surviving(sys.stdout, 2 if warns else None), _surviving(sys.stderr, 1 if warns else None)
 
@@ -46,7 +46,7 @@ class _Output(io.FileIO):
 
     Args:
         descriptor: stays open when this is closed.
-        other: a descriptor that gets one warning; None: no warning.
+        other: descriptor for one warning; None: no warning.
     """
 
     def __init__(self, descriptor: int, other: int | None) -> None:
@@ -54,7 +54,7 @@ class _Output(io.FileIO):
         self._other = other
 
     def write(self, data: Any, /) -> int:
-        """Write as much as can be; lost bytes count as written."""
+        """Write as much as possible; lost bytes count as written."""
         size = len(memoryview(data).cast("B"))
         try:
             while (written := super().write(data)) is None:  # another program made the pipe non-blocking
@@ -62,20 +62,20 @@ class _Output(io.FileIO):
             return written
         except OSError as error:
             self._warn(error)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a disk may have room again
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a disk may have room later
                 self._discard()
             return size
 
     def _discard(self) -> None:
-        """Send this and child processes' output nowhere from now on."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+        """Discard all further output of this process and its children."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
 
     def _warn(self, error: OSError) -> None:
         if self._other is None:
             return
         text = f"warning: output can't be written any more ({error.strerror}); the work goes on without it\n"
-        with suppress(OSError):  # nobody is left to read it
+        with suppress(OSError):  # the other stream is lost, too
             os.write(self._other, text.encode())
         self._other = None

@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("helpers")
 
 TESTS = Path(__file__).parent
 BENCH = TESTS.parent / "bench"
-DOCS = {"test_docs.py", "test_readme.py", "test_integration_docs.py"}
+DOCS = {"test_docs.py", "test_readme.py", "test_integration_docs.py", "test_site.py"}
 # A test that gets to one of these names starts processes, compiles, runs kernels in the interpreter or a whole command.
 NOT_UNIT = set(
     "subprocess multiprocessing runpy Popen DataLoader compile opcheck kernels Trainer train evaluate cache_tokens "

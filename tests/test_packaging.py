@@ -195,6 +195,32 @@ def test_sdist_holds_what_the_main_job_needs(built: Distributions) -> None:
     assert {"pyproject.toml", "build_backend.py", "constraints.txt", "README.md", "LICENSE", *scripts} <= names
 
 
+def test_the_wheel_works_in_an_environment_of_its_own(built: Distributions, tmp_path: Path) -> None:
+    """Without this project's own installation: of the environment of the tests it sees the libraries alone."""
+    run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], cwd=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "venv", "install", "--no-deps", "--no-index"]
+    run([*pip, built.wheels["wheel"]], cwd=tmp_path)
+    (packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "libraries.pth").write_text("\n".join(libraries))
+    python = [tmp_path / "venv" / "bin" / "python", "-I"]
+
+    help_page = run([*python, tmp_path / "venv" / "bin" / "regvq", "--help"], cwd=tmp_path)
+    assert "usage: regvq" in help_page
+    code = (
+        "import regvq_fast, torch; from regvq_fast.ops import vector_quantize;"
+        "out = vector_quantize(torch.tensor([[0.9], [-2.0]]), torch.tensor([[-1.0], [1.0]]));"
+        "print(regvq_fast.__file__, out.indices.tolist())"
+    )
+    printed = run([*python, "-c", code], cwd=tmp_path)
+    assert printed == f"{packages / 'regvq_fast' / '__init__.py'} [1, 0]\n"
+
+
+def test_an_index_would_take_the_distributions(built: Distributions) -> None:
+    pytest.importorskip("twine")
+    run([sys.executable, "-m", "twine", "check", "--strict", built.sdist, built.wheels["wheel"]], cwd=ROOT)
+
+
 @pytest.mark.parametrize("name", ["wheel", "sdist"])
 def test_metadata(built: Distributions, name: str) -> None:
     (folder,) = built.forms[name].target.glob("*.dist-info")

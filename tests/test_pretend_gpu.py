@@ -126,3 +126,7 @@ def test_from_tokenizer_to_samples(on_gpu, tmp_path):
 
 def test_samples_do_not_depend_on_the_device(on_gpu):
     on_gpu([HERE / "same_samples.py"])
+
+
+def test_published_statistics_meet_features_on_a_gpu(on_gpu):
+    on_gpu([HERE / "published_statistics.py"])

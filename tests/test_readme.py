@@ -197,7 +197,8 @@ def test_commands_are_understood(pytestconfig: pytest.Config) -> None:
             assert set(chosen) <= extras.keys(), command
             assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).exists()
         else:
-            assert words[0] == "pdoc" or command == "pre-commit install", f"no test knows this kind: {command}"
+            known = ("pre-commit install", "mkdocs serve", "python -m build")
+            assert command in known or words[0] == "twine", f"no test knows this kind: {command}"
 
 
 def test_the_readme_is_short() -> None:
@@ -213,6 +214,15 @@ def test_python_of_the_readme_and_of_the_ops_runs(block: str) -> None:
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)
     assert torch.isfinite(names["out"].quantized).all()
+
+
+def test_the_model_of_the_tutorial_keeps_its_codes() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(TEXTS["docs/your-model.md"], "python"):
+        exec(compile(block, "docs/your-model.md", "exec"), names)
+    (plain, few), (ours, most) = names["measure"](names["plain"]), names["measure"](names["model"])
+    assert few < 0.2 < 0.9 < most
+    assert ours > plain + 3
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,27 @@
 """The command ``regvq tokens``: encode a data set once with a trained tokenizer."""
 
 import dataclasses
-import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch.utils.data import Dataset
 
 from regvq_fast.config import run_command
 from regvq_fast.config.runtime import DeviceConfig, LoadingConfig, SeedConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.datasets import build_dataset, dataset_class
+from regvq_fast.data.encoding import ShardEncoder
 from regvq_fast.data.image_dataset import FieldCounts
-from regvq_fast.data.loading import default_workers, fingerprint, first_samples, validation_batches
-from regvq_fast.data.samples import Crop, Field, Sample, Split
+from regvq_fast.data.loading import default_workers, fingerprint, first_samples
+from regvq_fast.data.samples import Crop, Field, Split
 from regvq_fast.data.token_cache import (
     INFO,
     REMEDY,
@@ -31,11 +29,8 @@ from regvq_fast.data.token_cache import (
     open_shard,
     read_info,
     shard_path,
-    token_type,
     write_info,
-    write_shard,
 )
-from regvq_fast.data.tokens import TokenBatch, tokenize_batch
 from regvq_fast.evaluation.codebook import CodebookUsage
 from regvq_fast.evaluation.shares import unreadable_images
 from regvq_fast.models.vqgan import VQGAN
@@ -92,12 +87,12 @@ class CacheConfig(LoadingConfig, DeviceConfig, SeedConfig):
 
 
 def cache_tokens(config: CacheConfig) -> None:
-    """Fill a token cache, or the rest of one, and print what it holds; under ``torchrun`` by all ranks.
+    """Fill or complete a token cache, and print a summary; under ``torchrun`` with all ranks.
 
-    Tokens depend on neither batch size nor number of ranks (on a GPU as far as its convolutions don't).
+    Tokens don't depend on batch size or number of ranks, except as far as a GPU's convolutions do.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, tokenizer, data or folder, in one sentence.
+        ValueError, OSError: settings, tokenizer, data or folder can't be used; the message is one sentence.
     """
     _check(config)
     device = inference_device(config.device)
@@ -108,7 +103,7 @@ def cache_tokens(config: CacheConfig) -> None:
 
 
 def _check(config: CacheConfig) -> None:
-    """Raise ValueError for flags that are out of range or contradict each other."""
+    """Raise ValueError for flags out of range or in contradiction."""
     counts = {
         "--views": config.views,
         "--scenes": config.scenes,
@@ -125,7 +120,7 @@ def _check(config: CacheConfig) -> None:
 
 
 class _Caching:
-    """A run whose model and data are open and checked; it writes nothing until `run`."""
+    """A run of ``regvq tokens``. The constructor opens and checks model and data; only `run` writes."""
 
     def __init__(self, config: CacheConfig, device: torch.device) -> None:
         self.config, self.device, self.folder = config, device, config.out
@@ -199,7 +194,7 @@ class _Caching:
             raise ValueError(f"--out {self.folder} is not empty and no token cache: name a new folder")
 
     def run(self) -> None:
-        """Encode what is missing, and check and describe the whole; as the folder's one owner."""
+        """Lock the folder, encode missing shards, check all of them and print a summary."""
         with ExitStack() as owned:
             with raise_on_all_ranks():
                 if rank() == 0:
@@ -208,7 +203,7 @@ class _Caching:
 
     def _run(self) -> None:
         missing = [(split, number) for split in _SPLITS for number in self._missing(split)]
-        any_rank(0)  # all have looked at the folder before anything changes in it
+        any_rank(0)  # wait until all ranks have read the folder
         with raise_on_all_ranks():
             if missing and rank() == 0:
                 self._begin()
@@ -220,11 +215,15 @@ class _Caching:
         if len(missing) < total:
             say(self.console, "resuming", f"{total - len(missing)} of {total} shards are there")
         mine = missing[rank() :: world_size()]
+        config = self.config
+        workers = default_workers(local_world_size()) if config.workers is None else config.workers
+        encoder = ShardEncoder(self.model, self.folder, self.info, self.precision, config.batch_size, workers)
         start = time.perf_counter()
         with raise_on_all_ranks(), progress_bar(self.console) as progress:
             task = progress.add_task("images", total=sum(len(self.info.shard_range(*shard)) for shard in mine))
             for split in _SPLITS:
-                for done in self._encode(split, [number for name, number in mine if name == split]):
+                numbers = [number for name, number in mine if name == split]
+                for done in encoder.encode(self.datasets[split], split, numbers):
                     progress.advance(task, done)
         seconds = time.perf_counter() - start
         unreadable = sum(map(unreadable_images, self.datasets.values()))
@@ -232,7 +231,7 @@ class _Caching:
             self._finish(sum(len(self.info.shard_range(*shard)) for shard in missing), seconds, unreadable)
 
     def _say_fields(self) -> None:
-        """Print what is kept beside tokens, what only some images have, and the priors that can be trained."""
+        """Print the fields kept beside tokens, fields of only some images, and the priors that can be trained."""
         kept, images = self.info.fields, self.counts.images
         say(self.console, "fields", ", ".join(kept) or "none beside tokens")
         for field, having in sorted(self.counts.having.items()):
@@ -243,7 +242,7 @@ class _Caching:
         say(self.console, "priors", trainable(kept, {name: prior.sampler.conditions for name, prior in PRIORS.items()}))
 
     def _missing(self, split: Split) -> list[int]:
-        """Return the numbers of shards that are missing or damaged."""
+        """Return the numbers of missing and damaged shards."""
         missing = []
         for number in range(self.info.num_shards(split)):
             try:
@@ -257,38 +256,13 @@ class _Caching:
         return missing
 
     def _begin(self) -> None:
-        """Write cache.json, and remove incomplete files of runs that were killed."""
+        """Write cache.json, and remove incomplete files of killed runs."""
         write_info(self.folder, self.info)
         for leftover in self.folder.glob(".*.safetensors"):
             leftover.unlink()
 
-    def _encode(self, split: Split, numbers: Sequence[int]) -> Iterator[int]:
-        """Write these shards; yields the number of images after each batch."""
-        if not numbers:
-            return
-        workers = default_workers(local_world_size()) if self.config.workers is None else self.config.workers
-        images = _Shards(self.datasets[split], self.info, split, numbers)
-        batches = validation_batches(images, self.config.batch_size, workers, pin_memory=self.device.type == "cuda")
-        remaining = list(numbers)
-        held: list[TokenBatch] = []  # on the device, which is waited for once a shard
-        for batch in batches:
-            with self.precision.autocast():
-                held.append(tokenize_batch(self.model, batch, self.device))
-            yield len(batch["image"])
-            while remaining and _samples(held) >= (size := len(self.info.shard_range(split, remaining[0]))):
-                whole = _concatenated(held)
-                self._write(split, remaining.pop(0), _slice(whole, 0, size))
-                held = [_slice(whole, size, None)]
-
-    def _write(self, split: Split, number: int, batch: TokenBatch) -> None:
-        tokens = batch["tokens"].cpu().numpy().astype(token_type(self.info.num_codes))
-        segmentation = batch["segmentation"].cpu().numpy() if "segmentation" in self.info.fields else None
-        captions = batch["caption"] if "caption" in self.info.fields else None
-        labels = batch["label"].cpu().numpy().astype(np.int32) if "label" in self.info.fields else None
-        write_shard(shard_path(self.folder, split, number), tokens, segmentation, captions, labels)
-
     def _finish(self, encoded: int, seconds: float, unreadable: int) -> None:
-        """Check the shards of all ranks, mark the cache complete, and print a summary."""
+        """Check all shards, mark the cache complete, and print a summary."""
         usage = CodebookUsage(self.info.num_codes)
         largest, size = -1, 0
         for split in _SPLITS:
@@ -329,37 +303,6 @@ class _Caching:
         for row in rows.items():
             table.add_row(*row)
         self.console.print(table)
-
-
-class _Shards(Dataset[Sample]):
-    """The samples of some shards, in ascending order of their numbers, as the images that they are made of."""
-
-    def __init__(self, dataset: Dataset[Sample], info: CacheInfo, split: Split, numbers: Sequence[int]) -> None:
-        self.dataset, self.numbers, self.shard_samples = dataset, numbers, info.shard_samples
-        self.count = sum(len(info.shard_range(split, number)) for number in numbers)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Sample:
-        shard, row = divmod(index, self.shard_samples)  # only a split's last shard may have fewer
-        return self.dataset[self.numbers[shard] * self.shard_samples + row]
-
-
-def _samples(batches: Sequence[TokenBatch]) -> int:
-    return sum(len(batch["tokens"]) for batch in batches)
-
-
-def _concatenated(batches: Sequence[TokenBatch]) -> TokenBatch:
-    whole: dict[str, Any] = {}
-    for name, first in batches[0].items():
-        values: list[Any] = [batch[name] for batch in batches]  # type: ignore[literal-required]
-        whole[name] = torch.cat(values) if isinstance(first, torch.Tensor) else list(itertools.chain(*values))
-    return cast(TokenBatch, whole)
-
-
-def _slice(batch: TokenBatch, start: int, stop: int | None) -> TokenBatch:
-    return cast(TokenBatch, {name: cast(Any, values)[start:stop] for name, values in batch.items()})
 
 
 def main(args: Sequence[str]) -> None:

@@ -68,8 +68,8 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
     """Run a command line of ``regvq data``.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, archive or folder, in one sentence; from verify also if
-            files are missing or can't be read.
+        ValueError, OSError: settings, archive or folder can't be used, or verify found missing or unreadable files; the
+            message is one sentence.
     """
     console = console or Console()
     if command.workers is not None and command.workers < 0:
@@ -93,7 +93,7 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
 
 
 def _run(command: DataCommand, console: Console) -> None:
-    """Run a command line whose flags fit together."""
+    """Run a command line with checked flags."""
     if command.command == "emoji":
         assert command.out is not None
         prepare_emoji(command.out, command.root, console=console)

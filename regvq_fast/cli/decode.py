@@ -38,7 +38,7 @@ class TokensConfig(Section):
     """File of regvq encode."""
 
 
-# Of several bases, the fields of the last come first in the help.
+# With several bases, the fields of the last one come first in the help.
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig(ComputeConfig, TokensConfig, TokenizerConfig):
     """A run of ``regvq decode``."""
@@ -48,7 +48,7 @@ class DecodeConfig(ComputeConfig, TokensConfig, TokenizerConfig):
 
 
 class _Map(NamedTuple):
-    """Tokens (h, w) of an image, and its name and size."""
+    """Tokens (h, w) of an image, with its name and size."""
 
     name: str
     tokens: Tensor
@@ -59,7 +59,7 @@ def decode(config: DecodeConfig) -> None:
     """Decode the images of a file of tokens, and save them as PNG files.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, file or tokenizer, in one sentence; nothing is written.
+        ValueError, OSError: settings, file or tokenizer can't be used; one sentence, and nothing is written.
     """
     encoded = EncodedImages.load(config.tokens)
     _check_names(config.tokens, encoded.names)
@@ -88,7 +88,7 @@ def decode(config: DecodeConfig) -> None:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
-    """Raise ValueError for a name that leads out of a folder, or is that of another image, too."""
+    """Raise ValueError for a name that leads out of the folder, or that two images would have."""
     seen: set[str] = set()
     for name in names:
         parts = PurePosixPath(name).parts

@@ -48,7 +48,7 @@ class PageConfig(Section):
     """Port to listen on; 0: any free one."""
 
 
-# Of several bases, the fields of the last come first in the help.
+# With several bases, the fields of the last one come first in the help.
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(DeviceConfig, PageConfig):
     """A run of ``regvq demo``."""
@@ -58,7 +58,7 @@ def open_demo(config: DemoConfig) -> None:
     """Load the models and serve the page until the process is interrupted.
 
     Raises:
-        ValueError, OSError: what is wrong with settings or models, in one sentence; no port is open.
+        ValueError, OSError: settings or models can't be used; one sentence, and no port is open.
     """
     if find_spec("gradio") is None:
         raise ValueError(f"regvq demo needs gradio: {install('demo')}")
@@ -88,14 +88,14 @@ def open_demo(config: DemoConfig) -> None:
 
     def ready() -> None:
         if not local:
-            say(console, "warning", f"everyone who reaches {host}, port {port}, can use this page: it has no password")
+            say(console, "warning", f"anyone who can reach {host}, port {port}, can use this page: it has no password")
         say(console, "demo", f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)")
 
     serve(make_page, opened, local, ready)
 
 
 def _folders(config: DemoConfig) -> tuple[Path, list[Path]]:
-    """Return the folders of the tokenizer and of the priors that are known before anything is loaded."""
+    """Return the folders of the tokenizer and of the priors, as far as flags determine them."""
     if config.run is not None:
         return config.run, list(config.prior_runs)
     if not config.prior_runs:
@@ -104,7 +104,7 @@ def _folders(config: DemoConfig) -> tuple[Path, list[Path]]:
 
 
 def _beside(run: Path, tokenizer: VQGAN, precision: Precision) -> list[Painter]:
-    """Load the newest prior of each kind of condition in the folders beside a run that was trained on its tokens."""
+    """Load the newest prior for each kind of condition, among the folders beside a run whose tokenizer is the run's."""
     expected = weights_hash(tokenizer)
     found: dict[str, Painter] = {}
     folders = [folder for folder in run.resolve().parent.iterdir() if (folder / TOKENIZER).is_dir()]
@@ -113,7 +113,7 @@ def _beside(run: Path, tokenizer: VQGAN, precision: Precision) -> list[Painter]:
             if weights_hash(VQGAN.from_pretrained(folder / TOKENIZER)) == expected:
                 painter = Painter(folder, precision)
                 found.setdefault(painter.condition, painter)
-        except (ValueError, OSError):  # a run that has only begun, or of another version
+        except (ValueError, OSError):  # the run has just begun, or is of another version
             continue
     return list(found.values())
 

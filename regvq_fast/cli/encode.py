@@ -33,7 +33,7 @@ USAGE = """Turn images into a file of tokens, with their names.
 """
 
 
-# Of several bases, the fields of the last come first in the help.
+# With several bases, the fields of the last one come first in the help.
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(ComputeConfig, ImagesConfig, TokenizerConfig):
     """A run of ``regvq encode``."""
@@ -46,7 +46,7 @@ def encode(config: EncodeConfig) -> EncodedImages:
     """Encode images, save their tokens, and print how many there are.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, images or tokenizer, in one sentence; nothing is written.
+        ValueError, OSError: settings, images or tokenizer can't be used; one sentence, and nothing is written.
     """
     files = find_images(config.images)
     if config.out.suffix != ".npz":

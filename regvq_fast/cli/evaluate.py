@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from regvq_fast.cli.evaluate_setup import EvaluateConfig, Setup, check_flags, data_of
+from regvq_fast.cli.evaluate_setup import EvaluateConfig, Setup, check_flags, data_of, few_images_note
 from regvq_fast.cli.evaluate_suite import SuiteEvaluation
 from regvq_fast.config import run_command
 from regvq_fast.console import progress_bar, say
@@ -22,7 +22,6 @@ from regvq_fast.evaluation.fid import (
     describe_data,
     make_reference,
     statistics_of,
-    too_few_images,
 )
 from regvq_fast.evaluation.measurement import (
     CODE_COUNTS,
@@ -47,7 +46,7 @@ from regvq_fast.priors.images import ImageSampler
 from regvq_fast.ranks import process_group, raise_on_all_ranks, rank, rank_0_first
 
 ENTROPY_MAP = "token_entropy.png"
-"""Plot of a tokenizer beside its measurements: entropy of the code at each position."""
+"""Plot of the entropy of a tokenizer's codes at each position."""
 
 USAGE = """Measure a trained tokenizer, and images sampled by a prior, over a whole validation split.
 
@@ -70,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
         sampled images; against a reference file also sfid, inception_score, precision and recall.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, models, data or weights, in one sentence, before work starts.
+        ValueError, OSError: settings, models, data or weights can't be used; one sentence, before work starts.
     """
     device = inference_device(config.device)
     with process_group(device):
@@ -92,7 +91,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
 
 
 class _SplitEvaluation:
-    """An evaluation over a validation split whose models, data and networks are open and checked."""
+    """An evaluation over a validation split; the constructor opens and checks models, data and networks."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.config, self.net = setup, setup.config, setup.net
@@ -163,12 +162,12 @@ class _SplitEvaluation:
     # ------------------------------------------------------------------------------------------------------- measuring
 
     def measure(self) -> dict[str, Measurement]:
-        """Return the metrics by key; those of a tokenizer leave its code counts and their plot beside."""
+        """Return the metrics by key; for a tokenizer also save its code counts and their plot."""
         config, reference, device, loading = self.config, None, self.setup.device, self.setup.loading
         described = describe_data(self.dataset)
-        self.protocol = {**described, **self._facts()}
+        self.protocol = {**described, **self._metadata()}
         with progress_bar(self.setup.console) as progress, warnings.catch_warnings():
-            warnings.simplefilter("ignore", TooFewImagesWarning)  # a note in the protocol says so
+            warnings.simplefilter("ignore", TooFewImagesWarning)  # the protocol has a note instead
 
             def bar(name: str, images: int = len(self.dataset)) -> Callable[[int], None]:
                 task = progress.add_task(name, total=len(rank_share(images)))
@@ -204,27 +203,27 @@ class _SplitEvaluation:
                     self._keep_frechet("fid_r", metrics.frechet, reference, len(self.dataset), {})
             if reference is not None and self.sampler is not None:
                 value = fid_of_samples(self.sampler, self.dataset, reference, progress=bar("samples"), **loading)
-                facts = {"prior_run": str(config.prior_run), **self.sampler.describe()}
-                self._keep_frechet("fid_g", value, reference, len(self.dataset), facts)
+                details = {"prior_run": str(config.prior_run), **self.sampler.describe()}
+                self._keep_frechet("fid_g", value, reference, len(self.dataset), details)
             if reference is not None and self.samples is not None:
                 images = (batch["image"] for batch in rank_batches(self.samples, device=device, **loading))
                 tick = bar("samples", len(self.samples))
                 sampled = statistics_of(images, reference.net, device, tick)
-                facts = {"drawn": str(config.images)}
-                self._keep_frechet("fid_g", reference.distance(sampled), reference, sampled.count, facts)
+                details = {"sampled_images": str(config.images)}
+                self._keep_frechet("fid_g", reference.distance(sampled), reference, sampled.count, details)
         # Unreadable images were replaced by the next ones; a cached reference is not read again.
         if unreadable := max(unreadable_images(self.dataset), reference.unreadable if reference is not None else 0):
             for found in self.results.values():
                 found.protocol["unreadable"] = unreadable
         return self.results
 
-    def _facts(self) -> dict[str, Any]:
-        """Return what the numbers depend on beside the images."""
-        facts: dict[str, Any] = {}
+    def _metadata(self) -> dict[str, Any]:
+        """Return the part of the protocol that does not describe the images."""
+        metadata: dict[str, Any] = {}
         if self.tokenizer is not None:
             source = self.config.run or Path(str(self.config.prior_run)) / TOKENIZER
-            facts |= {"tokenizer": str(source), "tokenizer_sha256": weights_hash(self.tokenizer)[:12]}
-        return facts | self.setup.facts()
+            metadata |= {"tokenizer": str(source), "tokenizer_sha256": weights_hash(self.tokenizer)[:12]}
+        return metadata | self.setup.metadata()
 
     def _keep_reconstruction(self, metrics: ReconstructionMetrics) -> None:
         codes = {"codes": len(metrics.code_counts)}
@@ -245,15 +244,18 @@ class _SplitEvaluation:
         if self.perceptual is not None and metrics.perceptual is not None:
             network = {"network": self.perceptual.trunk.label, "network_sha256": self.perceptual.hash}
             rows["perceptual"] = (self.perceptual.name, metrics.perceptual, network)
-        for key, (name, value, facts) in rows.items():
-            self.results[key] = Measurement(name, value, self.protocol | facts)
+        for key, (name, value, details) in rows.items():
+            self.results[key] = Measurement(name, value, self.protocol | details)
 
-    def _keep_frechet(self, key: str, value: float, reference: Reference, samples: int, facts: dict[str, Any]) -> None:
+    def _keep_frechet(
+        self, key: str, value: float, reference: Reference, samples: int, details: dict[str, Any]
+    ) -> None:
         net, count = reference.net, reference.statistics.count
         network = {"samples": samples, "features": net.name, "features_sha256": net.hash}
-        note = too_few_images(min(samples, count), net.num_features)
-        protocol = self.protocol | network | facts | ({} if note is None else {"note": note})
-        self.results[key] = Measurement(reference.title(key[-1].upper()), value, protocol)
+        note = few_images_note(min(samples, count), net.num_features)
+        self.results[key] = Measurement(
+            reference.title(key[-1].upper()), value, self.protocol | network | details | note
+        )
 
 
 def main(args: Sequence[str]) -> None:

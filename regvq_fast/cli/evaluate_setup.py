@@ -1,4 +1,4 @@
-"""Settings of ``regvq evaluate``, and what each kind of evaluation begins with."""
+"""Settings of ``regvq evaluate``, and the set-up that its kinds of evaluation share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ from regvq_fast.console import say
 from regvq_fast.data.loading import default_workers
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.evaluation.feature_nets import FeatureNet, NoFeaturesError, load_feature_net
-from regvq_fast.evaluation.measurement import run_facts
+from regvq_fast.evaluation.fid import too_few_images
+from regvq_fast.evaluation.measurement import NOTE, run_metadata
 from regvq_fast.files import check_writable
 from regvq_fast.models.hub import hub_name, local_folder
 from regvq_fast.precision import choose_precision
@@ -110,7 +111,7 @@ class Setup:
     """Output folder, precision, loader and feature network of an evaluation.
 
     Raises:
-        ValueError, OSError: what is wrong with the folder, the device or the network.
+        ValueError, OSError: the folder, the device or the network can't be used.
     """
 
     def __init__(self, config: EvaluateConfig, device: torch.device) -> None:
@@ -137,9 +138,15 @@ class Setup:
             say(self.console, "left out", f"FID[R]: {error}")
             return None
 
-    def facts(self) -> dict[str, Any]:
-        """Return what all numbers depend on beside images and models."""
-        return run_facts(self.precision, self.config.batch_size, typed_command("evaluate", self.config))
+    def metadata(self) -> dict[str, Any]:
+        """Return the part of a protocol that does not describe images or models."""
+        return run_metadata(self.precision, self.config.batch_size, typed_command("evaluate", self.config))
+
+
+def few_images_note(images: int, features: int) -> dict[str, str]:
+    """Return the part of a protocol that warns of too few images for a Fréchet distance; empty if there are enough."""
+    note = too_few_images(images, features)
+    return {} if note is None else {NOTE: note}
 
 
 def data_of(config: EvaluateConfig, sampler: ImageSampler | None) -> Path | None:

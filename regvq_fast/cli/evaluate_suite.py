@@ -3,10 +3,10 @@
 import warnings
 from typing import Any
 
-from regvq_fast.cli.evaluate_setup import Setup
+from regvq_fast.cli.evaluate_setup import Setup, few_images_note
 from regvq_fast.console import progress_bar, say
-from regvq_fast.evaluation.fid import TooFewImagesWarning, too_few_images
-from regvq_fast.evaluation.measurement import NOTE, Measurement
+from regvq_fast.evaluation.fid import TooFewImagesWarning
+from regvq_fast.evaluation.measurement import Measurement
 from regvq_fast.evaluation.metrics import open_samples
 from regvq_fast.evaluation.sample_metrics import NEIGHBORS, SPLIT
 from regvq_fast.evaluation.shares import rank_share
@@ -23,10 +23,10 @@ _NAMES = {
 
 
 class SuiteEvaluation:
-    """Sampled images, a reference file and a network, open and checked.
+    """An evaluation of sampled images against a reference file; the constructor opens and checks both.
 
     Raises:
-        ValueError, OSError: what is wrong with the files, or doesn't fit the network.
+        ValueError, OSError: the files can't be used, or don't fit the network.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -45,7 +45,7 @@ class SuiteEvaluation:
         """Return the metrics by key."""
         net, reference, setup = self.net, self.reference, self.setup
         with progress_bar(setup.console) as bars, warnings.catch_warnings():
-            warnings.simplefilter("ignore", TooFewImagesWarning)  # a note in the protocol says so
+            warnings.simplefilter("ignore", TooFewImagesWarning)  # the protocol has a note instead
 
             def bar(name: str, images: int) -> Progress:
                 task = bars.add_task(name, total=len(rank_share(images)))
@@ -57,20 +57,22 @@ class SuiteEvaluation:
         height, width = self.samples.image_size
         protocol = {
             "suite": "ADM (openai/guided-diffusion)",
-            "drawn": str(self.images),
+            "sampled_images": str(self.images),
             "samples": len(self.samples),
             "image_size": f"{height} x {width}",
             "reference": str(reference.path),
             "reference_sha256": sha256_of(reference.path)[:12],
             "features": net.name,
             "features_sha256": net.hash,
-            **setup.facts(),
+            **setup.metadata(),
         }
         compared = {"reference_images": None if reference.images is None else len(reference.images)}
         statistics = {"reference_statistics": "published" if net.standard and reference.pooled else "of its images"}
         own: dict[str, dict[str, Any]] = {
-            "fid_g": statistics | _note(len(self.samples), net.num_features),
-            "sfid": statistics | {"spatial_features": net.num_spatial} | _note(len(self.samples), net.num_spatial),
+            "fid_g": statistics | few_images_note(len(self.samples), net.num_features),
+            "sfid": statistics
+            | {"spatial_features": net.num_spatial}
+            | few_images_note(len(self.samples), net.num_spatial),
             "inception_score": {"split": SPLIT},
             "precision": compared | {"neighbors": NEIGHBORS},
             "recall": compared | {"neighbors": NEIGHBORS},
@@ -81,8 +83,3 @@ class SuiteEvaluation:
         if self.net.standard:
             return _NAMES[key]
         return f"{_NAMES[key].replace('FID', 'Fréchet distance')} ({self.net.name})"
-
-
-def _note(images: int, features: int) -> dict[str, str]:
-    note = too_few_images(images, features)
-    return {} if note is None else {NOTE: note}

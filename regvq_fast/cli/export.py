@@ -30,7 +30,7 @@ USAGE = """Export a tokenizer as two programs that run without this library.
 """
 
 
-# Of several bases, the fields of the last come first in the help.
+# With several bases, the fields of the last one come first in the help.
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(TokenizerConfig):
     """A run of ``regvq export``."""
@@ -42,10 +42,10 @@ class ExportConfig(TokenizerConfig):
 
 
 def export(config: ExportConfig) -> Agreement:
-    """Export a tokenizer, run the programs, compare them with it, and print where they are.
+    """Export a tokenizer, compare the exported programs with it, and print their paths.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, tokenizer or programs, in one sentence; nothing is left.
+        ValueError, OSError: settings, tokenizer or programs can't be used; one sentence, and no files are left.
     """
     config.check()
     check_new_folder(config.out)

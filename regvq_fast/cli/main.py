@@ -1,7 +1,7 @@
-"""The command `regvq`. It imports a command's module, and with it PyTorch, only to run it.
+"""The command `regvq`. It imports a command's module, and with it PyTorch, only to run the command.
 
-The help of each command, as the parser prints it at 80 columns, is kept in help/: it is shown without that import, too.
-`python tests/cli/test_help_pages.py` writes these pages.
+The folder help/ has the help of each command, as the parser prints it at 80 columns, so that it appears without that
+import. `python tests/cli/test_help_pages.py` writes these pages.
 """
 
 import difflib
@@ -43,7 +43,7 @@ COMMANDS = {
     "push": Command("push", "Publish a run on the Hugging Face Hub, with a model card"),
     "paper": Command("paper", "Reproduce a table or a sweep of the paper"),
 }
-"""Every command by its words."""
+"""Commands by name."""
 
 
 PAGES = Path(__file__).with_name("help")
@@ -69,16 +69,16 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
 
     Args:
         name: one of `COMMANDS`.
-        args: behind it; None: those of this process.
+        args: after the command; None: those of this process.
     """
     args = list(sys.argv[1:] if args is None else args)
     survive_lost_output(warns=not {"-h", "--help"} & set(args))
     page = PAGES / f"{name.replace(' ', '-')}.txt"
-    # Where PyTorch is imported already, a program may have added a quantizer with settings of its own.
+    # If PyTorch is already imported, a program may have registered a quantizer with its own settings.
     if args in (["-h"], ["--help"]) and "torch" not in sys.modules and page.is_file():
         print(as_typed(page.read_text(encoding="ascii")), end="")
         sys.exit(0)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down shared cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow down shared cores
     try:
         module = import_module(f"regvq_fast.cli.{COMMANDS[name].module}")
     except ModuleNotFoundError as error:
@@ -91,7 +91,7 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
 
 
 def _split(args: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the words of the command, and the arguments behind them."""
+    """Return the name of the command and the arguments after it."""
     groups = {name.split()[0] for name in COMMANDS if " " in name}
     count = 2 if args[:1] and args[0] in groups and args[1:] and not args[1].startswith("-") else 1
     words = " ".join(args[:count])
@@ -107,7 +107,7 @@ def _help(group: str) -> str:
     if not group:
         lines += ["Train, use and measure image tokenizers with regularized vector quantization.", ""]
     lines += [f"  {name:{width}}  {COMMANDS[name].summary}" for name in names]
-    return "\n".join([*lines, "", "With --help behind it, each command lists its flags."])
+    return "\n".join([*lines, "", "Add --help to a command to list its flags."])
 
 
 def _unknown(group: str, word: str) -> str:

@@ -35,7 +35,7 @@ and of paths on this machine only the last name. Anybody then loads it by its na
 VQGAN.from_pretrained("me/scenes-vq") or as a --run.
 """
 
-_PNG = b"\x89PNG\r\n\x1a\n"  # begins each such file
+_PNG = b"\x89PNG\r\n\x1a\n"  # first bytes of a PNG file
 _DIGITS = 12  # of a hash in evaluation.json
 _ABSOLUTE = re.compile(r"(?<![^\s=:,;\"'(\[])/(?:[^\s/\"',:;]+/)*([^\s/\"',:;]+)")
 
@@ -59,10 +59,10 @@ class PushConfig(Section):
 
 
 def push(config: PushConfig) -> None:
-    """Publish a run, or write what would be published to a folder, and print where it is.
+    """Publish a run, or write what would be published to a folder, and print its address or path.
 
     Raises:
-        ValueError, OSError: what is wrong with the run, the name or the hub, in one sentence.
+        ValueError, OSError: the run, the name or the hub can't be used; the message is one sentence.
     """
     check_name(config.to)
     if config.out is not None:
@@ -84,18 +84,17 @@ def push(config: PushConfig) -> None:
 
 
 def published_files(run: Path, name: HubName, license: str | None = None) -> dict[str, bytes]:
-    """Return the files of a run for the hub, by name: its model, a prior's tokenizer, measurements, images, the card.
+    """Return the files of a run for the hub by name: model, a prior's tokenizer, measurements, images, model card.
 
     Raises:
         FileNotFoundError: no such folder, or no model in it.
-        ValueError: a run that has not come to its end, a file that is damaged, a prior without its tokenizer, or
-            measurements of other weights.
+        ValueError: an unfinished run, a damaged file, a prior without its tokenizer, or measurements of other weights.
     """
     if not run.is_dir():
         raise FileNotFoundError(f"no such folder: --run {run}")
     if not (run / WEIGHTS).exists() and (steps := step_folders(run)):
         raise ValueError(
-            f"{run} has not come to its end: continue it with --resume, or publish its newest checkpoint, --run "
+            f"{run} is not finished: continue it with --resume, or publish its newest checkpoint, --run "
             f"{list(steps.values())[-1]}"
         )
     model = read_model(run, VQGAN, *(entry.model for entry in PRIORS.values()))
@@ -118,14 +117,14 @@ def published_files(run: Path, name: HubName, license: str | None = None) -> dic
     evaluation = _evaluation(run, model, tokenizer)
     if evaluation is not None:
         files[RESULTS] = to_json(evaluation)
-    pictures = [path for path in sorted((run / PICTURES).glob("*.png")) if not re.search(r"-\d{7}$", path.stem)]
-    files |= {f"{PICTURES}/{path.name}": _picture(path, run) for path in pictures}
+    images = [path for path in sorted((run / PICTURES).glob("*.png")) if not re.search(r"-\d{7}$", path.stem)]
+    files |= {f"{PICTURES}/{path.name}": _image(path, run) for path in images}
     card = model.card(
         name,
         config=config,
         evaluation=evaluation,
         license=license,
-        pictures=[file for file in files if file.startswith(f"{PICTURES}/")],
+        images=[file for file in files if file.startswith(f"{PICTURES}/")],
         commands=commands,
         train=train if "run" in config else "",
     )
@@ -140,15 +139,15 @@ def _example(prior: Any) -> str:
 
 
 def _model_files(folder: Path) -> dict[str, bytes]:
-    """Return the files of a model that was read, without folders of this machine, and their manifest."""
+    """Return the files of a model, without folders of this machine, and their manifest."""
     config = json.loads((folder / CONFIG).read_bytes())
     config.setdefault("versions", {"regvq_fast": "of unknown version"})
     files = {CONFIG: to_json(without_folders(config)), WEIGHTS: (folder / WEIGHTS).read_bytes()}
     return with_manifest(files)
 
 
-def _picture(path: Path, run: Path) -> bytes:
-    """Return an image of a run; ValueError for another file under such a name, as a link to a private key."""
+def _image(path: Path, run: Path) -> bytes:
+    """Return a PNG file of a run; ValueError for anything else, such as a link to a private key."""
     if path.is_file() and path.resolve().is_relative_to(run.resolve()):
         content = path.read_bytes()
         if content.startswith(_PNG):
@@ -157,7 +156,7 @@ def _picture(path: Path, run: Path) -> bytes:
 
 
 def _evaluation(run: Path, model: Model, tokenizer: Model) -> dict[str, Any] | None:
-    """Return the measurements in a run's folder without folders of this machine; None if there are none."""
+    """Return the measurements of a run, without folders of this machine; None if there are none."""
     path = run / RESULTS
     if not path.is_file():
         return None
@@ -179,7 +178,7 @@ def _evaluation(run: Path, model: Model, tokenizer: Model) -> dict[str, Any] | N
 
 
 def without_folders(value: Any) -> Any:
-    """Return JSON values with absolute paths, alone and within texts, reduced to their names."""
+    """Return JSON values with absolute paths, also inside texts, reduced to their names."""
     paths: set[str] = set()
     _walk(value, lambda text: paths.add(text) if text.startswith("/") and "\n" not in text else None)
     longest_first = sorted(paths, key=len, reverse=True)
@@ -193,7 +192,7 @@ def without_folders(value: Any) -> Any:
 
 
 def _walk(value: Any, change: Any) -> Any:
-    """Return a copy of JSON values whose strings were changed."""
+    """Return a copy of JSON values with every string changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

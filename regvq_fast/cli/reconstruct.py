@@ -32,7 +32,7 @@ from regvq_fast.files import check_new_folder
 from regvq_fast.image_grids import save_image, save_image_grid
 
 _SHEET_IMAGES, _SHEET_SIDE = 16, 256
-_LISTED = 16  # images with a line each
+_LISTED = 16  # up to this many images get a line each
 
 USAGE = """Pass images through a tokenizer, and save what comes back.
 
@@ -46,7 +46,7 @@ USAGE = """Pass images through a tokenizer, and save what comes back.
 """
 
 
-# Of several bases, the fields of the last come first in the help.
+# With several bases, the fields of the last one come first in the help.
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(ComputeConfig, ImagesConfig, TokenizerConfig):
     """A run of ``regvq reconstruct``."""
@@ -58,10 +58,10 @@ class ReconstructConfig(ComputeConfig, ImagesConfig, TokenizerConfig):
 
 
 def reconstruct(config: ReconstructConfig) -> None:
-    """Reconstruct images, save them as PNG files, and print how near they are and how many codes they used.
+    """Reconstruct images, save them as PNG files, and print their PSNR and the number of codes used.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, images or tokenizer, in one sentence; nothing is written.
+        ValueError, OSError: settings, images or tokenizer can't be used; one sentence, and nothing is written.
     """
     files = find_images(config.images)
     check_new_folder(config.out)
@@ -108,7 +108,7 @@ def _reconstruct(used: UsedTokenizer, batch: Sequence[OpenedImage]) -> tuple[Ten
 
 
 def _thumbnail(image: Tensor) -> Tensor:
-    """Return an image (3, H, W) uint8 within a white square, scaled down if it is larger than that."""
+    """Return an image (3, H, W) uint8 on a white square, scaled down to fit."""
     small = Image.fromarray(image.permute(1, 2, 0).numpy())
     small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
     room = _SHEET_SIDE - small.width, _SHEET_SIDE - small.height

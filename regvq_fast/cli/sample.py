@@ -32,8 +32,8 @@ from regvq_fast.priors.trained_on import TrainedOn
 from regvq_fast.scenes.embedded import embedded_model
 from regvq_fast.settings import check_at_least
 
-_GRID = MOST_CONDITIONS  # images of the grid at most
-_STRIP = 12  # states of a denoising strip
+_GRID = MOST_CONDITIONS  # largest number of images in the grid
+_STRIP = 12  # largest number of states in a strip
 
 
 USAGE = """Sample images from a trained prior.
@@ -52,7 +52,7 @@ USAGE = """Sample images from a trained prior.
 """
 
 
-# Of several bases, the fields of the last come first in the help.
+# With several bases, the fields of the last one come first in the help.
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
     """A run of ``regvq sample``."""
@@ -66,17 +66,17 @@ class SampleConfig(DeviceConfig, SamplingConfig, SubjectConfig):
 
 
 def generate(config: SampleConfig) -> None:
-    """Sample images, save each of them and a grid with their conditions, and print where they are.
+    """Sample images, save them and a grid with their conditions, and print the paths.
 
     Raises:
-        ValueError, OSError: what is wrong with settings, files or prior, in one sentence; nothing has been written.
+        ValueError, OSError: settings, files or prior can't be used; one sentence, and nothing is written.
     """
     _check(config)
     generator = _Generator(config)
     config.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     columns = generator.columns()
-    # Of more images than a grid has, whole rows.
+    # If there are more images than fit into the grid, it has whole rows only.
     most = _GRID if generator.num_images <= _GRID else _GRID // columns * columns
     start, seconds = 0, 0.0
     images: list[Tensor] = []
@@ -128,7 +128,7 @@ def _check(config: SampleConfig) -> None:
 
 
 class _Generator:
-    """A sampler with the conditions and edits of the images."""
+    """A sampler with its conditions and edits."""
 
     def __init__(self, config: SampleConfig) -> None:
         self.config = config
@@ -170,7 +170,7 @@ class _Generator:
 
     @contextmanager
     def saving(self) -> Iterator[Callable[[Tensor, int], None]]:
-        """Yield a function that saves images (B, 3, H, W) uint8 from a number on: as files, or in one."""
+        """Yield a function that saves images (B, 3, H, W) uint8, given the first number: as files, or into one file."""
         if self.config.npz is None:
             yield lambda images, first: save_images(self.config.out, images, first)
             return
@@ -184,7 +184,7 @@ class _Generator:
     def show(self, count: int) -> tuple[list[Tensor], dict[int, str]]:
         """Return the rows above the first ``count`` images in the grid, and the names of the class ids in maps.
 
-        The rows are their conditions, and the edited image.
+        The rows show the conditions and the edited image.
         """
         names = self.sampler.prior.label_names or self.trained_on.class_names
         rows, legend = render(self.sampler.condition, self._of(range(count)), self._pixels(), names)
@@ -196,7 +196,7 @@ class _Generator:
         return rows, legend
 
     def columns(self) -> int:
-        """Return the columns of the grid: a multiple of the number of labels, if there are few."""
+        """Return the number of columns of the grid: with few labels, a multiple of their number."""
         if self.sampler.condition != "label":
             return 8
         labels = len(torch.as_tensor(self.conditions).unique())
@@ -214,7 +214,7 @@ class _Generator:
         return canvas
 
     def strip(self) -> Tensor:
-        """Return some states of the first image, from masked (grey) to done."""
+        """Return some states of the first image, from all masked (grey) to the result."""
         assert self.states
         chosen = [self.states[round(k)] for k in np.linspace(0, len(self.states) - 1, min(_STRIP, len(self.states)))]
         tokens = torch.cat(chosen)

@@ -39,7 +39,7 @@ from regvq_fast.scenes.embedded import is_embedded
 from regvq_fast.settings import Section
 
 MOST_CONDITIONS = 64
-"""Conditions that are taken of a data set at most."""
+"""Largest number of conditions to take from a data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class SubjectConfig(Section):
 
 
 def check_flags(config: SubjectConfig, sampler: ImageSampler) -> None:
-    """Raise ValueError for flags that are for priors of another kind."""
+    """Raise ValueError for flags of priors with another condition."""
     condition, kind = sampler.condition, sampler.entry.sampler
     given: dict[str, tuple[object, Condition]] = {
         "--map": (config.map, "segmentation"),
@@ -93,7 +93,7 @@ def check_flags(config: SubjectConfig, sampler: ImageSampler) -> None:
 def read_conditions(
     config: SubjectConfig, sampler: ImageSampler, run: Path, trained_on: TrainedOn, plan: Plan
 ) -> Conditions:
-    """Return the conditions that images get in turn, prepared, on the CPU; maps have the canvas's grid."""
+    """Return the prepared conditions, which images use in turn, on the CPU; maps have the canvas's grid."""
     prepare = sampler.token_sampler.prepare
     if sampler.condition == "none":
         return no_conditions(config.num_images)
@@ -112,7 +112,7 @@ def read_conditions(
 
 
 def read_edit(sampler: ImageSampler, path: Path, mask: Path | None) -> tuple[Tensor, Tensor]:
-    """Return tokens (1, h, w) of an image, and which of them to keep: all, or those where the mask is black."""
+    """Return the tokens (1, h, w) of an image, and a mask of those to keep: all, or where the mask image is black."""
     size, device = sampler.tokenizer.image_size, sampler.precision.device
     pixels, image_size = _read_square("--edit", path, size)
     with torch.no_grad(), sampler.precision.autocast():
@@ -127,7 +127,7 @@ def read_edit(sampler: ImageSampler, path: Path, mask: Path | None) -> tuple[Ten
 
 
 def _warn_of_words(captions: Sequence[str], trained_on: TrainedOn) -> None:
-    """Warn of words that no training caption had: the prior can't know them."""
+    """Warn of words that are in no training caption, so that the prior can't know them."""
     known = trained_on.words()
     words = dict.fromkeys(word for caption in captions for word in words_of(caption))
     if known and (unknown := [word for word in words if word not in known]):
@@ -135,7 +135,7 @@ def _warn_of_words(captions: Sequence[str], trained_on: TrainedOn) -> None:
 
 
 def _canvas_map(path: Path, sampler: ImageSampler, plan: Plan) -> Tensor:
-    """Return a semantic map on the canvas's grid (1, h, w) uint8, of its largest part of that shape in the middle."""
+    """Return a semantic map, centrally cropped to the canvas's shape, on the canvas's grid (1, h, w) uint8."""
     ids = _read_ids(path, plan.height, plan.width)
     if ids.shape[1] >= plan.height and ids.shape[2] >= plan.width:
         ids = majority_vote(ids, (plan.height, plan.width))
@@ -145,7 +145,7 @@ def _canvas_map(path: Path, sampler: ImageSampler, plan: Plan) -> Tensor:
 
 
 def _validation(config: SubjectConfig, sampler: ImageSampler, run: Path, count: int) -> tuple[Any, str]:
-    """Return at most ``count`` validation samples of --data, or of the prior's data set, and a name for either."""
+    """Return at most ``count`` validation samples of --data or of the prior's data set, and their source's name."""
     data, seed, fields = config.data, 0, fields_of(sampler.condition)
     if data is None and not is_embedded(run):
         trained = read_config(run, sampler.entry.config)
@@ -160,7 +160,7 @@ def _validation(config: SubjectConfig, sampler: ImageSampler, run: Path, count: 
 
 
 def _cached(folder: Path, sampler: ImageSampler, run: Path, count: int) -> Any:
-    """Return at most ``count`` validation samples of the cache that the prior was trained on."""
+    """Return at most ``count`` validation samples of the prior's token cache."""
     lack = "is not there"
     if folder.exists():
         cached = TokenDataset(folder, "val", tokenizer_hash=weights_hash(sampler.tokenizer))
@@ -172,7 +172,7 @@ def _cached(folder: Path, sampler: ImageSampler, run: Path, count: int) -> Any:
 
 
 def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, int]]:
-    """Read the largest square in the middle of an image file, (3, size, size) uint8, and the file's width, height."""
+    """Return the central square of an image file, (3, size, size) uint8, and the file's width and height."""
     with _opened(flag, path) as image:
         width, height = upright_size(image)
         square = crop_rgb(image, center_box(width, height), size, size, OVERSAMPLING["val"])
@@ -180,7 +180,7 @@ def _read_square(flag: str, path: Path, size: int) -> tuple[Tensor, tuple[int, i
 
 
 def _read_ids(path: Path, height: int, width: int) -> Tensor:
-    """Read the class ids of the largest part of a semantic map with this shape, in its middle, (1, H, W) uint8."""
+    """Return the class ids of a semantic map, centrally cropped to an aspect ratio, (1, H, W) uint8."""
     with _opened("--map", path) as image:
         scale = min(image.width / width, image.height / height)
         box_width, box_height = scale * width, scale * height

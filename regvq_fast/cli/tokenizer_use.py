@@ -1,4 +1,4 @@
-"""Flags and work that the commands share which use a tokenizer: its run, tiles, images in, batches of one size."""
+"""Flags and helpers of the commands that use a tokenizer: its run, tiles, input images, batches of one size."""
 
 import logging
 import warnings
@@ -28,7 +28,7 @@ logger = logging.getLogger("regvq_fast")
 
 
 class Sized(Protocol):
-    """Anything of the height and width of an image, in pixels."""
+    """Anything with the height and width of an image, in pixels."""
 
     @property
     def size(self) -> tuple[int, int]: ...
@@ -75,20 +75,20 @@ class ImagesConfig(Section):
 
 
 class UsedTokenizer(NamedTuple):
-    """A tokenizer on its device, and how images go through it."""
+    """A tokenizer on its device, with tiling, autocast and batch size."""
 
     model: VQGAN
     tiling: Tiling | None
     autocast: torch.autocast
     batch_pixels: int
-    """Pixels that are computed at once."""
+    """Largest number of pixels in a batch."""
 
     @classmethod
     def load(cls, run: str | None, config: ComputeConfig) -> Self:
         """Load the tokenizer of a run.
 
         Raises:
-            ValueError, OSError: settings that are wrong, or no tokenizer there, in one sentence.
+            ValueError, OSError: invalid settings, or no tokenizer; the message is one sentence.
         """
         config.check()
         precision = choose_precision(config.amp, inference_device(config.device))
@@ -99,7 +99,7 @@ class UsedTokenizer(NamedTuple):
         return cls(model, tiling, precision.autocast(), config.batch_size * model.image_size**2)
 
     def batches(self, items: Iterable[Item]) -> Iterator[list[Item]]:
-        """Yield neighbours of one size, together of at most `batch_pixels`, or single ones."""
+        """Yield batches of consecutive items of one size, of at most `batch_pixels` or a single item."""
         batch: list[Item] = []
         for item in items:
             height, width = item.size
@@ -115,10 +115,7 @@ class UsedTokenizer(NamedTuple):
 
 
 def load_tokenizer(run: str | None) -> VQGAN:
-    """Load the tokenizer of whatever :meth:`VQGAN.from_pretrained` takes, or of a prior's run; raises as that.
-
-    None: the embedded one.
-    """
+    """Load a tokenizer as :meth:`VQGAN.from_pretrained`, or from a prior's run; None: the embedded one."""
     folder = embedded_model("tokenizer") if run is None else local_folder(run)
     own = folder / TOKENIZER
     return VQGAN.from_pretrained(own if own.is_dir() else folder)
@@ -128,7 +125,7 @@ def load_tokenizer(run: str | None) -> VQGAN:
 
 
 class ImageFile(NamedTuple):
-    """An image file that was named, or found in a folder that was."""
+    """An image file, given directly or found in a given folder."""
 
     path: Path
     name: str
@@ -136,7 +133,7 @@ class ImageFile(NamedTuple):
 
 
 class OpenedImage(NamedTuple):
-    """An image of a file."""
+    """An image read from a file."""
 
     name: str
     pixels: Tensor
@@ -149,16 +146,16 @@ class OpenedImage(NamedTuple):
 
 
 def output_name(name: str) -> str:
-    """Return the name of the PNG file that an image of this name becomes."""
+    """Return the name of an image's PNG file in the output."""
     return str(Path(name).with_suffix(".png"))
 
 
 def find_images(paths: Sequence[Path]) -> list[ImageFile]:
-    """Return the images that paths name: files, and folders of them.
+    """Return the image files that paths name: files, and folders of them.
 
     Raises:
         FileNotFoundError: no such path, or no image in a folder.
-        ValueError: no path, a named file that is no image, or two images that would become one PNG file.
+        ValueError: no path, a file that is not an image, or two images with the same output name.
     """
     if not paths:
         raise ValueError("there are no images: name files or folders")
@@ -184,14 +181,14 @@ def find_images(paths: Sequence[Path]) -> list[ImageFile]:
 
 
 def read_images(files: Iterable[ImageFile], square: int | None = None) -> Iterator[OpenedImage]:
-    """Yield the images of files, upright and in RGB; one that can't be read is skipped with a warning.
+    """Yield the images of files, upright and in RGB; unreadable ones are skipped with a warning.
 
     Args:
         files: see `find_images`.
         square: side in pixels of the central square to take; None: images as they are.
 
     Raises:
-        ValueError: not a single image can be read. OSError: the storage fails.
+        ValueError: none of the images can be read. OSError: the storage fails.
     """
     any_read = False
     for path, name in files:

@@ -10,14 +10,14 @@ from regvq_fast.priors.registry import PRIORS
 from regvq_fast.ranks import local_rank, process_group, rank
 from regvq_fast.training.batch_size import find_batch_size
 from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
+from regvq_fast.training.opening import open_run
 from regvq_fast.training.recipe import Recipe
 from regvq_fast.training.stopping import RunStopped
-from regvq_fast.training.trainer import Trainer
 from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 
 def main(args: Sequence[str]) -> None:
-    """Run ``regvq train`` with the name of what to train, and flags."""
+    """Run ``regvq train``, given the name of the model to train and flags."""
     kind, *flags = args
     if kind == "vq":
         train(VQGANRecipe, VQGAN_PRESETS, flags)
@@ -38,7 +38,7 @@ def train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Seq
 def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Sequence[str]) -> None:
     try:
         config = parse_config(presets, args, recipe.usage, recipe.command, recipe.begin)
-    except (ValueError, OSError) as error:  # each process of a machine finds the same
+    except (ValueError, OSError) as error:  # all processes of a machine find the same error
         sys.exit(as_typed(f"error: {error}") if local_rank() == 0 else 1)
     try:
         device = choose_device(config.run.device)
@@ -49,7 +49,7 @@ def _train(recipe: type[Recipe[Config]], presets: Mapping[str, Config], args: Se
             if config.run.find_batch_size:
                 find_batch_size(recipe, config)
                 return
-            trainer = Trainer.open(recipe, config)
+            trainer = open_run(recipe, config)
         except (ValueError, OSError) as error:
             sys.exit(as_typed(f"error: {error}") if rank() == 0 else 1)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Configurations of the commands, from which their command lines are generated."""
+"""Configurations of the commands; their command lines are generated from them."""
 
 from regvq_fast.config.command_line import parse_config, run_command, typed_command
 from regvq_fast.config.saved import config_from_dict, override, read_config

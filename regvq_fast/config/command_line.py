@@ -1,4 +1,4 @@
-"""Command lines, which are generated from dataclasses."""
+"""Command lines, generated from dataclasses."""
 
 import shlex
 import sys
@@ -23,7 +23,7 @@ _RENAMED = {"--accumulate": "--grad-accum-steps", "--prior-weight": "--kl-weight
 
 @dataclass(frozen=True)
 class _Start:
-    """The flags that decide on the defaults of all others."""
+    """Flags that determine the defaults of the others."""
 
     preset: str = ""
     config: Path | None = None
@@ -41,23 +41,23 @@ def parse_config(
     name: str = "",
     begin: Callable[[Config, str, str | None], tuple[Config, Callable[[Config], Config]]] | None = None,
 ) -> Config:
-    """Parse the flags of a training command, which override a preset, or the settings of a run.
+    """Parse the flags of a training command, which override a preset or the settings of a run.
 
     Args:
-        presets: those of the command, by name; the first is the default.
-        args: behind the command. Old spellings of flags are accepted, and reported on stderr.
-        usage, name: of the command, as of `run_command`.
+        presets: of the command, by name; the first is the default.
+        args: after the command. Old names of flags are accepted, and reported on stderr.
+        usage, name: as in `run_command`.
         begin: `Recipe.begin`, for ``--init-from``.
 
     Raises:
-        OSError, ValueError: ``--resume`` or ``--config`` of no such run, a preset of another command, weights that
+        OSError, ValueError: ``--resume`` or ``--config`` names no run, the preset is of another command, or the weights
             can't be used.
     """
     given, args = args, [new_spelling(argument) for argument in args]
     for old, new in zip(given, args, strict=True):
         if old != new and local_rank() == 0:
             print(f"{old.partition('=')[0]} is now {new.partition('=')[0]}", file=sys.stderr)
-    # Two passes, since tyro's own presets are subcommands, which must come before all flags.
+    # Two passes: tyro's presets are subcommands, which would have to come before all flags.
     start, _ = tyro.cli(_Start, args=args, return_unknown_args=True, add_help=False)
     kind = type(next(iter(presets.values())))
     defaults, complete = _defaults(presets, start), None
@@ -75,7 +75,7 @@ def parse_config(
 
 
 def new_spelling(argument: str) -> str:
-    """Return an argument of a command line with the present name of its flag."""
+    """Return an argument of a command line with the current name of its flag."""
     flag, equals, value = argument.partition("=")
     return _RENAMED.get(flag, flag) + equals + value
 
@@ -93,10 +93,10 @@ def _defaults(presets: Mapping[str, Config], start: _Start) -> Config:
     elif start.preset in get_args(PresetName) and start.preset not in presets:
         raise ValueError(f"--preset {start.preset} is of another command; this one has {', '.join(presets)}")
     else:
-        default = presets.get(start.preset, first)  # an unknown one is reported by the parser, with the choices
-    if start.quantizer in QUANTIZERS:  # an unknown one is reported by the parser, too
+        default = presets.get(start.preset, first)  # the parser reports an unknown one, with the choices
+    if start.quantizer in QUANTIZERS:  # the parser reports an unknown one
         default = override(default, quantizer=start.quantizer)
-    # Steps that a run saved or a preset has must not overrule epochs that are asked for.
+    # --epochs takes precedence over the steps of a saved run or a preset.
     return default if start.epochs is None else override(default, steps=None)
 
 
@@ -111,11 +111,11 @@ def read_checked(path: Path, kind: type[Config]) -> Config:
 
 
 def typed_command(name: str, settings: Any) -> str:
-    """Return the command line of a command with these settings: "regvq evaluate --run runs/vq --amp".
+    """Return the command line of a command with given settings: "regvq evaluate --run runs/vq --amp".
 
     Args:
         name: of the command.
-        settings: of `run_command`, whose fields all have defaults; those that have them are left out.
+        settings: a dataclass whose fields all have defaults; fields with their defaults are left out.
     """
     words = ["regvq", *name.split()]
     for field in fields(settings):
@@ -139,16 +139,16 @@ def run_command(
     *,
     stopped: str = "stopped",
 ) -> None:
-    """Run a command from one config dataclass: parse its flags, do the work, exit with a sentence and a status.
+    """Run a command from one config dataclass: parse its flags and do the work; on failure, print a sentence and exit.
 
     Args:
         name: of the command, such as "train vq".
         kind: a dataclass; its fields are the flags, and their docstrings the help.
-        work: the purpose of the command. Its ValueError and OSError say in a sentence what is wrong, and are an exit
-            status of 1; Ctrl-C is one of 130. An error of all ranks is printed by rank 0.
-        usage: heads the help; commands in it ("regvq sample") are shown as the user has to type them.
-        args: behind the command.
-        stopped: printed after Ctrl-C, with fields in braces: "stopped; what was sampled is in {out}".
+        work: what the command does. A ValueError or OSError, whose message is one sentence, gives exit status 1, Ctrl-C
+            gives 130. Rank 0 prints errors of all ranks.
+        usage: text at the top of the help; commands in it ("regvq sample") appear as the user types them.
+        args: after the command.
+        stopped: printed after Ctrl-C, with fields in braces: "stopped; the images so far are in {out}".
     """
     settings = tyro.cli(kind, args=args, prog=command(name), description=as_typed(usage))
     try:

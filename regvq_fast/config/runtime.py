@@ -1,6 +1,6 @@
-"""Runtime settings, each of which is defined here once; a command is composed of those that it has.
+"""Runtime settings, each defined once; a command's settings inherit those that it needs.
 
-Of several base classes, the fields of the last come first in the help.
+With several base classes, the fields of the last one come first in the help.
 """
 
 from dataclasses import dataclass

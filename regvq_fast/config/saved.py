@@ -1,4 +1,4 @@
-"""Configurations as they are saved in a run's config.json, and changes by name."""
+"""Configurations in a run's config.json, and changes of fields by name."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -10,18 +10,18 @@ from regvq_fast.config.tokenizer import QuantizerConfig, quantizer_section
 from regvq_fast.json_values import check_types, parse_json
 from regvq_fast.quantizers import QUANTIZERS
 
-# Settings that were removed, with their defaults: files that have these still describe the same run.
+# Removed settings, with their defaults: a file with these values still describes the same run.
 _REMOVED: dict[str, object] = {"contrastive_max_places": 4096, "contrastive_layer_weights": []}
 _RENAMED = {"caption_dropout": "condition_dropout"}
 
 
 def read_config(folder: Path, kind: type[Config]) -> Config:
-    """Read the configuration of a run: of its folder, or its config.json itself.
+    """Read the configuration of a run, given its folder or its config.json.
 
-    Relative paths that lead nowhere from here are those of the folder that the run was started in.
+    Relative paths that don't exist here are resolved in the folder in which the run was started.
 
     Raises:
-        ValueError: there is none, or it is not one of a run of this kind.
+        ValueError: there is no configuration, or it is of another kind of run.
     """
     path = folder / "config.json" if folder.suffix != ".json" else folder
     try:
@@ -33,10 +33,10 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
 
 
 def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:
-    """Return the configuration that was saved as ``dataclasses.asdict`` in JSON; missing fields have their defaults.
+    """Return a configuration from the JSON of its ``dataclasses.asdict``; missing fields get their defaults.
 
     Raises:
-        ValueError, TypeError: not such a configuration.
+        ValueError, TypeError: the values are not such a configuration.
     """
     if not isinstance(values, Mapping):
         raise ValueError("it has no sections")
@@ -54,7 +54,7 @@ def config_from_dict(values: Mapping[str, Any], kind: type[Config]) -> Config:
 
 
 def _quantizer_section(saved: Mapping[str, Any]) -> tuple[type[QuantizerConfig], Mapping[str, Any]]:
-    """Return the class of a saved section, and its settings: once they were saved with those of all quantizers."""
+    """Return the class of a saved section and its settings; older files have the settings of all quantizers."""
     if (name := saved.get("quantizer")) not in QUANTIZERS:
         raise ValueError(f"there is no quantizer {name!r}")
     own = {item.name for item in fields(QUANTIZERS[name].Settings)}
@@ -80,7 +80,7 @@ def _section(saved: Mapping[str, Any], kind: type, started_in: Path) -> Any:
 
 
 def override(config: Config, /, **changes: object) -> Config:
-    """Return a copy with fields of any section replaced by name: ``override(config, steps=3, num_codes=16)``."""
+    """Return a copy with fields replaced by name, in any section: ``override(config, steps=3, num_codes=16)``."""
     sections: dict[str, object] = {}
     for section in fields(config):
         part = getattr(config, section.name)

@@ -1,4 +1,4 @@
-"""Sections that all training runs have: the run itself and its optimization. A field's docstring is its help."""
+"""Sections of every training run: the run itself and its optimization. A field's docstring is its help."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,13 +13,12 @@ PresetName = Literal["scenes", "ade20k", "celebahq", "cub200", "coco", "imagenet
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
 OptionalFloat = Annotated[float | None, arg(metavar="FLOAT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
-_TRACKERS = ("tensorboard", "wandb", "trackio")
 UNTITLED = arg(help="")
-"""Marks a section that has no description in the help."""
+"""Marks a section without a description in the help."""
 
 
 def check_adamw(lr_flag: str, lr: float | None, betas_flag: str, betas: tuple[float, float] | None) -> None:
-    """Raise ValueError for a learning rate or betas that AdamW does not take; None passes."""
+    """Raise ValueError for a learning rate or betas that AdamW does not accept; None is accepted."""
     if lr is not None and not lr > 0:
         raise ValueError(f"{lr_flag} must be greater than 0, got {lr}")
     if betas is not None and not all(0 <= beta < 1 for beta in betas):
@@ -87,8 +86,8 @@ class OptimizerConfig(Section):
             raise ValueError(f"--decay-fraction must be in (0, 1], got {self.decay_fraction}")
         if self.schedule in ("linear", "wsd") and not self.decays:
             raise ValueError(
-                f"--schedule {self.schedule} decays to --final-lr-fraction {self.final_lr_fraction:g}, which is no "
-                "decay: give a smaller fraction, such as 0, or --schedule constant"
+                f"--schedule {self.schedule} with --final-lr-fraction {self.final_lr_fraction:g} does not decay: give "
+                "a smaller fraction, such as 0, or --schedule constant"
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema must be in [0, 1), got {self.ema}")
@@ -143,14 +142,11 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Names of the trackers, which may also be given with commas; empty for "none"."""
+        """Names of the trackers, separated by spaces or commas in `log`; empty for "none"."""
         return tuple(name for name in dict.fromkeys(",".join(self.log).split(",")) if name != "none")
 
     def check(self) -> None:
         super().check()
-        for name in self.trackers:
-            if name not in _TRACKERS:
-                raise ValueError(f"--log takes {', '.join(_TRACKERS)} or none, got {name!r}")
         check_at_least(
             1,
             {
@@ -172,24 +168,24 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run of a training script; each of them adds sections of its own."""
+    """A training run; each command adds its sections."""
 
     run: Annotated[RunConfig, UNTITLED] = field(default_factory=RunConfig)
     optimizer: Annotated[OptimizerConfig, UNTITLED] = field(default_factory=OptimizerConfig)
 
     @property
     def label(self) -> str:
-        """Name of a run that has none."""
+        """Beginning of the default name of the run's folder."""
         return self.run.preset
 
     def check(self) -> None:
-        """Raise ValueError for settings that are wrong, by themselves or together."""
+        """Raise ValueError for invalid settings or combinations of settings."""
         for section in (getattr(self, item.name) for item in fields(self)):
             check_finite(section)
             section.check()
 
     def check_images(self, data: Path | None) -> None:
-        """Raise ValueError if a data set's preset would train on the embedded scenes, which are ``data`` None."""
+        """Raise ValueError if a data set's preset has no ``data``, which would mean the embedded scenes."""
         if self.run.preset != "scenes" and data is None:
             raise ValueError(f"--preset {self.run.preset} needs its images: give their folder with --data PATH")
 

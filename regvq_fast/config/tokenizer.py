@@ -1,4 +1,4 @@
-"""Configuration of a tokenizer run: one dataclass a concern, and the named presets."""
+"""Configuration of a tokenizer run, with one dataclass per concern, and its presets."""
 
 import contextlib
 import functools
@@ -91,7 +91,7 @@ class ModelConfig(Section):
             raise ValueError(f"--freeze takes {', '.join(get_args(FrozenPart))}, got {', '.join(sorted(unknown))}")
         flag = "--reset-codebook" if self.reset_codebook else f"--freeze {' '.join(self.freeze)}"
         if self.init_from is None and (self.reset_codebook or self.freeze):
-            raise ValueError(f"{flag} is for weights that are there: name them with --init-from")
+            raise ValueError(f"{flag} needs the weights of a trained model: name them with --init-from")
 
     def check_image_size(self, size: int) -> int:
         """Return the side of an image's token map; ValueError if the down-sampling does not divide ``size``."""
@@ -106,7 +106,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class QuantizerConfig(Section):
-    """Quantizer: what all of them have. A run's section has the settings of its own one as well, and its real sizes."""
+    """Settings of all quantizers. `quantizer_section` adds those of one quantizer; sizes are then its actual ones."""
 
     quantizer: Literal[tuple(QUANTIZERS)] = next(iter(QUANTIZERS))  # type: ignore[valid-type]
     """Reg-VQ, or a baseline with settings of its own."""
@@ -122,7 +122,7 @@ class QuantizerConfig(Section):
     def __post_init__(self) -> None:
         if not isinstance(self, QuantizerSettings):
             return
-        with contextlib.suppress(ValueError):  # which check raises, when all flags are there
+        with contextlib.suppress(ValueError):  # `check` raises it, when all flags are set
             num_codes, code_dim = self.sizes(self.num_codes, self.code_dim)
             object.__setattr__(self, "num_codes", num_codes)
             object.__setattr__(self, "code_dim", code_dim)
@@ -136,11 +136,11 @@ class QuantizerConfig(Section):
         settings.sizes(self.num_codes, self.code_dim)
 
     def settings(self) -> QuantizerSettings:
-        """Return the settings that are the quantizer's own."""
+        """Return the quantizer's own settings."""
         return QUANTIZERS[self.quantizer].settings_of(self)
 
     def changed_to(self, quantizer: str) -> "QuantizerConfig":
-        """Return the section of another quantizer, with the settings that both have, or of this one."""
+        """Return the section of another quantizer, which keeps the settings that both have."""
         if quantizer == self.quantizer and isinstance(self, QUANTIZERS[quantizer].Settings):
             return self
         kind = quantizer_section(quantizer)
@@ -150,8 +150,8 @@ class QuantizerConfig(Section):
 
 @functools.cache
 def quantizer_section(quantizer: str) -> type[QuantizerConfig]:
-    """Return the class of a quantizer's section: its settings are flags beside those of all."""
-    # Of several bases, the fields of the last come first.
+    """Return the class of a quantizer's section: the common settings and its own, as flags."""
+    # With several bases, the fields of the last one come first.
     bases = QUANTIZERS[quantizer].Settings, QuantizerConfig
     own = {"__doc__": "Quantizer.", "check": QuantizerConfig.check}
     return make_dataclass("QuantizerConfig", (), bases=bases, namespace=own, frozen=True)
@@ -204,12 +204,12 @@ class LossConfig(Section):
 
     @property
     def has_contrastive(self) -> bool:
-        """True if there is a contrastive loss; one of weight 0 is left out, and costs nothing."""
+        """True if there is a contrastive loss with a weight above 0; with weight 0 it is not computed."""
         return self.contrastive != "none" and self.contrastive_weight > 0
 
     @property
     def has_own_contrastive_net(self) -> bool:
-        """True if the contrastive loss has another feature network than the perceptual distance."""
+        """True if the contrastive loss does not use the perceptual loss's feature network."""
         return self.has_contrastive and self.contrastive_net not in ("same", self.perceptual_net)
 
     def check(self) -> None:
@@ -236,7 +236,7 @@ class LossConfig(Section):
         if self.contrastive_weights is not None and not self.has_own_contrastive_net:
             serves = f"with --contrastive-net {self.contrastive_net} the perceptual one serves both"
             why = f"{serves}; use --perceptual-weights" if self.has_contrastive else "there is no contrastive loss"
-            raise ValueError(f"--contrastive-weights {self.contrastive_weights} has no network to go to: {why}")
+            raise ValueError(f"--contrastive-weights {self.contrastive_weights} is not used: {why}")
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class VQGANConfig(TrainConfig):
 
 
 def _paper(preset: PresetName, epochs: int) -> VQGANConfig:
-    """The paper's setting (section 4.1) on taming's VQGAN: 256 px, 16 x 16 tokens, 1024 codes of 256 channels."""
+    """Return the paper's setting (section 4.1) for taming's VQGAN: 256 px, 16 x 16 tokens, 1024 codes, D = 256."""
     return VQGANConfig(
         run=RunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         data=DataConfig(image_size=256, val_images=5000),
@@ -288,7 +288,7 @@ def _paper(preset: PresetName, epochs: int) -> VQGANConfig:
 
 
 def _imagenet() -> VQGANConfig:
-    """The paper's model with the codes and the schedule that ImageNet's tokenizers have (LlamaGen, Sun et al. 2024)."""
+    """Return the paper's model with the codebook size and schedule of LlamaGen's tokenizers (Sun et al. 2024)."""
     config = _paper("imagenet", epochs=40)
     return replace(
         config,
@@ -299,7 +299,7 @@ def _imagenet() -> VQGANConfig:
 
 
 VQGAN_PRESETS: dict[str, VQGANConfig] = {
-    # A few minutes on two CPU cores: a small model takes a larger learning rate (docs/sweeps.md).
+    # A few minutes on two CPU cores; the small model needs a larger learning rate (docs/sweeps.md).
     "scenes": VQGANConfig(optimizer=OptimizerConfig(steps=600, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1)),
     "ade20k": _paper("ade20k", epochs=100),
     "celebahq": _paper("celebahq", epochs=60),

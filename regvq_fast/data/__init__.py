@@ -1,6 +1,6 @@
-"""Data sets that map a global sample index to a sample, deterministically, and their batches.
+"""Data sets, which map a global sample index to a sample deterministically, and their batches.
 
-:mod:`regvq_fast.data.datasets` lists what ``--data`` may name, and opens it.
+:mod:`regvq_fast.data.datasets` opens what ``--data`` names.
 """
 
 from regvq_fast.data.archives import ARCHIVES, Archive, ArchiveDataset, find_archive

@@ -1,6 +1,6 @@
-"""The registry of data sets: what ``--data`` may name.
+"""The registry of data sets that ``--data`` may name.
 
-It is no part of ``regvq_fast.data`` itself: it stands above the data sets, one of which uses that package.
+It is not imported by ``regvq_fast.data``, since one data set, the scenes, uses that package.
 """
 
 import os
@@ -44,20 +44,20 @@ def build_dataset(
     """Open a split of the data set that ``--data`` names.
 
     Args:
-        data: path of an official archive of one of the paper's data sets, known by the names in its top folder
-            (:func:`~regvq_fast.data.archives.find_archive`); of tar shards: a tar file, a pattern of tar files in
-            braces, or a folder with tar files and no image above them; of a Hugging Face data set, parquet files
-            among them, or its name as ``hf:ORGANIZATION/NAME`` (:mod:`regvq_fast.data.huggingface.source`); or of a
-            folder of images. None: the embedded scenes.
+        data: path of an official archive, recognized by the names in its top folder
+            (:func:`~regvq_fast.data.archives.find_archive`); of tar shards: a tar file, a pattern of tar files with
+            braces, or a folder with tar files and no image above them; of a Hugging Face data set, such as parquet
+            files, or its name as ``hf:ORGANIZATION/NAME`` (:mod:`regvq_fast.data.huggingface.source`); or of a folder
+            of images. None: the embedded scenes.
         split: "train" or "val".
         image_size: height and width of the samples, in pixels.
-        length: the number of scenes or, for images, the most validation images to use. None: the data set's own.
-        seed: decides order, crops, flips and scenes.
+        length: number of scenes; for images, the largest number of validation images. None: the data set's default.
+        seed: determines order, crops, flips and scenes.
         crop, flip: of training images; scenes have neither.
         fields: additional fields of samples of images; scenes always have caption and segmentation.
 
     Raises:
-        ValueError: a folder that holds several archives. Otherwise as the data set's constructor.
+        ValueError: the folder holds several archives. Otherwise as the data set's constructor.
     """
     settings = SplitSettings(split, image_size, length, seed, crop, flip, fields)
     return dataset_class(data).open(data, settings)

@@ -20,7 +20,7 @@ PACKAGE = RemoteWeights(
     "https://registry.npmjs.org/emoji-datasource-google/-/emoji-datasource-google-16.0.0.tgz",
     "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
 )
-"""74 MB; the registry states the same bytes as SHA-512."""
+"""74 MB; npm's registry lists the SHA-512 of the same bytes."""
 
 _NAMES, _IMAGES = "package/emoji.json", "package/img/google/64/"
 
@@ -28,16 +28,16 @@ _NAMES, _IMAGES = "package/emoji.json", "package/img/google/64/"
 def prepare_emoji(out: Path, package: Path | None = None, *, console: Console) -> None:
     """Write each emoji as ``GROUP/NAME.png`` (64 px, transparency composited on white) and its names as ``NAME.txt``.
 
-    The first name is Unicode's, such as "dog face", the others are short ones, such as "dog". Skin tones are left out:
-    with them 60 % of the images would be people and hands. The folder appears when it is complete.
+    The first name is Unicode's, such as "dog face", followed by short names, such as "dog". Skin tones are left out;
+    with them 60 % of the images would be people and hands. The folder is created atomically.
 
     Args:
         out: new or empty folder.
-        package: the package as npm packs it, a .tgz; None: downloaded, and checked.
-        console: gets the counts.
+        package: the npm package, a .tgz; None: download and verify it.
+        console: for the counts.
 
     Raises:
-        FileExistsError: `out` is there, and not empty. FileNotFoundError: `package` is no file.
+        FileExistsError: `out` exists and is not empty. FileNotFoundError: `package` is not a file.
         ValueError: it is another package. OSError: it can't be downloaded.
     """
     if package is not None and not package.is_file():
@@ -62,13 +62,13 @@ def prepare_emoji(out: Path, package: Path | None = None, *, console: Console) -
 
 
 def _read(package: Path) -> list[tuple[dict[str, Any], Image.Image]]:
-    """Return the entries of emoji.json that are no skin tones, each with its RGB image."""
+    """Return the entries of emoji.json, without skin tones, each with its RGB image."""
     try:
         with tarfile.open(package, "r:gz") as tar:
             wanted = (member for member in tar if member.name == _NAMES or member.name.startswith(_IMAGES))
             files = {member.name: file.read() for member in wanted if (file := tar.extractfile(member))}
         listed = [emoji for emoji in json.loads(files[_NAMES]) if emoji["category"] != "Component"]
-        # Emoji that Google lacks have other vendors' images, which aren't free.
+        # Emoji without an image by Google have other vendors' images, which are not free.
         return [(emoji, _rgb(files[_IMAGES + emoji["image"]])) for emoji in listed if emoji["has_img_google"]]
     except (tarfile.TarError, EOFError, zlib.error, KeyError) as error:
         raise ValueError(f"{package} is no whole package of emoji-datasource-google ({error}): get it anew") from None
@@ -80,5 +80,5 @@ def _rgb(data: bytes) -> Image.Image:
 
 
 def _file_name(text: str) -> str:
-    """Return the text without characters that mean something in paths."""
+    """Return the text without characters that are special in paths."""
     return re.sub(r"[^\w &+-]", "_", text)

@@ -1,14 +1,14 @@
-"""Files of tokens, one map an image, that say which tokenizer they are of.
+"""Files with the token maps of images, and the hash of their tokenizer.
 
 An ``.npz`` file for NumPy, without pickles:
 
-    names                 (K,) str: of the image files, or their paths in the folder that was encoded
-    tokens                (T,) uint16 or int32: the maps of all images, row by row, one after the other
+    names                 (K,) str: of the image files, or their paths in the encoded folder
+    tokens                (T,) uint16 or int32: the maps of all images in row-major order, one after the other
     shapes                (K, 2) int32: h and w of each map
     sizes                 (K, 2) int32: H and W of each image before padding
     tokenizer             () str: SHA-256 of its weights (:func:`regvq_fast.models.weights.weights_hash`)
     num_codes             () int64: N
-    downsampling_factor   () int64: pixels a token, along each side
+    downsampling_factor   () int64: pixels per token along each side
 """
 
 import os
@@ -32,11 +32,11 @@ class EncodedImages:
     """Tokens of images.
 
     Raises:
-        ValueError: tokens, sizes and names that don't fit each other, or tokens that name no code.
+        ValueError: tokens, sizes and names don't match, or tokens are out of range.
     """
 
     names: Sequence[str]
-    """Names of the image files, or their paths in the folder that was encoded."""
+    """Names of the image files, or their paths in the encoded folder."""
     tokens: Sequence[Tensor]
     """(h, w) int64 in [0, num_codes), for each image."""
     sizes: Sequence[tuple[int, int]]
@@ -46,7 +46,7 @@ class EncodedImages:
     num_codes: int
     """N."""
     downsampling_factor: int
-    """Pixels a token, along each side."""
+    """Pixels per token along each side."""
 
     def __post_init__(self) -> None:
         counts = {len(self.names), len(self.tokens), len(self.sizes)}
@@ -65,7 +65,7 @@ class EncodedImages:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file that :meth:`load` reads, and whose name ends in ``.npz``; it appears complete or not at all."""
+        """Write a file for :meth:`load` atomically; its name must end in ``.npz``."""
         flat = torch.cat([tokens.flatten() for tokens in self.tokens]).numpy()
         with atomic_path(path) as temporary:
             np.savez_compressed(
@@ -85,7 +85,7 @@ class EncodedImages:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not such a file, or damaged; the message names it.
+            ValueError: not a file of tokens, or damaged; the message names it.
         """
         path = Path(path)
         try:
@@ -111,5 +111,5 @@ class EncodedImages:
             raise
         except KeyError as error:
             raise ValueError(f"{path} is not a file of regvq encode: {error.args[0]}") from None
-        except Exception as error:  # a damaged file can make the reader raise anything, MemoryError among it
+        except Exception as error:  # a damaged file can make the reader raise anything, also MemoryError
             raise ValueError(f"{path} is damaged, or not a file of regvq encode: {error}") from None

@@ -1,4 +1,4 @@
-"""Finding the files of a data set: images, captions, maps and shards."""
+"""Search for the files of a data set: images, captions, maps and shards."""
 
 import errno
 import os
@@ -15,16 +15,15 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff
 OTHER_FORMATS = frozenset(
     ".arw .avif .cr2 .dng .exr .hdr .heic .heif .ico .jfif .jp2 .jpe .jxl .nef .pgm .ppm .psd .svg .tga".split()
 )
-"""Suffixes of image files that are left out, and counted in a run's first lines."""
+"""Suffixes of image files that are not read, but counted in a run's first lines."""
 CAPTION_SUFFIX = ".txt"
 SEGMENTATION_SUFFIX = ".seg.png"
-"""A map with the class id of each pixel of the image of the same name; no image of the data set itself."""
+"""Suffix of a map with the class id of each pixel of the image of the same name."""
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-"""Compressed shards are included so that errors can name them."""
+"""Suffixes of shards; compressed ones are included so that errors can name them."""
 PARQUET_SUFFIX = ".parquet"
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "test")}
-"""Names of the splits of data that have their own; the first that exists is used."""
-
+"""Names of a data set's own splits; the first that exists is used."""
 
 _RUN_FILES = {"config.json", "metrics.jsonl"}
 
@@ -36,23 +35,23 @@ def is_image(name: str) -> bool:
 
 
 def name_hash(name: str) -> int:
-    """Return 32 bits that decide whether the image of this name, a path in its folder or shard, is held out."""
+    """Return 32 bits that determine whether the image of this name, a path in a folder or shard, is held out."""
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
 def find_files(
     folder: str | os.PathLike[str], suffixes: Iterable[str], left_out: Counter[str] | None = None
 ) -> list[str]:
-    """Return the paths of the files under ``folder`` whose names end in one of the suffixes, in either case; sorted.
+    """Return the sorted paths of the files under ``folder`` whose names end in one of the suffixes, in either case.
 
-    Links to folders are followed, each folder once; names that begin with a dot are left out, and folders of runs below
-    ``folder``, whose images are the run's own.
+    Links to folders are followed, each folder once. Names that begin with a dot, and folders of runs below ``folder``,
+    are left out.
 
     Args:
-        folder: see above.
-        suffixes: see above.
-        left_out: counts dangling links, folders that can't be read, and images of other formats, by reason
-            (:func:`left_out_text`). One warning names each such folder.
+        folder: to search.
+        suffixes: of names, in lower case.
+        left_out: counts dangling links, unreadable folders and images of other formats, by reason
+            (:func:`left_out_text`). A warning names each unreadable folder.
 
     Raises:
         OSError: ``folder`` itself can't be read.
@@ -73,7 +72,7 @@ def file_suffix(name: str) -> str:
 
 
 def left_out_text(reasons: Mapping[str, int]) -> str:
-    """Return counts by reason as `3 files (2 dangling links, 1 .avif)`; empty if there are none.
+    """Return counts by reason as text, such as `3 files (2 dangling links, 1 .avif)`; empty if there are none.
 
     Args:
         reasons: a suffix, "unreadable", or a noun in the singular.
@@ -91,8 +90,8 @@ def left_out_text(reasons: Mapping[str, int]) -> str:
 def holds_shards(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` names tar shards: a tar file, a pattern, or a folder with tar files before any image.
 
-    A folder is searched from the top; on one level images precede tar files, so that a folder of photographs with an
-    archive among them remains a folder of images.
+    A folder is searched from the top. In one folder images take precedence, so that photographs with an archive among
+    them are a folder of images.
     """
     path = Path(path)
     if not path.is_dir():
@@ -106,9 +105,9 @@ def holds_shards(path: str | os.PathLike[str]) -> bool:
 
 
 def holds_parquet(path: str | os.PathLike[str]) -> bool:
-    """Return whether ``path`` is a parquet file, or a folder with some and with no image and no tar file.
+    """Return whether ``path`` is a parquet file, or a folder with parquet files but without images and tar files.
 
-    The parquet files that img2dataset writes beside images and shards have only their addresses and captions.
+    img2dataset's parquet files beside images and shards contain only addresses and captions.
     """
     if not os.path.isdir(path):
         return os.fspath(path).lower().endswith(PARQUET_SUFFIX)
@@ -121,15 +120,15 @@ def holds_parquet(path: str | os.PathLike[str]) -> bool:
 
 
 def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], Counter[str]]]:
-    """Yield each folder from ``folder`` down, with the names of its files, and counts of links and folders that lead
-    nowhere.
+    """Yield each folder under ``folder`` with the names of its files, and counts of dangling links and unreadable
+    folders.
     """
     entered: set[tuple[int, int]] = set()
     pending = [os.fspath(folder)]
     while pending:
         current = pending.pop()
         status = os.stat(current)
-        if (status.st_dev, status.st_ino) in entered:  # a link back up, or a second way to the same folder
+        if (status.st_dev, status.st_ino) in entered:  # a circular link, or a second link to the folder
             continue
         entered.add((status.st_dev, status.st_ino))
         files: list[str] = []
@@ -154,12 +153,12 @@ def _walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], Coun
             else:
                 reasons["dangling link"] += entry.is_symlink()
         yield current, files, reasons
-        # Sorted: which of two links to one folder is followed must not depend on the file system's order.
+        # Sorted, so that the choice between two links to one folder does not depend on the file system.
         pending += sorted(folders, reverse=True)
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    """Return whether an entry is of a kind; False for a link to itself or into a closed folder, which lead nowhere."""
+    """Return whether an entry is of a kind; False for a link to itself or into an inaccessible folder."""
     try:
         return kind()
     except OSError as error:

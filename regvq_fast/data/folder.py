@@ -1,8 +1,8 @@
-"""Any folder of images as a data set."""
+"""A folder of images as a data set."""
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,65 +11,43 @@ from numpy.typing import NDArray
 from regvq_fast.data.finding import EXTENSIONS, SPLIT_NAMES, find_files, is_image, name_hash
 from regvq_fast.data.image_files import FIELD_SUFFIXES, ImageFileDataset
 from regvq_fast.data.labels import folder_class, folder_classes
-from regvq_fast.data.samples import Crop, Field, Part, Split
+from regvq_fast.data.samples import Field, Part, Split
 
 
 class ImageFolder(ImageFileDataset):
-    """Every image under a folder, as square uint8 RGB images (decoded by :func:`crop_rgb`).
+    """All images under a folder, as square uint8 RGB images (decoded by :func:`crop_rgb`).
 
-    Splits: the folder's own where it has ``train`` and one of ``val``, ``validation`` or ``test`` (the first of these);
-    otherwise validation is about 5 % of the images, chosen by a hash of their paths in the folder, so that adding
-    images moves none from one split to the other. A single image serves as both, with a warning. Links to folders are
-    followed, each folder once; names that begin with a dot are left out.
+    Splits: the folder's own if it has ``train`` and one of ``val``, ``validation`` or ``test`` (the first of these).
+    Otherwise about 5 % of the images are for validation, chosen by a hash of their paths in the folder, so that adding
+    images moves none between the splits. A single image serves as both, with a warning. Links to folders are followed,
+    each folder once; names that begin with a dot are left out.
 
-    Files that cannot be decoded are skipped: one warning each in the logger "regvq_fast", and the next readable file
-    of the sorted list replaces it. They are found on first use, so that opening a large folder stays cheap.
+    Undecodable files are skipped: each causes one warning in the logger "regvq_fast", and the next readable file of the
+    sorted list replaces it. They are found on first use, so that opening a large folder is fast.
 
-    The paths are Python strings, of which every worker gets a copy: keep millions of images in tar shards
-    (:class:`~regvq_fast.data.shards.ImageShards`) instead, which file systems prefer, too.
+    Every worker gets a copy of the paths, which are Python strings: keep millions of images in tar shards instead
+    (:class:`~regvq_fast.data.shards.ImageShards`).
 
     Args:
-        root: the folder, searched recursively for jpg, jpeg, png, webp, bmp, tif, tiff and gif files.
-        split: "train": endless, every image once an epoch in shuffled order. "val": each image once, central crop.
-        image_size: height and width in pixels of the samples.
-        crop: of training images. "random-resized": 50 to 100 % of the area of the largest square that fits, aspect
-            0.9 to 1.1, anywhere in the image. "center": that square itself, in the middle. Resized with Lanczos.
-        flip: mirror training images with probability 1/2.
-        seed: order, crops and flips are functions of (seed, index) only.
-        limit: use at most so many validation images, spread evenly over the sorted list. None: all.
-        fields: what samples have besides their image, from files beside it. "caption": a line of PHOTO.txt, in
-            training a random one, by (seed, index), in validation the first; repeated ones count once.
-            "segmentation": the class ids of PHOTO.seg.png, an image of the same shape with one channel, cropped alike
-            with the nearest neighbour. "label": the first folder below the split's that the image is in, as of
-            torchvision's ``ImageFolder``; ids are ranks among the sorted names of both splits (``label_names``), of
-            which there must be two. Images that lack one are left out, with a warning.
-
-    A sample has ``image`` (3, image_size, image_size) uint8 and, if requested, ``segmentation`` (image_size,
-    image_size) uint8, ``caption`` str and ``label`` int.
+        source: the folder, searched recursively for jpg, jpeg, png, webp, bmp, tif, tiff and gif files.
+        split, image_size, crop, flip, seed, limit: see :class:`~regvq_fast.data.image_files.ImageFileDataset`.
+        fields: read from files beside the image. "caption": a line of PHOTO.txt, in training a random one, by
+            (seed, index), in validation the first; repeated ones count once. "segmentation": the class ids of
+            PHOTO.seg.png, an image of the same shape with one channel, cropped alike with the nearest neighbour.
+            "label": the first folder below the split's that the image is in, as in torchvision's ``ImageFolder``; ids
+            are ranks among the sorted names of both splits (``label_names``), at least two.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it, or none with the fields. NotADirectoryError: it is a file.
-        ValueError: none of its images can be read (also on a later access, when the last one fails);
-            an unknown split, crop or field; an image size or a limit below 1.
+        ValueError: as :class:`~regvq_fast.data.image_files.ImageFileDataset`.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(root, split, image_size, crop, flip, seed, limit, fields)
-        self.root = Path(root)
+    def _find(self) -> None:
+        self.root = Path(self.source)
         folders = _split_folders(self.root)
-        self.folder = folders.get(split, self.root)
-        """The folder of the split's images."""
-        files = self._find(list(folders.values()))
+        self.folder = folders.get(self.split, self.root)
+        """Folder of the split's images."""
+        files = self._list(list(folders.values()))
         within = os.path.join(self.root, "")
         hashes = None if folders else np.array([name_hash(f.removeprefix(within)) for f in files], dtype=np.uint32)
         self.files: Sequence[str] = [files[k] for k in self._choose(hashes, len(files))]
@@ -82,7 +60,7 @@ class ImageFolder(ImageFileDataset):
     def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
         return data is not None
 
-    def _find(self, splits: Sequence[Path]) -> list[str]:
+    def _list(self, splits: Sequence[Path]) -> list[str]:
         """Return the paths of the images with all fields, sorted; at least one."""
         suffixes = [FIELD_SUFFIXES[field] for field in self.fields if field != "label"]
         left_out = self.left_out[os.fspath(self.folder)] = Counter[str]()
@@ -95,7 +73,7 @@ class ImageFolder(ImageFileDataset):
             )
         self._spelled = {_lowered(file): file for file in found if _lowered(file) != file}
         for both in self._spelled.keys() & set(found):
-            del self._spelled[both]  # lower case comes first
+            del self._spelled[both]  # lower case takes precedence
         has = [_have_beside(images, suffix, found) for suffix in suffixes]
         if "label" in self.fields:
             self.label_names = self._classes(images, splits)
@@ -146,7 +124,7 @@ def _split_folders(root: Path) -> dict[Split, Path]:
 
 
 def _have_beside(images: Sequence[str], suffix: str, found: Iterable[str]) -> NDArray[np.bool_]:
-    """Return which images have a file of this suffix, in either case, beside them, among the files found."""
+    """Return a mask of the images with a file of this suffix, in either case, among the files found."""
     others = set(map(_lowered, found))
     return np.array([_beside(file, suffix) in others for file in images])
 
@@ -156,6 +134,6 @@ def _beside(file: str, suffix: str) -> str:
 
 
 def _lowered(file: str) -> str:
-    """Return a path with the suffix of a field's file in lower case."""
+    """Return a path, with its suffix in lower case if it is that of a field's file."""
     suffix = next((suffix for suffix in FIELD_SUFFIXES.values() if file.lower().endswith(suffix)), "")
     return file[: len(file) - len(suffix)] + suffix

@@ -1,4 +1,4 @@
-"""Images in one .npz file, as evaluation suites exchange them: ``arr_0``, (N, H, W, 3) uint8."""
+"""Images in one .npz file, the format of evaluation suites: ``arr_0``, (N, H, W, 3) uint8."""
 
 import struct
 import zipfile
@@ -18,19 +18,19 @@ from regvq_fast.data.samples import Sample
 from regvq_fast.files import atomic_path
 
 KEY = "arr_0"
-"""Name of the images in the file: that of numpy.savez for an array without one."""
+"""Name of the images in the file: numpy.savez's name for an unnamed array."""
 _UNSUSPECTED = 2**28
 _MOST_PACKED = 100
-"""An .npz file may unpack to so many times its size, more than tokens and images do, or to 256 MiB."""
-_LOCAL_HEADER = 30  # bytes, before the names of a member
+"""An .npz file may unpack to this many times its size, more than tokens and images do, or to 256 MiB."""
+_LOCAL_HEADER = 30  # bytes before the names of a member
 
 
 class ImageArray(Dataset[Sample]):
-    """Images of an .npz file. They stay on the disk, and are read one by one; compressed ones are held in memory.
+    """Images of an .npz file, memory-mapped; compressed ones are loaded into memory.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no .npz file, or has no ``arr_0`` of at least one image.
+        ValueError: not an .npz file, or without at least one image in ``arr_0``.
     """
 
     split = "samples"
@@ -50,15 +50,15 @@ class ImageArray(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return Sample(image=torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1))
 
-    def __reduce__(self) -> tuple[type["ImageArray"], tuple[Path]]:  # a worker opens the file, and gets no copy of it
+    def __reduce__(self) -> tuple[type["ImageArray"], tuple[Path]]:  # a worker opens the file instead of copying it
         return ImageArray, (self.path,)
 
 
 def open_npz(path: Path) -> Any:
-    """Return the arrays of an .npz file by name, each read when it is asked for.
+    """Return the arrays of an .npz file by name, read on access.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is no .npz file.
+        FileNotFoundError: no such file. ValueError: not an .npz file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -79,7 +79,7 @@ def open_npz(path: Path) -> Any:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """Return the images of a file, mapped into memory where they aren't compressed."""
+    """Return the images of a file, memory-mapped unless they are compressed."""
     try:
         return _images(path)
     except (FileNotFoundError, MemoryError):
@@ -112,16 +112,16 @@ def _images(path: Path) -> np.ndarray:
 
 
 class ImageWriter(Protocol):
-    """Takes images (B, 3, H, W) uint8, in any number of calls."""
+    """Writes images (B, 3, H, W) uint8, in any number of calls."""
 
     def __call__(self, images: Tensor) -> None: ...
 
 
 @contextmanager
 def image_array_writer(path: Path, count: int, image_size: tuple[int, int]) -> Iterator[ImageWriter]:
-    """Write ``count`` images of height and width ``image_size`` to an .npz file, batch by batch: none stays in memory.
+    """Write ``count`` images of height and width ``image_size`` to an .npz file, batch by batch.
 
-    The file appears whole, once the body has written all of them, or not at all.
+    The file appears atomically, after the body has written all images.
     """
     shape = count, *image_size, 3
     header = {"descr": npy.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}

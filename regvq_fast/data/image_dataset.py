@@ -1,4 +1,4 @@
-"""The interface of a data set that ``--data`` may name: a class that implements it and is listed in DATASETS."""
+"""The interface of the data sets that ``--data`` may name; their classes are listed in DATASETS."""
 
 import os
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from regvq_fast.data.samples import Batch, Crop, Field, Sample, Split
 
 
 class SplitSettings(NamedTuple):
-    """Arguments of :func:`regvq_fast.data.datasets.build_dataset`; a data set ignores those it has no use for."""
+    """Arguments of :func:`regvq_fast.data.datasets.build_dataset`; a data set ignores those it does not need."""
 
     split: Split
     image_size: int
@@ -27,14 +27,14 @@ class SplitSettings(NamedTuple):
 
 
 class FieldCounts(NamedTuple):
-    """Number of training images, and how many of them have each optional field."""
+    """Number of training images, and the number of them with each optional field."""
 
     images: int
     having: Mapping[Field, int]
 
     @property
     def usable(self) -> tuple[Field, ...]:
-        """Fields that at least 95 % of the images have, which a prior can be conditioned on: few are left out."""
+        """Fields of at least 95 % of the images, which priors use as conditions: few images are left out."""
         return tuple(sorted(field for field, count in self.having.items() if count >= 0.95 * self.images > 0))
 
 
@@ -45,26 +45,26 @@ class Provenance(NamedTuple):
     crop: str = "unknown"
     resize: str = "unknown"
     variant: str = ""
-    """Distinguishes splits whose files and whose first and last images are the same."""
+    """Distinguishes splits with the same files and the same first and last image."""
     files: Iterable[str | Path] = ()
     """Files that hold the images."""
     root: str = "."
-    """Folder that the names of the files are relative to."""
+    """Folder to which the names of the files are relative."""
 
 
 @dataclass(frozen=True)
 class TrainedPrior:
-    """A trained prior and its tokenizer, as the evaluation of a data set uses them."""
+    """A trained prior and its tokenizer, for the evaluation by a data set."""
 
     condition: str
-    """Field of the samples that images are conditioned on, or "none"."""
+    """Field of the samples that is the condition, or "none"."""
     image_size: int
     seed: int
-    """Seed of the data that it was trained on."""
+    """Seed of the training data."""
     val_images: int
-    """Length of its validation split."""
+    """Length of the validation split."""
     reconstruct: Callable[[Tensor], Tensor]
-    """Images (B, 3, H, W) uint8 to their reconstructions by the tokenizer, uint8."""
+    """Map images (B, 3, H, W) uint8 to the tokenizer's reconstructions, uint8."""
     sample: Callable[[Batch, Callable[[int, int], object]], Tensor]
     """Sample images (B, 3, H, W) uint8 under the conditions of a batch; reports sampling steps done and in total."""
     stage: Callable[[str], AbstractContextManager[Callable[[int, int], object]]]
@@ -80,11 +80,11 @@ class ImageDataset(Dataset[Sample], ABC):
     num_classes: int | None = None
     """Number of class ids in the semantic maps; None: unknown."""
     class_names: tuple[str, ...] = ()
-    """Names of the class ids for legends, where they are the same for all data sets of the class."""
+    """Names of the class ids for legends, if all data sets of the class have the same."""
     label_names: tuple[str, ...] = ()
     """Names of the labels, the classes of whole images, by id; of samples with the field "label"."""
     vocabulary: str = ""
-    """A text of all words of the captions, where they are the same for all data sets of the class."""
+    """A text with all words of the captions, if all data sets of the class have the same."""
 
     @property
     @abstractmethod
@@ -99,16 +99,16 @@ class ImageDataset(Dataset[Sample], ABC):
     @classmethod
     @abstractmethod
     def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
-        """Open a split of what ``--data`` names; raises ValueError or OSError that say what is wrong with it."""
+        """Open a split of what ``--data`` names; ValueError or OSError, with one sentence, if it can't be used."""
 
     @classmethod
     def count_fields(cls, data: str | os.PathLike[str] | None) -> "FieldCounts":
-        """Count the training images of what ``--data`` names, and those with each field; without an override, none."""
+        """Count the training images of what ``--data`` names, and those with each field; by default, none."""
         return FieldCounts(0, {})
 
     @classmethod
     def evaluate_samples(cls, prior: TrainedPrior) -> Mapping[str, float]:
-        """Measure how well samples of a prior show what their conditions state; without an override, nothing.
+        """Measure how well samples of a prior match their conditions; by default, return nothing.
 
         Returns:
             Numbers by name, for the summary of the prior's run.
@@ -121,7 +121,7 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return the number of samples in the split; of an epoch in training."""
+        """Return the number of samples in the split; in training, of an epoch."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:

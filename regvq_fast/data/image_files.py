@@ -1,4 +1,4 @@
-"""The base class of data sets of image files, in folders or in tar shards."""
+"""Base class of the data sets of image files, for example in folders or tar shards."""
 
 import logging
 import multiprocessing
@@ -47,48 +47,62 @@ _NEEDED: dict[Field, str] = {
 """Files that a field needs, for messages."""
 
 HOLD_OUT = 0.05
-"""Fraction of the images held out for validation where the data have no splits of their own."""
+"""Fraction of the images held out for validation if the data have no splits."""
 OVERSAMPLING: dict[Split, float] = {"train": 1.5, "val": 3.0}
 """A JPEG is decoded at reduced size if the crop then has at least this many times the sample's width and height.
 
-Samples of 256 pixels of detailed photographs, compared with full decoding: 44 dB at 1.5, as much as JPEG of quality 90
-itself loses (45 dB); 52 dB at 3, a third of a level, so that validation hardly depends on the reduction.
+PSNR of 256-pixel samples of detailed photographs against full decoding: 44 dB at 1.5, similar to the loss of JPEG at
+quality 90 (45 dB); 52 dB at 3, a third of a level, so that validation hardly depends on it.
 """
 _IGNORED = 255
-"""Id of pixels of no class in maps of PASCAL VOC and others."""
+"""Id of pixels without a class in maps of PASCAL VOC and others."""
 CROP = "largest central square"
 RESIZE = "Lanczos with antialiasing (Pillow)"
 
 
 class ImageFileDataset(ImageDataset):
-    """Square uint8 RGB images cropped from image files, with captions and semantic maps if requested.
+    """Square uint8 RGB images cropped from image files, with captions, labels and semantic maps if requested.
 
-    A subclass lists its images in a fixed order, selects those of the split with :meth:`_choose`, reads their files
-    (:meth:`_read`), and calls :meth:`_start` once it can.
+    A subclass defines how to find its images (:meth:`_find`) and to read their files (:meth:`_read`).
 
-    Files that cannot be decoded are skipped: one warning each in the logger "regvq_fast", and the next readable image
-    of the list replaces it. They are found on first use, so that opening a large data set stays cheap. Where the
-    storage fails, not the file (:func:`is_of_the_machine`), reading is repeated, and in the end raises.
+    Undecodable files are skipped: each causes one warning in the logger "regvq_fast", and the next readable image of
+    the list replaces it. They are found on first use, so that opening a large data set is fast. If the storage fails
+    and not the file (:func:`is_of_the_machine`), reading is repeated a few times, then raises.
 
-    An image's captions are the lines of its caption file without empty and repeated ones: training samples one of
-    them, as a function of (seed, index), validation takes the first. An image whose file has none is skipped like one
-    that can't be decoded. Class ids that the source declares as mirror pairs (a face's left and right eye) are
-    exchanged in the maps of mirrored images.
+    An image's captions are the lines of its caption file, without empty and repeated ones. Training samples one of
+    them, as a function of (seed, index); validation uses the first. An image without a caption is skipped like an
+    undecodable one. Class ids that the source declares as mirror pairs (a face's left and right eye) are exchanged in
+    the maps of mirrored images.
+
+    A sample has ``image`` (3, image_size, image_size) uint8 and, if requested, ``segmentation`` (image_size,
+    image_size) uint8, ``caption`` str and ``label`` int.
+
+    Args:
+        source: what the subclass reads.
+        split: "train": endless, every image once an epoch in shuffled order. "val": each image once, central crop.
+        image_size: height and width in pixels of the samples.
+        crop: of training images. "random-resized": 50 to 100 % of the area of the largest square that fits, aspect
+            0.9 to 1.1, anywhere in the image. "center": that square itself, in the middle. Resized with Lanczos.
+        flip: mirror training images with probability 1/2.
+        seed: order, crops and flips are functions of (seed, index) only.
+        limit: largest number of validation images, spread evenly over the list. None: all.
+        fields: what samples have besides their image. Images that lack one are left out, with a warning.
 
     Raises:
-        ValueError: an unknown split, crop or field; an image size or a limit below 1.
+        ValueError: an unknown split, crop or field; an image size or a limit below 1; none of the images can be read
+            (also on a later access, when the last one fails).
     """
 
     def __init__(
         self,
         source: str | os.PathLike[str],
-        split: Split,
-        image_size: int,
-        crop: Crop,
-        flip: bool,
-        seed: int,
-        limit: int | None,
-        fields: Collection[Field],
+        split: Split = "train",
+        image_size: int = 256,
+        crop: Crop = "random-resized",
+        flip: bool = True,
+        seed: int = 0,
+        limit: int | None = None,
+        fields: Collection[Field] = (),
     ) -> None:
         check_split(split)
         if crop not in get_args(Crop):
@@ -109,16 +123,17 @@ class ImageFileDataset(ImageDataset):
         self.limit = limit
         self.fields = frozenset(fields)
         self.left_out: dict[str, Mapping[str, int]] = {}
-        """Files that look like images but are not used: counts by reason, for each folder or shard."""
+        """Counts of unused files that look like images, by reason, for each folder or shard."""
         self._labels = np.empty(0, dtype=np.int32)  # of the split's images, if samples have labels
         self._has_255 = torch.zeros((), dtype=torch.bool).share_memory_()
         self._reporting = multiprocessing.get_context("spawn").Lock()  # works with every start method
-        self._maps_fit = False  # maps must have the size of their images, not only their shape
+        self._maps_fit = False  # True: maps must be as large as their images, not only of the same aspect ratio
         manifest = read_manifest(self.source)
-        # An image whose map has other class ids can't be read.
+        # Images whose maps have other class ids count as unreadable.
         self.num_classes = len(manifest.classes) or None if manifest else None
         self._mirrored_ids = mirrored_ids(manifest.mirror_pairs if manifest else ())
         self._stated_labels = manifest.label_names if manifest else ()
+        self._find()
 
     @classmethod
     def open(cls, data: str | os.PathLike[str] | None, settings: SplitSettings) -> Self:
@@ -132,7 +147,7 @@ class ImageFileDataset(ImageDataset):
 
     @classmethod
     def count_fields(cls, data: str | os.PathLike[str] | None) -> FieldCounts:
-        """Count the training images, and those with each field; a field of no validation image counts as none."""
+        """Count the training images, and those with each field; 0 for fields that no validation image has."""
         train, val = (cls.open(data, SplitSettings(split, image_size=1)) for split in get_args(Split))
         held_out = val._having()
         having = {field: count if held_out[field] else 0 for field, count in train._having().items()}
@@ -141,12 +156,16 @@ class ImageFileDataset(ImageDataset):
     # ----------------------------------------------------------------------------------------- for subclasses to define
 
     @abstractmethod
+    def _find(self) -> None:
+        """List the images in a fixed order, select those of the split (:meth:`_choose`), and call :meth:`_start`."""
+
+    @abstractmethod
     def _read(self, position: int, part: Part) -> bytes:
         """Return the file with this part of the image at ``position`` of the split's list."""
 
     @abstractmethod
     def _name(self, position: int) -> str:
-        """Return the name of that image in messages."""
+        """Return the name of the image at ``position``, for messages."""
 
     @abstractmethod
     def _files(self) -> Iterable[str | Path]:
@@ -154,17 +173,17 @@ class ImageFileDataset(ImageDataset):
 
     @abstractmethod
     def _having(self) -> Mapping[Field, int]:
-        """Return the number of the split's images that have each field; called on a split opened without fields."""
+        """Return the number of the split's images with each field; called on a split opened without fields."""
 
     def _choose(self, hashes: NDArray[np.uint32] | None, count: int) -> NDArray[np.int64]:
         """Return the positions of the split's images among ``count`` >= 1.
 
-        ``hashes`` are of their names; None: all of them are of this split. Otherwise validation is about 5 % of them,
-        those with the lowest hashes, so that adding images moves none from one split to the other.
+        ``hashes`` are of their names; None: all images belong to this split. Otherwise the 5 % with the lowest hashes
+        are for validation, so that adding images moves none between the splits.
         """
         chosen = np.arange(count)
         if hashes is not None and count == 1:
-            warnings.warn(f"{self.source} holds one image: it serves both training and validation", stacklevel=3)
+            warnings.warn(f"{self.source} holds one image: it serves both training and validation", stacklevel=4)
         elif hashes is not None:
             low = np.count_nonzero(hashes < HOLD_OUT * 2**32)
             held_out = np.zeros(count, dtype=bool)
@@ -175,7 +194,7 @@ class ImageFileDataset(ImageDataset):
         return chosen
 
     def _complete(self, has: Sequence[NDArray[np.bool_]], count: int) -> NDArray[np.int64]:
-        """Return the positions of the images with all requested fields; one warning counts the others."""
+        """Return the positions of the images with all requested fields; a warning counts the others."""
         complete = np.flatnonzero(np.logical_and.reduce(has)) if has else np.arange(count)
         missing = " and ".join(sorted(self.fields))
         if not len(complete):
@@ -188,10 +207,10 @@ class ImageFileDataset(ImageDataset):
         return complete
 
     def _start(self, count: int) -> None:
-        """Prepare to serve ``count`` images, and check that one of them can be opened."""
-        # One flag an image; in shared memory, so that all worker processes and the parent see each flag.
+        """Finish the set-up with ``count`` images, and check that one of them can be opened."""
+        # One flag per image, in memory that the parent and all worker processes share.
         self.unreadable_flags = torch.zeros(count, dtype=torch.bool).share_memory_()
-        for candidate in range(count):  # by its header, without decoding; usually the first one is readable
+        for candidate in range(count):  # reads the header only; usually the first one is readable
             with self._skipping_unreadable(candidate), Image.open(BytesIO(self._read(candidate, "image"))):
                 return
         raise self._none_readable()
@@ -199,7 +218,7 @@ class ImageFileDataset(ImageDataset):
     # -------------------------------------------------------------------------------------------------------- samples
 
     def __len__(self) -> int:
-        """Return the number of images in the split, including unreadable ones, which others replace."""
+        """Return the number of images in the split, including unreadable ones."""
         return len(self.unreadable_flags)
 
     @property
@@ -207,13 +226,13 @@ class ImageFileDataset(ImageDataset):
         return self.source
 
     def provenance(self) -> Provenance:
-        # The fields: an image without one of them is left out.
+        # The fields are included, since images without them are left out.
         title = os.path.abspath(self.source) if self.title == self.source else self.title
         return Provenance(title, CROP, RESIZE, " ".join(sorted(self.fields)), self._files(), self.source)
 
     @property
     def unreadable(self) -> int:
-        """Return the number of images found unreadable so far, in all processes."""
+        """Number of images found unreadable so far, in all processes of this rank."""
         return int(self.unreadable_flags.sum())
 
     def __getitem__(self, index: int) -> Sample:
@@ -255,7 +274,7 @@ class ImageFileDataset(ImageDataset):
         return sample
 
     def _report_255(self) -> None:
-        with self._reporting:  # one warning, even if two workers meet the first such maps at once
+        with self._reporting:  # one warning, even if two workers read such maps at once
             if not self._has_255:
                 self._has_255.fill_(True)
                 logger.warning(
@@ -268,12 +287,12 @@ class ImageFileDataset(ImageDataset):
 
     @contextmanager
     def _skipping_unreadable(self, position: int) -> Iterator[None]:
-        """Flag the image at ``position``, and warn once, if the body fails to read it."""
+        """Flag the image at ``position``, with one warning, if the body fails to read it."""
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="PIL")  # about oddities in files that it reads or rejects
+                warnings.filterwarnings("ignore", module="PIL")  # about irregularities in files
                 yield
-        except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+        except Exception as error:  # Pillow's decoders raise many types of errors for damaged files
             if is_of_the_machine(error):
                 raise
             with self._reporting:  # one warning, even if two workers read the same file at once
@@ -283,10 +302,10 @@ class ImageFileDataset(ImageDataset):
 
 
 def left_out_note(*splits: object) -> str:
-    """Return `; left out: 3 files (...)` of the splits of a data set; empty if nothing is known to be left out."""
+    """Return the text `; left out: 3 files (...)` for the splits of a data set; empty if no files are left out."""
     datasets = [split for split in splits if isinstance(split, ImageFileDataset)]
     sources = {source: reasons for dataset in datasets for source, reasons in dataset.left_out.items()}
-    # Both splits may have searched the same folder or shard, which counts once.
+    # A folder or shard that both splits searched counts once.
     reasons = sum(map(Counter, sources.values()), Counter(unreadable=sum(dataset.unreadable for dataset in datasets)))
     text = left_out_text(reasons)
     return text and f"; left out: {text}"

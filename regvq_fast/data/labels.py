@@ -1,4 +1,4 @@
-"""Labels, the classes of whole images: ids by the texts of ``.cls`` files, and by the folders that images are in."""
+"""Labels, the classes of whole images, from ``.cls`` files and from the folders of images."""
 
 import os
 import re
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 MOST_LABELS = 1_000_000
-"""A larger number in a ``.cls`` file is damage, since it would be the size of a table."""
+"""Largest label; a larger number in a ``.cls`` file is an error, since it determines the size of a table."""
 
 
 def folder_class(file: str, folder: str | os.PathLike[str]) -> str:
-    """Return the name of the first folder below ``folder`` on the path of a file; empty if it is in ``folder``."""
+    """Return the name of the first folder below ``folder`` in a file's path; empty for a file in ``folder`` itself."""
     return file.removeprefix(os.path.join(folder, "")).rpartition(os.sep)[0].partition(os.sep)[0]
 
 
@@ -19,17 +19,17 @@ def folder_classes(files: Iterable[str], folder: str | os.PathLike[str]) -> set[
     return {folder_class(file, folder) for file in files} - {""}
 
 
-def label_ids(texts: Mapping[str, Path], names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return the names of the labels, and the id of each text of a ``.cls`` file.
+def cls_ids(texts: Mapping[str, Path], names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the names of the labels, and the id of each text in ``.cls`` files.
 
-    Whole numbers are the ids themselves; other texts are names, whose ids are their ranks in sorted order.
+    Integers are ids. If any text is not an integer, all are names, with ids in sorted order.
 
     Args:
-        texts: all texts in use, with a shard that has it.
-        names: of the ids, where a manifest states them; empty: the numbers from 0 to the largest in use.
+        texts: all texts, each with a shard that contains it.
+        names: of the ids, from a manifest; empty: the numbers from 0 to the largest id.
 
     Raises:
-        ValueError: a number that is negative, above a million or without a name, or a text where names are stated.
+        ValueError: a number that is negative, above a million or without a name; or a text although names are given.
     """
     if not names and not all(re.fullmatch(r"[+-]?\d+", text) for text in texts):
         ordered = tuple(sorted(texts))

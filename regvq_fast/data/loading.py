@@ -1,4 +1,4 @@
-"""Batches of a data set, by worker processes where they pay."""
+"""Batches of a data set, loaded by worker processes or in a thread."""
 
 import hashlib
 import itertools
@@ -17,20 +17,20 @@ from regvq_fast.data.workers import OwnBatches, PatientBatches, WorkerLoader, st
 Item = TypeVar("Item")
 
 _PREFETCH = 4
-"""Batches that each worker keeps ready: a slow read or a few large photographs in a row don't stall the step."""
+"""Batches that each worker prefetches, so that slow reads or large photographs don't delay steps."""
 
 
 def default_workers(processes: int = 1) -> int:
-    """Return the number of worker processes that load data, for each of ``processes`` that train on this machine.
+    """Return the number of loader processes for each of ``processes`` training processes on this machine.
 
-    Half of the cores divided by ``processes``, at most 8 and at least 1; 0 on 2 cores, which training itself needs.
+    Half of the cores divided by ``processes``, at least 1 and at most 8; 0 on 2 cores, which training needs itself.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores <= 2 else max(min(cores // 2 // processes, 8), 1)
 
 
 class TimedBatches(Iterator[Batch]):
-    """Batches, and the time that the loop spent waiting for them, which a faster loader could save."""
+    """Batches, and the time spent waiting for them."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
@@ -44,7 +44,7 @@ class TimedBatches(Iterator[Batch]):
             self._waited += time.perf_counter() - start
 
     def waited(self) -> float:
-        """Return the seconds spent waiting since the last call; for the first batch with the start of the workers."""
+        """Return the seconds spent waiting since the last call, including the start of the workers."""
         waited, self._waited = self._waited, 0.0
         return waited
 
@@ -63,18 +63,18 @@ def training_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> TimedBatches:
-    """An endless iterator over batches of samples ``start``, ``start + 1``, ... in this order.
+    """Return an endless iterator over batches of samples ``start``, ``start + 1``, ... in this order.
 
-    Batch k holds samples ``start + k * stride`` and on, whatever the number of workers. Workers start at once and end
-    with the iterator; each keeps 4 batches ready. Does not use torch's global generator.
+    Batch k holds samples from ``start + k * stride`` on, for any number of workers. Workers start at once and end with
+    the iterator; each prefetches 4 batches. Torch's global generator is not used.
 
     Args:
-        dataset: takes any index >= 0 (a training split).
-        batch_size: samples of a batch.
-        start: the first sample; to resume, the number of samples seen.
-        stride: samples from one batch to the next. None: the batch size; larger where a batch is a rank's part of one.
-        workers: processes that load data; 0: this one does.
-        pin_memory: put batches into pinned memory, which a GPU copies from asynchronously.
+        dataset: accepts any index >= 0 (a training split).
+        batch_size: samples per batch.
+        start: first sample; to resume, the number of samples seen.
+        stride: samples from one batch to the next. None: the batch size; larger if each rank loads part of a batch.
+        workers: loader processes; 0: a thread of this process loads.
+        pin_memory: put batches into pinned memory, for asynchronous copies to a GPU.
 
     Raises:
         ValueError: a batch size below 1, or a negative start or number of workers.
@@ -90,9 +90,9 @@ def training_batches(
 def validation_batches(
     dataset: Dataset[Sample], batch_size: int, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader[Batch]:
-    """All samples of a validation split in order; the last batch may be smaller. Can be iterated any number of times.
+    """Return all samples of a validation split in order, in batches of which the last may be smaller; reusable.
 
-    Arguments are those of :func:`training_batches`.
+    Arguments are as in :func:`training_batches`.
 
     Raises:
         ValueError: a batch size below 1, or a negative number of workers.
@@ -102,7 +102,7 @@ def validation_batches(
 
 
 def in_order(dataset: Dataset[Item], workers: int = 0) -> Iterable[Item]:
-    """Return the items of a data set unchanged, in order, from worker processes if there are any."""
+    """Return the items of a data set unchanged and in order, loaded by worker processes if ``workers`` is not 0."""
     return WorkerLoader(
         dataset,
         batch_size=None,
@@ -143,18 +143,18 @@ def read_samples(dataset: Any, indices: Iterable[int]) -> Batch:
 
 
 def first_samples(dataset: Any, most: int) -> Batch:
-    """Return the first samples of a data set as a batch: ``most``, or 16 if that is more."""
+    """Return the first samples of a data set as a batch: ``most`` of them, but at most 16."""
     return read_samples(dataset, range(min(most, 16)))
 
 
 def spread_samples(dataset: Any, most: int) -> Batch:
-    """Return ``most`` samples, or all, spread evenly over a data set: sorted images begin with a single class."""
+    """Return at most ``most`` samples, spread evenly over a data set, since sorted images begin with one class."""
     count = min(most, len(dataset))
     return read_samples(dataset, [k * len(dataset) // count for k in range(count)])
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Return the SHA-256 of tensors' bytes, which tells first samples from those of other files of the same name."""
+    """Return the SHA-256 of the bytes of tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.cpu().numpy().tobytes())
@@ -197,6 +197,6 @@ def _loader(dataset: Dataset[Sample], workers: int, **options: Any) -> DataLoade
         prefetch_factor=_PREFETCH if workers else None,
         collate_fn=collate,
         worker_init_fn=start_worker,
-        generator=torch.Generator(),  # DataLoader seeds its workers from it; the default would be the global one
+        generator=torch.Generator(),  # DataLoader seeds workers from it, by default from the global one
         **options,
     )

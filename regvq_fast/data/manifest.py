@@ -20,24 +20,24 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of ``regvq-data.json``, beside the shards that ``regvq data prepare`` made."""
+    """Contents of ``regvq-data.json``, beside the shards of ``regvq data prepare``."""
 
     dataset: str
     title: str
     source: str
-    """The archive's folder."""
+    """Folder of the archive."""
     size: int
-    """Pixels of the shorter side."""
+    """Shorter side in pixels."""
     quality: int
-    """Quality of the JPEGs."""
+    """JPEG quality."""
     splits: Mapping[str, Mapping[str, Any]]
-    """By "train" and "val": its official split, and its numbers of images, captions, maps and shards."""
+    """For "train" and "val": the official split, and numbers of images, captions, maps and shards."""
     classes: Sequence[str] = ()
     """Names of the class ids, from 0 on."""
     label_names: Sequence[str] = ()
-    """Names of the labels, which are numbers in the shards, from 0 on."""
+    """Names of the labels in the shards, from 0 on."""
     mirror_pairs: Sequence[tuple[int, int]] = ()
-    """Pairs of class ids that a mirrored image exchanges."""
+    """Pairs of class ids to exchange in mirrored images."""
     format: int = FORMAT
 
 
@@ -49,7 +49,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(source: str | os.PathLike[str]) -> Manifest | None:
-    """Return the manifest of a folder of shards, or of the folder of a shard or a pattern of shards; None without one.
+    """Return the manifest of a folder of shards, given the folder, a shard or a pattern; None if there is none.
 
     Raises:
         ValueError: it is damaged, or of another version.
@@ -73,7 +73,7 @@ def read_manifest(source: str | os.PathLike[str]) -> Manifest | None:
 
 
 def mirrored_ids(pairs: Sequence[tuple[int, int]]) -> NDArray[np.uint8] | None:
-    """Return (256,) class ids in a mirrored image by class id; None if none changes."""
+    """Return the class ids (256,) in mirrored images by class id; None if none changes."""
     if not pairs:
         return None
     ids = np.arange(256, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Crops of ten photographs as a folder of classes; the photographs come in scikit-image's wheel."""
+"""Crops of ten photographs in scikit-image's wheel, as a folder of classes."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -13,24 +13,24 @@ from regvq_fast.files import atomic_folder
 from regvq_fast.invocation import install
 
 CLASSES = ("astronaut", "brick", "cat", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "moon", "rocket")
-"""Functions of `skimage.data`, none of which downloads anything."""
+"""Functions of `skimage.data` that don't download anything."""
 
-_SIDES = 96, 128  # pixels of a crop, at least and at most
-_CROPS: dict[Split, int] = {"train": 200, "val": 20}  # of each photograph
+_SIDES = 96, 128  # smallest and largest side of a crop in pixels
+_CROPS: dict[Split, int] = {"train": 200, "val": 20}  # number per photograph
 
 
 def prepare_photos(out: Path, *, console: Console) -> None:
-    """Write 2,200 square crops of 96 to 128 px as ``SPLIT/CLASS/NUMBER.png``, the same ones every time.
+    """Write 2,200 square crops of 96 to 128 px as ``SPLIT/CLASS/NUMBER.png``; deterministic.
 
-    Training crops are of the left half of a photograph, validation crops of the right half. The folder appears when it
-    is complete.
+    Training crops are from the left half of a photograph, validation crops from the right half. The folder is created
+    atomically.
 
     Args:
         out: new or empty folder.
-        console: gets the counts.
+        console: for the counts.
 
     Raises:
-        FileExistsError: `out` is there, and not empty. FileNotFoundError: there is no scikit-image.
+        FileExistsError: `out` exists and is not empty. FileNotFoundError: scikit-image is not installed.
     """
     try:
         from skimage import data

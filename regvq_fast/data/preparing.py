@@ -1,4 +1,4 @@
-"""Packing of the paper's data sets, resized, into shards."""
+"""Packing of official archives, resized, into shards."""
 
 import functools
 import os
@@ -37,17 +37,17 @@ def prepare(
     workers: int = 0,
     console: Console,
 ) -> Manifest:
-    """Pack the splits that training uses into shards for ``ImageShards``, described by ``regvq-data.json``.
+    """Pack the splits for training and validation into shards for ``ImageShards``, with ``regvq-data.json``.
 
-    The folder appears when it is complete. Images are resized to ``size`` pixels at the shorter side (Lanczos; maps:
-    nearest neighbour); smaller ones keep their size, and RGB JPEGs among these their bytes. Images without a field are
-    packed without it, unless all of a split lack it; missing and unreadable ones are left out, and counted.
+    The folder is created atomically. Images are resized to ``size`` pixels on the shorter side (Lanczos; maps: nearest
+    neighbour). Smaller images keep their size, and RGB JPEGs among them keep their bytes. Images without a field are
+    packed without it, unless all images of a split lack it. Missing and unreadable images are left out and counted.
 
     Raises:
-        ValueError: a setting out of range, ``out`` a mount point or the current folder, a damaged list, or a split
-            without a readable image.
-        FileExistsError: ``out`` is there, and not empty. FileNotFoundError: a list is missing, or all images of a split
-            are, or a field of all of them.
+        ValueError: a setting out of range, ``out`` is a mount point or the current folder, a list is damaged, or a
+            split has no readable image.
+        FileExistsError: ``out`` exists and is not empty.
+        FileNotFoundError: a list is missing, or a split has no images or none with a field.
     """
     if size < 1:
         raise ValueError(f"--size must be at least 1, got {size}")
@@ -95,14 +95,14 @@ def prepare(
 def _sample(
     archive: Archive, name: str, fields: Collection[Field], *, size: int, quality: int
 ) -> dict[str, str | bytes]:
-    """Return an image as ``write_shards`` takes it; raises whatever reading it raises."""
+    """Return an image as ``write_shards`` takes it; errors of reading are raised."""
     data = archive.read(name, "image")
     with Image.open(BytesIO(data)) as file:
         full = upright_size(file)
         scale = min(size / min(full), 1)
         width, height = (max(round(side * scale), 1) for side in full)
         unchanged = scale == 1 and file.mode == "RGB" and file.format == "JPEG" and not file.getexif()
-        # Decoded in any case, to find damaged files; at the resolution of validation, which is packed, too.
+        # Always decoded, to find damaged files; at validation's resolution, since that split is packed, too.
         image = crop_rgb(file, Box(0, 0, *full), width, height, OVERSAMPLING["val"])
     if not unchanged:
         buffer = BytesIO()
@@ -125,7 +125,7 @@ def _sample(
 def _counted(
     results: Iterable[dict[str, str | bytes] | Problem], counts: dict[str, Any], console: Console
 ) -> Iterator[dict[str, str | bytes]]:
-    """Yield the readable samples, counted by their fields; print the first problems."""
+    """Yield the readable samples and count their fields; print the first problems."""
     for result in results:
         if isinstance(result, Problem):
             counts["unreadable"] += 1

@@ -1,4 +1,4 @@
-"""Reading of image files and captions: errors of the file, errors of the storage, and attempts after these."""
+"""Reading of image files and captions: errors of files, errors of the storage, and retries."""
 
 import codecs
 import errno
@@ -14,21 +14,21 @@ Result = TypeVar("Result")
 
 _OF_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PAUSES = (0.1, 1.0, 5.0)
-"""Seconds between attempts; a file server that restarts takes longer, and should be noticed."""
+"""Seconds between attempts; the restart of a file server takes longer, and should be an error."""
 
 
 @contextmanager
 def opened_image(path: Path, name: str, damaged: Callable[[str], str]) -> Iterator[Image.Image]:
-    """Open an image file that a user named; errors of the block name it.
+    """Open an image file that a user named; errors of the block name the file.
 
     Args:
         path: of the file.
         name: of the file in messages.
-        damaged: makes the message for a file that can't be read, from the reason.
+        damaged: returns the message for an unreadable file, given the reason.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no image, or the block can't read it.
+        ValueError: the file is not an image, or the block can't read it.
     """
     try:
         with Image.open(path) as image:
@@ -37,16 +37,16 @@ def opened_image(path: Path, name: str, damaged: Callable[[str], str]) -> Iterat
         raise FileNotFoundError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image") from None
-    except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+    except Exception as error:  # Pillow's decoders raise many types of errors for damaged files
         if is_of_the_machine(error):
             raise
         raise ValueError(damaged(why_unreadable(error))) from None
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Return whether an error in reading a file is not the file's: EIO, ESTALE, EMFILE, no memory.
+    """Return whether the machine, not the file, caused a read error: EIO, ESTALE, EMFILE, no memory.
 
-    Pillow raises OSError for damaged files, too, but without a number; a damaged offset is EINVAL.
+    Pillow raises OSError for damaged files, too, but without an errno; a damaged offset gives EINVAL.
     """
     if isinstance(error, OSError):
         return error.errno not in (None, errno.EINVAL) and not isinstance(error, _OF_A_FILE)
@@ -54,10 +54,10 @@ def is_of_the_machine(error: Exception) -> bool:
 
 
 def patiently(work: Callable[[], Result], name: Callable[[], str]) -> Result:
-    """Return the result of ``work``; repeat it a few times, after pauses, where the storage fails.
+    """Return the result of ``work``, with a few retries after pauses if the storage fails.
 
     Raises:
-        OSError: the storage still fails; the message has the result of ``name``. Otherwise whatever ``work`` raises.
+        OSError: the storage still fails; the message contains the result of ``name``. Otherwise as ``work``.
     """
     pauses = iter(_PAUSES)
     while True:
@@ -72,16 +72,16 @@ def patiently(work: Callable[[], Result], name: Callable[[], str]) -> Result:
 
 
 def why_unreadable(error: Exception) -> str:
-    """Return the reason why an image file can't be read, in one line, from the error that reading it raised."""
+    """Return the reason of an error in reading an image file, on one line."""
     if isinstance(error, UnidentifiedImageError):  # its message is about a buffer
         return "it is no image"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def caption_lines(data: bytes) -> list[str]:
-    """Return the captions in a file, at least one: its lines, without empty and repeated ones, in order.
+    """Return the captions in a file, at least one: its lines in order, without empty and repeated ones.
 
-    Lines end in LF, CR or both; U+2028 and other breaks are part of a line, and a byte order mark is none of the text.
+    Lines end with LF, CR or both; U+2028 and other breaks are part of a line. A byte order mark is removed.
 
     Raises:
         ValueError: there is no caption, or the file is not UTF-8.

@@ -1,9 +1,9 @@
-"""Samples of a data set, which is a pure function from a global sample index to a sample.
+"""Samples of a data set, which is a pure function of a global sample index.
 
-A training set takes *any* index g >= 0: epoch ``g // n``, position ``g % n`` in that epoch's own shuffled order, and
-augmentation sampled from a generator seeded by (seed, g). So the training stream never ends, can be resumed at any g,
-and does not depend on the number of workers, the batch size or the number of processes that share it. A validation
-set has a fixed order, no augmentation, and ends: an index outside ``range(len(dataset))`` raises IndexError.
+A training set accepts *any* index g >= 0: epoch ``g // n``, position ``g % n`` in that epoch's shuffled order, and
+augmentation from a generator seeded by (seed, g). So the training stream is endless, can be resumed at any g, and does
+not depend on the number of workers, the batch size or the number of processes. A validation set has a fixed order and
+no augmentation, and is finite: an index outside ``range(len(dataset))`` raises IndexError.
 """
 
 import random
@@ -25,12 +25,12 @@ Part = Literal["image", "caption", "label", "segmentation"]
 
 
 class Sample(TypedDict):
-    """One image. Images stay uint8 until they are on the device that trains."""
+    """One image. Images stay uint8 until they are on the training device."""
 
     image: Tensor
     """(3, H, W) uint8, RGB."""
     segmentation: NotRequired[Tensor]
-    """(H, W) uint8, a class id at each pixel."""
+    """(H, W) uint8, class id of each pixel."""
     caption: NotRequired[str]
     label: NotRequired[int]
     """Class of the whole image, an id into `ImageDataset.label_names`."""
@@ -61,22 +61,22 @@ def check_index(index: int, length: int, split: Split) -> None:
 
 
 def sample_random(stream: str, seed: int, index: int) -> random.Random:
-    """Return the generator of sample ``index``: equal arguments give equal numbers, in every process and run.
+    """Return the generator of sample ``index``; equal arguments give equal numbers in every process and run.
 
-    ``stream`` names the data set, so that two data sets with one seed do not get the same numbers.
+    ``stream`` names the data set, so that data sets with the same seed get different numbers.
     """
     return random.Random(f"{stream}/{seed}/{index}")
 
 
 def shuffled_position(index: int, count: int, seed: int) -> int:
-    """Return the position of sample ``index`` >= 0 of an endless stream among ``count`` items, shuffled in each epoch.
+    """Return the position among ``count`` items of sample ``index`` >= 0 in an endless stream, shuffled in each epoch.
 
-    Any ``count`` indices from a multiple of ``count`` on visit every item exactly once.
+    The ``count`` indices from a multiple of ``count`` on visit every item once.
     """
     epoch, position = divmod(index, count)
     return int(_permutation(count, seed, epoch)[position])
 
 
-@lru_cache(maxsize=4)  # two for prefetching across the end of an epoch, and room for a second data set
+@lru_cache(maxsize=4)  # two for prefetching across epochs, and two for a second data set
 def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng(sample_random("order", seed, epoch).getrandbits(128)).permutation(count)

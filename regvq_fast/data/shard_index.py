@@ -1,4 +1,4 @@
-"""The index of a tar file: offsets of its samples, read once from the headers and cached."""
+"""The index of a tar file: offsets of its samples, read from the headers and cached."""
 
 import hashlib
 import json
@@ -33,17 +33,17 @@ logger = logging.getLogger("regvq_fast")
 INDEX_NAME = ".regvq-index.npz"
 """File with the index of all shards in a folder."""
 EXTENT = np.dtype([("offset", np.int64), ("size", np.int64)])
-"""Range of bytes in a tar file; the offset is -1 if a sample has no such file."""
+"""Range of bytes in a tar file; offset -1 means that a sample has no such file."""
 ENTRY = np.dtype(
     [("hash", np.uint32), ("image", EXTENT), ("caption", EXTENT), ("segmentation", EXTENT), ("label", np.int32)]
 )
-"""A sample; the hash is of its image's name, the label a position in the shard's ``labels``, -1 without one."""
+"""A sample: the hash of its image's name, extents of files, and its label's position in ``labels`` (-1: none)."""
 LABEL_SUFFIX = ".cls"
 
 _VERSION = 3
 _THREADS = 8
 _MANY = 8
-"""Number of shards from which on indexing shows a progress bar."""
+"""Smallest number of shards for which indexing shows a progress bar."""
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = tarfile.BLOCKSIZE
 _ABOUT_THE_NEXT = (
@@ -53,23 +53,23 @@ _ABOUT_THE_NEXT = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-"""Types of members that hold the name and properties of the next one."""
+"""Types of members that contain the name and properties of the next member."""
 _LONGEST_NAME = 2**20
 _LONGEST_LABEL = _BLOCK
-"""Bytes; longer ones are no labels. One block follows the header that was just read, and costs no further access."""
+"""Largest label in bytes: one block, which follows the header and costs no further access."""
 
 
 class ShardIndex(NamedTuple):
-    """The samples of a tar file in its order."""
+    """The samples of a tar file, in the file's order."""
 
     entries: NDArray[np.void]
     """(count,) of type ENTRY."""
     damage: str
-    """Damage of the rest of the file; empty if it is complete."""
+    """Damage of the rest of the file; empty if the file is complete."""
     left_out: Mapping[str, int]
-    """Members that look like images but are not used, by reason; as of a folder."""
+    """Counts of unused members that look like images, by reason."""
     labels: Sequence[str]
-    """The distinct texts of its ``.cls`` files."""
+    """The different texts of its ``.cls`` files."""
 
 
 class _Record(NamedTuple):
@@ -78,11 +78,11 @@ class _Record(NamedTuple):
 
 
 def load_indexes(shards: Sequence[Path]) -> list[ShardIndex]:
-    """Return the index of each shard, from the cache if its size and modification time are the same, else from headers.
+    """Return the index of each shard: from the cache if size and modification time match, else from the headers.
 
-    New ones are cached in the shards' folder, or in the user's cache if that can't be written. Processes that index
-    the same shards at once do the same work, and each writes a complete file. One warning for each shard that is
-    damaged or truncated; the samples before the damage are used.
+    New indexes are cached in the shards' folder, or in the user's cache if that is not writable. Several processes that
+    index the same shards each write a complete file. A damaged or truncated shard causes one warning; the samples
+    before the damage are used.
 
     Raises:
         ValueError: a shard is compressed. OSError: one can't be read.
@@ -121,7 +121,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _read_many(shards: Sequence[Path], folder: Path) -> Iterable[ShardIndex]:
-    # Threads, since most of the time goes into waiting for a disk or the network.
+    # Threads, since most of the time is spent waiting for a disk or the network.
     with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
         yield from track(
             pool.map(read_index, shards),
@@ -134,11 +134,11 @@ def _read_many(shards: Sequence[Path], folder: Path) -> Iterable[ShardIndex]:
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Index one tar file by its headers, skipping the data between them, except for the few bytes of labels.
+    """Index one tar file from its headers; of the data, only labels are read.
 
-    A sample is a member KEY.EXT, where EXT (after the first dot of the file name, as in webdataset) is that of an
+    A sample is a member KEY.EXT, where EXT (from the first dot of the file name on, as in webdataset) is that of an
     image. KEY.txt, KEY.seg.png and KEY.cls anywhere in the same tar file are its caption, segmentation and label. A
-    name that comes again, as in concatenated tar files, begins another sample of the same key.
+    repeated name, as in concatenated tar files, begins another sample with the same key.
 
     Raises:
         ValueError: the file is compressed. OSError: it can't be read.
@@ -186,7 +186,7 @@ def read_index(path: Path) -> ShardIndex:
                         left_out["dotted name"] += 1
                 else:
                     damage = _missing_end(file, archive.offset)
-        except (tarfile.TarError, ValueError, RecursionError) as error:  # the last of headers without end
+        except (tarfile.TarError, ValueError, RecursionError) as error:  # RecursionError: endless headers
             damage = f"is no whole tar file ({error})"
     absent = (-1, 0)
     rows = [
@@ -203,8 +203,9 @@ def read_index(path: Path) -> ShardIndex:
 
 
 class _Member(tarfile.TarInfo):
-    """A header of a size that can be: for a negative one the standard library would go backwards, and for a large one
-    of a name it would reserve the memory before it reads.
+    """A header with a checked size.
+
+    The standard library would seek backwards for a negative size, and allocate any size of a name before reading it.
     """
 
     @classmethod
@@ -218,17 +219,17 @@ class _Member(tarfile.TarInfo):
 
 
 class _Keys:
-    """Keys of samples, distinct where a key's file of one suffix comes again."""
+    """Keys of samples, made distinct if a file name is repeated."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
         self._again: dict[str, str] = {}
 
     def of(self, key: str, suffix: str) -> str:
-        """Return the key of the sample that the next file of this key belongs to."""
+        """Return the distinct key of the sample to which the next file of a key belongs."""
         current = self._again.get(key, key)
         if current + suffix in self._seen:
-            current = self._again[key] = f"{current}\0"  # which no name has
+            current = self._again[key] = f"{current}\0"  # no name contains \0
         self._seen.add(current + suffix)
         return current
 
@@ -243,7 +244,7 @@ def _refuse_compression(path: Path, start: bytes) -> None:
 
 
 def _missing_end(file: BinaryIO, offset: int) -> str:
-    """Return the damage of an archive whose last member ends at ``offset``: without one, a block of zeros follows."""
+    """Return the damage of an archive whose last member ends at ``offset``; empty if a block of zeros follows."""
     file.seek(offset)
     block = file.read(_BLOCK)
     if block == bytes(_BLOCK):
@@ -252,8 +253,9 @@ def _missing_end(file: BinaryIO, offset: int) -> str:
 
 
 def member_name(path: Path, offset: int) -> str:
-    """Return the name of the member whose data begin at ``offset``, or 100 bytes of it if the format stores long names
-    elsewhere. The index has no names, since only messages need them.
+    """Return the name of the member with data at ``offset``, for messages; the index has no names.
+
+    Of a long name, it is the first 100 bytes.
     """
     try:
         with path.open("rb") as file:
@@ -267,7 +269,7 @@ def member_name(path: Path, offset: int) -> str:
 
 
 def _cache_files(folder: Path) -> list[Path]:
-    """Return the possible paths of the index of a folder's shards, the preferred one first."""
+    """Return the possible paths of the index of a folder's shards, by preference."""
     files = [folder / INDEX_NAME]
     digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     try:
@@ -290,12 +292,12 @@ def _load_cache(file: Path) -> dict[str, _Record]:
             for name, (size, time), damage, reasons, labels, entries in rows
         }
         return {name: record for name, record in records.items() if _is_plausible(record)}
-    except Exception:  # missing or damaged, for which the readers raise anything: made anew
+    except Exception:  # missing, or damaged, which can raise anything: index anew
         return {}
 
 
 def _is_plausible(record: _Record) -> bool:
-    """Return whether all samples of an index lie in its shard, so that a damaged one can't be read from anywhere."""
+    """Return whether all extents of an index lie in its shard; a damaged index might point elsewhere."""
     entries = record.content.entries
     if entries.dtype != ENTRY:
         return False
@@ -319,7 +321,7 @@ def _save_cache(folder: Path, records: Mapping[str, _Record]) -> None:
                     stamps=np.array([record.stamp for record in records.values()], dtype=np.int64),
                     damages=np.array([index.damage for index in indexes], dtype=np.str_),
                     left_out=np.array([json.dumps(index.left_out) for index in indexes], dtype=np.str_),
-                    # Bytes: an array of strings gives each the length of the longest.
+                    # As bytes: an array of strings would give each the length of the longest.
                     labels=np.frombuffer(json.dumps([index.labels for index in indexes]).encode(), dtype=np.uint8),
                     counts=np.array([len(index.entries) for index in indexes], dtype=np.int64),
                     entries=np.concatenate([index.entries for index in indexes]),

@@ -1,9 +1,9 @@
-"""Tar shards in webdataset's layout as a data set, and the writing of them."""
+"""Tar shards in webdataset's layout: a data set and a writer."""
 
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from itertools import chain
 from math import ceil
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from regvq_fast.data.finding import EXTENSIONS, SHARD_SUFFIXES, SPLIT_NAMES, find_files, holds_shards
 from regvq_fast.data.image_files import ImageFileDataset
-from regvq_fast.data.labels import label_ids
-from regvq_fast.data.samples import Crop, Field, Part, Split
+from regvq_fast.data.labels import cls_ids
+from regvq_fast.data.samples import Field, Part, Split
 from regvq_fast.data.shard_index import ShardIndex, load_indexes, member_name
 from regvq_fast.files import atomic_path
 
@@ -24,64 +24,53 @@ _MOST_SHARDS = 1_000_000
 
 
 class ImageShards(ImageFileDataset):
-    """The images in tar files, as square uint8 RGB images: :class:`ImageFolder` for millions of them.
+    """The images in tar files, as square uint8 RGB images: like :class:`ImageFolder`, for millions of images.
 
-    Layout, as written by webdataset, img2dataset or plain ``tar``: KEY.jpg (png, webp, bmp, tif, tiff, gif), with
-    KEY.txt its caption, KEY.seg.png its class ids and KEY.cls its label, where KEY is what comes before the first dot
-    of the file name. Labels are the whole numbers in the ``.cls`` files; texts become their ranks among those of all
-    shards. Other members are ignored, and so are those whose names begin with a dot.
+    Layout, as written by webdataset, img2dataset or plain ``tar``: KEY.jpg (png, webp, bmp, tif, tiff, gif), with its
+    caption KEY.txt, class ids KEY.seg.png and label KEY.cls, where KEY is the file name up to the first dot. Labels are
+    the integers in ``.cls`` files; texts become their ranks among those of all shards. Other members, and those whose
+    names begin with a dot, are ignored.
 
-    Why not webdataset's own reader: it streams shards and shuffles within a buffer, so that which sample comes when
-    depends on the number of workers and ranks, and a run can't be resumed where it stopped. Here the headers are read
-    once (:mod:`~regvq_fast.data.shard_index`), every sample has an offset, and the data set is random access like a
-    folder: the order is an exact shuffle, a function of (seed, index) alone. The price is one read of a whole image
-    at a random offset for each sample, instead of a sequential stream: nothing to a local disk or a parallel file
-    system, slow on a spinning disk, impossible on an object store. The tar files must not be compressed.
+    This is not webdataset's reader, which streams shards and shuffles within a buffer: there the order depends on the
+    number of workers and ranks, and a run can't be resumed where it stopped. Here headers are read once
+    (:mod:`~regvq_fast.data.shard_index`), and samples are random access: the order is an exact shuffle, a function of
+    (seed, index) only. The price is a read at a random offset for each sample: negligible on a local SSD or a parallel
+    file system, slow on a spinning disk, impossible on an object store. The tar files must not be compressed.
 
-    Memory is 16 bytes a sample, 4 for a label, and 16 for each other field, in arrays that forked workers share. Files
-    are opened for each read and closed again: a few microseconds beside the milliseconds of decoding, for which
-    thousands of shards take no file handles and nothing is shared between processes.
+    Memory is 16 bytes per sample, 4 for a label and 16 for each other field, in arrays that forked workers share. Files
+    are opened for each read, which takes microseconds compared with milliseconds of decoding: thousands of shards need
+    no file handles, and processes share none.
 
-    Splits: the shards' own where the last split's name in some of their paths below the folder, as a word, is "train"
-    and in others "val", "validation" or "test" (the first of these): train/0000.tar, imagenet-val-0000.tar. Otherwise
-    about 5 % of the images, by a hash of their names in the tar file: packing a folder, or packing it anew, moves
-    none from one split to the other.
+    Splits: the shards' own, if the last name of a split that appears as a word in their paths is "train" for some and
+    "val", "validation" or "test" (the first of these) for others: train/0000.tar, imagenet-val-0000.tar. Otherwise
+    about 5 % of the images are for validation, by a hash of their names in the tar file: packing a folder, also again,
+    moves none between the splits.
 
-    Images that can't be read are skipped as in a folder, and so is what follows the damage in a damaged tar file.
+    Unreadable images are skipped as in a folder, as is the rest of a damaged tar file.
 
     Args:
         source: a folder with tar files, searched recursively; one tar file; or a pattern with braces, in which ranges
             and lists are expanded as in a shell: ``shards-{000000..000099}.tar``, ``{a,b}-{0..9}.tar``.
-        split, image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``.
+        split, image_size, crop, flip, seed, limit, fields: see
+            :class:`~regvq_fast.data.image_files.ImageFileDataset`.
 
-    The order is that of the shards' paths, sorted, and within a shard that of the file: shards of a folder's images in
-    sorted order give the samples that the folder gives.
+    Samples are ordered by the shards' paths, and within a shard as in the file: shards of a folder's images in sorted
+    order give the folder's samples.
 
     Raises:
         FileNotFoundError: no such folder, file or shards of a pattern; no images in them, or none with the fields.
-        ValueError: a pattern that can't be expanded, a compressed shard, labels that can't be ids
-            (:func:`~regvq_fast.data.labels.label_ids`), and what ``ImageFolder`` raises.
+        ValueError: a pattern that can't be expanded, a compressed shard, invalid labels
+            (:func:`~regvq_fast.data.labels.cls_ids`), and as ``ImageFileDataset``.
         OSError: a shard can't be read.
     """
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
+    def _find(self) -> None:
         root, shards = _find_shards(self.source)
         splits = _own_shards(root, shards)
-        self.shards: Sequence[Path] = splits.get(split, shards)
+        self.shards: Sequence[Path] = splits.get(self.split, shards)
         indexes = load_indexes(self.shards)
         if "label" in self.fields:
-            used = list(chain.from_iterable(splits.values())) or shards  # of both splits, whose ids must agree
+            used = list(chain.from_iterable(splits.values())) or shards  # of both splits, which have common ids
             indexes = self._with_label_ids(indexes, dict(zip(used, load_indexes(used), strict=True)))
         self.left_out = {str(shard): index.left_out for shard, index in zip(self.shards, indexes, strict=True)}
         entries, ends = self._complete_entries(indexes)
@@ -102,12 +91,12 @@ class ImageShards(ImageFileDataset):
         return self._counts
 
     def _with_label_ids(self, indexes: Sequence[ShardIndex], used: Mapping[Path, ShardIndex]) -> list[ShardIndex]:
-        """Return the indexes with ids in place of each shard's own numbers of labels.
+        """Return the indexes with label ids instead of positions in each shard's labels.
 
-        ``used`` are those of both splits: their ids agree.
+        ``used`` are the indexes of both splits, which have common ids.
         """
         texts = {text: shard for shard, index in used.items() for text in index.labels}
-        self.label_names, ids = label_ids(texts, self._stated_labels)
+        self.label_names, ids = cls_ids(texts, self._stated_labels)
         numbered = []
         for index in indexes:
             table = np.array([*(ids[text] for text in index.labels), -1], dtype=np.int32)  # -1: no label, the last item
@@ -117,7 +106,7 @@ class ImageShards(ImageFileDataset):
         return numbered
 
     def _complete_entries(self, indexes: Sequence[ShardIndex]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-        """The samples with all fields, and how many there are up to the end of each shard; at least one sample."""
+        """Return the samples with all fields, at least one, and their number up to the end of each shard."""
         entries = np.concatenate([index.entries for index in indexes])
         ends = np.cumsum([len(index.entries) for index in indexes])
         if not len(entries):
@@ -150,10 +139,10 @@ class ImageShards(ImageFileDataset):
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern stands for, sorted: ``{08..10}`` is 08, 09, 10 and ``{a,b}`` is a, b, also nested.
+    """Return the sorted expansions of a pattern: ``{08..10}`` is 08, 09, 10 and ``{a,b}`` is a, b, also nested.
 
     Raises:
-        ValueError: braces that don't match, or that hold neither a range of whole numbers nor a list.
+        ValueError: braces that don't match, or that contain neither a range of integers nor a list.
     """
     return sorted(set(_expand(pattern, pattern)))
 
@@ -181,7 +170,7 @@ def _expand(text: str, pattern: str) -> list[str]:
 
 
 def _find_shards(source: str) -> tuple[Path, list[Path]]:
-    """The folder that holds all of them, and the shards, sorted; at least one."""
+    """Return the common folder of the shards and the shards, sorted; at least one."""
     path = Path(source)
     if path.is_dir():
         shards = [Path(file) for file in find_files(path, SHARD_SUFFIXES)]
@@ -201,12 +190,12 @@ def _find_shards(source: str) -> tuple[Path, list[Path]]:
 
 
 def _has(entries: NDArray[np.void], field: Field) -> NDArray[np.bool_]:
-    """Return which samples have a field."""
+    """Return a mask of the samples with a field."""
     return np.asarray(entries[field] >= 0 if field == "label" else entries[field]["offset"] >= 0)
 
 
 def _own_shards(root: Path, shards: Sequence[Path]) -> dict[Split, list[Path]]:
-    """Return the shards of each split; empty if they come without splits."""
+    """Return the shards of each split; empty if they have no splits."""
     names = {name for choices in SPLIT_NAMES.values() for name in choices}
     by_name: dict[str, list[Path]] = {}
     for shard in shards:
@@ -222,27 +211,27 @@ def _own_shards(root: Path, shards: Sequence[Path]) -> dict[Split, list[Path]]:
 
 
 def write_shards(samples: Iterable[Mapping[str, str | bytes]], pattern: str, max_bytes: int = 10**9) -> list[Path]:
-    """Pack samples into tar files that this module and webdataset read; returns their paths.
+    """Pack samples into tar files for this module and webdataset; return their paths.
 
-    Equal samples give equal bytes. Each file appears once it is whole.
+    Equal samples give equal bytes. Files are written atomically.
 
     Args:
-        samples: each with its ``__key__``, a path without extension that no other sample has, and its files by
-            extension: ``{"__key__": "cats/0", "jpg": b"...", "txt": "a cat", "seg.png": b"...", "cls": "7"}``. Strings
-            are written as UTF-8.
-        pattern: path of the shards with a place for their number, as in "packed/train-%06d.tar".
-        max_bytes: a shard ends before the sample that would make it larger, but holds one at least.
+        samples: each with a unique ``__key__``, a path without extension, and its files by extension:
+            ``{"__key__": "cats/0", "jpg": b"...", "txt": "a cat", "seg.png": b"...", "cls": "7"}``. Strings are
+            written as UTF-8.
+        pattern: path of the shards with a format for their number, such as "packed/train-%06d.tar".
+        max_bytes: largest size of a shard, unless a single sample is larger.
 
     Raises:
-        ValueError: a pattern without a place for a number; a key that is missing, repeated in its shard, or with a dot
-            in its file name, where the extension would begin.
-        FileExistsError: a shard of this name is there already.
+        ValueError: a pattern without a format for a number; a key that is missing, repeated in its shard, or has a dot
+            in its file name.
+        FileExistsError: a shard exists already.
     """
     try:
         if pattern % 0 == pattern % 1:
             raise TypeError
     except (TypeError, ValueError):
-        raise ValueError(f"pattern must have one place for a number, like shards-%06d.tar; got {pattern!r}") from None
+        raise ValueError(f"pattern must have one format for a number, like shards-%06d.tar; got {pattern!r}") from None
     shards: list[Path] = []
     remaining = iter(samples)
     sample = next(remaining, None)

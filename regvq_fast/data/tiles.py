@@ -1,11 +1,11 @@
-"""Images of any size through a tokenizer: padded to its down-sampling factor and, if asked for, tile by tile.
+"""Tokenization of images of any size: padded to a multiple of the down-sampling factor, and optionally tiled.
 
-Padding repeats the image's own pixels, mirrored, below and to the right; it is cut off again after decoding.
+Padding reflects the image's pixels below and to the right; it is cut off again after decoding.
 
-Tiles bound the memory of the networks to that of one tile. They overlap: a token is that of the tile in which it lies
-farthest from an edge, and decoded tiles are blended, with weights that fall to zero at a tile's edges. The networks are
-not local: GroupNorm takes its statistics, and attention its keys, from all that they see at once. A tile's tokens are
-therefore near those of the whole image, not equal to them.
+Tiles bound the memory of the networks. They overlap: each token comes from the tile in which it is farthest from an
+edge, and decoded tiles are blended with weights that fall to zero at the edges. The networks are not local: GroupNorm
+takes its statistics, and attention its keys, from the whole input. A tile's tokens are therefore close to those of the
+whole image, but not equal.
 """
 
 import itertools
@@ -25,22 +25,22 @@ class Tiling(NamedTuple):
     tile: int
     """Side of a tile; smaller images are one tile."""
     overlap: int
-    """Least overlap of neighbours, at most half a tile."""
+    """Smallest overlap of neighbours, at most half a tile."""
 
 
 class _Window(NamedTuple):
-    """A tile along one axis; numbers of tokens."""
+    """A tile along one axis, in tokens."""
 
     start: int
     stop: int
     owned: slice
-    """Tokens of the image that are this tile's."""
+    """Tokens of the image that come from this tile."""
     weights: Tensor
-    """(pixels,) float32; over all windows, the weights of a pixel sum to 1."""
+    """(pixels,) float32; the weights of a pixel sum to 1 over all windows."""
 
 
 def checked_tiling(factor: int, tile: int, overlap: int | None = None) -> Tiling:
-    """Return a checked tiling for a down-sampling factor; the overlap is a quarter of a tile unless given.
+    """Return a checked tiling for a down-sampling factor; the default overlap is a quarter of a tile.
 
     Raises:
         ValueError: a side that is not a positive multiple of the factor, or an overlap of more than half a tile.
@@ -62,7 +62,7 @@ def checked_tiling(factor: int, tile: int, overlap: int | None = None) -> Tiling
 def pad(images: Tensor, factor: int) -> Tensor:
     """Return images (..., H, W) with H and W rounded up to multiples of ``factor``, filled by reflection.
 
-    Where an image is too small to fill its own padding, its first row or column is repeated.
+    If an image is too small to fill the padding, its first row or column is repeated.
     """
     for axis in (-2, -1):
         size = images.shape[axis]
@@ -82,12 +82,12 @@ def tokenize_images(
 
     Args:
         model: on any device.
-        images: (B, 3, H, W) uint8, H and W at least 1; on any device, a tile at a time goes to the model's.
-        tiling: None: each image as a whole.
+        images: (B, 3, H, W) uint8, H and W at least 1, on any device; tiles are moved to the model's device.
+        tiling: None: no tiles.
         autocast: entered around the model.
 
     Returns:
-        (B, h, w) int64 on the CPU, with h and w of the padded images.
+        (B, h, w) int64 on the CPU, for the padded images.
 
     Memory on the model's device: that of B images of one tile, or of B whole images.
 
@@ -129,16 +129,17 @@ def decode_tokens(
         model: on any device.
         tokens: (B, h, w) int64.
         size: (H, W) to crop to; None: all of the images.
-        tiling: None: each image as a whole.
+        tiling: None: no tiles.
         autocast: entered around the model.
 
     Returns:
         (B, 3, H, W) uint8 on the CPU.
 
-    Memory: on the model's device as there; on the CPU, with tiles, float32 images as high as a tile beside the result.
+    Memory: on the model's device as in :func:`tokenize_images`; on the CPU the result and, with tiles, float32 images
+    with the height of a tile.
 
     Raises:
-        TypeError, ValueError: no such tokens.
+        TypeError, ValueError: invalid tokens.
     """
     if tokens.ndim != 3 or not tokens.numel():
         raise ValueError(f"tokens must be (B, h, w), one at least, got {tuple(tokens.shape)}")
@@ -146,7 +147,7 @@ def decode_tokens(
     rows, columns = _windows(height, factor, tiling), _windows(width, factor, tiling)
     images = torch.empty(batch, model.in_channels, height * factor, width * factor, dtype=torch.uint8)
     tile_height = (rows[0].stop - rows[0].start) * factor
-    band = torch.zeros(batch, model.in_channels, tile_height, width * factor)  # what tiles have added so far
+    band = torch.zeros(batch, model.in_channels, tile_height, width * factor)  # sum of the weighted tiles so far
     for k, row in enumerate(rows):
         for column in columns:
             seen = tokens[:, row.start : row.stop, column.start : column.stop].to(model.last_layer.device)
@@ -160,7 +161,7 @@ def decode_tokens(
 
 
 def _windows(length: int, factor: int, tiling: Tiling | None) -> Sequence[_Window]:
-    """Return the tiles along an axis of so many tokens: of one size, evenly spaced."""
+    """Return the tiles along an axis of ``length`` tokens, of one size and evenly spaced."""
     tile = length if tiling is None else min(tiling.tile // factor, length)
     overlap = 0 if tiling is None else tiling.overlap // factor
     count = 1 if tile == length else -(-(length - overlap) // (tile - overlap))
@@ -171,7 +172,7 @@ def _windows(length: int, factor: int, tiling: Tiling | None) -> Sequence[_Windo
     for row, start in zip(weights, starts, strict=True):
         row[start * factor : (start + tile) * factor] = ramp
     weights /= weights.sum(0)
-    # Halfway between the middles of neighbours, where both are equally far from their edges.
+    # Halfway between the centres of neighbours, where both edges are equally far.
     borders = [0, *((a + b + tile) // 2 for a, b in itertools.pairwise(starts)), length]
     return [
         _Window(start, start + tile, slice(*borders[k : k + 2]), weights[k, start * factor : (start + tile) * factor])

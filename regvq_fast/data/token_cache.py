@@ -1,15 +1,14 @@
-"""The files of a token cache: a data set that a tokenizer has encoded once, for priors to train from.
+"""The files of a token cache: a data set encoded once by a tokenizer, for the training of priors.
 
-    cache.json                  which tokenizer, which data, how many samples of what (:class:`CacheInfo`)
-    train-000000.safetensors    shards: samples of the training stream in its order,
-    val-000000.safetensors      and of the validation split in its order
+    cache.json                  tokenizer, data, and numbers of samples (:class:`CacheInfo`)
+    train-000000.safetensors    shards: samples of the training stream in order,
+    val-000000.safetensors      and of the validation split in order
 
-A shard is one safetensors file, so that the fields of its samples appear together or not at all, and its header has
-the expected length. It holds ``tokens`` (count, h, w) uint16, or uint32 of more than 65,536 codes, and, as the cache
-has them, ``segmentation`` (count, h, w) uint8, the class ids on the token grid, ``label`` (count,) int32, and
-``caption`` (bytes,) uint8, UTF-8 one after another, with ``caption_ends`` (count,) int64. The files are memory-mapped:
-opening one costs its header and ``caption_ends``, a sample one or two pages. A mapped file keeps no file handle, of
-which a process may have fewer than a cache has shards.
+A shard is one safetensors file, written atomically, whose header gives its length. It contains ``tokens`` (count, h, w)
+uint16, or uint32 for more than 65,536 codes, and depending on the cache's fields: ``segmentation`` (count, h, w) uint8,
+the class ids on the token grid; ``label`` (count,) int32; ``caption`` (bytes,) uint8, concatenated UTF-8, with
+``caption_ends`` (count,) int64. Files are memory-mapped: opening one reads its header and ``caption_ends``, a sample
+one or two pages. Mapped files keep no file handles, since a cache may have more shards than a process may have handles.
 """
 
 import dataclasses
@@ -51,7 +50,7 @@ class CacheInfo:
     """Contents of ``cache.json``."""
 
     tokenizer: str
-    """Path of the tokenizer, as it was given."""
+    """Path of the tokenizer, as given."""
     tokenizer_sha256: str
     """Hash of its weights (:func:`regvq_fast.models.weights.weights_hash`)."""
     num_codes: int
@@ -68,25 +67,25 @@ class CacheInfo:
     views: int
     """Epochs of the training stream in the cache."""
     train_images: int
-    """Samples of an epoch."""
+    """Samples per epoch."""
     val_images: int
     fields: tuple[Field, ...]
     """Fields of the samples besides their tokens."""
     shard_samples: int
-    """Samples of a shard; the last one of a split may have fewer."""
+    """Samples per shard; a split's last shard may have fewer."""
     num_classes: int | None = None
-    """Classes of the segmentation: as many as the data set names, else one more than the largest id. None: it has none,
-    or the cache is not complete."""
+    """Number of classes of the segmentation: the data set's, else one more than the largest id. None without
+    segmentation, or if the cache is not complete."""
     label_names: tuple[str, ...] = ()
     """Names of the labels by id; empty without the field "label"."""
     complete: bool = False
-    """True if all shards are there."""
+    """True if all shards exist."""
     first_images: str | None = None
-    """Fingerprint of the first images of both splits; None: of a cache that was made before it was kept."""
+    """Fingerprint of the first images of both splits; None in caches of older versions."""
     format: int = FORMAT
 
     def check(self) -> None:
-        """Raise ValueError for a field of another type or out of range, as a damaged file may have."""
+        """Raise ValueError for a field with another type or out of range."""
         check_types(type(self), vars(self))
         names = ("num_codes", "image_size", "train_images", "val_images", "views", "shard_samples")
         sizes = [(name, getattr(self, name)) for name in names] + [("token_shape", side) for side in self.token_shape]
@@ -97,22 +96,22 @@ class CacheInfo:
             raise ValueError(f"num_classes is {self.num_classes}, not from 1 to 256")
 
     def samples(self, split: Split) -> int:
-        """Samples in a split of the cache."""
+        """Return the number of samples in a split of the cache."""
         return self.val_images if split == "val" else self.views * self.train_images
 
     def num_shards(self, split: Split) -> int:
-        """Shards of a split."""
+        """Return the number of shards of a split."""
         return math.ceil(self.samples(split) / self.shard_samples)
 
     def shard_range(self, split: Split, number: int) -> range:
-        """The samples of a shard."""
+        """Return the indices of a shard's samples."""
         return range(self.samples(split))[number * self.shard_samples : (number + 1) * self.shard_samples]
 
     def settings(self) -> dict[str, Any]:
-        """Return what must not change between the runs that fill a cache; the tokenizer's path may, its hash not."""
+        """Return the fields that must not change between runs that fill a cache: all but paths and results."""
         free = {"tokenizer", "num_classes", "complete"}
         if self.data is None:
-            free |= {"crop", "flip"}  # without effect on scenes
+            free |= {"crop", "flip"}  # no effect on scenes
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 
@@ -149,12 +148,12 @@ def read_info(folder: Path) -> CacheInfo:
 
 
 def shard_path(folder: Path, split: Split, number: int) -> Path:
-    """The file of a shard."""
+    """Return the path of a shard."""
     return folder / f"{split}-{number:06d}.safetensors"
 
 
 class Shard(NamedTuple):
-    """Consecutive samples: arrays, memory-mapped if :func:`open_shard` returned them."""
+    """Consecutive samples as arrays; memory-mapped by :func:`open_shard`."""
 
     tokens: NDArray[np.uint16] | NDArray[np.uint32]
     """(count, h, w)"""
@@ -165,10 +164,10 @@ class Shard(NamedTuple):
     caption: NDArray[np.uint8] | None
     """(bytes,), UTF-8."""
     caption_ends: NDArray[np.int64] | None
-    """(count,), end of each one in ``caption``."""
+    """(count,), end of each caption in ``caption``."""
 
     def caption_of(self, row: int) -> str:
-        """Return the caption of a sample; only if the cache has captions."""
+        """Return the caption of a sample; requires captions."""
         assert self.caption is not None
         assert self.caption_ends is not None
         start = self.caption_ends[row - 1] if row else 0
@@ -176,7 +175,7 @@ class Shard(NamedTuple):
 
 
 def token_type(num_codes: int) -> np.dtype[Any]:
-    """Return the type that shards hold ids of codes in."""
+    """Return the type of tokens in shards."""
     return np.dtype(np.uint16 if num_codes <= 2**16 else np.uint32)
 
 
@@ -187,7 +186,7 @@ def write_shard(
     captions: Sequence[str] | None,
     labels: NDArray[np.int32] | None = None,
 ) -> None:
-    """Write a shard atomically: (count, h, w) twice, ``count`` captions and (count,) labels; None if there are none."""
+    """Write a shard atomically: tokens and segmentation (count, h, w), ``count`` captions, labels (count,)."""
     arrays: dict[str, NDArray[Any]] = {"tokens": tokens}
     if segmentation is not None:
         arrays["segmentation"] = segmentation
@@ -199,14 +198,14 @@ def write_shard(
         arrays["caption_ends"] = np.cumsum([len(text) for text in encoded], dtype=np.int64)
     with atomic_path(path) as temporary:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        temporary.write_bytes(safetensors.numpy.save(contiguous))  # save_file would make it unreadable for others
+        temporary.write_bytes(safetensors.numpy.save(contiguous))  # save_file would write it unreadable for other users
 
 
 def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shard:
-    """Map a shard into memory, after checking its header and its length.
+    """Memory-map a shard, after checking its header and length.
 
     Raises:
-        FileNotFoundError: it is missing.
+        FileNotFoundError: the shard is missing.
         ValueError: it is truncated, damaged, of another cache, or has an empty caption; the message names it.
     """
     path = shard_path(folder, split, number)
@@ -239,12 +238,12 @@ def open_shard(folder: Path, info: CacheInfo, split: Split, number: int) -> Shar
 
 
 def _mapped(file: BinaryIO, size: int) -> NDArray[np.uint8]:
-    """Return the bytes of an open file, mapped into memory and read-only.
+    """Return the bytes of an open file, memory-mapped and read-only.
 
-    PyTorch's mapping, since it closes its file handle; Python's keeps one for as long as it lives. By the number of the
-    handle, since PyTorch takes no path that isn't UTF-8.
+    PyTorch's mapping closes its file handle; Python's keeps one while it lives. The handle's number is used, since
+    PyTorch requires paths in UTF-8.
     """
-    if not size:  # which can't be mapped
+    if not size:  # an empty file can't be mapped
         return np.empty(0, np.uint8)
     content: NDArray[np.uint8] = torch.from_file(f"/dev/fd/{file.fileno()}", False, size, dtype=torch.uint8).numpy()
     content.flags.writeable = False
@@ -261,7 +260,7 @@ class _Entry(NamedTuple):
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> "_Entry":
-        """Parse a description; raises ValueError, KeyError, TypeError or AttributeError if it is none."""
+        """Parse a description; ValueError, KeyError, TypeError or AttributeError if it is invalid."""
         start, stop = map(operator.index, entry["data_offsets"])
         parsed = cls(entry["dtype"], [operator.index(side) for side in entry["shape"]], (start, stop))
         if min(parsed.shape) < 0 or stop - start != math.prod(parsed.shape) * _TYPES[parsed.dtype].itemsize:

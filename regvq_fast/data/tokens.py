@@ -1,7 +1,7 @@
-"""Samples of tokens: from a cache that ``regvq tokens`` made, or made of images on the fly.
+"""Samples of tokens, from a cache of ``regvq tokens`` or encoded on the fly.
 
-Both give the same samples. The cache holds the first ``views`` epochs of a training stream in its order, so that sample
-g of a cached data set and the tokens of sample g of the images are equal for every g below their number.
+Both give the same samples: a cache contains the first ``views`` epochs of a training stream in order, so that its
+sample g equals the tokens of the images' sample g, for every g below its length.
 """
 
 import os
@@ -22,12 +22,12 @@ _MAX_CLASSES = 256
 
 
 class TokenSample(TypedDict):
-    """The tokens of one image, and their conditions."""
+    """The tokens of one image, with its conditions."""
 
     tokens: Tensor
-    """(h, w) int64, ids of codes."""
+    """(h, w) int64, indices of codes."""
     segmentation: NotRequired[Tensor]
-    """(h, w) uint8, a class id at each token."""
+    """(h, w) uint8, class id of each token."""
     caption: NotRequired[str]
     label: NotRequired[int]
 
@@ -45,24 +45,24 @@ class TokenBatch(TypedDict):
 
 
 class Tokenizer(Protocol):
-    """The method of a VQGAN that makes tokens."""
+    """The tokenizing method of a VQGAN."""
 
     def tokenize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in -1..1 -> (B, h, w) int64."""
+        """Return tokens (B, h, w) int64 of images (B, 3, H, W) float32 in -1..1."""
 
 
 def tokenize_batch(tokenizer: Tokenizer, batch: Batch, device: torch.device | str = "cpu") -> TokenBatch:
-    """Turn a batch of images into the batch that a cache of them has.
+    """Convert a batch of images to a batch of tokens, as a cache has it.
 
-    Does not synchronize with the device. Enter autocast around it for mixed precision.
+    The host does not wait for the device. Enter autocast around it for mixed precision.
 
     Args:
         tokenizer: for example a VQGAN.
-        batch: images (B, 3, H, W) uint8; semantic maps (B, H, W) uint8, captions and labels (B,), if it has them.
+        batch: images (B, 3, H, W) uint8; optionally semantic maps (B, H, W) uint8, captions and labels (B,).
         device: of the tokenizer.
 
     Returns:
-        Tokens (B, h, w) int64, maps (B, h, w) uint8 by :func:`majority_vote` and labels on ``device``; the captions.
+        Tokens (B, h, w) int64, maps (B, h, w) uint8 by :func:`majority_vote` and labels on ``device``; captions.
     """
     tokens = tokenizer.tokenize(to_float(batch["image"].to(device, non_blocking=True)))
     converted = TokenBatch(tokens=tokens)
@@ -77,10 +77,10 @@ def tokenize_batch(tokenizer: Tokenizer, batch: Batch, device: torch.device | st
 
 
 def majority_vote(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return the most frequent class id in each cell of a grid; of equally frequent ones the smallest.
+    """Return the most frequent class id in each cell of a grid; the smallest in a tie.
 
-    A pixel belongs to the cell of its centre (in exact integer arithmetic), so that the sides need not be multiples of
-    the grid's. Memory: 1 KiB a cell.
+    A pixel belongs to the cell of its centre, in exact integer arithmetic, so the map's sides need not be multiples of
+    the grid's. Memory: 1 KiB per cell.
 
     Args:
         segmentation: (B, H, W) uint8.
@@ -107,30 +107,29 @@ def majority_vote(segmentation: Tensor, shape: tuple[int, int]) -> Tensor:
     votes = (cell * _MAX_CLASSES + segmentation.long()).view(batch, -1)
     counts = torch.zeros(batch, shape[0] * shape[1] * _MAX_CLASSES, dtype=torch.int32, device=segmentation.device)
     counts.scatter_add_(1, votes, torch.ones((), dtype=torch.int32, device=votes.device).expand_as(votes))
-    winners = counts.view(batch, *shape, _MAX_CLASSES).argmax(dim=-1)  # the first of several
+    winners = counts.view(batch, *shape, _MAX_CLASSES).argmax(dim=-1)  # the first in a tie
     return winners.to(torch.uint8)
 
 
 class TokenDataset(Dataset[TokenSample]):
     """The samples of a token cache, memory-mapped.
 
-    Training: endless. The first pass with the cache's own ``seed`` is the stream itself, ``views`` epochs with an order
-    each; later passes, and those of other seeds, are shuffled over all views of all images.
-    Validation: each sample once, in the order of the data set.
+    Training is endless. With the cache's own ``seed``, the first pass is the cached stream of ``views`` epochs; later
+    passes, and those with other seeds, are shuffled over all views of all images. Validation has each sample once, in
+    the order of the data set.
 
-    Worker processes open the data themselves. A batch is gathered at once (``__getitems__``, which DataLoader calls),
+    Worker processes open the files themselves. A batch is gathered at once (``__getitems__``, which DataLoader calls),
     as one TokenBatch; see :func:`regvq_fast.data.loading.collate`.
 
     Args:
         folder: of the cache.
         split: "train" or "val".
-        seed: decides the order of training samples.
-        tokenizer_hash: of the tokenizer that the tokens have to be of (:func:`regvq_fast.models.weights.weights_hash`);
-            None: any.
+        seed: determines the order of training samples.
+        tokenizer_hash: required hash of the tokenizer (:func:`regvq_fast.models.weights.weights_hash`); None: any.
 
     Raises:
-        FileNotFoundError: no cache there, or a shard is missing.
-        ValueError: an unknown split; a cache that is not complete, or of another tokenizer; a damaged file.
+        FileNotFoundError: no cache, or a shard is missing.
+        ValueError: an unknown split; an incomplete cache, or one of another tokenizer; a damaged file.
     """
 
     def __init__(
@@ -153,10 +152,10 @@ class TokenDataset(Dataset[TokenSample]):
                 f"the token cache {folder} was made by {info.tokenizer} (SHA-256 {info.tokenizer_sha256[:12]}), not by "
                 f"this tokenizer ({tokenizer_hash[:12]}): use that one, or make a cache with this one"
             )
-        self._opened: list[Shard] | None = self._open()  # here, so that a damaged one is an error at once
+        self._opened: list[Shard] | None = self._open()  # now, so that a damaged file is an error here
 
     def __len__(self) -> int:
-        """Return the number of samples in the split; in training of all views."""
+        """Return the number of samples in the split; in training, of all views."""
         return self.info.samples(self.split)
 
     def __getitem__(self, index: int) -> TokenSample:
@@ -172,13 +171,13 @@ class TokenDataset(Dataset[TokenSample]):
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> TokenBatch:
-        """Return the samples of one index or more, stacked; raises as ``__getitem__``."""
+        """Return the samples at one or more indices, stacked; errors as in ``__getitem__``."""
         if self._opened is None:
             self._opened = self._open()
         locations = [divmod(self._position(index), self.info.shard_samples) for index in indices]
         shards = self._opened
         tokens = np.stack([shards[number].tokens[row] for number, row in locations]).astype(np.int64)
-        if tokens.max() >= self.info.num_codes:  # an embedding on a GPU would end the process
+        if tokens.max() >= self.info.num_codes:  # out of range, an embedding on a GPU would end the process
             raise ValueError(
                 f"{self.folder} holds the token {tokens.max()}, but its tokenizer has {self.info.num_codes} codes: "
                 "a shard is damaged; delete the cache, and make it anew"
@@ -225,4 +224,4 @@ class TokenDataset(Dataset[TokenSample]):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}  # pickled, a mapped file would be its contents
+        return self.__dict__ | {"_opened": None}  # pickling a mapped file would copy its contents

@@ -12,7 +12,7 @@ from torch import Tensor
 AREA_RANGE = (0.5, 1.0)
 """Area of a random-resized crop, as a fraction of the largest square that fits the image."""
 RATIO_RANGE = (0.9, 1.1)
-"""Width over height of a random-resized crop before it is resized to a square."""
+"""Aspect ratio of a random-resized crop, before it is resized to a square."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,17 +25,17 @@ _TURNS = {
 }
 """Transposition of each EXIF orientation, as in Pillow's ``ImageOps.exif_transpose``.
 
-That function also encodes all other EXIF tags anew, and raises where one of them has a wrong type.
+That function also encodes all other EXIF tags again, and raises an error if one of them has a wrong type.
 """
 _SIDEWAYS = (5, 6, 7, 8)
 _RIGHT_TO_LEFT = (2, 3, 6, 7)
-"""Orientations whose transposition moves the stored image's right or lower edge to the left ..."""
+"""Orientations whose transposition moves the stored image's right or lower edge to the left."""
 _BOTTOM_TO_TOP = (3, 4, 7, 8)
-"""... or to the top."""
+"""Orientations whose transposition moves the stored image's right or lower edge to the top."""
 
 
 class Box(NamedTuple):
-    """A rectangle in an image, in pixels that may be fractional: Pillow's (left, upper, right, lower)."""
+    """A rectangle in an image in fractional pixels: Pillow's (left, upper, right, lower)."""
 
     left: float
     top: float
@@ -44,12 +44,12 @@ class Box(NamedTuple):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images of any shape, 0..255 -> float32, -1..1; exactly inverted by :func:`to_uint8`."""
+    """Convert images of any shape from uint8, 0..255, to float32, -1..1; the exact inverse of :func:`to_uint8`."""
     return images.to(torch.float32).div(127.5).sub(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floating images of any shape, -1..1 (clamped; NaN is black) -> uint8, rounded to the nearest level."""
+    """Convert floating images of any shape, -1..1 (clamped; NaN becomes black), to uint8, rounded to nearest."""
     return images.detach().to(torch.float32).nan_to_num(-1).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
@@ -59,7 +59,7 @@ def image_to_tensor(image: Image.Image) -> Tensor:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height of an opened image after its EXIF orientation; decodes no JPEG."""
+    """Return width and height of an opened image after its EXIF orientation, without decoding a JPEG."""
     width, height = image.size
     return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
@@ -69,19 +69,18 @@ def crop_rgb(image: Image.Image, box: Box, width: int, height: int, oversampling
 
     - The EXIF orientation is applied.
     - Greyscale, palette, CMYK and bilevel images are converted; transparency is composited on white.
-    - 16-bit samples keep their upper byte; float samples are read as 0..1, or as 0..255 where any exceeds 1.
-    - A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box then still has ``oversampling`` times the pixels
-      asked for, in width and height: several times faster. The crop's extent is the same up to rounding.
+    - 16-bit samples keep their upper byte; float samples are read as 0..1, or as 0..255 if any exceeds 1.
+    - A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, several times faster, if the box then still has at least
+      ``oversampling`` times the requested width and height. The crop's extent is the same up to rounding.
 
-    Raises whatever Pillow raises for a file it cannot read.
+    Errors of Pillow are raised.
     """
     size = upright_size(image)
     reduction = max(min((box.right - box.left) / width, (box.bottom - box.top) / height) / oversampling, 1)
     drafted = image.draft(None, (ceil(image.width / reduction), ceil(image.height / reduction)))
     image.load()
     orientation = _orientation(image)
-    # Extent of the image in the decoded pixels: a side of 5 pixels decodes at half its size to 3, of which the image
-    # covers 2.5.
+    # Extent of the image in decoded pixels: at half size, 5 pixels decode to 3, of which the image covers 2.5.
     right, bottom = drafted[1][2:] if drafted else image.size
     if orientation in _SIDEWAYS:
         right, bottom = bottom, right
@@ -96,11 +95,11 @@ def crop_labels(
 ) -> Image.Image:
     """Resize the same ``box`` of a map of class ids, of an image of ``image_size``, by nearest neighbour.
 
-    The map may be larger or smaller than the image, of the same shape. Its palette, if any, is ignored.
+    The map may have another size than the image, with the same aspect ratio. A palette is ignored.
 
     Raises:
-        ValueError: it has colours instead of class ids, somewhere an id that is not below ``num_classes`` (None: 256),
-            or another shape than the image.
+        ValueError: the map has colours instead of class ids, an id of at least ``num_classes`` (None: 256), or another
+            aspect ratio than the image.
     """
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise ValueError(f"a segmentation map has one class id a pixel, this one is {image.mode}")
@@ -108,7 +107,7 @@ def crop_labels(
     largest = min(num_classes or 256, 256) - 1  # a map has 8 bits
     if labels.max() > largest or labels.min() < 0:
         raise ValueError(f"class ids of a segmentation map must be in 0..{largest}, got {labels.min()}..{labels.max()}")
-    # Equal shapes up to the rounding of a side, of the map or of the image, to whole pixels.
+    # Equal aspect ratios, up to the rounding of sides to whole pixels.
     if abs(image.width * image_size[1] - image.height * image_size[0]) > max(*image_size, *image.size):
         raise ValueError(f"a segmentation map of {image.size} does not fit its image of {image_size}")
     box = _scaled(box, image_size, Box(0, 0, *image.size))
@@ -117,13 +116,13 @@ def crop_labels(
 
 def _orientation(image: Image.Image) -> int:
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
-        image.load()  # a PNG may state it after its pixels; a TIFF's is applied by decoding
+        image.load()  # a PNG may have it after its pixels; decoding applies a TIFF's
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     return orientation if orientation in _TURNS else 1  # cameras write other values, too
 
 
 def _scaled(box: Box, size: tuple[int, int], target: Box) -> Box:
-    """Scale ``box`` of an image of this size to ``target``, which shows the whole image."""
+    """Map ``box`` in an image of this size to the coordinates in which ``target`` is the whole image."""
     x, y = (target.right - target.left) / size[0], (target.bottom - target.top) / size[1]
     left, top = target.left + box.left * x, target.top + box.top * y
     right, bottom = target.left + box.right * x, target.top + box.bottom * y
@@ -131,7 +130,7 @@ def _scaled(box: Box, size: tuple[int, int], target: Box) -> Box:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # "I;16" and its byte orders, or "I", which is how some versions open 16-bit files
+    if image.mode.startswith("I"):  # "I;16" in any byte order; some versions open 16-bit files as "I"
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         samples = np.nan_to_num(np.asarray(image, dtype=np.float32))

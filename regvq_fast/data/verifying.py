@@ -1,4 +1,4 @@
-"""Verification of an official archive: which files exist, are missing, or can't be read."""
+"""Verification of an official archive: existing, missing and unreadable files."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -19,20 +19,20 @@ from regvq_fast.data.samples import Field, Part
 from regvq_fast.data.transforms import center_box, crop_labels, upright_size
 
 SHOWN_PROBLEMS = 10
-"""Number of damaged images that are named; the others are counted."""
+"""Number of damaged images to name; further ones are only counted."""
 
 
 class Need(NamedTuple):
-    """Something that an archive should have: how much exists, how much is expected."""
+    """Files that an archive should have, with found and expected numbers."""
 
     what: str
     found: int
     expected: int
-    """0: unknown."""
+    """Expected number; 0: unknown."""
     required: bool
-    """True if its absence is an error."""
+    """True if it is an error when they are missing."""
     source: str
-    """Address to get it from."""
+    """Address of the files."""
     example: str = ""
     """A missing file, or an image without the field."""
 
@@ -48,13 +48,13 @@ class Finding(NamedTuple):
 
     captions: int
     repeated: int
-    """Lines of the captions that are repeated or empty."""
+    """Repeated or empty lines of captions."""
 
 
 def verify(
     archive: Archive, fields: Collection[Field], *, decode: bool = False, workers: int = 0, console: Console
 ) -> None:
-    """Print which files of an archive exist, compared with the official counts, and where to get the rest.
+    """Print the numbers of an archive's files beside the official ones, and where to get missing files.
 
     Args:
         archive: result of ``find_archive``.
@@ -64,7 +64,7 @@ def verify(
         console: to print to.
 
     Raises:
-        ValueError: something is missing, or can't be read (after all files are checked); a damaged list.
+        ValueError: files are missing or unreadable, after all are checked; or a list is damaged.
     """
     found = list(needs(archive, fields))
     table = Table(title=Text(archive.heading), title_justify="left")
@@ -95,7 +95,7 @@ def verify(
 
 
 def needs(archive: Archive, fields: Collection[Field]) -> Iterator[Need]:
-    """Yield all that an archive should have, with the official counts; ``fields`` are required, others optional.
+    """Yield the files that an archive should have, with the official numbers; other than ``fields`` are optional.
 
     Raises:
         ValueError: a list is damaged.
@@ -124,7 +124,7 @@ def _example(archive: Archive, part: Part, name: str) -> str:
 
 
 def _open_all(archive: Archive, fields: Collection[Field], workers: int, console: Console) -> int:
-    """Open every image; print the first problems, and return how many there are."""
+    """Open every image; print the first problems, and return the number of problems."""
     images = problems = captions = repeated = 0
     if not all(path.is_file() for path in archive.lists()):
         return 0
@@ -147,7 +147,7 @@ def _open_all(archive: Archive, fields: Collection[Field], workers: int, console
 
 
 def examine(archive: Archive, name: str, fields: Collection[Field]) -> Finding:
-    """Decode an image and its fields; raises whatever reading them raises."""
+    """Decode an image and its fields; errors of reading are raised."""
     with Image.open(BytesIO(archive.read(name, "image"))) as file:
         size = upright_size(file)
         file.load()

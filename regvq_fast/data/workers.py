@@ -1,4 +1,4 @@
-"""Processes and threads that load data: what they do about signals, and how waiting for them ends."""
+"""Processes and threads that load data: their signals, and limits on waiting for them."""
 
 import atexit
 import os
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 PATIENCE_SECONDS = 300.0
-"""Longest wait for a batch; a network disk that changes to another server may take minutes."""
+"""Longest wait for a batch in seconds; the failover of a network disk may take minutes."""
 _LOOK_SECONDS = 5.0
 _NO_SHARED_MEMORY = 28  # exit status
 
@@ -26,11 +26,11 @@ _in_use: weakref.WeakSet["PatientBatches"] = weakref.WeakSet()
 
 
 class WorkersFailed(OSError):
-    """A data worker or the disk ended or stopped answering, seen while a batch was waited for."""
+    """A data worker ended, or it or the disk did not respond in time."""
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A DataLoader that is not waited for without an end: with :class:`PatientBatches`, or :class:`OwnBatches`."""
+    """A DataLoader with a limit on waiting: it returns :class:`PatientBatches` or :class:`OwnBatches`."""
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
@@ -38,10 +38,10 @@ class WorkerLoader(DataLoader[Any]):
 
 
 class OwnBatches(Iterator[Any]):
-    """Batches that this process loads, in a thread: Python's signals reach no thread that waits for a disk.
+    """Batches loaded by a thread of this process: Python can't handle signals in a thread that waits for a disk.
 
     Raises:
-        WorkersFailed: no batch came for five minutes.
+        WorkersFailed: no batch for five minutes.
     """
 
     def __init__(self, batches: Iterator[Any]) -> None:
@@ -63,7 +63,7 @@ class OwnBatches(Iterator[Any]):
         return batch
 
     def close(self) -> None:
-        """End the thread, once it has what it waits for."""
+        """End the thread after its current read."""
         self._asked.put(False)
 
     __del__ = close
@@ -72,7 +72,7 @@ class OwnBatches(Iterator[Any]):
 def _load(batches: Iterator[Any], asked: Any, loaded: Any, device: int | None) -> None:
     while asked.get():
         try:
-            if device is not None:  # a thread's own; pinned memory takes some of it
+            if device is not None:  # the current device is per thread; pinning memory uses it
                 torch.cuda.set_device(device)
             loaded.put((next(batches), None))
         except BaseException as error:
@@ -80,18 +80,18 @@ def _load(batches: Iterator[Any], asked: Any, loaded: Any, device: int | None) -
 
 
 class PatientBatches(Iterator[Any]):
-    """Batches of worker processes, which end with it.
+    """Batches of worker processes, which end with this iterator.
 
-    A thread kills the workers where none gives the next batch: the wait may be for one in the middle of a batch, which
-    DataLoader's own timeout doesn't end.
+    A thread kills the worker of the next batch if that takes too long. DataLoader's own timeout does not end a wait for
+    a worker in the middle of sending a batch.
 
     Raises:
-        WorkersFailed: a worker ended, or none gave the next batch for five minutes; the message names it.
+        WorkersFailed: a worker ended, or did not deliver the next batch for five minutes; the message names it.
     """
 
     def __init__(self, batches: Any) -> None:
         self._batches = batches
-        self._since: float | None = None  # on the monotonic clock, of the present wait
+        self._since: float | None = None  # start of the current wait, on the monotonic clock
         self._stuck = ""
         self._closed = threading.Event()
         self._forget_workers()
@@ -112,7 +112,7 @@ class PatientBatches(Iterator[Any]):
             self._since = None
 
     def end_if_stuck(self) -> None:
-        """Kill the worker that has the next batch to give if the wait for it is too long, which ends it."""
+        """Kill the worker of the next batch if the wait is too long, which ends the wait."""
         since = self._since
         if since is not None and time.monotonic() - since > PATIENCE_SECONDS:
             number = self._batches._task_info[self._batches._rcvd_idx][0]
@@ -128,9 +128,9 @@ class PatientBatches(Iterator[Any]):
             worker.kill()
 
     def _failure(self) -> str:
-        """Return which worker ended, and why; "" if all live."""
+        """Return a message about a worker that ended; empty if all live."""
         for number, worker in enumerate(self._batches._workers):
-            worker.join(0.1)  # it may just have died, while it sent a batch
+            worker.join(0.1)  # it may just have died while sending a batch
             if worker.exitcode == _NO_SHARED_MEMORY:
                 return _no_room()
             if worker.exitcode is not None:
@@ -140,18 +140,17 @@ class PatientBatches(Iterator[Any]):
         return ""
 
     def _forget_workers(self) -> None:
-        """Keep DataLoader from raising an error where a worker ends: that comes anywhere in this process's work."""
+        """Keep DataLoader's signal handler from raising an error, anywhere in this process, when a worker ends."""
         if self._batches._worker_pids_set:
             _remove_worker_pids(id(self._batches))
             self._batches._worker_pids_set = False
 
     def close(self) -> None:
-        """End the workers, at once: they have nothing to save, and a stuck one takes no other signal."""
+        """Kill the workers: they have nothing to save, and a stuck one handles no other signal."""
         self._closed.set()
         for worker in self._batches._workers:
             worker.kill()
-        # One that was killed while it looked at this event holds the event's lock for ever. No other process is left
-        # that the event would have to reach.
+        # A worker killed while it read this event still holds the event's lock. No other process needs the event.
         self._batches._workers_done_event = threading.Event()
         self._batches._shutdown_workers()
 
@@ -162,9 +161,9 @@ def _watch(batches: "weakref.ref[PatientBatches]", closed: threading.Event) -> N
         del waiting
 
 
-@atexit.register  # before multiprocessing's own, which would wait for workers that it asked to end once
+@atexit.register  # before multiprocessing's handler, which would wait for the workers
 def _end_workers() -> None:
-    """End the workers of batches that are still in use when Python exits."""
+    """End the workers of batches still in use when Python exits."""
     for batches in list(_in_use):
         batches.close()
 
@@ -173,15 +172,15 @@ def _no_room() -> str:
     memory = os.statvfs("/dev/shm")
     return (
         f"a data worker found no room in shared memory (/dev/shm has {memory.f_blocks * memory.f_frsize / 2**20:.1f} "
-        "MiB): take fewer --workers, of which 0 need none, or give the container more, as by docker run --shm-size"
+        "MiB): use fewer --workers, or 0, or give the container more shared memory, as by docker run --shm-size"
     )
 
 
 def start_worker(worker: int) -> None:
-    """Let only the parent answer Ctrl-C, a cluster's SIGTERM and a closed terminal, which reach every process of a job.
+    """Ignore Ctrl-C, a closed terminal and the first SIGTERM: they reach every process, and the parent acts on them.
 
-    It may have to end one that is stuck by SIGTERM, and Python waits for that at exit: the second one is obeyed.
-    DataLoader itself keeps each worker to one compute thread.
+    The second SIGTERM ends the worker: Python sends one at exit and waits. DataLoader limits each worker to one compute
+    thread.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -190,7 +189,7 @@ def start_worker(worker: int) -> None:
 
 
 def _end_unheard(error: Exception, batch: object) -> None:
-    """End a worker whose batch can't be sent: it is lost, and the parent would wait for it for ever."""
+    """End a worker whose batch can't be sent: otherwise the parent would wait for it forever."""
     no_room = "shared memory" in str(error) or "No space left" in str(error)
     if not no_room:
         print(f"data worker {os.getpid()}: {error}", file=sys.stderr, flush=True)

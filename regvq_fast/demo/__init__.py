@@ -1,4 +1,4 @@
-"""A web page on a tokenizer and its priors.
+"""A web page for a tokenizer and its priors.
 
-`uploads`, `decoding` and `workbench` are its logic; `page`, `guard` and `serving` the web.
+`uploads`, `decoding` and `workbench` contain its logic; `page`, `guard` and `serving` its web server.
 """

@@ -1,4 +1,4 @@
-"""Process in which the images of strangers are decoded: its time and memory are limited, and it may crash."""
+"""Process that decodes untrusted images: its time and memory are limited, and it may crash."""
 
 import multiprocessing
 import os
@@ -14,18 +14,18 @@ import torch
 from regvq_fast.demo.uploads import Square, read_square
 
 SECONDS = 20.0
-"""Longest time that an image is decoded. Few bytes can ask for hours, as a JPEG of many empty scans does."""
+"""Time limit of decoding. A small file can take hours, such as a JPEG with many empty scans."""
 MEMORY = 2 * 2**30
-"""Bytes that decoding may take: a WebP image of 50 million pixels takes 1.1 GiB."""
+"""Memory limit of decoding in bytes: a WebP image of 50 million pixels takes 1.1 GiB."""
 _START_SECONDS = 120.0
 
 
 class Decoder:
-    """`read_square` in another process, for one image at a time; the process is replaced where it ends.
+    """`read_square` in another process, for one image at a time; a process that ends is replaced.
 
     Args:
-        seconds: longest time of an image.
-        memory: bytes that one may take.
+        seconds: time limit per image.
+        memory: memory limit per image in bytes.
     """
 
     def __init__(self, seconds: float = SECONDS, memory: int = MEMORY) -> None:
@@ -38,8 +38,8 @@ class Decoder:
         """Read an image as :func:`regvq_fast.demo.uploads.read_square`.
 
         Raises:
-            ValueError: as there; or it takes too much time or memory, or its decoder crashes.
-            OSError: the disk fails, or there is no such process.
+            ValueError: as there; or decoding takes too much time or memory, or crashes.
+            OSError: the disk fails, or the process does not start.
         """
         with self._lock:
             if not self._process.is_alive():
@@ -70,7 +70,7 @@ class Decoder:
         self._process.join()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would hold the locks of this process's threads
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that this process's threads hold
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_decode, args=(other, self.memory), daemon=True)
         self._process.start()
@@ -79,8 +79,8 @@ class Decoder:
 
 
 def _decode(pipe: Connection, memory: int) -> None:
-    """Answer requests until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the page ends this one
+    """Answer requests until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this one
     if sys.platform == "linux":
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))

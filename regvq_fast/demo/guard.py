@@ -1,8 +1,8 @@
-"""Guard of the demo page: which requests reach the framework, and how much they may ask for.
+"""Guard of the demo page: a filter of requests, with limits.
 
-The page needs few of the framework's routes; only these are answered. Files are read from the folder of uploads alone,
-requests that name any other file or address are refused before the framework sees them, and the browser is told to
-load nothing from elsewhere.
+Only the few routes of the framework that the page needs are answered. Requests that name a file outside the upload
+folder, or an address, are refused before the framework sees them. A content security policy keeps the browser from
+loading anything from elsewhere.
 """
 
 import asyncio
@@ -20,22 +20,22 @@ from regvq_fast.demo.uploads import MAX_BYTES
 logger = logging.getLogger("regvq_fast")
 
 UPLOADS_BYTES = 512 * 2**20
-"""Bytes of all uploads that are kept; beyond, the oldest go."""
+"""Largest size of all uploads in bytes; above it, the oldest are deleted."""
 LEAST_BYTES = 2**18
-"""Bytes that an upload counts as at least: many tiny ones would fill the disk's table of files."""
+"""Smallest size in bytes that an upload counts as: many tiny files would exhaust the disk's inodes."""
 MAX_BODY = 2**18
-"""Bytes of a request that is no upload."""
+"""Largest body in bytes of a request other than an upload."""
 MAX_STREAMS = 128
-"""Open heartbeats. The framework keeps one for each tab of a browser; without it a tab works, too."""
+"""Largest number of open heartbeats. The framework keeps one per browser tab; a tab also works without it."""
 
 _UPLOAD, _JOIN, _FILE, _HEARTBEAT = (f"/gradio_api/{name}" for name in ("upload", "queue/join", "file=", "heartbeat/"))
 _READS = re.compile(
     r"/|/(assets|static)/[\w./+-]{1,200}|(/gradio_api)?/theme\.css|/favicon\.ico|/manifest\.json"
     r"|/gradio_api/(startup-events|queue/data|upload_progress|heartbeat/\w{1,100})"
 )
-_SECONDS = {_UPLOAD: 300.0, _JOIN: 30.0}  # in which the body has to arrive, by the path that takes one
+_SECONDS = {_UPLOAD: 300.0, _JOIN: 30.0}  # time limit of the body, by path
 _FORM = 64 * 2**10  # bytes that a form adds to its file
-_DRAINED = 4 * MAX_BYTES  # largest request that is read to its end before it is refused
+_DRAINED = 4 * MAX_BYTES  # largest body that is read before it is refused
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -53,7 +53,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Refusal(NamedTuple):
-    """Answer to a request that is not passed on."""
+    """Answer to a refused request."""
 
     status: int
     reason: str
@@ -66,15 +66,14 @@ _FAILED = Refusal(500, "The request failed.")
 
 
 class Guard:
-    """ASGI middleware that passes on what the page needs, and refuses everything else.
+    """ASGI middleware that passes on the requests that the page needs, and refuses all others.
 
-    An exception of the page is one line in the log and an answer, not a traceback for each request of a stranger.
+    An exception in the page gives one line in the log and an answer, not a traceback per request.
 
     Args:
         app: the page.
-        uploads: folder of the uploads, the only one that files are read from.
-        local: answer only requests to an address of this machine, so that no web site can reach the page through a
-            name of its own.
+        uploads: folder of uploads, the only one whose files are served.
+        local: answer only requests to an address of this machine, which prevents DNS rebinding by other web sites.
     """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], uploads: Path, local: bool) -> None:
@@ -98,7 +97,7 @@ class Guard:
             receive = _replay(body or b"", receive)
         if refusal is not None:
             if refusal.status == 413 and int(headers["content-length"]) <= _DRAINED:
-                await _read(receive, keep=False)  # who is cut off while sending never sees the answer
+                await _read(receive, keep=False)  # a client that is cut off while sending never sees the answer
             await _answer(send, refusal)
             return
         if path == _UPLOAD:
@@ -119,14 +118,14 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *_encoded(added)]
-            if status != 500:  # a page of the framework, after which it raises
+            if status != 500:  # the framework sends its own error page, then raises
                 await send(message)
 
         answer = _FAILED
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
-            if type(error).__name__ == "ClientDisconnect":  # or it took too long
+            if type(error).__name__ == "ClientDisconnect":  # also after a timeout
                 answer = _LATE
             else:
                 logger.warning("%s %s failed: %.200r", scope["method"], scope["path"], error)
@@ -156,7 +155,7 @@ class Guard:
         return None
 
     def _foreign(self, body: bytes) -> Refusal | None:
-        """Refuse a request for work that is no JSON, or names a file that is not an upload, or an address."""
+        """Return a refusal of a body that is not JSON, or that names an address or a file that was not uploaded."""
         try:
             paths = list(_paths(json.loads(body)))
         except (ValueError, RecursionError):
@@ -169,12 +168,12 @@ class Guard:
         try:
             found = Path(unquote(path)).resolve()
             return found.is_relative_to(self.uploads) and found.is_file() and unquote(path) == path
-        except (ValueError, OSError, RuntimeError):  # null bytes, long names, circles of links
+        except (ValueError, OSError, RuntimeError):  # null bytes, long names, circular links
             return False
 
 
 def make_room(folder: Path, limit: int) -> None:
-    """Delete the oldest files of a folder until the others have at most ``limit`` bytes, and count as at most these."""
+    """Delete the oldest files of a folder until the others count as at most ``limit`` bytes."""
     found = []
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):
@@ -216,7 +215,7 @@ def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:
-    """Receive a body within some seconds; a sender who takes longer counts as gone."""
+    """Limit the time to receive a body; a slower sender counts as disconnected."""
     end, more = asyncio.get_running_loop().time() + seconds, True
 
     async def received() -> MutableMapping[str, Any]:
@@ -233,7 +232,7 @@ def _in_time(receive: Receive, seconds: float) -> Receive:
 
 
 async def _read(receive: Receive, keep: bool = True) -> bytes | None:
-    """Return a body; None if its sender has gone."""
+    """Return a body; None if the sender disconnected."""
     chunks, more = [], True
     while more:
         message = await receive()

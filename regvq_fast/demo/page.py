@@ -1,4 +1,4 @@
-"""The demo page: tabs to reconstruct an image, and to sample from priors by map, caption, label or without either."""
+"""The demo page: a tab to reconstruct an image, and a tab for each prior, by its kind of condition."""
 
 import base64
 import html
@@ -24,10 +24,10 @@ from regvq_fast.version import __version__
 logger = logging.getLogger("regvq_fast")
 
 QUEUE = 32
-"""Requests that may wait; more are told to come back."""
+"""Largest number of waiting requests; further ones are refused."""
 _HERE = Path(__file__).parent
-_STARTS = 6  # maps to start from
-_SHORT = 60  # characters of an example that are shown
+_STARTS = 6  # number of example maps
+_SHORT = 60  # largest number of characters of an example caption
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 
 Result = TypeVar("Result")
@@ -37,12 +37,12 @@ def build_page(reconstructor: Reconstructor, painters: Sequence[Painter], exampl
     """Build the page, with a tab for the tokenizer and one for each prior.
 
     Args:
-        reconstructor: on the tokenizer.
-        painters: on the priors.
-        examples: images of the tokenizer's size, for those who have none at hand.
+        reconstructor: of the tokenizer.
+        painters: of the priors.
+        examples: images of the tokenizer's size.
 
     Returns:
-        The page; theme, styles and icon are its attributes ``demo_theme``, ``demo_css`` and ``demo_head``.
+        The page, with theme, styles and head as its attributes ``demo_theme``, ``demo_css`` and ``demo_head``.
     """
     with gr.Blocks(title="Reg-VQ demo", analytics_enabled=False) as page:
         size, (h, w) = reconstructor.size, reconstructor.token_shape
@@ -89,7 +89,7 @@ def _reconstruct_tab(reconstructor: Reconstructor, examples: ImageDataset) -> No
             upload: Any = gr.Image(
                 label="Image", sources=["upload", "clipboard"], height=300, elem_id="upload", buttons=[]
             )
-            # The file as it came: the component's own code opens anything. (A subclass would write a .pyi file here.)
+            # Pass the file unopened: the component's own code opens any format. (A subclass would write a .pyi file.)
             upload.preprocess = _path_of
             another = gr.Button("Show an example", elem_id="example")
             _html(
@@ -146,7 +146,7 @@ def _unconditional_tab(painter: Painter) -> None:
 
 
 def _prior_tab(painter: Painter, name: str, hint: str, make_condition: Callable[[], Any] | None) -> None:
-    """Lay out a prior's tab: the condition and a button beside the images and settings."""
+    """Lay out a prior's tab: condition and button beside images and settings."""
 
     def sample(*values: Any, progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         given, settings = (values[0], values[1:]) if make_condition else (None, values)
@@ -214,7 +214,7 @@ def _html(value: str, **settings: Any) -> gr.HTML:
 
 
 def _as_it_came(value: Any) -> Any:
-    """Return a value unchanged: what a component says of a wrong one is no sentence, or nothing."""
+    """Return a value unchanged, instead of the component's own check with its error messages."""
     return value
 
 
@@ -224,7 +224,7 @@ def _path_of(payload: Any) -> Path | None:
 
 
 def _in_words(work: Callable[..., Result]) -> Callable[..., Result]:
-    """Wrap a handler so that its errors are sentences on the page; those nobody expected are logged."""
+    """Wrap a handler so that its errors appear on the page as sentences; unexpected errors are logged."""
 
     @wraps(work)
     def wrapped(*args: Any, **kwargs: Any) -> Result:
@@ -254,12 +254,12 @@ def _shown(shown: Reconstruction, reconstructor: Reconstructor, note: str) -> st
         _figure(shown.reconstruction, "Reconstruction", "reconstruction.png"),
         _figure(shown.token_map, "Tokens: similar codes, similar colours", "tokens.png"),
     ]
-    facts = {
+    numbers = {
         "PSNR": "exact" if shown.psnr == float("inf") else f"{shown.psnr:.1f} dB",
         "tokens": f"{h} x {w}",
         "codes used": f"{shown.used} of {reconstructor.num_codes}",
     }
-    listed = "".join(f"<div><b>{html.escape(value)}</b><span>{name}</span></div>" for name, value in facts.items())
+    listed = "".join(f"<div><b>{html.escape(value)}</b><span>{name}</span></div>" for name, value in numbers.items())
     codes = "".join(
         f'<figure title="code {code.code}"><img alt="code {code.code}" src="{_png(code.patch)}">'
         f"<b>{code.code}</b><br>{code.positions} &times;</figure>"

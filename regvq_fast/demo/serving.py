@@ -1,4 +1,4 @@
-"""Web server of the demo page: its port, its temporary folder, and how long it waits for a request."""
+"""Web server of the demo page: its port, its temporary folder, and its timeouts."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from regvq_fast.demo.uploads import MAX_BYTES
 MAX_CONNECTIONS = 256
 
 REQUEST_SECONDS = 10.0
-"""Longest time from one request of a connection to the next, or to its first."""
+"""Longest idle time of a connection, before its first request or between two."""
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Open the page's port.
 
     Raises:
-        OSError: it can't be opened, in one sentence.
+        OSError: it can't be opened; the message is one sentence.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -40,12 +40,12 @@ def serve(make_page: Callable[[], Any], opened: socket.socket, local: bool, read
     """Serve a page until the process is interrupted or terminated.
 
     Args:
-        make_page: makes the page, a `gradio.Blocks`, once the environment is set.
+        make_page: makes the page, a `gradio.Blocks`; called after the environment is set.
         opened: a listening socket.
         local: as in `Guard`.
         ready: called before the first request is answered.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by way of the folder's removal
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, which removes the folder
     with tempfile.TemporaryDirectory(prefix="regvq-demo-") as folder:
         uploads = Path(folder).resolve()
         os.environ |= {
@@ -61,7 +61,7 @@ def serve(make_page: Callable[[], Any], opened: socket.socket, local: bool, read
         from uvicorn.protocols.http.h11_impl import H11Protocol
 
         class Impatient(H11Protocol):
-            """A connection that is closed where its request doesn't come: those that are open are limited."""
+            """A connection that is closed when idle, since the number of connections is limited."""
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
@@ -69,7 +69,7 @@ def serve(make_page: Callable[[], Any], opened: socket.socket, local: bool, read
 
             def _look(self, before: object) -> None:
                 waits = self.cycle is None or self.cycle.response_complete
-                if waits and self.cycle is before:  # for the same request as at the last look
+                if waits and self.cycle is before:  # idle since the last check
                     self.transport.close()
                 elif not self.transport.is_closing():
                     self.loop.call_later(REQUEST_SECONDS, self._look, self.cycle if waits else self)
@@ -90,11 +90,11 @@ def serve(make_page: Callable[[], Any], opened: socket.socket, local: bool, read
             enable_monitoring=False,
             **styled,
         )
-        page.has_launched = True  # files are checked from then on only
+        page.has_launched = True  # gradio checks files only then
         ready()
         config = uvicorn.Config(
             Guard(app, uploads, local),
-            log_level="critical",  # the guard logs failures; all else is noise that strangers make
+            log_level="critical",  # the guard logs failures; other messages only report bad requests
             http=Impatient,
             access_log=False,
             proxy_headers=False,

@@ -1,4 +1,4 @@
-"""Images that strangers upload: read within limits, refused in a sentence."""
+"""Uploaded images, which are untrusted: read within limits, or refused with one sentence."""
 
 import warnings
 from io import BytesIO
@@ -13,17 +13,17 @@ from regvq_fast.data.reading import is_of_the_machine, why_unreadable
 from regvq_fast.data.transforms import center_box, crop_rgb, image_to_tensor, upright_size
 
 MAX_BYTES = 10 * 2**20
-"""Size of the largest file that is read."""
+"""Largest file in bytes."""
 MAX_PIXELS = 50_000_000
-"""Pixels of the largest image that is decoded: 150 MB of RGB."""
+"""Largest image in pixels: 150 MB of RGB."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats, by Pillow's names, whose decoders are reachable; others start programs, or are rarely looked after."""
+"""Accepted formats, by Pillow's names. Other decoders run external programs, or are rarely maintained."""
 
 _LIMIT = f"{MAX_PIXELS // 10**6} million pixels"
 
 
 class Square(NamedTuple):
-    """The largest square in the middle of an image."""
+    """The central square of an image."""
 
     pixels: Tensor
     """(3, S, S) uint8."""
@@ -33,17 +33,17 @@ class Square(NamedTuple):
 
 
 def read_square(file: Path | bytes, size: int) -> Square:
-    """Read the largest square in the middle of an image, resized to ``size`` pixels a side.
+    """Return the central square of an image, resized to ``size`` pixels a side.
 
-    The file is opened by its content, whatever its name says. Its dimensions are compared with the limit before any
-    pixel is decoded. Of several frames the first counts.
+    The format is detected from the content, not from the name. The size is checked before any pixel is decoded. Of
+    several frames the first is used.
 
     Args:
-        file: its path, or its content.
+        file: path or content.
         size: S.
 
     Raises:
-        ValueError: no image, a damaged one, or one over the limits, in one sentence that names no path.
+        ValueError: not an image, damaged, or over the limits; the message is one sentence without a path.
         OSError: the disk fails.
     """
     length = len(file) if isinstance(file, bytes) else file.stat().st_size

@@ -1,4 +1,4 @@
-"""Models behind the demo page: an image to its reconstruction and codes, a map or a caption to images."""
+"""Models of the demo page: from an image to its reconstruction and codes, from a condition to images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,15 @@ from regvq_fast.priors.conditions import no_conditions
 from regvq_fast.priors.diffusion.text import words_of
 from regvq_fast.priors.images import ImageSampler
 from regvq_fast.priors.registry import SamplingConfig
-from regvq_fast.priors.sampler import Progress, decode_tokens
+from regvq_fast.priors.sampler import Progress, decode_images
 from regvq_fast.priors.trained_on import TrainedOn
 
 MAX_IMAGES = 8
-"""Images that are sampled at once."""
+"""Largest number of images per request."""
 MAX_CAPTION = 500
-"""Characters of a caption."""
+"""Largest number of characters of a caption."""
 
-_MAP_SIDE = 64  # cells of a painted map, or as many as the prior's grid has
+_MAP_SIDE = 64  # side of a painted map in cells, unless the prior's grid is larger
 _SHOWN_CODES = 48
 
 
@@ -32,22 +32,22 @@ class UsedCode(NamedTuple):
     """A code of an image."""
 
     code: int
-    """Its index."""
+    """Index of the code."""
     positions: int
-    """Number of positions of the image that it was chosen for."""
+    """Number of positions with this code."""
     patch: Tensor
-    """(3, f, f) uint8: the decoder's output among neighbours of the same code."""
+    """(3, f, f) uint8, decoded from a token map filled with this code."""
 
 
 class Reconstruction(NamedTuple):
-    """An image after the tokenizer, and its tokens."""
+    """An image, its reconstruction and its tokens."""
 
     image: Tensor
-    """(3, S, S) uint8: the pixels that the tokenizer got."""
+    """(3, S, S) uint8, input of the tokenizer."""
     reconstruction: Tensor
     """(3, S, S) uint8."""
     token_map: Tensor
-    """(3, h, w) uint8: tokens as colours, similar codes in similar colours."""
+    """(3, h, w) uint8: tokens as colours; similar codes have similar colours."""
     codes: list[UsedCode]
     """The most frequent codes, at most 48."""
     used: int
@@ -57,14 +57,14 @@ class Reconstruction(NamedTuple):
 
 
 class Reconstructor:
-    """A tokenizer that shows its work.
+    """A tokenizer that returns reconstructions with tokens and codes.
 
     Args:
         tokenizer: of RGB images, in evaluation mode, on the device of the precision.
         precision: of its networks.
 
     Raises:
-        ValueError: a tokenizer of other images.
+        ValueError: the tokenizer is not of RGB images.
     """
 
     def __init__(self, tokenizer: VQGAN, precision: Precision) -> None:
@@ -82,11 +82,11 @@ class Reconstructor:
         device, factor = self.precision.device, self.tokenizer.downsampling_factor
         with self.precision.autocast():
             tokens = self.tokenizer.tokenize(to_float(pixels[None].to(device)))
-        decoded = decode_tokens(self.tokenizer, tokens, self.precision)[0].cpu()
+        decoded = decode_images(self.tokenizer, tokens, self.precision)[0].cpu()
         ids, counts = tokens.unique(return_counts=True)
         order = counts.argsort(descending=True, stable=True)[:_SHOWN_CODES]
         alike = ids[order].view(-1, 1, 1).expand(-1, 3, 3).contiguous()
-        patches = decode_tokens(self.tokenizer, alike, self.precision)[..., factor : 2 * factor, factor : 2 * factor]
+        patches = decode_images(self.tokenizer, alike, self.precision)[..., factor : 2 * factor, factor : 2 * factor]
         shown = zip(ids[order].tolist(), counts[order].tolist(), patches.cpu(), strict=True)
         return Reconstruction(
             image=pixels,
@@ -99,7 +99,7 @@ class Reconstructor:
 
     @torch.no_grad()
     def _code_colors(self) -> Tensor:
-        """(N, 3) uint8 colours of the codes: their rank along each of three principal components."""
+        """Return colours (N, 3) uint8 of the codes, from their ranks along three principal components."""
         ids = torch.arange(self.num_codes, device=self.precision.device)
         codes = self.tokenizer.quantize.codes_of(ids.view(1, -1, 1))[0, :, :, 0].T.cpu().double()
         centered = codes - codes.mean(0)
@@ -115,7 +115,7 @@ class Request:
     """Settings of one request for images."""
 
     count: int = 4
-    """Images, 1 to MAX_IMAGES."""
+    """Number of images, 1 to MAX_IMAGES."""
     seed: int = 0
     """Seed of the noise."""
     temperature: float = 1.0
@@ -129,13 +129,13 @@ class Request:
 
     @classmethod
     def of(cls, **values: Any) -> "Request":
-        """Check values that come from a page, which may be anything, and return them as a request.
+        """Return a request from untrusted values of a page.
 
         Raises:
-            ValueError: not a number, or one that is out of range.
+            ValueError: a value is not a number, or out of range.
         """
         count = _number("The number of images", values.pop("count", cls.count), 1, MAX_IMAGES)
-        seed = _number("The seed", values.pop("seed", cls.seed), 0, 2**53)  # integers that a browser can hold
+        seed = _number("The seed", values.pop("seed", cls.seed), 0, 2**53)  # exact integers in JavaScript
         steps = values.pop("steps", None)
         checked = {name: _number(f"The {name.replace('_', '-')}", value, 0, 100) for name, value in values.items()}
         return cls(
@@ -154,10 +154,10 @@ class Painter:
         precision: of the networks.
 
     Attributes:
-        condition: kind of its conditions.
-        guided: True if it can be guided.
-        class_names: names of the class ids that maps may hold, their numbers where unknown.
-        map_side: cells a side of the maps that :meth:`map_of` takes.
+        condition: kind of condition.
+        guided: True if the prior supports guidance.
+        class_names: names of the class ids in maps; their numbers if the names are unknown.
+        map_side: side in cells of the maps that :meth:`map_of` takes.
 
     Raises:
         FileNotFoundError, ValueError: as `ImageSampler.from_run`.
@@ -193,10 +193,10 @@ class Painter:
         return ["#" + bytes(color.flatten().tolist()).hex() for color in color_map(ids, (1, 1))]
 
     def read(self, given: Any) -> Tensor | str:
-        """Return a condition that comes from a page, which may be anything, as `sample` takes it.
+        """Return an untrusted condition from a page as `sample` takes it.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not a condition.
         """
         if self.condition == "segmentation":
             return self.map_of(given)
@@ -225,10 +225,10 @@ class Painter:
         return ids[None]
 
     def caption_of(self, text: Any) -> str:
-        """Return a caption in one line.
+        """Return a caption on one line.
 
         Raises:
-            ValueError: no text, or too long a one.
+            ValueError: no text, or too long.
         """
         caption = " ".join(text.encode(errors="replace").decode().split()) if isinstance(text, str) else ""
         if not caption:
@@ -238,10 +238,10 @@ class Painter:
         return caption
 
     def label_of(self, text: Any) -> str:
-        """Return a label, one of the prior's.
+        """Return a label of the prior.
 
         Raises:
-            ValueError: another one.
+            ValueError: not a label of the prior.
         """
         names = self.sampler.prior.label_names
         if text not in names:
@@ -250,11 +250,11 @@ class Painter:
         return str(text)
 
     def unknown_words(self, caption: str) -> list[str]:
-        """Return the words of a caption that no training caption had, each once; none if that is not known."""
+        """Return the words of a caption that are in no training caption, each once; empty if those are unknown."""
         return [word for word in dict.fromkeys(words_of(caption)) if word not in self.words] if self.words else []
 
     def sample(self, condition: Tensor | str, request: Request, progress: Progress | None = None) -> Tensor:
-        """Sample images (count, 3, S, S) uint8 on the CPU under one map (1, H, W), caption or label, or none (1, 0).
+        """Sample images (count, 3, S, S) uint8 on the CPU under a map (1, H, W), caption, label or no condition (1, 0).
 
         Raises:
             ValueError: a setting out of range; a caption of too many words; an unknown label.

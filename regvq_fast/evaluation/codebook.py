@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def utilization(counts: Tensor) -> Tensor:
-    """Share of the codes counted at least once.
+    """Return the fraction of the codes that were counted at least once.
 
     Args:
         counts: (N,) integers >= 0.
@@ -19,13 +19,13 @@ def utilization(counts: Tensor) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy) of the code frequencies: the size of the uniformly used codebook with the same entropy.
+    """Return exp(entropy) of the code frequencies: the size of a uniformly used codebook with the same entropy.
 
     Args:
         counts: (N,) integers >= 0.
 
     Returns:
-        () float64, 1..N, or 0 where nothing has been counted.
+        () float64, 1..N; 0 if nothing has been counted.
     """
     total = counts.sum()
     frequencies = counts.double() / total.clamp(min=1)
@@ -33,15 +33,15 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 def entropy_bits(counts: Tensor) -> Tensor:
-    """Entropy of code frequencies in bits.
+    """Return the entropy of code frequencies in bits.
 
-    Of few selections it is an underestimate: at most log2 of their number.
+    With few selections this underestimates: it is at most log2 of their number.
 
     Args:
         counts: (..., N) integers >= 0.
 
     Returns:
-        (...) float64, 0..log2(N); 0 where nothing has been counted.
+        (...) float64, 0..log2(N); 0 if nothing has been counted.
     """
     frequencies = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
     return torch.special.entr(frequencies).sum(-1) / math.log(2)
@@ -50,12 +50,12 @@ def entropy_bits(counts: Tensor) -> Tensor:
 class CodebookUsage:
     """Counts how often each code is selected over a window of training or evaluation.
 
-    Nothing here waits for the device: results are tensors, and reading one (``float(...)``) is what synchronises.
-    Counts are exact and deterministic (int64).
+    Results are tensors on the device: only reading one, as by ``float(...)``, synchronizes. Counts are exact and
+    deterministic (int64).
 
     Args:
         num_codes: N, at least 1; ValueError otherwise.
-        device: where the indices will be.
+        device: of the indices.
     """
 
     def __init__(self, num_codes: int, device: torch.device | str = "cpu") -> None:
@@ -67,14 +67,14 @@ class CodebookUsage:
     def update(self, indices: Tensor) -> None:
         """Count the codes in ``indices``: int64 of any shape, 0..N-1, on the device of the counts."""
         indices = indices.detach().reshape(-1)
-        self.counts.scatter_add_(0, indices, torch.ones_like(indices))  # unlike bincount, needs no look at the values
+        self.counts.scatter_add_(0, indices, torch.ones_like(indices))  # bincount would synchronize
 
     def utilization(self) -> Tensor:
-        """() float64: share of the codes selected in the window."""
+        """Return the fraction of the codes selected in the window, () float64."""
         return utilization(self.counts)
 
     def perplexity(self) -> Tensor:
-        """() float64: exp(entropy) of the frequencies in the window, 0 for an empty one."""
+        """Return exp(entropy) of the frequencies in the window, () float64; 0 for an empty window."""
         return perplexity(self.counts)
 
     def reset(self) -> None:

@@ -1,6 +1,6 @@
-"""The networks that metrics look through: features for Fréchet distances, and a perceptual distance.
+"""The feature networks of metrics: features for Fréchet distances, and a perceptual distance.
 
-What is measured with a network must say which: each has a name and the hash of its weights.
+Each has a name and the hash of its weights, for reports of what is measured with it.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ INCEPTION_WEIGHTS = RemoteWeights(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     "6726825d",
 )
-"""Those of the original FID (TensorFlow, 2015-12-05), as torch-fidelity has them."""
+"""The weights of the original FID (TensorFlow, 2015-12-05), converted by torch-fidelity."""
 
 _CHOICES = "inception, inception:PATH, vgg16, vgg16:PATH, random-vgg16, none"
 _OTHERS = "other features with --fid-features vgg16:PATH or random-vgg16, or none"
@@ -32,12 +32,12 @@ _SPATIAL_CHANNELS = 7
 
 
 class NoFeaturesError(OSError):
-    """The network of FID can't be had: torch-fidelity is not installed, or there are no weights and no download."""
+    """FID's network is not available: no torch-fidelity, or no weights and no download."""
 
 
 @contextmanager
 def _float32(device: torch.device) -> Iterator[None]:
-    """Without TF32 and autocast, and with the same algorithms every time."""
+    """Disable TF32 and autocast, and use deterministic algorithms."""
     with (
         torch.autocast(device.type, enabled=False),
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
@@ -46,19 +46,19 @@ def _float32(device: torch.device) -> Iterator[None]:
 
 
 class FeatureNet(nn.Module, ABC):
-    """A frozen network from images to one vector each; what Fréchet distances are distances of.
+    """A frozen network that maps each image to a feature vector, for Fréchet distances.
 
-    It computes in float32, without TF32 and outside autocast, so that a metric doesn't depend on how a model ran. An
-    image's features don't depend on the others of its batch, except by rounding where a convolution picks its algorithm
-    by the batch's size.
+    It computes in float32, without TF32 and outside autocast, so that a metric does not depend on the model's
+    precision. Features do not depend on the other images of the batch, except for rounding if a convolution chooses its
+    algorithm by batch size.
 
     Attributes:
         name: of network, layer and weights, for reports.
-        standard: whether these are the features by which FID is defined.
+        standard: True for the features that define FID.
         num_features: K.
-        num_spatial: features of `with_spatial`, of sFID; 0 where the network has none.
-        classifier: (C, K) weights of the logits of classes, without a bias, of the Inception Score; None without them.
-        min_size: least side of the images.
+        num_spatial: number of spatial features (`with_spatial`, for sFID); 0 if the network has none.
+        classifier: (C, K) weights of the class logits, without a bias, for the Inception Score; None if there are none.
+        min_size: smallest side of the images.
         hash: of the weights, 12 hexadecimal digits.
     """
 
@@ -71,11 +71,11 @@ class FeatureNet(nn.Module, ABC):
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, K) float32; what a subclass adds."""
+        """Map images (B, 3, H, W) uint8 to features (B, K) float32; for subclasses to define."""
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, K) float32 of images (B, 3, H, W) uint8, on the network's device.
+        """Return features (B, K) float32 of images (B, 3, H, W) uint8 on the network's device.
 
         Raises:
             TypeError: not uint8. ValueError: another shape, or images that are too small.
@@ -96,11 +96,11 @@ class FeatureNet(nn.Module, ABC):
         return None
 
     def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features of a call, and spatial ones, (B, num_spatial) float32."""
+        """Return the features of :meth:`forward`, and spatial ones (B, num_spatial) float32."""
         return self(images), torch.empty(len(images), 0, device=images.device)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever the mode of the model around it."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def _finish(self) -> None:
@@ -110,7 +110,7 @@ class FeatureNet(nn.Module, ABC):
 
 
 class VGGFeatureNet(FeatureNet):
-    """The last convolution of VGG-16, relu5_3, averaged over places: K = 512, at the images' own size."""
+    """The last convolution of VGG-16, relu5_3, averaged over positions: K = 512, at the images' own size."""
 
     num_features = 512
     min_size = 16  # pooled four times
@@ -129,14 +129,14 @@ class InceptionFeatureNet(FeatureNet):
     """torch-fidelity's Inception-v3 before its classifier, K = 2048; it resizes images to 299 as TensorFlow 1 did.
 
     The spatial features are those of ADM's sFID, TensorFlow's mixed_6/conv: the first 7 channels (17 x 17) of the
-    1 x 1 branch of Mixed_6d behind its ReLU, channels last. torch-fidelity doesn't offer this layer; a hook reads it.
+    1 x 1 branch of Mixed_6d after its ReLU, channels last. torch-fidelity does not return this layer; a hook reads it.
 
     Args:
-        weights: a file of them, .pth or .safetensors. None: the published ones, from the torch hub cache or a download.
+        weights: file of weights, .pth or .safetensors. None: published ones, from the torch hub cache or a download.
 
     Raises:
         ValueError: the file can't be read or doesn't fit.
-        OSError: no such file; NoFeaturesError: none given, none in the cache, and no download, or no torch-fidelity.
+        OSError: no such file. NoFeaturesError: torch-fidelity is missing, or there are no weights and no download.
     """
 
     num_features = 2048
@@ -158,7 +158,7 @@ class InceptionFeatureNet(FeatureNet):
                 f"with --fid-features inception:PATH, or give {_OTHERS}"
             ) from None
         state = read_state_dict(path)
-        # The extractor reads a file by itself and unpickles all of it: it is given tensors alone.
+        # The extractor unpickles the file that it is given: give it one with tensors only.
         with tempfile.TemporaryDirectory() as folder:
             tensors = Path(folder) / "inception.pth"
             torch.save(state, tensors)
@@ -180,7 +180,7 @@ class InceptionFeatureNet(FeatureNet):
         return self.trunk.fc.weight
 
     def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features of a call, and those of sFID, (B, 2023)."""
+        """Return the features of :meth:`forward`, and those of sFID (B, 2023)."""
         kept: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -192,15 +192,15 @@ class InceptionFeatureNet(FeatureNet):
 
 
 def load_feature_net(spec: str) -> FeatureNet:
-    """The feature network that ``--fid-features`` names, on the CPU.
+    """Return the feature network that ``--fid-features`` names, on the CPU.
 
     Args:
-        spec: "inception" (FID proper) or "vgg16", with published weights from the torch hub cache or a download, or
-            with ":PATH" and those of a file; "random-vgg16", with random weights of a fixed seed.
+        spec: "inception" (FID proper) or "vgg16", with published weights from the torch hub cache or a download;
+            with ":PATH" appended, with the weights of a file; "random-vgg16", with random weights of a fixed seed.
 
     Raises:
-        ValueError: none of these, or weights that can't be read or don't fit.
-        OSError: no such file, or nothing to be downloaded; NoFeaturesError: Inception can't be had.
+        ValueError: another name, or weights that can't be read or don't fit.
+        OSError: no such file, or no download. NoFeaturesError: Inception is not available.
     """
     kind, colon, rest = spec.partition(":")
     if kind not in ("inception", "vgg16", "random-vgg16") or bool(colon) != bool(rest) or (kind[0] == "r" and rest):
@@ -214,14 +214,14 @@ def load_feature_net(spec: str) -> FeatureNet:
         return VGGFeatureNet(load_vgg_features("vgg16", path, layers=("relu5_3",)))
     except NoWeightsError as error:
         raise OSError(
-            f"{error}: give a file with --fid-features vgg16:PATH, or random-vgg16 for random features, named so"
+            f"{error}: give a file with --fid-features vgg16:PATH, or use random-vgg16 for random features"
         ) from None
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS; or, with other weights than ImageNet's of VGG-16, a distance that is named after them.
+    """LPIPS; with weights other than ImageNet's of VGG-16, the same distance under a name that says so.
 
-    It computes as a :class:`FeatureNet` does.
+    It computes in float32, as a :class:`FeatureNet` does.
 
     Args:
         weights: as in :func:`regvq_fast.models.load_vgg_features`, which raises the errors.
@@ -238,6 +238,6 @@ class PerceptualDistance(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances (B,) of images (B, 3, H, W) in -1..1."""
+        """Return the distances (B,) of images (B, 3, H, W) in -1..1."""
         with _float32(x.device):
             return self.distance(self.trunk(x), self.trunk(y))

@@ -5,9 +5,9 @@ Local Nash Equilibrium", NeurIPS 2017. With means m and covariances C of the fea
 
     d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))
 
-Features are float32, sums over images float64: neither the size of batches nor the number of ranks that share the
-images moves the sums beyond 1e-12 of themselves. What the convolutions of a network make of another batch size is not
-in anyone's hand: their last bits. Features are not kept, only K and K x K sums.
+Features are float32, sums over images float64: batch size and number of ranks change the sums by less than 1e-12,
+relatively, apart from the last bits of features, which a network's convolutions may round differently for another
+batch size. Features are not kept, only K and K x K sums.
 """
 
 import hashlib
@@ -57,14 +57,14 @@ class FeatureStatistics:
         return cls(0, zeros[0], zeros[1:])
 
     def add(self, features: Tensor) -> None:
-        """Add those of some images, (B, K)."""
+        """Add the features (B, K) of some images."""
         rows = features.double()
         self.count += len(rows)
         self.total += rows.sum(0)
         self.products.addmm_(rows.T, rows)
 
     def over_ranks(self) -> "FeatureStatistics":
-        """Those of the images of all ranks."""
+        """Return the sums over the images of all ranks."""
         count = sum_over_ranks(torch.tensor(self.count, device=self.total.device))
         return FeatureStatistics(int(count), sum_over_ranks(self.total), sum_over_ranks(self.products))
 
@@ -80,7 +80,7 @@ class FeatureStatistics:
 
 
 class Moments(NamedTuple):
-    """Published mean and covariance of features, of a number of images that they don't say."""
+    """Published mean and covariance of features, over an unknown number of images."""
 
     mean: Tensor
     """(K,) float64."""
@@ -89,11 +89,11 @@ class Moments(NamedTuple):
 
 
 class TooFewImagesWarning(UserWarning):
-    """A Fréchet distance was taken of fewer images than features."""
+    """A Fréchet distance was computed from fewer images than features."""
 
 
 def too_few_images(images: int, features: int) -> str | None:
-    """Return a caveat on a Fréchet distance between sets of which the smaller has so many images, if any."""
+    """Return a caveat on a Fréchet distance, given the images of the smaller set; None if there are enough."""
     if images > features:
         return None
     return (
@@ -103,16 +103,16 @@ def too_few_images(images: int, features: int) -> str | None:
 
 
 def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments) -> float:
-    """Squared Fréchet distance of the normal distributions with these means and covariances.
+    """Return the squared Fréchet distance of the normal distributions with these means and covariances.
 
-    Computed on the CPU in float64: the same for statistics from any device. tr((C_1 C_2)^(1/2)) is taken as the trace
-    of (R C_2 R)^(1/2) with R = C_1^(1/2), which is symmetric: its eigenvalues are real and not negative, where those
-    of C_1 C_2 come out complex once a covariance is singular.
+    Computed on the CPU in float64, so that it does not depend on the device. tr((C_1 C_2)^(1/2)) is computed as the
+    trace of (R C_2 R)^(1/2) with R = C_1^(1/2). That matrix is symmetric with real eigenvalues >= 0, whereas the
+    computed eigenvalues of C_1 C_2 become complex if a covariance is singular.
 
-    Warns (``TooFewImagesWarning``) of no more images than features.
+    Warns (``TooFewImagesWarning``) if there are no more images than features.
 
     Raises:
-        ValueError: statistics of different numbers of features, or of a single image.
+        ValueError: statistics with different numbers of features, or of a single image.
     """
     if (sizes := (len(a.mean), len(b.mean)))[0] != sizes[1]:
         raise ValueError(f"the statistics are of {sizes[0]} and {sizes[1]} features: take one network for both")
@@ -127,8 +127,8 @@ def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Mome
     other = b.covariance.cpu()
     inner = root @ other @ root
     overlap = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).cpu().square().sum() + values.sum() + other.trace() - 2 * overlap
-    return max(float(distance), 0.0)  # of equal sets, rounding can leave less than nothing
+    distance = (a.mean.cpu() - b.mean.cpu()).square().sum() + values.sum() + other.trace() - 2 * overlap
+    return max(float(distance), 0.0)  # rounding can make it negative for equal sets
 
 
 def statistics_of(
@@ -137,7 +137,7 @@ def statistics_of(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> FeatureStatistics:
-    """Statistics of batches of images (B, 3, H, W) uint8, over those of all ranks.
+    """Return the statistics of batches of images (B, 3, H, W) uint8, over all ranks.
 
     Args:
         images: on any device.
@@ -163,10 +163,10 @@ class Reference:
     device: torch.device | str = "cpu"
     """Device of the network."""
     unreadable: int = 0
-    """Images that couldn't be read when they were seen; the next ones of the list took their places."""
+    """Number of unreadable images, each replaced by the next image of the list."""
 
     def distance(self, other: FeatureStatistics) -> float:
-        """Measure the distance of a set of images whose statistics :func:`statistics_of` made with the same network."""
+        """Return the distance of images, given their statistics by the same network (:func:`statistics_of`)."""
         return frechet_distance(self.statistics, other)
 
     def title(self, letter: str) -> str:
@@ -185,25 +185,25 @@ def make_reference(
     data: dict[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Reference:
-    """The statistics of a validation split: from the cache, or computed by all ranks and put there.
+    """Return the statistics of a validation split: from the cache, or computed by all ranks and cached.
 
     Args:
         dataset: with ``len``; all its images are used.
         net: on ``device``.
         batch_size, workers: of the loader.
-        cache: folder of statistics (:func:`default_cache`), each known by the files or scenes that it is of, by size,
-            crop and number of the images, and by the hash of the network. None: none is read or written.
-        data: what :func:`describe_data` said of the data set; None: it is asked, which looks at all files.
+        cache: folder of statistics (:func:`default_cache`), each identified by its files or scenes, by size, crop and
+            number of the images, and by the network's hash. None: no cache.
+        data: result of :func:`describe_data`; None: call it, which visits all files.
         progress: called after each batch with the number of this rank's images done.
 
     Raises:
-        ValueError: there is no image; or what the data set raises.
+        ValueError: the split is empty; or what the data set raises.
     """
     data = describe_data(dataset) if data is None else data
     identity = {"format": _FORMAT, **data, "features": net.name, "weights": net.hash}
     file = None if cache is None else _cache_file(cache, identity)
     found = None if file is None else _load(file, identity, net.num_features, device)
-    if any_rank(int(found is None)):  # of one mind: a rank on another machine may not see the file
+    if any_rank(int(found is None)):  # a rank on another machine may not see the file: all ranks decide alike
         images = (batch["image"] for batch in rank_batches(dataset, batch_size, workers, device))
         found = statistics_of(images, net, device, progress), unreadable_images(dataset)
         if file is not None and rank() == 0:
@@ -218,11 +218,11 @@ def make_reference(
 def describe_data(dataset: Any) -> dict[str, Any]:
     """Describe the images of a validation split as plain values, for protocols and to distinguish splits.
 
-    The fingerprint is of names, sizes and modification times of all files, of the pixels of the first and the last
-    image, and of what else distinguishes the split (:class:`~regvq_fast.data.image_dataset.Provenance`).
+    The fingerprint covers names, sizes and modification times of all files, the pixels of the first and the last
+    image, and the split's variant (:class:`~regvq_fast.data.image_dataset.Provenance`).
 
     Raises:
-        ValueError: there is no image in it.
+        ValueError: the split is empty.
     """
     if not len(dataset):
         raise ValueError("the split is empty: there is no image to evaluate on")
@@ -251,7 +251,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
 
 
 def default_cache() -> Path:
-    """Return the default folder of the statistics of data sets. Raises OSError: as `user_cache`."""
+    """Return the default cache folder; raises OSError as `user_cache`."""
     return user_cache("fid")
 
 
@@ -266,15 +266,15 @@ def _text(identity: dict[str, Any]) -> str:
 def _load(
     file: Path, identity: dict[str, Any], num_features: int, device: torch.device | str
 ) -> tuple[FeatureStatistics, int] | None:
-    """The statistics in a file of the cache and the number of unreadable images; None where it isn't just of that."""
+    """Return cached statistics and the number of unreadable images; None if the file has another identity."""
     try:
         content = file.read_bytes()  # safetensors opens no path that is not UTF-8
         tensors = safetensors.torch.load(content)
-        told = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-        if told.get("identity") != _text(identity):
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        if metadata.get("identity") != _text(identity):
             return None
-        total, products, unreadable = tensors["total"], tensors["products"], told.get("unreadable", "")
-        if told.get("sha256") != _digest(total, products, unreadable):
+        total, products, unreadable = tensors["total"], tensors["products"], metadata.get("unreadable", "")
+        if metadata.get("sha256") != _digest(total, products, unreadable):
             raise ValueError("its checksum is not that of its contents")
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -295,7 +295,7 @@ def _save(file: Path, identity: dict[str, Any], statistics: FeatureStatistics, u
     try:
         with atomic_path(file) as temporary:
             digest = _digest(tensors["total"], tensors["products"], str(unreadable))
-            told = {"identity": _text(identity), "unreadable": str(unreadable), "sha256": digest}
-            temporary.write_bytes(safetensors.torch.save(tensors, told))
+            metadata = {"identity": _text(identity), "unreadable": str(unreadable), "sha256": digest}
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
     except OSError as error:
-        logger.warning("the statistics of %s can't be kept, and are computed each time (%s)", identity["data"], error)
+        logger.warning("the statistics of %s can't be cached, and are computed each time (%s)", identity["data"], error)

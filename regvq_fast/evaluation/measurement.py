@@ -1,4 +1,4 @@
-"""Numbers that say how they were measured: kept as JSON, printed as tables."""
+"""Measurements with their protocols, saved as JSON and printed as tables."""
 
 import json
 import math
@@ -20,26 +20,26 @@ from regvq_fast.ranks import world_size
 from regvq_fast.version import __version__
 
 RESULTS = "evaluation.json"
-"""The file of a run's measurements."""
+"""File of a run's measurements."""
 CODE_COUNTS = "code_counts.json"
-"""Beside it, of a tokenizer: how often each code was selected, a list of N numbers."""
+"""File beside it, of a tokenizer: the number of selections of each code, a list of N numbers."""
 NOTE = "note"
 """Key of a protocol: a caveat to show beside the number."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A number, and all that it depends on."""
+    """A number with its protocol."""
 
     name: str
     """Name to show: FID only for Inception features, LPIPS only for ImageNet's VGG-16."""
     value: float
     protocol: dict[str, Any]
-    """Plain values."""
+    """Everything that the number depends on, as plain values."""
 
 
-def run_facts(precision: Precision, batch_size: int, command: str) -> dict[str, Any]:
-    """Return what all numbers of a run depend on: device, precision, versions."""
+def run_metadata(precision: Precision, batch_size: int, command: str) -> dict[str, Any]:
+    """Return the part of a protocol that all numbers of a run share: device, precision, versions."""
     device = "CPU" if precision.device.type == "cpu" else torch.cuda.get_device_name(precision.device)
     kind = precision.reason.partition(" (")[0]
     return {
@@ -56,10 +56,7 @@ def run_facts(precision: Precision, batch_size: int, command: str) -> dict[str, 
 
 
 def write_measurements(path: Path, measurements: Mapping[str, Measurement]) -> None:
-    """Write them by key, each as one object of name, value and protocol; nan and infinities, which JSON lacks, as null.
-
-    The file appears whole or not at all.
-    """
+    """Write measurements atomically: by key an object with name, value and protocol; NaN and infinities become null."""
     content = {
         key: {"name": found.name, "value": found.value if math.isfinite(found.value) else None, **found.protocol}
         for key, found in measurements.items()
@@ -69,7 +66,7 @@ def write_measurements(path: Path, measurements: Mapping[str, Measurement]) -> N
 
 
 def print_measurements(console: Console, measurements: Mapping[str, Measurement]) -> None:
-    """The numbers with what is particular to each, under them what they have in common, then their notes."""
+    """Print a table of the numbers with what differs between their protocols, then the common protocol and notes."""
     protocols = [found.protocol for found in measurements.values()]
     common = {name: value for name, value in protocols[0].items() if all(p.get(name) == value for p in protocols)}
     numbers = Table(title=Text("metrics"), title_justify="left")

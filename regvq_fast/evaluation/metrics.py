@@ -23,7 +23,7 @@ from regvq_fast.evaluation.shares import rank_batches, rank_share
 from regvq_fast.models.vqgan import VQGAN
 
 _NO_SAMPLES = ("grid.png", "strip.png")
-"""Files that regvq sample saves beside the images it samples."""
+"""Files that regvq sample saves beside the sampled images."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class TokenizerMetrics:
     reconstruction: ReconstructionMetrics
     """PSNR, SSIM, perceptual distance, codes."""
     frechet: float | None
-    """Fréchet distance between the images and their reconstructions; FID[R] where the features are Inception's. None
-    without a reference."""
+    """Fréchet distance between images and reconstructions, FID[R] with Inception's features; None without a
+    reference."""
 
 
 def evaluate_tokenizer(
@@ -49,7 +49,7 @@ def evaluate_tokenizer(
     autocast: AbstractContextManager[object] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TokenizerMetrics:
-    """Reconstruct every image of a split, in one pass for all metrics; on several ranks each has its share.
+    """Reconstruct every image of a split, in one pass for all metrics; several ranks divide the images.
 
     Args:
         model: in evaluation mode, on ``device``.
@@ -57,8 +57,8 @@ def evaluate_tokenizer(
         reference: of the same images (:func:`~regvq_fast.evaluation.fid.make_reference`), for the Fréchet distance.
         perceptual: as in :func:`evaluate_reconstruction`; ``PerceptualDistance`` is one.
         batch_size, workers: of the loader.
-        device: where the model, the reference's network and ``perceptual`` are.
-        autocast: around the model.
+        device: of the model, the reference's network and ``perceptual``.
+        autocast: entered around the model.
         progress: called after each batch with the number of this rank's images done.
 
     Raises:
@@ -85,10 +85,10 @@ def evaluate_tokenizer(
 
 
 class BatchSampler(Protocol):
-    """Anything that samples images under the conditions of a batch, as `regvq_fast.priors.images.ImageSampler` does."""
+    """Anything that samples images under the conditions of a batch, such as `regvq_fast.priors.images.ImageSampler`."""
 
     def sample(self, batch: Batch, first_image: int) -> Tensor:
-        """One image (3, H, W) uint8 for each sample of a batch, numbered from ``first_image`` on."""
+        """Return images (B, 3, H, W) uint8, one for each sample of a batch, numbered from ``first_image`` on."""
         ...
 
 
@@ -101,15 +101,16 @@ def fid_of_samples(
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Fréchet distance from the reference to one sampled image for each condition; FID[G] with Inception's features.
+    """Return the Fréchet distance of one sampled image per condition; FID[G] with Inception's features.
 
-    Sample k of the data set is the condition of image number k, whichever rank samples it in whichever batch.
+    Sample k of the data set is the condition of image number k, on any rank and in any batch.
 
     Args:
         sampler: on the reference's device.
-        dataset: a split with the field that the sampler takes its conditions from.
+        dataset: a split with the sampler's conditions.
         reference: of the images of this split.
-        batch_size: images that are sampled at once. workers: of the loader.
+        batch_size: images sampled at once.
+        workers: of the loader.
         progress: called after each batch with the number of this rank's images done.
 
     Raises:
@@ -126,14 +127,14 @@ def fid_of_samples(
 
 
 def open_samples(path: Path, image_size: int | None = None) -> "SampledImages | ImageArray":
-    """Open images that were sampled: a folder, or an .npz file (:class:`~regvq_fast.data.image_arrays.ImageArray`).
+    """Open sampled images: a folder, or an .npz file (:class:`~regvq_fast.data.image_arrays.ImageArray`).
 
     Args:
         path: of either.
-        image_size: pixels a side that they have to have. None: any, one for all.
+        image_size: required side in pixels. None: any, but the same for all.
 
     Raises:
-        FileNotFoundError: nothing there, or no image in it.
+        FileNotFoundError: no such path, or no image in it.
         ValueError: an image that can't be read, or of another size.
     """
     if path.suffix != ".npz":
@@ -147,19 +148,18 @@ def open_samples(path: Path, image_size: int | None = None) -> "SampledImages | 
 
 def _other_size(path: Path, width: int, height: int, wanted: tuple[int, int]) -> str:
     return (
-        f"{path} has {width} x {height} pixels, others {wanted[0]} x {wanted[1]}: the distance is between images of "
-        "one size"
+        f"{path} has {width} x {height} pixels, others {wanted[0]} x {wanted[1]}: a distance needs images of one size"
     )
 
 
 class SampledImages(Dataset[Sample]):
-    """Images of a folder, sampled at one size, as they are; sorted by name, regvq sample's grid left out.
+    """Sampled images in a folder, all of one size and sorted by name, without the grid of regvq sample.
 
-    Every file is checked at once: the checksums of a PNG, whose pixels are decoded later; others are decoded.
+    The constructor checks every file: the checksums of a PNG, whose pixels are decoded later; other files are decoded.
 
     Args:
         folder: of the images.
-        image_size: pixels a side. None: those of the first image.
+        image_size: side in pixels. None: that of the first image.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.

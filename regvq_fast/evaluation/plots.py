@@ -37,7 +37,7 @@ def save_reconstruction_grid(
 
 
 def save_labelled_rows(path: str | os.PathLike[str], rows: Mapping[str, Tensor]) -> None:
-    """Save rows of images, each with its label at its left.
+    """Save rows of images, each with a label on its left.
 
     Args:
         path: of the image; its suffix gives the format.
@@ -71,8 +71,8 @@ def save_codebook_mosaic(
 ) -> None:
     """Save the image of each embedding (the paper's appendix A): the first 1024 of them as a 32 x 32 mosaic.
 
-    A code's tile is the centre of the image decoded from a token map filled with that code: the area of one token,
-    farthest from the borders. Row by row in the order of the codes, in a near-square grid.
+    A code's tile is the central token's area of the image decoded from a token map filled with that code, since the
+    centre is farthest from the borders. Codes run row by row in a near-square grid.
 
     Args:
         path: of the image; its suffix gives the format.
@@ -81,7 +81,7 @@ def save_codebook_mosaic(
         num_codes: N, at least 1; ValueError otherwise.
         token_shape: (h, w) of the token maps.
         device: of the indices for ``decode``.
-        max_codes: the most codes to show.
+        max_codes: largest number of codes to show.
         batch_size: codes decoded at a time.
     """
     if num_codes < 1:
@@ -103,13 +103,13 @@ def save_codebook_mosaic(
 def save_usage_histogram(path: str | os.PathLike[str], counts: Tensor, title: str) -> None:
     """Save a histogram of code usage, from the most to the least frequent code.
 
-    The count axis is logarithmic where used codes differ by more than a factor of 30. Unused codes are the shaded
-    part on the right. The dashed line is uniform usage. Does not change matplotlib's global state.
+    The count axis is logarithmic if used codes differ by more than a factor of 30. The shaded area on the right is
+    unused codes, the dashed line uniform usage. Matplotlib's global state does not change.
 
     Args:
         path: of the plot; its suffix gives the format (png, svg, pdf).
         counts: (N,) integers >= 0, N >= 1, on any device.
-        title: of the plot; utilization and perplexity are put below it.
+        title: of the plot; utilization and perplexity appear below it.
 
     Raises:
         ValueError: counts that are not a vector with at least one entry.

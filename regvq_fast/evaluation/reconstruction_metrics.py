@@ -14,8 +14,8 @@ from regvq_fast.evaluation.codebook import CodebookUsage, entropy_bits, perplexi
 from regvq_fast.ranks import any_rank, sum_over_ranks
 
 SSIM_WINDOW = 11
-"""Pixels a side that SSIM needs."""
-_ROWS = 256  # of an image that are compared at once
+"""Smallest side in pixels for SSIM."""
+_ROWS = 256  # rows of an image compared at once
 
 
 @dataclass(frozen=True)
@@ -23,26 +23,26 @@ class ReconstructionMetrics:
     """Means over images, of reconstructions clamped and rounded to 8 bits as a saved PNG would be."""
 
     psnr: float
-    """dB, higher is better: the mean of the images' own PSNRs (not the PSNR of the mean error); infinite where a
+    """dB, higher is better: the mean of the images' PSNRs, not the PSNR of the mean error; infinite if a
     reconstruction is exact."""
     ssim: float
-    """Structural similarity, at most 1, as its authors define it (and scikit-image computes it): Gaussian windows of
-    11 pixels, sigma 1.5, that lie wholly in the image; averaged over the three channels."""
+    """Structural similarity, at most 1, as its authors define it and scikit-image computes it: Gaussian windows of
+    11 pixels, sigma 1.5, that lie entirely in the image; mean over the three channels."""
     perceptual: float | None
-    """Mean perceptual distance, lower is better; None where none was asked for."""
+    """Mean perceptual distance, lower is better; None if it was not computed."""
     utilization: float
-    """Share of the codes used at least once over all images, 0..1."""
+    """Fraction of the codes used at least once over all images, 0..1."""
     perplexity: float
     """exp(entropy) of the code frequencies over all images, 1..N."""
     images: int
     """Number of images."""
     code_counts: Tensor
-    """(N,) int64 on the CPU: how often each code was selected."""
+    """(N,) int64 on the CPU, selections of each code."""
     position_entropy: Tensor
-    """(h, w) float64 on the CPU: entropy in bits of the codes selected at each position, at most log2 of the images."""
+    """(h, w) float64 on the CPU: entropy in bits of the codes at each position, at most log2 of the images."""
 
     def scalars(self) -> dict[str, float]:
-        """The numbers by name, ready for JSON or TensorBoard; no ``perceptual`` where it is None."""
+        """Return the numbers by name, for JSON or TensorBoard; ``perceptual`` only if it is not None."""
         values = {name: getattr(self, name) for name in ("psnr", "ssim", "perceptual", "utilization", "perplexity")}
         return {name: value for name, value in values.items() if value is not None} | {"images": self.images}
 
@@ -59,28 +59,28 @@ def evaluate_reconstruction(
     observe: Callable[[Tensor], object] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ReconstructionMetrics:
-    """Reconstruct every image of ``batches`` and measure the result against the original.
+    """Reconstruct every image of ``batches`` and compare it with the original.
 
-    On several ranks each has batches of its own, and the result is that over all of them. Codes are counted for each
-    position: 8 h w N bytes.
+    With several ranks, each has its own batches, and the result covers all of them. Codes are counted per position,
+    which takes 8 h w N bytes.
 
-    A reconstruction with a NaN or an infinity makes PSNR and SSIM NaN, rather than being scored as the image it
-    would be clamped to. The device is read once, at the end.
+    A non-finite reconstruction makes PSNR and SSIM NaN; it is not scored as the image it would be clamped to. The host
+    waits for the device once, at the end.
 
     Args:
         model: a VQGAN in evaluation mode: float32 images (B, 3, H, W) in -1..1 to an output with ``reconstruction``
             (B, 3, H, W) in -1..1 and ``quantizer.indices`` (B, h, w) int64.
         batches: with uint8 ``image`` (B, 3, H, W), H and W at least 11.
         num_codes: N, the size of the codebook.
-        device: where the model is.
-        autocast: entered around every call of the model, so it must allow that more than once, as torch.autocast does.
-        perceptual: (reconstruction, original), both float32 (B, 3, H, W) in -1..1 and the former rounded to 8 bits,
-            to distances (B, ...), averaged over the rest. Called outside ``autocast``.
-        observe: called with the reconstructions of each batch, (B, 3, H, W) uint8: for other metrics of the same pass.
+        device: of the model.
+        autocast: entered around every call of the model; must be reusable, as torch.autocast is.
+        perceptual: maps (reconstruction, original), both float32 (B, 3, H, W) in -1..1, the former rounded to 8 bits,
+            to distances (B, ...), which are averaged over all but B. Called outside ``autocast``.
+        observe: called with the reconstructions of each batch, (B, 3, H, W) uint8, for other metrics in the same pass.
         progress: called after each batch with the number of images done.
 
     Raises:
-        ValueError: the model is in training mode, there is not a single image, or the images are below 11 pixels.
+        ValueError: the model is in training mode, there is no image, or images have sides below 11 pixels.
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before evaluating it")
@@ -143,18 +143,18 @@ def image_psnr(image: Tensor, original: Tensor) -> float:
 
 
 def _psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 twice -> (B,) dB."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio  # here: its import takes seconds
+    """Return the PSNR (B,) in dB of images (B, 3, H, W) uint8."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # here, since its import takes seconds
 
     images, originals = images.float() / 255, originals.float() / 255
     return peak_signal_noise_ratio(images, originals, data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 
 def _ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 twice -> (B,)."""
+    """Return the SSIM (B,) of images (B, 3, H, W) uint8."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     images, originals = images.float() / 255, originals.float() / 255
     _, similarity = structural_similarity_index_measure(images, originals, data_range=1.0, return_full_image=True)
-    border = SSIM_WINDOW // 2  # torchmetrics' own mean includes windows that hang over the border, reflected
+    border = SSIM_WINDOW // 2  # torchmetrics' mean includes reflected windows across the border
     return similarity[:, :, border:-border, border:-border].flatten(1).mean(dim=1)

@@ -14,21 +14,20 @@ from torch import Tensor
 NEIGHBORS = 3
 """k of the balls of precision and recall."""
 SPLIT = 5000
-"""Images of an Inception Score; that of more images is the mean over such splits."""
-_BLOCK = (
-    4096  # rows and columns of a block of distances: 128 MiB of float64, and as much for 2048 features of both sides
-)
+"""Images of one Inception Score; the score of more images is the mean over splits of this size."""
+_BLOCK = 4096
+"""Rows and columns of a block of distances: 128 MiB in float64, and as much for 2048 features of both sides."""
 
 
 def inception_score(features: Tensor, classifier: Tensor, split: int = SPLIT) -> float:
     """Return the mean, over splits of consecutive images, of exp(mean KL divergence of p(y|x) from p(y)).
 
-    Images in the order of their classes score less: each split has few classes then.
+    Images sorted by class score lower, since each split then has few classes.
 
     Args:
         features: (M, K), M >= 1.
         classifier: (C, K), weights of the classes' logits, without a bias.
-        split: images of a split; the last one may have fewer.
+        split: images per split; the last one may have fewer.
     """
     scores = []
     for rows in features.split(split):
@@ -42,13 +41,14 @@ def inception_score(features: Tensor, classifier: Tensor, split: int = SPLIT) ->
 def precision_and_recall(
     reference: Tensor, samples: Tensor, neighbors: int = NEIGHBORS, block: int = _BLOCK
 ) -> tuple[float, float]:
-    """Return the fraction of samples in the manifold of the reference, and that of the reference in the samples'.
+    """Return the fraction of samples in the reference's manifold, and of the reference in the samples' manifold.
 
-    The manifold of a set is the union of balls, one around each feature vector, that reach to its k-th nearest
-    neighbour in the set. Distances are taken in blocks: memory is linear in the number of images.
+    The manifold of a set is a union of balls: around each feature vector, up to its k-th nearest neighbour in the set.
+    Distances are computed in blocks, so memory is linear in the number of images.
 
     Args:
-        reference: (M, K). samples: (N, K), on the same device; both have more than ``neighbors`` rows.
+        reference: (M, K).
+        samples: (N, K), on the same device.
         neighbors: k.
         block: rows and columns of a block of distances.
 
@@ -63,7 +63,7 @@ def precision_and_recall(
 
 
 def _radii(features: Tensor, neighbors: int, block: int) -> Tensor:
-    """(M,) float64: squared distances to the k-th nearest of the other rows."""
+    """Return the squared distances (M,) float64 to the k-th nearest of the other rows."""
     radii = []
     for rows in features.split(block):
         nearest = torch.empty(len(rows), 0, dtype=torch.float64, device=features.device)
@@ -86,7 +86,7 @@ def _covered(points: Tensor, centers: Tensor, radii: Tensor, block: int) -> floa
 
 
 def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """(B, K), (C, K) -> (B, C) float64."""
+    """Return the squared distances (B, C) float64 of rows (B, K) and columns (C, K)."""
     rows, columns = rows.double(), columns.double()
     products = torch.addmm(columns.square().sum(1), rows, columns.T, alpha=-2)
     return products.add_(rows.square().sum(1, keepdim=True)).clamp_(min=0)

@@ -1,4 +1,4 @@
-"""A split among the ranks: the samples of each, and what all of them found out about it."""
+"""Division of a split among the ranks."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ from regvq_fast.ranks import rank, sum_over_ranks, world_size
 
 
 def rank_share(count: int) -> range:
-    """The numbers of this rank's samples, of ``count``."""
+    """Return the indices of this rank's samples among ``count``."""
     return range(*(count * k // world_size() for k in (rank(), rank() + 1)))
 
 
 def rank_batches(dataset: Any, batch_size: int, workers: int, device: torch.device | str) -> Any:
-    """This rank's share of a data set, in batches."""
+    """Return batches of this rank's samples of a data set."""
     pin_memory = torch.device(device).type == "cuda"
     return validation_batches(Subset(dataset, rank_share(len(dataset))), batch_size, workers, pin_memory)
 
 
 def unreadable_images(dataset: Any) -> int:
-    """Count the images of a data set that the ranks found unreadable, each once; all ranks must call it.
+    """Count the images of a data set that any rank found unreadable, each once; all ranks must call it.
 
-    The shares alone would not do: every rank opens the first image, and the one after its own where that is unreadable.
+    Several ranks may find the same one: every rank opens the first image, and reads past unreadable ones.
     """
     if not isinstance(dataset, ImageFileDataset):
         return 0

@@ -28,9 +28,9 @@ Progress = Callable[[int], None]
 class ReferenceBatch:
     """A reference file of the suite, such as VIRTUAL_imagenet256_labeled.npz.
 
-    It has images in ``arr_0``, statistics of Inception's features of usually more images (``mu``, ``sigma``; ``mu_s``,
-    ``sigma_s`` of the spatial ones), or both. The statistics count for Inception with the published weights only;
-    another network sees the images.
+    It has images in ``arr_0``, statistics of Inception's features, usually of more images (``mu``, ``sigma``; ``mu_s``,
+    ``sigma_s`` of the spatial features), or both. The statistics are used only for Inception with the published
+    weights; another network needs the images.
 
     Args:
         path: of the file.
@@ -95,9 +95,9 @@ class SuiteMetrics(NamedTuple):
     """Metrics of images against a reference."""
 
     values: dict[str, float]
-    """By key: fid_g; sfid, inception_score, precision and recall where they can be had."""
+    """By key: fid_g, and where available sfid, inception_score, precision and recall."""
     left_out: dict[str, str]
-    """Reasons, by key of the others."""
+    """Reasons why the others are not available, by key."""
 
 
 def evaluate_samples(
@@ -110,25 +110,25 @@ def evaluate_samples(
     device: torch.device | str = "cpu",
     progress: Callable[[str, int], Progress] | None = None,
 ) -> SuiteMetrics:
-    """Measure sampled images as ADM's evaluation suite does; on several ranks each looks at its share of the images.
+    """Measure sampled images as ADM's evaluation suite does; several ranks divide the images.
 
-    Against the suite, distances of precision and recall are float64 here, and half precision there.
+    One difference: precision and recall use float64 distances here, half precision in the suite.
 
     Args:
-        samples: the images, in their order: the Inception Score is a mean over consecutive 5000.
+        samples: the images, in order: the Inception Score is a mean over consecutive 5000.
         reference: checked with `ReferenceBatch.check`.
         net: on ``device``.
         batch_size, workers: of the loader.
-        progress: called with a name and a number of images; returns a function that is called after each batch with
-            the number of this rank's images done.
+        progress: takes a name and a number of images; returns a function that is called after each batch with the
+            number of this rank's images done.
     """
 
-    def look(name: str, images: SampledImages | ImageArray) -> _Seen:
+    def features_of(name: str, images: SampledImages | ImageArray) -> _Features:
         tick = None if progress is None else progress(name, len(images))
-        return _see(images, net, batch_size, workers, device, tick)
+        return _features(images, net, batch_size, workers, device, tick)
 
-    seen = look("samples", samples)
-    theirs = None if reference.images is None else look("reference images", reference.images)
+    ours = features_of("samples", samples)
+    theirs = None if reference.images is None else features_of("reference images", reference.images)
     pooled: FeatureStatistics | Moments
     spatial: FeatureStatistics | Moments | None
     if net.standard and reference.pooled is not None:
@@ -136,39 +136,39 @@ def evaluate_samples(
     else:
         assert theirs is not None  # checked
         pooled, spatial = theirs.statistics, theirs.spatial
-    values, left_out = {"fid_g": frechet_distance(seen.statistics, pooled)}, {}
+    values, left_out = {"fid_g": frechet_distance(ours.statistics, pooled)}, {}
     if not net.num_spatial:
         left_out["sfid"] = f"{net.name} has no spatial features"
     elif spatial is None:
         left_out["sfid"] = f"{reference.path} has no mu_s and sigma_s"
     else:
-        values["sfid"] = frechet_distance(seen.spatial, spatial)
+        values["sfid"] = frechet_distance(ours.spatial, spatial)
     if net.classifier is None:
         left_out["inception_score"] = f"{net.name} has no classifier"
     else:
-        values["inception_score"] = inception_score(seen.features, net.classifier)
+        values["inception_score"] = inception_score(ours.pooled, net.classifier)
     if theirs is None:
         left_out["precision, recall"] = f"{reference.path} has no images"
     else:
-        values["precision"], values["recall"] = precision_and_recall(theirs.features, seen.features)
+        values["precision"], values["recall"] = precision_and_recall(theirs.pooled, ours.pooled)
     return SuiteMetrics(values, left_out)
 
 
-class _Seen(NamedTuple):
-    features: Tensor
-    """(N, K) float32 of the images of all ranks, in their order, on the network's device."""
+class _Features(NamedTuple):
+    pooled: Tensor
+    """(N, K) float32 of the images of all ranks, in order, on the network's device."""
     statistics: FeatureStatistics
     spatial: FeatureStatistics
 
 
-def _see(
+def _features(
     images: SampledImages | ImageArray,
     net: FeatureNet,
     batch_size: int,
     workers: int,
     device: torch.device | str,
     progress: Progress | None,
-) -> _Seen:
+) -> _Features:
     features = torch.zeros(len(images), net.num_features, device=device)
     statistics, spatial = (FeatureStatistics.zeros(k, device) for k in (net.num_features, net.num_spatial))
     first = rank_share(len(images)).start
@@ -179,4 +179,4 @@ def _see(
         spatial.add(spatial_of_batch)
         if progress is not None:
             progress(statistics.count)
-    return _Seen(sum_over_ranks(features), statistics.over_ranks(), spatial.over_ranks())
+    return _Features(sum_over_ranks(features), statistics.over_ranks(), spatial.over_ranks())

@@ -1,4 +1,4 @@
-"""Training losses of tokenizers: reconstruction group, prior regularizer, adversarial pair."""
+"""Training losses of tokenizers: reconstruction, prior regularization, adversarial losses."""
 
 from regvq_fast.losses.adversarial import (
     LeCAM,

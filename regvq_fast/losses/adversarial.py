@@ -1,4 +1,4 @@
-"""Losses of the patch discriminator, their adaptive weight (Esser et al., CVPR 2021, section 3.1), its regularizers."""
+"""Adversarial losses, their adaptive weight (Esser et al., CVPR 2021, section 3.1), discriminator regularizers."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from regvq_fast.ranks import mean_over_ranks
 
 _LOG2_SUM = 9
 """A channel's gradient is scaled to an absolute sum of 2^8 to 2^9. In fp16, features up to 127 then can't overflow the
-weight's gradient, and for 40 images of 256 px the mean over pixels stays above 2^-14, the smallest normal number."""
+weight's gradient, and with 40 images of 256 px the mean over pixels stays above 2^-14, the smallest normal number."""
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def non_saturating_generator_loss(fake: Tensor) -> Tensor:
 
 
 class AdversarialLoss(NamedTuple):
-    """Losses of the two players; each gives a 0-dim float32 of logits of any shape."""
+    """Losses of discriminator and generator, each from logits of any shape to a 0-dim float32."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]
     """(logits of images, logits of reconstructions)"""
@@ -55,11 +55,11 @@ class LeCAM(nn.Module):
     """LeCAM regularizer: ``mean relu(real - average_fake)^2 + mean relu(average_real - fake)^2``.
 
     Tseng et al., CVPR 2021, equation 5; the relu and the decay are those of the authors' code. The averages are
-    exponential, corrected for their start at 0, and of the logits of all ranks. Each call updates them first.
+    exponential, debiased, and over the logits of all ranks. Each call updates them first.
 
     Args:
-        weight: of the term in the discriminator's loss, for the caller.
-        decay: of the averages.
+        weight: weight of the term in the discriminator's loss, to be applied by the caller.
+        decay: decay of the averages.
     """
 
     averages: Tensor
@@ -67,10 +67,10 @@ class LeCAM(nn.Module):
     def __init__(self, weight: float, decay: float = 0.99) -> None:
         super().__init__()
         self.weight, self.decay = weight, decay
-        self.register_buffer("averages", torch.zeros(3))  # of real logits, of fake ones and of ones
+        self.register_buffer("averages", torch.zeros(3))  # of real logits, of fake logits, and of 1 for debiasing
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Logits of images and of reconstructions, of any shape, to a 0-dim float32 without the weight."""
+        """Return the unweighted term, 0-dim float32, for logits of images and of reconstructions, of any shape."""
         real, fake = real.float(), fake.float()
         means = torch.stack([real.mean(), fake.mean(), torch.ones_like(self.averages[2])])
         self.averages.lerp_(mean_over_ranks(means), 1 - self.decay)
@@ -79,14 +79,14 @@ class LeCAM(nn.Module):
 
 
 def r1_penalty(discriminator: nn.Module, images: Tensor) -> Tensor:
-    """Half of the squared gradient norm of an image's summed logits, mean over images (Mescheder et al., ICML 2018).
+    """Return half the squared gradient norm of an image's summed logits, mean over images (Mescheder et al., 2018).
 
-    The second derivative needs the discriminator as it is, not compiled. With batch norm in training the gradient
-    passes through the statistics, so that images of a batch act on each other, and running statistics move once more.
+    The second derivative needs an uncompiled discriminator. With batch norm in training mode the gradient passes
+    through the batch statistics, so that images affect each other, and running statistics are updated once more.
 
     Args:
         discriminator: (B, C, H, W) -> logits.
-        images: real ones, (B, C, H, W) float32.
+        images: real images, (B, C, H, W) float32.
 
     Returns:
         0-dim, with a gradient to the discriminator's parameters.
@@ -105,27 +105,27 @@ def adaptive_weight(
     grad_scale: Tensor | float = 1.0,
     padding: int = 1,
 ) -> Tensor:
-    """Balance of the adversarial gradient at the decoder's last convolution.
+    """Return the weight that balances the two losses' gradients at the decoder's last convolution.
 
-    ``lambda = clamp(|dL_rec/dW| / (|dL_gan/dW| + 1e-4), 0, 1e4)``. The gradients of W are formed from the two
-    gradients at the reconstruction and the convolution's input: nothing behind the last layer is walked for them. In a
-    distributed run they are the means over the ranks, and so is lambda the whole batch's. One convolution in the type
-    of the features forms both, each channel scaled to fit fp16.
+    ``lambda = clamp(|dL_rec/dW| / (|dL_gan/dW| + 1e-4), 0, 1e4)``. The gradients of W follow from the gradients at the
+    reconstruction and the convolution's input, without a backward through other layers. They are averaged over the
+    ranks, so lambda is that of the whole batch. One convolution in the type of the features computes both; each
+    channel is scaled to fit fp16.
 
     Args:
         features: (B, C, H, W) input of the convolution.
         weight: (3, C, k, k) its weight W.
         grad_reconstruction: (B, 3, H, W) gradient of the reconstruction losses at the reconstruction.
-        grad_adversarial: (B, 3, H, W) gradient of the generator loss there.
-        grad_scale: factor that both gradients carry, divided out of their norms.
-        padding: of the convolution, whose stride is 1.
+        grad_adversarial: (B, 3, H, W) gradient of the generator loss at the reconstruction.
+        grad_scale: loss scale of both gradients, divided out of their norms.
+        padding: padding of the convolution, whose stride is 1.
 
     Returns:
         0-dim float32, without a gradient.
     """
     gradients = torch.cat((grad_reconstruction, grad_adversarial), dim=1)  # one read of the features for both
     sums = torch.linalg.vector_norm(gradients, 1, dim=(0, 2, 3))
-    # Powers of two, so that scaling rounds nothing; the limit keeps them finite for a sum near 0.
+    # Scaling by powers of two is exact; the limit keeps them finite for a sum near 0.
     shift = (_LOG2_SUM - torch.frexp(sums).exponent).clamp(max=100)[:, None, None]
     scaled = torch.ldexp(gradients, shift).to(features.dtype)
     shape = (len(sums), *weight.shape[1:])

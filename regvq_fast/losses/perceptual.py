@@ -1,8 +1,7 @@
-"""Perceptual distance on feature maps that are already there.
+"""Perceptual distance between given feature maps.
 
 LPIPS: Zhang, Isola, Efros, Shechtman, Wang, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
-CVPR 2018. The network that makes the features is not part of the loss, so that one pass through it serves this loss
-and the contrastive one.
+CVPR 2018. The feature network is not part of the loss, so that this loss and the contrastive one share one pass.
 """
 
 import warnings
@@ -14,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-EPS = 1e-10  # of the lpips package, added to the norm
+EPS = 1e-10  # added to the norm, as in the lpips package
 LPIPS_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 
 
 class FeatureNetwork(Protocol):
-    """Feature network of the loss; `regvq_fast.models.VGGFeatures` is one."""
+    """Feature network of the loss, such as `regvq_fast.models.VGGFeatures`."""
 
     @property
     def net(self) -> str:
@@ -31,11 +30,11 @@ class FeatureNetwork(Protocol):
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Width of each of them."""
+        """Number of channels of each."""
 
     @property
     def imagenet(self) -> bool:
-        """True if the weights are torchvision's own."""
+        """True if the weights are torchvision's ImageNet weights."""
 
     @property
     def label(self) -> str:
@@ -43,24 +42,24 @@ class FeatureNetwork(Protocol):
 
 
 class LPIPS(nn.Module):
-    """Weighted squared distance of channel-normalised features, averaged over places and summed over layers.
+    """Weighted squared distance of channel-normalised features, averaged over positions and summed over layers.
 
-    For feature maps x_k, y_k of layer k, with xhat = x / (|x| + 1e-10) over the channels at each place:
+    For feature maps x_k, y_k of layer k, with xhat = x / (|x| + 1e-10) over the channels at each position:
 
         distance = sum_k mean_hw sum_c w_kc (xhat_kchw - yhat_kchw)^2
 
-    The weights w are fixed. They are the fitted LPIPS heads where the features are those that the heads were fitted
-    to (torchvision's ImageNet VGG-16 at relu1_2, relu2_2, relu3_3, relu4_3, relu5_3). A head rates the single
-    channels of that one network, so for any other features they are uniform, 1 / (2 * layers), which makes the
-    distance the mean over layers and places of 1 - cos(x, y): in [0, 1] for features behind a ReLU, and of the scale
-    of LPIPS, whose fitted weights average 0.09. There is no dropout.
+    The weights w are fixed. For the features that the LPIPS heads were fitted to (torchvision's ImageNet VGG-16 at
+    relu1_2, relu2_2, relu3_3, relu4_3, relu5_3) they are these heads. A head weighs the channels of that one network,
+    so for any other features the weights are uniform, 1 / (2 * layers). The distance is then the mean over layers and
+    positions of 1 - cos(x, y): in [0, 1] for features after a ReLU, and of the scale of LPIPS, whose fitted weights
+    average 0.09. There is no dropout.
 
     Args:
-        network: the network that makes the features.
+        network: the feature network.
 
     Attributes:
-        calibrated: whether the heads are the fitted ones.
-        name: "LPIPS" where calibrated, else a name that says what was measured.
+        calibrated: whether the weights are the fitted heads.
+        name: "LPIPS" if calibrated, else a name with the network and its weights.
     """
 
     def __init__(self, network: FeatureNetwork) -> None:
@@ -78,12 +77,10 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, features_x: Sequence[Tensor], features_y: Sequence[Tensor]) -> Tensor:
-        """Distances (B,) float32 of two lists of feature maps (B, C_k, H_k, W_k), computed in float32.
-
-        Gradients go to both lists.
+        """Return distances (B,) float32 of two lists of feature maps (B, C_k, H_k, W_k), with gradients to both.
 
         Raises:
-            ValueError: another number of maps than layers, or two maps of different shapes.
+            ValueError: the number of maps is not that of the layers, or two maps have different shapes.
         """
         if not len(features_x) == len(features_y) == self.num_layers:
             raise ValueError(f"expected {self.num_layers} feature maps, got {len(features_x)} and {len(features_y)}")
@@ -97,28 +94,28 @@ class LPIPS(nn.Module):
 
 
 class _Head(nn.Module):
-    """Weighted sum over the channels; the module names give the lpips package's key `model.1.weight`."""
+    """Weighted sum over the channels; its state-dict key is the lpips package's `model.1.weight`."""
 
     def __init__(self, channels: int, weight: float) -> None:
         super().__init__()
-        conv = nn.utils.skip_init(nn.Conv2d, channels, 1, kernel_size=1, bias=False)  # takes no random numbers
+        conv = nn.utils.skip_init(nn.Conv2d, channels, 1, kernel_size=1, bias=False)  # uses no random numbers
         nn.init.constant_(conv.weight, weight)
         self.model = nn.Sequential(nn.Identity(), conv)
 
     def forward(self, squares: Tensor) -> Tensor:
         """(B, C, H, W) to (B,)."""
-        # The mean first: both sums are linear, and this one, unlike a convolution, stays float32 under autocast.
+        # The mean over positions first, then a product that, unlike a convolution, stays float32 under autocast.
         return (squares.mean((2, 3)) * self.get_parameter("model.1.weight").view(-1)).sum(1)
 
 
 def _normalize(features: Tensor) -> Tensor:
     features = features.float()
-    # vector_norm: where all channels are zero, the gradient of sqrt(sum x^2) is nan, its is finite.
+    # If all channels are 0, the gradient of vector_norm is finite, that of sqrt(sum x^2) is nan.
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPS)
 
 
 def _fitted_heads() -> dict[str, Tensor] | None:
-    """The LPIPS heads for VGG-16, from the torchmetrics package, which carries them."""
+    """Return the LPIPS heads for VGG-16 from the torchmetrics package; None if this version has none."""
     spec = find_spec("torchmetrics")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(

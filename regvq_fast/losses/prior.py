@@ -11,19 +11,19 @@ PriorScope = Literal["image", "batch", "global"]
 
 
 def prior_kl(posterior: Tensor, rows: int | Tensor, padding: Padding | None = None) -> Tensor:
-    """``mean over groups of sum_n posterior * log(N * posterior)``, the KL divergence to the uniform prior.
+    """Return the mean over groups of ``sum_n posterior * log(N * posterior)``, the KL divergence to the uniform prior.
 
     Args:
         posterior: (G, N) float, rows summing to 1, as :func:`regvq_fast.ops.vector_quantize` returns it.
-        rows: R, rows that a group's posterior is the mean of; (G,) int64 where they differ.
-        padding: which of the groups count in the mean, if not all.
+        rows: R, the number of rows in a group; (G,) int64 if they differ.
+        padding: groups that do not count in the mean, if any.
 
     Returns:
-        0-dim, in nats, between 0 and log N; 0 log 0 = 0. Its floor is log(N / R) where R < N.
+        0-dim, in nats, between 0 and log N; 0 log 0 = 0. If R < N, it is at least log(N / R).
 
-    Gradient: to ``posterior``, ``(log(N * posterior) + 1) / G``. That is minus infinity for an unused code, of which R
-    rows tell no more than that its share is probably below 1 / R: it is taken at half a row's share, 1 / (2 R). (At
-    the smallest fp32 number it would be -87, and the few unused codes of a batch would drown everything else.)
+    Gradient: to ``posterior``, ``(log(N * posterior) + 1) / G``. For an unused code this would be minus infinity, but R
+    rows only show that its probability is likely below 1 / R: the gradient is taken at half a row, 1 / (2 R). (At the
+    smallest fp32 number it would be -87, and a few unused codes would dominate the gradient.)
     """
     fixed = posterior.detach()
     half_a_row = 0.5 / rows.clamp(min=1).unsqueeze(1) if isinstance(rows, Tensor) else 0.5 / rows
@@ -33,21 +33,20 @@ def prior_kl(posterior: Tensor, rows: int | Tensor, padding: Padding | None = No
 
 
 def posterior_groups(scope: PriorScope, batch_size: int) -> int:
-    """Groups of rows with a posterior each: one an image for scope "image", else one."""
+    """Return the number of groups with a posterior each: one per image for scope "image", else 1."""
     return batch_size if scope == "image" else 1
 
 
 def scoped_posterior(posterior: Tensor, scope: PriorScope, rows: int | Tensor) -> tuple[Tensor, int | Tensor]:
-    """Return the posterior that the regularizer sees, and the rows that a group's posterior is the mean of.
+    """Return the posterior for the regularizer, and the number of rows in a group.
 
-    For scope "global" those are the rows of all ranks: the mean of the ranks' posteriors, weighted by their rows, with
-    the gradient to this rank's. The mean of the ranks' gradients, which data-parallel training takes, is then that of
-    the whole batch.
+    For scope "global" it is the mean of the ranks' posteriors, weighted by their rows, with the gradient to this
+    rank's. The mean of the ranks' gradients, as data-parallel training takes it, is then that of the whole batch.
 
     Args:
         posterior: (G, N) of this rank.
         scope: as in :func:`posterior_groups`.
-        rows: of each group; (G,) int64 where they differ, among groups or ranks.
+        rows: number of rows in a group; (G,) int64 if they differ, among groups or ranks.
     """
     if scope != "global" or world_size() == 1:
         return posterior, rows

@@ -1,4 +1,4 @@
-"""The reconstruction group of the training loss: pixels, perceptual distance, contrastive loss."""
+"""Reconstruction loss of a tokenizer: pixels, perceptual distance, contrastive loss."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,15 +9,15 @@ from regvq_fast.losses.contrastive import ProbabilisticContrastiveLoss
 class ReconstructionLoss(nn.Module):
     """Weighted sum of L1, L2 (mean squared error), LPIPS and PCL of an image and its reconstruction.
 
-    The feature network runs once on each of the two, and both losses read its maps; a contrastive loss with a network
-    of its own adds that. Terms of weight 0, or without a module, cost nothing, but for the L1 that is recorded.
+    The feature network runs once on each image, and the perceptual and the contrastive loss share its maps, unless the
+    contrastive loss has its own network. Terms of weight 0, or without a module, are skipped; L1 is always recorded.
 
     Args:
         features: images (B, 3, H, W) in [-1, 1] -> list of feature maps; frozen.
         perceptual: (maps, maps) -> (B,) distances.
         contrastive: the contrastive loss, or None.
         contrastive_features: its own feature network, or None to share ``features``.
-        l1_weight, l2_weight, perceptual_weight, contrastive_weight: of the terms.
+        l1_weight, l2_weight, perceptual_weight, contrastive_weight: weights of the terms.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class ReconstructionLoss(nn.Module):
         first_image: int | Tensor = 0,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum (0-dim) and the terms by name (detached, unweighted).
+        """Return the weighted sum (0-dim) and the terms by name (detached, unweighted).
 
         Args:
             images: (B, 3, H, W) in [-1, 1], no gradient.
             reconstruction: (B, 3, H, W); gets the gradient.
             perturbation: (B, h, w), the token weights of the contrastive loss.
-            seed, first_image: of the contrastive loss's sampled places.
+            seed, first_image: for the contrastive loss's sampled positions.
             mask: (B, h, w) bool, the stochastic tokens, for a contrastive loss of the masked region.
         """
         l1 = F.l1_loss(reconstruction.float() if self.l1_weight > 0 else reconstruction.detach().float(), images)
-        # The sum of no values is 0, and its gradient too, though a pixel be inf.
+        # An empty sum: 0 with a gradient of 0, even if a pixel is inf.
         loss = self.l1_weight * l1 if self.l1_weight > 0 else reconstruction[:0].float().sum()
         terms = {"l1": l1.detach()}
         if self.l2_weight > 0:

@@ -24,7 +24,8 @@ __all__ = [
     "weights_hash",
 ]
 
-_MOVED = {"TokenTransformer": "autoregressive", "VQDiffusion": "diffusion"}  # to regvq_fast.priors, which import us
+# To regvq_fast.priors, which imports this package.
+_MOVED = {"TokenTransformer": "autoregressive", "VQDiffusion": "diffusion"}
 
 
 def __getattr__(name: str) -> Any:

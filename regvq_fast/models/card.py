@@ -1,4 +1,4 @@
-"""Model cards: what a published model is, how it was trained and measured, as the Hugging Face Hub shows it."""
+"""Model cards for the Hugging Face Hub: use, results, training and limits of a published model."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from regvq_fast.models.hub import HubName, import_hub
 from regvq_fast.models.pretrained import CONFIG
 from regvq_fast.quantizers import QUANTIZERS
 
-_NOT_SETTINGS = ("facts", "architecture", "versions")  # of config.json
-_OF_THE_RUN = ("preset", "seed", "amp", "compile", "deterministic")  # the rest of it is records and machine
+_NOT_SETTINGS = ("started_in", "facts", "architecture", "versions")  # of config.json
+_OF_THE_RUN = ("preset", "seed", "amp", "compile", "deterministic")  # other settings of a run are logging and machine
 _FIRST = ("reconstructions", "samples")  # images below the title
 _CAPTIONS = {
     "reconstructions": "Images of the validation split above, their reconstructions below.",
@@ -27,23 +27,23 @@ class Card:
     """Contents of a model card."""
 
     name: HubName
-    """Repository and branch that it is published in."""
+    """Repository and branch of the model."""
     kind: Any
     """Class of the model, a `regvq_fast.models.model.Model`."""
     config: Mapping[str, Any]
-    """Contents of config.json: those of a run, or the architecture alone."""
+    """Contents of config.json, of a run or with the architecture only."""
     parameters: int
-    """Number of them."""
+    """Number of parameters."""
     sha256: str
-    """Hash of the weights: `regvq_fast.models.weights_hash`."""
+    """Hash of the weights, `regvq_fast.models.weights_hash`."""
     evaluation: Mapping[str, Mapping[str, Any]] | None = None
     """Contents of evaluation.json: name, value and protocol of each number, by key."""
     license: str | None = None
     """Identifier on the hub."""
-    pictures: Sequence[str] = ()
-    """Paths of images that are published, too."""
+    images: Sequence[str] = ()
+    """Paths of published images."""
     commands: Sequence[str] = ()
-    """Command lines that use the model, without --run or --out of their user."""
+    """Command lines that use the model."""
     train: str = ""
     """Command that trained it, such as "regvq train vq"."""
 
@@ -89,7 +89,7 @@ class Card:
             "architecture": _items(self.config["architecture"], leave_out=("type",)),
         }
         lines = [f"# {self.name.title}", f"{self.kind.title}, made with regvq_fast {version}."]
-        lines += [_picture(path) for path in self.pictures if _stem(path) in _FIRST]
+        lines += [_image(path) for path in self.images if _stem(path) in _FIRST]
         return "\n\n".join([*lines, _table(("", ""), facts.items())])
 
     def _use(self) -> str:
@@ -107,13 +107,13 @@ class Card:
         return "\n\n".join(lines)
 
     def _results(self) -> str:
-        pictures = [_picture(path) for path in self.pictures if _stem(path) not in _FIRST]
+        images = [_image(path) for path in self.images if _stem(path) not in _FIRST]
         if not self.evaluation:
             lack = (
                 "Not measured: there is no `evaluation.json`. `regvq evaluate` makes one, whose numbers `regvq push` "
                 "shows here."
             )
-            return "\n\n".join(["## Results", lack, *pictures])
+            return "\n\n".join(["## Results", lack, *images])
         protocols = [
             {key: value for key, value in found.items() if key not in ("name", "value", "note") and value is not None}
             for found in self.evaluation.values()
@@ -136,7 +136,7 @@ class Card:
                 "What all of them were measured with:",
                 _table(("protocol", ""), ((key, _items({"": value})) for key, value in common.items())),
                 *(f"> **Note:** {note}." for note in notes),
-                *pictures,
+                *images,
             ]
         )
 
@@ -181,13 +181,13 @@ def _stem(path: str) -> str:
     return path.rpartition("/")[2].partition(".")[0]
 
 
-def _picture(path: str) -> str:
+def _image(path: str) -> str:
     """Return an image with its caption."""
     return "\n\n".join(filter(None, (f"![{_stem(path)}]({path})", _CAPTIONS.get(_stem(path)))))
 
 
 def _items(values: Mapping[str, Any], leave_out: Iterable[str] = ()) -> str:
-    """Return values as "name value, ..." on one line; None is left out."""
+    """Return values as "name value, ..." on one line, without those that are None."""
     words = []
     for name, value in values.items():
         if name in leave_out or value is None or value == {}:
@@ -207,6 +207,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _slug(text: str) -> str:
-    """Return a text in ASCII letters, digits and hyphens: "frechet-distance-r" of "Fréchet distance[R]"."""
+    """Return a text in ASCII letters, digits and hyphens: "Fréchet distance[R]" becomes "frechet-distance-r"."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

@@ -1,6 +1,6 @@
 """The PatchGAN discriminator of pix2pix (Isola et al., CVPR 2017), as in taming-transformers.
 
-Module names are those of taming's `NLayerDiscriminator` (`main.N.*`), whose weights load with `load_state_dict`.
+Module names are those of taming's `NLayerDiscriminator` (`main.N.*`), so that its weights load by `load_state_dict`.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from regvq_fast.models.layers import group_norm
 
 Norm = Literal["batch", "group", "none"]
 
-# Identity where there is no normalisation, so that the convolutions keep their places, and keys, in `main`.
+# Identity without normalisation, so that the convolutions keep their indices, and keys, in `main`.
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "group": group_norm, "none": nn.Identity}
 
 
 class PatchDiscriminator(nn.Module):
-    """Real/fake logits for overlapping patches (70 x 70 pixels at the default depth).
+    """Real/fake logits of overlapping patches (70 x 70 pixels at the default depth).
 
     `num_layers` 4x4 convolutions of stride 2, then two of stride 1. Widths double from `filters` up to 8 * filters.
     Convolution weights start as N(0, 0.02), normalisation weights as N(1, 0.02).
@@ -26,8 +26,8 @@ class PatchDiscriminator(nn.Module):
         in_channels: channels of the images.
         filters: width of the first convolution.
         num_layers: convolutions of stride 2.
-        norm: "batch" (pix2pix, taming), "group" (independent of the batch, for small batches), or "none". The
-            first and last convolution never have one.
+        norm: "batch" (pix2pix, taming), "group" (independent of the batch, for small batches), or "none"; there is
+            none after the first and the last convolution.
 
     Raises:
         ValueError: a size that is not positive, or an unknown `norm`.
@@ -62,11 +62,11 @@ class PatchDiscriminator(nn.Module):
 
     @property
     def min_size(self) -> int:
-        """Smallest image side, in pixels, that leaves a patch."""
-        return 3 * 2**self.num_layers  # the two convolutions of stride 1 take one pixel off each
+        """Smallest side of an image in pixels, which gives one logit."""
+        return 3 * 2**self.num_layers  # each convolution of stride 1 removes one pixel
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, 1, H // 2**num_layers - 2, W // 2**num_layers - 2).
+        """Return logits (B, 1, H // 2**num_layers - 2, W // 2**num_layers - 2) of images (B, in_channels, H, W).
 
         Raises:
             ValueError: not (B, in_channels, H, W), or a side below `min_size`.

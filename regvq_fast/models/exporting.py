@@ -1,10 +1,10 @@
-"""Tokenizers as programs that need nothing of this library: PyTorch's ``.pt2``, and ONNX.
+"""Export of tokenizers as programs that run without this library: PyTorch's ``.pt2`` and ONNX.
 
     encoder   images (B, 3, H, W) float32 in [-1, 1] -> tokens (B, h, w) int64
     decoder   tokens (B, h, w) int64 -> images (B, 3, H, W) float32, not clamped
 
-B, h and w are dynamic; h and w are 2 at least, H and W their multiples by the down-sampling factor. The best code is
-found in plain PyTorch, of a codebook with all B*h*w x N logits in memory.
+B, h and w are dynamic, h and w at least 2; H and W are h and w times the down-sampling factor. The best code is found
+in plain PyTorch, for a codebook with all B*h*w x N logits in memory.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ Format = Literal["pt2", "onnx"]
 Program = Callable[[Tensor], Tensor]
 
 IMAGE_TOLERANCE = 1e-3
-"""Largest accepted difference of a decoded value, in [-1, 1]; a level of 8 bits is 0.0078."""
+"""Largest accepted difference of a decoded value in [-1, 1]; one 8-bit level is 0.0078."""
 TIE = 1e-3
-"""Largest accepted distance of another token's logit from the best one, in standard deviations of the logits."""
-_ONNX_BYTES = 2_000_000_000  # of weights, leaving some of a protobuf's 2 GiB to the graph
+"""Largest accepted difference of a token's logit from the best one, in standard deviations of the logits."""
+_ONNX_BYTES = 2_000_000_000  # most bytes of weights; a protobuf holds 2 GiB with the graph
 _SEED = 0
 
 
@@ -38,9 +38,9 @@ class Agreement(NamedTuple):
     """Comparison of exported programs with the model."""
 
     tokens: int
-    """Tokens that were compared."""
+    """Number of tokens compared."""
     different: int
-    """Those that differ, all of them ties."""
+    """Number of tokens that differ, all of them ties."""
     image_error: float
     """Largest difference of a decoded value."""
 
@@ -53,7 +53,7 @@ class TokenEncoder(nn.Module):
         self.encoder, self.quant_conv, self.quantize = model.encoder, model.quant_conv, model.quantize
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to tokens (B, h, w) int64."""
+        """Return tokens (B, h, w) int64 of images (B, 3, H, W) in [-1, 1]."""
         return self.quantize.best_codes(self.quant_conv(self.encoder(images)))
 
 
@@ -65,23 +65,23 @@ class TokenDecoder(nn.Module):
         self.quantize, self.post_quant_conv, self.decoder = model.quantize, model.post_quant_conv, model.decoder
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h, w) int64 to images (B, 3, H, W), not clamped."""
+        """Return images (B, 3, H, W), not clamped, of tokens (B, h, w) int64."""
         return self.decoder(self.post_quant_conv(self.quantize.codes_of(tokens)))
 
 
 def export_tokenizer(model: VQGAN, folder: Path, kind: Format) -> Agreement:
     """Export a tokenizer as ``encoder.KIND`` and ``decoder.KIND``, run both, and compare them with the model.
 
-    Both are computed in float32 on a CPU. They appear in the folder when all of this has succeeded.
+    Both compute in float32 and are compared on a CPU. The files appear in the folder only if they agree.
 
     Args:
         model: on any device.
-        folder: made where it is missing.
+        folder: created if missing.
         kind: "pt2" for :func:`torch.export.load`, or "onnx".
 
     Raises:
-        ValueError: an unknown format, packages that ONNX needs are missing, a quantizer without ``logits``, or programs
-            that don't agree with the model.
+        ValueError: an unknown format, a missing package for ONNX, a quantizer without ``logits``, or programs that
+            don't agree with the model.
         OSError: the folder can't be written.
     """
     if kind not in get_args(Format):
@@ -104,10 +104,10 @@ def export_tokenizer(model: VQGAN, folder: Path, kind: Format) -> Agreement:
 
 
 def compare(model: VQGAN, encoder: Program, decoder: Program) -> Agreement:
-    """Compare programs with the model they are of, on images that it decodes from random tokens, in two shapes.
+    """Compare exported programs with their model, on images decoded from random tokens, in two shapes.
 
     Raises:
-        ValueError: a token that is no tie, or an image beyond the tolerance.
+        ValueError: a token that differs and is no tie, or an image beyond the tolerance.
     """
     generator = torch.Generator().manual_seed(_SEED)
     (height, width), count = _least_shape(model), model.quantize.num_codes
@@ -134,7 +134,7 @@ def compare(model: VQGAN, encoder: Program, decoder: Program) -> Agreement:
 
 
 def _count_wrong(model: VQGAN, latents: Tensor, tokens: Tensor) -> int:
-    """Return how many tokens (K,) of latents (K, D) aren't as good as the best ones, ties aside."""
+    """Return the number of tokens (K,) of latents (K, D) that are neither the best ones nor ties."""
     if not len(tokens):
         return 0
     logits = model.quantize.logits(latents)
@@ -143,7 +143,7 @@ def _count_wrong(model: VQGAN, latents: Tensor, tokens: Tensor) -> int:
 
 
 def _least_shape(model: VQGAN) -> tuple[int, int]:
-    """Return h and w of the tokens of the model's own images, 2 at least."""
+    """Return h and w of the tokens of an image of the model's size, at least 2."""
     height, width = model.token_shape
     return max(height, 2), max(width, 2)
 
@@ -183,7 +183,7 @@ def _load(path: Path, kind: Format) -> Program:
 
 
 def _check_onnx(size: int) -> None:
-    """Raise ValueError for weights of more bytes than an ONNX file holds, or where a package is missing."""
+    """Raise ValueError if the weights are too large for an ONNX file, or a package is missing."""
     if size > _ONNX_BYTES:
         raise ValueError(f"an ONNX file holds 2 GiB, these weights take {size / 2**30:.1f} GiB: use --format pt2")
     try:
@@ -196,7 +196,7 @@ def _check_onnx(size: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporters report about other libraries and themselves."""
+    """Silence warnings and logs of the exporters."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

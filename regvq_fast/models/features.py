@@ -24,7 +24,7 @@ IMAGENET_WEIGHTS = {
     "vgg19": RemoteWeights("https://download.pytorch.org/models/vgg19-dcbb9e9d.pth", "dcbb9e9d"),
 }
 RANDOM = Path("random")
-"""Stands for random weights of a fixed seed, where a weights file can be named."""
+"""Value of ``weights`` for random weights of a fixed seed."""
 
 
 class NoWeightsError(OSError):
@@ -32,21 +32,21 @@ class NoWeightsError(OSError):
 
 
 class VGGFeatures(nn.Module):
-    """The frozen convolutional trunk of VGG-16 or VGG-19, up to the deepest layer asked for.
+    """The frozen convolutional trunk of VGG-16 or VGG-19, up to the deepest requested layer.
 
-    A fresh network has He-initialised random weights that depend on `seed` alone; the global random state is neither
-    read nor changed. `load_vgg_features` gives it pre-trained ones. It stays in evaluation mode, its parameters take
-    no gradients, gradients to the images pass.
+    A new network has He-initialised random weights that depend on `seed` only; the global random state is neither read
+    nor changed. `load_vgg_features` loads pre-trained weights. The network stays in evaluation mode; gradients pass to
+    the images, but not to its parameters.
 
     Args:
         net: "vgg16" or "vgg19".
-        layers: names relu{block}_{k} of the outputs wanted, each once, in order of depth.
-        seed: of the random weights.
+        layers: names relu{block}_{k} of the requested outputs, each once, in order of depth.
+        seed: seed of the random weights.
 
     Attributes:
         source: where the weights came from: "path:...", "cache:...", "download:..." or "random(seed 0)".
         pretrained: whether the weights were loaded.
-        imagenet: whether they are torchvision's own ImageNet weights, to the byte.
+        imagenet: whether they are torchvision's ImageNet weights, by SHA-256.
         channels: number of channels of each output.
 
     Raises:
@@ -86,17 +86,17 @@ class VGGFeatures(nn.Module):
 
     @property
     def label(self) -> str:
-        """Name of the network and its weights, for reports: what is measured with it must say so."""
+        """Name of the network and its weights, for reports of what is measured with it."""
         title = self.net.upper().replace("VGG", "VGG-")
         if not self.pretrained:
             return f"random {title}"
         return f"ImageNet {title}" if self.imagenet else f"{title} of {Path(self.source.partition(':')[2]).name}"
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of images (B, 3, H, W) in [-1, 1].
+        """Return the feature maps of images (B, 3, H, W) in [-1, 1].
 
         Returns:
-            One (B, C, H / 2**p, W / 2**p) a layer, rounded down, behind its ReLU, p pooling layers deep.
+            For each layer the output (B, C, H // 2**p, W // 2**p) of its ReLU, after p pooling layers.
 
         Raises:
             ValueError: not (B, 3, H, W), or too small for the pooling layers.
@@ -119,18 +119,18 @@ class VGGFeatures(nn.Module):
         return outputs
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever the mode of the model around it."""
+        """Stay in evaluation mode, whatever the mode of the enclosing model."""
         return super().train(False)
 
     def load_torchvision_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load a torchvision state dict; `classifier.*` and layers behind the last one needed are ignored.
+        """Load a torchvision state dict; `classifier.*` and layers after the last requested one are ignored.
 
         Raises:
-            ValueError: lists all missing and unexpected names and wrong shapes; nothing has been loaded then.
+            ValueError: missing or unexpected names, or wrong shapes, all of them listed; then nothing is loaded.
         """
         given = {name: tensor for name, tensor in state_dict.items() if not name.startswith("classifier.")}
         needed = self.state_dict()
-        # Layers not needed are checked where the file has them: they tell a VGG-19 from a VGG-16.
+        # Layers not needed are also checked if the file has them: they tell a VGG-19 from a VGG-16.
         expected = {name: shape for name, shape in self._trunk_shapes.items() if name in needed or name in given}
         check_state_dict(given, expected, f"the {self.net} feature network")
         self.load_state_dict({name: given[name] for name in needed})
@@ -139,7 +139,7 @@ class VGGFeatures(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for module in self.features:
             if isinstance(module, nn.Conv2d):
-                # Keeps the scale of the activations from layer to layer behind a ReLU (He et al., 2015).
+                # He et al., 2015: activations keep their scale from layer to layer.
                 nn.init.normal_(module.weight, std=math.sqrt(2 / module.weight[0].numel()), generator=generator)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
@@ -147,13 +147,13 @@ class VGGFeatures(nn.Module):
 def load_vgg_features(
     net: VGGName, weights: Path | None = None, *, layers: Sequence[str] = DEFAULT_LAYERS, download: bool = True
 ) -> VGGFeatures:
-    """Return a VGG feature network with pre-trained weights, or with random ones where these are asked for.
+    """Return a VGG feature network with pre-trained weights, or with random ones on request.
 
     Args:
         net: "vgg16" or "vgg19".
         weights: a .safetensors, .pth or .pt file with torchvision's names, fp32 or half precision; or `RANDOM`. None:
-            torchvision's ImageNet weights, from the torch hub cache or a download, which gives up within seconds where
-            there is no network.
+            torchvision's ImageNet weights, from the torch hub cache or a download, which fails within seconds without a
+            network.
         layers: as in `VGGFeatures`.
         download: whether the network may be used.
 
@@ -161,9 +161,9 @@ def load_vgg_features(
         The network; its `source`, `pretrained` and `label` name the weights.
 
     Raises:
-        FileNotFoundError: `weights` is no file.
+        FileNotFoundError: `weights` is not a file.
         NoWeightsError: no `weights` given, nothing in the cache, and no download.
-        ValueError: a file that was found can't be read or doesn't fit; the message names it and what is wrong.
+        ValueError: a file can't be read or doesn't fit; the message names it and what is wrong.
     """
     trunk = VGGFeatures(net, layers)
     if weights == RANDOM:
@@ -182,13 +182,13 @@ def load_vgg_features(
         raise ValueError(f"{path}: {error}") from error
     trunk.source = source
     trunk.pretrained = True
-    # The hub's file names carry the hash; a file by another name is asked for its own.
+    # File names in the hub's cache contain the hash; other files are hashed.
     trunk.imagenet = weights is None or sha256_of(path).startswith(remote.sha256_prefix)
     return trunk
 
 
 def _trunk(net: VGGName) -> tuple[dict[str, int], nn.Sequential]:
-    """Places of the ReLUs by name, and the whole trunk without memory for its weights."""
+    """Return the indices of the ReLUs by name, and the whole trunk on the meta device."""
     positions = {}
     modules: list[nn.Module] = []
     width = 3

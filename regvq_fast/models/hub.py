@@ -1,8 +1,8 @@
-"""Models on the Hugging Face Hub: folders that come from there, and files that go there.
+"""Models on the Hugging Face Hub: download and publishing.
 
-A model is named ORGANIZATION/NAME there; ORGANIZATION/NAME@REVISION is a branch, a tag or a commit of it. Its
-repository holds a folder of weights (`regvq_fast.models.pretrained`), that of a prior its tokenizer's in `tokenizer/`.
-Downloads are kept in the hub's own cache, which serves them without a network, too.
+A model's name is ORGANIZATION/NAME, or ORGANIZATION/NAME@REVISION with a branch, tag or commit. Its repository holds a
+folder of weights (`regvq_fast.models.pretrained`); that of a prior also holds its tokenizer in `tokenizer/`. Downloads
+are kept in the hub's cache, which also works offline.
 """
 
 import os
@@ -18,7 +18,7 @@ from regvq_fast.version import __version__
 
 CARD = "README.md"
 PICTURES = "pictures"
-"""Folder of images, in a run and on the hub."""
+"""Folder of images in a run and on the hub."""
 
 HUB = "the Hugging Face Hub"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -45,25 +45,25 @@ class HubName(NamedTuple):
 
 
 def hub_name(source: str | os.PathLike[str]) -> HubName | None:
-    """Return the name that a source has on the hub; None for a path that exists, or that can't be a name there."""
+    """Return the name of a source on the hub; None if it is an existing path or not a valid name."""
     match = _NAME.fullmatch(os.fspath(source))
     return None if match is None or Path(source).exists() else HubName(match[1], match[2])
 
 
 def local_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Return the folder of a model on this machine, after downloading it if its source is a name on the hub.
+    """Return the local folder of a model, downloading it if its source is a name on the hub.
 
     Args:
-        source: a folder, which comes first, or ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION on the hub.
+        source: a folder, which takes precedence, or ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION on the hub.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        FileNotFoundError: neither such a folder nor such a repository or revision; or it isn't in the cache, and there
-            is no network, or no huggingface_hub.
-        NotADirectoryError: it is a file.
+        FileNotFoundError: no such folder, repository or revision; or it is not in the cache, and there is no network or
+            no huggingface_hub.
+        NotADirectoryError: the source is a file.
         PermissionError: the hub refuses access.
-        OSError: the download failed, or the repository holds no model of this library.
-        ValueError: a revision of a folder, or two of them.
+        OSError: the download failed, or the repository has no model of this library.
+        ValueError: a revision given for a folder, or given twice.
     """
     folder, name = Path(source), hub_name(source)
     if folder.is_file():
@@ -104,23 +104,23 @@ def _download(name: HubName) -> Path:
 def publish(
     files: Mapping[str, bytes], to: str, *, revision: str | None = None, private: bool = False, message: str
 ) -> str:
-    """Commit files to a repository on the hub, which is made if it isn't there; all of them, or none.
+    """Commit files to a repository on the hub in one commit, creating the repository if needed.
 
-    Files of an earlier model that this one lacks (its tokenizer, evaluation or images) are deleted; others stay.
+    Files of an earlier model that are not among these (its tokenizer, evaluation or images) are deleted; others stay.
 
     Args:
         files: contents by name; "/" separates folders.
         to: ORGANIZATION/NAME.
-        revision: branch, made from the main one if it isn't there. None: the main branch.
-        private: make a private repository; a public one that exists is refused.
-        message: of the commit.
+        revision: branch, created from the main branch if needed. None: the main branch.
+        private: create a private repository; an existing public one is refused.
+        message: commit message.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: not such a name; a public repository; or huggingface_hub is not installed.
-        OSError: the hub can't be reached, or refuses it.
+        ValueError: an invalid name; a public repository with ``private``; or huggingface_hub is not installed.
+        OSError: the hub can't be reached or refuses the commit.
     """
     name = check_name(to)
     hub = import_hub(f"to publish on {HUB}")
@@ -141,7 +141,7 @@ def publish(
             commit_message=message,
             revision=revision,
         )
-    except ValueError:  # of this function, or the hub's sentence about the card's metadata
+    except ValueError:  # of this function, or of the hub about the card's metadata
         raise
     except Exception as error:
         raise _explained(error, HubName(name.repo, revision), "publish") from None
@@ -149,7 +149,7 @@ def publish(
 
 
 def check_name(to: str) -> HubName:
-    """Return a name to publish to; ValueError where it is none, or has a revision."""
+    """Return the name of a repository to publish to; ValueError if it is invalid or has a revision."""
     match = _NAME.fullmatch(to)
     if match is None or match[2] is not None:
         raise ValueError(f"{to!r} is no name of a repository on {HUB}: give ORGANIZATION/NAME")
@@ -157,12 +157,12 @@ def check_name(to: str) -> HubName:
 
 
 def _is_ours(path: str) -> bool:
-    """Return whether a file in a repository describes or belongs to a model that was published earlier."""
+    """Return whether a file in a repository belongs to a published model."""
     return path in {*_LOADED, "evaluation.json"} or (path.startswith(f"{PICTURES}/") and path.endswith(".png"))
 
 
 def import_hub(purpose: str, error: type[Exception] = ValueError) -> Any:
-    """Import huggingface_hub; where it is missing, raise an error that says what for, and how to install it."""
+    """Import huggingface_hub; if it is missing, raise an error with the purpose and the command to install it."""
     try:
         import huggingface_hub
     except ModuleNotFoundError:
@@ -171,12 +171,12 @@ def import_hub(purpose: str, error: type[Exception] = ValueError) -> Any:
 
 
 def _explained(error: Exception, name: HubName, doing: str = "read") -> OSError:
-    """Return what went wrong on the hub as one sentence."""
+    """Return an error of the hub as an OSError in one sentence."""
     from huggingface_hub import utils as classes
 
     cause = error
     while isinstance(cause, classes.LocalEntryNotFoundError) and isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__  # why the cache had to do, and couldn't
+        cause = cause.__cause__  # why the hub was not reached, so that only the cache was left
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, classes.RevisionNotFoundError):
         return FileNotFoundError(

@@ -1,9 +1,9 @@
 """The block of Llama-like image models: RMSNorm, rotary embeddings of the grid, QK-norm, SwiGLU, no biases.
 
 The network is that of LlamaGen (Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image
-Generation", 2024): root mean squares in place of means and variances (Zhang, Sennrich, 2019), rotary embeddings of rows
-and columns (Su et al., 2021), a gated MLP (Shazeer, 2020). Two things differ: queries and keys are normalized (Henry et
-al., 2020), and a query is at the token that it predicts (`grid_rotation`).
+Generation", 2024): RMSNorm (Zhang, Sennrich, 2019), rotary embeddings of rows and columns (Su et al., 2021), a gated
+MLP (Shazeer, 2020). It differs in two ways: queries and keys are normalized (Henry et al., 2020), and a query has the
+position of the token that it predicts (`grid_rotation`).
 
 Shapes: (B, L, C) with L positions and C = width; D = C / heads.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from regvq_fast.models.model import Checkpointed
 from regvq_fast.models.transformer import Attend
 
-_EPS = 1e-5  # of the mean square, as LlamaGen's
-_BASE = 100.0  # of the wavelengths, as usual for grids; 10000 is for the lengths of texts
+_EPS = 1e-5  # added to the mean square, as in LlamaGen
+_BASE = 100.0  # of the wavelengths, as usual for grids; 10000 is usual for texts
 _HIDDEN_MULTIPLE = 64
 
 
@@ -30,9 +30,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up as one product; as many weights as an MLP of 4 C hidden channels.
+    """down(silu(gate(x)) * up(x)), with gate and up as one product.
 
-    The hidden channels are 8 / 3 C, rounded up to a multiple of 64.
+    The 8 / 3 C hidden channels, rounded up to a multiple of 64, give as many weights as an MLP with 4 C of them.
     """
 
     def __init__(self, width: int) -> None:
@@ -42,13 +42,13 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) to (B, L, C)."""
+        """Map (B, L, C) to (B, L, C)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class RotarySelfAttention(nn.Module):
-    """Multi-head self-attention, whose queries and keys are normalized, then rotated by their positions."""
+    """Multi-head self-attention with queries and keys normalized, then rotated by their positions."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ class RotarySelfAttention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, attend: Attend, rotation: Tensor) -> Tensor:
-        """(B, L, C) to (B, L, C); `rotation` is that of `grid_rotation` for these positions."""
+        """Map (B, L, C) to (B, L, C); `rotation` is that of `grid_rotation` for these positions."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         value = qkv[:, :, 2]
-        # In the type of the weights: under autocast fp32. (B, L, 2, heads, D)
+        # (B, L, 2, heads, D) in the type of the weights, fp32 under autocast.
         qk = F.rms_norm(qkv[:, :, :2].to(self.qk_gain.dtype), qkv.shape[-1:], eps=_EPS) * self.qk_gain
         query, key = rotate(qk, rotation).to(value.dtype).unbind(2)
         return self.proj(attend(query, key, value).flatten(2))
@@ -79,7 +79,7 @@ class LlamaBlock(Checkpointed):
         self.drop = nn.Dropout(dropout)
 
     def layers(self, x: Tensor, attend: Attend, rotation: Tensor) -> Tensor:
-        """(B, L, C) to (B, L, C)."""
+        """Map (B, L, C) to (B, L, C)."""
         x = x + self.drop(self.attn(self.ln1(x), attend, rotation))
         return x + self.drop(self.mlp(self.ln2(x)))
 
@@ -91,13 +91,13 @@ def rotate(qk: Tensor, rotation: Tensor) -> Tensor:
 
 
 def grid_rotation(condition_shape: Sequence[int], token_shape: Sequence[int], head_dim: int) -> Tensor:
-    """Return cosines and sines by which `rotate` turns queries and keys at every position of a sequence.
+    """Return the cosines and sines with which `rotate` rotates queries and keys at every position of a sequence.
 
-    The sequence is a condition that covers the image, then its tokens but the last. A position has coordinates, in
-    tokens: a key those of what it shows, a query those of the token it predicts (in the condition before its last
-    position, of what it shows). The product of a query and a key depends on the difference alone, so that the cell of
-    the map that shows a token is at distance 0 from the query that predicts it, and the token above it at (1, 0), at
-    the ends of rows, too. Half of the pairs of channels turn by rows, half by columns, from one radian a token down.
+    The sequence is a condition that covers the image, then all tokens but the last. Coordinates are in tokens. A key
+    has those of its cell or token; a query has those of the token that it predicts, or before the condition's last
+    position those of its cell. A query's product with a key depends on the difference of their coordinates only: the
+    cell over a token is at distance 0 from the query that predicts it, and the token above is at (1, 0), even at the
+    ends of rows. Half of the pairs of channels rotate by rows, half by columns, by at most one radian per token.
 
     Returns:
         (1, K + L - 1, 2, 2, 1, D): position; cosine or sine, the sines of the first half of D negative; query or key.

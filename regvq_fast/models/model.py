@@ -1,4 +1,4 @@
-"""Base of the models: saving and loading of folders, activation checkpointing, evaluation mode."""
+"""Base class of the models: saving, loading and publishing, activation checkpointing, evaluation mode."""
 
 from __future__ import annotations
 
@@ -21,68 +21,68 @@ from regvq_fast.models.weights import check_state_dict, weights_hash
 from regvq_fast.version import __version__
 
 _ANY_SIZE = 2**20
-"""A number in an architecture may be so large whatever the weights are, as the size of images is."""
+"""Largest number in an architecture that is accepted for weights of any size, such as the size of images."""
 
 AnyModel = TypeVar("AnyModel", bound="Model")
 
 
 class Model(nn.Module):
-    """A network that says what it was built with, so that weights and this are all that it takes to have it again.
+    """A network with a description of its architecture, from which it can be rebuilt.
 
-    A subclass keeps the arguments of its constructor, as plain values, in `_arguments`. One that is built around
-    another module adds the description of it to `architecture`, and makes it anew in `_build`.
+    A subclass stores the arguments of its constructor, as plain values, in `_arguments`. If it contains another module,
+    it adds that module's description to `architecture` and rebuilds the module in `_build`.
     """
 
     _arguments: dict[str, Any]
     title: ClassVar[str] = "Prior over image tokens"
     """Kind of model, as a heading."""
     pipeline_tag: ClassVar[str] = "image-to-image"
-    """Its task on the Hugging Face Hub."""
+    """Task on the Hugging Face Hub."""
     example: ClassVar[str] = ""
-    """Lines of Python for a model card, behind those that load ``model``; fields in braces are its arguments."""
+    """Lines of Python for a model card, after those that load ``model``; names in braces are its arguments."""
 
     def architecture(self) -> dict[str, Any]:
-        """Return the constructor's arguments as plain values; "type" is its class."""
+        """Return the constructor's arguments as plain values, and the name of the class as "type"."""
         return {"type": type(self).__name__, **self._arguments}
 
     @classmethod
     def _build(cls, **description: Any) -> Self:
-        """The model of an `architecture` (without "type"), with fresh weights; TypeError where it doesn't fit."""
+        """Build the model of an `architecture` (without "type"), with new weights; TypeError if it doesn't fit."""
         return cls(**description)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save the weights, and the architecture they need, to a folder that `from_pretrained` reads.
+        """Save weights and architecture to a folder that `from_pretrained` reads.
 
-        It appears complete or not at all; one of the same name that this wrote earlier is replaced. Of a pre-trained
-        text encoder, the name is saved; all else that the model is built around is saved with its weights.
+        The folder appears complete or not at all, and replaces one saved earlier. Of a pre-trained text encoder only
+        the name is saved; all other modules are saved with their weights.
 
         Raises:
-            ValueError: `folder` is something else, or the model has a quantizer that is not one of this library's.
+            ValueError: `folder` exists and is not a saved model, or the quantizer is not one of this library's.
             OSError: the folder can't be written.
         """
         write_folder(Path(folder), pretrained_files(self.architecture(), self.state_dict()))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Self:
-        """Load the model in a folder: one of `save_pretrained`, a checkpoint of a run, or a run; or from the hub.
+        """Load a model from a folder of `save_pretrained`, a checkpoint or a run, or from the Hugging Face Hub.
 
-        Of a run it is the final model, or that of the newest checkpoint where the run has not come to its end. Files
-        that have checksums are compared with them, and nothing is unpickled.
+        From a run this is the final model, or that of the newest checkpoint if the run is unfinished. Files with
+        checksums are checked, and nothing is unpickled.
 
         Args:
-            source: a folder; if there is none, ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION on the Hugging Face Hub,
-                whose cache serves it without a network, too.
+            source: a folder; or, if there is no such folder, ORGANIZATION/NAME or ORGANIZATION/NAME@REVISION on the
+                Hugging Face Hub, whose cache also works offline.
             revision: branch, tag or commit on the hub. None: the main branch.
 
         Returns:
             The model on the CPU, in evaluation mode.
 
         Raises:
-            FileNotFoundError: neither such a folder nor such a repository, or no weights in it, or not those of a
-                pre-trained text encoder.
-            NotADirectoryError: it is a file.
-            OSError: the hub refuses it, or the download failed.
-            ValueError: a file is truncated, damaged or foreign, or holds another model; the message names it. Or the
+            FileNotFoundError: no such folder or repository, no weights in it, or no weights of a pre-trained text
+                encoder.
+            NotADirectoryError: the source is a file.
+            OSError: the hub refuses access, or the download failed.
+            ValueError: a file is truncated, damaged or foreign, or has another model; the message names it. Or the
                 text encoder needs transformers, which is not installed.
         """
         return read_model(source, cls, revision=revision)
@@ -90,24 +90,24 @@ class Model(nn.Module):
     def push_to_hub(
         self, to: str, *, revision: str | None = None, private: bool = False, license: str | None = None
     ) -> str:
-        """Publish the model on the Hugging Face Hub, as `from_pretrained` loads it, with a model card.
+        """Publish the model with a model card on the Hugging Face Hub, for `from_pretrained`.
 
-        Card and files of a model that was published there earlier are replaced, in one commit. `regvq push` publishes
-        a run, whose card has settings and measurements, and a prior with its tokenizer.
+        One commit replaces the card and files of an earlier model. `regvq push` publishes a run, with its settings and
+        measurements in the card, or a prior with its tokenizer.
 
         Args:
             to: ORGANIZATION/NAME.
-            revision: branch, made if it isn't there. None: the main branch.
-            private: make a private repository; a public one that exists is refused.
+            revision: branch, created if needed. None: the main branch.
+            private: create a private repository; an existing public one is refused.
             license: identifier of the weights' license on the hub, such as "mit". None: the card states none.
 
         Returns:
             The address of the commit.
 
         Raises:
-            ValueError: not such a name, a public repository, a quantizer that is not one of this library's; or
-                huggingface_hub is not installed.
-            OSError: the hub can't be reached, or refuses it.
+            ValueError: an invalid name, a public repository with ``private``, a quantizer that is not one of this
+                library's; or huggingface_hub is not installed.
+            OSError: the hub can't be reached or refuses the commit.
         """
         files = pretrained_files(self.architecture(), self.state_dict())
         card = self.card(HubName(to, revision), config=json.loads(files[CONFIG]), license=license).text().encode()
@@ -115,25 +115,25 @@ class Model(nn.Module):
         return publish({**with_manifest(files), CARD: card}, to, revision=revision, private=private, message=message)
 
     def card(self, name: HubName, **contents: Any) -> Card:
-        """Return the model's card, with further contents of `regvq_fast.models.card.Card`."""
+        """Return the model's card; ``contents`` are further fields of `regvq_fast.models.card.Card`."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return Card(name=name, kind=type(self), parameters=parameters, sha256=weights_hash(self), **contents)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Trade time for memory: each `Checkpointed` part runs a second time in backward. Gradients stay."""
+        """Trade time for memory: each `Checkpointed` module is recomputed in backward. Gradients stay the same."""
         for module in self.modules():
             if isinstance(module, Checkpointed):
                 module.checkpointing = enabled
 
 
 def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision: str | None = None) -> AnyModel:
-    """Load a model as :meth:`Model.from_pretrained` of whichever of some kinds it is.
+    """Load a model as :meth:`Model.from_pretrained` of the one of ``kinds`` that it is.
 
     Raises:
-        OSError, ValueError: as there; a model of none of the kinds.
+        OSError, ValueError: as there, or a model of none of these kinds.
     """
     description, weights = read_pretrained(local_folder(source, revision))
-    name = description.pop("type", "VQGAN")  # whose folders had none at first
+    name = description.pop("type", "VQGAN")  # early folders of a VQGAN have no type
     kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if kind is None:
         raise ValueError(f"{source} holds a {name}, not a {' or '.join(kind.__name__ for kind in kinds)}")
@@ -160,7 +160,7 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
 
 
 def _whole_numbers(description: Any) -> Iterator[int]:
-    """Yield the whole numbers in plain values."""
+    """Yield the integers in nested plain values."""
     if isinstance(description, int):
         yield description
     elif isinstance(description, (list, dict)):
@@ -184,9 +184,9 @@ def weights_of_its_own() -> Iterator[None]:
 
 @contextmanager
 def _at_most(numbers: int) -> Iterator[None]:
-    """Raise ValueError where modules made inside the block have more parameters than this, before these are filled.
+    """Raise ValueError if modules built inside the block have more than ``numbers`` parameters, before filling them.
 
-    A damaged description would ask for more memory, or time, than there is.
+    A damaged description could otherwise use up memory or time.
     """
     made = 0
 
@@ -204,17 +204,17 @@ def _at_most(numbers: int) -> Iterator[None]:
 
 
 class Checkpointed(nn.Module):
-    """A part of a model that can keep its inputs alone for backward and run once more there."""
+    """A module that can store only its inputs for backward, and be recomputed there."""
 
     layers: Callable[..., Tensor]
-    """The computation of the part, a method of the subclass."""
+    """The module's computation, a method of the subclass."""
 
     def __init__(self) -> None:
         super().__init__()
         self.checkpointing = False
 
     def forward(self, *inputs: Any) -> Tensor:
-        """`layers`, whose shapes these are."""
+        """Compute `layers`."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.layers, *inputs, use_reentrant=False)
         return self.layers(*inputs)
@@ -222,7 +222,7 @@ class Checkpointed(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is back in its own mode."""
+    """Switch to evaluation mode inside the block; afterwards restore the mode of every submodule."""
     training = [submodule for submodule in module.modules() if submodule.training]
     for submodule in training:
         submodule.training = False

@@ -1,11 +1,11 @@
-"""Folders of weights that explain themselves, written whole or not at all.
+"""Self-describing folders of weights, written completely or not at all.
 
-    config.json         {"architecture": ...}: what the model and its quantizer are built with
+    config.json         {"architecture": ...}: arguments of the model and its quantizer
     model.safetensors   tensors by name
     manifest.json       size and SHA-256 of every other file
 
-A checkpoint of a run is such a folder with the state of training beside it (`regvq_fast.training.checkpoint`). What is
-read is compared with the manifest before it is parsed, and nothing is ever unpickled.
+A checkpoint of a run is such a folder with the state of training in it (`regvq_fast.training.checkpoint`). Files are
+compared with the manifest before they are parsed, and nothing is unpickled.
 """
 
 import errno
@@ -30,22 +30,22 @@ from regvq_fast.version import __version__
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 CHECKPOINTS = "checkpoints"  # folder in a run's folder
 TOKENIZER = "tokenizer"
-"""Folder in a prior's run that holds its tokenizer, so that the run is all that sampling needs."""
+"""Folder of the tokenizer in a prior's run, so that sampling needs only the run."""
 
 _LARGEST_JSON = 16 * 2**20
-"""Bytes of the largest config.json or manifest.json that is read: a parsed one takes ten times as much memory."""
+"""Most bytes of a config.json or manifest.json; parsed JSON takes ten times as much memory."""
 
 Part = TypeVar("Part")
 Content = TypeVar("Content", bytes, memoryview, bytes | memoryview)
 
 Entry = Mapping[str, Any]
-"""Size and checksum of a file, as a manifest has them."""
+"""Size and checksum of a file in a manifest."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{7,})")
 
 
 def step_folders(run: Path) -> dict[int, Path]:
-    """The checkpoints in a run's folder by step, oldest first; none where there are none."""
+    """Return the checkpoints in a run's folder by step, oldest first."""
     folder = run / CHECKPOINTS
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -56,7 +56,7 @@ def step_folders(run: Path) -> dict[int, Path]:
 
 
 def tokenizer_folder(prior: Path) -> Path:
-    """Return the folder of a prior's tokenizer: in the prior's, else beside it, where several priors share one."""
+    """Return the folder of a prior's tokenizer: inside the prior's folder, or beside it if several priors share it."""
     own, shared = prior / TOKENIZER, prior.parent / TOKENIZER
     return shared if shared.is_dir() and not own.exists() else own
 
@@ -64,19 +64,19 @@ def tokenizer_folder(prior: Path) -> Path:
 def write_folder(
     folder: Path, files: Mapping[str, bytes | memoryview], written: Mapping[Path, Entry] | None = None
 ) -> None:
-    """Make a folder of these files and their manifest; it is on the disk, complete, when this returns.
+    """Write files and their manifest to a folder, durably and atomically.
 
-    They are written under a temporary name beside ``folder`` that takes its place at the end: whatever happens before,
-    a full disk or a kill, leaves no half of it. A folder of the same name is replaced.
+    Files are written to a temporary folder beside ``folder``, which replaces it at the end: a full disk or a kill
+    leaves no partial folder. An existing folder with a manifest is replaced.
 
     Args:
         folder: see above.
         files: contents by name.
-        written: further files, to be moved into the folder, with what :func:`write_file` returned of them.
+        written: files to be moved into the folder, with the entries that :func:`write_file` returned.
 
     Raises:
-        ValueError: ``folder`` is something else than a folder with a manifest.
-        OSError: it can't be written; nothing is left of it, and ``folder`` is as it was.
+        ValueError: ``folder`` exists and is not a folder with a manifest.
+        OSError: it can't be written; ``folder`` is left as it was.
     """
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} exists and is not a folder of weights: name another one")
@@ -104,13 +104,13 @@ def write_folder(
 def with_manifest(
     files: Mapping[str, Content], others: Mapping[str, Entry] | None = None
 ) -> dict[str, Content | bytes]:
-    """Return files by name, and with them the manifest of their sizes and checksums, and of ``others``."""
+    """Return files by name with a manifest of their sizes and checksums, and of ``others``."""
     entries = {name: _entry(content) for name, content in files.items()}
     return {**files, MANIFEST: to_json({"files": entries | dict(others or {})})}
 
 
 def write_file(path: Path, content: bytes | memoryview) -> Entry:
-    """Write a file that :func:`write_folder` will move into its folder, and return its entry in the manifest there."""
+    """Write a file for :func:`write_folder` to move into its folder; return its entry for the manifest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, content)
     return _entry(content)
@@ -121,17 +121,17 @@ def _entry(content: bytes | memoryview) -> Entry:
 
 
 def read_folder(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """The contents of files in a folder that :func:`write_folder` made.
+    """Return the contents of files in a folder of :func:`write_folder`.
 
     Raises:
-        ValueError: in one sentence, what is missing, truncated or not the file that was written.
+        ValueError: a file is missing, truncated or not the one that was written; one sentence.
     """
     check_files(folder, names)
     return {name: _read(folder / name) for name in names}
 
 
 def check_files(folder: Path, names: Sequence[str]) -> None:
-    """Check files as :func:`read_folder` does, without having one in memory."""
+    """Check files as :func:`read_folder`, without reading one into memory."""
     entries = read_manifest(folder)
     for name in names:
         path = folder / name
@@ -150,7 +150,7 @@ def check_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
-    """Return the entries of a folder's files; ValueError if it has no manifest or a damaged one."""
+    """Return the entries of a folder's files; ValueError if its manifest is missing or damaged."""
     try:
         return dict(parse_json(_read(folder / MANIFEST))["files"])
     except FileNotFoundError:
@@ -164,11 +164,11 @@ def _damaged(folder: Path) -> ValueError:
 
 
 def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Architecture and weights in a checkpoint's folder, or of a run: its final model, else its newest checkpoint.
+    """Return architecture and weights from a folder of weights or a run: its final model, else its newest checkpoint.
 
     Raises:
         FileNotFoundError: no such folder, or neither weights nor checkpoints in it. NotADirectoryError: it is a file.
-        ValueError: a file is damaged or not what its name says.
+        ValueError: a file is damaged or of another format.
     """
     if folder.is_file():
         raise NotADirectoryError(
@@ -183,7 +183,7 @@ def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         folder = checkpoints[-1]
     if (folder / MANIFEST).exists():
         contents = read_folder(folder, (CONFIG, WEIGHTS))
-    else:  # a run's folder: its final weights have no manifest, but took their name when they were complete
+    else:  # final weights of a run have no manifest, but were renamed when complete
         contents = {name: _read(folder / name) for name in (CONFIG, WEIGHTS)}
     try:
         architecture = dict(parse_json(contents[CONFIG])["architecture"])
@@ -193,24 +193,24 @@ def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def pretrained_files(architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """The files of a folder that :func:`read_pretrained` reads."""
+    """Return the files of a folder for :func:`read_pretrained`."""
     config = {"architecture": architecture, "versions": {"regvq_fast": __version__}}
     return {CONFIG: to_json(config), WEIGHTS: weights_to_bytes(weights)}
 
 
 def weights_to_bytes(weights: Mapping[str, Tensor]) -> bytes:
-    """Tensors by name as a safetensors file."""
+    """Return tensors by name as the bytes of a safetensors file."""
     return safetensors.torch.save({name: value.detach().contiguous() for name, value in weights.items()})
 
 
 def weights_from_bytes(content: bytes, path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU; ``path`` is named where that is what it isn't (ValueError)."""
+    """Return the tensors of a safetensors file, on the CPU; ValueError with ``path`` if it is none or damaged."""
     with _readable(path):
         return safetensors.torch.load(content)
 
 
 def weights_from_file(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU; their values are read when they are used. ValueError as above."""
+    """Return the tensors of a safetensors file, on the CPU, memory-mapped; ValueError if it is none or damaged."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:  # safetensors opens no such path
@@ -228,20 +228,20 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """JSON for people: indented, ending in a new line; what JSON lacks (paths) as text."""
+    """Return indented JSON with a final newline; other values, such as paths, become strings."""
     return (json.dumps(value, indent=2, default=str, allow_nan=False) + "\n").encode()
 
 
 def restore(what: str, kinds: Mapping[str, type[Part]], description: Mapping[str, Any]) -> Part:
-    """A part of a model, with fresh weights, from its class's name, as "type", and the arguments of its constructor.
+    """Build a part of a model, with new weights, from the name of its class ("type") and its constructor's arguments.
 
     Args:
-        what: the part, for errors.
-        kinds: the classes that it may be of, by name.
+        what: name of the part, for errors.
+        kinds: allowed classes by name.
         description: plain values.
 
     Raises:
-        ValueError: none of these classes, or arguments that this version doesn't know. Otherwise as the class itself.
+        ValueError: none of these classes, or arguments unknown to this version. Otherwise as the class.
     """
     arguments = dict(description)
     kind = arguments.pop("type", None)
@@ -254,10 +254,10 @@ def restore(what: str, kinds: Mapping[str, type[Part]], description: Mapping[str
 
 
 def describe_quantizer(quantizer: Quantizer) -> dict[str, Any]:
-    """Return what :func:`restore_quantizer` needs to build an equal one, without its weights, as plain values.
+    """Return the description of a quantizer, plain values without weights, for :func:`restore_quantizer`.
 
     Raises:
-        ValueError: a class that is not in `QUANTIZERS`.
+        ValueError: its class is not in `QUANTIZERS`.
     """
     if type(quantizer) not in QUANTIZERS.values():
         raise ValueError(f"only quantizers in QUANTIZERS can be described in {CONFIG}, not {type(quantizer)}")
@@ -265,21 +265,21 @@ def describe_quantizer(quantizer: Quantizer) -> dict[str, Any]:
 
 
 def restore_quantizer(description: Mapping[str, Any]) -> Quantizer:
-    """Build the quantizer of :func:`describe_quantizer`, with fresh weights.
+    """Build the quantizer of a description by :func:`describe_quantizer`, with new weights.
 
     Raises:
-        ValueError: not such a description.
+        ValueError: an invalid description.
     """
     return restore("quantizer", {cls.__name__: cls for cls in QUANTIZERS.values()}, description)
 
 
 def _read(path: Path) -> bytes:
-    """Return a file's content; FileNotFoundError for a pipe or device, ValueError for a JSON file of absurd size."""
+    """Return a file's content; FileNotFoundError for a pipe or device, ValueError for a JSON file that is too large."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, or no file")
     size = path.stat().st_size
     if path.suffix == ".json" and size > _LARGEST_JSON:
-        raise ValueError(f"{path} has {size:,} bytes, over the {_LARGEST_JSON:,} of the largest that is read")
+        raise ValueError(f"{path} has {size:,} bytes, more than the limit of {_LARGEST_JSON:,} for JSON")
     try:
         return path.read_bytes()
     except MemoryError:
@@ -287,7 +287,7 @@ def _read(path: Path) -> bytes:
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and flush it to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -295,12 +295,12 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Wait until the disk has the names in a folder."""
+    """Flush the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't, which some network ones can't
+        if error.errno != errno.EINVAL:  # unsupported by some network file systems
             raise
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
 """Checkpoints of taming-transformers (Esser, Rombach, Ommer, CVPR 2021): its `VQModel` and its `GumbelVQ`.
 
-The shapes of the tensors decide on the architecture. Only the size of the images is not in them: a yaml of taming's,
-beside the file or in `configs/` as its runs have it, has that.
+The architecture follows from the shapes of the tensors, except for the size of the images, which is in taming's yaml:
+beside the file, or in `configs/` of its run.
 """
 
 import re
@@ -21,7 +21,7 @@ from regvq_fast.models.weights import (
 )
 
 NORM_GROUPS = 32
-"""Groups of each GroupNorm of taming's, at any width."""
+"""Groups of each GroupNorm in taming's models, at any width."""
 DEFAULT_IMAGE_SIZE = 256
 _ENDS = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.weight")
 # Losses, averages of the weights, a buffer of segmentation models, and lists of the codes in use.
@@ -30,35 +30,35 @@ _DISCRIMINATOR = "loss.discriminator."
 
 
 class TamingCheckpoint(NamedTuple):
-    """Contents of a file of taming's."""
+    """Contents of a checkpoint of taming's."""
 
     path: Path
     """The file."""
     kind: str
     """Taming's class, "VQModel" or "GumbelVQ"."""
     architecture: dict[str, Any]
-    """As of `VQGAN.architecture`, without "type"."""
+    """The result of `VQGAN.architecture`, without "type"."""
     state_dict: dict[str, Tensor]
-    """By taming's names, without a prefix."""
+    """Tensors by taming's names, without the prefix."""
     prefix: str
-    """Stripped from them."""
+    """Prefix stripped from the names."""
     outside: tuple[str, ...]
-    """Names in the file that don't have the prefix."""
+    """Names in the file without the prefix."""
     config: Path | None
-    """The yaml that the size of the images is from; None: there is none."""
+    """The yaml with the size of the images, if any."""
 
 
 def read_taming(path: Path, config: Path | None = None, image_size: int | None = None) -> TamingCheckpoint:
-    """Read a file of a `VQModel` or a `GumbelVQ`, or of a model that holds one as its first stage.
+    """Read a checkpoint of a `VQModel` or a `GumbelVQ`, or of a model with one as its first stage.
 
     Args:
         path: .ckpt of Lightning, .pth, .pt or .safetensors.
-        config: its yaml, which must fit. None: one near the file that fits, if PyYAML is installed.
+        config: its yaml, which must fit. None: a fitting one near the file, if PyYAML is installed.
         image_size: side of the images in pixels. None: the yaml's, or 256 without one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unreadable, not such a model, or a yaml of another one.
+        ValueError: unreadable, another kind of model, or a yaml of another model.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such weights file: {path}")
@@ -86,11 +86,11 @@ def read_taming(path: Path, config: Path | None = None, image_size: int | None =
 def fitting(
     state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size], optional: set[str], *, strict: bool = True
 ) -> tuple[dict[str, Tensor], LoadedWeights]:
-    """Return those tensors of a checkpoint of taming's that go into a VQGAN, by its names.
+    """Return the tensors of a taming checkpoint that a VQGAN takes, by the VQGAN's names.
 
     Args:
-        state_dict: names to tensors, or a dict that has such a dict as "state_dict".
-        shapes: of the VQGAN's tensors by name.
+        state_dict: names to tensors, or a dict with such a dict as "state_dict".
+        shapes: shapes of the VQGAN's tensors by name.
         optional: names that may be missing.
         strict: refuse missing and unexpected names.
 
@@ -110,9 +110,9 @@ def fitting(
 
 
 def discriminator_in(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return the arguments and the weights of the `PatchDiscriminator` among the losses of a checkpoint, by its names.
+    """Return the arguments and weights of the `PatchDiscriminator` in a checkpoint's losses, by its names.
 
-    None where there is none, or one of another kind, such as with ActNorm.
+    None if there is none, or one of another kind, such as with ActNorm.
     """
     weights = {
         name.removeprefix(_DISCRIMINATOR): value
@@ -128,11 +128,11 @@ def discriminator_in(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], 
 
 
 def _architecture(shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Any], list[int]]:
-    """Return the architecture, and the numbers of the levels with attention, finest first."""
+    """Return the architecture and the levels with attention, finest first."""
 
     def shape(name: str) -> torch.Size:
         if name not in shapes:
-            raise ValueError(f"it is no VQGAN of taming-transformers, which has {name}")
+            raise ValueError(f"it is not a VQGAN of taming-transformers, which has {name}")
         return shapes[name]
 
     def count(pattern: str) -> int:
@@ -142,13 +142,13 @@ def _architecture(shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Any], lis
     widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(count(r"encoder\.down\.\d+\.block"))]
     out_channels = shape("decoder.conv_out.weight")[0]
     if any(width % ch for width in widths):
-        raise ValueError(f"the widths of its levels, {widths}, are no multiples of its base width, {ch}")
+        raise ValueError(f"the widths of its levels, {widths}, are not multiples of its base width, {ch}")
     if in_channels != out_channels:
         raise ValueError(f"it takes images of {in_channels} channels and gives {out_channels}: they must be equal")
     gumbel = "quantize.embed.weight" in shapes
     codebook = shapes.get("quantize.embed.weight" if gumbel else "quantize.embedding.weight")
     if codebook is None:
-        raise ValueError("it has no codebook (quantize.embedding.weight): it is no model of tokens")
+        raise ValueError("it has no codebook (quantize.embedding.weight), so it is not a tokenizer")
     num_codes, code_dim = codebook
     architecture = {
         "image_size": DEFAULT_IMAGE_SIZE,
@@ -170,7 +170,7 @@ def _architecture(shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Any], lis
 
 
 def _agrees(described: Mapping[str, Any], architecture: Mapping[str, Any], levels: list[int]) -> bool:
-    """Return whether a `ddconfig` describes the model that the tensors are of."""
+    """Return whether a `ddconfig` describes the model of the tensors."""
     names = ("ch", "ch_mult", "num_res_blocks", "z_channels", "in_channels")
     try:
         resolution, attention = int(described["resolution"]), list(described["attn_resolutions"])
@@ -183,7 +183,7 @@ def _agrees(described: Mapping[str, Any], architecture: Mapping[str, Any], level
 
 
 def _descriptions(path: Path, config: Path | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield each `ddconfig` of the yaml that is given, or of those near the file, the likeliest first."""
+    """Yield each `ddconfig` of the given yaml, or of the yamls near the file, the likeliest first."""
     try:
         import yaml
     except ModuleNotFoundError:
@@ -205,11 +205,11 @@ def _descriptions(path: Path, config: Path | None) -> Iterator[tuple[Path, Mappi
 
 
 def _ddconfigs(content: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield every mapping called `ddconfig`, wherever it is: a transformer's yaml has it within its first stage."""
+    """Yield every mapping named `ddconfig` at any depth: a transformer's yaml has it in its first stage."""
     pending, seen = [content], set[int]()
     while pending:
         content = pending.pop()
-        if isinstance(content, Mapping) and id(content) not in seen:  # a yaml may refer to a part again, or to itself
+        if isinstance(content, Mapping) and id(content) not in seen:  # a yaml may have aliases, even of itself
             seen.add(id(content))
             pending += reversed(list(content.values()))
             if isinstance(found := content.get("ddconfig"), Mapping):

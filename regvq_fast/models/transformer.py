@@ -1,10 +1,10 @@
 """Layers of the transformers: attention, block, initialization, and checks of sizes and ids.
 
-The block is minGPT's, as taming-transformers has it: pre-LayerNorm, exact GELU. The priors build on it
-(`.autoregressive.model`, `.diffusion.model` and `.maskgit.model` of `regvq_fast.priors`), and so does the text encoder
+The block is minGPT's, as in taming-transformers: pre-LayerNorm, exact GELU. It is used by the priors
+(`.autoregressive.model`, `.diffusion.model` and `.maskgit.model` of `regvq_fast.priors`) and by the text encoder
 (`regvq_fast.priors.diffusion.text`).
 
-Shapes: (B, L, C) with L places and C = width; ids (B, h, w), in row-major order (B, L) with L = h * w.
+Shapes: (B, L, C) with L positions and C = width; ids (B, h, w), in row-major order (B, L) with L = h * w.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from regvq_fast.models.model import Checkpointed
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value (B, L, heads, head_dim) to the same shape
 
 INIT_STD = 0.02
-"""Standard deviation of first weights."""
+"""Standard deviation of initial weights."""
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; query, key and value are one product, in this order."""
+    """Multi-head self-attention; one product gives query, key and value, in this order."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(B, L, C) to (B, L, C)."""
+        """Map (B, L, C) to (B, L, C)."""
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
         return self.dropout(self.proj(attend(query, key, value).flatten(2)))
 
@@ -53,13 +53,13 @@ class Block(Checkpointed):
         )
 
     def layers(self, x: Tensor, attend: Attend) -> Tensor:
-        """(B, L, C) to (B, L, C)."""
+        """Map (B, L, C) to (B, L, C)."""
         x = x + self.attn(self.ln1(x), attend)
         return x + self.mlp(self.ln2(x))
 
 
 def initialize(module: nn.Module) -> None:
-    """minGPT's first weights, for `nn.Module.apply`: N(0, 0.02) in linear layers and embeddings, biases 0."""
+    """Initialize a module as minGPT: N(0, 0.02) in linear layers and embeddings, biases 0; for `nn.Module.apply`."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -67,10 +67,10 @@ def initialize(module: nn.Module) -> None:
 
 
 def grid_sinusoids(shape: tuple[int, int], width: int) -> Tensor:
-    """Return first embeddings (h * w, C) of the positions of a grid, with the mean square of `initialize`'s.
+    """Return initial position embeddings (h * w, C) of a grid, with the mean square of `initialize`.
 
-    Half of the channels depend on the row, half on the column: sines and cosines of its fraction of the height or
-    width, from half a period over the grid to half a period a position.
+    Half of the channels depend on the row, half on the column: sines and cosines with frequencies from half a period
+    per grid to half a period per position.
     """
     bands = max(1, width // 4)
     frequency = math.pi * max(shape) ** torch.linspace(0, 1, bands)
@@ -81,7 +81,7 @@ def grid_sinusoids(shape: tuple[int, int], width: int) -> Tensor:
 
     rows, columns = (waves(length) for length in shape)
     grid = torch.cat([rows[:, None].expand(-1, shape[1], -1), columns.expand(shape[0], -1, -1)], dim=2)
-    # Times sqrt(2): a wave's mean square is 1/2.
+    # sqrt(2): the mean square of a sine is 1/2.
     return INIT_STD * math.sqrt(2) * F.pad(grid, (0, max(0, width - 4 * bands)))[..., :width].flatten(0, 1)
 
 
@@ -102,17 +102,17 @@ def check_sizes(sizes: Mapping[str, int], dropout: float = 0.0) -> None:
 
 
 def grid_shape(name: str, shape: Sequence[int]) -> tuple[int, int]:
-    """The shape (h, w) of a grid of ids as a tuple; `name` is what a ValueError calls it that is no such shape."""
+    """Return the shape (h, w) of a grid of ids as a tuple; ValueError with `name` if it is invalid."""
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"{name} must be (height, width), each at least 1, got {tuple(shape)}")
     return shape[0], shape[1]
 
 
 def flat_ids(name: str, ids: Tensor, shape: tuple[int, int], limit: int) -> Tensor:
-    """Ids (B, h, w) or (B, h * w) of the grid `shape` (h, w) as (B, h * w).
+    """Return ids (B, h, w) or (B, h * w) of the grid `shape` (h, w) as (B, h * w).
 
     Raises:
-        ValueError: another shape; on a CPU, where looking stops no device, ids outside [0, limit). `name` is in it.
+        ValueError: another shape; on a CPU also ids outside [0, limit) (CUDA is not checked, to avoid synchronizing).
         TypeError: not int64.
     """
     length = math.prod(shape)

@@ -4,8 +4,8 @@ Architecture, module names and tensor layouts are those of taming-transformers' 
 "Taming Transformers for High-Resolution Image Synthesis", CVPR 2021), whose checkpoints load with
 `VQGAN.from_taming`.
 
-Shapes: images (B, in_channels, H, W); latents, codes (B, D, h, w) and tokens (B, h, w) with h = H / f, w = W / f and
-the down-sampling factor f = 2 ** (len(ch_mult) - 1). Values of images lie in [-1, 1]; reconstructions aren't clamped.
+Shapes: images (B, in_channels, H, W); latents and codes (B, D, h, w), tokens (B, h, w), with h = H / f, w = W / f and
+the down-sampling factor f = 2 ** (len(ch_mult) - 1). Images are in [-1, 1]; reconstructions are not clamped.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regvq_fast.models.layers import Downsample, Level, Middle, Upsample, group_norm
+from regvq_fast.models.layers import Decoder, Encoder
 from regvq_fast.models.model import Model, evaluating
 from regvq_fast.models.pretrained import describe_quantizer, restore_quantizer
 from regvq_fast.models.taming_weights import NORM_GROUPS, TamingCheckpoint, fitting, read_taming
@@ -28,92 +27,7 @@ from regvq_fast.models.transformer import flat_ids
 from regvq_fast.models.weights import LoadedWeights
 from regvq_fast.quantizers import Quantizer, QuantizerOutput
 
-_LARGEST_PIXEL = 10.0  # images in [0, 255] are taken for what they are, normal noise passes
-
-
-class Encoder(nn.Module):
-    """Images (B, in_channels, H, W) to (B, z_channels, h, w); arguments as in `VQGAN`."""
-
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        z_channels: int,
-        dropout: float,
-        norm_groups: int | None,
-        in_channels: int,
-    ) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
-        self.down = nn.ModuleList()
-        width = ch
-        for i, multiple in enumerate(ch_mult):
-            widths = [width, *[ch * multiple] * num_res_blocks]
-            attention = image_size >> i in attn_resolutions
-            level = Level(widths, attention=attention, dropout=dropout, norm_groups=norm_groups)
-            width = widths[-1]
-            if i < len(ch_mult) - 1:
-                level.downsample = Downsample(width)
-            self.down.append(level)
-        self.mid = Middle(width, dropout, norm_groups)
-        self.norm_out = group_norm(width, norm_groups)
-        self.conv_out = nn.Conv2d(width, z_channels, kernel_size=3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, z_channels, h, w)."""
-        h = self.conv_in(images)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
-
-
-class Decoder(nn.Module):
-    """(B, z_channels, h, w) to images (B, out_channels, H, W); arguments as in `VQGAN`."""
-
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        z_channels: int,
-        dropout: float,
-        norm_groups: int | None,
-        out_channels: int,
-    ) -> None:
-        super().__init__()
-        width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, kernel_size=3, padding=1)
-        self.mid = Middle(width, dropout, norm_groups)
-        levels = []
-        for i in reversed(range(len(ch_mult))):
-            widths = [width, *[ch * ch_mult[i]] * (num_res_blocks + 1)]
-            attention = image_size >> i in attn_resolutions
-            level = Level(widths, attention=attention, dropout=dropout, norm_groups=norm_groups)
-            width = widths[-1]
-            if i > 0:
-                level.upsample = Upsample(width)
-            levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))  # taming numbers the levels by resolution: up.0 is the finest
-        self.norm_out = group_norm(width, norm_groups)
-        self.conv_out = nn.Conv2d(width, out_channels, kernel_size=3, padding=1)
-
-    def features(self, z: Tensor) -> Tensor:
-        """(B, z_channels, h, w) to the input (B, ch * ch_mult[0], H, W) of the last convolution, `conv_out`."""
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-        return F.silu(self.norm_out(h))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(B, z_channels, h, w) to (B, out_channels, H, W)."""
-        return self.conv_out(self.features(z))
+_LARGEST_PIXEL = 10.0  # above any normal noise, below images in [0, 255]
 
 
 class VQGANOutput(NamedTuple):
@@ -122,7 +36,7 @@ class VQGANOutput(NamedTuple):
     reconstruction: Tensor
     """(B, in_channels, H, W), not clamped."""
     features: Tensor
-    """(B, ch * ch_mult[0], H, W), the input of decoder.conv_out, detached."""
+    """(B, ch * ch_mult[0], H, W), input of `decoder.conv_out`, detached."""
     quantizer: QuantizerOutput
     """Output of the quantizer."""
 
@@ -133,17 +47,17 @@ class VQGAN(Model):
     Args:
         quantizer: module with `code_dim`, `num_codes`, `forward(z (B, D, h, w)) -> QuantizerOutput` and
             `codes_of(indices (B, h, w)) -> (B, D, h, w)`. Kept as `self.quantize`.
-        image_size: side of the images, in pixels; a multiple of 2 ** (len(ch_mult) - 1). It decides which levels
-            have attention; images of another size that is such a multiple are processed all the same.
+        image_size: side of the images in pixels, a multiple of 2 ** (len(ch_mult) - 1). It determines which levels have
+            attention; images of other sizes that are such multiples work, too.
         ch: base width.
         ch_mult: width of each level as a multiple of `ch`, from full resolution downwards.
-        num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
         attn_resolutions: resolutions, in pixels of an `image_size` image, at which residual blocks are followed by
             attention. Resolutions that no level has are ignored, as in taming.
         z_channels: width of the latents outside the quantizer's 1x1 convolutions.
         dropout: probability, in [0, 1), inside residual blocks.
-        norm_groups: groups of each GroupNorm, 32 in taming's models. None: 32, or fewer where they would have under 4
-            channels each.
+        norm_groups: groups of each GroupNorm, 32 in taming's models. None: 32, or fewer so that groups have at least 4
+            channels.
         in_channels: channels of the images.
 
     Raises:
@@ -217,9 +131,9 @@ reconstructions = model.decode_indices(tokens)
         return self.decoder.conv_out.weight
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) in [-1, 1] to latents (B, D, h, w), not yet quantized.
+        """Return latents (B, D, h, w), not yet quantized, of images (B, in_channels, H, W) in [-1, 1].
 
-        Images are computed in the type of the weights, or in autocast's.
+        Images are cast to the type of the weights, or of autocast.
 
         Raises:
             TypeError: images that are not floating point.
@@ -237,7 +151,7 @@ reconstructions = model.decode_indices(tokens)
         return self.quant_conv(self.encoder(self._as_convolved(images)))
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """Quantized latents (B, D, h, w) to images (B, in_channels, H, W), not clamped.
+        """Return images (B, in_channels, H, W), not clamped, of quantized latents (B, D, h, w).
 
         Raises:
             TypeError: latents that are not floating point, such as tokens.
@@ -246,10 +160,10 @@ reconstructions = model.decode_indices(tokens)
         return self.decoder.conv_out(self.decoder_features(quantized))
 
     def decoder_features(self, quantized: Tensor) -> Tensor:
-        """Quantized latents (B, D, h, w) to the input (B, ch * ch_mult[0], H, W) of `decoder.conv_out`.
+        """Return the input (B, ch * ch_mult[0], H, W) of `decoder.conv_out` for quantized latents (B, D, h, w).
 
-        With it the gradient of the last layer's weight, which the adaptive weight of the adversarial loss needs,
-        follows from a gradient at the reconstruction alone, without a walk through the decoder. Raises as `decode`.
+        It gives the gradient of the last layer's weight, for the adaptive weight of the adversarial loss, from a
+        gradient at the reconstruction, without a backward through the decoder. Raises as `decode`.
         """
         if not quantized.is_floating_point():
             raise TypeError(f"latents must be floating point, got {quantized.dtype}: give tokens to decode_indices")
@@ -258,40 +172,40 @@ reconstructions = model.decode_indices(tokens)
         return self.decoder.features(self.post_quant_conv(self._as_convolved(quantized)))
 
     def _as_convolved(self, value: Tensor) -> Tensor:
-        """Cast to the type that convolutions compute in: autocast's, or that of the weights."""
+        """Cast to the type that convolutions compute in, that of autocast or of the weights."""
         kind = value.device.type
         autocast = torch.is_autocast_enabled(kind)
         return value.to(torch.get_autocast_dtype(kind) if autocast else self.last_layer.dtype)
 
     def forward(self, images: Tensor, *quantizer_args: Any) -> VQGANOutput:
-        """Images (B, in_channels, H, W) in [-1, 1] to their reconstruction; raises as `encode`.
+        """Reconstruct images (B, in_channels, H, W) in [-1, 1]; raises as `encode`.
 
         Further arguments (seed, row_offset) go to the quantizer.
         """
         quantizer = self.quantize(self.encode(images), *quantizer_args)
-        # Autocast's GroupNorm is fp32 on a GPU: cast once here, the features leave a compiled graph at half the size.
+        # Under autocast on a GPU, GroupNorm gives fp32: this cast halves the features that leave a compiled graph.
         features = self._as_convolved(self.decoder_features(quantizer.quantized))
-        # Detached: a compiled backward would carry a gradient of zeros for it otherwise, as large as the map.
+        # Detached: otherwise a compiled backward has a gradient of zeros for it, as large as the map.
         return VQGANOutput(self.decoder.conv_out(features), features.detach(), quantizer)
 
     @torch.no_grad()
     def initialize_quantizer(self, images: Tensor) -> None:
-        """Fit the quantizer of a new model to the model's latents of these images, where it needs such a start.
+        """Fit the quantizer of a new model to its latents of these images, if it needs that.
 
         Raises:
-            ValueError: a single position in all; otherwise as `encode`.
+            ValueError: a single position; otherwise as `encode`.
         """
         self.quantize.initialize(self.encode(images))
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) in [-1, 1] to tokens (B, h, w) int64.
+        """Return tokens (B, h, w) int64 of images (B, in_channels, H, W) in [-1, 1].
 
-        No noise, mask or dropout, whatever mode the model is in. Raises as `encode`, and ValueError for values far
-        outside [-1, 1], which a CPU looks for.
+        No noise, mask or dropout, in any mode of the model. Raises as `encode`, and on a CPU ValueError for values far
+        outside [-1, 1].
         """
-        looks = images.device.type == "cpu" and images.is_floating_point() and not torch.compiler.is_compiling()
-        if looks and images.numel():
+        checks = images.device.type == "cpu" and images.is_floating_point() and not torch.compiler.is_compiling()
+        if checks and images.numel():
             largest = images.abs().max().item()
             if largest > _LARGEST_PIXEL:
                 raise ValueError(
@@ -302,10 +216,10 @@ reconstructions = model.decode_indices(tokens)
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Tokens (B, h, w) int64 in [0, num_codes) to images (B, in_channels, H, W), without dropout.
+        """Return images (B, in_channels, H, W) of tokens (B, h, w) int64 in [0, num_codes), without dropout.
 
         Raises:
-            ValueError: not three dimensions; on a CPU, tokens that name no code.
+            ValueError: not three dimensions; on a CPU also tokens out of range.
             TypeError: not int64.
         """
         if indices.ndim != 3:
@@ -315,7 +229,7 @@ reconstructions = model.decode_indices(tokens)
             return self.decode(self.quantize.codes_of(indices))
 
     def architecture(self) -> dict[str, Any]:
-        """Return the constructor's arguments as plain values, and under "quantizer" those of the quantizer.
+        """Return the constructor's arguments as plain values, with those of the quantizer as "quantizer".
 
         Raises:
             ValueError: the quantizer's class is not in `regvq_fast.quantizers.QUANTIZERS`.
@@ -334,30 +248,31 @@ reconstructions = model.decode_indices(tokens)
         config: str | os.PathLike[str] | None = None,
         image_size: int | None = None,
     ) -> Self:
-        """Build the model in a file of taming-transformers: a `VQModel`, a `GumbelVQ`, or one that is a first stage.
+        """Build the model of a taming-transformers checkpoint: a `VQModel`, a `GumbelVQ`, or one as a first stage.
 
-        The architecture is read from the tensors' shapes; GroupNorm has taming's 32 groups at any width. Nothing in the
+        The architecture follows from the tensors' shapes; GroupNorm has taming's 32 groups at any width. No code in the
         file is run.
 
         Args:
             path: .ckpt of Lightning, .pth, .pt or .safetensors, with or without `loss.*`; one prefix is stripped.
             config: taming's yaml, for the size of the images. None: one beside the file, or in `configs/` of its run,
                 if PyYAML is installed.
-            image_size: side of the images in pixels. None: the yaml's, or 256 without one. Levels keep their attention.
+            image_size: side of the images in pixels. None: the yaml's, or 256 without one. The levels with attention
+                stay the same.
 
         Returns:
             The model on the CPU, in evaluation mode.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file can't be read or is no such model, or the yaml is of another one.
+            ValueError: the file can't be read or is another kind of model, or the yaml is of another model.
         """
         found = read_taming(Path(path), None if config is None else Path(config), image_size)
         return cls.from_taming_checkpoint(found)[0]
 
     @classmethod
     def from_taming_checkpoint(cls, found: TamingCheckpoint) -> tuple[Self, LoadedWeights]:
-        """Build the model of a file that was read, as :meth:`from_taming`, and return what was loaded beside it."""
+        """Build the model of a checkpoint that was read, as :meth:`from_taming`; also return what was loaded."""
         try:
             model = cls._build(**found.architecture)
             loaded = model.load_taming_state_dict(found.state_dict)
@@ -366,21 +281,21 @@ reconstructions = model.decode_indices(tokens)
         return model.eval(), LoadedWeights(loaded.taken, loaded.left_out + found.outside, found.prefix)
 
     def load_taming_state_dict(self, state_dict: Mapping, strict: bool = True) -> LoadedWeights:
-        """Load a checkpoint of taming-transformers: its state dict, or a dict that has it as "state_dict".
+        """Load a checkpoint of taming-transformers: its state dict, or a dict with it as "state_dict".
 
-        One prefix before all names is stripped, such as "module.". The training losses (`loss.*`) are left out, and
-        buffers of the quantizer (statistics of training, which taming does not have) are not asked for.
+        A common prefix of all names, such as "module.", is stripped. Training losses (`loss.*`) are left out. Buffers
+        of the quantizer, training statistics that taming does not have, may be missing.
 
         Args:
             state_dict: names to tensors.
-            strict: names that are missing or unexpected are an error; otherwise what fits by name is loaded.
+            strict: missing or unexpected names are an error; otherwise what fits by name is loaded.
 
         Returns:
             The number of tensors loaded, the names left out, and the prefix.
 
         Raises:
-            ValueError: no name fits, or with all missing and unexpected names and wrong shapes; nothing has been loaded
-                then.
+            ValueError: no name fits; or missing or unexpected names or wrong shapes, all of them listed. Then nothing
+                is loaded.
         """
         shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
         optional = {f"quantize.{name}" for name, _ in self.quantize.named_buffers()}

@@ -1,7 +1,7 @@
-"""The one place that finds, fetches and reads pre-trained weights.
+"""Files of pre-trained weights: finding, downloading, reading and checking them.
 
-A network asks `find_weights` for a file: a path that the user gave, else the torch hub cache, else a download. What to
-do where none is to be had, is the network's business; see `regvq_fast.models.features.load_vgg_features`.
+`find_weights` returns a file: a path given by the user, else one in the torch hub cache, else a download. The caller
+handles missing weights; see `regvq_fast.models.features.load_vgg_features`.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
-CONNECT_SECONDS = 5.0  # name resolution, connection and first answer together
-STALL_SECONDS = 15.0  # longest silence within a download
-MIN_BYTES_PER_SECOND = 16 * 1024  # slower than this over STALL_SECONDS counts as a stall, too
+CONNECT_SECONDS = 5.0  # limit for name resolution, connection and first response together
+STALL_SECONDS = 15.0  # longest pause within a download
+MIN_BYTES_PER_SECOND = 16 * 1024  # a slower download over STALL_SECONDS counts as stalled
 
-_KNOWN_PREFIXES = frozenset({"module", "first_stage_model", "transformer"})  # "_orig_mod" goes wherever it is
+_KNOWN_PREFIXES = frozenset({"module", "first_stage_model", "transformer"})  # "_orig_mod" is removed anywhere
 
 
 class RemoteWeights(NamedTuple):
@@ -47,23 +47,23 @@ class RemoteWeights(NamedTuple):
 
 
 class FoundWeights(NamedTuple):
-    """A file of weights on this machine, and where it came from."""
+    """A local file of weights and its source."""
 
     path: Path
     source: str  # "path:...", "cache:..." or "download:..."
 
 
 def find_weights(remote: RemoteWeights, path: Path | None = None, *, download: bool = True) -> FoundWeights:
-    """Find weights: the `path` given, else the torch hub cache, else a download into that cache.
+    """Return a file of weights: the given `path`, else one in the torch hub cache, else a download into it.
 
     Args:
         remote: the published file.
-        path: a file that the user asked for; nothing else is tried then.
+        path: a file given by the user; then nothing else is tried.
         download: whether the network may be used.
 
     Raises:
-        FileNotFoundError: `path` is no file.
-        OSError: no `path`, nothing in the cache, and no download (its message says why).
+        FileNotFoundError: `path` is not a file.
+        OSError: no `path`, nothing in the cache, and no download; the message gives the reason.
     """
     if path is not None:
         path = Path(path).expanduser()
@@ -80,14 +80,14 @@ def find_weights(remote: RemoteWeights, path: Path | None = None, *, download: b
 
 
 class LoadedWeights(NamedTuple):
-    """Count of the tensors that a load took, and what it left out; as text, a report for people."""
+    """Number of loaded tensors and names left out; `str` gives a report."""
 
     taken: int
-    """Tensors that were loaded."""
+    """Number of tensors loaded."""
     left_out: tuple[str, ...] = ()
-    """Names of those that were not."""
+    """Names of tensors not loaded."""
     prefix: str = ""
-    """Stripped from the names, such as "module."."""
+    """Prefix stripped from the names, such as "module."."""
 
     def __str__(self) -> str:
         text = f"{self.taken} tensors loaded" + (f" from {self.prefix}*" if self.prefix else "")
@@ -97,21 +97,21 @@ class LoadedWeights(NamedTuple):
 
 
 class NamedWeights(NamedTuple):
-    """A state dict under the names of the model that it is for."""
+    """A state dict with the names of a model."""
 
     state_dict: dict[str, Any]
-    """Without the prefix."""
+    """Tensors by name, without the prefix."""
     prefix: str
-    """Stood before each name; "" if none did."""
+    """Prefix stripped from each name, or ""."""
     outside: tuple[str, ...]
-    """Names that don't have it, and are not in `state_dict`."""
+    """Names without the prefix, which are not in `state_dict`."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict from .safetensors, .pth, .pt or .ckpt onto the CPU; half-precision is cast to float32.
 
-    A dict that has the state dict as "state_dict" or "model" is accepted, such as a checkpoint of Lightning. Nothing in
-    the file is run or imported: tensors and plain values are read, any other object becomes an empty one.
+    The file may also have the state dict as "state_dict" or "model" of a dict, such as a checkpoint of Lightning. No
+    code in it is run or imported: tensors and plain values are read, any other object becomes an empty dict.
 
     Raises:
         ValueError: another suffix, an unreadable or damaged file, or no state dict in it; the message names the path.
@@ -129,7 +129,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise ValueError("it is empty")
         state = readers[path.suffix](path)
     except Exception as error:  # a damaged file can make the readers raise anything
-        unsafe = "it is damaged, or holds objects that can't be read safely"  # and not PyTorch's advice to read them
+        # PyTorch's own message advises reading unsafe objects anyway.
+        unsafe = "it is damaged, or holds objects that can't be read safely"
         reason = unsafe if isinstance(error, pickle.UnpicklingError) else _first_line(error)
         cached = path.parent == Path(torch.hub.get_dir()) / "checkpoints"
         remedy = "; delete it, and it is downloaded again" if cached else ""
@@ -137,15 +138,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     state = nested_state_dict(state)
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise ValueError(f"weights file {path} holds no state dict (names to tensors)")
-    for name, tensor in state.items():  # one that repeats its values may claim any size
+    for name, tensor in state.items():  # a tensor with strides of 0 can claim any size
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"weights file {path} has {name} as {tuple(tensor.shape)}, and fewer values of it")
+            raise ValueError(f"weights file {path} has {name} as {tuple(tensor.shape)}, but fewer values for it")
     half = (torch.float16, torch.bfloat16)
     return {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in state.items()}
 
 
 def nested_state_dict(content: Any) -> Any:
-    """Return the state dict that a dict has as "state_dict" or "model", or what was given."""
+    """Return the dict under "state_dict" or "model" of a dict, else the argument."""
     if isinstance(content, Mapping):
         for name in ("state_dict", "model"):
             if isinstance(content.get(name), Mapping):
@@ -154,10 +155,10 @@ def nested_state_dict(content: Any) -> Any:
 
 
 def strip_prefix(given: Mapping[str, Any], expected: Collection[str], owner: str) -> NamedWeights:
-    """Return a state dict under the names of a model, without the one prefix that stands before all of them.
+    """Return a state dict with the names of a model, without a prefix that all of them have.
 
-    Wrappers leave such prefixes ("module.", "_orig_mod.", stacked, too), and so do models that hold this one
-    ("first_stage_model."). "_orig_mod." is dropped wherever it is.
+    Wrappers add such prefixes ("module.", "_orig_mod.", also combined), and so do models that contain this one
+    ("first_stage_model."). "_orig_mod." is removed anywhere in a name.
 
     Args:
         given: names to anything.
@@ -165,7 +166,7 @@ def strip_prefix(given: Mapping[str, Any], expected: Collection[str], owner: str
         owner: the model, for errors.
 
     Raises:
-        ValueError: no name fits, or several prefixes do equally well.
+        ValueError: no name fits, or several prefixes fit equally well.
     """
     given = {name.replace("_orig_mod.", ""): value for name, value in given.items()}
     counts: Counter[str] = Counter()
@@ -178,7 +179,7 @@ def strip_prefix(given: Mapping[str, Any], expected: Collection[str], owner: str
         such = f", such as {next(iter(given))!r}," if given else ""
         raise ValueError(f"none of the {len(given)} names{such} fits {owner}, which has {next(iter(expected))!r}")
     most = max(counts.values())
-    # A wrapper's prefix goes before another one: taming's transformers hold two first stages.
+    # Known prefixes take precedence: taming's transformers contain two tokenizers.
     known = [p for p, n in counts.items() if 2 * n >= most and _KNOWN_PREFIXES.issuperset(p.split(".")[:-1])]
     found = known or [prefix for prefix, count in counts.items() if count == most]
     best = max(counts[prefix] for prefix in found)
@@ -194,7 +195,7 @@ def check_state_dict(given: Mapping[str, Tensor], expected: Mapping[str, torch.S
     """Check that `given` has exactly the `expected` names and shapes.
 
     Raises:
-        ValueError: lists every missing name, unexpected name and wrong shape; `owner` says what they don't fit.
+        ValueError: missing or unexpected names, or wrong shapes, all of them listed; `owner` is the model.
     """
     complaints = [f"missing: {name}" for name in expected if name not in given]
     complaints += [f"unexpected: {name}" for name in given if name not in expected]
@@ -208,13 +209,13 @@ def check_state_dict(given: Mapping[str, Tensor], expected: Mapping[str, torch.S
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's weights, whatever file or device they are in: names, types, shapes and values."""
+    """Return the SHA-256 of a module's weights: names, types, shapes and values, on any device."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -225,15 +226,15 @@ def weights_hash(module: nn.Module) -> str:
 def download_file(remote: RemoteWeights, target: Path) -> None:
     """Download a file with a progress bar on stderr; `target` appears complete and verified, or not at all.
 
-    Never hangs: gives up after CONNECT_SECONDS without an answer and after STALL_SECONDS without progress.
+    It never hangs: it fails after CONNECT_SECONDS without a response and after STALL_SECONDS without progress.
 
     Raises:
-        OSError: no network, an HTTP error, a stall, an incomplete or wrong file, or no room to write it.
+        OSError: no network, an HTTP error, a stall, an incomplete or wrong file, or no space for it.
     """
     with _open_url(remote.url) as response:
         total = int(response.headers.get("Content-Length") or 0) or None
         target.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder, since only within one file system is the final rename atomic.
+        # In the same folder, since a rename is atomic only within a file system.
         handle, partial_name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         partial = Path(partial_name)
         try:
@@ -247,10 +248,10 @@ def download_file(remote: RemoteWeights, target: Path) -> None:
 
 
 class _Inert:
-    """Stand-in for the classes and functions that a file names: called, it makes an empty dict of any arguments.
+    """Replacement of the classes and functions named in a file: a call with any arguments returns an empty dict.
 
-    Checkpoints of Lightning hold callbacks and settings, which must be neither imported nor run. An OrderedDict is what
-    PyTorch's unpickler gives items as well as attributes to.
+    Checkpoints of Lightning contain callbacks and settings, which must not be imported or run. It is an OrderedDict
+    because PyTorch's unpickler can set items and attributes of that.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
@@ -258,7 +259,7 @@ class _Inert:
 
 
 def _torch_load(path: Path) -> Any:
-    """Unpickle with PyTorch's restricted unpickler, which knows `_Inert` by the names of all else."""
+    """Read a file with PyTorch's restricted unpickler, with `_Inert` for all other classes and functions."""
     foreign: list[Any] = []
     if zipfile.is_zipfile(path):
         foreign = [(_Inert, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
@@ -271,10 +272,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _open_url(url: str) -> http.client.HTTPResponse:
-    """urlopen that answers within CONNECT_SECONDS.
+    """Open a URL within CONNECT_SECONDS.
 
-    The timeout of urlopen bounds neither name resolution nor the sum over a host's addresses, hence the thread, which
-    is left to itself where it takes longer.
+    The timeout of urlopen limits neither name resolution nor the sum over a host's addresses, so it runs in a thread,
+    which is abandoned if it takes longer.
     """
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -296,14 +297,14 @@ def _open_url(url: str) -> http.client.HTTPResponse:
 
 
 def _copy(response: http.client.HTTPResponse, file: IO[bytes], label: str, total: int | None) -> str:
-    """Copy the body of `response` to `file`; returns its SHA-256."""
+    """Copy the body of `response` to `file`; return its SHA-256."""
     digest = hashlib.sha256()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     window_start, window_bytes = time.monotonic(), 0
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
         task = progress.add_task(f"downloading {label}", total=total)
         try:
-            while chunk := response.read1(1 << 20):  # read1: one receive, so that a trickle can't hide in a long read
+            while chunk := response.read1(1 << 20):  # read1 returns after one receive, so a trickle is noticed
                 file.write(chunk)
                 digest.update(chunk)
                 progress.advance(task, len(chunk))

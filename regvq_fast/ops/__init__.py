@@ -1,6 +1,7 @@
 """Fused ops for vector quantization, to import into any VQ model.
 
-Each op is one file: public function, eager twin, registration with ``torch.library``, backward, autograd.
+Each op is one file: public function, PyTorch fallback, registration with ``torch.library``, backward, autograd. The
+fallback of ``vector_quantize`` has a file of its own.
 """
 
 from regvq_fast.ops.assign_codes import assign_codes

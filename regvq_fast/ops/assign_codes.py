@@ -16,18 +16,18 @@ def assign_codes(x: Tensor, codebook: Tensor, *, impl: Impl = "auto") -> Tensor:
     Args:
         x: (..., D) fp16, bf16, fp32 or fp64.
         codebook: (N, D), type and device of ``x``; or (H, N, D), a codebook for each head of ``x`` (..., H, D).
-        impl: "auto" | "triton" | "eager"; "auto" is the Triton kernel on CUDA, fp64 aside.
+        impl: "auto" | "triton" | "eager". "auto": the Triton kernel on CUDA except for fp64, else eager PyTorch.
 
     Returns:
         int64, the leading shape of ``x``; the smallest code wins an exact tie. Deterministic. Autocast: inputs are
         cast to fp32.
 
-    Memory beyond inputs and output: Triton 4 N bytes, and 24 M for each split of the codes (below sm_80 also
-    a buffer of max(2^25, 512 N) fp32 scores), where M and N count all heads' rows and codes; eager O((M + N) * D) plus
-    one tile of about 2^20 scores (2^24 on CUDA; at least 64 rows).
+    Memory beyond inputs and output, where M and N count the rows and codes of all heads. Triton: 4 N bytes, 24 M for
+    each split of the codes, and below sm_80 a buffer of max(2^25, 512 N) fp32 scores. Eager: O((M + N) * D) and one
+    tile of about 2^20 scores (2^24 on CUDA; at least 64 rows).
 
     Raises:
-        ValueError: shapes or devices that don't fit; on a CPU nan or inf in an input, or scores that may overflow.
+        ValueError: shapes or devices that don't fit; on a CPU also nan or inf in an input, or scores that may overflow.
         TypeError: types that don't fit.
     """
     check_codebook(x, codebook)
@@ -73,7 +73,7 @@ def _(x: Tensor, codebook: Tensor, impl: str) -> Tensor:
 for _device_type in ("cpu", "cuda"):
     _assign_codes_op.register_autocast(_device_type, torch.float32)
 
-# --------------------------------------------------------------------------------------------------- operations
+# -------------------------------------------------------------------------------------------------------- FLOPs
 
 
 @register_flop_formula(torch.ops.regvq.assign_codes)

@@ -1,13 +1,12 @@
 """Counter-based Gumbel noise: Philox4x32-10 (Salmon et al., SC 2011) keyed by the seed, counted by row and code.
 
-Noise is a function of ``(seed, global row, code)`` and of nothing else. The layout of a counter is
+Noise depends on ``(seed, global row, code)`` and on nothing else. The layout of a counter is
 
     c0 = code // 4    c1 = row >> 32    c2 = row & 0xffffffff    c3 = 0        key = (seed & 0xffffffff, seed >> 32)
 
-and the four words of one call belong to four adjacent codes. With ``c0`` depending on the column only and ``c1``,
-``c2`` on the row only, the first two of the ten rounds separate into row and column parts: they run on vectors, and
-only eight rounds touch all pairs. ``kernels/noise.py`` computes the same bits in Triton, ``kernels/noise.c`` on CPUs
-where a C compiler is found.
+and the four words of one call belong to four adjacent codes. ``c0`` depends on the code only, ``c1`` and ``c2`` on the
+row only, so the first two of the ten rounds run on vectors, and only eight rounds on all pairs. ``kernels/noise.py``
+computes the same bits in Triton, ``kernels/noise.c`` on CPUs with a C compiler.
 """
 
 import ctypes
@@ -24,13 +23,13 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _SOURCE = Path(__file__).parents[1] / "kernels" / "noise.c"
-_NATIVE_ELEMENTS = 1 << 20  # of a thread at least: starting one takes as long as about 1 % of its work
+_NATIVE_ELEMENTS = 1 << 20  # fewest elements of a thread; starting one costs about 1 % of their time
 
 
 class Stream:
-    """Streams of :func:`row_words`, one for each kind of sample, independent of all others.
+    """Streams of :func:`row_words`, independent of each other, one for each kind of sample.
 
-    A number is a counter's ``c3``, which is 0 in the Gumbel noise. It is part of every result: none may be changed.
+    The number is ``c3`` of a counter, which is 0 for Gumbel noise. Results depend on it: never change one.
     """
 
     MASK = 1
@@ -38,9 +37,9 @@ class Stream:
     KEPT_TOKENS = 3
     REPLACED_TOKENS = 4
     DROPPED_CONDITIONS = 5
-    CONTRASTIVE_PLACES = 16  # and the following, one a layer, up to 31
+    CONTRASTIVE_POSITIONS = 16  # to 31, one for each layer
     TIME_STEPS = 32
-    CORRUPTION = 33  # and 34: whether to replace a token, and by what
+    CORRUPTION = 33  # and 34: whether to replace a token, and with which
     POSTERIOR = 35  # and 36, likewise
     DROPPED_CAPTIONS = 37
     SAMPLING_STEPS = 38
@@ -62,10 +61,10 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> 
     """
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
-    # A 64-bit product serves twice: its high word goes into the next c0 or c2, its low word is the next c1 or c3,
-    # which only ever enters an xor and so needs no mask until the end.
+    # The high word of a 64-bit product goes into the next c0 or c2; its low word is the next c1 or c3, which only
+    # enters an xor and so needs no mask until the end.
     for i in range(_ROUNDS):
-        # From the second round on c0 and c2 are our own temporaries.
+        # From the second round on, c0 and c2 are temporaries that may be overwritten.
         product_0 = c0.mul_(_MULTIPLIER_0) if i else c0 * _MULTIPLIER_0
         product_1 = c2.mul_(_MULTIPLIER_1) if i else c2 * _MULTIPLIER_1
         c0 = ((product_1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_LOW)
@@ -79,9 +78,8 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> 
 def gumbel_from_words(words: Tensor) -> Tensor:
     """Gumbel(0, 1) noise from unsigned 32-bit words (int64 tensor); float32, in [-2.82, 22.88], never inf or nan.
 
-    ``v = (word + 1/2) / 2^32`` counts from 0, where fp32 is densest, and ``g = -log(-log1p(-v))``: small ``v`` is the
-    *upper* tail of the noise, the one that argmax selects, and it is resolved to the last bit. Words that round to
-    ``v = 1`` are taken as ``1 - 2^-24``.
+    ``v = (word + 1/2) / 2^32`` and ``g = -log(-log1p(-v))``. Small ``v``, where fp32 is densest, is the *upper* tail of
+    the noise, which argmax selects: it is resolved to the last bit. Words that round to ``v = 1`` give ``1 - 2^-24``.
     """
     return _gumbel_from_uniform(words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24))
 
@@ -97,10 +95,10 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int, head: int = 0) -> T
         seed: 0-dim int64 tensor.
         rows: (R,) int64 global row numbers, in any order.
         num_codes: N.
-        head: whose codes continue those of the heads before it, in whole fours of codes.
+        head: number of the head; each head's codes begin at a multiple of four in the counters.
 
     Returns:
-        (R, N) float32. Temporary memory: about 3 times the result; none in C.
+        (R, N) float32. Temporary memory: about 3 times the result in PyTorch, none in C.
     """
     if rows.device.type == "cpu" and not torch.compiler.is_compiling() and (native := library(_SOURCE)):
         return _gumbel_from_uniform(_native_uniform(native, seed, rows, num_codes, head))
@@ -139,12 +137,12 @@ def _native_uniform(native: ctypes.CDLL, seed: Tensor, rows: Tensor, num_codes: 
 
 
 def row_words(seed: Tensor, rows: Tensor, stream: int) -> Tensor:
-    """One 32-bit word a row, for what is sampled once a row, a token or an image: the mask, the sampled positions.
+    """Return a 32-bit random word for each row, token or image, for masks, sampled positions and the like.
 
     Args:
         seed: 0-dim int64 tensor.
         rows: int64 global row numbers, any shape.
-        stream: of :class:`Stream`.
+        stream: a number in :class:`Stream`.
 
     Returns:
         int64 tensor of the shape of ``rows`` holding unsigned 32-bit words.

@@ -1,6 +1,6 @@
-"""The ops as the plain PyTorch expressions of their formulas: the oracle of the tests, the baseline of the benchmarks.
+"""The ops as plain PyTorch expressions of their formulas: the reference of the tests, the baseline of the benchmarks.
 
-They keep every M x N and L x L matrix and leave the gradients to autograd. Same arguments, same noise bits.
+They keep every M x N and L x L matrix and leave the gradients to autograd. Arguments and noise bits are the ops'.
 """
 
 import math
@@ -30,7 +30,10 @@ def vector_quantize_reference(
     noise: Tensor | None = None,
     head: int = 0,
 ) -> VectorQuantizeOutput:
-    """:func:`regvq_fast.ops.vector_quantize` of rows (M, [H], D), literally. ``noise`` (M, N) replaces the seed's."""
+    """Compute :func:`regvq_fast.ops.vector_quantize` of rows (M, [H], D) by its formulas.
+
+    ``noise`` (M, N) replaces the noise of the seed, in calls without heads.
+    """
     if codebook.ndim == 3:
         heads = [
             vector_quantize_reference(
@@ -72,7 +75,7 @@ def vector_quantize_reference(
     if codebook_grad == "hard":
         quantized = straight_through @ codebook
     else:
-        # The value of hard @ codebook; the posterior's gradient from the rows, and to the codes that of p or nothing.
+        # Value: hard @ codebook. Gradient: softmax to the rows; to the codes that of p @ codebook, or none.
         quantized = straight_through @ codebook.detach()
         if codebook_grad == "soft":
             soft = p.detach() @ codebook
@@ -90,7 +93,7 @@ def vector_quantize_reference(
 def weighted_info_nce_reference(
     query: Tensor, key: Tensor, weight: Tensor | None = None, *, tau: float = 0.07
 ) -> Tensor:
-    """:func:`regvq_fast.ops.weighted_info_nce`, literally: Eq. 3 less its constant ``-log w_i``, or Eq. 2."""
+    """Compute :func:`regvq_fast.ops.weighted_info_nce` by Eq. 3 without its constant ``-log w_i``, or by Eq. 2."""
     a = query @ key.mT / tau
     positive = a.diagonal(dim1=1, dim2=2)
     if weight is None:

@@ -9,10 +9,10 @@ from regvq_fast.ops.validation import check_matrix, whole_number
 
 
 def segment_counts(indices: Tensor, num_segments: int, *, heads: bool = False) -> Tensor:
-    """Count how often each of ``num_segments`` values occurs in ``indices`` (any shape, int64); (num_segments,) int64.
+    """Count how often each of ``num_segments`` values occurs in ``indices`` (any shape, int64): (num_segments,) int64.
 
-    With ``heads`` each column of ``indices`` (..., H) is counted by itself: (H, num_segments). Integer additions
-    commute exactly, so the scatter is deterministic on every device, and nothing synchronises.
+    With ``heads`` each column of ``indices`` (..., H) is counted separately: (H, num_segments). Integer addition is
+    associative, so the scatter is deterministic on every device. It does not synchronize.
     """
     if heads:
         return segment_counts(*_one_head(indices, num_segments)).view(-1, num_segments)
@@ -21,15 +21,15 @@ def segment_counts(indices: Tensor, num_segments: int, *, heads: bool = False) -
 
 
 def _one_head(indices: Tensor, num_segments: int) -> tuple[Tensor, int]:
-    """Return the indices of heads (..., H) and their number as those of one head: their values follow each other."""
+    """Return indices (..., H) and their number of values as those of one head whose values continue head by head."""
     heads = indices.shape[-1]
     return indices + num_segments * torch.arange(heads, device=indices.device), heads * num_segments
 
 
 def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Impl = "auto") -> Tensor:
-    """``out[n] = sum over m with indices[m] = n of values[m]``, added in a fixed order on every device; no gradient.
+    """Return ``out[n] = sum over m with indices[m] = n of values[m]``, added in a fixed order; no gradient.
 
-    Equivalent to ``torch.zeros(N, D).index_add_(0, indices, values)``, which on CUDA adds in no fixed order.
+    Equivalent to ``torch.zeros(N, D).index_add_(0, indices, values)``, whose order on CUDA is not fixed.
 
     Args:
         values: (M, D), or (M, H, D) of heads; fp16, bf16, fp32 or fp64.
@@ -43,7 +43,7 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
 
     Raises:
         ValueError: shapes or devices that don't fit; on a CPU also an index out of range (on CUDA checking would
-            force a synchronization: what its row adds to is undefined).
+            force a synchronization, and the result is undefined).
         TypeError: types that don't fit.
     """
     check_matrix("values", values, ndim=3 if isinstance(values, Tensor) and values.ndim == 3 else 2)
@@ -51,7 +51,7 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
         raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
     if indices.shape != values.shape[:-1]:
         raise ValueError(
-            f"indices must have shape {tuple(values.shape[:-1])}, a row's each, got {tuple(indices.shape)}"
+            f"indices must have shape {tuple(values.shape[:-1])}, one for each row, got {tuple(indices.shape)}"
         )
     if indices.device != values.device:
         raise ValueError(f"indices are on {indices.device} but values on {values.device}; move them to one device")
@@ -63,7 +63,7 @@ def segment_sum(values: Tensor, indices: Tensor, num_segments: int, *, impl: Imp
 
 
 def segment_sum_eager(values: Tensor, indices: Tensor, num_segments: int) -> Tensor:
-    # In fp16 and bf16 a running sum stops growing at 2048 and 256.
+    # fp32 sums: adding 1 to a sum in fp16 or bf16 has no effect from 2048 or 256 on.
     order = indices.argsort(stable=True)
     counts = segment_counts(indices, num_segments)
     sorted_values = values[order].to(compute_dtype(values))

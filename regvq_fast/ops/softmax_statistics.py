@@ -1,10 +1,10 @@
 """Entropy and mean of softmax distributions over all codes: the KL term of Gumbel-VQ, the entropy terms of IBQ and LFQ.
 
-    p[m]    = softmax_n((x_m . k_n + b_n) / temperature)
+    p[m]    = softmax_n((x_m . w_n + b_n) / temperature)
     entropy = mean_m -sum_n p[m,n] log p[m,n]           mean[n] = mean_m p[m,n]         over the M valid rows
 
-With upstream gradients e of the entropy and c[n] of the mean, dP[m,n] = (c[n] - e log p[m,n]) / M is all of the
-softmax's (a constant in a row drops out). Rows go through in tiles, whose scores backward computes again.
+With gradients e of the entropy and c[n] of the mean, the softmax's gradient is dP[m,n] = (c[n] - e log p[m,n]) / M, up
+to a constant of each row, which drops out. Rows are computed in tiles; the backward computes their scores again.
 """
 
 import torch
@@ -17,35 +17,35 @@ from regvq_fast.ops.validation import check_finite, check_like, check_matrix, ch
 
 
 def softmax_statistics(
-    x: Tensor, keys: Tensor, bias: Tensor | None = None, *, valid: Tensor | None = None, temperature: float = 1.0
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, valid: Tensor | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Mean entropy, in nats, and mean of the rows' softmax over ``(x keys^T + bias) / temperature``.
+    """Return the mean entropy, in nats, and the mean of the rows' softmax of ``(x weight^T + bias) / temperature``.
 
-    Equivalent to this, which keeps several M x N matrices:
+    Equivalent to this code, which keeps several M x N matrices:
 
-        log_p = F.log_softmax(F.linear(x, keys, bias) / temperature, dim=1)
+        log_p = F.log_softmax(F.linear(x, weight, bias) / temperature, dim=1)
         return -(log_p.exp() * log_p).sum(1).mean(), log_p.exp().mean(0)
 
     The mean KL divergence to the uniform distribution is ``log(N) - entropy``.
 
     Args:
         x: (M, D), M > 0; fp16, bf16, fp32 or fp64.
-        keys: (N, D), type and device of ``x``.
+        weight: (N, D), type and device of ``x``.
         bias: (N,) or None.
-        valid: (M,) bool or None: the rows that the means are over, all if None. Entropy and mean are 0 where none is.
-        temperature: > 0; a number, no tensor: it gets no gradient.
+        valid: (M,) bool, the rows that count in both means; None: all. Without valid rows entropy and mean are 0.
+        temperature: > 0; a number, not a tensor, since it gets no gradient.
 
     Returns:
-        Entropy () and mean (N,), float32 (float64 where ``x`` is). Deterministic. Autocast: inputs are cast to fp32.
+        Entropy () and mean (N,), float32 (float64 if ``x`` is). Deterministic. Autocast: inputs are cast to fp32.
 
-    Numerics: scores are multiplied in fp32, whatever PyTorch's float32 matmul precision, since small temperatures
-    magnify their error; the gradients' products follow that setting.
+    Numerics: scores use fp32, whatever PyTorch's float32 matmul precision, since small temperatures magnify their
+    error; the gradients' products follow that setting.
 
-    Gradients: to ``x``, ``keys`` and ``bias``, from both. Double backward, forward-mode differentiation (its
+    Gradients: to ``x``, ``weight`` and ``bias``, from both. Double backward, forward-mode differentiation (its
     tangents are silently 0) and the transforms of torch.func are not supported.
 
-    Memory beyond inputs and outputs: O((M + N) * D) plus a fixed number of tiles of about 2^20 scores (2^24 on CUDA;
-    at least 64 rows). Plain PyTorch on every device.
+    Memory beyond inputs and outputs: O((M + N) * D) and a fixed number of tiles of about 2^20 scores (2^24 on CUDA; at
+    least 64 rows). The op is plain PyTorch on every device.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; no rows; on a CPU also nan or inf, or scores that may
@@ -53,34 +53,37 @@ def softmax_statistics(
         TypeError: types that don't fit.
     """
     check_matrix("x", x)
-    check_matrix("keys", keys, x.shape[1])
-    check_like("keys", keys, "x", x)
-    if x.shape[0] == 0 or keys.shape[0] == 0:
-        raise ValueError(f"x and keys must have rows, got {tuple(x.shape)} and {tuple(keys.shape)}")
+    check_matrix("weight", weight, x.shape[1])
+    check_like("weight", weight, "x", x)
+    if x.shape[0] == 0 or weight.shape[0] == 0:
+        raise ValueError(f"x and weight must have rows, got {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None:
-        check_matrix("bias", bias, keys.shape[0], ndim=1)
+        check_matrix("bias", bias, weight.shape[0], ndim=1)
         check_like("bias", bias, "x", x)
     if valid is not None:
         check_rows("valid", valid, x.shape[:1], x)
     check_positive("temperature", temperature)
-    return _forward_op(x, keys, bias, valid, float(temperature))
+    return _forward_op(x, weight, bias, valid, float(temperature))
 
 
 class _Tiles:
-    """``log p`` of row tiles, and how many rows count."""
+    """``log p`` of tiles of rows, and the number of valid rows."""
 
-    def __init__(self, x: Tensor, keys: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float) -> None:
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float
+    ) -> None:
         self.dtype, self.factor = compute_dtype(x), 1 / temperature
-        self.keys = keys.to(self.dtype).contiguous()
-        self.column = self.keys.new_zeros(len(keys)) if bias is None else bias.to(self.dtype) * self.factor
+        self.weight = weight.to(self.dtype).contiguous()
+        # Over the temperature, as the scores.
+        self.bias = self.weight.new_zeros(len(weight)) if bias is None else bias.to(self.dtype) * self.factor
         self.valid = None if valid is None else valid.to(self.dtype).unsqueeze(1)  # [M, 1]
         self.num_rows = len(x) if valid is None else valid.sum(dtype=torch.float64).clamp_(min=1)
-        step = rows_per_tile(len(keys), x.device)
+        step = rows_per_tile(len(weight), x.device)
         self.slices = [slice(start, start + step) for start in range(0, len(x), step)]
 
     def log_p(self, x: Tensor) -> Tensor:
         with without_tf32(x.device):
-            return torch.addmm(self.column, x, self.keys.t(), alpha=self.factor).log_softmax(1)
+            return torch.addmm(self.bias, x, self.weight.t(), alpha=self.factor).log_softmax(1)
 
     def without_invalid(self, values: Tensor, tile: slice) -> Tensor:
         """Set the invalid rows of a tile of values to 0, in place."""
@@ -88,10 +91,10 @@ class _Tiles:
 
 
 def _softmax_statistics_eager(
-    x: Tensor, keys: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    tiles = _Tiles(x, keys, bias, valid, temperature)
-    entropy, mean = tiles.column.new_zeros(()), tiles.column.new_zeros(len(keys))
+    tiles = _Tiles(x, weight, bias, valid, temperature)
+    entropy, mean = tiles.bias.new_zeros(()), tiles.bias.new_zeros(len(weight))
     for tile in tiles.slices:
         log_p = tiles.log_p(x[tile].to(tiles.dtype))
         p = tiles.without_invalid(log_p.exp(), tile)
@@ -104,31 +107,31 @@ def _softmax_statistics_backward_eager(
     grad_entropy: Tensor,
     grad_mean: Tensor,
     x: Tensor,
-    keys: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     valid: Tensor | None,
     temperature: float,
     needs_x: bool,
-    needs_keys: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    tiles = _Tiles(x, keys, bias, valid, temperature)
+    tiles = _Tiles(x, weight, bias, valid, temperature)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    grad_keys, grad_column = torch.zeros_like(tiles.keys), torch.zeros_like(tiles.column)
+    grad_weight, grad_bias = torch.zeros_like(tiles.weight), torch.zeros_like(tiles.bias)
     for tile in tiles.slices:
         x_tile = x[tile].to(tiles.dtype)
         grad = tiles.log_p(x_tile)
-        p = grad.clamp(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
+        p = grad.clamp(min=-60).exp_()  # subnormal numbers would slow down the products on a CPU
         grad.mul_(-grad_entropy).add_(grad_mean)
         torch._softmax_backward_data(grad, p, 1, tiles.dtype, grad_input=grad)
         tiles.without_invalid(grad.mul_(tiles.factor / tiles.num_rows), tile)
         if grad_x is not None:
-            grad_x[tile] = torch.mm(grad, tiles.keys).to(x.dtype)
-        if needs_keys:
-            grad_keys.addmm_(grad.t(), x_tile)
-            grad_column += grad.sum(0)
-    if not needs_keys:
+            grad_x[tile] = torch.mm(grad, tiles.weight).to(x.dtype)
+        if needs_weight:
+            grad_weight.addmm_(grad.t(), x_tile)
+            grad_bias += grad.sum(0)
+    if not needs_weight:
         return grad_x, None, None
-    return grad_x, grad_keys.to(keys.dtype), None if bias is None else grad_column.to(bias.dtype)
+    return grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- forward
@@ -136,18 +139,20 @@ def _softmax_statistics_backward_eager(
 
 @torch.library.custom_op("regvq::softmax_statistics", mutates_args=())
 def _forward_op(
-    x: Tensor, keys: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    largest = [check_finite(name, value) for name, value in (("x", x), ("keys", keys), ("bias", bias))]
+    largest = [check_finite(name, value) for name, value in (("x", x), ("weight", weight), ("bias", bias))]
     bound = (x.shape[1] * largest[0] * largest[1] + largest[2] + 1) / min(1.0, temperature)
-    check_overflow(bound, compute_dtype(x), "x, keys, bias or 1 / temperature")
-    return _softmax_statistics_eager(x, keys, bias, valid, temperature)
+    check_overflow(bound, compute_dtype(x), "x, weight, bias or 1 / temperature")
+    return _softmax_statistics_eager(x, weight, bias, valid, temperature)
 
 
 @_forward_op.register_fake
-def _(x: Tensor, keys: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, valid: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x)
-    return x.new_empty((), dtype=dtype), x.new_empty(keys.shape[0], dtype=dtype)
+    return x.new_empty((), dtype=dtype), x.new_empty(weight.shape[0], dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ backward
@@ -158,19 +163,19 @@ def _backward_op(
     grad_entropy: Tensor,
     grad_mean: Tensor,
     x: Tensor,
-    keys: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     valid: Tensor | None,
     temperature: float,
     needs_x: bool,
-    needs_keys: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, keys and bias; empty tensors stand for those that nobody needs."""
+    """Return the gradients of x, weight and bias; empty tensors for those not needed."""
     grads = _softmax_statistics_backward_eager(
-        grad_entropy, grad_mean, x, keys, bias, valid, temperature, needs_x, needs_keys
+        grad_entropy, grad_mean, x, weight, bias, valid, temperature, needs_x, needs_weight
     )
-    grad_x, grad_keys, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
-    return grad_x, grad_keys, grad_bias
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_weight, grad_bias
 
 
 @_backward_op.register_fake
@@ -178,17 +183,17 @@ def _(
     grad_entropy: Tensor,
     grad_mean: Tensor,
     x: Tensor,
-    keys: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     valid: Tensor | None,
     temperature: float,
     needs_x: bool,
-    needs_keys: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(value: Tensor | None, needed: bool) -> Tensor:
         return x.new_empty(0) if value is None or not needed else value.new_empty(value.shape)
 
-    return like(x, needs_x), like(keys, needs_keys), like(bias, needs_keys)
+    return like(x, needs_x), like(weight, needs_weight), like(bias, needs_weight)
 
 
 # ------------------------------------------------------------------------------------------ autograd and autocast
@@ -200,8 +205,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_entropy, grad_mean):  # type: ignore[no-untyped-def]
-    needs_x, *needs_keys = ctx.needs_input_grad[:3]
-    grads = _backward_op(grad_entropy, grad_mean, *ctx.saved_tensors, ctx.temperature, needs_x, any(needs_keys))
+    needs_x, *needs_weight = ctx.needs_input_grad[:3]
+    grads = _backward_op(grad_entropy, grad_mean, *ctx.saved_tensors, ctx.temperature, needs_x, any(needs_weight))
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None, None
 
 
@@ -210,16 +215,16 @@ for _device_type in ("cpu", "cuda"):
     _forward_op.register_autocast(_device_type, torch.float32)
     _backward_op.register_autocast(_device_type, torch.float32)
 
-# --------------------------------------------------------------------------------------------------- operations
+# -------------------------------------------------------------------------------------------------------- FLOPs
 
 
 @register_flop_formula(torch.ops.regvq.softmax_statistics)
-def _(x: torch.Size, keys: torch.Size, *_: object, **__: object) -> int:
-    return 2 * x[0] * keys[0] * x[1]
+def _(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * x[0] * weight[0] * x[1]
 
 
 @register_flop_formula(torch.ops.regvq.softmax_statistics_backward)
 def _(
-    grad_entropy: torch.Size, grad_mean: torch.Size, x: torch.Size, keys: torch.Size, *_: object, **__: object
+    grad_entropy: torch.Size, grad_mean: torch.Size, x: torch.Size, weight: torch.Size, *_: object, **__: object
 ) -> int:
-    return 2 * 2 * x[0] * keys[0] * x[1]
+    return 2 * 2 * x[0] * weight[0] * x[1]

@@ -1,4 +1,4 @@
-"""Validation of arguments, with readable errors: what was given, what is allowed, what to do."""
+"""Validation of arguments; errors say what was given, what is allowed and what to do."""
 
 import math
 import numbers
@@ -28,7 +28,7 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None
     if value.device != other.device:
         raise ValueError(f"{name} is on {value.device} but {other_name} on {other.device}; move them to one device")
     if value.dtype != other.dtype:
-        # Autocast makes fp32 of every type but fp64.
+        # Autocast casts every type but fp64 to fp32.
         if torch.float64 not in (value.dtype, other.dtype) and torch.is_autocast_enabled(other.device.type):
             return
         raise TypeError(f"{name} is {value.dtype} but {other_name} {other.dtype}; convert one of them")
@@ -74,7 +74,7 @@ def check_scalar(name: str, value: Tensor, x: Tensor, *, floating: bool = False)
 
 def whole_number(name: str, value: int, kind: str = "an int") -> int:
     """Return ``value`` as an int; raise unless it is a whole number, of any type, that fits into int64."""
-    if not isinstance(value, (int, torch.SymInt)):  # index() would fix a dynamic number
+    if not isinstance(value, (int, torch.SymInt)):  # index() would specialize a dynamic number
         try:
             value = operator.index(value)
         except TypeError:
@@ -88,7 +88,7 @@ def as_scalar(value: float | Tensor, x: Tensor) -> Tensor:
     """Return a number as a 0-dim tensor on the device of ``x`` (fp64 if it was a float), without a gradient."""
     if isinstance(value, Tensor):
         return value.detach()
-    if torch.compiler.is_compiling():  # a product takes a number that changes; full() would compile one graph a value
+    if torch.compiler.is_compiling():  # full() would compile one graph for each value
         return torch.ones((), dtype=torch.float64, device=x.device) * value
     return torch.full((), value, dtype=torch.float64, device=x.device)
 
@@ -104,7 +104,7 @@ def check_positive(name: str, value: float) -> None:
             f"{name} must be a number, since it gets no gradient, got a {type(value).__name__}: give {name}.item(), or "
             f"to train it multiply the inputs instead and leave {name} fixed"
         )
-    # A number that torch.compile treats as dynamic is compared, and nothing else: math.isinf would break the graph.
+    # torch.compile may treat the number as dynamic: comparisons are traced, math.isinf would break the graph.
     if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not _is_real(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 < value < math.inf:
@@ -123,7 +123,7 @@ def check_finite(name: str, value: Tensor | None) -> float:
     """
     if value is None or value.device.type != "cpu" or not value.numel():
         return 0.0
-    # One pass, in which nan wins over all numbers; isfinite(value).all() takes ten times as long.
+    # aminmax is one pass and propagates nan; isfinite(value).all() takes ten times as long.
     smallest, largest = (extreme.item() for extreme in torch.aminmax(value))
     if not math.isfinite(smallest) or not math.isfinite(largest):
         bad = (~torch.isfinite(value)).nonzero()
@@ -135,7 +135,7 @@ def check_finite(name: str, value: Tensor | None) -> float:
 
 
 def check_overflow(bound: float, dtype: torch.dtype, names: str) -> None:
-    """Raise if scores up to ``bound`` may overflow the type they are computed in: indices would be wrong without it."""
+    """Raise if scores of magnitude ``bound`` would overflow ``dtype``, which gives wrong indices."""
     most = torch.finfo(dtype).max
     if not bound <= most:
         raise ValueError(

@@ -10,11 +10,11 @@ R = M / G rows.
     perturbation   = |z[index] - z[best_index]|^2
     posterior[g]   = mean over the valid rows of group g of one_hot(index)
 
-The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]), t = tau on stochastic rows
-and 1 elsewhere, with the same noise. No M x N tensor is kept for it: rows go through in tiles, backward recomputes the
-tile's scores and its noise. (The PyTorch fallback keeps those of small calls.)
+The forward is hard; the backward is that of p[m] = softmax((s[m] + mask[m] * g[m]) / t[m]) with the same noise, t = tau
+on stochastic rows and 1 elsewhere. No M x N tensor is kept for it: the backward recomputes scores and noise tile by
+tile (the PyTorch fallback keeps the scores of small calls).
 
-With heads (x (M, H, D), codebook (H, N, D)) all of it holds for each head; mask and valid rows are common to them.
+With heads (x (M, H, D), codebook (H, N, D)) this holds for each head; the heads share the masks of rows.
 """
 
 import math
@@ -43,7 +43,7 @@ from regvq_fast.ops.vector_quantize_fallback import vector_quantize_backward_eag
 
 CodebookGrad = Literal["soft", "hard", "none"]
 _CODEBOOK_GRADS = ("soft", "hard", "none")
-_MAX_MASKED_ROWS = 2**31 - 1  # whose numbers the kernels order as int32
+_MAX_MASKED_ROWS = 2**31 - 1  # the kernels order row numbers as int32
 
 
 class VectorQuantizeOutput(NamedTuple):
@@ -52,13 +52,13 @@ class VectorQuantizeOutput(NamedTuple):
     quantized: Tensor
     """(M, D) x.dtype, straight-through gradient."""
     posterior: Tensor
-    """(G, N) float32, (G, H, N) of heads, straight-through gradient; sums to 1, to 0 in a group without a valid row."""
+    """(G, N) float32, with heads (G, H, N); straight-through gradient; a row sums to 1, or 0 without valid rows."""
     indices: Tensor
     """(M,) int64, the selected codes."""
     best_indices: Tensor
-    """(M,) int64, the codes that a selection without noise takes."""
+    """(M,) int64, the codes selected without noise."""
     perturbation: Tensor
-    """(M,) float32, squared distance between the two; 0 on deterministic rows; no gradient."""
+    """(M,) float32, squared distance between these two codes; 0 on deterministic rows; no gradient."""
 
 
 def vector_quantize(
@@ -77,9 +77,9 @@ def vector_quantize(
     codebook_grad: CodebookGrad = "soft",
     impl: Impl = "auto",
 ) -> VectorQuantizeOutput:
-    """Quantize rows to codes, with Gumbel noise where masked and the softmax's gradient everywhere.
+    """Quantize rows to codes, with Gumbel noise on masked rows and the softmax's gradient on all rows.
 
-    Equivalent to this, which keeps several M x N matrices:
+    Equivalent to this code, which keeps several M x N matrices:
 
         s = -scale * torch.cdist(x, codebook) ** 2                # weight given: scale * x @ weight.T + bias
         a = (s + mask[:, None] * gumbel) / torch.where(mask, tau, 1.0)[:, None]
@@ -91,59 +91,55 @@ def vector_quantize(
     Args:
         x: (..., D) encoder vectors; fp16, bf16, fp32 or fp64. Leading dimensions are flattened to M rows.
         codebook: (N, D) codes, type and device of ``x``. Or (H, N, D), a codebook for each head of ``x`` (..., H, D):
-            grouped and product quantization, by the launches of one head. Each head has noise of its own: its codes
-            continue the numbers of the codes before them, in whole fours.
-        weight: the shape of ``codebook``, or None. None: distance logits. Given: linear logits, a predicted token
+            grouped and product quantization, in the launches of one head. Heads have independent noise.
+        weight: None for distance logits; or the shape of ``codebook``, for linear logits, a predicted token
             distribution.
-        bias: (N,) or (H, N), or None; with ``weight`` only.
+        bias: (N,) or (H, N), or None; only with ``weight``.
         scale: factor of the logits, > 0: a float, or a 0-dim floating-point tensor on the device of ``x``, which can
             change from call to call without recompiling. No gradient.
-        mask: (...) bool or None, leading shape of ``x`` without heads: the stochastic rows, in all of their heads, as
-            the mask is of positions. None: no row is.
-        valid: (...) bool or None, the shape of ``mask``: the rows that count in their group's posterior. The others
-            (padding) are quantized like any row, with the same noise as without ``valid``, and get no gradient from
-            the posterior; mask what becomes of their ``quantized``. None: every row counts.
+        mask: (...) bool, the leading shape of ``x`` without heads: the stochastic rows, in all heads. None: no row.
+        valid: (...) bool, the shape of ``mask``: the rows that count in their group's posterior. Other rows (padding)
+            get no gradient from the posterior; they are quantized like any row, with the same noise as without
+            ``valid``, so mask their ``quantized``. None: every row counts.
         seed: 0-dim int64 tensor on the device of ``x``, needed with ``mask``; sample it outside the op.
-        row_offset: number of the first row in the global batch: the noise of a row depends on
-            (seed, row_offset + row, code) alone. An int, or a 0-dim int64 tensor on the device of ``x``, which
-            can change without recompiling.
+        row_offset: number of the first row in the global batch: noise depends on (seed, row_offset + row, code) only.
+            An int, or a 0-dim int64 tensor on the device of ``x``, which can change without recompiling.
         tau: Gumbel-softmax temperature of the stochastic rows' gradient, > 0; a float or a tensor, as ``scale``.
-        groups: G; consecutive groups of M / G rows have a posterior each. 1: the batch's, B: one an image. 0 for a
-            group without a valid row.
-        codebook_grad: gradient of the look-up to the codes. "soft": ``p^T dQ`` (Algorithm 1). "hard":
-            ``dQ`` to the selected code (``gumbel_softmax(hard=True)`` then matmul). "none": nothing through the
-            look-up. Distance logits give the codes their own gradient in each case.
-        impl: "auto" | "triton" | "eager". "auto": the Triton kernels on CUDA, fp64 aside, and eager PyTorch elsewhere.
+        groups: G; consecutive groups of M / G rows have a posterior each. 1: one for the batch. B: one per image.
+        codebook_grad: gradient of the look-up to the codes. "soft": ``p^T dQ`` (Algorithm 1). "hard": ``dQ`` to the
+            selected code (``gumbel_softmax(hard=True)`` then matmul). "none": no gradient. Distance logits have a
+            gradient of their own to the codes in each case.
+        impl: "auto" | "triton" | "eager". "auto": the Triton kernels on CUDA except for fp64, else eager PyTorch.
             "triton" on a CPU needs Triton's interpreter.
 
     Returns:
-        :class:`VectorQuantizeOutput`. Its posterior and perturbation are float64 where ``x`` is.
+        :class:`VectorQuantizeOutput`. Posterior and perturbation are float64 if ``x`` is.
 
-    Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Double backward,
-    forward-mode differentiation (its tangents are silently 0) and the transforms of torch.func, but for vmap with
-    impl="eager", are not supported.
+    Gradients: to ``x``, ``codebook``, ``weight``, ``bias``, from ``quantized`` and ``posterior``. Not supported: double
+    backward, forward-mode differentiation (its tangents are silently 0), and the transforms of torch.func other than
+    vmap with impl="eager".
 
-    Numerics: scores, softmax, noise and sums in fp32 (fp64 for fp64), whatever PyTorch's float32 matmul precision: TF32
-    would change indices. The gradients' products of fp32 inputs follow that setting, as any other product of a model
-    does. The kernels multiply the scores of fp32 as three TF32 products, fp16 and bf16 as they are, and round
-    probabilities and their gradients to 16 bits for 16-bit inputs, as their products would. The smallest code wins an
-    exact tie. "eager" takes probabilities under 1e-26 as 0 in backward. Deterministic: two calls give the same bits.
-    Autocast: floating-point inputs are cast to fp32.
+    Numerics: scores, softmax, noise and sums use fp32 (fp64 for fp64), whatever PyTorch's float32 matmul precision:
+    TF32 would change indices. The gradients' products of fp32 inputs follow that setting. The kernels compute scores of
+    fp32 inputs as three TF32 products; for 16-bit inputs they round probabilities and their gradients to 16 bits, as a
+    tensor-core product would. "eager" sets probabilities under 1e-26 to 0 in backward. The smallest code wins an exact
+    tie. Deterministic: two calls give the same bits. Autocast: floating-point inputs are cast to fp32.
 
-    Memory beyond inputs and outputs, where N counts the codes of all heads (24 M and the sizes of a row are a head's).
-    Triton, bytes: forward 4 (M + N + G N), and 24 M for each split of the codes; backward 4 N (D + 8), as much again
-    for a "hard" look-up or linear logits, and for a chunk of rows 16 (16-bit inputs: 12) (D + 8) a row and two buffers
-    of a score in the type of ``x``: of 4096 rows or 512 MiB each, whichever is less, but of 2^25 scores and of 2 KiB a
-    code at least (of M rows if that is less). Below sm_80 each has max(2^25, 512 N) scores, and so has an fp32 buffer
-    forward, and two more backward. Eager: O((M + N) * D) plus a fixed number of tiles of about 2^20 scores (2^24 on
-    CUDA; at least 64 rows); until the backward, M N scores where that is no more than 2^21, and those of the
-    stochastic rows where it is no more than 2^24.
+    Memory beyond inputs and outputs, where N counts the codes of all heads (24 M and the bytes per row are per head):
+
+    - Triton, forward: 4 (M + N + G N) bytes, and 24 M for each split of the codes.
+    - Triton, backward: 4 N (D + 8) bytes, twice that for "hard" or linear logits. For a chunk of rows, 16 (D + 8) bytes
+      per row (12 for 16-bit inputs), and two buffers of scores in the type of ``x``: 4096 rows or 512 MiB each,
+      whichever is less, but at least 2^25 scores and 2 KiB per code. Below sm_80 a buffer has max(2^25, 512 N) scores,
+      with one more in fp32 forward and two more backward.
+    - Eager: O((M + N) * D) and a fixed number of tiles of about 2^20 scores (2^24 on CUDA; at least 64 rows). For the
+      backward it keeps M N scores up to 2^21, and those of the stochastic rows up to M N = 2^24.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; ``mask`` without ``seed``; on a CPU also nan or inf in
             ``x``, ``codebook``, ``weight`` or ``bias``, a ``scale`` or ``tau`` tensor that isn't > 0, or magnitudes
-            whose scores may overflow fp32 (on CUDA checking would force a synchronization: nan propagates, and
-            overflow gives wrong indices).
+            whose scores may overflow (on CUDA checking would force a synchronization: nan propagates, and overflow
+            gives wrong indices).
         TypeError: types that don't fit.
     """
     groups = whole_number("groups", groups)
@@ -153,12 +149,12 @@ def vector_quantize(
     chosen = resolve_impl(impl, x.device, x.dtype)
     if chosen == "triton" and mask is not None and mask.numel() > _MAX_MASKED_ROWS:
         raise ValueError(
-            f"the kernels take at most {_MAX_MASKED_ROWS} rows with a mask, got {mask.numel()}: split them, each "
-            "part with its row_offset, or use impl='eager'"
+            f"the kernels take at most {_MAX_MASKED_ROWS} rows with a mask, got {mask.numel()}: call the op on parts "
+            "of them, each with its row_offset, or use impl='eager'"
         )
     leaves, rows = (x, codebook, weight, bias), x.shape[: 1 - codebook.ndim]
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    # The forward may keep for the backward: the kernels' log-sum-exps, or the fallback's scores.
+    # Whether the forward keeps the kernels' log-sum-exps, or the fallback's scores, for the backward.
     keeps = trains and (
         chosen == "triton" or may_keep(x.numel() // x.shape[-1] * codebook.shape[-2], noisy=mask is not None)
     )
@@ -251,8 +247,9 @@ def _check_arguments(
     schema=f"({INPUTS_SCHEMA}, bool keeps, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*arguments):  # type: ignore[no-untyped-def]
-    """Return the five outputs, and what the backward of the same ``impl`` needs: the rows' log-sum-exp (M, [H]) of the
-    kernels, the noisy scores over their temperature ([H], M, N) of the fallback; empty unless ``keeps``.
+    """Return the five outputs, and a tensor for the backward of the same ``impl``, empty unless ``keeps``.
+
+    The kernels keep the rows' log-sum-exp (M, [H]), the fallback the scores over their temperature ([H], M, N).
     """
     *inputs, keeps, impl = arguments
     a = Inputs(*inputs)
@@ -266,7 +263,7 @@ def _forward_op(*arguments):  # type: ignore[no-untyped-def]
 
 
 def _check_values(a: Inputs) -> None:
-    """Raise for non-finite values, or magnitudes whose scores or perturbations may overflow; on a CPU alone."""
+    """Raise for non-finite values, or magnitudes whose scores or perturbations may overflow; on a CPU only."""
     x, codes, weight, bias = (check_finite(name, getattr(a, name)) for name in ("x", "codebook", "weight", "bias"))
     if a.x.device.type != "cpu":
         return
@@ -282,7 +279,7 @@ def _check_values(a: Inputs) -> None:
 def _(*arguments):  # type: ignore[no-untyped-def]
     *inputs, keeps, impl = arguments
     a = Inputs(*inputs)
-    num_rows, *heads, _ = a.x.shape  # len() would fix a dynamic size
+    num_rows, *heads, _ = a.x.shape  # len() would specialize a dynamic size
     codes, dtype, kept_rows = a.codebook.shape[-2], compute_dtype(a.x), num_rows if keeps else 0
     indices = a.x.new_empty(a.x.shape[:-1], dtype=torch.int64)
     kept = (kept_rows, *heads) if impl == "triton" else (*heads, kept_rows, codes)
@@ -306,7 +303,7 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     "bool needs_x, bool needs_codes, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward_op(*arguments):  # type: ignore[no-untyped-def]
-    """Return the gradients of x, codebook, weight and bias; empty tensors stand for those that nobody needs."""
+    """Return the gradients of x, codebook, weight and bias; empty tensors for those not needed."""
     num_inputs, impl = len(Inputs._fields), arguments[-1]
     a, upstream = Inputs(*arguments[:num_inputs]), arguments[num_inputs:-1]
     grads: tuple[Tensor | None, ...]
@@ -361,7 +358,7 @@ for _device_type in ("cpu", "cuda"):
     _forward_op.register_autocast(_device_type, torch.float32)
     _backward_op.register_autocast(_device_type, torch.float32)
 
-# --------------------------------------------------------------------------------------------------- operations
+# -------------------------------------------------------------------------------------------------------- FLOPs
 
 
 @register_flop_formula(torch.ops.regvq.vector_quantize)

@@ -1,6 +1,6 @@
-"""The PyTorch fallback of ``vector_quantize``: the same mathematics and noise bits in PyTorch, in tiles of rows.
+"""PyTorch fallback of ``vector_quantize``: the same mathematics and noise bits, in tiles of rows.
 
-It runs on CPUs, in float64, and wherever Triton is missing.
+It runs on CPUs, for float64, and without Triton.
 """
 
 import itertools
@@ -17,14 +17,14 @@ from regvq_fast.ops.tiling import may_keep, row_argmax, rows_per_tile
 
 
 class _Logits:
-    """Scores of row tiles, ``factor * x k^T + code_bias``; both logit kinds are this one product."""
+    """Scores of tiles of rows, ``factor * x k^T + code_bias``, for distance and linear logits."""
 
     def __init__(self, a: Inputs) -> None:
         self.dtype = compute_dtype(a.x)
-        # Contiguous, as the gradients are that take their layout from here: the fake kernels promise it.
+        # Contiguous: the gradients take their layout from here, and the fake kernels promise contiguous ones.
         self.codebook = a.codebook.to(self.dtype).contiguous()  # [N, D]
         self.is_distance = a.weight is None
-        if a.weight is None:  # |x|^2 is constant in a row: it drops out of argmax and softmax
+        if a.weight is None:  # |x|^2 is constant in a row and drops out of argmax and softmax
             self.weight = self.codebook
             self.factor = 2.0 * a.scale.to(self.dtype)
             self.code_bias = self.codebook.square().sum(1).mul_(-a.scale)  # [N]
@@ -39,17 +39,17 @@ class _Logits:
 
 
 class _Tile(NamedTuple):
-    """Rows that go through together: all with noise, or all without."""
+    """Rows that are computed together, all with noise or all without."""
 
     rows: Tensor
-    """Their numbers, (rows,) int64."""
+    """Row numbers, (rows,) int64."""
     slice: slice
-    """Their positions in the order of all rows."""
+    """Positions in the order of all rows."""
     noisy: bool
 
 
 def _order_rows(mask: Tensor) -> tuple[Tensor, int]:
-    """Return row numbers (M,), the stochastic ones first, and how many rows get noise: on a GPU all."""
+    """Return row numbers (M,), stochastic rows first, and the number of rows in tiles with noise: on a GPU all."""
     rows = torch.arange(len(mask), device=mask.device)
     if mask.device.type == "cuda":  # counting the stochastic rows would force a synchronization
         return rows, len(rows)
@@ -58,7 +58,7 @@ def _order_rows(mask: Tensor) -> tuple[Tensor, int]:
 
 
 def _tiles(a: Inputs) -> list[_Tile]:
-    """Return tiles of all rows, the stochastic ones first: only their scores pay for noise."""
+    """Return tiles of all rows, stochastic rows first, so that the other tiles need no noise."""
     num_rows, step = len(a.x), rows_per_tile(len(a.codebook), a.x.device)
     order, num_noisy = (torch.arange(num_rows, device=a.x.device), 0) if a.mask is None else _order_rows(a.mask)
     bounds = [*range(0, num_noisy, step), *range(num_noisy, num_rows, step), num_rows]
@@ -89,12 +89,12 @@ def _add_noise(a: Inputs, scores: Tensor, rows: Tensor, head: int) -> Tensor:
 
 
 def _groups(a: Inputs, rows: Tensor) -> Tensor:
-    """Return the group of some rows."""
+    """Return the groups of some rows."""
     return rows.div(max(1, len(a.x) // a.groups), rounding_mode="floor")
 
 
 def _group_sizes(a: Inputs) -> int | Tensor:
-    """Return how many rows of a group count in its posterior, 1 at least: a number, or those of all groups (G, 1)."""
+    """Return the number of valid rows of a group, at least 1: one number, or (G, 1) where groups differ."""
     group_rows = len(a.x) // a.groups
     if a.valid is None:
         return max(1, group_rows)
@@ -104,8 +104,8 @@ def _group_sizes(a: Inputs) -> int | Tensor:
 def vector_quantize_eager(a: Inputs, keeps_scores: bool) -> tuple[Tensor, ...]:
     """Return (quantized, posterior, indices, best_indices, perturbation, kept) of checked arguments.
 
-    kept: (s + mask g) / t for the backward, ([H], M, N), in the order of the tiles, if ``keeps_scores``; else empty. In
-    a large call the tiles without noise are left unwritten, which takes no memory: their scores are one product away.
+    kept: (s + mask g) / t for the backward, ([H], M, N), in the order of the tiles; empty unless ``keeps_scores``. A
+    large call leaves the tiles without noise unwritten, which takes no memory; the backward computes these again.
     """
     *heads, num_codes, _ = a.codebook.shape
     kept = a.x.new_empty(*heads, len(a.x) if keeps_scores else 0, num_codes, dtype=compute_dtype(a.x))
@@ -122,7 +122,7 @@ def _head(a: Inputs, head: int) -> Inputs:
 
 
 def _quantize_head(a: Inputs, head: int, kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Write to ``kept`` unless it is empty, and return the other outputs, of a call without heads."""
+    """Return the outputs of one head but ``kept``, which is written unless it is empty."""
     num_rows, num_codes = len(a.x), len(a.codebook)
     logits = _Logits(a)
     indices = torch.empty(num_rows, dtype=torch.int64, device=a.x.device)
@@ -145,7 +145,7 @@ def _quantize_head(a: Inputs, head: int, kept: Tensor) -> tuple[Tensor, Tensor, 
     group_of_row = _groups(a, torch.arange(num_rows, device=a.x.device))
     selected, size = group_of_row * num_codes + indices, a.groups * num_codes
     if a.valid is not None:
-        selected = torch.where(a.valid, selected, size)  # one bin more, for those that don't count
+        selected = torch.where(a.valid, selected, size)  # one more bin, for padding
     counts = segment_counts(selected, size + 1)[:-1]
     posterior = counts.view(a.groups, num_codes).to(logits.dtype).div_(_group_sizes(a))
     return quantized, posterior, indices, best_indices, perturbation
@@ -160,7 +160,7 @@ def vector_quantize_backward_eager(
     needs_x: bool,
     needs_codes: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients of (x, codebook, weight, bias) in their types; None for those that nobody needs.
+    """Return gradients of (x, codebook, weight, bias) in their types; None for those not needed.
 
     With dP = dQ Z^T + dA / R and dS = p * (dP - sum_k p dP) / t, K the logit weight (N, D) and f its factor:
     dx = f dS K, dK = f dS^T x, bias gradient = sum_m dS; distance logits chain the bias into the codes.
@@ -200,7 +200,7 @@ def _head_gradients(
     soft = a.codebook_grad == "soft" and needs_codes
     grad_x = torch.empty_like(a.x, memory_format=torch.contiguous_format) if needs_x else None
     grad_weight = torch.zeros_like(logits.weight) if needs_codes else a.x.new_empty(0)  # [N, D]
-    # The look-up's gradient. With distance logits the codes are the logit weight, and both sums are one.
+    # The look-up's gradient. With distance logits the codes are the logit weight, and one sum holds both gradients.
     grad_lookup = grad_weight if logits.is_distance or not needs_codes else torch.zeros_like(logits.codebook)
     grad_bias = logits.code_bias.new_zeros(num_codes)  # [N], sum over m of dS
     if grad_posterior is not None:
@@ -210,7 +210,7 @@ def _head_gradients(
     for tile in tiles:
         rows, both = tile.rows, buffers[:, : len(tile.rows)]
         p, grad = both.unbind()
-        # dS keeps its 1 / t until it meets x and the logit weight, which are narrower than it.
+        # 1 / t multiplies x and the products with the logit weight, which are narrower than dS.
         x_tile, grad_tile, t = a.x[rows].to(dtype), grad_quantized[rows].to(dtype), _temperatures(a, rows, dtype)
         if _is_kept(tile, kept):
             scores = kept[tile.slice]
@@ -222,7 +222,7 @@ def _head_gradients(
         # several times slower. The clamp keeps them out of softmax (e^-60 < 1e-26), the threshold out of p.
         torch.clamp(scores, min=scores.amax(1, keepdim=True) - 60, out=grad)
         torch.threshold_(torch.softmax(grad, 1, out=p), 1e-26, 0.0)
-        # dP, with the posterior's gradient as a bias of its columns.
+        # dP: the posterior's gradient is a per-code bias.
         torch.mm(grad_tile, logits.codebook.t(), out=grad)
         if grad_posterior is not None:
             column_bias = grad_posterior if len(grad_posterior) == 1 else grad_posterior[_groups(a, rows)]

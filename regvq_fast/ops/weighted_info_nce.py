@@ -5,8 +5,8 @@ With ``a_ij = query_i . key_j / tau`` in each image, L positions of C channels:
     vanilla (Eq. 2)    loss_i = log(      e^{a_ii} +         sum_{j != i} e^{a_ij} ) - a_ii
     weighted (Eq. 3)   loss_i = log( w_i  e^{a_ii} + (1/L) * sum_{j != i} e^{a_ij} ) - a_ii
 
-Eq. 3's further term ``-log w_i`` has no gradient and is infinite where w_i = 0: it is left out, so the value is finite
-for every w >= 0 and the gradient is that of Eq. 3 wherever that is defined.
+Eq. 3 also has the term ``-log w_i``, which has no gradient and is infinite for w_i = 0. Without it the value is finite
+for every w >= 0, and the gradient is that of Eq. 3 wherever that is defined.
 """
 
 import math
@@ -29,17 +29,17 @@ def weighted_info_nce(
     tau: float = 0.07,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Contrastive loss of every position: its positive is the same position, its negatives the image's others.
+    """Return the contrastive loss of every position: its positive is the same position, its negatives all others.
 
     Without weight it is equivalent to ``cross_entropy(query @ key.mT / tau, arange(L), reduction="none")``.
 
     Args:
         query: (B, L, C) features of the original, fp16, bf16, fp32 or fp64; usually L2-normalised over C.
         key: (B, L, C) features of the reconstruction, shape, type and device of ``query``.
-        weight: (B, L) floating point or None. Weights of the positives, >= 0, as they are (normalise them over an
-            image to sum 1); a larger weight means a weaker pull. None: vanilla InfoNCE. No gradient.
-        tau: temperature, > 0; a number, no tensor: it gets no gradient.
-        impl: "auto" | "triton" | "eager". "auto": the Triton kernels on CUDA, fp64 aside, and eager PyTorch elsewhere.
+        weight: (B, L) floating point, the weights of the positives, >= 0. They are not normalised here; Eq. 3 wants sum
+            1 in each image. A larger weight means a weaker pull. None: vanilla InfoNCE. No gradient.
+        tau: temperature, > 0; a number, not a tensor, since it gets no gradient.
+        impl: "auto" | "triton" | "eager". "auto": the Triton kernels on CUDA except for fp64, else eager PyTorch.
             "triton" on a CPU needs Triton's interpreter.
 
     Returns:
@@ -48,19 +48,19 @@ def weighted_info_nce(
     Gradients: to ``query`` and ``key``. Double backward, forward-mode differentiation (its tangents are silently 0) and
     the transforms of torch.func are not supported.
 
-    Numerics: similarities, sums and the result in fp32, whatever PyTorch's float32 matmul precision; the gradients'
-    products of fp32 inputs follow that setting, as any other product of a model does. The kernels multiply the
-    similarities of fp32 as three TF32 products, fp16 and bf16 as they are, and round the similarities' gradients to 16
-    bits for 16-bit inputs, as their products would. Deterministic. Autocast: inputs are cast to fp32. An image of a
-    single position has no negatives: its loss is ``log w`` (0 without weight; w = 0 counts as the smallest normal
-    number there) and its gradient 0.
+    Numerics: similarities, sums and the result use fp32, whatever PyTorch's float32 matmul precision. The gradients'
+    products of fp32 inputs follow that setting. The kernels compute similarities of fp32 inputs as three TF32 products;
+    for 16-bit inputs they round the similarities' gradients to 16 bits, as a tensor-core product would. Deterministic.
+    Autocast: inputs are cast to fp32. An image with a single position has no negatives: its loss is ``log w`` (0
+    without weight; w = 0 counts as the smallest normal number) and its gradient 0.
 
-    Memory beyond inputs and output. Both keep 8 B L bytes for the backward. Triton: forward 12 B L bytes for each split
-    of the keys; backward one buffer of max(2^25, 512 L) similarities at most, in the type of ``query``,
-    and gradients in fp32: a chunk of the keys', all of the queries' where these train. Below sm_80 also an fp32 buffer
-    of as many similarities, forward and backward. Eager: O(B * L * C) plus a fixed number of tiles of about 2^20
-    similarities (2^24 on CUDA; at least 64 rows); until the backward, B L^2 similarities where that is no more than
-    2^21.
+    Memory beyond inputs and output: 8 B L bytes are kept for the backward, and
+
+    - Triton: forward 12 B L bytes for each split of the keys; backward a buffer of at most max(2^25, 512 L)
+      similarities in the type of ``query``, and fp32 gradients of a chunk of keys and, if they train, of all queries.
+      Below sm_80 also an fp32 buffer of as many similarities, forward and backward.
+    - Eager: O(B * L * C) and a fixed number of tiles of about 2^20 similarities (2^24 on CUDA; at least 64 rows). For
+      the backward it keeps B L^2 similarities up to 2^21.
 
     Raises:
         ValueError: shapes, devices or values that don't fit; on a CPU also nan or inf in an input, a negative
@@ -86,7 +86,7 @@ def weighted_info_nce(
     return _forward_op(query, key, weight, float(tau), keeps, chosen)[0]
 
 
-# ---------------------------------------------------------------------------------------------------- PyTorch fallback
+# ---------------------------------------------------------------------------------------------- PyTorch fallback
 
 
 def _tiles(query: Tensor) -> list[tuple[slice, slice]]:
@@ -95,10 +95,10 @@ def _tiles(query: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _log_factors(weight: Tensor | None, length: int, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """Logarithms of the factors of positives (B, L) and negatives."""
+    """Return the logarithms of the weights of positives (B, L) and negatives."""
     if weight is None:
         return None, 0.0
-    # Without negatives a weight of 0 leaves nothing to sum: the smallest normal number keeps the logarithm finite.
+    # A single position with weight 0 leaves an empty sum: the smallest normal number keeps its logarithm finite.
     smallest = torch.finfo(dtype).tiny if length == 1 else 0.0
     return weight.to(dtype).clamp(min=smallest).log_(), -math.log(max(1, length))
 
@@ -106,7 +106,7 @@ def _log_factors(weight: Tensor | None, length: int, dtype: torch.dtype) -> tupl
 def _similarities(
     query: Tensor, key: Tensor, images: slice, rows: slice, tau: float, out: Tensor | None = None
 ) -> Tensor:
-    """Similarities over tau, (images, rows, L)."""
+    """Return similarities over tau, (images, rows, L)."""
     dtype = compute_dtype(query)
     with without_tf32(query.device):
         return torch.bmm(query[images, rows].to(dtype) / tau, key[images].to(dtype).mT, out=out)
@@ -149,7 +149,7 @@ def _weighted_info_nce_backward_eager(
     for images, rows in _tiles(query):
         a = kept[images, rows] if len(kept) else _similarities(query, key, images, rows, tau)
         a = torch.sub(a, lse[images, rows].unsqueeze(2), out=None if len(kept) else a)
-        a.clamp_(min=-60).exp_()  # subnormal numbers would make the products slow on a CPU
+        a.clamp_(min=-60).exp_()  # subnormal numbers would slow down the products on a CPU
         a.diagonal(rows.start, 1, 2).copy_(-negative_fraction[images, rows])
         a *= (grad_loss[images, rows].to(dtype) / tau).unsqueeze(2)
         if grad_query is not None:
@@ -166,9 +166,10 @@ def _weighted_info_nce_backward_eager(
 def _forward_op(
     query: Tensor, key: Tensor, weight: Tensor | None, tau: float, keeps: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the loss of every row (B, L), and for the backward of the same ``impl`` the log-sum-exp over the factor
-    of the negatives (the kernels' in log 2), the negatives' fraction of that sum, and eager's similarities (B, L, L)
-    with the weights in those of the positives; these are empty unless ``keeps``.
+    """Return the loss of every row (B, L), and three tensors for the backward of the same ``impl``.
+
+    They are the log-sum-exp without the negatives' weight 1 / L (in log 2 for the kernels), the negatives' fraction of
+    that sum, and the fallback's similarities (B, L, L) with the weights of positives; these are empty unless ``keeps``.
     """
     largest = [check_finite(name, value) for name, value in (("query", query), ("key", key), ("weight", weight))]
     bound = (query.shape[2] * largest[0] * largest[1] + 1) / min(1.0, tau)
@@ -209,7 +210,7 @@ def _backward_op(
     needs_query: bool,
     needs_key: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query and key; empty tensors stand for those that nobody needs."""
+    """Return the gradients of query and key; empty tensors for those not needed."""
     if impl == "triton":
         from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_backward
 
@@ -264,7 +265,7 @@ for _device_type in ("cpu", "cuda"):
     _forward_op.register_autocast(_device_type, torch.float32)
     _backward_op.register_autocast(_device_type, torch.float32)
 
-# --------------------------------------------------------------------------------------------------- operations
+# -------------------------------------------------------------------------------------------------------- FLOPs
 
 
 @register_flop_formula(torch.ops.regvq.weighted_info_nce)

@@ -1,4 +1,4 @@
-"""The paper's tables and sweeps, each row of them from training to metrics: what ``regvq paper`` runs."""
+"""The paper's tables and sweeps: ``regvq paper`` runs each of their rows from training to metrics."""
 
 from regvq_fast.paper.driver import PaperConfig, reproduce
 from regvq_fast.paper.experiments import EXPERIMENTS

@@ -1,6 +1,6 @@
-"""Processes of the rows' commands: several side by side, which a signal lets save their work.
+"""Processes that run the rows' commands, several at a time; a signal lets each save its work.
 
-Each is forked from a server that has imported what they all need: a start takes 0.1 s instead of several seconds.
+They are forked from a server that has imported their modules: a start takes 0.1 s instead of several seconds.
 """
 
 import multiprocessing
@@ -27,25 +27,25 @@ _SERVER.set_forkserver_preload(
 
 
 class Commands:
-    """Runs functions in processes; a context manager of the main thread, whose methods any thread may call.
+    """Runs functions in processes; a context manager for the main thread, whose methods any thread may call.
 
-    SIGINT, SIGTERM and a closed terminal's SIGHUP reach every process that runs. At the end of the block, by then
-    without processes, they end this process, too.
+    SIGINT, SIGTERM and a closed terminal's SIGHUP are passed on to every running process. They end this process at the
+    end of the block, when no other is left.
 
     Args:
-        side_by_side: processes that run at a time; their threads share the cores.
+        side_by_side: processes at a time; they divide the cores among their threads.
     """
 
     def __init__(self, side_by_side: int = 1) -> None:
         self.side_by_side = side_by_side > 1
         cores = len(os.sched_getaffinity(0))
-        share = max(1, cores // side_by_side) if self.side_by_side and "OMP_NUM_THREADS" not in os.environ else None
-        self._threads = share
+        divides = self.side_by_side and "OMP_NUM_THREADS" not in os.environ
+        self._threads = max(1, cores // side_by_side) if divides else None
         self._running: set[Any] = set()
         self._received: list[int] = []
-        self._lock = threading.RLock()  # so that each process gets each signal once
+        self._lock = threading.RLock()  # each process gets each signal exactly once
         self.stopping = False
-        """True once no more commands should begin: after a signal, or where one has failed."""
+        """True once no more commands may begin: after a signal or a failure."""
 
     def __enter__(self) -> Self:
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -65,13 +65,13 @@ class Commands:
             sys.exit(128 + self._received[-1])
 
     def run(self, function: Callable[..., object], *arguments: object) -> int:
-        """Run a function of a module in a process; return its exit status, negative if a signal has ended it."""
+        """Run a module's function in a process; return its exit status, negative if a signal ended it."""
         process = _SERVER.Process(target=_run, args=(self._threads, function, arguments))
         process.start()
         with self._lock:
             self._running.add(process)
             missed = list(self._received)
-        for number in missed:  # while it started
+        for number in missed:  # signals that came while it started
             _send(process, number)
         process.join()
         with self._lock:
@@ -89,7 +89,7 @@ class Commands:
 
 def _send(process: Any, number: int) -> None:
     with suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGTERM if number == signal.SIGHUP else number)  # which saves what is done
+        os.kill(process.pid, signal.SIGTERM if number == signal.SIGHUP else number)  # SIGTERM lets it save
 
 
 def _run(threads: int | None, function: Callable[..., object], arguments: tuple[object, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Costs of a row beside its quality: bits, parameters, time and memory of a step, and what its prior has learned."""
+"""Costs of a row: bits, parameters, time and memory of a step, and the loss of its prior."""
 
 import json
 import math
@@ -23,23 +23,23 @@ NAMES = {
 }
 """Titles of the columns, by key."""
 
-SHARES = frozenset({"train_utilization", "prior_fall"})
+FRACTIONS = frozenset({"train_utilization", "prior_fall"})
 COUNTS = frozenset({"parameters", "quantizer_parameters"})
 EQUAL = frozenset({"bits", *COUNTS})
-"""Those that no seed changes."""
+"""Costs that do not depend on the seed."""
 
 
 def costs(pipeline: Pipeline, codes: int) -> dict[str, dict[str, Any]]:
-    """Return the costs of a row by their keys in `NAMES`; without a prior those of the tokenizer.
+    """Return the costs of a row by their keys in `NAMES`; without a prior, only those of the tokenizer.
 
     Args:
-        pipeline: of the row; its tokenizer is trained.
-        codes: N, as the tokenizer has it: a lattice may have fewer codes than --num-codes.
+        pipeline: of the row, with a trained tokenizer.
+        codes: N of the tokenizer: a lattice may have fewer codes than --num-codes.
     """
     stages = pipeline.by_name()
     run = stages["tokenizer"].folder
     summary, batch = _read(run / "summary.json"), _read(run / "config.json")["optimizer"]["batch_size"]
-    # Medians: other work on the machine, and the first steps, don't count.
+    # A median, so that other load on the machine and the first steps don't count.
     speed = statistics.median(record["images_per_second"] for record in _records(run, "train"))
     found: dict[str, float] = {
         "seconds": batch / speed,
@@ -58,7 +58,7 @@ def costs(pipeline: Pipeline, codes: int) -> dict[str, dict[str, Any]]:
 
 
 def _used(cache: Path) -> int:
-    """Count the codes of the training images in a token cache."""
+    """Return the number of different codes of the training images in a token cache."""
     info = read_info(cache)
     shards = (open_shard(cache, info, "train", number).tokens for number in range(info.num_shards("train")))
     return len(np.unique(np.concatenate([np.unique(tokens) for tokens in shards])))

@@ -1,4 +1,4 @@
-"""From the name of a table to its rows, trained, measured and compared: what ``regvq paper`` runs."""
+"""``regvq paper``: train, measure and compare the rows of an experiment."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -33,9 +33,9 @@ from regvq_fast.priors.conditions import fields_of
 from regvq_fast.priors.registry import PRIORS, PriorName
 from regvq_fast.settings import check_at_least
 
-_OUT = Path("runs/paper")  # not the repository's results/, whose tables a run of one seed would replace
+_OUT = Path("runs/paper")  # not the repository's results/, whose tables have more seeds
 _RUNS = "runs"
-_SMALL = 16  # pixels of images that are only opened; the least of the scenes
+_SMALL = 16  # side in pixels of images that are only opened; the smallest of the scenes
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ def reproduce(config: PaperConfig) -> None:
     """Run or resume every row of an experiment, and write its table and figures.
 
     Args:
-        config: what to run.
+        config: of the run.
 
     Raises:
-        ValueError, OSError: what is wrong with the settings, before anything runs; or which command failed.
+        ValueError, OSError: the settings can't be used, before anything runs; or a command failed.
     """
     experiment = EXPERIMENTS[config.experiment]
     chosen = _check(config, experiment)
     data = config.data.name if experiment.own_recipe and config.data else config.preset
     out = config.out or _OUT / f"{data}-{config.scale}"
-    # The report is of everything that is there, whatever this call is to run.
+    # The report covers all rows that exist, not only those of this call.
     plan = {
         row: {seed: _plan(config, experiment, row, seed, out / _RUNS) for seed in _seeds(config, out / _RUNS / row.key)}
         for row in experiment.rows[config.scale]
@@ -101,7 +101,7 @@ def reproduce(config: PaperConfig) -> None:
             f"no row of {config.experiment} is done in {out}: leave out --report-only, or give its folder with --out"
         )
     if not config.report_only:
-        # All rows with one seed first: a table that is stopped early compares all of them.
+        # One seed of all rows first, so that a table that is stopped early has all rows.
         work = {
             f"{row.name}, seed {seed} (row {k} of {len(chosen)})": plan[row][seed]
             for seed in config.seeds
@@ -114,7 +114,7 @@ def reproduce(config: PaperConfig) -> None:
 
 
 def _run(config: PaperConfig, work: Mapping[str, Pipeline], report: Report, console: Console) -> None:
-    """Run what is missing of rows by their titles, and write the table after each of them."""
+    """Run the missing stages of pipelines by title, and write the table after each pipeline."""
 
     def finish(title: str, pipeline: Pipeline) -> None:
         for stage in pipeline.stages:
@@ -129,12 +129,12 @@ def _run(config: PaperConfig, work: Mapping[str, Pipeline], report: Report, cons
                 row.result()
                 report.write_table()
         except BaseException:
-            commands.stopping = True  # rows side by side end the stages that they are at
+            commands.stopping = True  # other rows finish their current stage
             raise
 
 
 def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
-    """The rows that are asked for; raises ValueError or OSError for what is wrong."""
+    """Return the rows to run; ValueError or OSError if the settings can't be used."""
     check_at_least(1, {"--jobs": config.jobs, "--processes": config.processes, "--seeds": len(config.seeds)})
     if config.preset not in ("scenes", *PUBLISHED_DATASETS):
         theirs = ", ".join(PUBLISHED_DATASETS)
@@ -157,7 +157,7 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
     prior = _prior(config, experiment)
     if config.fid_features == "none" and prior != "none":
         raise ValueError("--fid-features none leaves nothing to judge a prior by: give --prior none as well")
-    if not config.report_only:  # what they lack is said now, not after the first row's training
+    if not config.report_only:  # missing files are errors now, not after the first row's training
         if config.fid_features != "none":
             load_feature_net(config.fid_features)
         if prior != "none":
@@ -170,7 +170,7 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
 
 
 def _names(row: Row) -> set[str]:
-    """Names that --rows may give."""
+    """Return the names of a row that --rows accepts."""
     return {row.name, row.key, row.series} - {""}
 
 
@@ -181,7 +181,7 @@ def _recipe(config: PaperConfig, experiment: Experiment) -> Recipe:
 
 
 def _check_prior(preset: PresetName, prior: PriorName) -> None:
-    """Raise ValueError or OSError where the prior has no settings for the data, or files that it needs are missing."""
+    """Raise ValueError or OSError if the prior has no settings for the data, or its files are missing."""
     presets = PRIORS[prior].presets
     if preset not in presets:
         raise ValueError(f"--prior {prior} has no settings for --preset {preset}, only for {', '.join(presets)}")
@@ -189,20 +189,20 @@ def _check_prior(preset: PresetName, prior: PriorName) -> None:
 
 
 def _prior(config: PaperConfig, experiment: Experiment) -> str:
-    """Name of the prior in PRIORS, or "none"."""
+    """Return the name of the prior in PRIORS, or "none"."""
     if config.prior != "preset":
         return config.prior
     return prior_of(config.preset) if experiment.with_prior else "none"
 
 
 def _seeds(config: PaperConfig, runs: Path) -> list[int]:
-    """Those asked for, and those that a row has been run with."""
-    there = {int(name) for path in runs.glob("seed-*") if (name := path.name.removeprefix("seed-")).isdigit()}
-    return sorted(there | set(config.seeds))
+    """Return the seeds of this call and of earlier runs of a row."""
+    earlier = {int(name) for path in runs.glob("seed-*") if (name := path.name.removeprefix("seed-")).isdigit()}
+    return sorted(earlier | set(config.seeds))
 
 
 def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs: Path) -> Pipeline:
-    """The stages of a row with a seed."""
+    """Return the stages of a row with a seed."""
     of_scale = _recipe(config, experiment)
     prior = _prior(config, experiment)
     folder = runs / row.key / f"seed-{seed}"
@@ -234,7 +234,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
             "tokens",
             ("--tokenizer", str(tokenizer.folder), *data, *fields, *of_scale.cache),
             folder / "tokens",
-            folder / "prior" / "config.json",  # a cache that is whole is left as it is
+            folder / "prior" / "config.json",  # regvq tokens leaves a complete cache unchanged
             trains=False,
         )
         trained = Stage(
@@ -259,7 +259,7 @@ def _plan(config: PaperConfig, experiment: Experiment, row: Row, seed: int, runs
 
 
 def _how(config: PaperConfig, stage: Stage) -> list[str]:
-    """Flags of speed; all of them are said, so that a stage that is resumed doesn't keep what it began with."""
+    """Return the flags of speed, all of them explicit: a resumed stage would keep its earlier ones."""
     flags = ["--device", config.device, "--amp" if config.amp else "--no-amp"]
     if stage.trains or stage.command == "evaluate":
         flags.append("--compile" if config.compile else "--no-compile")

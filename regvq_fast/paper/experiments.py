@@ -1,18 +1,18 @@
 """Experiments of the paper: the rows of Table 1 and Table 2, the masking ratios and the codebook sizes.
 
-A row is a tokenizer, described by flags of ``regvq train vq`` on top of a preset; rows that are one and the same
-tokenizer have one key, so that experiments share its run. The paper's numbers are those of its Tables 1 and 2. The
-study of quantizers, which the paper does not have, is in :mod:`regvq_fast.paper.study`.
+A row is a tokenizer, described by flags of ``regvq train vq`` on top of a preset. Rows with the same tokenizer have the
+same key, so that experiments share its run. Published numbers are from the paper's Tables 1 and 2. The study of
+quantizers, which is not in the paper, is in :mod:`regvq_fast.paper.study`.
 """
 
 from typing import Literal
 
 from regvq_fast.config import PresetName
 from regvq_fast.paper.rows import Experiment, Published, Recipe, Row, Scale
-from regvq_fast.paper.study import STUDY
+from regvq_fast.paper.study import STUDY, TUNING
 from regvq_fast.priors.registry import PRIORS, PriorName
 
-ExperimentName = Literal["table1", "table2", "masking", "codebook-size", "quantizers"]
+ExperimentName = Literal["table1", "table2", "masking", "codebook-size", "quantizers", "tuning"]
 
 
 PUBLISHED_DATASETS: dict[str, str] = {
@@ -24,13 +24,13 @@ PUBLISHED_DATASETS: dict[str, str] = {
 
 
 def published_dataset(preset: PresetName) -> str:
-    """Whose published numbers stand beside those of a preset: its own, for the embedded scenes ADE20K's."""
+    """Return the data set whose published numbers appear beside a preset's: its own; for the scenes, ADE20K."""
     return preset if preset in PUBLISHED_DATASETS else "ade20k"
 
 
 _BASELINE = ("--contrastive", "none")
 _VQ_GAN = ("--quantizer", "vq-gan", *_BASELINE)
-# Reconstruction and commitment alone, as in van den Oord et al.: neither perceptual distance nor discriminator.
+# Reconstruction and commitment losses only, as in van den Oord et al.: no perceptual loss, no discriminator.
 _VQ_VAE = ("--quantizer", "vq-vae", *_BASELINE, "--perceptual-weight", "0", "--disc-start", "None")
 
 
@@ -81,7 +81,7 @@ _TABLE_2 = (
 
 
 def _masking(*ratios: float, more: tuple[str, ...] = (), suffix: str = "") -> tuple[Row, ...]:
-    """Rows of Reg-VQ; the preset's own ratio has the key of the tables."""
+    """Return rows of Reg-VQ; the preset's ratio has the key of the tables."""
     return tuple(
         Row(
             f"{ratio:.0%} masked",
@@ -97,7 +97,7 @@ def _masking(*ratios: float, more: tuple[str, ...] = (), suffix: str = "") -> tu
 def _codebook_sizes(
     *sizes: int, vq_gan: str, reg_vq: str, more: tuple[str, ...], ours: tuple[str, ...], base: int | None = None
 ) -> tuple[Row, ...]:
-    """Rows of both quantizers; those with ``base`` codes, the preset's own number, are those of the tables."""
+    """Return rows of both quantizers; with ``base`` codes, the preset's number, they have the keys of the tables."""
     series = (("VQ-GAN", vq_gan, _VQ_GAN), ("Reg-VQ", reg_vq, ours))
     return tuple(
         Row(
@@ -122,8 +122,7 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
     "masking": Experiment(
         "Masking ratio",
         {
-            # Without the contrastive loss, whose weights depend on the mask: the mask's own effect. Two rows are those
-            # of Table 2.
+            # The contrastive loss is off, since its weights depend on the mask. Two rows are those of Table 2.
             "tiny": _masking(0.0, 0.2, 0.4, 0.6, 1.0, more=_BASELINE, suffix="-no-contrast"),
             "full": _masking(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
         },
@@ -133,8 +132,8 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
     "codebook-size": Experiment(
         "Codebook size",
         {
-            # Images of 16 x 16 tokens: 4096 codes are selected 300 times each in 300 steps. KL weight: with the default
-            # of 0.1, 97.8 % of them were in use by then (docs/sweeps.md).
+            # With 16 x 16 tokens, each of 4096 codes is selected 300 times on average in 300 steps. With the default KL
+            # weight of 0.1, 97.8 % of them were in use by then (docs/sweeps.md).
             "tiny": _codebook_sizes(
                 *(256, 1024, 4096),
                 vq_gan="vq-gan-f4",
@@ -148,19 +147,20 @@ EXPERIMENTS: dict[ExperimentName, Experiment] = {
         axis="codes N",
     ),
     "quantizers": STUDY,
+    "tuning": TUNING,
 }
 
 
 def prior_of(preset: PresetName) -> PriorName:
-    """Return the prior that the paper trains on this data: the first one with settings for it."""
+    """Return the prior that the paper trains on this data: the first one with a preset for it."""
     return next(name for name, prior in PRIORS.items() if preset in prior.presets)
 
 
 def recipe(preset: PresetName, scale: Scale) -> Recipe:
-    """Return how a preset is run at a scale: tiny, with the scenes' preset at 32 px on any data; or as in the paper."""
+    """Return the flags of a preset at a scale: tiny, the scenes' preset at 32 px on any data; or full, as the paper."""
     if scale == "tiny":
-        # Table 2 has to end within 40 minutes on two CPU cores. At 64 px that leaves 300 steps, after which most runs
-        # can't tell white from red yet, and the seed decides more than the row (docs/failed-ideas.md).
+        # Table 2 should take at most 40 minutes on two CPU cores. At 64 px that allows 300 steps, after which most runs
+        # have not separated white from red, and the seed matters more than the row (docs/failed-ideas.md).
         prior: tuple[str, ...] = ("--steps", "600", "--eval-every", "200")
         return Recipe(
             "scenes",
@@ -172,7 +172,7 @@ def recipe(preset: PresetName, scale: Scale) -> Recipe:
         )
     if preset != "scenes":
         return Recipe(preset, (), (), (), None)
-    # The scenes at a size where textures can be made out, with the discriminator: for a GPU.
+    # For a GPU: the scenes at a size that shows textures, with the discriminator.
     prior = ("--steps", "20000", "--width", "512", "--depth", "12", "--heads", "8", "--lr", "3e-4")
     return Recipe(
         "scenes",

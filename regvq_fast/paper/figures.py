@@ -1,4 +1,4 @@
-"""Figures of an experiment: what its rows make of the same images, how they use their codes, curves of a sweep."""
+"""Figures of an experiment: reconstructions and samples of its rows, code usage, curves of a sweep."""
 
 import json
 import math
@@ -21,6 +21,7 @@ from regvq_fast.evaluation.codebook import perplexity, utilization
 from regvq_fast.evaluation.measurement import CODE_COUNTS
 from regvq_fast.files import atomic_path
 from regvq_fast.image_grids import color_map
+from regvq_fast.models.hub import PICTURES
 from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.paper.stages import Pipeline, Stage
 from regvq_fast.precision import choose_precision
@@ -32,17 +33,17 @@ _SHOWN = 8  # images a row
 _COLORS = ("#3b6ea8", "#c0504d", "#5b8c3e", "#8064a2", "#d98b2b", "#4bacc6", "#7f7f7f")
 
 
-def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, device: torch.device) -> None:
-    """STEM-reconstructions.png, STEM-codebooks.png, STEM-usage.png, and STEM-samples.png of rows with a prior.
+def save_row_figures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, device: torch.device) -> None:
+    """Save STEM-reconstructions.png, STEM-codebooks.png, STEM-usage.png and, of rows with a prior, STEM-samples.png.
 
     Args:
         stem: beginning of the names.
-        pipelines: rows that are done, by name.
-        images: validation images that were measured.
-        device: that computes.
+        pipelines: finished rows, by name.
+        images: number of validation images in the measurements.
+        device: for the models.
 
     Raises:
-        FileNotFoundError: a row was measured by an older version, which kept no counts of its codes.
+        FileNotFoundError: an older version, which saved no code counts, measured a row.
     """
     stages = {name: pipeline.by_name() for name, pipeline in pipelines.items()}
     config = read_config(next(iter(stages.values()))["tokenizer"].folder, VQGANConfig)
@@ -68,7 +69,7 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
         measured = pipelines[name].measured()
         assert measured is not None
         counts[name] = _counts(measured)
-        codebooks[name] = folder / "pictures" / "codebook.png"
+        codebooks[name] = folder / PICTURES / "codebook.png"
     save_rows(_named(stem, "reconstructions"), rebuilt)
     save_codebooks(_named(stem, "codebooks"), codebooks, counts)
     save_usage(_named(stem, "usage"), counts)
@@ -81,7 +82,7 @@ def save_pictures(stem: Path, pipelines: Mapping[str, Pipeline], images: int, de
 
 
 def save_rows(path: Path, rows: Mapping[str, Tensor]) -> None:
-    """Rows of images (B, 3, H, W) uint8, each under its name: what is compared stands one above the other."""
+    """Save rows of images (B, 3, H, W) uint8, each below its name."""
     width = max(10.0, 1.25 * max(map(len, rows.values())))
     figure = Figure(figsize=(width, (width / _SHOWN + 0.22) * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -95,14 +96,14 @@ def save_rows(path: Path, rows: Mapping[str, Tensor]) -> None:
 
 
 def save_codebooks(path: Path, mosaics: Mapping[str, Path], counts: Mapping[str, Tensor]) -> None:
-    """The codebooks, each embedding decoded, side by side."""
+    """Save the mosaics of codebooks side by side."""
     columns = 3 if len(mosaics) % 3 == 0 else min(4, len(mosaics))
     lines = math.ceil(len(mosaics) / columns)
     figure = Figure(figsize=(3.6 * columns, 3.9 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for k, (name, picture) in enumerate(mosaics.items(), 1):
+    for k, (name, mosaic) in enumerate(mosaics.items(), 1):
         axes = figure.add_subplot(lines, columns, k)
-        with Image.open(picture) as image:
+        with Image.open(mosaic) as image:
             axes.imshow(np.asarray(image.convert("RGB")))
         axes.set_title(f"{name}\n{_used(counts[name])}", fontsize=9)
         axes.axis("off")
@@ -110,25 +111,25 @@ def save_codebooks(path: Path, mosaics: Mapping[str, Path], counts: Mapping[str,
 
 
 def save_usage(path: Path, counts: Mapping[str, Tensor]) -> None:
-    """Plot how often each code is selected, from the most to the least frequent, relative to uniform use.
+    """Plot the frequencies of codes relative to uniform usage, from the most to the least frequent.
 
     Args:
         path: of the image.
-        counts: (N,) each; N may differ.
+        counts: (N,) by name; N may differ.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for k, (name, count) in enumerate(counts.items()):
-        share = count.double().sort(descending=True).values / count.sum() * len(count)
-        place = (np.arange(len(share)) + 1) / len(share)
-        used = share.numpy() > 0
-        axes.plot(place[used], share.numpy()[used], **_style(k), label=f"{name}: {_used(count)}")
+        frequency = (count.double().sort(descending=True).values / count.sum() * len(count)).numpy()
+        rank = (np.arange(len(frequency)) + 1) / len(frequency)
+        used = frequency > 0
+        axes.plot(rank[used], frequency[used], **_style(k), label=f"{name}: {_used(count)}")
     axes.axhline(1, color="black", linestyle=":", linewidth=1)
     axes.set_yscale("log")
     axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the codes, from the most to the least frequent")
-    axes.set_ylabel("frequency over that of uniform use")
+    axes.set_xlabel("fraction of the codes, from the most to the least frequent")
+    axes.set_ylabel("frequency relative to uniform usage")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
@@ -137,12 +138,12 @@ def save_usage(path: Path, counts: Mapping[str, Tensor]) -> None:
 def save_curves(
     path: Path, metrics: Mapping[str, Mapping[str, Sequence[tuple[float, tuple[float, ...]]]]], axis: str
 ) -> None:
-    """One panel a metric, one curve a series: means over seeds, with the seeds as points.
+    """Plot one panel per metric and one curve per series: means over seeds, and each seed as a point.
 
     Args:
         path: of the image.
-        metrics: by name of the metric and the series: places on the x-axis, with a value for each seed.
-        axis: what is on the x-axis; logarithmic where the places span a factor of 8 or more.
+        metrics: by metric and series: pairs of x and the values of all seeds.
+        axis: label of the x-axis, which is logarithmic if x spans a factor of 8 or more.
     """
     columns = min(3, len(metrics))
     lines = math.ceil(len(metrics) / columns)
@@ -151,14 +152,14 @@ def save_curves(
     for panel, (name, by_series) in enumerate(metrics.items(), 1):
         axes = figure.add_subplot(lines, columns, panel)
         for k, (series, points) in enumerate(by_series.items()):
-            places = [place for place, _ in points]
-            axes.plot(places, [float(np.mean(values)) for _, values in points], **_style(k), label=series)
-            for place, values in points:
-                axes.plot([place] * len(values), values, ".", color=_style(k)["color"], markersize=7)
-        places = sorted({place for points in by_series.values() for place, _ in points})
-        if places and places[0] > 0 and places[-1] >= 8 * places[0]:
+            means = [float(np.mean(values)) for _, values in points]
+            axes.plot([x for x, _ in points], means, **_style(k), label=series)
+            for x, values in points:
+                axes.plot([x] * len(values), values, ".", color=_style(k)["color"], markersize=7)
+        ticks = sorted({x for points in by_series.values() for x, _ in points})
+        if ticks and ticks[0] > 0 and ticks[-1] >= 8 * ticks[0]:
             axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(axis)
@@ -180,7 +181,7 @@ def _reconstruct(model: VQGAN, images: Tensor, device: torch.device) -> Tensor:
 
 
 def _counts(metrics: Path) -> Tensor:
-    """Return how often each code was selected when the row was measured, (N,)."""
+    """Return the number of selections of each code (N,) in a row's evaluation."""
     path = metrics.with_name(CODE_COUNTS)
     try:
         return torch.tensor(json.loads(path.read_bytes()))
@@ -193,13 +194,13 @@ def _used(counts: Tensor) -> str:
     return f"{used} of {len(counts):,} codes, perplexity {float(perplexity(counts)):,.1f}"
 
 
-def percent(share: float) -> str:
-    """One decimal; what isn't all of it is never rounded to 100."""
-    return "99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
+def percent(fraction: float) -> str:
+    """Return a fraction as a percentage with one decimal; only 1 gives 100.0 %."""
+    return "99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.1f} %"
 
 
 def _style(k: int) -> dict[str, Any]:
-    """Colour and line of curve k: as many as there are quantizers can be told apart."""
+    """Return colour and line of curve k, distinct for twice as many curves as colours."""
     return {"color": _COLORS[k % len(_COLORS)], "linestyle": "-" if k < len(_COLORS) else "--"}
 
 

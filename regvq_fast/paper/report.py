@@ -1,4 +1,4 @@
-"""Tables and figures of an experiment, from what its rows left."""
+"""Tables and figures of an experiment, from the files of its rows."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ Plan = Mapping[Row, Mapping[int, Pipeline]]
 """Pipelines of each row, by seed."""
 
 _AGREEMENT = ("agreement of samples", "layout of samples", "classes of samples")
-"""Agreement of samples with their conditions; of runs on the scenes."""
+"""Agreement of samples with their conditions, in runs on the scenes."""
 _NAMES = {
     "fid_r": "FID[R]",
     "psnr": "PSNR[R]",
@@ -43,8 +43,8 @@ _NAMES = {
     **dict.fromkeys(_AGREEMENT),
     **costs.NAMES,
 }
-"""Columns in their order; None: the metric's own name."""
-_SHARES = frozenset({"utilization", *_AGREEMENT, *costs.SHARES})
+"""Columns in order; None: the metric's own name."""
+_FRACTIONS = frozenset({"utilization", *_AGREEMENT, *costs.FRACTIONS})
 _PROTOCOL = ("fingerprint", "split", "images", "image_size", "precision", "features_sha256", "network_sha256")
 _SAME = (*_PROTOCOL, *SAMPLING_SETTINGS)
 """Parts of the protocol that compared numbers must share."""
@@ -60,31 +60,31 @@ class Cell(NamedTuple):
         return statistics.fmean(self.values)
 
     def text(self, key: str) -> str:
-        """Mean, and the standard deviation of several seeds."""
-        form = figures.percent if key in _SHARES else "{:,.0f}".format if key in costs.COUNTS else _number
+        """Return the mean and, of several seeds, the standard deviation."""
+        form = figures.percent if key in _FRACTIONS else "{:,.0f}".format if key in costs.COUNTS else _number
         if len(self.values) < 2 or key in costs.EQUAL or not all(map(math.isfinite, self.values)):
             return form(self.mean)
         return f"{form(self.mean)} ± {form(statistics.stdev(self.values)).removesuffix(' %')}"
 
 
 class Report:
-    """The table and the figures of an experiment; rows that aren't done yet are left out.
+    """The table and the figures of an experiment; unfinished rows are left out.
 
     Args:
-        experiment, name: what was compared.
-        preset: whose data.
-        out: folder.
-        plan: the rows.
+        experiment, name: of the report.
+        preset: of the data.
+        out: folder of the report.
+        plan: of the rows.
     """
 
     def __init__(self, experiment: Experiment, name: ExperimentName, preset: PresetName, out: Path, plan: Plan) -> None:
         self.experiment, self.name, self.preset, self.out, self.plan = experiment, name, preset, out, plan
 
     def measured(self) -> dict[Row, dict[int, dict[str, dict[str, Any]]]]:
-        """Return name, value and protocol by row, seed and metric; a prior that is not done leaves its metrics out.
+        """Return name, value and protocol by row, seed and metric, without the metrics of unfinished priors.
 
         Raises:
-            ValueError: numbers of different protocols.
+            ValueError: numbers with different protocols.
         """
         found: dict[Row, dict[int, dict[str, dict[str, Any]]]] = {}
         for row, by_seed in self.plan.items():
@@ -98,11 +98,11 @@ class Report:
         for row, seeds in found.items():
             for seed, metrics in seeds.items():
                 for key, metric in metrics.items():
-                    for fact in _SAME:
-                        if first.setdefault((key, fact), metric.get(fact)) != metric.get(fact):
+                    for name in _SAME:
+                        if first.setdefault((key, name), metric.get(name)) != metric.get(name):
                             raise ValueError(
-                                f"{metric['name']} of {row.name}, seed {seed}, was measured with another {fact} "
-                                f"({metric.get(fact)}) than the rows before ({first[key, fact]}): delete its {RESULTS} "
+                                f"{metric['name']} of {row.name}, seed {seed}, was measured with another {name} "
+                                f"({metric.get(name)}) than the rows before ({first[key, name]}): delete its {RESULTS} "
                                 "to measure it again"
                             )
         return found
@@ -110,7 +110,7 @@ class Report:
     # ----------------------------------------------------------------------------------------------------------- tables
 
     def write_table(self) -> None:
-        """NAME.md, NAME.csv (a line for each row and seed) and NAME.json (with protocols, commands and seconds)."""
+        """Write NAME.md, NAME.csv (a line per row and seed) and NAME.json (with protocols, commands and seconds)."""
         measured = self.measured()
         header, lines = self._table(measured)
         rows = [header, ["---"] * len(header), *lines]
@@ -136,7 +136,7 @@ class Report:
         self._write(".json", json.dumps(details, indent=1, ensure_ascii=False) + "\n")
 
     def _table(self, measured: Mapping[Row, Mapping[int, Any]]) -> tuple[list[str], list[list[str]]]:
-        """Header and lines; beside the numbers those of the paper, where it has the row."""
+        """Return the header and the lines, with the paper's numbers if it has them."""
         keys = _keys(measured)
         dataset = published_dataset(self.preset)
         published = any(dataset in row.published for row in measured)
@@ -156,7 +156,7 @@ class Report:
         return header, lines
 
     def _protocol(self, measured: Mapping[Row, Mapping[int, Any]]) -> str:
-        """Return a description of the numbers in a sentence or two."""
+        """Describe in a few sentences how the numbers were measured."""
         runs = [metrics for seeds in measured.values() for metrics in seeds.values()]
         if not runs:
             return "No row is done yet."
@@ -183,10 +183,10 @@ class Report:
         return text
 
     def show(self, console: Console) -> None:
-        """Print the table, and where everything is."""
+        """Print the table and the paths of the files."""
         header, lines = self._table(self.measured())
         table = Table(title=Text(self.experiment.title), title_justify="left")
-        columns = [header, *lines]  # upright, terminals are too narrow for it
+        columns = [header, *lines]  # transposed: a terminal is too narrow for a column per metric
         for name in (column[0] for column in columns):
             table.add_column(Text(name), overflow="fold")
         for line in list(zip(*columns, strict=True))[1:]:
@@ -198,9 +198,9 @@ class Report:
     # ---------------------------------------------------------------------------------------------------------- figures
 
     def write_figures(self, device: torch.device) -> None:
-        """NAME-reconstructions.png, -samples.png (with a prior), -codebooks.png, -usage.png; NAME-curves.png of sweeps.
+        """Write NAME-reconstructions.png, -samples.png (with a prior), -codebooks.png, -usage.png; sweeps -curves.png.
 
-        Images are of the first seed of each row that is done, in a study of those with one number of codes.
+        Images are of the first seed of each finished row; `Experiment.shown` may restrict the rows.
         """
         measured = self.measured()
         if not measured:
@@ -209,7 +209,7 @@ class Report:
         images = next(iter(next(iter(measured.values())).values()))["psnr"]["images"]
         if shown:
             pipelines = {row.name: self.plan[row][seed] for row, seed in shown.items()}
-            figures.save_pictures(self.out / self.name, pipelines, images, device)
+            figures.save_row_figures(self.out / self.name, pipelines, images, device)
         if self.experiment.axis:
             curves = {
                 _name(key, measured): {
@@ -234,19 +234,19 @@ class Report:
 
 
 def _hoisted(metrics: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return metrics without the facts that all measurements among them share, and these facts once."""
+    """Return metrics with the common part of their protocols moved out."""
     protocols = [metric for metric in metrics.values() if metric.keys() > {"name", "value"}]
     common = {
-        fact: value
-        for fact, value in protocols[0].items()
-        if fact not in ("name", "value") and all(protocol.get(fact) == value for protocol in protocols)
+        name: value
+        for name, value in protocols[0].items()
+        if name not in ("name", "value") and all(protocol.get(name) == value for protocol in protocols)
     }
-    own = {key: {fact: metric[fact] for fact in metric if fact not in common} for key, metric in metrics.items()}
+    own = {key: {name: metric[name] for name in metric if name not in common} for key, metric in metrics.items()}
     return {"protocol": common, "metrics": own}
 
 
 def _agreement(prior: Path) -> dict[str, dict[str, Any]]:
-    """Return the agreement of a prior's samples with their conditions, if its run has measured it."""
+    """Return the agreement of a prior's samples with their conditions, if its run measured it."""
     try:
         summary = json.loads((prior / "summary.json").read_bytes())
     except FileNotFoundError:
@@ -255,13 +255,13 @@ def _agreement(prior: Path) -> dict[str, dict[str, Any]]:
 
 
 def _keys(measured: Mapping[Row, Mapping[int, Any]]) -> list[str]:
-    """Metrics that some row has."""
+    """Return the metrics that any row has, in the order of columns."""
     present = {key for seeds in measured.values() for metrics in seeds.values() for key in metrics}
     return [key for key in _NAMES if key in present]
 
 
 def _name(key: str, measured: Mapping[Row, Mapping[int, Any]]) -> str:
-    """Short; what is no FID isn't called so."""
+    """Return the short name of a metric: FD instead of FID if the features are not Inception's."""
     full = next(metrics[key]["name"] for seeds in measured.values() for metrics in seeds.values() if key in metrics)
     name = _NAMES[key] or key
     return name if full.startswith("FID") else name.replace("FID", "FD")
@@ -273,5 +273,5 @@ def _cell(seeds: Mapping[int, Any], key: str) -> Cell | None:
 
 
 def _number(value: float) -> str:
-    """Three digits or more, two decimals at most."""
+    """Return a number with at least three digits, and at most two decimals from 1 on."""
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""Rows, experiments and recipes: the forms of what ``regvq paper`` knows."""
+"""Rows, experiments and recipes of ``regvq paper``."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,21 +25,21 @@ class Row:
     """One tokenizer of an experiment."""
 
     name: str
-    """As in the paper."""
+    """Name, as in the paper."""
     key: str
-    """Names its folder."""
+    """Name of its folder."""
     flags: tuple[str, ...]
     """Flags of regvq train vq."""
     published: Mapping[str, Published] = field(default_factory=dict)
-    """By data set."""
+    """Published numbers by data set."""
     x: float | None = None
     """Position on the axis of a sweep."""
     series: str = ""
-    """Curve of a sweep that it belongs to."""
+    """Curve of a sweep."""
 
 
 class Recipe(NamedTuple):
-    """Flags that make a scale out of the presets."""
+    """Flags of the commands at a scale, on top of a preset."""
 
     preset: PresetName
     """Preset of the commands."""
@@ -52,12 +52,12 @@ class Recipe(NamedTuple):
     val_images: int | None
     """Validation images of all metrics; None: the whole split."""
     unconditional: bool = False
-    """True if priors have no condition, whatever the data has."""
+    """True if priors ignore the conditions of the data."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Rows that are compared."""
+    """Rows to compare."""
 
     title: str
     rows: Mapping[Scale, tuple[Row, ...]]
@@ -66,8 +66,8 @@ class Experiment:
     axis: str = ""
     """Label of a sweep's x-axis."""
     own_recipe: Callable[[Scale, bool], Recipe] | None = None
-    """Settings on any data, by scale and whether it is the embedded scenes; None: those of the preset."""
+    """Settings for any data, given the scale and whether the data are the embedded scenes; None: the preset's."""
     with_costs: bool = False
     """True if bits, parameters, time and memory of a step and the prior's loss are compared, too."""
     shown: float | None = None
-    """Position on the axis whose rows are in the pictures; None: all rows."""
+    """Position on the axis of the rows in the figures; None: all rows."""

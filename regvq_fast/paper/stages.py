@@ -1,7 +1,7 @@
 """The stages of a row, each a command of `regvq`: tokenizer, tokens, prior, metrics.
 
-A stage that is done is not run again, one that was interrupted continues: its folder tells. What decides its numbers is
-written down beside them, so that a row is never mixed from different settings.
+A finished stage is not run again, and an interrupted one continues. The settings of each stage are recorded, so that a
+row never mixes stages with different settings.
 """
 
 import json
@@ -22,28 +22,28 @@ from regvq_fast.paper.commands import Commands
 
 _RECORD = "stages.json"
 _OUTPUT = "output.txt"
-"""Output of a row's commands, where rows run side by side."""
+"""Output of a row's commands if rows run side by side."""
 
 
 class Stage(NamedTuple):
-    """A command, and what it leaves."""
+    """A command and its result."""
 
     name: str
-    """File that it makes."""
+    """Name in messages and in the record."""
     command: str
     """Command of `regvq`, without its flags."""
     settings: tuple[str, ...]
-    """Flags that decide its numbers."""
+    """Flags that determine its numbers."""
     folder: Path
-    """--out"""
+    """Value of --out."""
     result: Path
-    """Written last: where it is, the stage is done."""
+    """File that is written last: the stage is done if it exists."""
     trains: bool
     """True if it has checkpoints to resume from."""
 
 
 class StageFailed(ValueError):
-    """A command ended with an error, which it has told by itself."""
+    """A command failed, after printing its error."""
 
 
 class Pipeline(NamedTuple):
@@ -56,24 +56,23 @@ class Pipeline(NamedTuple):
         return {stage.name: stage for stage in self.stages}
 
     def measured(self) -> Path | None:
-        """Return the file of metrics: with those of the prior, else of the tokenizer alone; None if neither is done."""
+        """Return the file of metrics: the prior's, else the tokenizer's; None if neither is done."""
         paths = self.stages[-1].result, self.stages[0].folder / self.stages[-1].result.name
         return next((path for path in paths if path.exists()), None)
 
     def record(self) -> dict[str, Any]:
-        """Return the record of each stage by its name: settings, commands (of one that was
-        interrupted, several) and seconds."""
+        """Return the record of each stage by name: settings, seconds, and commands, several if it was interrupted."""
         try:
             return json.loads((self.folder / _RECORD).read_bytes())
         except FileNotFoundError:
             return {}
 
     def check(self) -> None:
-        """Raise ValueError where the folder holds stages of other settings."""
+        """Raise ValueError if the folder holds stages with other settings."""
         record, folders = self.record(), [stage.folder for stage in self.stages]
         for stage in self.stages:
             made = record.get(stage.name, {}).get("settings")
-            own = folders.count(stage.folder) == 1  # metrics lie with what they are of
+            own = folders.count(stage.folder) == 1  # metrics are in the folder of another stage
             if not stage.result.exists() and not (own and stage.folder.exists()):
                 continue  # it failed before it made anything
             if made is not None and [new_spelling(argument) for argument in made] != list(stage.settings):
@@ -86,15 +85,17 @@ class Pipeline(NamedTuple):
         """Run a stage, or the rest of it.
 
         Args:
-            how: flags that don't decide its numbers (beyond rounding).
+            stage: to run.
+            how: flags that don't change its numbers, beyond rounding.
             commands: runs it.
-            processes: more than one run under torchrun.
+            processes: number of processes; several run under torchrun.
 
         Raises:
-            StageFailed: its command failed. FileExistsError: another process runs a stage of the row.
+            StageFailed: the command failed.
+            FileExistsError: another process runs a stage of the row.
         """
         with FolderLock(self.folder, "row"):
-            # "--": the launcher takes a command's --run for an abbreviation of its own flags.
+            # "--": torchrun would take a command's --run for an abbreviation of its own flags.
             launcher = ["--standalone", "--nproc-per-node", str(processes), "-m", "--"] if processes > 1 else []
             line = [*stage.command.split(), *self._flags(stage, how)]
             typed = shlex.join(["torchrun", *launcher, "regvq_fast", *line] if launcher else ["regvq", *line])
@@ -114,16 +115,16 @@ class Pipeline(NamedTuple):
         if status:
             where = "" if output is None else f"{output} has its output; "
             raise StageFailed(
-                f"the {stage.name} of {self.folder} ended with status {status}; {where}what is done is kept, the same "
-                f"command goes on from there. It was: {typed}"
+                f"the {stage.name} of {self.folder} ended with status {status}; {where}run the same command again to "
+                f"continue. It was: {typed}"
             )
 
     def _flags(self, stage: Stage, how: Sequence[str]) -> list[str]:
-        """Those that begin a stage, or resume it."""
+        """Return the flags that begin a stage, or resume it."""
         out = ["--out", str(stage.folder)]
         if stage.trains and any((stage.folder / "checkpoints").glob("step-*")):
             return ["--resume", *how, *out]
-        if stage.trains:  # what was stopped before its first checkpoint has nothing to continue from
+        if stage.trains:  # without a checkpoint there is nothing to resume
             check_free(stage.folder, "run")
             shutil.rmtree(stage.folder, ignore_errors=True)
         return [*stage.settings, *how, *out]
@@ -134,14 +135,14 @@ class Pipeline(NamedTuple):
 
 
 def _command(line: Sequence[str], launcher: Sequence[str], output: Path | None) -> None:
-    """Be the process of a command of `regvq`.
+    """Run a command of `regvq` in this process.
 
     Args:
-        line: its words and flags.
-        launcher: flags of torchrun, which runs it; empty: none.
-        output: a file to append all output to; None: that of the driver.
+        line: words and flags of the command.
+        launcher: flags of torchrun; empty: run without it.
+        output: file to append all output to; None: the driver's output.
     """
-    # In a session of its own: Ctrl-C in a terminal then reaches it through the driver alone, as any signal does.
+    # In its own session, so that Ctrl-C in a terminal reaches it only through the driver, as other signals do.
     os.setsid()
     if output is not None:
         with output.open("ab") as file:

@@ -1,46 +1,146 @@
 """The study of quantizers: all of them on equal terms, at four codebook sizes, on any data.
 
-Equal are the autoencoder, its steps, batch and losses, and the prior. The contrastive loss of the paper is left out: it
-is a loss of images, which any quantizer could have.
+They share the autoencoder, its steps, batch size and losses, and the prior. Each was tuned over as many settings. The
+paper's contrastive loss is off, since it could be combined with any quantizer.
 """
 
 from regvq_fast.paper.rows import Experiment, Recipe, Row, Scale
 
 SIZES = (256, 1024, 4096, 16384)
+TUNED_SIZE = 1024
+"""Codebook size of the tuning."""
 
-QUANTIZER_FLAGS: dict[str, tuple[str, ...]] = {
-    "Reg-VQ": ("--quantizer", "reg-vq"),
-    "VQ-GAN": ("--quantizer", "vq-gan"),
-    "VQ-GAN, rotation trick": ("--quantizer", "vq-gan", "--rotation-trick"),
-    "VQ-VAE": ("--quantizer", "vq-vae", "--kmeans-init"),
-    "Gumbel-VQ": ("--quantizer", "gumbel-vq"),
-    "FSQ": ("--quantizer", "fsq"),
-    "LFQ": ("--quantizer", "lfq"),
-    "BSQ": ("--quantizer", "bsq"),
-    "SimVQ": ("--quantizer", "simvq"),
-    "IBQ": ("--quantizer", "ibq"),
+QUANTIZER_FLAGS: dict[str, str] = {
+    "Reg-VQ": "--quantizer reg-vq",
+    "VQ-GAN": "--quantizer vq-gan",
+    "VQ-GAN, rotation trick": "--quantizer vq-gan --rotation-trick",
+    "VQ-VAE": "--quantizer vq-vae --kmeans-init",
+    "Gumbel-VQ": "--quantizer gumbel-vq",
+    "FSQ": "--quantizer fsq",
+    "LFQ": "--quantizer lfq",
+    "BSQ": "--quantizer bsq",
+    "SimVQ": "--quantizer simvq",
+    "IBQ": "--quantizer ibq",
 }
-"""Flags of each quantizer, with its own settings where the defaults are not those of its authors or of a sweep."""
+"""Flags that select each quantizer."""
+
+TRIALS: dict[str, tuple[str, ...]] = {
+    "Reg-VQ": (
+        "--kl-weight 0.03",
+        "--perturbed 0.9 --kl-weight 0.03",
+        "--perturbed 0.9 --kl-weight 0.01",
+        "--perturbed 0.9 --kl-weight 0.03 --code-dim 8",
+        "--perturbed 0.9 --kl-weight 0.03 --code-dim 16",
+        "--perturbed 0.9 --kl-weight 0.03 --mask-ratio 0.2",
+    ),
+    "VQ-GAN": (
+        "--commitment 1",
+        "--commitment 0.05",
+        "--code-dim 8",
+        "--code-dim 8 --commitment 1",
+        "--code-dim 8 --commitment 0.05",
+        "--code-dim 16",
+    ),
+    "VQ-GAN, rotation trick": (
+        "--commitment 1",
+        "--commitment 0.05",
+        "--code-dim 8",
+        "--code-dim 8 --commitment 1",
+        "--code-dim 8 --commitment 0.05",
+        "--code-dim 16",
+    ),
+    "VQ-VAE": (
+        "--codebook-decay 0.95",
+        "--codebook-decay 0.9",
+        "--commitment 1",
+        "--commitment 0.05",
+        "--code-dim 8",
+        "--code-dim 16",
+    ),
+    "Gumbel-VQ": (
+        "--kl-weight 0.005",
+        "--kl-weight 0.05",
+        "--tau-end 0.5",
+        "--tau-end 0.5 --kl-weight 0.005",
+        "--code-dim 8",
+        "--code-dim 16",
+    ),
+    "FSQ": (
+        "--levels 4 4 4 4 4",
+        "--levels 10 10 10",
+        "--levels 32 32",
+        "--levels 6 6 6 5",
+        "--levels 3 3 3 3 4 3",
+        "--levels 16 8 8",
+    ),
+    "LFQ": (
+        "--entropy-weight 0.02",
+        "--entropy-weight 0.02 --temperature 0.1",
+        "--temperature 0.1",
+        "--temperature 1",
+        "--entropy-weight 0.02 --temperature 1",
+        "--commitment 1",
+    ),
+    "BSQ": (
+        "--entropy-weight 0.02",
+        "--entropy-weight 0.3",
+        "--entropy-weight 0.02 --temperature 0.1",
+        "--temperature 0.1",
+        "--commitment 0.25",
+        "--commitment 0.25 --entropy-weight 0.02",
+    ),
+    "SimVQ": (
+        "--commitment 1",
+        "--commitment 0.05",
+        "--no-rotation-trick",
+        "--code-dim 8",
+        "--code-dim 8 --commitment 0.05",
+        "--code-dim 16",
+    ),
+    "IBQ": (
+        "--entropy-weight 0",
+        "--entropy-temperature 0.1",
+        "--entropy-temperature 1",
+        "--codebook-weight 1",
+        "--code-dim 8",
+        "--code-dim 16",
+    ),
+}
+"""Six settings for each quantizer to be tuned over, besides its defaults."""
+
+CHOSEN: dict[str, str] = {}
+"""Settings of the study where the defaults were not the best of the tuning (docs/quantizers.md)."""
+
+
+def _row(name: str, size: int, settings: str, label: str) -> Row:
+    """Return a row; the same settings and size have the same key, and so one run, in both experiments."""
+    words = f"{name} {size} {settings}".lower().replace(",", "").split()
+    return Row(
+        f"{name}, {label}",
+        "-".join(["study", *(word.strip("-") for word in words)]),
+        (*QUANTIZER_FLAGS[name].split(), "--num-codes", str(size), *settings.split()),
+        x=size,
+        series=name,
+    )
 
 
 def _rows() -> tuple[Row, ...]:
-    """Return all quantizers with the least codes, then with more."""
+    """Return the rows of all quantizers, by ascending codebook size."""
+    return tuple(_row(name, size, CHOSEN.get(name, ""), f"{size} codes") for size in SIZES for name in QUANTIZER_FLAGS)
+
+
+def _trials() -> tuple[Row, ...]:
+    """Return the rows of all quantizers with their defaults, then with each of the settings to be tuned over."""
     return tuple(
-        Row(
-            f"{name}, {size} codes",
-            f"study-{name.lower().replace(', ', '-').replace(' ', '-')}-{size}",
-            (*flags, "--num-codes", str(size)),
-            x=size,
-            series=name,
-        )
-        for size in SIZES
-        for name, flags in QUANTIZER_FLAGS.items()
+        _row(name, TUNED_SIZE, trial, trial or "defaults")
+        for trials in zip(*(("", *trials) for trials in TRIALS.values()), strict=True)
+        for name, trial in zip(TRIALS, trials, strict=True)
     )
 
 
 def _recipe(scale: Scale, scenes: bool) -> Recipe:
-    """Return the settings: at the tiny scale pixel losses alone, as no perceptual network comes with the package."""
-    whole = ("--crop", "center", "--no-flip")  # what the token cache has; a face or a letter is not its mirror image
+    """Return the settings. The tiny scale uses pixel losses only: the package includes no perceptual network."""
+    whole = ("--crop", "center", "--no-flip")  # as in the token cache; a face or a letter is not its mirror image
     if scale == "tiny":
         return Recipe(
             "scenes",
@@ -82,4 +182,11 @@ STUDY = Experiment(
     own_recipe=_recipe,
     with_costs=True,
     shown=1024,
+)
+
+TUNING = Experiment(
+    f"Tuning of the quantizers, {TUNED_SIZE} codes",
+    {"tiny": _trials(), "full": _trials()},
+    with_prior=False,
+    own_recipe=_recipe,
 )

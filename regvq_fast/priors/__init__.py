@@ -1,1 +1,1 @@
-"""Generative models over tokens, a folder each, and what they share; `regvq_fast.priors.registry` lists them."""
+"""Generative models over tokens, with a folder for each; `regvq_fast.priors.registry` lists them."""

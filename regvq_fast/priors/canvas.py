@@ -1,9 +1,9 @@
 """Images larger than a prior's grid of tokens: out-painting, window by window.
 
-A canvas grows by half a grid in one direction at a time. Windows of the prior's own size cover what is new, from the
-top or left on, and each overlaps by half what is there: known tokens are kept, the others are sampled around them. An
-autoregressive prior samples in raster order and sees only the tokens before: extending to the right and down suits it,
-the other directions less.
+A canvas grows by half a grid in one direction at a time. Windows of the prior's size cover the new part from the top or
+left on, each overlapping known tokens by half: these are kept, and the others are sampled around them. An
+autoregressive prior samples in raster order, given only earlier tokens, so extending to the right and down works better
+than the other directions.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class Window(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Size of a canvas, and its windows in the order of sampling; the first is where it began."""
+    """Size of a canvas, and its windows in order of sampling; the first is the original grid."""
 
     height: int
     width: int
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     """(h, w) of a window."""
 
     def part(self, conditions: Any, condition: Condition, window: Window) -> Any:
-        """Return the conditions in a window: of maps (B, height, width) the part there, else all as they are."""
+        """Return the conditions of a window: maps (B, height, width) are cropped, others unchanged."""
         if condition != "segmentation":
             return conditions
         (top, left), (h, w) = window, self.shape
@@ -85,11 +85,11 @@ def sample_canvas(
     Args:
         sampler: of the prior.
         plan: of the canvas.
-        conditions: of B images in a window, prepared.
+        conditions: returns the prepared conditions of B images in a window.
         first_image: global number of the first image.
-        num_images: of all that are sampled with this seed: each window has noise of its own.
-        keep: tokens of the first window, and where to keep them, as `PriorSampler.sample` takes them.
-        progress: called with the steps done and in all.
+        num_images: number of all images with this seed, so that each window has its own noise.
+        keep: tokens of the first window and a mask of those to keep, as in `PriorSampler.sample`.
+        progress: called with the steps done and in total.
 
     Raises:
         ValueError: as `PriorSampler.sample`.
@@ -119,6 +119,6 @@ def sample_canvas(
 
 
 def _starts(first: int, last: int, size: int) -> list[int]:
-    """Return where windows start that cover [first, last), each half over the one before."""
+    """Return the starts of windows that cover [first, last), each overlapping the last one by half."""
     step = max(1, size - size // 2)
     return [*range(first, last - size, step), last - size]

@@ -1,9 +1,9 @@
 """Choice of a token from logits: guidance, temperature, top-k, top-p, then Gumbel-argmax with counter-based noise.
 
-The noise of a token is a function of (seed, row, code), as that of the quantizers is (`regvq_fast.ops.noise`). If a row
-is the global number of a position among all images of a seed, a sample depends neither on the size of its batch nor on
-the split of the images over devices, up to rounding: the network's products round differently for other batch shapes,
-and two codes whose scores differ by less than that may be exchanged.
+The noise of a token is a function of (seed, row, code), as for the quantizers (`regvq_fast.ops.noise`). If a row is the
+global number of a position among all images of a seed, a sample does not depend on batch size or devices, except for
+rounding: the network's products round differently for other batch shapes, which can exchange two codes with nearly
+equal scores.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regvq_fast.ops.noise import Stream, gumbel_noise, row_words
 
-_UNIT = 2**32  # of probability, so that sums are integers: exact, and the same in any order
+_UNIT = 2**32  # probability 1 as an integer: integer sums are exact in any order
 
 
 def choose_tokens(
@@ -28,14 +28,14 @@ def choose_tokens(
     """Sample one token a row from softmax(logits / temperature), restricted to the most likely ones.
 
     Args:
-        logits: (..., N), floating point; computed with in fp32.
-        rows: int64 global row numbers of the shape (...): equal numbers get equal noise.
+        logits: (..., N), floating point; computed in fp32.
+        rows: (...) int64 global row numbers; equal numbers get equal noise.
         seed: 0-dim int64 tensor on the device of the logits.
-        temperature: at least 0; 0 takes the most likely code, the smallest one of several.
+        temperature: at least 0; 0 takes the most likely code, with the smallest index in a tie.
         top_k, top_p: as in `restrict`, after the temperature.
 
     Returns:
-        (...) int64. Nothing is synchronised, and all shapes are static.
+        (...) int64. The host does not wait for the device, and all shapes are static.
 
     Raises:
         ValueError: a setting that is out of range.
@@ -54,8 +54,8 @@ def restrict(logits: Tensor, *, top_k: int | None = None, top_p: float | None = 
 
     Args:
         logits: (..., N) float32.
-        top_k: this many codes stay, the smaller ones of equals; all of them where there are no more.
-        top_p: of these the fewest, most likely first, whose probabilities among them sum to it or more; at least one.
+        top_k: number of codes to keep, smaller indices first in a tie; None: all.
+        top_p: keep the fewest of these codes, most likely first, whose renormalized probabilities sum to at least this.
 
     Returns:
         (..., N) float32.
@@ -70,7 +70,7 @@ def restrict(logits: Tensor, *, top_k: int | None = None, top_p: float | None = 
         top_k = None
     if top_k is None and top_p is None:
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # stable: the smaller of equals comes first
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # stable: smaller indices first in a tie
     kept = torch.ones_like(order, dtype=torch.bool)
     if top_k is not None:
         kept[..., top_k:] = False
@@ -83,7 +83,7 @@ def restrict(logits: Tensor, *, top_k: int | None = None, top_p: float | None = 
 def guide(logits: Tensor, guidance: float) -> Tensor:
     """Return logits of classifier-free guidance, null + guidance * (conditional - null).
 
-    Their softmax is in proportion to p(conditional)^guidance p(null)^(1 - guidance).
+    Their softmax is proportional to p(conditional)^guidance p(null)^(1 - guidance).
 
     Args:
         logits: (2B, ..., N), the conditional ones of B images, then their null ones.
@@ -97,21 +97,21 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
 
 
 def token_rows(tokens: Tensor, first_image: int | Tensor = 0) -> Tensor:
-    """Return global numbers (B, L) int64 of tokens: image * L + position."""
+    """Return the global numbers (B, L) int64 of tokens: image * L + position."""
     batch, length = tokens.shape
     positions = torch.arange(batch * length, device=tokens.device).view(batch, length)
     return positions + first_image * length
 
 
 def step_seeds(seed: Tensor, steps: int, *, each: int = 1) -> Tensor:
-    """Return seeds of a sampler's steps (steps, each), unique among the steps of all seeds."""
+    """Return seeds (steps, each) of a sampler's steps, different for all steps and seeds."""
     words = row_words(seed, torch.arange(2 * each * steps, device=seed.device), Stream.SAMPLING_STEPS)
     words = words.view(steps, each, 2)
     return words[..., 0] | words[..., 1] << 32
 
 
 def check_choice(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> None:
-    """Raise ValueError on a setting of `choose_tokens` that is out of range."""
+    """Raise ValueError for a setting of `choose_tokens` out of range."""
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(
             f"temperature must be a finite number of at least 0 (0: always the likeliest), got {temperature}"
@@ -123,6 +123,6 @@ def check_choice(temperature: float = 1.0, top_k: int | None = None, top_p: floa
 
 
 def check_guidance(guidance: float) -> None:
-    """Raise ValueError on a guidance weight that is negative or not finite."""
+    """Raise ValueError for a guidance weight that is negative or not finite."""
     if not math.isfinite(guidance) or guidance < 0.0:
         raise ValueError(f"guidance must be a finite number of at least 0 (1: none), got {guidance}")

@@ -1,7 +1,7 @@
-"""Priors whose condition is class ids: what their models, settings, recipes and samplers share.
+"""Base classes of priors conditioned on class ids: model, settings, recipe and sampler.
 
-A semantic map is K = h' * w' class ids, a label is one id, and no condition is one id, which is always the null
-condition of classifier-free guidance.
+A semantic map is K = h' * w' class ids and a label is one id. Without a condition there is one id, always that of the
+null condition of classifier-free guidance.
 """
 
 import math
@@ -24,9 +24,10 @@ from regvq_fast.priors.conditions import Condition
 from regvq_fast.priors.config import PriorConfig, TransformerConfig
 from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.sampler import PriorSampler
+from regvq_fast.settings import check_probabilities
 
 _MAX_CLASSES = 256
-_LOSS_ELEMENTS = 1 << 24  # logits of one chunk of the loss; 64 MiB in fp32
+_LOSS_ELEMENTS = 1 << 24  # logits of a chunk of the loss; 64 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,18 @@ class ClassIdModel(Model):
         return conditions.long().view(len(conditions), -1)
 
     def with_null(self, condition: Tensor) -> Tensor:
-        """Return the ids of B conditions, and after them the null condition B times."""
+        """Return the ids of B conditions followed by B null conditions."""
         return torch.cat([condition, torch.full_like(condition, self.num_classes)])
 
     def drop_condition(
         self, condition: Tensor, probability: float, *, seed: Tensor, first_image: int | Tensor
     ) -> Tensor:
-        """Replace the conditions of some images by the null condition, which teaches what guidance needs.
+        """Replace the conditions of some images by the null condition, which trains it for guidance.
 
         Args:
             condition: (B, h', w') or (B, K) int64.
-            probability: of an image to lose its condition.
-            seed, first_image: whether it does is a function of (seed, global number of the image).
+            probability: of an image losing its condition.
+            seed, first_image: the choice is a function of (seed, global number of the image).
 
         Returns:
             (B, K) int64.
@@ -102,7 +103,7 @@ class ClassIdModel(Model):
         Raises:
             ValueError: a probability outside [0, 1].
         """
-        check_probability("condition_dropout", probability)
+        check_probabilities({"condition_dropout": probability})
         condition = self._flat_condition(condition)
         if probability == 0.0:
             return condition
@@ -117,9 +118,9 @@ class ClassIdModel(Model):
         return flat_ids("condition", condition, self.condition_shape, self.num_classes + 1)
 
     def _by_chunks(self, loss: Callable[..., Tensor], hidden: Tensor, targets: Tensor) -> list[Tensor]:
-        """Return a loss of hidden rows (M, C) and targets (M,), a chunk at a time.
+        """Return the loss of hidden rows (M, C) and targets (M,) for each chunk of rows.
 
-        The logits of a chunk are in memory at a time, and backward makes them again where there are several chunks.
+        Only the logits of one chunk are in memory at a time; with several chunks, backward recomputes them.
         """
         rows = max(1, _LOSS_ELEMENTS // self.num_codes)
         if len(targets) <= rows:
@@ -128,10 +129,12 @@ class ClassIdModel(Model):
         return [checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]
 
 
-def check_probability(name: str, probability: float) -> None:
-    """Raise ValueError for an argument outside [0, 1]."""
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"{name} is a probability and must lie in [0, 1], got {probability}")
+def check_conditions(ids: Tensor, device: torch.device) -> None:
+    """Raise ValueError for conditions (B, ...) on another device than the prior's, or if there are none."""
+    if ids.device != device:
+        raise ValueError(f"the condition is on {ids.device} but the prior on {device}; move them to one device")
+    if not len(ids):
+        raise ValueError(f"there must be at least one condition, got {tuple(ids.shape)}")
 
 
 Config = TypeVar("Config", bound=PriorConfig)
@@ -155,7 +158,7 @@ class ClassIdRecipe(PriorRecipe[Config]):
         }
 
     def _num_classes(self) -> int:
-        """Return the number of ids that a map may hold."""
+        """Return the number of class ids in maps."""
         train = self.data.train
         cached = isinstance(train, TokenDataset)
         found = (train.info if cached else train).num_classes
@@ -168,7 +171,7 @@ class ClassIdRecipe(PriorRecipe[Config]):
             raise ValueError(
                 f"--num-classes must be at least {found or 1} and at most {_MAX_CLASSES}, got {given}{there}"
             )
-        if found is None:  # an image whose map has other ids counts as unreadable
+        if found is None:  # images whose maps have other ids count as unreadable
             train.num_classes = self.data.val.num_classes = given
         return given or found or 0
 
@@ -191,7 +194,7 @@ class ClassIdSampler(PriorSampler):
             )
 
     def _null_is_untrained(self, run: Path) -> bool:
-        """Return whether a prior never saw its null condition; False where its folder doesn't say."""
+        """Return whether a prior was trained without its null condition; False if its folder does not say."""
         try:
             config: Any = read_config(run, self.config_type)
         except ValueError:
@@ -202,7 +205,7 @@ class ClassIdSampler(PriorSampler):
         """Reduce semantic maps (B, H, W) uint8 to the prior's grid (B, h', w') by majority vote; look up labels.
 
         Raises:
-            ValueError: an id or label that the prior doesn't know; maps that are smaller than the grid.
+            ValueError: an unknown id or label, or maps smaller than the grid.
         """
         if self.condition != "segmentation":
             return super().prepare(conditions, source)

@@ -1,4 +1,4 @@
-"""Conditions of images: semantic maps, captions, labels, or none. Every prior takes some of these kinds."""
+"""Conditions of images: semantic maps, captions, labels, or none. Every prior supports some of these kinds."""
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +17,7 @@ Conditions = Tensor | Sequence[str]
 CONDITION_FLAGS: dict[Condition, str] = {"segmentation": "--map", "caption": "--text", "label": "--label"}
 """Flag of `regvq sample` that states a condition."""
 
-_TEXT_SIZE = 192  # least pixels of a caption's tile
+_TEXT_SIZE = 192  # smallest width of a caption's tile in pixels
 
 
 def fields_of(condition: Condition) -> tuple[Field, ...]:
@@ -31,13 +31,13 @@ def choose_condition(
     """Return the condition that a prior is trained with.
 
     Args:
-        wanted: --condition; None: the first of `takes` that there is, at last "none".
-        takes: kinds that the prior takes, the preferred first.
-        has: fields that the images of the data have.
+        wanted: --condition; None: the first of `takes` that the data have, else "none".
+        takes: kinds that the prior supports, by preference.
+        has: fields of the data.
         source: of the images, for messages.
 
     Raises:
-        ValueError: a kind that the prior doesn't take, or that the data lacks.
+        ValueError: the prior does not support the kind, or the data lack it.
     """
     if wanted is None:
         return next((kind for kind in takes if kind in has), "none")
@@ -45,9 +45,7 @@ def choose_condition(
         raise ValueError(f"--condition {wanted} is not for this prior: take one of {', '.join(takes)}")
     if wanted != "none" and wanted not in has:
         there = ", ".join(sorted(has)) or "no condition at all"
-        raise ValueError(
-            f"{source} has no {wanted} ({there} is there): leave out --condition, or give data that has one"
-        )
+        raise ValueError(f"{source} has no {wanted}, only {there}: leave out --condition, or give data with a {wanted}")
     return wanted
 
 
@@ -59,7 +57,7 @@ def conditions_of(batch: Mapping[str, Any], condition: Condition) -> Any:
 
 
 def no_conditions(count: int) -> Tensor:
-    """Return what an unconditional prior takes for so many images: int64 of the shape (count, 0)."""
+    """Return the conditions of images of an unconditional prior: an int64 tensor (count, 0)."""
     return torch.empty(count, 0, dtype=torch.int64)
 
 
@@ -109,7 +107,7 @@ def render(
         names: of the class ids in maps, or of the labels.
 
     Returns:
-        One row of tiles (B, 3, H, W) uint8, none without a condition; and the names of the class ids in maps.
+        A list with a row of tiles (B, 3, H, W) uint8, empty without a condition; names of the class ids in maps.
     """
     text_size = shape[1] * max(1, -(-_TEXT_SIZE // shape[1]))
     if not isinstance(conditions, Tensor):
@@ -122,11 +120,11 @@ def render(
 
 
 def trainable(has: Collection[Field], takes: Mapping[str, Sequence[Condition]]) -> str:
-    """Describe what priors can be trained on images with some fields: "ar by segmentation, diffusion by caption".
+    """Describe the priors that can be trained on some fields: "ar by segmentation, diffusion by caption".
 
     Args:
-        has: fields that the images have.
-        takes: kinds of conditions by name of the prior.
+        has: fields of the images.
+        takes: kinds of conditions by prior.
     """
     described = []
     for name, kinds in takes.items():

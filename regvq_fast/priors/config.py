@@ -1,4 +1,4 @@
-"""Base of the configurations of priors: the source of their tokens."""
+"""Base classes of the configurations of priors."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -42,7 +42,7 @@ class TokensConfig(Section):
         if self.on_the_fly and self.tokenizer is None:
             raise ValueError("--on-the-fly needs a tokenizer: give the run of `regvq train vq` with --tokenizer")
         if not self.on_the_fly and (flags := changed_flags(self, ("data", "crop", "flip", "val_images"))):
-            raise ValueError(f"{flags[0]} is for --on-the-fly: the cache {self.cache} was made of images of its own")
+            raise ValueError(f"{flags[0]} is for --on-the-fly: the images of the cache {self.cache} are fixed")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PriorRunConfig(RunConfig):
 
 @dataclass(frozen=True)
 class PriorConfig(TrainConfig):
-    """A run of a prior; each of them adds its network."""
+    """A run of a prior; each prior adds its network."""
 
     run: Annotated[PriorRunConfig, UNTITLED] = field(default_factory=PriorRunConfig)
     tokens: Annotated[TokensConfig, UNTITLED] = field(default_factory=TokensConfig)

@@ -1,4 +1,4 @@
-"""Images that a trained prior samples under its conditions."""
+"""Sampling of images from a trained prior under its conditions."""
 
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from regvq_fast.models.weights import weights_hash
 from regvq_fast.precision import Precision
 from regvq_fast.priors.conditions import Condition, conditions_of
 from regvq_fast.priors.registry import PRIORS, SamplingConfig, prior_of, titles
-from regvq_fast.priors.sampler import PriorSampler, Progress, decode_tokens
+from regvq_fast.priors.sampler import PriorSampler, Progress, decode_images
 
 _CONDITIONS: dict[Condition, str] = {
     "segmentation": "a tensor of maps (B, H, W)",
@@ -30,22 +30,22 @@ _DIMENSIONS: dict[Condition, int] = {"segmentation": 3, "caption": 0, "label": 1
 
 
 class ImageSampler:
-    """A prior and its tokenizer, which sample images.
+    """A prior with its tokenizer, to sample images.
 
     Args:
-        prior: in evaluation mode, on the device it is to compute on; cast to the precision's type.
-        tokenizer: its own, on the same device.
-        config: how to sample.
-        precision: of both.
+        prior: in evaluation mode, on its final device; cast to the precision's type.
+        tokenizer: of the prior, on the same device.
+        config: settings of sampling.
+        precision: of both networks.
 
     Attributes:
         entry: the prior's entry in `PRIORS`.
-        token_sampler: the prior's own sampler, of tokens.
+        token_sampler: the prior's sampler of tokens.
         condition: kind of condition.
         hash: the first 12 digits of the prior's `weights_hash`, before the cast.
 
     Raises:
-        ValueError: a setting out of range, or of another prior; a tokenizer of another shape.
+        ValueError: a setting out of range or for another prior; a tokenizer with another shape.
     """
 
     def __init__(self, prior: Model, tokenizer: VQGAN, config: SamplingConfig, precision: Precision) -> None:
@@ -70,15 +70,15 @@ class ImageSampler:
 
     @classmethod
     def from_run(cls, run: str | Path, config: SamplingConfig, precision: Precision, name: str | None = None) -> Self:
-        """Load the prior in the folder of its run, with the tokenizer that lies in it, else beside it.
+        """Load the prior of a run, with the tokenizer in its folder, else beside it.
 
         Args:
-            run: the folder, or a name on the Hugging Face Hub, as of `Model.from_pretrained`.
-            config, precision: as of the class itself.
-            name: name of the prior in `PRIORS`; None: any of them.
+            run: the folder, or a name on the Hugging Face Hub, as in `Model.from_pretrained`.
+            config, precision: as for the class.
+            name: name of the prior in `PRIORS`; None: any.
 
         Raises:
-            OSError, ValueError: it isn't there, is no such prior, or is damaged; or as the class itself.
+            OSError, ValueError: the prior is missing, damaged, or of another kind; or as the class.
         """
         run = local_folder(run)
         entries = PRIORS.values() if name is None else [PRIORS[name]]
@@ -89,7 +89,7 @@ class ImageSampler:
         return sampler
 
     def check_labels(self, dataset: ImageDataset) -> None:
-        """Raise ValueError if images have other labels than the prior, whose samples they condition."""
+        """Raise ValueError if a data set has other labels than the prior."""
         names = self.prior.label_names
         if self.condition == "label" and dataset.label_names != names:
             raise ValueError(
@@ -101,8 +101,8 @@ class ImageSampler:
         """Sample one image for each sample of a batch, (B, 3, H, W) uint8 on the prior's device.
 
         Args:
-            batch: with the field that :attr:`condition` names.
-            first_image: number of its first sample among all that are sampled, by all ranks.
+            batch: with the field named by :attr:`condition`.
+            first_image: global number of its first sample.
 
         Raises:
             ValueError: as :meth:`sample_under`.
@@ -124,8 +124,8 @@ class ImageSampler:
             conditions, first_image, keep, states, progress: as in `PriorSampler.sample`.
 
         Raises:
-            ValueError: conditions that the prior can't take; states of a prior that has none.
-            TypeError: conditions of another prior.
+            ValueError: invalid conditions, or states of a prior without states.
+            TypeError: conditions of another kind.
         """
         kind = self.entry.sampler
         dimensions = conditions.ndim if isinstance(conditions, Tensor) else 0
@@ -141,7 +141,7 @@ class ImageSampler:
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Decode tokens (B, h, w) on the prior's device to images (B, 3, H, W) uint8."""
-        return decode_tokens(self.tokenizer, tokens, self.precision)
+        return decode_images(self.tokenizer, tokens, self.precision)
 
     def describe(self) -> dict[str, Any]:
         """Describe how images are sampled, as plain values."""

@@ -1,4 +1,4 @@
-"""The recipe that priors over tokens share: tokenizer, tokens, likelihood, samples."""
+"""Base class of the recipes of priors: tokenizer, tokens, likelihood, samples."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from regvq_fast.models.vqgan import VQGAN
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.priors.conditions import Condition, choose_condition, conditions_of, fields_of, render
 from regvq_fast.priors.config import PriorConfig
-from regvq_fast.priors.sampler import PriorSampler, Progress, decode_tokens
+from regvq_fast.priors.sampler import PriorSampler, Progress, decode_images
 from regvq_fast.ranks import distributed, local_world_size, sum_over_ranks, synchronized, world_size
 from regvq_fast.training.compilation import maybe_compile
 from regvq_fast.training.recipe import Data, ImagesDone, Networks, Recipe, Step
@@ -58,7 +58,7 @@ class PriorRecipe(Recipe[Config]):
     sampler: ClassVar[type[PriorSampler]]
     """Sampler of the prior."""
     dataset: type[ImageDataset]
-    """Class of the data set that the images are of; `ImageDataset` itself if unknown."""
+    """Class of the images' data set; `ImageDataset` itself if unknown."""
     conditioned_on: Condition
     """Kind of condition."""
     label_names: tuple[str, ...]
@@ -66,30 +66,26 @@ class PriorRecipe(Recipe[Config]):
 
     @staticmethod
     def check_files(config: Config) -> None:
-        """Raise ValueError or OSError where files that the network is built from can't be had."""
+        """Raise ValueError or OSError if files that the network needs are not available."""
 
     @abstractmethod
     def build_prior(self, config: Config) -> tuple[Any, dict[str, nn.Module]]:
-        """Build the network, a `TokenPrior`.
-
-        Returns:
-            It, and modules without an optimizer whose buffers a step changes, by name.
-        """
+        """Return the network, a `TokenPrior`, and by name the modules without an optimizer whose buffers change."""
 
     @abstractmethod
     def build_loss(self) -> nn.Module:
         """Return the module of a training step.
 
-        It takes tokens, ids of conditions (the network's `condition_ids`), seed and number of the first image, and
+        It takes tokens, ids of conditions (the network's `condition_ids`), seed and number of the first image. It
         returns losses and other numbers by name, and tensors for :meth:`observe`.
         """
 
     @abstractmethod
     def validation_loss(self, model: Any, tokens: Tensor, condition: Tensor | None, first_image: int) -> Tensor:
-        """Return the mean loss of some images in nats a token, without regularization."""
+        """Return the mean loss of some images in nats per token, without regularization."""
 
     def observe(self, *tensors: Tensor) -> None:
-        """Learn from what a step returned, without a gradient."""
+        """Update modules without an optimizer from the tensors of a step."""
 
     def open_data(self, config: Config) -> Data:
         tokens, seed = config.tokens, config.run.seed
@@ -111,10 +107,10 @@ class PriorRecipe(Recipe[Config]):
             self.label_names = train.info.label_names if self.conditioned_on == "label" else ()
             try:
                 self.dataset = dataset_class(train.info.data)
-            except OSError:  # the images may be out of reach; their tokens are here
-                self.dataset = ImageDataset  # type: ignore[type-abstract]  # of which nothing is made
-            # An epoch passes over each image once, however many of its views the cache has. Loading processes would
-            # cost more than they save: a batch is gathered in less time than a process hands one over.
+            except OSError:  # the images may be missing; the tokens suffice
+                self.dataset = ImageDataset  # type: ignore[type-abstract]  # never instantiated
+            # An epoch covers each image once, regardless of views. Loader processes would not pay: gathering a batch
+            # takes less time than passing one between processes.
             self.data = Data(train, val, train.info.train_images, workers=0)
             return self.data
         kind = dataset_class(tokens.data)
@@ -129,9 +125,9 @@ class PriorRecipe(Recipe[Config]):
         return self.data
 
     def _own_tokenizer(self, config: Config) -> Path | None:
-        """The one in the folder of a run that is resumed, unless ``--tokenizer`` names another than at first.
+        """Return the tokenizer saved in a resumed run, unless ``--tokenizer`` has changed.
 
-        Where that one came from, there may be another by now: its run may have gone on.
+        The original path may hold another tokenizer by now, if its run was continued.
         """
         out = config.run.out
         if not config.run.resume or out is None or not (out / TOKENIZER).exists():
@@ -140,7 +136,7 @@ class PriorRecipe(Recipe[Config]):
         return None if given else out / TOKENIZER
 
     def build(self, config: Config) -> tuple[Config, Networks]:
-        tokens = replace(config.tokens, condition=self.conditioned_on)  # a resumed run has the same
+        tokens = replace(config.tokens, condition=self.conditioned_on)  # a resumed run keeps it
         self.config = config = replace(config, tokens=tokens)
         self.tokenizer.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, auxiliary = self.build_prior(config)
@@ -148,7 +144,7 @@ class PriorRecipe(Recipe[Config]):
         self._sharded = config.run.shard and world_size() > 1
         sharding = f"among {world_size()} processes" if self._sharded else "off: there is one process"
         self._plain_loss = self.build_loss()
-        # Tokens made in every step depend on the precision, images don't.
+        # On the fly, fingerprint the images: their tokens depend on the precision.
         first: Any = first_samples(self.data.train, config.optimizer.batch_size)
         height, width = self.tokenizer.token_shape
         source = f"token cache {tokens.cache}" if tokens.cache else f"{self.data.train.title}, on the fly"
@@ -229,14 +225,14 @@ class PriorRecipe(Recipe[Config]):
         return LikelihoodMetrics(loss / images, int(images))
 
     def sample(self, model: Any, batch: Any, progress: Progress | None = None) -> Tensor:
-        """Sample tokens (B, h, w) under the conditions of a batch, well enough to look at."""
+        """Sample tokens (B, h, w) under the conditions of a batch, with preview settings."""
         sampler = self.sampler.preview(model, self.config.run.seed)
         return sampler.sample(conditions_of(batch, self.conditioned_on), progress=progress)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Return the images (B, 3, H, W) uint8 of tokens (B, h, w)."""
         parts = tokens.to(self.device).split(self.micro_batch)
-        return torch.cat([decode_tokens(self.tokenizer, part, self.precision) for part in parts])
+        return torch.cat([decode_images(self.tokenizer, part, self.precision) for part in parts])
 
     def save_images(self, model: Any, path: Path) -> None:
         batch = self.tokenize(spread_samples(self.data.val, _SAMPLES))
@@ -258,7 +254,7 @@ class PriorRecipe(Recipe[Config]):
 
     @torch.no_grad()
     def evaluate_samples(self, model: Any, recorder: Recorder) -> Mapping[str, float]:
-        """Measure samples as the data set defines it (:meth:`ImageDataset.evaluate_samples`)."""
+        """Measure samples by :meth:`ImageDataset.evaluate_samples`."""
         encoder = _MicroBatchEncoder(self.tokenizer, self.micro_batch)
 
         def reconstruct(images: Tensor) -> Tensor:
@@ -283,12 +279,12 @@ class PriorRecipe(Recipe[Config]):
 
 
 class _MicroBatchEncoder:
-    """A tokenizer that encodes no more images at once than go through the prior, whatever the size of a batch.
+    """A tokenizer that encodes a batch in micro-batches.
 
     Args:
-        tokenizer: see above.
-        size: images at once.
-        compile: compile the encoder for this size; a smaller rest is encoded uncompiled.
+        tokenizer: to wrap.
+        size: images per micro-batch.
+        compile: compile the encoder for this size; smaller batches are encoded uncompiled.
     """
 
     def __init__(self, tokenizer: VQGAN, size: int, *, compile: bool = False) -> None:

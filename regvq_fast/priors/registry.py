@@ -1,4 +1,4 @@
-"""PRIORS, the registry of generative models over tokens: one entry a prior, which answers what the rest asks of it."""
+"""PRIORS, the registry of generative models over tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Prior:
     """A generative model over tokens."""
 
     model: type[Model]
-    """Network; its name is in the architecture that a run saves."""
+    """Network; a run's architecture has its name."""
     presets: Mapping[str, PriorConfig]
     """Configurations by data set, the default first."""
     recipe: type[PriorRecipe[Any]]
@@ -56,23 +56,23 @@ PRIORS: dict[str, Prior] = {
     "diffusion": Prior(VQDiffusion, DIFFUSION_PRESETS, DiffusionRecipe),
     "maskgit": Prior(MaskGIT, MASKGIT_PRESETS, MaskGITRecipe),
 }
-"""Every prior by its name on command lines."""
+"""Priors by their name on command lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(ARSettings, DiffusionSettings, MaskGITSettings):
-    """Settings of all samplers, as command lines have them; each prior takes its own."""
+    """Settings of all samplers, for command lines; each prior uses its own."""
 
 
 SAMPLING_SETTINGS = tuple(name for name in SamplingConfig.names() if name != "compile")
-"""Fields that decide the images: speed is none of them."""
+"""Settings that determine the images, unlike `compile`."""
 
 
 if TYPE_CHECKING:
     PriorName = str
 else:
     PriorName = Literal[tuple(PRIORS)]
-"""A name in PRIORS, as command lines offer it."""
+"""A name in PRIORS."""
 
 
 def prior_of(model: nn.Module) -> Prior:

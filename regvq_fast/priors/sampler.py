@@ -1,4 +1,4 @@
-"""Base of the samplers, one a prior, and their tools: progress, tokens to keep, a step that a GPU repeats by itself."""
+"""Base class of the samplers of priors, and their helpers: tokens to keep, compilation, CUDA graphs."""
 
 import functools
 from abc import ABC, abstractmethod
@@ -17,12 +17,12 @@ from regvq_fast.precision import Precision
 from regvq_fast.priors.choosing import check_choice, check_guidance
 from regvq_fast.priors.conditions import Condition, label_ids
 
-Progress = Callable[[int, int], object]  # steps done, steps in all
+Progress = Callable[[int, int], object]  # called with steps done and in total
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings(CompileConfig, SeedConfig):
-    """Settings that the samplers of all priors have; each adds its own."""
+    """Settings of the samplers of all priors; each adds its own."""
 
     temperature: float = 1.0
     """Temperature of the choice of a token; 0 takes the most likely one."""
@@ -37,7 +37,7 @@ class SamplingSettings(CompileConfig, SeedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedSettings(SamplingSettings):
-    """Settings of samplers that take a number of steps, each over all tokens."""
+    """Settings of samplers with a number of steps, each over all tokens."""
 
     steps: int | None = None
     """diffusion, maskgit: steps to take. Not given: as many as a diffusion was trained with; 12."""
@@ -47,23 +47,23 @@ class PriorSampler(ABC):
     """Sampler of the tokens of images from a trained prior under its conditions.
 
     Args:
-        prior: in evaluation mode, on the device it is to compute on.
+        prior: in evaluation mode, on its final device.
         settings: of `settings_type`, or with its fields.
 
     Raises:
-        ValueError: a setting that is out of range, or that this prior can't take.
+        ValueError: a setting out of range, or that this prior does not support.
     """
 
     title: ClassVar[str]
     """Name of the prior in messages and protocols."""
     conditions: ClassVar[tuple[Condition, ...]]
-    """Kinds of conditions that the prior takes, the preferred first."""
+    """Kinds of conditions that the prior supports, by preference."""
     settings_type: ClassVar[type[SamplingSettings]]
-    """Settings that this sampler takes."""
+    """Class of the settings."""
     preview_settings: ClassVar[Mapping[str, Any]] = {}
-    """Settings of images that are good enough to look at."""
+    """Settings for fast previews."""
     has_states: ClassVar[bool] = False
-    """True if `sample` records states: the tokens after each step, `num_codes` where there is none yet."""
+    """True if `sample` records states: the tokens after each step, with masked ones `num_codes`."""
 
     prior: Any
     settings: Any
@@ -79,16 +79,16 @@ class PriorSampler(ABC):
 
     @property
     def most_steps(self) -> int:
-        """Largest setting "steps", of a prior that has it."""
+        """Largest value of the setting "steps", if the prior has it."""
         return self.prior.num_steps
 
     @classmethod
     def preview(cls, prior: Any, seed: int) -> Self:
-        """Return a sampler of images that are good enough to look at."""
+        """Return a sampler with settings for fast previews."""
         return cls(prior, cls.settings_type(seed=seed, **cls.preview_settings))
 
     def check(self, run: Path | None = None) -> None:
-        """Raise ValueError for settings that this prior can't take, as it was trained in the folder ``run``."""
+        """Raise ValueError for settings that this prior, trained in the folder ``run``, does not support."""
         self.settings.check()
         check_choice(self.settings.temperature)
         check_guidance(self.settings.guidance)
@@ -96,15 +96,15 @@ class PriorSampler(ABC):
             raise ValueError(f"--guidance {self.settings.guidance:g} needs a condition, and this prior has none")
 
     def prepare(self, conditions: Any, source: str, *, strict: bool = False) -> Any:
-        """Check conditions and bring them to the size that the prior takes.
+        """Check conditions and resize maps to the prior's grid.
 
         Args:
             conditions: semantic maps (B, H, W) uint8; B captions; labels, by name or id.
-            source: of them, for messages.
-            strict: refuse captions that are too long, which are cut otherwise.
+            source: of the conditions, for messages.
+            strict: refuse long captions instead of truncating them.
 
         Raises:
-            ValueError: conditions that the prior can't take.
+            ValueError: invalid conditions.
         """
         if self.condition == "label":
             return label_ids(conditions, self.prior.label_names, source)
@@ -123,11 +123,11 @@ class PriorSampler(ABC):
         """Sample the tokens (B, h, w) int64 of one image under each condition.
 
         Args:
-            conditions: as `regvq_fast.priors.conditions.Conditions`, of the kind that `condition` says.
+            conditions: as `regvq_fast.priors.conditions.Conditions`, of the kind `condition`.
             first_image: global number of the first image.
-            keep: for editing: tokens, and where to keep them, (B, h, w) int64 and bool on the prior's device.
-            states: a list that gets the tokens after each step; None where `has_states` is false.
-            progress: called after each step with the steps done and their number.
+            keep: for editing: tokens, and a mask of those to keep, (B, h, w) int64 and bool on the prior's device.
+            states: a list to which the tokens after each step are appended; None if `has_states` is False.
+            progress: called after each step with the steps done and in total.
 
         Raises:
             ValueError: as :meth:`prepare`.
@@ -139,7 +139,7 @@ class PriorSampler(ABC):
 
 
 @torch.no_grad()
-def decode_tokens(tokenizer: VQGAN, tokens: Tensor, precision: Precision) -> Tensor:
+def decode_images(tokenizer: VQGAN, tokens: Tensor, precision: Precision) -> Tensor:
     """Decode tokens (B, h, w) int64 on the tokenizer's device to images (B, 3, H, W) uint8."""
     with precision.autocast():
         return to_uint8(tokenizer.decode_indices(tokens).float())
@@ -161,25 +161,25 @@ class TokenPrior(Protocol):
         """Names of the labels by id; empty unless images are conditioned on them."""
 
     def condition_ids(self, conditions: Any) -> Tensor | None:
-        """Return prepared conditions as the network takes them; None without."""
+        """Return prepared conditions as inputs of the network; None without a condition."""
 
 
 @functools.cache
 def compiled(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile a network's step by `torch.compile`, once for all calls.
 
-    Only the network: what follows it is small, and would be recompiled for each of the settings that users sweep.
+    The rest of the sampler is not compiled: it is small, and would be recompiled for every setting.
     """
     return torch.compile(network, fullgraph=True)
 
 
 def capture(step: Callable[[], None], *state: Tensor) -> Callable[[], None]:
-    """Capture the step in a CUDA graph; each call of the result is one step.
+    """Capture a step in a CUDA graph; each call of the result runs one step.
 
     Args:
-        step: reads and writes tensors in place, with static shapes and addresses, and without synchronization.
-        state: tensors on one device that it changes and reads again: it runs once to warm up, and these are restored
-            then. A tensor that the next step overwrites before it reads it may be left out.
+        step: reads and writes tensors in place, with static shapes and addresses and without synchronization.
+        state: tensors on one device that a step changes and the next one reads: they are restored after a warm-up step.
+            Tensors that a step overwrites before reading may be left out.
     """
     device = state[0].device
     with torch.cuda.device(device):
@@ -192,8 +192,8 @@ def capture(step: Callable[[], None], *state: Tensor) -> Callable[[], None]:
                 tensor.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
-            step()  # runs nothing
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory
+            step()  # recorded, not run
 
     def replay() -> None:
         with torch.cuda.device(device):
@@ -205,11 +205,11 @@ def capture(step: Callable[[], None], *state: Tensor) -> Callable[[], None]:
 def check_keep(
     keep: tuple[Tensor, Tensor] | None, batch: int, prior: TokenPrior, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return tokens and mask (B, h, w) or (B, L) as (B, L); None, None if nothing is to be kept.
+    """Return tokens and mask, given as (B, h, w) or (B, L), as (B, L); None, None without tokens to keep.
 
     Raises:
-        ValueError: other shapes, another device than the prior's `device`; on a CPU, tokens to keep that are not codes.
-        TypeError: tokens that are not int64, a mask that is not bool.
+        ValueError: other shapes, another device than the prior's `device`; on a CPU, kept tokens that are not codes.
+        TypeError: tokens that are not int64, or a mask that is not bool.
     """
     if keep is None:
         return None, None

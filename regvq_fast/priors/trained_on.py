@@ -1,4 +1,4 @@
-"""Data that a prior was trained on, as far as its folder tells: names of class ids, words and examples of captions."""
+"""Training data of a prior, from its folder: names of class ids, words and examples of captions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.diffusion.text import words_of
 from regvq_fast.scenes.embedded import is_embedded
 
-_CHUNK = 4096  # samples of a cache that are read at once
+_CHUNK = 4096  # samples of a cache read at once
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class TrainedOn:
     kind: type[ImageDataset] | None
     """Class of the data set; None: unknown."""
     cache: Path | None
-    """Token cache, where there was one and it is still there."""
+    """Token cache; None if there was none or it is missing."""
 
     @classmethod
     def of(cls, run: Path, config: type[PriorConfig]) -> Self:
-        """Look up the training data of the prior in a folder; unknown if the folder doesn't tell, or they are gone.
+        """Look up the training data of the prior in a folder; unknown if the folder does not say, or they are missing.
 
         Args:
             run: the folder.

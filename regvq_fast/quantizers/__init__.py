@@ -23,8 +23,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "simvq": SimVQQuantizer,
     "ibq": IBQQuantizer,
 }
-"""All quantizers by their names on the command line; one that is added before `regvq_fast.config` is imported has its
-settings there, too."""
+"""All quantizers by name on the command line; one added before `regvq_fast.config` is imported has flags, too."""
 
 __all__ = [
     "QUANTIZERS",

@@ -12,12 +12,12 @@ from regvq_fast.settings import arg
 
 @dataclass(frozen=True)
 class BSQSettings(LFQSettings):
-    """Settings of BSQ; the defaults are those of its authors' ImageNet models of 128 px, without their ramp-up."""
+    """Settings of BSQ; the defaults are those of the authors' ImageNet models at 128 px, without their ramp-up."""
 
     commitment: float = 0.0
     """Weight of the commitment loss."""
     temperature: float = 1.0
-    """Temperature of the soft assignment in them."""
+    """Temperature of their soft assignment."""
     group_bits: Annotated[int, arg(metavar="N")] = 9
     """Most bits that share one entropy of the mean."""
 
@@ -25,8 +25,8 @@ class BSQSettings(LFQSettings):
 class BSQQuantizer(LFQQuantizer):
     """LFQ on the unit sphere: latents are divided by their length, and codes are -1 and 1 over sqrt(D).
 
-    The gradient is the identity to the latents on the sphere. The entropy of the mean is the paper's: a sum over groups
-    of ``group_bits`` bits, which its factorized approximation has at 1.
+    The gradient is the identity to the latents on the sphere. The entropy of the mean is a sum over groups of
+    ``group_bits`` bits, as in the paper, whose factorized approximation is ``group_bits`` 1.
 
     Args:
         num_codes: N, a power of two.

@@ -35,7 +35,7 @@ class EMASettings(NearestSettings):
     dead_threshold: float = 0.1
     """Usage, over uniform, that moves a code."""
     kmeans_init: bool = False
-    """Start a new model's codes by k-means of its latents."""
+    """Initialize the codes by k-means of latents."""
 
     def check(self) -> None:
         super().check()
@@ -47,18 +47,18 @@ class EMASettings(NearestSettings):
 class EMAQuantizer(CodebookQuantizer):
     """Codes are exponential moving averages of the encoder outputs assigned to them; they get no gradient.
 
-    A code whose running fraction of the rows falls below ``dead_threshold`` / N is dead: it is moved to an encoder
-    output sampled from the batch, and starts over with twice that fraction. At a decay of 0.99 it then has 69 steps to
-    be selected before it is moved again. All codes of a new codebook are dead, so the first batch initializes them:
-    each becomes an encoder output, or the mean of those assigned to it. With ``kmeans_init``, :meth:`initialize` fits
-    them instead.
+    A code whose running fraction of the rows falls below ``dead_threshold`` / N is dead: it moves to an encoder output
+    sampled from the batch, and its fraction becomes twice the threshold. At a decay of 0.99 it then has 69 steps to be
+    selected before it moves again. All codes of a new codebook are dead, so the first batch initializes them: each
+    becomes an encoder output, or the mean of those assigned to it. With ``kmeans_init``, :meth:`initialize` fits them
+    instead.
 
-    The averages have the module's type, and 16 bits lose most of a step's change of them: train it in float32.
+    The averages have the module's type. Train in float32: 16 bits would lose most of a step's change.
 
     Args:
         num_codes: N.
         code_dim: D.
-        settings: fields of :class:`EMASettings`, and ``channels_last``; the commitment is of ``mean |z - sg(q)|^2``.
+        settings: fields of :class:`EMASettings`, and ``channels_last``; ``commitment`` weighs ``mean |z - sg(q)|^2``.
 
     Raises:
         ValueError: a setting that is out of range.
@@ -73,7 +73,7 @@ class EMAQuantizer(CodebookQuantizer):
         super().__init__(num_codes, code_dim, **settings)
         self.embedding.weight.requires_grad_(False)
         self.frozen = False
-        self.held: Tensor | None = None  # the codes to be, between hold() and release()
+        self.held: Tensor | None = None  # new codes between hold() and release()
         # Fractions of the rows, not counts: they don't depend on the batch size.
         self.register_buffer("cluster_share", torch.zeros(num_codes))
         self.register_buffer("cluster_sum", torch.zeros(num_codes, code_dim))
@@ -83,10 +83,10 @@ class EMAQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def initialize(self, z: Tensor) -> None:
-        """With ``kmeans_init``, let a new codebook be the means of ten steps of k-means, with their fractions of z.
+        """With ``kmeans_init``, set codes and fractions by ten steps of k-means of z; otherwise do nothing.
 
-        It starts from randomly chosen latents (PyTorch's global generator of the CPU). A code that no latent selects
-        is one of them, and dead.
+        K-means starts from randomly chosen latents (PyTorch's global generator of the CPU). A code without latents
+        stays such a latent, and is dead.
         """
         if not self.settings.kmeans_init:
             return
@@ -134,7 +134,7 @@ class EMAQuantizer(CodebookQuantizer):
             commitment = padding.mean_squared_error(rows, codes)
             metrics = {"commitment": commitment.detach()}
             out = self._deterministic(z, quantized, indices, self.settings.commitment * commitment, metrics, padding)
-            if self.training and not self.frozen:  # with the rows of all ranks: each makes the same update
+            if self.training and not self.frozen:  # every rank makes the same update from the rows of all ranks
                 seed = sample_seed(z.device) if seed is None else seed
                 valid = None if padding.valid is None else gather_rows(padding.valid)
                 self._update_codes(gather_rows(rows.detach()), gather_rows(indices), seed, valid)
@@ -142,26 +142,26 @@ class EMAQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def _update_codes(self, rows: Tensor, indices: Tensor, seed: Tensor, valid: Tensor | None) -> None:
-        # Debiasing as in Adam is not needed: the codes are a ratio of two averages with the same bias.
+        # No debiasing as in Adam: the codes are a ratio of two averages with the same bias.
         size: int | Tensor = rows.shape[0]
         rate: float | Tensor = 1 - self.settings.decay
         segments = self.num_codes
         if valid is not None:
-            indices, segments = torch.where(valid, indices, segments), segments + 1  # of padding, which nobody reads
-            rate = rate * valid.any().to(rows.dtype)  # nothing moves for padding alone
+            indices, segments = torch.where(valid, indices, segments), segments + 1  # the last is padding's, and unused
+            rate = rate * valid.any().to(rows.dtype)  # nothing moves if all is padding
             size = valid.sum().clamp(min=1)
         batch_share = segment_counts(indices, segments)[: self.num_codes].to(rows.dtype) / size
         batch_sum = segment_sum(rows, indices, segments)[: self.num_codes] / size
         share = wide(self.cluster_share).lerp(batch_share, rate)
         total = wide(self.cluster_sum).lerp(batch_sum, rate)
-        faded = share < 1e-5 / self.num_codes  # close to 0 / 0: such a code stays where it is
+        faded = share < 1e-5 / self.num_codes  # the ratio is close to 0 / 0, so the code stays where it is
         if self.settings.dead_threshold > 0:
             threshold = self.settings.dead_threshold / self.num_codes
             dead = share < threshold
-            # A random row for each code, without repetition if there are enough.
+            # A random row for each code, without repetition if there are enough rows.
             words = row_words(seed, torch.arange(rows.shape[0], device=rows.device), Stream.DEAD_CODES)
             if valid is not None:
-                words = words.masked_fill(~valid, 2**32)  # the last ones
+                words = words.masked_fill(~valid, 2**32)  # padding last
                 dead &= valid.any()
             candidates = rows[words.argsort()[torch.arange(self.num_codes, device=rows.device) % size]]
             total = torch.where(dead.unsqueeze(1), candidates * 2 * threshold, total)
@@ -174,10 +174,10 @@ class EMAQuantizer(CodebookQuantizer):
 
 
 def k_means(rows: Tensor, codes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Move codes (N, D) to the means of the rows (M, D) that they are nearest to, in some steps of Lloyd's algorithm.
+    """Move codes (N, D) to the means of the rows (M, D) nearest to them, by some steps of Lloyd's algorithm.
 
     Returns:
-        The codes, and how many rows (N,) each is the mean of; a code without rows stays where it is.
+        The codes, and the number of rows (N,) of each; a code without rows stays where it is.
     """
     for _ in range(steps):
         indices = assign_codes(rows, codes)
@@ -188,7 +188,7 @@ def k_means(rows: Tensor, codes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _adopt_loaded_codes(quantizer: EMAQuantizer, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Add averages to a state dict that has codes without them, such as one of taming's."""
+    """Add averages to a state dict with codes only, such as one of taming's."""
     codes = state_dict.get(f"{prefix}embedding.weight")
     if codes is not None and f"{prefix}cluster_share" not in state_dict:
         state_dict[f"{prefix}cluster_share"] = codes.new_full((quantizer.num_codes,), 1 / quantizer.num_codes)

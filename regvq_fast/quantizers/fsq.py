@@ -21,9 +21,9 @@ _PAPER_LEVELS = {
     16384: (8, 8, 8, 6, 5),
     65536: (8, 8, 8, 5, 5, 5),
 }
-"""Levels for codebooks of about so many codes (the paper's table 1)."""
+"""Levels by the approximate number of codes (the paper's table 1)."""
 _MOST_CODES = 2**20
-"""Bound of the table of all codes that the library's module keeps."""
+"""Most codes; the library's module keeps a table of them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FSQSettings(QuantizerSettings):
             raise ValueError(f"fsq needs vector-quantize-pytorch: {install('baselines')}")
 
     def levels_for(self, num_codes: int) -> tuple[int, ...]:
-        """Return the levels, the paper's for so many codes if none are given."""
+        """Return the levels; if none are given, the paper's for ``num_codes``."""
         papers = _PAPER_LEVELS | {math.prod(levels): levels for levels in _PAPER_LEVELS.values()}
         if not self.levels and num_codes not in papers:
             *most, last = map(str, _PAPER_LEVELS)
@@ -60,14 +60,14 @@ class FSQSettings(QuantizerSettings):
 
 
 class FSQQuantizer(Quantizer):
-    """Channels that are bounded and rounded to a few levels each, without a loss of its own.
+    """Channels bounded by tanh and rounded to a few levels each, without a loss of its own.
 
-    The gradient passes the rounding, not the tanh that bounds a channel. The first channel is the lowest digit of an
+    The gradient is straight-through at the rounding and exact at the tanh. The first channel is the lowest digit of an
     index.
 
     Args:
         num_codes: N, the product of the levels.
-        code_dim: D, their number.
+        code_dim: D, the number of levels given.
         settings: fields of :class:`FSQSettings`, and ``channels_last``.
 
     Raises:
@@ -81,7 +81,7 @@ class FSQQuantizer(Quantizer):
         super().__init__(num_codes, code_dim, **settings)
         from vector_quantize_pytorch import FSQ
 
-        levels = tuple(self.settings.levels_for(num_codes))  # a list where it was JSON
+        levels = tuple(self.settings.levels_for(num_codes))  # JSON gives a list
         self.settings = replace(self.settings, levels=levels)
         self.fsq = FSQ(levels)
 
@@ -93,7 +93,7 @@ class FSQQuantizer(Quantizer):
         return self._to_rows(z, compute_dtype(self.codes()))
 
     def _indices(self, quantized: Tensor) -> Tensor:
-        """Return the indices (M,) of codes (M, D); of nan, which a GPU lets through, that of some code."""
+        """Return the indices (M,) of codes (M, D); for nan, which is not checked on a GPU, some valid index."""
         return self.fsq.codes_to_indices(quantized).long().clamp(0, self.num_codes - 1)
 
     def forward(
@@ -110,7 +110,7 @@ class FSQQuantizer(Quantizer):
         return self._channels(codes.masked_fill((indices < 0).unsqueeze(-1), 0)).to(self.codes().dtype)
 
     def logits(self, z: Tensor) -> Tensor:
-        # The channels before they are rounded, in levels (the paper's appendix A.1): the nearest digits are the code.
+        # Channels before rounding, in units of a level (the paper's appendix A.1): the nearest digits are the code.
         rows = self._latents(z)
         levels = torch.tensor(self.settings.levels, device=rows.device)
         half = (levels - 1) * (1 + 1e-3) / 2

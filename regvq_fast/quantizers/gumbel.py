@@ -14,6 +14,7 @@ from regvq_fast.quantizers.quantizer import (
     NearestCodes,
     QuantizerOutput,
     QuantizerSettings,
+    random_rows,
     sample_seed,
     wide,
 )
@@ -21,7 +22,7 @@ from regvq_fast.quantizers.statistics import FITTED_ROWS, log_scale_that_perturb
 from regvq_fast.settings import check_at_least
 
 _FIRST_PERTURBED = 0.24
-"""Fraction of the positions that noise moves when given codes are adopted: as many as of reg-vq by default."""
+"""Fraction of positions that noise moves to another code when codes are adopted; the same as reg-vq's by default."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,13 @@ class GumbelSettings(QuantizerSettings):
 class GumbelQuantizer(CodebookQuantizer):
     """Hard straight-through Gumbel-softmax over predicted token distributions, at an annealed temperature.
 
-    The KL divergence of each position's softmax from the uniform prior has ``kl_weight`` (0 skips it); it is computed
-    in tiles of rows.
+    The loss is ``kl_weight`` (0 skips it) times the KL divergence of each position's softmax from the uniform
+    distribution, computed in tiles of rows.
 
     Args:
         num_codes: N.
         code_dim: D.
-        settings: fields of :class:`GumbelSettings`, and ``channels_last``; the temperature is
-            interpolated exponentially.
+        settings: fields of :class:`GumbelSettings`, and ``channels_last``; the temperature changes exponentially.
 
     Raises:
         ValueError: a setting that is out of range.
@@ -75,7 +75,7 @@ class GumbelQuantizer(CodebookQuantizer):
     def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
         super().adopt(codes, z)
         rows, codes = self._wide_rows(z), wide(codes)
-        some = rows[torch.randperm(len(rows)).to(rows.device)[:FITTED_ROWS]]
+        some = random_rows(rows, min(FITTED_ROWS, len(rows)))
         weight, bias = 2 * codes, -codes.square().sum(1)  # logits of the squared distance
 
         def perturbed(log_scale: float) -> Tensor:

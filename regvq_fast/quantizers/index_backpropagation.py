@@ -1,4 +1,4 @@
-"""IBQ: the softmax over all codes as straight-through gradient (Shi et al., 2024, index backpropagation)."""
+"""IBQ: index backpropagation, a straight-through gradient of the softmax over all codes (Shi et al., 2024)."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class IBQSettings(QuantizerSettings):
     entropy_weight: float = 0.05
     """Weight of the entropy terms; 0 skips them."""
     entropy_temperature: float = 0.01
-    """Temperature of the softmax in them."""
+    """Temperature of their softmax."""
 
     def check(self) -> None:
         super().check()
@@ -38,12 +38,13 @@ class IBQSettings(QuantizerSettings):
 
 
 class IBQQuantizer(CodebookQuantizer):
-    """Code of the largest product with the latent; backward the softmax of all products, so that every code learns.
+    """Code of the largest product with the latent; the gradient is that of the softmax of all products.
 
-    ``loss = mean |z - q|^2 + mean |z - sg(q)|^2 + codebook_weight * mean |sg(z) - q|^2 + entropy_weight * (H - H')``,
-    q having the softmax's gradient in the first term and that of the look-up in the third. H is the mean entropy of a
-    position's softmax at ``entropy_temperature``, H' the entropy of their mean, in training alone (SEED-Voken's
-    ``IndexPropagationQuantize``, whose configurations have these weights). No M x N matrix is kept.
+    ``loss = mean |z - q|^2 + mean |z - sg(q)|^2 + codebook_weight * mean |sg(z) - q|^2 + entropy_weight * (H - H')``.
+    In the first term q has the softmax's gradient, so that every code learns; in the third that of the look-up. H is
+    the mean entropy of a position's softmax at ``entropy_temperature``, H' the entropy of their mean, both in training
+    only. Terms and weights are those of SEED-Voken's ``IndexPropagationQuantize`` and its configurations. No M x N
+    matrix is kept.
 
     Args:
         num_codes: N.
@@ -62,9 +63,9 @@ class IBQQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
-        """Start from the directions of codes (N, D): the largest product is the nearest code if all have one length.
+        """Start from codes (N, D) rescaled to one length, with which the largest product is that of the nearest code.
 
-        That is the mean length of the codes that the latents are nearest to.
+        The length is the mean over the codes nearest to the latents.
         """
         codes = wide(codes)
         length = codes[assign_codes(self._wide_rows(z), codes)].norm(dim=1).mean()

@@ -24,7 +24,7 @@ class LFQSettings(CommitmentSettings):
     diversity: float = 1.0
     """Weight, among them, of the mean's entropy."""
     temperature: float = 0.01
-    """Temperature of the soft assignment in them."""
+    """Temperature of their soft assignment."""
     group_bits: Annotated[int, arg(metavar="N")] = 14
     """Most bits that share one entropy of the mean."""
 
@@ -43,18 +43,19 @@ class LFQSettings(CommitmentSettings):
 
 
 class LFQQuantizer(Quantizer):
-    """The sign of each channel: N = 2^D codes of -1 and 1, of which there is no table.
+    """The sign of each channel: N = 2^D codes of -1 and 1, without a table of them.
 
     The first channel is the highest bit of an index. The gradient to the encoder is the identity. In training, with the
     soft assignment ``p[m] = softmax_n(-|x_m - z_n|^2 / temperature)`` of a row to all codes,
 
         loss = commitment * mean (x - sg(q))^2 + entropy_weight * (mean_m H(p[m]) - diversity * H(mean_m p[m]))
 
-    over the rows of a micro-batch of this rank; in evaluation the commitment alone. The bits of ``p[m]`` are
-    independent, so its entropy is exactly the sum of its groups' of bits. The mean's entropy is at most the sum of its
-    groups': codes of more than ``group_bits`` bits are cut into groups as equal as possible, and have this bound in its
-    place, which is cheap for 2^18 codes. Time and memory are those of `softmax_statistics` with 2^bits codes of a
-    group; nothing has N rows but :meth:`codes`, :meth:`nearest_codes` and :meth:`logits`.
+    over the rows of a micro-batch of this rank; in evaluation only the commitment.
+
+    The bits of ``p[m]`` are independent, so its entropy is the sum over groups of bits. For the entropy of the mean
+    this sum is an upper bound: codes of more than ``group_bits`` bits are split into groups of about equal size and use
+    the bound, which is cheap even for 2^18 codes. Time and memory are those of `softmax_statistics` with the 2^bits
+    codes of a group; only :meth:`codes`, :meth:`nearest_codes` and :meth:`logits` have N rows.
 
     Args:
         num_codes: N, a power of two.
@@ -72,7 +73,7 @@ class LFQQuantizer(Quantizer):
     def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
         super().__init__(num_codes, code_dim, **settings)
         self.register_buffer("one", torch.tensor(self._magnitude()), persistent=False)
-        """() the value of a channel whose bit is set."""
+        """() value of a channel whose bit is set."""
 
     def _magnitude(self) -> float:
         return 1.0
@@ -85,20 +86,20 @@ class LFQQuantizer(Quantizer):
         rows = self._to_rows(z, compute_dtype(self.one))
         return self._bounded(rows if padding is None else padding.clear(rows))
 
-    def _places(self, bits: int) -> Tensor:
-        """Return the powers of two (bits,) of an index's bits, the highest first."""
+    def _powers(self, bits: int) -> Tensor:
+        """Return the values (bits,) of an index's bits, the highest first."""
         return 2 ** torch.arange(bits - 1, -1, -1, device=self.one.device)
 
     def _codes(self, bits: Tensor) -> Tensor:
-        """Return codes of bits (..., bits) bool, in the type that is computed in."""
+        """Return the codes of bits (..., bits) bool, in the type of :func:`wide`."""
         one = wide(self.one)
         return torch.where(bits, one, -one)
 
     def _indices(self, rows: Tensor) -> Tensor:
-        return ((rows > 0) * self._places(self.code_dim)).sum(1)
+        return ((rows > 0) * self._powers(self.code_dim)).sum(1)
 
     def _all_codes(self, bits: int) -> Tensor:
-        return self._codes(torch.arange(1 << bits, device=self.one.device)[:, None] // self._places(bits) % 2 > 0)
+        return self._codes(torch.arange(1 << bits, device=self.one.device)[:, None] // self._powers(bits) % 2 > 0)
 
     def forward(
         self, z: Tensor, seed: Tensor | None = None, row_offset: int | Tensor = 0, valid: Tensor | None = None
@@ -117,11 +118,11 @@ class LFQQuantizer(Quantizer):
             return self._deterministic(z, quantized, self._indices(rows), loss, metrics, padding)
 
     def _entropies(self, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean entropy of the rows' soft assignments, and entropy of their mean, each a sum over groups of bits."""
+        """Return the rows' mean entropy and the entropy of their mean, each a sum over groups of bits."""
         groups = rows.tensor_split(-(-self.code_dim // self.settings.group_bits), dim=1)
         entropies = []
         for group in groups:
-            # All codes of a group have one length, and -|x - z|^2 is 2 x.z up to a constant of the row.
+            # All codes of a group have the same length, so -|x - z|^2 is 2 x.z up to a constant of the row.
             entropy, mean = softmax_statistics(
                 group.contiguous(),
                 self._all_codes(group.shape[1]),
@@ -139,7 +140,7 @@ class LFQQuantizer(Quantizer):
 
     def codes_of(self, indices: Tensor) -> Tensor:
         indices = indices.unsqueeze(-1)
-        codes = self._codes(indices // self._places(self.code_dim) % 2 > 0).masked_fill(indices < 0, 0)
+        codes = self._codes(indices // self._powers(self.code_dim) % 2 > 0).masked_fill(indices < 0, 0)
         return self._channels(codes).to(self.one.dtype)
 
     def logits(self, z: Tensor) -> Tensor:

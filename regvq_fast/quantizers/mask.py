@@ -1,4 +1,4 @@
-"""Stochastic mask (Reg-VQ, section 3.2): the positions of a token map that are selected with noise."""
+"""Stochastic mask (Reg-VQ, section 3.2): the positions of a token map whose codes are sampled."""
 
 import math
 from typing import Literal, get_args
@@ -28,16 +28,16 @@ def stochastic_mask(
         positions: H * W.
         ratio: fraction of stochastic positions, 0 to 1.
         seed: 0-dim int64 tensor.
-        mode: "exact": floor(ratio * positions) of them in every image. "bernoulli": each with probability ``ratio``.
-        row_offset: global number of the first position: a position depends on (seed, global position) alone,
-            so the mask doesn't change with the split of a batch over ranks.
-        valid: (B * H * W,) bool, the positions that are no padding, which alone are counted and selected; None: all.
+        mode: "exact": floor(ratio * positions) positions of every image. "bernoulli": each with probability ``ratio``.
+        row_offset: global number of the first position. The mask depends on (seed, global position) only, not on the
+            split of a batch over ranks.
+        valid: (B * H * W,) bool, False for padding, which is neither counted nor selected; None: no padding.
 
     Returns:
         (B * H * W,) bool.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: an unknown mode.
     """
     if mode not in get_args(MaskMode):
         raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(MaskMode)))}, got {mode!r}")
@@ -47,7 +47,7 @@ def stochastic_mask(
         selected = words < int(ratio * 2**32)
         return selected if valid is None else selected & valid
     if valid is None:
-        count = math.floor(ratio * positions + 1e-9)  # 0.29 * 100 is a little less than 29
+        count = math.floor(ratio * positions + 1e-9)  # 0.29 * 100 is slightly less than 29
         order = words.view(batch_size, positions).argsort(1)
         return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True).view(-1)
     counts = (ratio * valid.view(batch_size, positions).sum(1, keepdim=True).double() + 1e-9).floor()

@@ -35,21 +35,20 @@ class NearestSettings(CommitmentSettings):
     """Settings of quantizers that select the nearest code."""
 
     rotation_trick: bool = False
-    """Turn and scale the gradient from code to latent."""
+    """Rotate and scale the gradient from code to latent."""
 
 
 class NearestQuantizer(CodebookQuantizer):
     """Nearest code of each position, with the identity as gradient to the encoder, or with the rotation trick.
 
-    ``loss = mean |sg(z) - q|^2 + commitment * mean |z - sg(q)|^2``, the codebook's only gradient being the first term
+    ``loss = mean |sg(z) - q|^2 + commitment * mean |z - sg(q)|^2``; only the first term has a gradient to the codebook
     (taming-transformers' ``VectorQuantizer2`` with ``legacy=False``). Codes start uniform in [-1/N, 1/N], as there.
 
     Args:
         num_codes: N.
         code_dim: D.
-        settings: fields of :class:`NearestSettings`, and ``channels_last``; ``commitment`` as above.
-            ``rotation_trick`` gives the encoder the gradient that turns and grows with the map of its output to the
-            code (Fifty et al., 2024).
+        settings: fields of :class:`NearestSettings`, and ``channels_last``. With ``rotation_trick`` the gradient to the
+            encoder is that of the rotation and scaling of its output to the code (Fifty et al., 2024).
 
     Raises:
         ValueError: a setting that is out of range.

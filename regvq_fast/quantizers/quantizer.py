@@ -1,4 +1,4 @@
-"""The interface of quantizers, and what those with a codebook of embeddings share."""
+"""The interface of quantizers, and the base of those with a codebook of embeddings."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -17,26 +17,25 @@ class QuantizerOutput(NamedTuple):
     """Output of a quantizer for latents of any shape: maps (B, D, H, W), sequences (B, D, T), video (B, D, T, H, W)."""
 
     quantized: Tensor
-    """(B, D, *), with ``channels_last`` (B, *, D), with the quantizer's gradient to its input: float32 (float64 from a
-    float64 module); of reg-vq and gumbel-vq on a GPU in the type of the scores' products. 0 where latents are
-    padding."""
+    """(B, D, *), with ``channels_last`` (B, *, D), with the quantizer's gradient to its input; 0 for padding. float32,
+    or float64 from a float64 module; from reg-vq and gumbel-vq on a GPU, the type of the scores' products."""
     indices: Tensor
-    """(B, *) int64, the selected codes; -1 where latents are padding."""
+    """(B, *) int64, the selected codes; -1 for padding."""
     loss: Tensor
     """0-dim float32 or float64: weighted sum of the quantizer's own losses."""
     metrics: dict[str, Tensor]
-    """0-dim, detached, for logging."""
+    """0-dim and detached, for logging."""
     perturbation: Tensor
-    """(B, *), of that type: |z[index] - z[best_index]|^2; 0 where the selection is deterministic."""
+    """(B, *) of the same type: |z[index] - z[best_index]|^2; 0 where the selection is deterministic."""
     mask: Tensor
     """(B, *) bool, the stochastic positions."""
 
 
 class NearestCodes(NamedTuple):
-    """Codes of which the best one for a latent z is the nearest to ``(z - shift) * gain``."""
+    """Codes such that the best one for a latent z is the nearest to ``(z - shift) * gain``."""
 
     codes: Tensor
-    """(N, D), as the decoder gets them."""
+    """(N, D), the decoder's input."""
     shift: Tensor
     """(D,)."""
     gain: Tensor
@@ -44,7 +43,7 @@ class NearestCodes(NamedTuple):
 
 
 class CodeMap(NamedTuple):
-    """A map of a quantizer's codes to those that a decoder knows: ``scale * code + shift``."""
+    """Map from a quantizer's codes to those of a trained decoder: ``scale * code + shift``."""
 
     scale: Tensor
     """(D,)."""
@@ -54,23 +53,23 @@ class CodeMap(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizerSettings(Section):
-    """Settings of a quantizer beside its codebook's size; subclasses add fields, which are flags."""
+    """Settings of a quantizer other than the codebook's size; subclasses add fields, which are flags."""
 
     def check_mask(self, positions: int) -> None:
-        """Raise ValueError unless a stochastic mask, of fewer positions than all, selects some of an image's."""
+        """Raise ValueError unless a stochastic mask selects some of an image's positions; here there is no mask."""
         raise ValueError("there are none: choose another")
 
     def sizes(self, num_codes: int, code_dim: int) -> tuple[int, int]:
-        """Return N and D of the quantizer for those that a run asks for, which some quantizers' codes decide.
+        """Return N and D of the quantizer for those of a run; some quantizers derive D, or both.
 
         Raises:
-            ValueError: there are no such codes.
+            ValueError: the quantizer has no codebook of this size.
         """
         return num_codes, code_dim
 
 
 class QuantizerSection(Protocol):
-    """The settings of a run that all quantizers share; its other fields are those of `QuantizerSettings`."""
+    """Settings of a run that all quantizers share, with the fields of one class of `QuantizerSettings`."""
 
     @property
     def num_codes(self) -> int: ...
@@ -86,7 +85,7 @@ class Quantizer(nn.Module):
     Args:
         num_codes: N.
         code_dim: D.
-        channels_last: latents are (B, *, D), and so are their codes; else (B, D, *).
+        channels_last: latents and their codes are (B, *, D); else (B, D, *).
         settings: fields of `Settings`, kept as `settings`.
 
     Raises:
@@ -94,11 +93,11 @@ class Quantizer(nn.Module):
     """
 
     Settings: ClassVar[type[QuantizerSettings]] = QuantizerSettings
-    """Settings of a run, besides the size of the codebook."""
+    """Class of the settings."""
     scheduled: ClassVar[tuple[str, ...]] = ()
-    """Names of what :meth:`set_progress` changes, for messages."""
+    """Names of the values that :meth:`set_progress` changes, for messages."""
     fp32_scores = False
-    """Multiply latents and codes in fp32 on a GPU under autocast, too."""
+    """Multiply latents and codes in fp32 even on a GPU under autocast."""
 
     def __init__(self, num_codes: int, code_dim: int, *, channels_last: bool = False, **settings: Any) -> None:
         super().__init__()
@@ -118,7 +117,7 @@ class Quantizer(nn.Module):
 
     @classmethod
     def settings_of(cls, section: Any) -> QuantizerSettings:
-        """Return this quantizer's settings among the fields of a run's section."""
+        """Return this quantizer's settings from the fields of a run's section."""
         return cls.Settings(**{item.name: getattr(section, item.name) for item in fields(cls.Settings)})
 
     @classmethod
@@ -130,7 +129,7 @@ class Quantizer(nn.Module):
         return quantizer
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of the constructor, as plain values."""
+        """Return the arguments of the constructor as plain values."""
         named = {name: getattr(self, name) for name in ("num_codes", "code_dim", "channels_last")}
         return named | asdict(self.settings)
 
@@ -139,15 +138,17 @@ class Quantizer(nn.Module):
     ) -> QuantizerOutput:
         """Select a code for each position of z, (B, D, *) or with ``channels_last`` (B, *, D).
 
-        In evaluation that is the best code everywhere. In training, quantizers that sample take the ``seed`` (0-dim
-        int64), or one of PyTorch's global generator where none is given; ``row_offset`` is the number of z's first
-        position among those of all ranks and micro-batches. In a distributed run give all ranks the same seed.
+        In evaluation this is the best code. In training some quantizers sample.
 
         Args:
-            valid: (B, *) bool, False for padding, which may hold anything; None: there is none. Padding counts in no
-                loss, statistic or average and gets no gradient; row numbers count it. Ranks may have different numbers
-                of valid positions, of as many in all: the mean over the ranks of a loss is then that of the whole
-                batch. Give ``valid`` on all ranks or on none.
+            z: latents.
+            seed: 0-dim int64, for quantizers that sample; the same on all ranks. None: sampled from PyTorch's global
+                generator.
+            row_offset: number of z's first position among those of all ranks and micro-batches.
+            valid: (B, *) bool, False for padding, which may hold anything; None: no padding. Padding counts in no loss,
+                statistic or average and gets no gradient, but row numbers count it. Give ``valid`` on all ranks or on
+                none. Ranks may have different numbers of valid positions if their z have one size: the mean of the
+                ranks' losses is then the loss of the whole batch.
 
         Raises:
             ValueError: latents of another shape, or none; on a CPU nan or inf in them; ``valid`` of another shape.
@@ -156,14 +157,14 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        """Return the codes of tokens in the module's type: (B, *) int64 -> (B, D, *), or (B, *, D); 0 for -1."""
+        """Return the codes of tokens in the module's type: (B, *) int64 -> (B, D, *) or (B, *, D); zeros for -1."""
         raise NotImplementedError
 
     def logits(self, z: Tensor) -> Tensor:
-        """Return the logits of all codes, (B, *, N), of latents z, up to a constant of each position.
+        """Return the logits of all codes, (B, *, N), for latents z, up to a constant of each position.
 
-        Their argmax is the code that evaluation selects, ties aside. Plain PyTorch, which can be exported, with the N
-        logits of all positions in memory.
+        Their argmax is the code that evaluation selects, except for ties. This is plain PyTorch, which can be exported;
+        it keeps N logits for each position.
         """
         raise NotImplementedError(f"{type(self).__name__} has no logits(z)")
 
@@ -172,39 +173,39 @@ class Quantizer(nn.Module):
         return self.logits(z).argmax(-1)
 
     def initialize(self, z: Tensor) -> None:
-        """Fit a new quantizer to the first latents of a new encoder; some need no such start."""
+        """Fit a new quantizer to the first latents of a new encoder; not all quantizers need it."""
 
     def nearest_codes(self) -> NearestCodes | None:
-        """Return the codes, detached, if the best one is the nearest; None if latents select them in another way."""
+        """Return the codes, detached, if the best one is the nearest; None if they are selected in another way."""
         return None
 
     def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
-        """Start from codes (N, D) that a decoder knows, each the best one of the latents that it is nearest to.
+        """Start from codes (N, D) of a trained decoder, such that latents select the nearest of them.
 
         Args:
-            codes: of a trained model, or as many latents.
+            codes: of a trained model, or N latents.
             z: latents of the encoder, to which the quantizer's scales are fitted.
 
         Returns:
-            The map of the quantizer's codes to those given; None where they are these.
+            The map from the quantizer's codes to those given; None if they are equal.
 
         Raises:
-            ValueError: the quantizer has no use for codes.
+            ValueError: the quantizer can't start from given codes.
         """
         raise ValueError(f"{type(self).__name__} can't start from given codes")
 
     def freeze(self) -> None:
-        """Keep the codes, and the weights that select them, as they are from now on, in training, too."""
+        """Keep the codes, and the weights that select them, from now on, even in training."""
         self.requires_grad_(False)
 
     def hold(self) -> None:
-        """Keep the codes as they are during several calls of a training step; :meth:`release` then moves them."""
+        """Keep the codes during several calls of a training step; :meth:`release` then moves them."""
 
     def release(self) -> None:
-        """Move codes that follow averages to where the calls since :meth:`hold` have taken them."""
+        """Move codes that follow averages by the updates since :meth:`hold`."""
 
     def set_progress(self, fraction: float) -> None:
-        """Follow a schedule: called before each step with the fraction of training done, 0 to 1."""
+        """Update scheduled values; called before each step with the fraction of training done, 0 to 1."""
 
     def extra_repr(self) -> str:
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}"
@@ -214,20 +215,20 @@ class Quantizer(nn.Module):
         if valid is None:
             return Padding()
         check_rows("valid", valid, self._positions(z), z)
-        return Padding(valid.reshape(-1), over_ranks=self.training)  # ranks run this together in training only
+        return Padding(valid.reshape(-1), over_ranks=self.training)  # only in training do all ranks run this together
 
     def _to_rows(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return latents as rows (M, D) of this type; no copy where the channels lie together in memory."""
+        """Return latents as rows (M, D) of ``dtype``; no copy if the channels are contiguous in memory."""
         if z.ndim < 2 or z.shape[-1 if self.channels_last else 1] != self.code_dim:
             expected = f"(B, *, {self.code_dim})" if self.channels_last else f"(B, {self.code_dim}, *)"
             raise ValueError(f"the quantizer takes latents {expected}, got {tuple(z.shape)}")
         if z.numel() == 0:
-            raise ValueError(f"the quantizer needs a position at least: there is none in latents {tuple(z.shape)}")
+            raise ValueError(f"the quantizer needs at least one position, got latents {tuple(z.shape)}")
         z = z.to(dtype)
         return (z if self.channels_last else z.movedim(1, -1)).reshape(-1, self.code_dim)
 
     def _finite(self, rows: Tensor) -> Tensor:
-        """Return rows; of a CPU, where nothing is compiled, raise as the ops do if nan or inf is among them."""
+        """Return rows; raise as the ops do if they have nan or inf, on a CPU unless compiled."""
         if not torch.compiler.is_compiling():
             check_finite("x", rows)
         return rows
@@ -237,12 +238,12 @@ class Quantizer(nn.Module):
         return z.shape[:-1] if self.channels_last else z.shape[:1] + z.shape[2:]
 
     def _from_rows(self, rows: Tensor, z: Tensor) -> Tensor:
-        """Return rows (M, D) in the shape of the latents z, channels together in memory; or (M,) as (B, *)."""
+        """Return rows (M, D) in the shape of the latents z, with contiguous channels; or (M,) as (B, *)."""
         values = rows.unflatten(0, self._positions(z))
         return values if rows.ndim == 1 else self._channels(values)
 
     def _channels(self, values: Tensor) -> Tensor:
-        """Move the channels of (B, *, D) to where the module has them."""
+        """Move the channels of (B, *, D) to the module's dimension."""
         return values if self.channels_last else values.movedim(-1, 1)
 
     def _deterministic(
@@ -254,7 +255,7 @@ class Quantizer(nn.Module):
         metrics: dict[str, Tensor],
         padding: Padding | None = None,
     ) -> QuantizerOutput:
-        """Output of a selection without noise, of rows, in the shape of ``z``."""
+        """Return the output of a selection without noise, given for rows, in the shape of ``z``."""
         padding = padding or Padding()
         tokens = self._from_rows(padding.clear(indices, -1), z)
         return QuantizerOutput(
@@ -270,9 +271,9 @@ class Quantizer(nn.Module):
 class CodebookQuantizer(Quantizer):
     """A quantizer whose codes are rows of ``embedding``.
 
-    On a GPU rows and codes are multiplied in the type of the latents, 16 bits under autocast, and summed in fp32. Set
-    ``fp32_scores`` to multiply them in fp32. Parameters, losses, averages and statistics are in fp32 in any case, and
-    so is everything on a CPU.
+    On a GPU, products of latents and codes use the type of the latents, 16 bits under autocast, with fp32 sums; with
+    ``fp32_scores`` they use fp32. Parameters, losses, averages and statistics are always fp32, and so is everything on
+    a CPU.
     """
 
     def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
@@ -301,16 +302,16 @@ class CodebookQuantizer(Quantizer):
         return F.linear(self._standardized(self._wide_rows(z)), weight, bias).unflatten(0, self._positions(z))
 
     def _standardized(self, rows: Tensor) -> Tensor:
-        """Return rows (M, D) in the form that the logits take."""
+        """Return rows (M, D) as the logits take them."""
         return rows
 
     def _linear_form(self) -> tuple[Tensor, Tensor]:
-        """Weight (N, D) and bias (N,) of the logits as a linear map, up to a constant of each row; no gradient."""
+        """Return weight (N, D) and bias (N,) of the logits, up to a constant of each row; no gradient."""
         codes = wide(self.codes().detach())
         return codes, -0.5 * codes.square().sum(1)
 
     def _score_dtype(self, z: Tensor) -> torch.dtype:
-        """Return the type in which rows of z are multiplied with codes."""
+        """Return the type of the products of rows of z with codes."""
         return score_dtype(z, self.embedding.weight, self.fp32_scores)
 
     def _wide_rows(self, z: Tensor) -> Tensor:
@@ -319,25 +320,25 @@ class CodebookQuantizer(Quantizer):
 
 
 def wide(parameter: Tensor) -> Tensor:
-    """Return a parameter in the type that quantizers compute in: float32, or float64 if that is its own."""
+    """Return a parameter in the type that quantizers compute in: float64 if it is that, else float32."""
     return parameter.to(compute_dtype(parameter))
 
 
 def straight_through(rows: Tensor, codes: Tensor, *, rotation_trick: bool = False) -> Tensor:
-    """``codes`` forward; backward the identity to ``rows``, or the transposed map of :func:`rotated`.
+    """Return ``codes``, with the identity as gradient to ``rows``, or the transposed map of :func:`rotated`.
 
-    Called before the losses of the rows it saves a copy of them: backward comes to it last, and adds its gradient to
-    the losses' instead of adding theirs to its own, which belongs to the decoder.
+    Call it before the losses of the rows: backward then accumulates into the losses' gradients and need not copy that
+    of the decoder.
     """
     moved = rotated(rows, codes) if rotation_trick else rows
     return moved + (codes - moved).detach()
 
 
 def rotated(rows: Tensor, codes: Tensor) -> Tensor:
-    """Rows (M, D), each turned and scaled to its code by a linear map that gets no gradient (Fifty et al., 2024).
+    """Return rows (M, D), each rotated and scaled to its code by a linear map without a gradient (Fifty et al., 2024).
 
-    The map of section 4.2 there, ``|q| / |e| (I - 2 w w^T + 2 q' e'^T)`` of a row e and its code q: e' and q' have
-    length 1, and w is the direction of their sum.
+    The map of their section 4.2 for a row e and its code q is ``|q| / |e| (I - 2 w w^T + 2 q' e'^T)``: e' and q' are e
+    and q at length 1, and w is the direction of their sum.
     """
     with torch.no_grad():
         lengths, code_lengths = (vectors.norm(dim=1, keepdim=True) for vectors in (rows, codes))
@@ -349,7 +350,7 @@ def rotated(rows: Tensor, codes: Tensor) -> Tensor:
 
 
 def random_rows(rows: Tensor, count: int) -> Tensor:
-    """Return ``count`` random rows of (M, D), repeated if M is less; by PyTorch's global generator of the CPU."""
+    """Return ``count`` random rows of (M, D), repeated if M is less, from PyTorch's global generator of the CPU."""
     order = torch.randperm(len(rows)).repeat(-(-count // len(rows)))[:count]
     return rows[order.to(rows.device)]
 

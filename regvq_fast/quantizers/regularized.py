@@ -34,9 +34,11 @@ from regvq_fast.settings import arg
 LogitKind = Literal["cosine", "distance", "linear"]
 
 _RATE = 0.1
-"""Change of the log of the scale in a step, over the error of the perturbed fraction in the step before."""
+"""Change of the log of the scale per step, divided by the previous step's error of the perturbed fraction."""
 _JITTER = 0.1
-"""Standard deviation, in each channel, of what is added to the latents that become codes, which have 1."""
+"""Standard deviation per channel of the noise added to latents that become codes; the latents have 1."""
+_SPREAD = 0.5
+"""The same of the copies of a latent that becomes several codes."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,14 @@ class RegularizedQuantizer(CodebookQuantizer):
     few rows of each image, independent of the mask and the noise. All micro-batches of a step have the same seed and
     the same scale.
 
-    - "cosine" (default): ``-scale |x - z|^2`` of latents and codes that are divided by their root mean square, so that
-      each has length sqrt(D);
-    - "linear": ``scale (x . w + b)``, a predicted token distribution beside the codebook, as in the paper; of such
-      latents, and with such codes;
+    - "cosine" (default): ``-scale |x - z|^2`` of latents and codes divided by their root mean square, so that each has
+      length sqrt(D);
+    - "linear": ``scale (x . w + b)`` of such latents, a predicted token distribution as in the paper; the codebook is
+      divided likewise;
     - "distance": ``-scale |x - z|^2`` of latents and codes as they are.
 
     Call :meth:`initialize` once on a new model: it turns latents into codes. Without it, codes start in random
-    directions, which latents don't have.
+    directions, far from the latents.
 
     Args:
         num_codes: N.
@@ -102,7 +104,7 @@ class RegularizedQuantizer(CodebookQuantizer):
         settings: fields of :class:`RegularizedSettings`, and ``channels_last``.
 
     Raises:
-        ValueError: a setting that is out of range, or none of the known ones.
+        ValueError: a setting that is out of range, or an unknown choice.
     """
 
     Settings = RegularizedSettings
@@ -117,8 +119,8 @@ class RegularizedQuantizer(CodebookQuantizer):
     def __init__(self, num_codes: int, code_dim: int, **settings: Any) -> None:
         super().__init__(num_codes, code_dim, **settings)
         logits = self.settings.logits
-        # With few codes, uniform selection takes another code than the best one for 1 - 1 / N of the rows.
-        self._target = min(self.settings.perturbed, 0.75 * (1 - 1 / num_codes))
+        # Uniform selection takes another code than the best one for 1 - 1 / N of the rows: no scale gives more.
+        self._target = min(self.settings.perturbed, 0.95 * (1 - 1 / num_codes))
         if logits == "linear":
             self.proj = nn.Linear(code_dim, num_codes)
         self._set_codes(torch.randn(num_codes, code_dim))
@@ -132,10 +134,10 @@ class RegularizedQuantizer(CodebookQuantizer):
 
     @torch.no_grad()
     def _set_codes(self, directions: Tensor) -> None:
-        """Let codes (N, D), and with linear logits their weights, have these directions.
+        """Set the directions of codes (N, D), and with linear logits of their weights.
 
-        Adam moves a code by the learning rate in each channel, whatever its length: of embeddings that are normalised
-        before use, those of length 1 turn sqrt(D) times as fast as those of length sqrt(D).
+        Adam moves each channel of a code by the learning rate, whatever its length. Embeddings that are normalised
+        before use have length 1, so that they turn sqrt(D) times as fast as with length sqrt(D).
         """
         directions = F.normalize(directions, dim=1)
         length = math.sqrt(self.code_dim) if self.settings.logits == "distance" else 1.0
@@ -148,15 +150,16 @@ class RegularizedQuantizer(CodebookQuantizer):
     def initialize(self, z: Tensor) -> None:
         """Fit a new quantizer to latents of an encoder that is new itself.
 
-        A fixed shift and gain give their channels mean 0 and variance 1. Codes become randomly chosen latents with a
-        little noise (PyTorch's global generator of the CPU). The scale becomes that which perturbs the target fraction.
+        A fixed shift and gain give the channels mean 0 and variance 1. Codes become randomly chosen latents with a
+        little noise (PyTorch's global generator of the CPU). If there are more codes than latents, copies of a latent
+        are spread in the directions in which latents differ. The scale is set to perturb the target fraction.
 
         Raises:
             ValueError: a single position, which has no variance; otherwise as :meth:`forward`.
         """
         rows = self._wide_rows(z)
         if len(rows) < 2:
-            raise ValueError(f"one latent has no variance: give more than there are in {tuple(z.shape)}")
+            raise ValueError(f"a single latent has no variance: give at least two, got latents {tuple(z.shape)}")
         std, mean = torch.std_mean(rows, dim=0)
         self.shift.copy_(mean)
         self.gain.copy_(1 / std.clamp(min=1e-6))
@@ -165,15 +168,21 @@ class RegularizedQuantizer(CodebookQuantizer):
         order = torch.randperm(len(rows)).to(rows.device)
         half, others = order[: len(rows) // 2], order[len(rows) // 2 :][:FITTED_ROWS]
         chosen = rows[half.repeat(-(-self.num_codes // len(half)))[: self.num_codes]]
-        self._set_codes(chosen + _JITTER * torch.randn(chosen.shape).to(rows))
+        chosen = chosen + _JITTER * torch.randn(chosen.shape).to(rows)
+        # Copies that start close together get the same gradients and stay together. Differences of latents spread them
+        # in the directions that latents have.
+        copies = chosen[len(half) :]
+        first, second = rows[half[torch.randint(len(half), (2, len(copies))).to(half.device)]]
+        copies += _SPREAD / math.sqrt(2) * (first - second)
+        self._set_codes(chosen)
         self._fit_scale(rows[others])
 
     @torch.no_grad()
     def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
-        """Start from codes (N, D) that a decoder knows: with "distance" they are kept, and so is their selection.
+        """Start from codes (N, D) of a trained decoder; with "distance" codes and their selection stay the same.
 
-        "cosine" and "linear" keep directions: of codes and latents less the latents' mean, over their deviation in each
-        channel. All codes then have the length that those in use have on average.
+        "cosine" and "linear" standardize codes and latents by the latents' mean and deviation in each channel and keep
+        the codes' directions. All codes then have the mean length of the codes in use.
         """
         rows = self._wide_rows(z)
         some = rows[torch.randperm(len(rows)).to(rows.device)[:FITTED_ROWS]]
@@ -198,7 +207,7 @@ class RegularizedQuantizer(CodebookQuantizer):
         return NearestCodes(self.codes().detach(), self.shift, self.gain)
 
     def _fit_scale(self, rows: Tensor) -> None:
-        """Let sampling of these rows (M, D), in the form of the logits, perturb the target fraction."""
+        """Set the scale with which sampling perturbs the target fraction of rows (M, D), which are standardized."""
 
         def perturbed(log_scale: float) -> Tensor:
             self.log_scale.fill_(log_scale)
@@ -287,9 +296,9 @@ class RegularizedQuantizer(CodebookQuantizer):
 
         Args:
             rows: (B, H*W, D) of this micro-batch.
-            seed: of the step. Its last byte is kept, which 16 bits hold: if two seeds have the same, the scale moves
-                a step later.
-            padding: of the rows. A micro-batch of padding alone has no error to count.
+            seed: of the step. Its last byte is kept, which 16-bit floats hold; if two successive seeds share it, the
+                scale moves a step later.
+            padding: of the rows. A micro-batch of padding only has no error to count.
         """
         byte = (seed & 0xFF).to(self.last_seed.dtype)
         is_new = byte != self.last_seed
@@ -309,5 +318,5 @@ class RegularizedQuantizer(CodebookQuantizer):
 
 
 def _root_mean_square_norm(rows: Tensor) -> Tensor:
-    """Rows (M, D) divided by their root mean square: of length sqrt(D)."""
+    """Return rows (M, D) divided by their root mean square, so that they have length sqrt(D)."""
     return math.sqrt(rows.shape[1]) * F.normalize(rows, dim=1)

@@ -1,4 +1,4 @@
-"""Residual vector quantization: each quantizer takes what those before it have left (Zeghidour et al., 2021)."""
+"""Residual vector quantization: each quantizer quantizes the residual of those before it (Zeghidour et al., 2021)."""
 
 from collections.abc import Sequence
 
@@ -11,28 +11,27 @@ from regvq_fast.quantizers.quantizer import CodebookQuantizer, Quantizer, Quanti
 
 
 class ResidualQuantizer(nn.Module):
-    """Q quantizers in a row: latents become the sum of Q codes, each the code of the latents less those before.
+    """Q quantizers in sequence: latents become a sum of Q codes, each selected by the residual of the codes before it.
 
-    The first q quantizers alone give a coarser result at fewer bits. With ``dropout`` a model learns to use any of
-    these q: a training step uses the first q of them, q sampled from its seed. All Q are computed, so that nothing
-    waits for q; in the others every position counts as padding.
+    The first q quantizers alone give a coarser result with fewer bits. With ``dropout`` a training step samples q from
+    its seed and uses the first q quantizers, so that the model works with any q. All Q are computed, which avoids a
+    synchronization; in the unused ones every position counts as padding.
 
-    Residuals get smaller where codes are close to the latents that select them: those of vq-gan, vq-vae, and reg-vq
-    with "distance" logits. Codes that are directions, or that a predicted distribution selects, may leave larger ones.
+    Residuals shrink if codes are close to the latents that select them: those of vq-gan, vq-vae, and reg-vq with
+    "distance" logits. If codes are directions, or selected by a predicted distribution, residuals may grow.
 
     Args:
-        quantizers: Q of them, of any kind, with codebooks of any size. One that occurs several times is a shared
-            codebook, ``[EMAQuantizer(1024, 128)] * 8``: an EMA codebook moves after the last of them.
-        dropout: the numbers q that a training step samples one of, such as ``range(1, Q + 1)``, ``(2, 4, 8)`` or, with
+        quantizers: Q quantizers of any kind, with codebooks of any size. A quantizer given several times is a shared
+            codebook, ``[EMAQuantizer(1024, 128)] * 8``; a shared EMA codebook moves after its last call.
+        dropout: numbers q to sample from in a training step, such as ``range(1, Q + 1)``, ``(2, 4, 8)`` or, with
             weights, ``(2, 8, 8)``. Empty: always Q.
-        chain_rule: how gradients get back to latents. False: a quantizer takes the codes before it as constants. The
-            losses of all then reach the latents, and through straight-through quantizers the decoder's gradient comes Q
-            times (vector-quantize-pytorch). True: the codes before depend on the latents. The decoder's gradient then
-            comes once, and of straight-through quantizers only the first one's loss reaches the latents (Descript's
-            codec).
+        chain_rule: False: a quantizer treats the codes before it as constants. All losses then reach the latents, and
+            with straight-through quantizers the decoder's gradient reaches them Q times (vector-quantize-pytorch).
+            True: the codes before it depend on the latents. The decoder's gradient then reaches them once, and of
+            straight-through quantizers only the first one's loss does (Descript's codec).
 
     Raises:
-        ValueError: no quantizer; sizes or layouts that differ; a number in ``dropout`` that is not in 1, ..., Q.
+        ValueError: no quantizer; different code_dim or channels_last; a number in ``dropout`` not in 1, ..., Q.
     """
 
     choices: Tensor
@@ -57,12 +56,12 @@ class ResidualQuantizer(nn.Module):
     ) -> QuantizerOutput:
         """Quantize latents (B, D, *), with the arguments of :meth:`Quantizer.forward`.
 
-        All ranks of a distributed run need the same seed, with which they use the same q.
+        In a distributed run give all ranks the same seed, so that they use the same q.
 
         Returns:
             :class:`QuantizerOutput`: ``quantized`` (B, D, *), the sum of the codes in float32 (float64); ``indices``,
-            ``perturbation`` and ``mask`` (B, Q, *), the indices -1 in quantizers that were not used; the sum of the
-            losses; the metrics of quantizer 2, counted from 0, as ``NAME/2``, and ``num_used``.
+            ``perturbation`` and ``mask`` (B, Q, *), with indices -1 for unused quantizers; the sum of the losses; and
+            metrics ``NAME/0`` to ``NAME/Q-1`` of the quantizers, and with ``dropout`` ``num_used``.
         """
         stages, shared = self._stages(), [] if len(self.quantizers) == self.num_quantizers else self._different()
         seeds: list[Tensor | None] = [None] * len(stages)
@@ -99,7 +98,7 @@ class ResidualQuantizer(nn.Module):
         )
 
     def _different(self) -> list[Quantizer]:
-        """Return the quantizers, a shared one once."""
+        """Return the quantizers without repetition."""
         return list(self.quantizers)  # type: ignore[arg-type]
 
     def _stages(self) -> list[Quantizer]:
@@ -107,7 +106,7 @@ class ResidualQuantizer(nn.Module):
         return [self._different()[number] for number in self.order]
 
     def _sample(self, seed: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
-        """Return a seed for each quantizer, with the last byte of the step's, and how many are used; None: all."""
+        """Return a seed for each quantizer, with the last byte of the step's seed, and the number used; None: all."""
         numbers = torch.arange(self.num_quantizers + 1, device=seed.device)
         zero = torch.zeros_like(numbers)
         high, low, *_ = philox4x32(zero, zero, numbers, zero + Stream.RESIDUAL_QUANTIZERS, seed)
@@ -116,7 +115,7 @@ class ResidualQuantizer(nn.Module):
         return list(seeds[:-1]), used
 
     def codes_of(self, indices: Tensor) -> Tensor:
-        """Return the sum of the codes of tokens (B, q, *), of the first q quantizers; -1 adds nothing."""
+        """Return the sum of the codes of tokens (B, q, *) of the first q quantizers; -1 adds nothing."""
         if not 1 <= indices.shape[1] <= self.num_quantizers:
             raise ValueError(f"indices must be (B, 1 to {self.num_quantizers}, *), got {tuple(indices.shape)}")
         tokens = indices.unbind(1)
@@ -125,10 +124,10 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor) -> None:
-        """Fit new quantizers to the first latents of a new encoder, each to what those before it leave.
+        """Fit new quantizers to the first latents of a new encoder, each to the residual of those before it.
 
-        Codebooks start from randomly chosen latents (PyTorch's global generator of the CPU), a shared one from those
-        of the first quantizer.
+        Codebooks start from randomly chosen residuals (PyTorch's global generator of the CPU), a shared one from those
+        of its first use.
         """
         new = set(self._different())
         for quantizer in self._stages():
@@ -147,7 +146,7 @@ class ResidualQuantizer(nn.Module):
             quantizer.freeze()
 
     def set_progress(self, fraction: float) -> None:
-        """Let all quantizers follow their schedules: the fraction of training done, 0 to 1."""
+        """Update the schedules of all quantizers for the fraction of training done, 0 to 1."""
         for quantizer in self._different():
             quantizer.set_progress(fraction)
 

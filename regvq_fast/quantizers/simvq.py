@@ -16,14 +16,14 @@ class SimVQSettings(NearestSettings):
     """Settings of SimVQ."""
 
     rotation_trick: bool = True
-    """Turn and scale the gradient from code to latent."""
+    """Rotate and scale the gradient from code to latent."""
 
 
 class SimVQQuantizer(NearestQuantizer):
-    """Nearest of the codes ``embedding proj^T``: one linear layer moves all of them, whichever are selected.
+    """Nearest of the codes ``embedding proj^T``: one linear layer moves all codes, selected or not.
 
-    Loss and gradients are those of :class:`NearestQuantizer`, to the layer alone: ``embedding`` stays as it starts,
-    normal with variance 1/D (vector-quantize-pytorch's ``SimVQ``, with its default settings).
+    Loss and gradients are those of :class:`NearestQuantizer`, but only the layer learns: ``embedding`` keeps its first
+    values, normal with variance 1/D (vector-quantize-pytorch's ``SimVQ``, with its default settings).
 
     Args:
         num_codes: N.
@@ -48,6 +48,6 @@ class SimVQQuantizer(NearestQuantizer):
 
     @torch.no_grad()
     def adopt(self, codes: Tensor, z: Tensor) -> CodeMap | None:
-        """Keep codes (N, D) as they are: the layer becomes the identity, and they what it multiplies."""
+        """Start from codes (N, D) as ``embedding``, with the identity as the layer."""
         nn.init.eye_(self.proj.weight)
         return super().adopt(codes, z)

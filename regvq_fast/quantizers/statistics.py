@@ -1,4 +1,4 @@
-"""Sharpness of the softmax over the codes: of a few rows of each image, and entropies of all rows."""
+"""Sharpness of the softmax over the codes: for a few rows of each image, and entropies of all rows."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,9 @@ from regvq_fast.padding import Padding
 
 _ROWS_OF_AN_IMAGE = 8
 MAX_LOG_SCALE = 30.0
-"""Bound of the log of the scale, which degenerate logits (equal codes) would take out of fp32's range."""
+"""Bound of the log of the scale: with degenerate logits (equal codes) it would leave fp32's range."""
 FITTED_ROWS = 512
-"""Latents that a first scale is fitted to."""
+"""Number of latents that the first scale is fitted to."""
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 """Multiples of this fraction of an image's positions spread over rows and columns of its grid."""
 
@@ -20,16 +20,18 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 def softmax_of_some_rows(
     rows: Tensor, weight: Tensor, bias: Tensor, padding: Padding | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean entropy (nats) and mean largest probability of ``softmax(rows weight^T + bias)``, 0-dim, without a gradient.
+    """Return the mean entropy (nats) and mean largest probability of ``softmax(rows weight^T + bias)``.
+
+    Both are 0-dim, without a gradient.
 
     Args:
-        rows: (B, R, D), of which 8 per image are used, at the same positions in all; or (M, D), all of them. The
-            mean of the ranks' means is that of the whole batch, however the images are shared.
+        rows: (B, R, D), of which 8 per image are used, at the same positions; or (M, D), all of which are used. The
+            mean of the ranks' means is that of the whole batch, however the images are distributed.
         weight: (N, D).
         bias: (N,).
-        padding: of the B R rows; up to 8 valid ones of each image are used, by their number among these.
+        padding: of the B R rows; of each image up to 8 valid rows are used, chosen by their number among these.
 
-    Memory: 8 B N logits, in the products' own precision (TF32 where the process has chosen it).
+    Memory: 8 B N logits. Products have the precision that the process has set, such as TF32.
     """
     padding = padding or Padding()
     if rows.ndim == 3:
@@ -41,7 +43,7 @@ def softmax_of_some_rows(
 
 
 def _some_rows(rows: Tensor, padding: Padding) -> tuple[Tensor, Padding]:
-    """Return 8 rows of each image of (B, R, D), the same ones in all but for padding, and which are not there."""
+    """Return 8 rows of each image of (B, R, D), at the same positions without padding, and the padding among them."""
     batch, num_rows = rows.shape[:2]
     numbers = torch.arange(min(num_rows, _ROWS_OF_AN_IMAGE), device=rows.device)
     if padding.valid is None:
@@ -50,7 +52,7 @@ def _some_rows(rows: Tensor, padding: Padding) -> tuple[Tensor, Padding]:
     valid = padding.valid.view(batch, num_rows)
     counts = valid.sum(1, keepdim=True)
     strides = (_GOLDEN_RATIO * counts.double()).long() | 1
-    # The n-th valid row of an image is where a stable sort by validity has it.
+    # A stable sort by validity puts the valid rows of an image first.
     positions = (~valid).byte().argsort(stable=True).gather(1, numbers * strides % counts.clamp(min=1))
     some = Padding((numbers < counts).flatten(), over_ranks=padding.over_ranks)
     return rows.take_along_dim(positions.unsqueeze(2), 1).flatten(0, 1), some
@@ -59,21 +61,21 @@ def _some_rows(rows: Tensor, padding: Padding) -> tuple[Tensor, Padding]:
 def softmax_entropies(
     rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, temperature: float, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean entropy of the rows' softmax, and the entropy of their mean softmax: nats, 0-dim, with gradients.
+    """Return the mean entropy of the rows' softmax and the entropy of their mean softmax: nats, 0-dim, with gradients.
 
-    Arguments are those of :func:`regvq_fast.ops.softmax_statistics`. As in IBQ and LlamaGen, 1e-5 keeps the logarithm
-    of the mean finite.
+    Arguments are those of :func:`regvq_fast.ops.softmax_statistics`. As in IBQ and LlamaGen, 1e-5 is added in the
+    logarithm of the mean.
     """
     entropy, mean = softmax_statistics(rows, weight, bias, temperature=temperature, valid=valid)
     return entropy, -(mean * (mean + 1e-5).log()).sum()
 
 
 def log_scale_that_perturbs(fraction: float, perturbed: Callable[[float], float | Tensor]) -> float:
-    """Return the log of the scale of the logits at which samples of the softmax take another code than the best one.
+    """Return the log of the scale of the logits with which a fraction of the samples are not the best code.
 
     Args:
-        fraction: of the rows, which falls with the scale.
-        perturbed: gives it at the log of a scale.
+        fraction: of the rows.
+        perturbed: function from the log of a scale to that fraction, which falls with the scale.
     """
     low, high = -MAX_LOG_SCALE, MAX_LOG_SCALE
     for _ in range(40):

@@ -1,4 +1,4 @@
-"""The embedded data set: scenes composed of real photographs, and measures of whether images show what they should."""
+"""The embedded data set: scenes composed of real photographs, and measures of whether images match their conditions."""
 
 from regvq_fast.scenes.captions import CaptionAccuracy, caption_accuracy, read_captions
 from regvq_fast.scenes.dataset import ScenesDataset

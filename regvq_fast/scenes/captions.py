@@ -1,10 +1,10 @@
-"""Caption accuracy: a measure of whether images of the scenes show what their captions state, without a network.
+"""Caption accuracy: a measure of whether images of the scenes match their captions, without a network.
 
-A caption states a layout and the class of each of its regions. Layout and classes of an image are found by search: for
+A caption states a layout and the class of each region. The layout and classes of an image are found by search: for
 every layout, many random positions of its regions; for each of these, the most likely distinct classes of the regions,
-by :class:`~regvq_fast.scenes.judges.RegionClassifier`. The most likely candidate is the image's reading. The likelihood
-of an image is the product over its regions, each to the power of its fraction of the pixels, so that layouts of few and
-of many regions are comparable. Only the classifier is fitted, and the caption is not used.
+by :class:`~regvq_fast.scenes.judges.RegionClassifier`. The likelihood of an image is the product over its regions, each
+to the power of its fraction of the pixels, so that layouts with few and with many regions are comparable. Only the
+classifier is fitted; the caption is not used.
 
 The accuracy on real images is an upper bound for samples.
 """
@@ -16,15 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from regvq_fast.scenes.judges import RegionClassifier, describe, region_members
+from regvq_fast.scenes.judges import RegionClassifier
 from regvq_fast.scenes.layouts import LAYOUTS, MIN_IMAGE_SIZE, PHOTOGRAPHS, parse_caption, region_map
+from regvq_fast.scenes.regions import describe, region_members
 
 _CANDIDATES = 48
-"""Random region positions of each layout. With 8, 48, 160 of them, 73 %, 80 %, 81 % of the layouts of 384 validation
-scenes are found; time is proportional."""
+"""Random region positions per layout. 8, 48 and 160 find 73 %, 80 % and 81 % of the layouts of 384 validation scenes;
+time is proportional."""
 _FREEDOM = 4
-"""Degrees of freedom of Student's distribution, used instead of the normal one: with that, one region unlike all that
-the classifier was fitted to would outweigh the rest of the image."""
+"""Degrees of freedom of Student's distribution. With the normal distribution, one region unlike the training data would
+outweigh the rest of the image."""
 _CHUNK = 32
 
 
@@ -47,15 +48,15 @@ class CaptionAccuracy(NamedTuple):
 
 
 def caption_accuracy(classifier: RegionClassifier, images: Tensor, captions: Sequence[str]) -> CaptionAccuracy:
-    """Measure how much of the captions of scenes is found in images; 128 of 64 pixels take 4 seconds on one core.
+    """Measure how much of the scenes' captions is found in images; 128 images of 64 pixels take 4 s on one core.
 
     Args:
-        classifier: fitted to scenes of the images' size; on their device.
+        classifier: fitted to scenes of the images' size; on the images' device.
         images: (B, 3, S, S) uint8: real, reconstructed or sampled.
-        captions: (B) of scenes, see LAYOUTS.
+        captions: B captions of scenes, see LAYOUTS.
 
     Raises:
-        TypeError, ValueError: images or captions of another form.
+        TypeError, ValueError: other images or captions.
     """
     if len(captions) != len(images):
         raise ValueError(f"each image needs its caption, got {len(images)} images and {len(captions)} captions")
@@ -80,7 +81,7 @@ def caption_accuracy(classifier: RegionClassifier, images: Tensor, captions: Seq
 
 
 def read_captions(classifier: RegionClassifier, images: Tensor) -> list[str]:
-    """Return the most likely caption of each image (B, 3, S, S); arguments, errors as in :func:`caption_accuracy`."""
+    """Return the most likely caption of each image (B, 3, S, S); see :func:`caption_accuracy`."""
     readings = _read(classifier, images)
     return [
         LAYOUTS[name].caption.format(*(PHOTOGRAPHS[label].phrase for label in readings[name].classes[k].tolist()))
@@ -97,7 +98,7 @@ class _Reading(NamedTuple):
 
 @torch.no_grad()
 def _read(classifier: RegionClassifier, images: Tensor) -> dict[str, _Reading]:
-    """Return a reading of the images for each layout."""
+    """Return the reading of the images for each layout."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     size = images.shape[-1]
@@ -118,7 +119,7 @@ def _read(classifier: RegionClassifier, images: Tensor) -> dict[str, _Reading]:
 
 
 def _read_layout(classifier: RegionClassifier, images: Tensor, maps: Tensor, count: int) -> _Reading:
-    """Read images (B, 3, S, S), given candidates of a layout of ``count`` regions: maps of their numbers (G, S, S)."""
+    """Read images (B, 3, S, S), given candidates of a layout: maps (G, S, S) of the indices of ``count`` regions."""
     member = region_members(maps, count)
     values = describe(images, member.sure.flatten(0, 1)[None])  # (B, G * count, K)
     distances = classifier.distances(values.flatten(0, 1))  # (B * G * count, Q)
@@ -132,7 +133,7 @@ def _read_layout(classifier: RegionClassifier, images: Tensor, maps: Tensor, cou
 def _choose(scores: Tensor) -> _Reading:
     """Return the best candidate and the best distinct classes of its regions: scores (B, G, R, C)."""
     count = scores.shape[2]
-    # One of a region's R best classes is always free: the other regions take R - 1 at most.
+    # A region's R best classes suffice: the other regions take at most R - 1 of them.
     best = scores.topk(count, dim=3)
     ranks = torch.cartesian_prod(*[torch.arange(count, device=scores.device)] * count).view(-1, count)  # (R ** R, R)
     classes = torch.stack([best.indices[:, :, r, ranks[:, r]] for r in range(count)], dim=3)  # (B, G, R ** R, R)

@@ -1,8 +1,8 @@
-"""Scenes: an endless, labelled data set composed on the fly from real photographs, with nothing to download.
+"""Scenes: an endless, labelled data set composed on the fly from real photographs, without a download.
 
-Sixteen photographs in scikit-image's wheel are the classes. A scene fills the regions of a random layout with random
-crops of distinct classes, and has a semantic map and a caption that states layout and classes. Each photograph is cut
-once, vertically: training crops come from its left two thirds, validation crops from the rest.
+The classes are sixteen photographs in scikit-image's wheel. A scene fills the regions of a random layout with random
+crops of distinct classes. It has a semantic map, and a caption that states layout and classes. Training crops come from
+the left two thirds of each photograph, validation crops from the rest.
 """
 
 import importlib.util
@@ -26,16 +26,16 @@ from regvq_fast.scenes.evaluation import evaluate_samples
 from regvq_fast.scenes.layouts import CLASSES, LAYOUTS, MIN_IMAGE_SIZE, PHOTOGRAPHS, region_map
 
 WHOLE_PROBABILITY = 0.25
-"""Fraction of the scenes that are one crop of one photograph; the other layouts divide the rest equally."""
+"""Fraction of the scenes with the layout "whole"; the other layouts are equally likely."""
 
 _TRAIN_FRACTION = 2 / 3
 """Fraction of each photograph's columns."""
 TRAIN_LENGTH = 8192
 """Scenes that count as an epoch."""
 _CLOSEST = 0.25
-"""The closest view: a crop that would span this fraction of the photograph's size if it filled the whole scene.
+"""The closest view: a crop that fills the scene spans this fraction of the photograph's size.
 
-It is relative to the whole photograph, not to the split's columns, so that both splits show textures at like scales.
+The fraction is of the whole photograph, not of the split's columns, so that both splits show textures at equal scales.
 """
 _COMPOSED = tuple(name for name in LAYOUTS if name != "whole")
 
@@ -44,10 +44,10 @@ class ScenesDataset(ImageDataset):
     """Composed scenes with semantic maps and captions (see the module's docstring).
 
     Args:
-        split: "train": each index >= 0 is another scene. "val": ``length`` scenes, cut from the columns of the
-            photographs that training never sees.
+        split: "train": each index >= 0 is another scene. "val": ``length`` scenes, from columns of the photographs
+            that are not used in training.
         image_size: height and width in pixels, at least 16. Photographs are small: 256 and above enlarges some crops.
-        length: result of ``len``. None: 8192 for training (an "epoch" in name only), 256 for validation.
+        length: result of ``len``. None: 8192 for training, where it only defines an epoch, and 256 for validation.
         seed: a scene is a function of (seed, split, index) only.
 
     A sample: ``image`` (3, image_size, image_size) uint8; ``segmentation`` (image_size, image_size) uint8, indices into
@@ -75,7 +75,7 @@ class ScenesDataset(ImageDataset):
         self.image_size = image_size
         self.length = length or (TRAIN_LENGTH if split == "train" else 256)
         self.seed = seed
-        _load_photographs(split)  # here: a missing file is an error at once, and forked workers share the pixels
+        _load_photographs(split)  # now, so that a missing file is an error here, and forked workers share the pixels
 
     @classmethod
     def recognizes(cls, data: str | os.PathLike[str] | None) -> bool:
@@ -132,19 +132,19 @@ class ScenesDataset(ImageDataset):
 
 
 class _Pyramid:
-    """One split's columns of a photograph, and halved copies, so that any crop is resized from few pixels."""
+    """One split's columns of a photograph, with halved copies, so that crops are resized from few pixels."""
 
     def __init__(self, photograph: Image.Image, split: Split) -> None:
         cut = round(photograph.width * _TRAIN_FRACTION)
         left, right = (0, cut) if split == "train" else (cut, photograph.width)
-        # A copy: resizing filters read beyond a box's edge, so the other split's pixels must not be there.
+        # A copy without the other split's pixels: resizing filters read beyond the edge of a box.
         self.levels = [photograph.crop((left, 0, right, photograph.height))]
         while min(self.levels[-1].size) >= 2 * MIN_IMAGE_SIZE:
             self.levels.append(self.levels[-1].reduce(2))
         self.closest = _CLOSEST * math.sqrt(photograph.width * photograph.height)
 
     def random_crop(self, height: int, width: int, image_size: int, rng: random.Random) -> NDArray[np.uint8]:
-        """A random crop resized to (height, width, 3), zoom log-uniform from the closest view to the widest."""
+        """Return a random crop, resized to (height, width, 3); the zoom is log-uniform between its limits."""
         full_width, full_height = self.levels[0].size
         farthest = min(full_width / width, full_height / height)  # photograph pixels per scene pixel
         closest = min(self.closest / image_size, farthest)
@@ -165,7 +165,7 @@ def _load_photographs(split: Split) -> tuple[_Pyramid, ...]:
 
 
 def _open_photographs() -> list[Image.Image]:
-    spec = importlib.util.find_spec("skimage")  # located, not imported: only its files are needed
+    spec = importlib.util.find_spec("skimage")  # not imported: only its files are needed
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError("the scenes need scikit-image's photographs: pip install scikit-image")
     folder = Path(next(iter(spec.submodule_search_locations))) / "data"

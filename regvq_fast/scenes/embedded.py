@@ -5,13 +5,13 @@ from pathlib import Path
 from regvq_fast.models.pretrained import WEIGHTS
 
 FOLDER = Path(__file__).with_name("pretrained")
-"""Folder of the models, each in a folder of its own; the priors share the tokenizer that lies beside them."""
+"""Folder with a folder for each model; the priors share the tokenizer beside them."""
 EMBEDDED = {
     "tokenizer": "regvq train vq",
     "ar": "regvq train ar",
     "diffusion": "regvq train diffusion",
 }
-"""Command that trains such a model, by the name of its folder."""
+"""Commands that train these models, by the name of the model's folder."""
 
 
 def embedded_model(name: str) -> Path:
@@ -35,5 +35,5 @@ def embedded_model(name: str) -> Path:
 
 
 def is_embedded(folder: Path) -> bool:
-    """Return whether a folder is that of an embedded model."""
+    """Return whether a folder belongs to an embedded model."""
     return folder.resolve().parent == FOLDER.resolve()

@@ -1,4 +1,4 @@
-"""Evaluation of priors trained on the scenes: how well their samples show what maps or captions state."""
+"""Evaluation of priors trained on the scenes: how well their samples match maps or captions."""
 
 from collections.abc import Mapping
 
@@ -12,13 +12,13 @@ from regvq_fast.scenes.judges import RegionClassifier, region_accuracy
 from regvq_fast.scenes.layouts import CLASSES
 
 CLASSIFIED = 128
-"""Validation scenes whose regions are classified."""
+"""Number of validation scenes to classify."""
 FITTED_TO = 768
-"""Training scenes that the classifier of regions is fitted to; as accurate as 2048 (docs/priors.md)."""
+"""Number of training scenes to fit the classifier to; as accurate as 2048 (docs/priors.md)."""
 
 
 def evaluate_samples(prior: TrainedPrior, training: ImageDataset, validation: ImageDataset) -> Mapping[str, float]:
-    """Measure how well scenes, their reconstructions and samples show what the scenes' conditions state.
+    """Measure how well scenes, their reconstructions and samples match the scenes' conditions.
 
     The classifier of regions is fitted to training scenes and to their reconstructions.
 

@@ -1,12 +1,11 @@
-"""Region accuracy: a measure of whether images of the scenes show the classes of their maps, without a network.
+"""Region accuracy: a measure of whether images of the scenes match their maps, without a network.
 
-Each class of the scenes is a photograph with its own colours and textures. A region of an image, all pixels of one
-class in its map, is described by statistics of colour and texture, and classified by the distributions of these
-statistics fitted to training scenes. That is quadratic discriminant analysis: normal distributions, their covariances
-shrunk towards the mean over classes. Each class has several distributions, of its regions unchanged, blurred, noisy,
-coarsely compressed and tinted, so that an image is judged by its content, not by lost detail. The agreement is the
-fraction of the regions whose class is that of the map. Chance is 1/16; compare samples with real validation images and
-with their reconstructions.
+Each class of the scenes is a photograph with its own colours and textures. A region, all pixels of one class in a map,
+is described by statistics of colour and texture (:mod:`regvq_fast.scenes.regions`) and classified by quadratic
+discriminant analysis: normal distributions fitted to training scenes, with covariances shrunk towards their mean over
+classes. Each class has several distributions: of its regions unchanged, blurred, noisy, compressed and tinted, so that
+lost detail does not decide. The agreement is the fraction of the regions classified as their class in the map. Chance
+is 1/16; compare samples with real validation images and with their reconstructions.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,30 +21,23 @@ from torch.utils.data import Dataset
 
 from regvq_fast.data.loading import read_samples
 from regvq_fast.data.samples import Sample
+from regvq_fast.scenes.regions import Regions, check_images, member_statistics, region_members, region_statistics
 
-_MIN_FRACTION = 1 / 128
-"""Smallest region, as a fraction of an image's pixels; smaller ones don't identify their class."""
-_MIN_INSIDE = 8
-"""Number of inner pixels, without a neighbour of another class, from which on only these are used."""
-_LEVELS = 3
-"""Number of scales of the texture statistics, each half of the one before."""
-_NOISE = 4e-4
-"""Variance added to every texture, of pixels in 0..1: 5 levels of 255, which is invisible."""
 _SHRINKAGE = 0.2
-"""Weight of the common covariance in that of each class."""
+"""Weight of the common covariance in each class's covariance."""
 _RIDGE = 1e-2
-"""Added to variances, where those of all regions are 1."""
+"""Added to variances, after normalization to variance 1 over all regions."""
 _CHUNK = 32
-"""Images at a time: the statistics of 128 take 0.12 s in chunks of 32, which fit into caches, 0.26 s in one."""
+"""Images at a time. Statistics of 128 images take 0.12 s in chunks of 32, which fit into caches, and 0.26 s at once."""
 
 
 class RegionAgreement(NamedTuple):
     """Regions classified as the class of the map."""
 
     accuracy: float
-    """Fraction of all regions, 0..1; nan if there are none."""
+    """Fraction of all regions, 0..1; NaN if there are none."""
     per_class: Tensor
-    """(C,) float64, the fraction for each class of the map; nan if it has no region."""
+    """(C,) float64, the fraction for each class of the map; NaN for a class without a region."""
     confusion: Tensor
     """(C, C) int64 on the CPU: regions by class of the map (row) and class found (column)."""
 
@@ -53,14 +45,14 @@ class RegionAgreement(NamedTuple):
 class RegionClassifier(nn.Module):
     """Classifies regions by colours and textures; made by :meth:`fit`.
 
-    Textures are compared pixel by pixel: fit one for each size of images. Q distributions of K statistics, of which
-    number q is of class q % C.
+    Textures depend on the resolution: fit a classifier for each image size. It has Q distributions of K statistics;
+    distribution q belongs to class q % C.
     """
 
     mean: Tensor
-    """(K,) float64, of all regions, ..."""
+    """(K,) float64, means over all regions."""
     std: Tensor
-    """(K,) float64, ... and their standard deviations; what follows is of statistics with mean 0 and variance 1."""
+    """(K,) float64, standard deviations over all regions. The buffers below are for normalized statistics."""
     centers: Tensor
     """(Q, K) float64, means of the distributions."""
     whitening: Tensor
@@ -87,24 +79,25 @@ class RegionClassifier(nn.Module):
     ) -> Self:
         """Fit the classifier to samples 0 to ``samples - 1`` of a data set with ``segmentation``, on the CPU.
 
-        Deterministic, if ``reconstruct`` is. 2048 scenes of 64 pixels take 10 seconds on one core.
+        Deterministic, if ``reconstruct`` is. 2048 scenes of 64 pixels take 10 s on one core.
 
         Args:
-            dataset: of images, training split.
-            samples: their number.
+            dataset: training split.
+            samples: number of samples.
             num_classes: C.
-            reconstruct: images (B, 3, H, W) uint8 to their reconstructions by a tokenizer, uint8 on any device: each
-                class has a distribution of these, too, so that samples are judged by what the tokenizer can show.
+            reconstruct: maps images (B, 3, H, W) uint8 to a tokenizer's reconstructions, uint8 on any device. Each
+                class gets a distribution of these, too, so that the tokenizer's losses don't count against samples.
             progress: called with the number of samples done and ``samples``.
 
         Raises:
-            ValueError: a class has fewer than two regions in these samples; or as :func:`region_statistics`.
+            ValueError: a class has fewer than two regions in these samples; or as
+                :func:`~regvq_fast.scenes.regions.region_statistics`.
         """
         moments: list[_Moments] = []
         generator = torch.Generator().manual_seed(0)
         for first in range(0, samples, _CHUNK):
             batch = read_samples(dataset, range(first, min(first + _CHUNK, samples)))
-            _check(batch["image"], batch["segmentation"], num_classes)
+            check_images(batch["image"], batch["segmentation"], num_classes)
             member = region_members(batch["segmentation"], num_classes)
             versions = list(_versions(batch["image"], generator))
             if reconstruct is not None:
@@ -112,7 +105,7 @@ class RegionClassifier(nn.Module):
             for k, images in enumerate(versions):
                 if k == len(moments):
                     moments.append(_Moments(num_classes))
-                moments[k].add(_statistics(images, member))
+                moments[k].add(member_statistics(images, member))
             if progress is not None:
                 progress(first + len(batch["image"]), samples)
         few = torch.nonzero(moments[0].count < 2)[:, 0].tolist()
@@ -150,10 +143,10 @@ class RegionClassifier(nn.Module):
             maps: (B, H, W) uint8, class ids below ``num_classes``.
 
         Returns:
-            (C, C) int64 on their device; those of several batches add up.
+            (C, C) int64 on the images' device; counts of several batches can be added.
 
         Raises:
-            TypeError, ValueError: as :func:`region_statistics`.
+            TypeError, ValueError: as :func:`~regvq_fast.scenes.regions.region_statistics`.
         """
         counts = torch.zeros(self.num_classes**2, dtype=torch.int64, device=images.device)
         for start in range(0, max(len(images), len(maps)), _CHUNK):
@@ -165,10 +158,10 @@ class RegionClassifier(nn.Module):
         return counts.view(self.num_classes, self.num_classes)
 
     def distances(self, values: Tensor) -> Tensor:
-        """Squared Mahalanobis distances of regions from each distribution, in the values' type: (R, K) -> (R, Q)."""
+        """Return squared Mahalanobis distances (R, Q) of values (R, K) from each distribution, in the values' type."""
         values = (values - self.mean.to(values.dtype)) / self.std.to(values.dtype)
         centers, whitening = self.centers.to(values.dtype), self.whitening.to(values.dtype)
-        # One distribution at a time: all at once would take Q times the memory of the values.
+        # One distribution at a time, to avoid Q times the memory of the values.
         squares = [((values - c) @ w.T).square().sum(1) for c, w in zip(centers, whitening, strict=True)]
         return torch.stack(squares, dim=1)
 
@@ -181,19 +174,19 @@ class _Moments:
         self.total: Tensor | float = 0.0
         self.products: Tensor | float = 0.0
 
-    def add(self, regions: "Regions") -> None:
+    def add(self, regions: Regions) -> None:
         member, values = F.one_hot(regions.labels, len(self.count)).double(), regions.values.double()
         self.count = self.count + member.sum(0)
         self.total = self.total + member.T @ values
         self.products = self.products + torch.einsum("rc,rk,rl->ckl", member, values, values)
 
     def sums(self) -> tuple[Tensor, ...]:
-        """(C,), (C, K), (C, K, K)"""
+        """Return counts (C,), sums (C, K) and sums of products (C, K, K)."""
         return tuple(map(torch.as_tensor, (self.count, self.total, self.products)))
 
 
 def _versions(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield images (B, 3, H, W) uint8 unchanged and with degradations typical of models and files."""
+    """Yield images (B, 3, H, W) uint8 unchanged, and with degradations typical of models and files."""
     pixels = images.float()
     blurred = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
     coarse = F.interpolate(F.avg_pool2d(pixels, 4), size=images.shape[2:], mode="bilinear")
@@ -221,139 +214,8 @@ def region_accuracy(classifier: RegionClassifier, images: Tensor, maps: Tensor) 
         maps: (B, H, W) uint8, class ids.
 
     Raises:
-        TypeError, ValueError: images or maps of another form.
+        TypeError, ValueError: as :func:`~regvq_fast.scenes.regions.region_statistics`.
     """
     confusion = classifier.confusion(images, maps).cpu()
     correct, regions = confusion.diagonal().double(), confusion.sum(1).double()
     return RegionAgreement(float(correct.sum() / regions.sum()), correct / regions, confusion)
-
-
-class Regions(NamedTuple):
-    """The regions of a batch of images, by image and then by class."""
-
-    labels: Tensor
-    """(R,) int64, classes of the map."""
-    values: Tensor
-    """(R, K) float32, statistics."""
-
-
-def region_statistics(images: Tensor, maps: Tensor, num_classes: int) -> Regions:
-    """Describe each region of at least 1/128 of its image by statistics of colour and texture.
-
-    Colours are luminance and two colour differences from it. The statistics of a region are means, standard deviations,
-    correlations and histograms of its pixels; and, at each of three scales, energy, skewness, kurtosis of the residual
-    of a 3 x 3 mean, and size, direction and sparseness of gradients. The outermost pixels of a region, which are mixed
-    with their neighbours, are used only if there are too few others.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        maps: (B, H, W) uint8, class ids below ``num_classes``.
-        num_classes: C.
-
-    Raises:
-        TypeError: not uint8. ValueError: sizes that don't belong together, or a class id of ``num_classes`` or more.
-    """
-    _check(images, maps, num_classes)
-    return _statistics(images, region_members(maps, num_classes))
-
-
-def _check(images: Tensor, maps: Tensor, num_classes: int) -> None:
-    if images.dtype != torch.uint8 or maps.dtype != torch.uint8:
-        raise TypeError(f"images and maps must be uint8, got {images.dtype} and {maps.dtype}")
-    if images.ndim != 4 or images.shape[1] != 3 or maps.shape != (len(images), *images.shape[2:]):
-        raise ValueError(
-            f"images must be (B, 3, H, W) and maps (B, H, W), got {tuple(images.shape)} and {tuple(maps.shape)}"
-        )
-    if maps.numel() and maps.max() >= num_classes:
-        raise ValueError(f"maps hold the class {int(maps.max())}, the classifier knows {num_classes}")
-
-
-def _statistics(images: Tensor, member: "Members") -> Regions:
-    large = member.any.mean(dim=(2, 3)) >= _MIN_FRACTION
-    return Regions(large.nonzero()[:, 1], describe(images, member.sure)[large])
-
-
-class Members(NamedTuple):
-    """Pixels of the region of each class, 0 or 1."""
-
-    any: Tensor
-    """(B, C, H, W) float32, all pixels."""
-    sure: Tensor
-    """(B, C, H, W) float32, without the outermost pixels, unless there are too few others."""
-
-
-def region_members(maps: Tensor, num_classes: int) -> Members:
-    """Return the pixels of each class in maps (B, H, W) uint8."""
-    member = (maps[:, None] == torch.arange(num_classes, device=maps.device).view(-1, 1, 1)).float()
-    ids = maps[:, None].float()
-    inside = member * (F.max_pool2d(ids, 3, stride=1, padding=1) == -F.max_pool2d(-ids, 3, stride=1, padding=1))
-    return Members(member, torch.where(inside.sum(dim=(2, 3), keepdim=True) >= _MIN_INSIDE, inside, member))
-
-
-def describe(images: Tensor, member: Tensor) -> Tensor:
-    """Return the statistics of :func:`region_statistics` for any sets of pixels.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        member: (B, R, H, W) float32, 0..1; or (1, R, H, W), the same sets of pixels in all images.
-
-    Returns:
-        (B, R, K) float32.
-    """
-    red, green, blue = images.float().div(255).unbind(1)
-    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
-    colors = torch.stack([luminance, blue - luminance, red - luminance], dim=1)
-
-    statistics = [_color_statistics(colors, member)]
-    for _ in range(_LEVELS):
-        statistics.append(_texture_statistics(colors, member))
-        colors, member = F.avg_pool2d(colors, 2), F.avg_pool2d(member, 2)
-    return torch.cat(statistics, dim=2)
-
-
-def _mean(values: Tensor, member: Tensor) -> Tensor:
-    """Return means over regions: values (B, K, H, W), pixel weights of each (B or 1, R, H, W) -> (B, R, K)."""
-    weights = member.flatten(2)
-    return weights @ values.flatten(2).transpose(1, 2) / weights.sum(2, keepdim=True).clamp(min=1e-6)
-
-
-def _color_statistics(colors: Tensor, member: Tensor) -> Tensor:
-    first, second = torch.triu_indices(3, 3, device=colors.device)
-    mean = _mean(colors, member)
-    covariance = _mean(colors[:, first] * colors[:, second], member) - mean[..., first] * mean[..., second]
-    variance = covariance[..., first == second].clamp(min=0)
-    std = (variance + _NOISE).sqrt()
-    mixed = first != second
-    correlation = covariance[..., mixed] / (std[..., first[mixed]] * std[..., second[mixed]])
-    histograms = [
-        _histogram(colors[:, :1], 0.0, 1.0, 8),
-        *(_histogram(colors[:, k : k + 1], -0.3, 0.3, 5) for k in (1, 2)),
-    ]
-    frequencies = _mean(torch.cat(histograms, dim=1), member).clamp(min=0).sqrt()
-    return torch.cat([mean, std.log(), correlation, frequencies], dim=2)
-
-
-def _histogram(values: Tensor, low: float, high: float, bins: int) -> Tensor:
-    """Soft histogram, (B, 1, H, W) -> (B, bins, H, W): each pixel counts in the two nearest bins, weighted linearly."""
-    centers = torch.linspace(low, high, bins, device=values.device).view(-1, 1, 1)
-    return (1 - (values - centers).abs() * ((bins - 1) / (high - low))).clamp(min=0)
-
-
-def _texture_statistics(colors: Tensor, member: Tensor) -> Tensor:
-    band = colors - F.avg_pool2d(colors, 3, stride=1, padding=1, count_include_pad=False)
-    detail = band[:, :1]
-    right, down = (colors[:, :1].diff(dim=d, append=colors[:, :1].narrow(d, -1, 1)) for d in (3, 2))
-    parts = [band**2, detail**3, detail**4, right**2, down**2, right * down, right.abs() + down.abs()]
-    mean = _mean(torch.cat(parts, dim=1), member)
-    energy, third, fourth, across, along, mixed, total = mean.split([3, 1, 1, 1, 1, 1, 1], dim=2)
-    variance, gradient = energy[..., :1] + _NOISE, across + along + _NOISE
-    statistics = [
-        (energy + _NOISE).log(),
-        third / variance**1.5,
-        (fourth / variance**2 + 0.1).log(),
-        gradient.log(),
-        (across - along) / gradient,
-        mixed.abs() / gradient,
-        total / gradient.sqrt(),
-    ]
-    return torch.cat(statistics, dim=2)

@@ -15,11 +15,11 @@ from regvq_fast.training.trainer import Trainer
 
 
 def largest_batch(fits: Callable[[int], bool], unit: int = 1) -> int:
-    """Return the largest multiple of ``unit`` that fits, found by doubling, then halving the interval; 0 if none does.
+    """Return the largest multiple of ``unit`` that fits, by doubling and bisection; 0 if none fits.
 
     Args:
         fits: returns whether a batch of this size fits; monotone.
-        unit: what a batch size must be a multiple of.
+        unit: batch sizes are multiples of it.
     """
     good, bad = 0, 1
     while fits(bad * unit):
@@ -31,7 +31,7 @@ def largest_batch(fits: Callable[[int], bool], unit: int = 1) -> int:
 
 
 def runs_in_memory(function: Callable[[], object], device: torch.device) -> bool:
-    """Call ``function``; False where that runs out of memory, which is free again afterwards."""
+    """Call ``function``; return False, with its memory freed, if it runs out of memory."""
     try:
         function()
     except (RuntimeError, MemoryError) as error:
@@ -47,19 +47,19 @@ def runs_in_memory(function: Callable[[], object], device: torch.device) -> bool
 
 
 def find_batch_size(kind: type[Recipe[Config]], config: Config) -> None:
-    """Find and print the largest ``--batch-size`` of one process with which a step of the run fits; writes nothing.
+    """Find and print the largest ``--batch-size`` that fits on one GPU. Writes nothing.
 
-    Steps are taken without compilation, which would need a minute for each size and takes less memory.
+    Steps are not compiled: compilation takes a minute for each size, and compiled steps need less memory.
 
     Raises:
-        ValueError: no limit to find, several processes, or not even the smallest batch fits.
+        ValueError: the device is a CPU, there are several processes, or even the smallest batch does not fit.
     """
     device = choose_device(config.run.device)
     if world_size() > 1:
         raise ValueError("--find-batch-size looks at one GPU: run it without torchrun, then multiply by the processes")
     limit = memory_limit(device)
     if limit is None:
-        raise ValueError("--find-batch-size needs a GPU: a CPU's memory has no such limit")
+        raise ValueError("--find-batch-size needs a GPU: on a CPU the system swaps before an allocation fails")
     console = Console()
     peaks: dict[int, int] = {}
 
@@ -68,7 +68,7 @@ def find_batch_size(kind: type[Recipe[Config]], config: Config) -> None:
             torch.cuda.reset_peak_memory_stats(device)
 
         def take_steps() -> None:
-            # Many steps: whatever joins in the run does so before its last one.
+            # Without --steps, assume enough steps for every network to take part.
             steps = config.optimizer.steps or 10**6
             trainer = Trainer(kind, override(config, batch_size=batch_size, compile=False, steps=steps))
             last_joins = max((first for first in trainer.networks.first_step.values() if first < steps), default=0)

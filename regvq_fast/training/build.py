@@ -35,36 +35,36 @@ def build_reconstruction_loss(
     """Build the losses that need no discriminator.
 
     Args:
-        config: the losses that are asked for.
-        optional: leave out those whose feature network has no weights on this machine.
+        config: the losses to build.
+        optional: leave out losses whose feature network has no weights on this machine.
 
     Returns:
-        The losses, the configuration that they have, and run metadata about the feature networks behind them.
+        The losses, the configuration without those left out, and run metadata of the feature networks.
 
     Raises:
-        NoWeightsError: no weights, and the losses are not optional. Otherwise as :func:`load_vgg_features`.
+        NoWeightsError: there are no weights, and ``optional`` is False. Otherwise as :func:`load_vgg_features`.
     """
-    facts: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     features: nn.Module = nn.Identity()
     perceptual: nn.Module = nn.Identity()
-    shares = config.has_contrastive and not config.has_own_contrastive_net
-    if config.perceptual_weight > 0 or shares:
+    shared = config.has_contrastive and not config.has_own_contrastive_net
+    if config.perceptual_weight > 0 or shared:
         try:
             features = load_vgg_features(config.perceptual_net, config.perceptual_weights)
             perceptual = LPIPS(features)
-            facts["perceptual"] = f"{perceptual.name}, weights: {features.source}"
+            metadata["perceptual"] = f"{perceptual.name}, weights: {features.source}"
         except NoWeightsError as error:
-            terms = "perceptual and contrastive losses" if shares else "perceptual loss"
-            facts["left out"] = _left_out(error, terms, "--perceptual-weights", optional)
-            config = replace(config, perceptual_weight=0.0, contrastive="none" if shares else config.contrastive)
+            terms = "perceptual and contrastive losses" if shared else "perceptual loss"
+            metadata["left out"] = _left_out(error, terms, "--perceptual-weights", optional)
+            config = replace(config, perceptual_weight=0.0, contrastive="none" if shared else config.contrastive)
     contrastive_features = None
     if config.has_own_contrastive_net:
         net: VGGName = "vgg19" if config.contrastive_net == "vgg19" else "vgg16"
         try:
             contrastive_features = load_vgg_features(net, config.contrastive_weights)
-            facts["contrastive"] = f"{contrastive_features.label}, weights: {contrastive_features.source}"
+            metadata["contrastive"] = f"{contrastive_features.label}, weights: {contrastive_features.source}"
         except NoWeightsError as error:
-            facts["left out, too"] = _left_out(error, "contrastive loss", "--contrastive-weights", optional)
+            metadata["left out, too"] = _left_out(error, "contrastive loss", "--contrastive-weights", optional)
             config = replace(config, contrastive="none")
     contrastive = None
     if config.has_contrastive:
@@ -83,15 +83,15 @@ def build_reconstruction_loss(
         perceptual_weight=config.perceptual_weight,
         contrastive_weight=config.contrastive_weight,
     )
-    return loss, config, facts
+    return loss, config, metadata
 
 
 def _left_out(error: NoWeightsError, terms: str, flag: str, optional: bool) -> str:
-    """Report that the terms are left out, or raise where they must not be."""
+    """Return a report that the terms are left out; raise NoWeightsError if they are not optional."""
     if not optional:
         raise NoWeightsError(
             f"this preset trains with {terms}, but there are {error}: give a file with {flag}, or leave them out with "
             "--perceptual-weight 0 --contrastive none"
         )
-    what = str(error).partition(" (")[0]  # without the reason: one line
+    what = str(error).partition(" (")[0]  # one line: without the reason
     return f'{terms}: {what} here; {flag} takes a file, or "random"'

@@ -1,14 +1,14 @@
-"""Checkpoints of a run: written whole or not at all, checked when they are read, the newest and the best kept.
+"""Checkpoints of a run: written atomically, verified when read; the newest and the best are kept.
 
     runs/NAME/checkpoints/step-0000400/
         config.json         the run's configuration and the model's architecture
-        model.safetensors   the weights that are judged: the averaged ones where there are any
-        training.pt         all else that the next step depends on; tensors and plain values, read with weights_only
-        shard-0-of-2.safetensors    of a sharded run, one for each rank: its rows of the tensors of training.pt
+        model.safetensors   the weights to evaluate: averaged ones if there are any
+        training.pt         everything else the next step depends on: tensors and plain values, read with weights_only
+        shard-0-of-2.safetensors    in a sharded run, one for each rank: its rows of the tensors in training.pt
         manifest.json       size and SHA-256 of each file
-    runs/NAME/checkpoints/best.json     which of them evaluated best
+    runs/NAME/checkpoints/best.json     the checkpoint with the best evaluation
 
-`VQGAN.from_pretrained` takes such a folder without the rest of this module.
+`VQGAN.from_pretrained` reads such a folder without this module.
 """
 
 import dataclasses
@@ -49,17 +49,17 @@ from regvq_fast.training.sharding import joined, split
 
 TRAINING, BEST = "training.pt", "best.json"
 
-# Fields that a resumed run may change: none of them changes a training step, but for steps and epochs where a schedule
-# depends on them, of which Checkpoint.check tells; what files hold is compared by itself (Networks.identity) ...
+# Fields that a resumed run may change, since they don't change a training step. Two exceptions are checked elsewhere:
+# steps and epochs with a schedule (Checkpoint.check), and the contents of files (Networks.identity).
 _FREE = (
     "out resume device compile workers data cache tokenizer val_images perceptual_weights contrastive_weights steps "
     "epochs log log_every image_every eval_every checkpoint_every keep_checkpoints max_skipped collapse_threshold "
     "activation_checkpointing deterministic trace_steps find_batch_size shard"
 ).split()
-# ... but these, which help against numbers that are not finite, or against too little memory: the run says so.
+# Fields that it may change with a warning: remedies for non-finite values and for too little memory.
 _REMEDIES = ("amp", "lr", "disc_lr", "clip_grad", "accumulate")
 
-# What decides on the best checkpoint: the first of these that an evaluation has.
+# The best checkpoint is chosen by the first of these metrics that an evaluation has.
 _LOWER_IS_BETTER = {"perceptual": True, "psnr": False, "loss": True}
 
 
@@ -70,25 +70,25 @@ class Checkpoint:
     step: int
     """Steps done."""
     folder: Path | None = None
-    """The checkpoint; None where there is none yet, and the run starts from its beginning."""
+    """The checkpoint; None if there is none yet, and the run starts from its beginning."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
     """Length of the run in steps; None if unknown."""
     notes: list[str] = field(default_factory=list)
-    """Warnings: checkpoints that were skipped, settings and data that changed."""
+    """Warnings: skipped checkpoints, changed settings, changed data."""
 
     def check(self, identity: Mapping[str, str], fingerprint: str, steps: int, scheduled: Collection[str] = ()) -> None:
-        """Compare with the run that continues what its configuration does not record.
+        """Compare with the run that continues, in what the configuration does not record.
 
         Args:
             identity: of the run, see `Networks.identity`.
-            fingerprint: of its first training samples; another one is a note.
-            steps: after which it ends.
-            scheduled: quantities with a schedule over all ``steps``; another number is a note then.
+            fingerprint: of the first training samples; a different one adds a note.
+            steps: of the whole run.
+            scheduled: quantities with a schedule over all ``steps``; a different length then adds a note.
 
         Raises:
-            ValueError: the checkpoint is of other data or of other losses, or of a later step than the last one.
+            ValueError: other data, other losses, or more steps done than the run has.
         """
         if self.step > steps:
             raise ValueError(
@@ -108,24 +108,22 @@ class Checkpoint:
             )
         if fingerprint != self.state["fingerprint"]:
             self.notes.append(
-                "the first training images differ from those of the checkpoint, of which there are as many: another "
-                "folder, or another version of Pillow?"
+                "the first training images differ from those of the checkpoint, though their number is the same: "
+                "another folder, or another version of Pillow?"
             )
 
     def release(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         self.weights.clear()
         for name in ("model", "others", "optimizers"):
             del self.state[name]
 
 
 def find_checkpoint(config: TrainConfig) -> Checkpoint:
-    """Return the newest complete checkpoint of the run that ``--out`` and ``--resume`` name. Writes nothing.
-
-    Each rank reads it for itself.
+    """Return the newest complete checkpoint of the run in ``--out``. Each rank reads it; nothing is written.
 
     Raises:
-        ValueError: there is no run, none of its checkpoints can be read, or the configuration is that of another run.
+        ValueError: there is no run, none of its checkpoints can be read, or the configuration is of another run.
     """
     run = config.run.out
     if run is None:
@@ -136,7 +134,7 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint:
         try:
             checkpoint, started_with = _read(step, folder, type(config))
         except (ValueError, OSError) as error:
-            notes.append(f"{error}; {folder.name} is passed over")
+            notes.append(f"{error}; {folder.name} is skipped")
             continue
         checkpoint.notes = notes + _compare(config, started_with, folder)
         return checkpoint
@@ -155,7 +153,7 @@ def _read(step: int, folder: Path, kind: type[Config]) -> tuple[Checkpoint, Conf
     state = training_state(contents[TRAINING], folder / TRAINING)
     if state.get("step") != step:
         raise ValueError(f"{folder / TRAINING} is not the state of training after step {step}")
-    # What may be too much for every rank to have at once stays on the disk until it is used.
+    # Only checked here, and memory-mapped below: every rank reads them, and memory may not hold several copies.
     large = [WEIGHTS, *sorted((name for name in read_manifest(folder) if name.startswith("shard-")), key=_shard_rank)]
     check_files(folder, large)
     weights, *shards = (weights_from_file(folder / name) for name in large)
@@ -171,7 +169,7 @@ def _shard_rank(name: str) -> int:
 
 
 def training_state(content: bytes, path: Path) -> dict[str, Any]:
-    """Return the state of training in a checkpoint's file; ``path`` is named where that is not one (ValueError)."""
+    """Return the training state in the contents of ``path``; ValueError if they are something else, or damaged."""
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise anything, in many lines
@@ -183,7 +181,7 @@ def training_state(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]:
-    """Return notes on settings that may differ; ValueError names the first one that may not."""
+    """Return notes on changed settings; ValueError for the first one that must not change."""
     notes = []
     for section in dataclasses.fields(config):
         now, then = getattr(config, section.name), getattr(saved, section.name)
@@ -202,21 +200,21 @@ def _compare(config: TrainConfig, saved: TrainConfig, source: Path) -> list[str]
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, keeping the ``keep`` newest and the best one.
+    """Writes a run's checkpoints, and keeps the ``keep`` newest and the best.
+
+    Rank 0 writes; the others keep track, and write their shards.
 
     Args:
         run: the run's folder.
-        keep: see above; at least 1.
-        start: where the run begins. Checkpoints of later steps, which could not be read, are set aside under another
-            name, and what a kill left of one is removed.
-
-    Rank 0 writes; the others keep track, and write their shards.
+        keep: at least 1.
+        start: where the run begins. Checkpoints of later steps, which could not be read, are renamed; what a kill left
+            of a checkpoint is removed.
     """
 
     def __init__(self, run: Path, keep: int, start: Checkpoint | None = None) -> None:
         self.run, self.keep, self.writes = run, keep, rank() == 0
         self.newest = start.folder if start else None
-        """The newest whole checkpoint, None where there is none yet."""
+        """The newest complete checkpoint; None if there is none yet."""
         begin = start.step if start else 0
         self._best = self._read_best(begin)
         if self.writes:
@@ -238,20 +236,20 @@ class Checkpoints:
         return self.newest == self._path(step)
 
     def save(self, step: int, config: Mapping[str, Any], weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Write the checkpoint of a step, then remove those that are not to be kept.
+        """Write the checkpoint of a step, then remove old ones.
 
         Args:
             step: steps done.
             config: the run's configuration, and the model's "architecture".
-            weights: those that are judged.
-            state: all else; tensors, which may be sharded, and plain values, in dicts, lists and tuples.
+            weights: the ones to evaluate.
+            state: everything else: tensors, which may be sharded, and plain values, in dicts, lists and tuples.
 
         Raises:
-            OSError: it could not be written; nothing is left of it, and all others are still there. On every rank.
+            OSError: it could not be written. Nothing is left of it, and the others are untouched. On every rank.
         """
         path = self._path(step)
         state, rows = split(state)
-        shards = path.with_name(f".{path.name}.shards")  # where they wait for the rest
+        shards = path.with_name(f".{path.name}.shards")  # until rank 0 moves them into the checkpoint
         try:
             written = self._write_shard(shards, rows) if rows else {}
             with raise_on_all_ranks():
@@ -279,8 +277,7 @@ class Checkpoints:
         }
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Return whether an evaluation is better than any before, by the first number that it has of perceptual
-        distance, PSNR and (of a prior) loss."""
+        """Return whether an evaluation is the best so far: by perceptual distance, else PSNR, else loss."""
         name = next(name for name in _LOWER_IS_BETTER if name in metrics)
         if not math.isfinite(metrics[name]):
             return False
@@ -309,7 +306,7 @@ class Checkpoints:
             best = parse_json((self.run / CHECKPOINTS / BEST).read_bytes())
             known = {path.name for step, path in step_folders(self.run).items() if step <= begin}
             return {**best, "value": float(best["value"])} if best["checkpoint"] in known else {}
-        except (OSError, ValueError, KeyError, TypeError):  # it only spares the best checkpoint from removal
+        except (OSError, ValueError, KeyError, TypeError):  # harmless: it only keeps the best from being removed
             return {}
 
     def _remove_old(self) -> None:
@@ -318,7 +315,7 @@ class Checkpoints:
         folders = list(step_folders(self.run).values())
         for path in folders[: -self.keep]:
             if path.name != self._best.get("checkpoint"):
-                hidden = path.with_name(f".{path.name}")  # a kill while it is removed leaves no half of it by its name
+                hidden = path.with_name(f".{path.name}")  # so that a kill leaves no half-removed checkpoint
                 with suppress(OSError):
                     path.rename(hidden)
                 shutil.rmtree(hidden, ignore_errors=True)

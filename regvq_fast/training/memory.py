@@ -1,4 +1,4 @@
-"""Memory of a run: its peak, and advice when it was not enough."""
+"""Memory of a run: its peak, and advice after an out-of-memory error."""
 
 from pathlib import Path
 
@@ -8,30 +8,30 @@ from regvq_fast.config import TrainConfig
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak in bytes of what was allocated on the GPU, or of this process's memory."""
+    """Return the peak of the memory allocated on a GPU, or on a CPU of this process, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage's ru_maxrss: it begins with that of the process which started this one.
+    # Not getrusage's ru_maxrss: it starts from the parent process's value.
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def memory_limit(device: torch.device) -> int | None:
-    """Return the bytes of the GPU; None on a CPU, whose system swaps and kills before an allocation fails."""
+    """Return the GPU's memory in bytes; None on a CPU, where the system swaps or kills before an allocation fails."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory could not be allocated, on a GPU or on the host."""
+    """Return whether an error is a failed allocation, on a GPU or on the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def out_of_memory_advice(config: TrainConfig, device: torch.device, rank_batch: int, *, training: bool = True) -> str:
-    """Return a message with the peak and the two flags that help most and are not used yet.
+    """Return a message with the peak and up to two flags that would help.
 
-    An evaluation (``training`` False) keeps no activations for a backward pass: to checkpoint them doesn't help there.
+    Activation checkpointing is not among them for an evaluation (``training`` False), which has no backward pass.
     """
     limit = memory_limit(device)
     peak = f"{peak_memory(device) / 2**30:.1f} GiB" + (f" of {limit / 2**30:.1f} GiB" if limit else "")

@@ -1,7 +1,7 @@
-"""The update of a step: AdamW takes the gradients if all losses and gradients are finite; averaged weights follow.
+"""The update of a step: AdamW, skipped if a loss or gradient is non-finite, and averaged weights.
 
-Whether they are finite is decided, and acted on, without waiting for the device: a step that must be skipped runs
-through the same code and leaves everything as it was. Only `Watch.read`, called once a record, waits.
+The decision to skip stays on the device, without synchronization: a skipped step runs the same code and changes
+nothing. Only `Watch.read`, called once per record, waits for the device.
 """
 
 import math
@@ -18,20 +18,20 @@ from regvq_fast.training.recipe import Networks
 from regvq_fast.training.sharding import copied, full, load, local, placed
 
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Non-finite because another term is, or because scaled gradients overflowed: named only if no loss itself is.
+# These become non-finite as a consequence of another term, or because scaled gradients overflow: named as a cause only
+# if nothing else is non-finite.
 _DERIVED = ("quantizer", "loss", "lambda")
-# Arguments of the ops by what they are in training.
+# Arguments of the ops -> their names in training.
 _INPUTS = {"x": "latents", "query": "contrastive", "key": "contrastive"}
 OVERFLOWING = frozenset({"lambda", "grad_norm", "grad_norm_discriminator"})
-"""Numbers that fp16 loss scaling makes overflow, as part of its search for a scale."""
+"""Numbers that overflow while fp16 loss scaling searches for a scale."""
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on the weights of linear layers and convolutions, and on nothing else.
+    """Return AdamW with weight decay on the weights of linear layers and convolutions only.
 
-    Decayed codes, and embeddings of any kind, would all drift to the origin, against the losses that place them; so
-    would positions and null conditions, which are embeddings, too, though of no module of their own. (minGPT, and with
-    it taming-transformers, decays as this does.)
+    Decay would pull codes, embeddings, positions and null conditions to the origin. minGPT and taming-transformers
+    select the decayed parameters in the same way.
     """
     weights = {id(m.weight) for m in module.modules() if isinstance(m, _DECAYED)}
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -42,10 +42,10 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
 
 
 def micro_batch_size(config: OptimizerConfig) -> int:
-    """Return the images of a micro-batch on each rank.
+    """Return the number of images of a micro-batch on each rank.
 
     Raises:
-        ValueError: ranks and micro-batches don't divide the batch.
+        ValueError: the batch size is not a multiple of ranks times micro-batches.
     """
     size, rest = divmod(config.batch_size, world_size() * config.accumulate)
     if rest:
@@ -58,10 +58,10 @@ def micro_batch_size(config: OptimizerConfig) -> int:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the learning rate at a step of a run: linear warm-up, then the schedule down to ``final_lr_fraction``.
+    """Return the learning rate at a step of a run: linear warm-up, then a schedule down to ``final_lr_fraction``.
 
-    "cosine" and "linear" decay from the end of the warm-up on, "wsd" (warm-up, stable, decay: Hu et al., MiniCPM, 2024)
-    linearly in the last ``decay_fraction`` of all steps, "constant" not at all.
+    "cosine" and "linear" decay after the warm-up. "wsd" (warm-up, stable, decay: Hu et al., MiniCPM, 2024) decays
+    linearly in the last ``decay_fraction`` of all steps. "constant" does not decay.
     """
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     done = min(1.0, max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps))
@@ -77,14 +77,14 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 class Optimization:
     """Optimizers, loss scaling, skipping of non-finite steps and averaged weights.
 
-    A step calls :meth:`begin`, multiplies the gradients of its losses by :meth:`loss_scale`, adds their values to
-    `watch`, and calls :meth:`step`.
+    A step calls :meth:`begin`, scales the gradients of its losses by :meth:`loss_scale`, adds their values to `watch`,
+    and calls :meth:`step`.
 
     Args:
-        networks: those in training.
+        networks: to train.
         config: settings.
         precision: decides whether losses are scaled.
-        device: where the networks are.
+        device: of the networks.
     """
 
     def __init__(self, networks: Networks, config: OptimizerConfig, precision: Precision, device: torch.device) -> None:
@@ -98,24 +98,24 @@ class Optimization:
         skip, skeleton = self.watch.skip, networks.skeleton
         self.average = AveragedWeights(self.model, config.ema, skip, skeleton) if config.ema else None
         self.judged: Any = self.model if self.average is None else self.average.module
-        """The module with the weights that are evaluated and saved; sharded if the model is."""
+        """The module with the weights to evaluate and save; sharded if the model is."""
         for adamw in self.optimizers.values():
-            adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # its fused kernel does nothing where it is 1
+            adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # where it is 1, the fused kernel does nothing
         self._rollback = Rollback(*networks.trained.values(), *networks.auxiliary.values())
         self._reading = Reading({}, 0, [], 0)
 
     def begin(self) -> None:
-        """Remember what forward passes change in place, for :meth:`step` and :meth:`undo`."""
+        """Save what forward passes change in place, for :meth:`step` and :meth:`undo`."""
         self._rollback.save()
 
     def loss_scale(self, micro_batches: int) -> Tensor:
-        """Return the factor (0-dim) of the gradients of each of so many micro-batches."""
+        """Return the factor (0-dim) of the gradients of each micro-batch."""
         return self.scaler.scale(torch.ones((), device=self.device)) / micro_batches
 
     def step(self, rates: Mapping[str, float]) -> None:
-        """Update the networks of these names, with these learning rates, if all numbers of the step are finite.
+        """Update networks with learning rates by name, if all numbers of the step are finite.
 
-        Waits for the ranks, which all decide the same, but not for the device.
+        All ranks take the same decision. The host does not wait for the device.
         """
         norms = {}
         for name in rates:
@@ -136,13 +136,13 @@ class Optimization:
             self.average.update(self.model)
 
     def undo(self) -> None:
-        """Undo what passes since :meth:`begin` changed: buffers are restored and all gradients dropped."""
+        """Undo the passes since :meth:`begin`: restore buffers and drop all gradients."""
         self._rollback.restore(torch.ones((), device=self.device))
         for module in self.trained.values():
             module.zero_grad(set_to_none=True)
 
     def read(self) -> dict[str, float | str]:
-        """Return means of the numbers of training since the last call, and the skipped steps; waits for the device."""
+        """Return means of the training numbers since the last call, and skipped steps; waits for the device."""
         self._reading = reading = self.watch.read()
         values: dict[str, float | str] = {**reading.means, "skipped": reading.skipped}
         if reading.causes:
@@ -162,16 +162,16 @@ class Optimization:
             raise FloatingPointError(
                 f"{longest} steps in a row were skipped (--max-skipped {max_skipped}), not finite: {', '.join(causes)}"
             )
-        # Loss scaling skips steps whose scaled gradients overflow, as part of its search for a scale.
+        # Loss scaling skips overflowing steps while it searches for a scale: no warning.
         if not skipped or (self.scaler.is_enabled() and OVERFLOWING.issuperset(causes)):
             return []
         steps = "a step was" if skipped == 1 else f"{skipped} steps were"
         return [f"{steps} skipped since the last record, not finite: {', '.join(causes)}"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next update depends on, beside the weights that are evaluated: tensors and plain values.
+        """Return everything the next update depends on, except the evaluated weights: tensors and plain values.
 
-        All ranks must call it; they get the same, but for the rows of sharded tensors.
+        All ranks must call it. The result differs between them only in the rows of sharded tensors.
         """
         return {
             "model": None if self.average is None else self.model.state_dict(),
@@ -181,7 +181,7 @@ class Optimization:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict` and the weights that were evaluated: averaged ones if there are any."""
+        """Continue from :meth:`state_dict` and the evaluated weights: averaged ones if there are any."""
         load(self.judged, weights)
         if self.average is not None:
             load(self.model, state["model"])
@@ -192,21 +192,21 @@ class Optimization:
                 for k, of_one in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": moments})
-        if self.scaler.is_enabled() and state["scaler"]:  # empty where it was not enabled: it starts afresh then
+        if self.scaler.is_enabled() and state["scaler"]:  # empty if it was not enabled
             self.scaler.load_state_dict(state["scaler"])
         self.watch.load_state_dict(state["watch"])
 
 
 class AveragedWeights:
-    """Exponential moving average of a module's parameters and buffers, starting from their present values.
+    """Exponential moving average of a module's parameters and buffers, starting from their current values.
 
-    (PyTorch's AveragedModel counts its updates in a tensor, for which the host waits at each of them.)
+    PyTorch's AveragedModel counts updates in a tensor, which makes the host wait for the device at each of them.
 
     Args:
-        module: copied as `module`, the one with the averages.
+        module: copied as `self.module`, which holds the averages.
         decay: fraction of the averages that an update keeps, 0..1.
-        skip: 0-dim on the module's device, read at each update: where it is 1 the averages stay as they are.
-        skeleton: of the module, if it is sharded; the averages are then, too.
+        skip: 0-dim on the module's device; an update while it is 1 changes nothing.
+        skeleton: of the module, if it is sharded; the averages are sharded alike.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take in the present values of the module that was copied. Doesn't wait for the device."""
+        """Update the averages with the current values of ``module``, without waiting for the device."""
         averages, values = _values(self.module), _values(module)
         change = torch._foreach_sub(values, averages)
         torch._foreach_mul_(change, (1 - self.decay) * (1 if self.skip is None else 1 - self.skip))
@@ -225,16 +225,16 @@ class AveragedWeights:
 
 
 def _values(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers that are floating-point numbers."""
+    """Return the floating-point parameters and buffers."""
     values = (local(value) for value in (*module.parameters(), *module.buffers()))
     return [value for value in values if value.is_floating_point()]
 
 
 class Rollback:
-    """State that a forward pass changes in place, so that it can be undone: EMA codebooks, running statistics.
+    """Copy of what forward passes change in place: EMA codebooks, running statistics.
 
     Args:
-        modules: those that train. Covered are their buffers, and the parameters that have no gradient.
+        modules: their buffers and their parameters without a gradient are saved and restored.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -244,7 +244,7 @@ class Rollback:
 
     @torch.no_grad()
     def save(self) -> None:
-        """Remember the values; called before the forward passes of a step."""
+        """Save the values; called before the forward passes of a step."""
         for saved, live in zip(self._saved, self._live, strict=True):
             saved.copy_(live)
 
@@ -258,43 +258,43 @@ class Rollback:
 class Reading(NamedTuple):
     """Summary of a window of steps."""
 
-    means: dict[str, float]  # by name, over the finite values; no entry where there is none
-    skipped: int  # steps of the window that were skipped
+    means: dict[str, float]  # by name, over the finite values; names without any are left out
+    skipped: int  # skipped steps in the window
     causes: list[str]  # the first non-finite number of each skipped step
-    longest: int  # most steps in a row that were skipped, which may have begun before the window
+    longest: int  # longest run of skipped steps, which may have begun before the window
 
 
 class Watch:
     """Means of the numbers of training, and the decision whether to skip a step.
 
-    A step adds its numbers by :meth:`add`, once for each micro-batch, and its gradient norms by :meth:`judge`. Then
-    `skip` is set, on all ranks alike.
+    A step calls :meth:`add` for each micro-batch, then :meth:`judge` with its gradient norms, which sets `skip` to the
+    same value on all ranks.
 
     Args:
-        device: where the numbers are.
+        device: of the numbers.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.skip = torch.zeros((), device=device)
-        """0-dim float32: 1 if the judged step must be skipped, else 0. Always the same tensor."""
+        """0-dim float32: 1 if the last judged step must be skipped, else 0. Always the same tensor."""
         self._counters = torch.zeros(3, dtype=torch.int64, device=device)  # skipped, in a row, longest row
         self._windows: dict[tuple[str, ...], Tensor] = {}  # names (K) -> (3, K) sums, finite values, first causes
         self._names: tuple[str, ...] = ()
         self._micro_batches: list[Tensor] = []
 
     def add(self, numbers: Mapping[str, Tensor]) -> None:
-        """Add the numbers (0-dim) of a micro-batch; each of a step has the same names."""
+        """Add the numbers (0-dim) of a micro-batch; all micro-batches of a step have the same names."""
         self._names = tuple(sorted(numbers, key=lambda name: name in _DERIVED))
         self._micro_batches.append(torch.stack([numbers[name].detach().float() for name in self._names]))
 
     def abort(self, error: FloatingPointError) -> None:
-        """Handle a step aborted by an op, which on a CPU checks its arguments."""
+        """Handle a step aborted by an op, which on a CPU checks that its arguments are finite."""
         argument = str(error).split(" ", 1)[0]
         self._names = (_INPUTS.get(argument, argument),)
         self._micro_batches = [torch.full((1,), torch.nan, device=self.skip.device)]
 
     def judge(self, norms: Mapping[str, Tensor]) -> None:
-        """Decide whether to skip the step whose numbers were added, given its gradient norms (0-dim)."""
+        """Decide whether to skip the step, from the numbers added and its gradient norms (0-dim)."""
         gradients = torch.stack([norm.detach().float() for norm in norms.values()])
         values = torch.stack([torch.cat([numbers, gradients]) for numbers in self._micro_batches])  # (micro-batches, K)
         finite = values.isfinite()
@@ -343,5 +343,5 @@ class Watch:
         """Continue from :meth:`state_dict`."""
         self._counters.copy_(state["counters"])
         windows = {tuple(names): window.to(self.skip.device) for names, window in state["windows"]}
-        # They are sums over the ranks, and will be added up again.
+        # Sums over the ranks, which `read` adds up again.
         self._windows = {names: window * (rank() == 0) for names, window in windows.items()}

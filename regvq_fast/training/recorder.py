@@ -18,10 +18,11 @@ from rich.text import Text
 
 from regvq_fast.config import TrainConfig
 from regvq_fast.console import Items, progress_bar, say, stage
-from regvq_fast.files import LineFile, atomic_path, check_new_folder
+from regvq_fast.files import LineFile, atomic_path
+from regvq_fast.models.hub import PICTURES
 from regvq_fast.models.pretrained import WEIGHTS
 from regvq_fast.number_formats import evaluation_items, progress_items, result
-from regvq_fast.ownership import FolderLock, check_free
+from regvq_fast.ownership import FolderLock
 from regvq_fast.ranks import rank
 from regvq_fast.training.checkpoint import Checkpoint
 from regvq_fast.training.trackers import Trackers
@@ -30,58 +31,28 @@ from regvq_fast.version import __version__
 _SUMMARY = "summary.json"
 
 
-def new_run_folder(config: TrainConfig) -> Path:
-    """Return the folder of a new run; nothing is created yet.
-
-    Raises:
-        FileExistsError: the folder named by ``--out`` is not empty, or another process's: runs don't mix.
-    """
-    out = config.run.out
-    if out is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{config.label}-{stamp}"
-        candidates = (Path("runs") / (name + suffix) for suffix in ("", *(f"-{k}" for k in range(2, 1000))))
-        return next(path for path in candidates if not path.exists())
-    check_free(out, "run")
-    check_new_folder(out, "name a new one, or continue its run with --resume")
-    return out
-
-
-def own_new_folder(out: Path) -> FolderLock:
-    """Take the folder of a new run; FileExistsError if another process was faster."""
-    lock = FolderLock(out, "run")
-    try:
-        check_new_folder(out, "another run began there just now: name a new one")
-    except OSError:
-        lock.release()
-        raise
-    for leftover in out.glob(".config.*.json"):  # of a process that was killed
-        leftover.unlink()
-    return lock
-
-
 def _finite(values: Mapping[str, object]) -> dict[str, object]:
-    """nan and infinities as None: JSON has none."""
+    """Return the values with NaN and infinities, which JSON lacks, as None."""
     return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
 
 
 def reason(error: OSError) -> str:
-    """Return the reason of a file error without its number and a temporary name."""
+    """Return the reason of a file error, without its number and file name."""
     return error.strerror or str(error)
 
 
 class Recorder:
-    """Writes a run's numbers to ``folder``; a context manager. On ranks other than 0 it does nothing.
+    """Writes a run's numbers to its folder; a context manager. On ranks other than 0 it does nothing.
 
-    A disk that is full doesn't end a run: numbers wait in memory until there is room, trackers' are lost. Nor does
-    a run folder that is removed: it is made anew with the records, and `removed` is set.
+    The run goes on if the disk is full: records wait in memory until there is room, and trackers lose theirs. It also
+    goes on if its folder is removed: the folder is made anew with the records, and `removed` is set.
 
     Args:
-        config: saved as config.json with ``metadata``, ``architecture`` and versions; its ``out``, the run folder, is
+        config: saved as config.json with ``metadata``, ``architecture`` and versions. Its ``out``, the run folder, is
             created here.
         metadata: of the run: device, precision, weights of the feature network ...
-        architecture: what the model is built with; see ``Model.architecture``.
-        start: where a resumed run continues: records that were made after it are removed.
+        architecture: see ``Model.architecture``.
+        start: where a resumed run continues; later records are removed.
         lock: of the folder, released at the end.
     """
 
@@ -96,11 +67,11 @@ class Recorder:
         if config.run.out is None or config.optimizer.steps is None:
             raise ValueError("the recorder takes a resolved configuration: run.out and optimizer.steps are needed")
         self.begun = time.monotonic()
-        """Start of this process's part of the run, on the monotonic clock."""
+        """Time on the monotonic clock at which this process began."""
         self.folder = folder = config.run.out
         self._lock = lock
         self.removed: int | None = None
-        """Step at which the folder was last found to be removed."""
+        """Step at which the folder was last found removed; None: never."""
         self.steps = steps = config.optimizer.steps
         self._writes = rank() == 0
         self.console = Console(quiet=not self._writes)
@@ -159,7 +130,7 @@ class Recorder:
             self._lock.release()
 
     def check_folder(self, step: int) -> None:
-        """Make the run folder anew if it was removed; OSError if it is another process's by now."""
+        """Make the run folder anew if it was removed; OSError if another process owns it by now."""
         if self._lock is not None:
             self._lock.check()
         if self._lines is None or (self.folder / "config.json").exists():
@@ -172,11 +143,11 @@ class Recorder:
             )
 
     def advance(self, step: int) -> None:
-        """Move the bar to the number of steps done."""
+        """Set the progress bar to the number of steps done."""
         self._progress.update(self._task, completed=step)
 
     def status(self, text: str) -> None:
-        """Show what the run is doing below the bar; without a terminal on a line of its own."""
+        """Show what the run is doing: below the bar, or without a terminal on its own line."""
         self._show([text])
         if not self.console.is_terminal:
             self._print(text)
@@ -186,20 +157,20 @@ class Recorder:
         self._progress.refresh()
 
     def _print(self, text: str) -> None:
-        """Print a line that stays; a file gets it unbroken, a terminal wraps it between words."""
+        """Print a permanent line, wrapped between words on a terminal and unwrapped in a file."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
     def stage(self, name: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Show progress of an evaluation below that of the steps: `regvq_fast.console.stage`."""
+        """Show the progress of an evaluation below that of the steps: see `regvq_fast.console.stage`."""
         return stage(self._progress, name)
 
     def warn(self, text: str) -> None:
-        """Print a warning on a line that stays."""
+        """Print a warning on a permanent line."""
         self.console.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
 
     @contextmanager
     def surviving_a_full_disk(self, what: str) -> Iterator[None]:
-        """Turn an OSError of the block, which writes ``what``, into a warning: one until it succeeds again."""
+        """Turn an OSError in the block, which writes ``what``, into a warning; repeat it only after a success."""
         try:
             yield
         except OSError as error:
@@ -211,17 +182,17 @@ class Recorder:
 
     @property
     def metrics_bytes(self) -> int:
-        """Size of metrics.jsonl with all records so far."""
+        """Size of metrics.jsonl in bytes with all records so far."""
         return self._lines.size if self._lines else 0
 
     def sync(self) -> None:
-        """Wait until the disk has all records so far; OSError where it can't."""
+        """Flush all records to the disk; OSError if that fails."""
         if self._lines:
             self._lines.restore()
             self._lines.sync()
 
     def record(self, step: int, values: Mapping[str, float | str], prefix: str = "train") -> None:
-        """Write numbers of a step to metrics.jsonl and the trackers, and the main ones of training below the bar."""
+        """Write numbers of a step to metrics.jsonl and the trackers; show the main ones of training below the bar."""
         if self._lines is None:
             return
         self.check_folder(step)
@@ -237,7 +208,7 @@ class Recorder:
                 self._print(f"step {step}/{self.steps}  {' · '.join(self._trained)}")
 
     def record_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the numbers of an evaluation as :meth:`record` does, and print the main ones on a line that stays."""
+        """Write the numbers of an evaluation as :meth:`record` does; print the main ones on a permanent line."""
         self.record(step, values, prefix="val")
         items = evaluation_items(values, self._num_codes)
         self._print(f"step {step}/{self.steps}  evaluation: {' · '.join(items)}")
@@ -245,14 +216,14 @@ class Recorder:
 
     def image_path(self, name: str, step: int | None = None) -> Path:
         """Return the path of an image in the run folder."""
-        return self.folder / "pictures" / (f"{name}.png" if step is None else f"{name}-{step:07d}.png")
+        return self.folder / PICTURES / (f"{name}.png" if step is None else f"{name}-{step:07d}.png")
 
     def show_image(self, path: Path, step: int) -> None:
         """Show a saved image in the trackers."""
         self._trackers.image(step, path.stem.split("-")[0], path)
 
     def save_json(self, name: str, value: Mapping[str, object]) -> None:
-        """Write a JSON file into the run folder, whole or not at all."""
+        """Write a JSON file into the run folder atomically."""
         if not self._writes:
             return
         with atomic_path(self.folder / name) as temporary:
@@ -261,13 +232,13 @@ class Recorder:
             )
 
     def remove_results(self) -> None:
-        """Remove what only a run at its end has: its model and its summary."""
+        """Remove the files of a finished run: its model and its summary."""
         if self._writes:
             for name in (WEIGHTS, _SUMMARY):
                 (self.folder / name).unlink(missing_ok=True)
 
     def summarize(self, title: str, rows: Mapping[str, object]) -> None:
-        """Save summary.json and print it: numbers with their units as a table, below it whole paths, to be copied."""
+        """Save summary.json and print it: a table of numbers with units, and below it the paths of files."""
         self.save_json(_SUMMARY, rows)
         table = Table(title=Text(title), show_header=False, title_justify="left", min_width=len(title))
         table.add_column(style="bold", no_wrap=True)

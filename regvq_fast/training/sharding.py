@@ -1,7 +1,7 @@
-"""Sharded training: each rank has some rows of every weight, gradient and optimizer state (PyTorch's FSDP2).
+"""Sharded training: each rank holds some rows of every weight, gradient and optimizer state (PyTorch's FSDP2).
 
-A sharded tensor is a `DTensor`; consecutive rows are on consecutive ranks. Functions return what is not sharded as it
-is, so that callers need not ask. Those that gather must be called by all ranks.
+A sharded tensor is a `DTensor`; consecutive rows are on consecutive ranks. The functions return unsharded tensors
+unchanged. All ranks must call those that gather.
 """
 
 import copy
@@ -22,35 +22,35 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def shard(module: nn.Module, device: torch.device, *, compile: bool = False) -> None:
-    """Shard the parameters of a module in place, those of each `Checkpointed` part together, then the rest.
+    """Shard the parameters of a module in place: each `Checkpointed` block by itself, then the rest.
 
-    A part's weights are gathered for its forward and again for its backward pass; the rest stays gathered in between.
-    Frozen parameters stay whole on every rank.
+    A block's weights are gathered for its forward pass and again for its backward pass; the rest stays gathered in
+    between. Frozen parameters stay whole on every rank.
 
     Args:
         module: called as a whole in training; equal on all ranks.
-        device: where it is.
-        compile: compile each part. The gathering between the parts can't be in a graph, so the rest is not compiled.
+        device: of the module.
+        compile: compile each block. Gathering can't be part of a graph, so the rest is not compiled.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
-    for part in [part for part in module.modules() if isinstance(part, Checkpointed)]:
-        part.layers = maybe_compile(part.layers, compile)
-        fully_shard(part, mesh=mesh, ignored_params=frozen)
+    for block in [block for block in module.modules() if isinstance(block, Checkpointed)]:
+        block.layers = maybe_compile(block.layers, compile)
+        fully_shard(block, mesh=mesh, ignored_params=frozen)
     fully_shard(module, mesh=mesh, ignored_params=frozen)
 
 
 def skeleton(module: Module) -> Module:
-    """Return a copy of a module, made before it is sharded, whose parameters have no values (meta device)."""
+    """Return a copy of a module, before it is sharded, with its parameters on the meta device."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, empty)
 
 
 def copied(module: Module, structure: Module | None) -> Module:
-    """Return a copy of a module that is sharded as it is, but without its communication.
+    """Return a copy of a module, sharded alike, but without hooks that communicate.
 
     Args:
-        module: see above.
+        module: to copy.
         structure: its :func:`skeleton` if it is sharded.
     """
     if structure is None:
@@ -59,10 +59,10 @@ def copied(module: Module, structure: Module | None) -> Module:
 
 
 def whole(module: Module, structure: Module | None) -> Module:
-    """Return a module with all weights on each rank: a copy, gathered tensor by tensor, if it is sharded.
+    """Return a module with all weights on each rank: if it is sharded, a copy gathered tensor by tensor.
 
     Args:
-        module: see above.
+        module: to gather.
         structure: its :func:`skeleton` if it is sharded.
     """
     if structure is None:
@@ -77,17 +77,17 @@ def _filled(structure: Module, values: Mapping[str, Tensor]) -> Module:
 
 
 def full(value: Tensor) -> Tensor:
-    """Return a tensor whole, gathered if it is sharded."""
+    """Return the full tensor, gathered if it is sharded."""
     return value.full_tensor().detach() if isinstance(value, DTensor) else value
 
 
 def local(value: Tensor) -> Tensor:
-    """Return the rows that this rank has of a tensor."""
+    """Return this rank's rows of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors whole; sharded ones on rank 0 alone and on its CPU, where one after the other arrives."""
+    """Return full tensors. Sharded ones are gathered one after the other to rank 0's CPU, and missing elsewhere."""
     found = {}
     for name, value in tensors.items():
         all_rows = full(value)
@@ -99,15 +99,14 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Pieces(tuple[Tensor, ...]):
-    """A sharded tensor in a checkpoint: the rows of each rank that wrote it."""
+    """A sharded tensor in a checkpoint: the rows from each rank that wrote it."""
 
 
 def split(state: Any) -> tuple[Any, dict[str, Tensor]]:
     """Take the sharded tensors out of a state of nested dicts, lists and tuples.
 
     Returns:
-        The state, the same on all ranks, with tensors without values (meta device) in their places, and this rank's
-        rows of them by name.
+        The state, equal on all ranks, with meta tensors instead of the sharded ones; and this rank's rows by name.
     """
     rows: dict[str, Tensor] = {}
 
@@ -121,7 +120,7 @@ def split(state: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def joined(state: Any, shards: Sequence[Mapping[str, Tensor]]) -> Any:
-    """Undo :func:`split`: put `Pieces` of the ranks' rows, in their order, into a state.
+    """Undo :func:`split`: replace the meta tensors of a state by `Pieces`, the rows of all ranks in order.
 
     Raises:
         ValueError: rows of a tensor are missing.
@@ -147,10 +146,10 @@ def _mapped(function: Callable[[str, Any], Any], tree: Any, name: str = "") -> A
 
 
 def placed(saved: Tensor | Pieces, like: Tensor) -> Tensor:
-    """Return a tensor of a checkpoint whole, or as `like` is: of a sharded tensor the rows that this rank has of it."""
+    """Return a tensor of a checkpoint, sharded as ``like`` if that is sharded, else in full."""
     value = torch.cat(saved) if isinstance(saved, Pieces) else saved
     if isinstance(like, DTensor) and value.shape == like.shape:
-        # Every rank has read the whole tensor; the clone lets go of all but its rows.
+        # Every rank has read the full tensor; the clone keeps only its rows.
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()
     return value
 

@@ -1,9 +1,9 @@
 """Start of a tokenizer's run from weights: of a run, a folder, a hub id, or a file of taming-transformers.
 
-read_weights    what --init-from names
-begin           its architecture becomes the configuration's; flags that contradict it are refused
-start_model     encoder, decoder and codebook go into a new model, whose quantizer may be of another kind
-freeze          parts that are not trained
+read_weights    reads what --init-from names
+begin           gives the configuration the architecture of the weights; contradicting flags are errors
+start_model     copies encoder, decoder and codebook into a new model, whose quantizer may be of another kind
+freeze          excludes parts from training
 """
 
 import math
@@ -42,14 +42,14 @@ class StartingWeights(NamedTuple):
     model: VQGAN
     discriminator: Discriminator | None
     report: str
-    """Their kind, and the number of tensors loaded."""
+    """Kind of the weights, and the number of tensors loaded."""
 
 
 def read_weights(source: str) -> StartingWeights:
     """Read the weights that ``--init-from`` names.
 
     Raises:
-        OSError, ValueError: there are none, or they can't be used; in one sentence.
+        OSError, ValueError: there are no weights, or they can't be used; the message is one sentence.
     """
     path = Path(source).expanduser()
     if path.is_file() and not (path.name == WEIGHTS and path.with_name(CONFIG).is_file()):
@@ -69,7 +69,7 @@ def read_weights(source: str) -> StartingWeights:
 
 
 def _discriminator_of(folder: Path) -> Discriminator | None:
-    """Return the discriminator in a checkpoint, or in a run's newest one; None where there is none that was trained."""
+    """Return the discriminator of a checkpoint, or of a run's newest one; None if it has not been trained."""
     checkpoint = [folder, *step_folders(folder).values()][-1]
     if not (checkpoint / TRAINING).is_file():
         return None
@@ -83,10 +83,10 @@ def _discriminator_of(folder: Path) -> Discriminator | None:
 def begin(
     config: VQGANConfig, source: str, quantizer: str | None
 ) -> tuple[VQGANConfig, Callable[[VQGANConfig], VQGANConfig]]:
-    """Return the defaults of a run that starts from weights, and what completes the settings that were given.
+    """Return the defaults of a run that starts from weights, and a function that completes the parsed settings.
 
-    The latter raises ValueError where they contradict the weights. Images may have another size than the weights' own:
-    attention stays at the same levels.
+    The function raises ValueError if they contradict the weights. Images may have another size than those of the
+    weights: attention stays at the same levels.
     """
     weights = read_weights(source)
     path = Path(source).expanduser()
@@ -95,7 +95,7 @@ def begin(
     chosen = quantizer or theirs
     if chosen == theirs:
         own = asdict(weights.model.quantize.settings)
-    else:  # going into reg-vq, given codes stay as they are with these
+    else:  # reg-vq keeps the given codes with distance logits
         own = {"logits": "distance"} if chosen == "reg-vq" else {}
     defaults = override(
         config,
@@ -121,7 +121,7 @@ def begin(
 
 
 def _fixed(model: VQGAN) -> dict[str, Any]:
-    """Return the settings of a run that weights decide, by field."""
+    """Return the settings that the weights determine, by field."""
     described = model.architecture()
     found = {name: described[name] for name in ("ch", "num_res_blocks", "z_channels", "norm_groups")}
     sizes = {"num_codes": model.quantize.num_codes, "code_dim": model.quantize.code_dim}
@@ -129,20 +129,20 @@ def _fixed(model: VQGAN) -> dict[str, Any]:
 
 
 def _attention(model: VQGAN) -> list[int]:
-    """Return the numbers of the levels with attention, finest first."""
+    """Return the indices of the levels with attention, finest first."""
     described = model.architecture()
     sizes = [described["image_size"] >> level for level in range(len(described["ch_mult"]))]
     return [level for level, size in enumerate(sizes) if size in described["attn_resolutions"]]
 
 
 def check_architecture(config: VQGANConfig, model: VQGAN) -> None:
-    """Raise ValueError where the run's architecture is not that of the weights it starts from."""
+    """Raise ValueError if the run's architecture is not that of its starting weights."""
     source, quantizer = config.model.init_from, config.quantizer
     kind = QUANTIZERS[quantizer.quantizer]
     if kind.adopt is Quantizer.adopt and (config.model.reset_codebook or type(model.quantize) is not kind):
         raise ValueError(
-            f"--quantizer {quantizer.quantizer} has codes of its own and can't start from other ones: leave it, and "
-            f"--reset-codebook, out with the weights of {source}"
+            f"--quantizer {quantizer.quantizer} has fixed codes and can't start from the codebook of {source}: leave "
+            "out --quantizer and --reset-codebook"
         )
     sizes = quantizer.num_codes, quantizer.code_dim
     known = model.quantize.num_codes, model.quantize.code_dim
@@ -173,7 +173,7 @@ def check_architecture(config: VQGANConfig, model: VQGAN) -> None:
 
 
 def _spelled(value: Any) -> str:
-    """Return a value as it is typed behind its flag."""
+    """Return a value as it is typed after its flag."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -181,24 +181,24 @@ def _spelled(value: Any) -> str:
 def start_model(
     model: VQGAN, source: VQGAN, images: Tensor, *, reset_codebook: bool = False, micro_batch: int = 16
 ) -> str:
-    """Give a new model the encoder and decoder of a trained one, and its codebook.
+    """Copy the encoder, decoder and codebook of a trained model into a new one.
 
-    A quantizer of the same kind is copied. Another kind adopts the codes, and its scales are fitted to latents of the
-    images; scales of latents and codes that quantizers have of their own go into the 1x1 convolutions beside them, so
-    that the reconstruction stays.
+    A quantizer of the same kind is copied. A quantizer of another kind adopts the codes, and its scales are fitted to
+    latents of the images. If either quantizer rescales latents or codes, the 1x1 convolutions beside it absorb that, so
+    that reconstructions stay the same.
 
     Args:
         model: of the same architecture as `source`, apart from the quantizer and the size of the images.
         source: the trained model, on the same device.
         images: (B, 3, H, W) in [-1, 1].
         reset_codebook: fit a new codebook to latents of the images.
-        micro_batch: images that go through the networks at once.
+        micro_batch: images per forward pass.
 
     Returns:
-        What was done to the codebook, with the PSNR of the images' reconstructions before and after.
+        A report: what happened to the codebook, and the PSNR of the reconstructions before and after.
 
     Raises:
-        ValueError: the codes of `source` aren't selected by their distance, as those of `model` are.
+        ValueError: `source` does not select codes by distance, and `model` does.
     """
     for name in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         getattr(model, name).load_state_dict(getattr(source, name).state_dict())
@@ -229,27 +229,27 @@ def start_model(
 
 
 def _then_scale(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """Let a 1x1 convolution give ``scale * output + shift``, by channel."""
+    """Change a 1x1 convolution so that it returns ``scale * output + shift``, by channel."""
     assert convolution.bias is not None
     convolution.weight.mul_(scale.view(-1, 1, 1, 1))
     convolution.bias.mul_(scale).add_(shift)
 
 
 def _first_scale(convolution: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """Let a 1x1 convolution take ``scale * input + shift``, by channel."""
+    """Change a 1x1 convolution so that it reads ``scale * input + shift``, by channel."""
     assert convolution.bias is not None
     convolution.bias.add_(convolution.weight.flatten(1) @ shift)
     convolution.weight.mul_(scale.view(1, -1, 1, 1))
 
 
 def _selects_alike(old: Quantizer, new: Quantizer) -> bool:
-    """Return whether a quantizer can take another one's whole state."""
+    """Return whether a quantizer can load another one's state dict."""
     kinds = [[getattr(quantizer.settings, name, None) for name in ("logits", "levels")] for quantizer in (old, new)]
     return type(old) is type(new) and kinds[0] == kinds[1] and old.num_codes == new.num_codes
 
 
 def _psnr(model: VQGAN, chunks: Sequence[Tensor]) -> float:
-    """Return the PSNR in dB, of all pixels together, with the best codes."""
+    """Return the PSNR in dB over all pixels, with the best codes."""
     with evaluating(model):
         errors = [(model(chunk).reconstruction.float().clamp(-1, 1) - chunk).square().sum() for chunk in chunks]
     pixels = sum(chunk.numel() for chunk in chunks)
@@ -262,7 +262,7 @@ def _fitted_codes(z: Tensor, count: int, known: Tensor | None) -> Tensor:
     Args:
         z: the latents.
         count: N.
-        known: codes (N', D) that the decoder was trained with; where all have one length, the new ones have it, too.
+        known: codes (N', D) that the decoder was trained with. If they all have one norm, the new ones get it, too.
     """
     rows = z.permute(0, 2, 3, 1).flatten(0, 2).float()
     if known is not None:
@@ -274,17 +274,17 @@ def _fitted_codes(z: Tensor, count: int, known: Tensor | None) -> Tensor:
 
 
 def freeze(model: VQGAN, parts: Sequence[str]) -> list[nn.Module]:
-    """Switch off the gradients of parts of a model.
+    """Freeze parts of a model.
 
     Args:
         model: the autoencoder.
         parts: "encoder" with quant_conv, "decoder" with post_quant_conv, "codebook" with the weights that select codes.
 
     Returns:
-        Modules to keep in evaluation mode, in which they have no dropout.
+        Modules to keep in evaluation mode, without dropout.
 
     Raises:
-        ValueError: nothing that takes a gradient is left.
+        ValueError: no parameter with a gradient is left.
     """
     frozen: list[nn.Module] = []
     if "encoder" in parts:
@@ -296,5 +296,5 @@ def freeze(model: VQGAN, parts: Sequence[str]) -> list[nn.Module]:
     if "codebook" in parts:
         model.quantize.freeze()
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--freeze {' '.join(parts)} leaves nothing that gradients train: leave out one of them")
+        raise ValueError(f"--freeze {' '.join(parts)} leaves no parameter to train: leave out one part")
     return frozen

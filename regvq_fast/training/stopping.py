@@ -1,4 +1,4 @@
-"""Stops before the end of a run: signals, handled between steps, and errors, explained in a sentence."""
+"""Early ends of a run: signals, which are handled between steps, and errors, which are explained in one sentence."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from regvq_fast.training.checkpoint import Checkpoints
 from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
 
 TRACEBACK = "traceback.txt"
-"""File in the run folder, to which errors that nobody foresaw are added."""
+"""File in the run folder to which the tracebacks of unexpected errors are appended."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
@@ -30,9 +30,9 @@ class RunStopped(Exception):
     """The run ended before its last step, or could not save its results.
 
     Args:
-        message: why, and what to do.
+        message: the reason, and what to do.
         exit_code: of the process.
-        shared: all ranks stop with this message; otherwise it is that of one rank, which ends the others.
+        shared: True if all ranks stop with this message, False if one rank failed and ends the others.
     """
 
     def __init__(self, message: str, exit_code: int = 1, *, shared: bool = True) -> None:
@@ -50,17 +50,17 @@ class Interrupted(Exception):
 
 
 class _Abandoned(BaseException):
-    """Raised by the signal handler; a BaseException, so that no library takes it for an error of its own."""
+    """Raised by the signal handler; a BaseException, so that no library handles it as an error."""
 
 
 class StopSignals:
-    """Signal handlers of a block: the first signal is only noted, the second one ends the process at once.
+    """Signal handlers of a block: the first signal requests a stop, the second ends the process at once.
 
-    A terminal that closes sends SIGHUP, more than once: that never ends the process at once, and does nothing under
-    ``nohup``, which has it ignored. Outside of the main thread, where Python takes no signals, it does nothing.
+    A closing terminal sends SIGHUP, possibly twice: it never ends the process at once, and ``nohup``'s SIG_IGN is kept.
+    Outside the main thread, where Python can't handle signals, this does nothing.
 
     Args:
-        remedy: how to continue after a second signal, asked for when it arrives.
+        remedy: called on the second signal; returns how to continue the run.
     """
 
     def __init__(self, remedy: Callable[[], str]) -> None:
@@ -72,8 +72,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self._previous = {number: signal.signal(number, self._handle) for number in heeded}
+            handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(
@@ -83,16 +83,16 @@ class StopSignals:
             signal.signal(number, handler)
 
     def check(self, *_: object) -> None:
-        """Raise Interrupted where a signal came, to any of the ranks, all of which must call this.
+        """Raise Interrupted if any rank received a signal; all ranks must call this.
 
-        Takes any arguments, to serve as a callback.
+        Accepts any arguments, to serve as a callback.
         """
         if received := any_rank(self._received or 0):
             raise Interrupted(received)
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Leave the block at the first signal, wherever it is; the next `check`, of all ranks, raises Interrupted.
+        """Leave the block at the first signal, at any point in it; the next `check` on all ranks raises Interrupted.
 
         For work of one rank that can be repeated.
         """
@@ -105,7 +105,7 @@ class StopSignals:
             self._abandonable = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked child, which inherited the handler: its parent stops it
+        if os.getpid() != self._process:  # a forked child inherits the handler; its parent stops it
             return
         first = self._received is None
         if not first and number == signal.SIGHUP:
@@ -116,7 +116,7 @@ class StopSignals:
         else:
             message = f"stopped at once; {self._remedy()}"
         if not (first and self._abandonable):
-            with suppress(OSError):  # not print(): a signal can come in the middle of another one
+            with suppress(OSError):  # not print(): the signal may interrupt another print()
                 os.write(2, f"\n{message}\n".encode())
         if not first:
             raise SystemExit(128 + number)
@@ -147,9 +147,9 @@ def remedy(run: Run) -> str:
 
 
 def explained(error: BaseException, run: Run) -> RunStopped:
-    """Return the exception that tells a user why their run stopped and how to continue.
+    """Return an exception whose message says why the run stopped and how to continue.
 
-    The traceback of an error that nobody foresaw is written into the run folder, or printed where that can't be.
+    The traceback of an unexpected error is written into the run folder, or printed if that fails.
     """
     if isinstance(error, Interrupted):
         during = ", during an evaluation" if run.evaluating else ""
@@ -161,27 +161,27 @@ def explained(error: BaseException, run: Run) -> RunStopped:
             f"stopped after step {run.done}: {error}; to continue from {newest}, add a lower --lr, a lower "
             f"--clip-grad or --no-amp to: {run.command}"
         )
-        return RunStopped(message, shared=not isinstance(error, ValueError))  # an op's, of its rank alone, is both
+        return RunStopped(message, shared=not isinstance(error, ValueError))  # an op raises both, on its rank only
     if is_out_of_memory(error):
         why = out_of_memory_advice(run.config, run.device, run.rank_batch, training=not run.evaluating)
     elif isinstance(error, (ValueError, OSError)):
         why = first_line(error).removeprefix(f"{type(error).__name__}: ")
     elif any(sign in str(error) for sign in _CONNECTION_LOST) and world_size() > 1:
-        why = "the connection to another process is lost, which says why if it could"
+        why = "the connection to another process is lost; see that process's output"
     else:
         why = f"{type(error).__name__}: {first_line(error)}; {_keep_traceback(error, run.config.run.out)}"
     return RunStopped(f"stopped after step {run.done}: {why}; {remedy(run)}", shared=False)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the line of an error's message that says what it is."""
+    """Return the line of an error's message that states the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    # Of a data worker's error that is the last line; the others are its traceback.
+    # A data worker's message is a traceback, which ends with the error.
     return lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(" .:")
 
 
 def _keep_traceback(error: BaseException, folder: Path | None) -> str:
-    """Write the traceback of an error into the run folder; return where it is."""
+    """Write the traceback of an error into the run folder; return a text that says where it is."""
     text = "".join(traceback.format_exception(error))
     path = (folder or Path()) / (TRACEBACK if rank() == 0 else f"rank-{rank()}-{TRACEBACK}")
     try:

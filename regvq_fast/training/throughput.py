@@ -1,4 +1,4 @@
-"""Speed of a run, and how well it uses the device: operations of a step, peak rate, power and memory."""
+"""Speed of a run and utilization of the device: operations of a step, peak rate, power and memory."""
 
 import time
 from collections.abc import Callable
@@ -11,12 +11,14 @@ from torch.utils.flop_counter import flop_registry
 from regvq_fast.nvml import State, gpu_state
 from regvq_fast.ranks import world_size
 
-# Dense matrix products, TFLOP/s, by a part of the GPU's name and the type: NVIDIA's data sheets, SXM where there is a
-# choice, half of what they give with sparsity. fp32 is TF32, which precision.configure_backends switches on; V100 has
-# none. The first match counts.
+# Dense matrix products in TFLOP/s, by a substring of the GPU's name and the type; the first match counts. From NVIDIA's
+# data sheets: half of the rates with sparsity, SXM unless the name says otherwise. fp32 means TF32, which
+# precision.configure_backends enables; V100 has no TF32.
 _PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
     "B200": {torch.bfloat16: 2250, torch.float16: 2250, torch.float32: 1125},
+    "H200 NVL": {torch.bfloat16: 835, torch.float16: 835, torch.float32: 418},
     "H200": {torch.bfloat16: 989, torch.float16: 989, torch.float32: 495},
+    "H100 NVL": {torch.bfloat16: 835, torch.float16: 835, torch.float32: 418},
     "H100 PCIe": {torch.bfloat16: 756, torch.float16: 756, torch.float32: 378},
     "H100": {torch.bfloat16: 989, torch.float16: 989, torch.float32: 495},
     "A100": {torch.bfloat16: 312, torch.float16: 312, torch.float32: 156},
@@ -26,10 +28,10 @@ _PEAK_TFLOPS: dict[str, dict[torch.dtype, float]] = {
 
 
 class DeviceMonitor:
-    """Power, clocks and memory of a GPU for the records; nothing on a CPU, or if NVML is not available.
+    """Power, clocks and memory of a GPU; nothing on a CPU or without NVML.
 
     Args:
-        device: that of the run.
+        device: of the run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,11 +42,11 @@ class DeviceMonitor:
             self._metadata = {"driver": problem or str(driver)}
 
     def describe(self) -> tuple[str, dict[str, str]]:
-        """Return the device's name, and the driver of a GPU or why there will be no numbers."""
+        """Return the device's name, and for a GPU its driver version or why its state can't be read."""
         return "CPU" if self._device.type == "cpu" else torch.cuda.get_device_name(self._device), self._metadata
 
     def read(self) -> dict[str, float]:
-        """Return watts, MHz, degrees Celsius, GiB used by all processes of the GPU, and this process's peak in GiB."""
+        """Return power (W), clock (MHz), temperature (degrees Celsius), memory in use and this process's peak (GiB)."""
         state = self._read() or {}
         names = ("power_w", "sm_mhz", "celsius", "memory_used_gib")
         values = {name: float(state[name]) for name in names if state.get(name) is not None}
@@ -59,8 +61,8 @@ class Utilization:
     Args:
         device: of the run.
         dtype: of autocast; None: fp32.
-        flops_per_image: counts the operations of a step.
-        kind: returns the kind of a step; its operations are counted once for each.
+        flops_per_image: counts the operations of a step, given its number.
+        kind: returns the kind of a step, given its number; operations are counted once per kind.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Utilization:
         self._flops: dict[object, float] = {}
 
     def __call__(self, step: int, images_per_second: float) -> dict[str, float]:
-        """Return the utilization by a step at this speed; nothing if the device's peak is unknown."""
+        """Return {"mfu": utilization} of a step at this speed; empty if the device's peak is unknown."""
         if self._peak is None:
             return {}
         if (kind := self._kind(step)) not in self._flops:
@@ -83,10 +85,10 @@ class Utilization:
 
 
 class Clock:
-    """Images a second and waits for data, over windows that end with a reading or a restart.
+    """Images per second and waiting for data, over windows that end with a reading or a restart.
 
     Args:
-        waited: returns the seconds of waiting since its last call.
+        waited: returns the seconds spent waiting since its last call.
     """
 
     def __init__(self, waited: Callable[[], float]) -> None:
@@ -100,10 +102,10 @@ class Clock:
         self._begin, self.images = time.perf_counter(), 0
 
     def read(self, *, representative: bool) -> tuple[float, float]:
-        """Return images a second and the fraction of time spent waiting for data in the window, and begin a new one.
+        """Return images per second and the fraction of time spent waiting for data in the window; begin a new one.
 
         Args:
-            representative: the window counts in the `average`.
+            representative: count the window in `average`.
         """
         elapsed, images, waited = time.perf_counter() - self._begin, self.images, self._waited()
         if representative:
@@ -113,16 +115,16 @@ class Clock:
 
     @property
     def average(self) -> float:
-        """Images a second over all representative windows; NaN if there is none."""
+        """Images per second over all representative windows; NaN if there is none."""
         return self._images / self._seconds if self._images else float("nan")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
-    """Return the peak rate of the device in operations a second; None if it is unknown.
+    """Return the peak rate of the device in operations per second; None if it is unknown.
 
     Args:
-        device: that of the run.
-        dtype: of autocast; None: fp32, whose products are TF32 where the device has that.
+        device: of the run.
+        dtype: of autocast; None: fp32, with TF32 products if the device has them.
     """
     if device.type != "cuda":
         return None
@@ -133,10 +135,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float | None:
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """Count the operations of the matrix products and convolutions of ``step``, forward and backward; it is run once.
+    """Count the operations of matrix products and convolutions in one call of ``step``, forward and backward.
 
-    The ops of this project count what their mathematics needs, whatever a kernel computes again; each has its formula
-    in its file. What activation checkpointing computes again doesn't count, either.
+    The ops of this project count the operations of their formulas, without what a kernel recomputes; each op's file has
+    its count. Recomputation by activation checkpointing is not counted, either.
     """
     with _FlopCounter() as counter:
         step()
@@ -144,7 +146,7 @@ def count_flops(step: Callable[[], object]) -> int:
 
 
 class _FlopCounter(TorchDispatchMode):
-    """torch's FlopCounterMode less its bookkeeping by module, whose hooks fail where gradients are taken of leaves."""
+    """torch's FlopCounterMode without its bookkeeping by module, whose hooks fail for gradients of leaves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +155,7 @@ class _FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
-            return result  # a forward pass within backward: activation checkpointing
+            return result  # a forward pass inside backward: activation checkpointing
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         return result

@@ -11,11 +11,11 @@ from regvq_fast.ranks import rank
 from regvq_fast.training.recorder import Recorder
 
 WARM = 3
-"""Steps before the first that is traced: they compile, choose algorithms and fill caches."""
+"""Steps before the first traced one, which compile, choose algorithms and fill caches."""
 
 
 class StepTrace:
-    """Profile some steps into trace.json, for chrome://tracing or Perfetto; a context manager for each step.
+    """Profile some steps into trace.json, for chrome://tracing or Perfetto; a context manager entered for each step.
 
     On ranks other than 0 it does nothing.
 
@@ -23,7 +23,7 @@ class StepTrace:
         recorder: of the run.
         steps: of this process.
         count: steps to profile; 0: none.
-        device: where they compute.
+        device: of the run.
     """
 
     def __init__(self, recorder: Recorder, steps: range, count: int, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class StepTrace:
         self._step += 1
 
     def write(self) -> bool:
-        """Write the trace if its last step is done; return whether it was. A full disk is a warning."""
+        """Write the trace after its last step; return whether it was written. A full disk only causes a warning."""
         if self._profile is None or self._step < self._end:
             return False
         finished, self._profile = self._profile, None

@@ -1,5 +1,6 @@
-"""Trackers, which show a run's numbers and images: TensorBoard, Weights & Biases (wandb) and Trackio."""
+"""Trackers of a run's numbers and images: TensorBoard, Weights & Biases (wandb) and Trackio."""
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -16,24 +17,24 @@ from regvq_fast.files import atomic_path
 from regvq_fast.invocation import install
 
 _RUN_NAME = "tracker-run.txt"
-"""File in the run folder with the name of the run in wandb and Trackio, which a resumed run continues."""
+"""File in the run folder with the run's name in wandb and Trackio; a resumed run continues under it."""
 
 
 class Tracker(Protocol):
     """One tracker of a run; any of its calls may fail."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Show numbers of a step."""
+        """Log numbers of a step."""
 
     def image(self, step: int, name: str, pixels: Any) -> None:
-        """Show an image, uint8 (H, W, 3)."""
+        """Log an image, uint8 (H, W, 3)."""
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written."""
 
 
 class _TensorBoard:
-    """TensorBoard's files in the run folder; a resumed run hides what they have of later steps."""
+    """TensorBoard's files in the run folder; a resumed run hides their records of later steps."""
 
     def __init__(self, folder: Path, start: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -51,17 +52,23 @@ class _TensorBoard:
 
 
 class _Service:
-    """A run in wandb, or in Trackio, which has the functions of wandb; ``module`` is its package."""
+    """A run in wandb, or in Trackio, whose package has the functions of wandb's.
 
-    def __init__(self, module: str, folder: Path) -> None:
+    Args:
+        module: the package.
+        folder: of the run.
+        start: not used: the service continues the run of the same name.
+    """
+
+    def __init__(self, module: str, folder: Path, start: int | None) -> None:
         self._module = importlib.import_module(module)
         name = _run_name(folder)
         settings: dict[str, Any] = {"config": json.loads((folder / "config.json").read_text(encoding="utf-8"))}
         settings["project"] = os.environ.get(f"{module.upper()}_PROJECT", "regvq_fast")
-        if module == "wandb":  # Trackio knows runs by their names; and the console is the progress bar's
+        if module == "wandb":  # Trackio identifies runs by name; the progress bar uses the console
             settings |= {"id": name, "dir": str(folder), "settings": self._module.Settings(console="off")}
         self._run = self._module.init(name=name, resume="allow", **settings)
-        self.close = self._module.finish  # a run's own leaves it to Trackio's end to finish it again
+        self.close = self._module.finish  # not the run's own: Trackio would finish it again at exit
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -71,7 +78,7 @@ class _Service:
 
 
 def _run_name(folder: Path) -> str:
-    """Return the name in the run folder; the first call makes it."""
+    """Return the run's name from its folder; the first call generates it."""
     path = folder / _RUN_NAME
     if not path.exists():
         with atomic_path(path) as temporary:
@@ -80,19 +87,29 @@ def _run_name(folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def check_installed(names: Iterable[str]) -> None:
-    """Raise ValueError for a tracker whose package is not installed."""
+_TRACKERS: dict[str, Callable[[Path, int | None], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": functools.partial(_Service, "wandb"),
+    "trackio": functools.partial(_Service, "trackio"),
+}
+"""Trackers by their names, which are also those of their packages; each takes the run's folder and its start."""
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise ValueError for a tracker that is unknown, or whose package is not installed."""
     for name in names:
+        if name not in _TRACKERS:
+            raise ValueError(f"--log takes {', '.join(_TRACKERS)} or none, got {name!r}")
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--log {name} needs the package {name}: {install('trackers')}, or leave it out of --log")
 
 
 class Trackers:
-    """All trackers of a run. One that fails is dropped with a warning, and the run goes on.
+    """All trackers of a run. A tracker that fails is dropped with a warning, and the run goes on.
 
     Args:
-        names: of the trackers, from tensorboard, wandb and trackio.
-        folder: of the run, which has its config.json.
+        names: of the trackers, checked by :func:`check_trackers`.
+        folder: of the run, with its config.json.
         start: steps done where a resumed run continues; None for a new run.
         warn: prints a warning.
     """
@@ -102,19 +119,18 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
 
     def open(self) -> None:
-        """Connect to them, until :meth:`close`."""
+        """Connect to the trackers."""
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         for name in self._names:
             with self._dropping(name):
-                board = name == "tensorboard"
-                self._open[name] = _TensorBoard(self._folder, self._start) if board else _Service(name, self._folder)
+                self._open[name] = _TRACKERS[name](self._folder, self._start)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Show numbers of a step."""
+        """Log numbers of a step."""
         self._each(lambda tracker: tracker.numbers(step, values))
 
     def image(self, step: int, name: str, path: Path) -> None:
-        """Show an image file."""
+        """Log an image file."""
         import numpy as np
         from PIL import Image
 
@@ -124,7 +140,7 @@ class Trackers:
             self._each(lambda tracker: tracker.image(step, name, pixels))
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written."""
         self._each(lambda tracker: tracker.close())
         threading.excepthook = self._excepthook
 
@@ -135,7 +151,7 @@ class Trackers:
 
     @contextmanager
     def _dropping(self, name: str) -> Iterator[None]:
-        """Drop a tracker that fails for good: TensorBoard's queue has no reader from then on, and would block."""
+        """Drop a tracker when it fails: TensorBoard's queue then has no reader, so that further calls would block."""
         try:
             yield
         except Exception as error:  # wandb and Trackio may raise anything
@@ -144,6 +160,6 @@ class Trackers:
             self._warn(f"{name} gets no more numbers ({reason}); metrics.jsonl has them")
 
     def _thread_failed(self, failure: Any) -> None:
-        """Keep quiet about TensorBoard's writer, which finds the disk full in a thread: its next call says so."""
+        """Ignore a full disk in the thread of TensorBoard's writer, whose next call raises the error."""
         if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
             self._excepthook(failure)

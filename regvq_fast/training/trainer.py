@@ -8,8 +8,7 @@ depends neither on the number of processes nor on where it was interrupted.
 import math
 import shlex
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic
 
 import torch
@@ -21,40 +20,42 @@ from regvq_fast.data.workers import WorkersFailed
 from regvq_fast.evaluation.shares import rank_batches, unreadable_images
 from regvq_fast.files import atomic_path
 from regvq_fast.invocation import command, launched
+from regvq_fast.models.hub import PICTURES
 from regvq_fast.models.pretrained import WEIGHTS, weights_to_bytes
-from regvq_fast.ownership import FolderLock
 from regvq_fast.precision import choose_device, choose_precision, configure_backends
-from regvq_fast.training.checkpoint import Checkpoint, Checkpoints, find_checkpoint
+from regvq_fast.training.checkpoint import Checkpoint, Checkpoints
 from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.memory import peak_memory
 from regvq_fast.training.optimization import Optimization, learning_rate, micro_batch_size
 from regvq_fast.training.recipe import Metrics, Recipe, Step
-from regvq_fast.training.recorder import Recorder, new_run_folder, own_new_folder, reason
+from regvq_fast.training.recorder import Recorder, reason
 from regvq_fast.training.sharding import gathered, whole
 from regvq_fast.training.stopping import Interrupted, RunStopped, StopSignals, explained, remedy
 from regvq_fast.training.throughput import Clock, DeviceMonitor, Utilization, count_flops
 from regvq_fast.training.trace import StepTrace
-from regvq_fast.training.trackers import check_installed
+from regvq_fast.training.trackers import check_trackers
 
 
 class Trainer(Generic[Config]):
-    """A run of a recipe, built and checked; only :meth:`open` makes its folder.
+    """A run of a recipe, built and checked. :func:`regvq_fast.training.opening.open_run` gives it a folder.
 
     Args:
         kind: the recipe.
-        config: the run; kept as `config` with what was left open resolved.
+        config: of the run; `self.config` is the same with open values resolved.
 
     Raises:
-        ValueError, OSError: a configuration, data or weights that can't be used; on all ranks, even if one found it.
+        ValueError, OSError: the configuration, the data or the weights can't be used. On all ranks, even if only one
+            meets the error.
     """
 
     recorder: Recorder
+    """Set by `open_run`, as are the checkpoints."""
     checkpoints: Checkpoints
 
     def __init__(self, kind: type[Recipe[Config]], config: Config) -> None:
         config.check()
         run, optimizer = config.run, config.optimizer
-        check_installed(run.trackers)
+        check_trackers(run.trackers)
         self.device = choose_device(run.device)
         self.batch_size = optimizer.batch_size
         self.micro_batch = micro_batch_size(optimizer)
@@ -69,7 +70,7 @@ class Trainer(Generic[Config]):
         self.compiles, why_not = worth_compiling(run.compile, self.device, self.steps)
 
         torch.manual_seed(run.seed)
-        # The number of a process's GPU does not belong to the run.
+        # Under torchrun each process has its own GPU number, which is not part of the run.
         device = self.device.type if ranks.is_torchrun() else str(self.device)
         with ranks.raise_on_all_ranks(), ranks.rank_0_first():  # which may download weights
             self.config, self.networks = self.recipe.build(override(config, device=device, steps=self.steps))
@@ -77,7 +78,7 @@ class Trainer(Generic[Config]):
         self.identity = {"training images": str(len(self.data.train)), **self.networks.identity}
         ranks.check_agreement(self.identity)
         self.recipe.distribute(self.compiles)
-        torch.manual_seed(run.seed + ranks.rank())  # each rank has dropout of its own
+        torch.manual_seed(run.seed + ranks.rank())  # dropout differs between ranks
         self.optimization = Optimization(self.networks, optimizer, self.precision, self.device)
 
         self._monitor = DeviceMonitor(self.device)
@@ -86,12 +87,12 @@ class Trainer(Generic[Config]):
         # One seed a step, counted on the device.
         self.seed = torch.tensor((run.seed & 0x7FFFFFFF) << 32, device=self.device)
         self.start = self.done = 0
-        """Steps done before this process, and by now."""
+        """Steps done before this process started, and so far."""
         self.lr, self.evaluating = 0.0, False
         self._batches: TimedBatches | None = None
         self._stop: StopSignals | None = None
-        self._metrics_bytes = 0  # of the records of the steps done, without those of their evaluation
-        self._unsaved: int | None = None  # the last step whose checkpoint could not be written
+        self._metrics_bytes = 0  # size of metrics.jsonl after the last step, before any evaluation there
+        self._unsaved: int | None = None  # last step whose checkpoint could not be written
 
     def _describe(self) -> dict[str, str]:
         device, driver = self._monitor.describe()
@@ -101,51 +102,11 @@ class Trainer(Generic[Config]):
         found = {"device": device, "precision": self.precision.reason, "model": model}
         return found | self.networks.metadata | driver
 
-    @classmethod
-    def open(cls, kind: type[Recipe[Config]], config: Config) -> "Trainer[Config]":
-        """Build a new run, or with ``--resume`` one as it was at its newest checkpoint, and make its folder.
-
-        A finished run that continues has no final model: its newest checkpoint serves until the new end.
-
-        Raises:
-            ValueError, OSError: as the class; nothing has been written then.
-        """
-        start: Checkpoint | None = None
-        out, lock, run = "", None, config.run
-        with ExitStack() as owned:
-            with ranks.raise_on_all_ranks():
-                if ranks.rank() == 0 and not run.resume:
-                    out = str(new_run_folder(config))
-                elif ranks.rank() == 0 and run.out is not None:
-                    lock = owned.enter_context(FolderLock(run.out, "run"))
-            with ranks.raise_on_all_ranks():
-                if run.resume:
-                    start = find_checkpoint(config)
-            out = ranks.all_gather_strings(out)[0]
-            ranks.check_agreement({"steps done": str(start.step if start else 0)}, "is --out shared?")
-            trainer = cls(kind, config if start else override(config, out=Path(out)))
-            with ranks.raise_on_all_ranks():
-                if start is not None:
-                    trainer.load(start)
-            with ranks.raise_on_all_ranks():
-                if ranks.rank() == 0 and start is None:
-                    lock = owned.enter_context(own_new_folder(Path(out)))
-                model, beside = trainer.networks.model, trainer.networks.saved_beside
-                described = trainer.config, trainer.metadata, model.architecture()
-                recorder = trainer.recorder = Recorder(*described, start, lock)
-                for name, frozen in beside.items() if ranks.rank() == 0 else ():
-                    frozen.save_pretrained(recorder.folder / name)
-                trainer.checkpoints = Checkpoints(recorder.folder, run.keep_checkpoints, start)
-                if trainer.checkpoints.newest and trainer.start < trainer.steps:
-                    recorder.remove_results()
-            owned.pop_all()  # the recorder releases the folder
-        return trainer
-
     def fit(self) -> None:
         """Take the remaining steps, then evaluate, save the model and print the summary.
 
         Raises:
-            RunStopped: whatever ends it before that; its message says from where to continue, and how.
+            RunStopped: the run ended early; the message says why, and how to continue.
         """
         with self.recorder, StopSignals(lambda: remedy(self)) as stop:
             self._stop = stop
@@ -155,7 +116,7 @@ class Trainer(Generic[Config]):
                 raise
             except Exception as error:
                 self._end_workers()
-                # Both come between two steps; the other ranks don't know of a worker's failure.
+                # Both happen between steps, so the state can be saved; other ranks don't see a worker's failure.
                 if isinstance(error, Interrupted) or (isinstance(error, WorkersFailed) and ranks.world_size() == 1):
                     self.save()
                 raise explained(error, self) from error
@@ -169,16 +130,16 @@ class Trainer(Generic[Config]):
 
     def _loop(self, stop: StopSignals) -> None:
         run, recorder = self.config.run, self.recorder
-        compiling = {0: "compiling, one to three minutes"} if self.compiles else {0: "starting"}
-        for name, step in self.networks.first_step.items():
-            if self.compiles and step:
-                compiling[step] = f"compiling the {name.removeprefix('grad_norm_')}"
+        compiling = {0: "compiling, one to three minutes"}
+        if self.compiles:
+            joins = self.networks.first_step.items()
+            compiling |= {step: f"compiling the {name.removeprefix('grad_norm_')}" for name, step in joins if step}
         recorder.status("starting")
         trace = StepTrace(recorder, range(self.start, self.steps), run.trace_steps, self.device)
         checkpoint_due, self._metrics_bytes = False, recorder.metrics_bytes
         clock = Clock(lambda: self._batches.waited() if self._batches else 0.0)
         for step in range(self.start, self.steps):
-            # Before the step, not after the one before it: a run continued from a checkpoint here evaluates, too.
+            # Before the step, not after the last one: a run resumed at this step evaluates, too.
             if step and run.eval_every and step % run.eval_every == 0:
                 self.evaluate(stop)
                 clock.restart()
@@ -191,7 +152,7 @@ class Trainer(Generic[Config]):
             clock.images += self.batch_size
             recorder.advance(done)
             if step in compiling or done % run.log_every == 0 or done == self.steps:
-                values, warnings = self.record()  # waits for the device, so that the clock is honest
+                values, warnings = self.record()  # waits for the device, so the clock below is right
                 values["images_per_second"], waiting = clock.read(representative=not first_of_kind)
                 if not first_of_kind:
                     values |= {"data_wait": waiting, **self.utilization(step, float(values["images_per_second"]))}
@@ -208,7 +169,7 @@ class Trainer(Generic[Config]):
                 clock.restart()
             self._metrics_bytes = recorder.metrics_bytes
             checkpoint_due |= run.checkpoint_every > 0 and done % run.checkpoint_every == 0
-            # Not while steps are skipped: the checkpoints kept must not all be of a run that is being lost.
+            # Not after a skipped step: if a run diverges, the last good checkpoints must stay.
             if checkpoint_due and not self.optimization.watch.last_step_was_skipped():
                 self.save()
                 checkpoint_due = False
@@ -227,7 +188,7 @@ class Trainer(Generic[Config]):
         if recorder.removed is not None:
             raise RunStopped(
                 f"all steps are done and {recorder.folder} has the model, but the folder was removed before step "
-                f"{recorder.removed}: what it held beside the records is lost"
+                f"{recorder.removed}: its earlier checkpoints and images are lost"
             )
         stop.check()
 
@@ -243,7 +204,7 @@ class Trainer(Generic[Config]):
                 pin_memory=self.device.type == "cuda",
             )
         with self._leaving_at_once():
-            batch = next(self._batches)  # first: if it fails, the run is still as after the step before
+            batch = next(self._batches)  # first: if it fails, the step has changed nothing
         if self._stop is not None and ranks.world_size() == 1:
             self._stop.check()
         self.evaluating = False
@@ -260,7 +221,7 @@ class Trainer(Generic[Config]):
             try:
                 metrics = self.recipe.step(micro_batch, now)
             except FloatingPointError as error:
-                if ranks.world_size() > 1:  # the others are waiting for gradients that will not come
+                if ranks.world_size() > 1:  # the others wait for this rank's gradients
                     raise
                 self.optimization.watch.abort(error)
                 break
@@ -271,7 +232,7 @@ class Trainer(Generic[Config]):
         self.optimization.step({name: learning_rate(own.get(name, run), number, self.steps) for name in active})
 
     def _leaving_at_once(self) -> AbstractContextManager[None]:
-        """Leave the block at a signal, whatever it waits for; not on one of several ranks: the others wait for it."""
+        """Leave the block at a signal, even while it waits; with several ranks don't, since the others wait."""
         return nullcontext() if self._stop is None or ranks.world_size() > 1 else self._stop.abandonable()
 
     def record(self) -> tuple[dict[str, float | str], list[str]]:
@@ -283,8 +244,8 @@ class Trainer(Generic[Config]):
         return values | {"lr": self.lr} | self._monitor.read(), warnings
 
     def _flops_per_image(self, number: int) -> float:
-        """Count a step's operations in an extra pass, whose effects are undone."""
-        batch, device = read_samples(self.data.train, range(2)), self.device  # two: batch norm needs more than one
+        """Count a step's operations in an extra pass, and undo its effects."""
+        batch, device = read_samples(self.data.train, range(2)), self.device  # batch norm needs two
         zero, one = torch.zeros((), dtype=torch.int64, device=device), torch.ones((), device=device)
         self.optimization.begin()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -295,9 +256,9 @@ class Trainer(Generic[Config]):
 
     @property
     def eval_model(self) -> Any:
-        """The model that is evaluated and saved, whole: the averaged weights if there are any.
+        """The model to evaluate and save: the averaged weights if there are any.
 
-        All ranks must ask for it, and let go of it soon: of a sharded one it is a copy.
+        All ranks must access it. A sharded model is gathered into a copy: release it soon.
         """
         return whole(self.optimization.judged, self.networks.skeleton).eval()
 
@@ -305,7 +266,7 @@ class Trainer(Generic[Config]):
         """Save images that the model makes of validation samples; on rank 0."""
         model, recorder = self.eval_model, self.recorder
         if ranks.rank() == 0:
-            with recorder.surviving_a_full_disk("pictures/"), stop.abandonable():
+            with recorder.surviving_a_full_disk(f"{PICTURES}/"), stop.abandonable():
                 path = recorder.image_path(self.recipe.image_name, self.done)
                 self.recipe.save_images(model, path)
                 recorder.show_image(path, self.done)
@@ -319,7 +280,7 @@ class Trainer(Generic[Config]):
 
             def progress(done: int) -> None:
                 show(min(done * ranks.world_size(), images), images)
-                if ranks.world_size() == 1:  # ranks with fewer batches would miss it: they agree afterwards
+                if ranks.world_size() == 1:  # a collective: ranks with fewer batches would not call it
                     stop.check()
 
             batches = rank_batches(self.data.val, self.micro_batch, self.workers, self.device)
@@ -345,14 +306,19 @@ class Trainer(Generic[Config]):
             numbers, images = self.recipe.summarize(model, metrics, recorder)
             for path in images.values():
                 recorder.show_image(path, self.steps)
-            rows: dict[str, object] = {**numbers, **({"unreadable images": unreadable} if unreadable else {})}
-            rows |= {"images/s": images_per_second, "peak memory (GiB)": peak_memory(self.device) / 2**30}
             since = f"minutes since step {self.start}" if self.start else "minutes"
-            rows |= {since: (time.monotonic() - recorder.begun) / 60, "model": recorder.folder / WEIGHTS}
+            rows: dict[str, object] = {
+                **numbers,
+                **({"unreadable images": unreadable} if unreadable else {}),
+                "images/s": images_per_second,
+                "peak memory (GiB)": peak_memory(self.device) / 2**30,
+                since: (time.monotonic() - recorder.begun) / 60,
+                "model": recorder.folder / WEIGHTS,
+            }
             recorder.summarize(f"{recorder.folder}", rows | images)
 
     def save(self) -> bool:
-        """Save a checkpoint of the steps done unless there is one; warn if it can't be written."""
+        """Save a checkpoint of the steps done, if there is none; return False, after a warning, on a full disk."""
         if self.checkpoints.has(self.done):
             return True
         self.recorder.check_folder(self.done)
@@ -373,12 +339,12 @@ class Trainer(Generic[Config]):
         return True
 
     def state(self) -> dict[str, Any]:
-        """Return all that the next step depends on beside the weights of `eval_model`; all ranks must call it."""
+        """Return everything the next step depends on, except the weights of `eval_model`; a collective call."""
         found = {"identity": self.identity, "seed": self.seed, "random": ranks.random_state(self.device)}
         return found | self.networks.state_dict() | self.optimization.state_dict()
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint as if there had been no interruption; the checkpoint's tensors are released.
+        """Continue from a checkpoint as if the run had not stopped, and release the checkpoint's tensors.
 
         Raises:
             ValueError: as :meth:`Checkpoint.check`.

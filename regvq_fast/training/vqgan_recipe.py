@@ -29,7 +29,7 @@ from regvq_fast.training.starting import begin, check_architecture, freeze, read
 from regvq_fast.training.vqgan_step import VQGANStep
 
 _GRID_IMAGES = 16
-_START_IMAGES = 64  # whose latents a given codebook is fitted to
+_START_IMAGES = 64  # their latents fit the codebook and scales of a quantizer that starts from weights
 
 
 class VQGANRecipe(Recipe[VQGANConfig]):
@@ -77,7 +77,7 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
                 f"--image-size {config.data.image_size} is too small for a discriminator of "
                 f"{config.model.disc_layers} layers, which needs {discriminator.min_size}: lower --disc-layers"
             )
-        if world_size() > 1 and device.type == "cuda":  # batch norm over all ranks; it exists on GPUs alone
+        if world_size() > 1 and device.type == "cuda":  # SyncBatchNorm needs GPUs
             discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
         started: dict[str, str] = {}
         if weights is not None:
@@ -109,7 +109,7 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
         disc_optimizer = replace(
             optimizer, lr=losses.disc_lr or optimizer.lr, betas=losses.disc_betas or optimizer.betas
         )
-        self.config = config = replace(config, loss=losses)  # a resumed run has the same, whatever weights it finds
+        self.config = config = replace(config, loss=losses)  # a resumed run keeps these losses
         self.reconstruction_loss = loss.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.meter = CodebookMeter(config, device)
 
@@ -227,7 +227,7 @@ class CodebookMeter:
 
     Args:
         config: of the run.
-        device: where the indices are.
+        device: of the indices.
     """
 
     def __init__(self, config: VQGANConfig, device: torch.device) -> None:
@@ -236,7 +236,7 @@ class CodebookMeter:
         self._silent = self._threshold == 0
 
     def read(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """Return the numbers and warnings of the window after so many steps, and begin a new one."""
+        """Return the numbers and warnings of the window that ends at a step, and begin a new one."""
         counts = sum_over_ranks(self.usage.counts).to("cpu", copy=True)
         self.usage.reset()
         numbers = {"utilization": float(utilization(counts)), "perplexity": float(perplexity(counts))}
@@ -244,9 +244,9 @@ class CodebookMeter:
         return numbers, [] if warning is None else [warning]
 
     def collapse(self, counts: Tensor) -> str | None:
-        """Return the warning if so few codes (N,) were used; once at most."""
+        """Return a warning, at most once, if the counts (N,) show too few used codes."""
         used = float(utilization(counts))
-        attainable = 1 - (1 - 1 / len(counts)) ** int(counts.sum())  # by as many uniform samples
+        attainable = 1 - (1 - 1 / len(counts)) ** int(counts.sum())  # expected from that many uniform samples
         if self._silent or used >= self._threshold * attainable:
             return None
         self._silent = True
@@ -260,5 +260,5 @@ class CodebookMeter:
         return {"usage": sum_over_ranks(self.usage.counts)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from :meth:`state_dict`: sums over the ranks, which will be added up again."""
+        """Continue from :meth:`state_dict`, whose sums over the ranks go to rank 0."""
         self.usage.counts.copy_(state["usage"] * (rank() == 0))

@@ -2,13 +2,13 @@
 
     image -> encoder -> z -> quantizer -> decoder -> reconstruction -> losses -> one backward
 
-The autoencoder runs forward once, and no part of a backward graph is walked twice. The gradients of the two groups of
-losses (reconstruction, adversarial) are taken at the reconstruction; with the input of the decoder's last convolution
-they give that layer's two weight gradients, whose norms balance the groups; then one combined gradient goes through
-decoder and encoder.
+The autoencoder runs forward once, and backward visits each part of the graph once. The gradients of the reconstruction
+and of the adversarial losses are taken at the reconstruction. Together with the input of the decoder's last convolution
+they give two gradients of that layer's weight, whose norms determine the adaptive weight. Then one combined gradient
+goes through decoder and encoder.
 
-In a distributed run each rank has an equal fraction of the batch, and a step's gradients are the means over
-the ranks (PyTorch's DistributedDataParallel): those of the whole batch.
+In a distributed run each rank has an equal fraction of the batch, and DistributedDataParallel averages the gradients
+over the ranks.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from regvq_fast.training.compilation import maybe_compile
 
 
 class VQGANStep:
-    """Forward and backward of a batch, leaving gradients in the parameters; the optimizers are the caller's.
+    """Forward and backward pass of a batch, which leaves gradients in the parameters for the caller's optimizers.
 
     Args:
         model: the autoencoder.
@@ -38,12 +38,12 @@ class VQGANStep:
         adversarial_loss: of generator and discriminator.
         disc_weight: of the adversarial loss, on top of its adaptive factor.
         lecam: regularizer of the discriminator, or None.
-        r1_weight: of the R1 penalty of the discriminator, in the steps that have it.
-        compile: compile the networks; a discriminator with batch norm over several ranks stays as it is, since its
-            statistics are exchanged in the middle of it.
+        r1_weight: of the R1 penalty of the discriminator, in steps with a penalty.
+        compile: compile the networks. A discriminator with batch norm over several ranks is not compiled, since it
+            communicates in its forward pass.
 
     Raises:
-        ValueError: an R1 penalty of such a discriminator, which has no second derivative.
+        ValueError: R1 with such a discriminator, which has no second derivative.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class VQGANStep:
 
         Args:
             images: (B, 3, H, W) float in [-1, 1].
-            seed: 0-dim int64 tensor: mask, noise and sampled positions.
-            first_image: number of the batch's first image in the global batch; a 0-dim int64 tensor where it changes,
-                which spares a compilation for each value.
-            adversarial: the discriminator takes part; without it, it costs nothing.
-            penalize: add the R1 penalty to the discriminator's loss; for an adversarial step.
+            seed: 0-dim int64 tensor, of mask, noise and sampled positions.
+            first_image: index of the batch's first image in the global batch; a 0-dim int64 tensor if it changes, so
+                that new values don't recompile.
+            adversarial: include the discriminator.
+            penalize: add the R1 penalty to the discriminator's loss; requires ``adversarial``.
             loss_scale: factor of all gradients (fp16 loss scaling, gradient accumulation).
             synchronize: average the gradients over the ranks; False for all but the last micro-batch.
             plain: use the networks as they are, neither compiled nor distributed.
 
         Returns:
-            The losses and other numbers by name (0-dim, unscaled, this rank's) and the selected codes (B, h, w).
+            Losses and other numbers of this rank by name (0-dim, unscaled), and the selected codes (B, h, w).
         """
         networks = self._plain if plain else self._networks
         with synchronized(*networks, enabled=synchronize):
@@ -127,7 +127,7 @@ class VQGANStep:
         height, width = self.model.token_shape
         with self.precision.autocast():
             out = networks.autoencode(images, seed, first_image * height * width)
-            # A leaf: the losses' graphs end here, the autoencoder's begins.
+            # A leaf between the graphs of the autoencoder and of the losses.
             reconstruction = out.reconstruction.detach().float().requires_grad_()
             loss, metrics = networks.reconstruction_loss(
                 images, reconstruction, out.quantizer.perturbation, seed, first_image, out.quantizer.mask
@@ -163,8 +163,8 @@ class VQGANStep:
         """Add the gradients of the discriminator; return its numbers."""
         regularizers = {}
         if penalize:
-            # Compiled networks have no second derivative. The ranks average this gradient with that of the forward
-            # passes below, which must therefore come after it.
+            # Compiled networks have no second derivative. This comes first: DistributedDataParallel averages it over
+            # the ranks with the gradients of the forward passes below.
             penalty = r1_penalty(self.discriminator, images)
             (loss_scale * self.r1_weight * penalty).backward()
             regularizers["r1"] = penalty.detach()
@@ -188,14 +188,14 @@ class _Networks(NamedTuple):
     """The networks as a step calls them."""
 
     autoencode: nn.Module
-    discriminate: nn.Module  # in the generator's turn, where its parameters get no gradient
+    discriminate: nn.Module  # for the generator's loss, where its parameters get no gradient
     train_discriminate: nn.Module
     reconstruction_loss: nn.Module
 
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Switch off the gradients of the parameters inside the block: backward computes only that of the input."""
+    """Switch off the gradients of the parameters inside the block; backward computes only the input's."""
     module.requires_grad_(False)
     try:
         yield

@@ -43,6 +43,7 @@ def save_run(folder: Path, model: Any, config: Any) -> Path:
     (folder / "metrics.jsonl").touch()
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
     content = dataclasses.asdict(config) | {
+        "started_in": str(folder.parent),
         "facts": {"data": f"{folder.parent}/my photos: 7 images", "device": "CPU"},
         "architecture": model.architecture(),
         "versions": {"regvq_fast": "0.1.0", "torch": "2"},

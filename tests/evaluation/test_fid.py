@@ -184,7 +184,7 @@ def test_damaged_and_unwritable_caches_cost_time_alone(tmp_path: Path, caplog: p
         assert f"{file} are damaged (its checksum" in caplog.text
     (tmp_path / "file").write_text("")
     reference_of(net, dataset, tmp_path / "file")
-    assert "can't be kept" in caplog.text
+    assert "can't be cached" in caplog.text
     assert net.seen == 10
 
 

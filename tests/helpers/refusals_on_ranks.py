@@ -18,7 +18,7 @@ from regvq_fast.config import VQGANConfig, override
 from regvq_fast.models import VGGFeatures
 from regvq_fast.ranks import process_group, rank
 from regvq_fast.training import build
-from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.opening import open_run
 from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 TINY = override(
@@ -55,7 +55,7 @@ def main() -> None:
             downloading = functools.partial(load, folder=folder, stalled=name == "stalled")
             with patch.object(build, "load_vgg_features", build.load_vgg_features if changes else downloading):
                 try:
-                    Trainer.open(VQGANRecipe, config)
+                    open_run(VQGANRecipe, config)
                 except (ValueError, OSError) as error:
                     said[name] = f"{type(error).__name__}: {error}"
         (folder / f"{rank()}.json").write_text(json.dumps(said))

@@ -26,6 +26,7 @@ from regvq_fast.priors.prior_recipe import PriorRecipe
 from regvq_fast.priors.registry import PRIORS
 from regvq_fast.ranks import process_group, rank
 from regvq_fast.training import checkpoint, trainer
+from regvq_fast.training.opening import open_run
 from regvq_fast.training.sharding import full, local
 from regvq_fast.training.trainer import Trainer
 
@@ -67,7 +68,7 @@ def run(folder: Path, name: str, prior: str = "ar", **changes: Any) -> Trainer[A
     if changes.get("resume"):
         config = read_config(folder / name, type(config))
     with quick():
-        opened = Trainer.open(PRIORS[prior].recipe, override(config, out=folder / name, **changes))
+        opened = open_run(PRIORS[prior].recipe, override(config, out=folder / name, **changes))
         opened.fit()
     return opened
 

@@ -18,7 +18,7 @@ def rows(x: Tensor) -> Tensor:
     return F.normalize(x.flatten(2).mT, dim=2)
 
 
-def test_dense_loss_is_equation_3_averaged_over_layers_images_and_places() -> None:
+def test_dense_loss_is_equation_3_averaged_over_layers_images_and_positions() -> None:
     original, reconstruction = feature_maps(0), feature_maps(1)
     perturbation = torch.rand(2, 2, 2)
     loss = ProbabilisticContrastiveLoss(num_patches=None)(original, reconstruction, perturbation, SEED)
@@ -38,15 +38,15 @@ def test_unweighted_loss_is_vanilla_contrastive_learning_whatever_the_perturbati
         torch.testing.assert_close(module(original, reconstruction, perturbation, SEED), expected)
 
 
-def test_sampled_places_are_the_same_in_both_images_and_drawn_once() -> None:
-    # Features that tell their place: the loss of identical maps is small only if the places agree.
-    place = torch.eye(64).view(1, 64, 8, 8).expand(2, -1, -1, -1).contiguous()
+def test_sampled_positions_are_the_same_in_both_images_and_drawn_once() -> None:
+    # Features that tell their position: the loss of identical maps is small only if the positions agree.
+    position = torch.eye(64).view(1, 64, 8, 8).expand(2, -1, -1, -1).contiguous()
     module = ProbabilisticContrastiveLoss(weighted=False, num_patches=32)
-    assert float(module([place], [place], torch.zeros(2, 2, 2), SEED)) < 1e-4
-    assert float(module([place], [place.flip(2)], torch.zeros(2, 2, 2), SEED)) > 1
+    assert float(module([position], [position], torch.zeros(2, 2, 2), SEED)) < 1e-4
+    assert float(module([position], [position.flip(2)], torch.zeros(2, 2, 2), SEED)) > 1
 
 
-def test_sampled_places_depend_on_the_seed_alone() -> None:
+def test_sampled_positions_depend_on_the_seed_alone() -> None:
     original, reconstruction = feature_maps(0, (16,)), feature_maps(1, (16,))
     perturbation = torch.rand(2, 4, 4)
     sampled = ProbabilisticContrastiveLoss(num_patches=64)
@@ -56,7 +56,7 @@ def test_sampled_places_depend_on_the_seed_alone() -> None:
     assert len(losses.unique()) == 20
 
 
-def test_an_images_places_do_not_depend_on_the_batch_it_comes_in() -> None:
+def test_an_images_positions_do_not_depend_on_the_batch_it_comes_in() -> None:
     original, reconstruction, perturbation = feature_maps(0), feature_maps(1), torch.rand(2, 2, 2)
     module = ProbabilisticContrastiveLoss(num_patches=8)
     whole = module(original, reconstruction, perturbation, SEED)
@@ -92,7 +92,7 @@ def test_only_the_reconstruction_gets_a_gradient_and_it_is_finite_without_pertur
 
 def test_dense_loss_of_a_large_map_takes_a_strided_sub_grid_that_every_seed_shifts() -> None:
     original, reconstruction = feature_maps(0, (9,)), feature_maps(1, (9,))
-    module = ProbabilisticContrastiveLoss(weighted=False, num_patches=None, max_places=20)  # of 81: every third
+    module = ProbabilisticContrastiveLoss(weighted=False, num_patches=None, max_positions=20)  # of 81: every third
     shifts = {}
     for y in range(3):
         for x in range(3):
@@ -105,21 +105,23 @@ def test_dense_loss_of_a_large_map_takes_a_strided_sub_grid_that_every_seed_shif
     assert {shifts[loss] for loss in losses} == set(shifts.values())
 
 
-@pytest.mark.parametrize("max_places", [2, 3, 4, 8])
+@pytest.mark.parametrize("max_positions", [2, 3, 4, 8])
 @pytest.mark.parametrize(("height", "width"), [(1, 100), (2, 50), (100, 1), (50, 3), (3, 3), (5, 5), (7, 7)])
-def test_a_sub_grid_has_two_places_at_least_and_no_more_than_allowed(height: int, width: int, max_places: int) -> None:
-    module = ProbabilisticContrastiveLoss(num_patches=None, max_places=max_places)
+def test_a_sub_grid_has_at_least_two_positions_and_no_more_than_allowed(
+    height: int, width: int, max_positions: int
+) -> None:
+    module = ProbabilisticContrastiveLoss(num_patches=None, max_positions=max_positions)
     reached = set()
     for value in range(40):
-        places = module._places(0, torch.zeros(2, 1, height, width), None, torch.tensor(value), 0)
-        assert places is not None
-        assert 2 <= places.shape[1] == len(places[0].unique()) <= max_places
-        assert 0 <= int(places.min()) <= int(places.max()) < height * width
-        reached.update(places[0].tolist())
+        positions = module._positions(0, torch.zeros(2, 1, height, width), None, torch.tensor(value), 0)
+        assert positions is not None
+        assert 2 <= positions.shape[1] == len(positions[0].unique()) <= max_positions
+        assert 0 <= int(positions.min()) <= int(positions.max()) < height * width
+        reached.update(positions[0].tolist())
     assert height * width > 9 or len(reached) == height * width
 
 
-def test_masked_region_is_equation_3_of_the_masked_places_among_all_negatives() -> None:
+def test_masked_region_is_equation_3_of_the_masked_positions_among_all_negatives() -> None:
     original, reconstruction = feature_maps(0, (4,)), feature_maps(1, (4,))
     perturbation, mask = torch.rand(2, 4, 4), torch.rand(2, 4, 4) < 0.5
     for weighted in (True, False):
@@ -133,7 +135,7 @@ def test_masked_region_is_equation_3_of_the_masked_places_among_all_negatives() 
         torch.testing.assert_close(loss, expected)
 
 
-def test_masked_region_without_masked_places_is_0_and_with_all_masked_the_whole() -> None:
+def test_masked_region_without_masked_positions_is_0_and_with_all_masked_the_whole() -> None:
     original, perturbation = feature_maps(0), torch.rand(2, 2, 2)
     reconstruction = [z.requires_grad_() for z in feature_maps(1)]
     module = ProbabilisticContrastiveLoss(num_patches=8, region="masked")
@@ -145,13 +147,13 @@ def test_masked_region_without_masked_places_is_0_and_with_all_masked_the_whole(
     torch.testing.assert_close(everything, whole)
 
 
-def test_sampled_places_of_the_masked_region_are_masked_ones_first() -> None:
+def test_sampled_positions_of_the_masked_region_are_masked_ones_first() -> None:
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[:, :2] = True
     module = ProbabilisticContrastiveLoss(num_patches=8, region="masked")
-    places = module._places(0, torch.zeros(2, 1, 4, 4), mask.float().flatten(1), SEED, 0)
-    assert places is not None
-    assert [sorted(row) for row in places.tolist()] == [list(range(8))] * 2
+    positions = module._positions(0, torch.zeros(2, 1, 4, 4), mask.float().flatten(1), SEED, 0)
+    assert positions is not None
+    assert [sorted(row) for row in positions.tolist()] == [list(range(8))] * 2
 
 
 def test_layers_are_averaged_by_their_weights() -> None:
@@ -173,7 +175,7 @@ def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"3 .*\b2 feature maps"):
         ProbabilisticContrastiveLoss(layer_weights=(1, 1, 1))(maps, maps, perturbation, SEED)
     for empty in ([], [torch.zeros(0, 6, 4, 4)]):
-        with pytest.raises(ValueError, match="must be feature maps"):
+        with pytest.raises(ValueError, match="feature maps must not be"):
             ProbabilisticContrastiveLoss()(empty, empty, perturbation[:0], SEED)
     larger = feature_maps(0, (8, 5))
     for other in (larger, maps[:1]):
@@ -189,7 +191,7 @@ def test_calls_that_do_not_fit_the_settings_are_refused() -> None:
     ("arguments", "message"),
     [
         ({"num_patches": 1}, "num_patches"),
-        ({"max_places": 1}, "max_places"),
+        ({"max_positions": 1}, "max_positions"),
         ({"tau": 0.0}, "got 0"),
         ({"region": "sky"}, r"region .*'sky'"),
         ({"layer_weights": (1.0, -1.0)}, "negative"),

@@ -269,9 +269,9 @@ def test_a_card_has_each_number_beside_its_protocol() -> None:
         "architecture": model.architecture(),
         "versions": {"regvq_fast": "1.2", "torch": "2"},
     }
-    pictures = ["pictures/usage.png", "pictures/reconstructions.png"]
+    images = ["pictures/usage.png", "pictures/reconstructions.png"]
     card = model.card(
-        HubName("org/vq", "v1"), config=config, evaluation=evaluation, pictures=pictures, train="regvq train vq"
+        HubName("org/vq", "v1"), config=config, evaluation=evaluation, images=images, train="regvq train vq"
     )
     text = card.text()
     assert "# vq\n" in text

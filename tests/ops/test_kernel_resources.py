@@ -24,7 +24,7 @@ from regvq_fast.kernels.vector_quantize import vector_quantize_forward
 from regvq_fast.kernels.vector_quantize_backward import vector_quantize_backward
 from regvq_fast.kernels.weighted_info_nce import weighted_info_nce_backward, weighted_info_nce_forward
 
-BENCH = str(Path(__file__).parents[2] / "bench")
+TESTS = str(Path(__file__).parents[1])
 CPU = torch.device("cpu")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 ARCHITECTURES = (70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
@@ -166,7 +166,7 @@ def test_chunks_are_equal_and_no_larger_than_allowed():
 
 # Types whose kernels are compiled: both of two bytes share their tiles, so each GPU gets one of them.
 COMPILED = {70: ("float16", "float32"), 80: ("float16", "float32")} | dict.fromkeys((90, 100), ("bfloat16", "float32"))
-# bench/kernel_resources.py with fewer calls: of each kernel, type and tile the one with the most flags.
+# tests/kernel_resources.py with fewer calls: of each kernel, type and tile the one with the most flags.
 RESOURCES = f"""
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -205,7 +205,7 @@ NAMES = {
 def test_every_pinned_tile_fits_every_gpu_without_spills_and_on_its_tensor_cores(tmp_path):
     table = str(tmp_path / "table.json")
     widths = ("16", "64", "128", "256", "512")  # the limits of the tiles, and beyond
-    command = ("-c", RESOURCES, BENCH, *map(str, COMPILED), "--json", table, "--width", *widths)
+    command = ("-c", RESOURCES, TESTS, *map(str, COMPILED), "--json", table, "--width", *widths)
     in_a_new_process(*command, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     compiled, multiply = set(), set()
     for row in json.loads(Path(table).read_text()):
@@ -326,7 +326,7 @@ def test_bytes_a_score_and_tiles_ahead_of_a_sweep(architecture, tile, loaded, ah
 
 @without_interpreter
 def test_an_architecture_that_nobody_knows_is_named():
-    command = [sys.executable, f"{BENCH}/kernel_resources.py", "91"]
+    command = [sys.executable, f"{TESTS}/kernel_resources.py", "91"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(r"error: .*70, 75, 80, 86, 89, 90, 100, 120.*\b91\n$", done.stderr)

@@ -214,13 +214,15 @@ def test_weighted_info_nce_names_what_is_wrong(case):
 
 STATISTICS = {
     "x is integer": ({"x": torch.zeros(6, 4, dtype=torch.int64)}, TypeError, "x .*torch.int64"),
-    "no rows": ({"x": torch.zeros(0, 4)}, ValueError, r"x and keys .*\(0, 4\) and \(5, 4\)"),
-    "keys have other D": ({"keys": torch.zeros(5, 3)}, ValueError, r"keys .*\b4 .*\(5, 3\)"),
-    "keys in another type": ({"keys": torch.zeros(5, 4).half()}, TypeError, "keys .*torch.float16"),
+    "no rows": ({"x": torch.zeros(0, 4)}, ValueError, r"x and weight .*\(0, 4\) and \(5, 4\)"),
+    "no codes": ({"weight": torch.zeros(0, 4)}, ValueError, r"x and weight .*\(6, 4\) and \(0, 4\)"),
+    "valid of other shape": ({"valid": MASK[:5]}, ValueError, r"valid .*\(6,\).*\(5,\)"),
+    "weight has other D": ({"weight": torch.zeros(5, 3)}, ValueError, r"weight .*\b4 .*\(5, 3\)"),
+    "weight in another type": ({"weight": torch.zeros(5, 4).half()}, TypeError, "weight .*torch.float16"),
     "bias of other length": ({"bias": torch.zeros(4)}, ValueError, r"bias .*\b5 .*\(4,\)"),
     "temperature 0": ({"temperature": 0.0}, ValueError, "temperature .*0.0"),
     "temperature underflows": ({"temperature": 1e-39}, ValueError, r"reach .*1 / temperature"),
-    "nan in keys": ({"keys": with_value((5, 4), (0, 1), NAN)}, ValueError, r"keys has 1 .*nan at \(0, 1\)"),
+    "nan in weight": ({"weight": with_value((5, 4), (0, 1), NAN)}, ValueError, r"weight has 1 .*nan at \(0, 1\)"),
     "temperature is a tensor": ({"temperature": torch.tensor(1.0)}, TypeError, "temperature .*number"),
 }
 
@@ -229,7 +231,7 @@ STATISTICS = {
 def test_softmax_statistics_names_what_is_wrong(case):
     changed, error, message = STATISTICS[case]
     with pytest.raises(error, match=message):
-        softmax_statistics(**{"x": torch.zeros(6, 4), "keys": torch.zeros(5, 4)} | changed)
+        softmax_statistics(**{"x": torch.zeros(6, 4), "weight": torch.zeros(5, 4)} | changed)
 
 
 SUM = {

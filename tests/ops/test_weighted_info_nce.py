@@ -28,7 +28,7 @@ def assert_same(results, expected, tolerance=1e-12) -> None:
 
 
 def test_by_hand():
-    """Two places, features (1, 0) and (0, 1), tau 1/2: a = [[2, 0], [0, 2]]; weights 1/4 and 3/4."""
+    """Two positions, features (1, 0) and (0, 1), tau 1/2: a = [[2, 0], [0, 2]]; weights 1/4 and 3/4."""
     features = torch.eye(2, dtype=torch.float64)[None]
     vanilla = weighted_info_nce(features, features, tau=0.5)
     torch.testing.assert_close(vanilla, torch.full((1, 2), math.log(math.e**2 + 1) - 2, dtype=torch.float64))
@@ -107,13 +107,13 @@ def test_zero_weights_are_exact_even_where_similarities_differ_by_hundreds(dtype
     weight = torch.zeros(1, 2, dtype=dtype)
     loss = weighted_info_nce(query, query.detach(), weight, tau=0.01)
     torch.testing.assert_close(loss, torch.full((1, 2), -200 - math.log(2), dtype=dtype))
-    # All of row i's mass lies on the other place: dL_i/dq_i = (k_j - k_i) / tau.
+    # All of row i's mass lies on the other position: dL_i/dq_i = (k_j - k_i) / tau.
     (gradient,) = torch.autograd.grad(loss.sum(), query)
     torch.testing.assert_close(gradient, torch.tensor([[[-200.0, 0.0], [200.0, 0.0]]], dtype=dtype))
 
 
 @pytest.mark.parametrize("weights", ["none", "random", "with zeros"])
-def test_an_order_of_places_changes_nothing_but_the_order(weights):
+def test_an_order_of_positions_changes_nothing_but_the_order(weights):
     query, key, weight = make_inputs((2, 10, 4), weights)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
     shuffled = weighted_info_nce(query[:, order], key[:, order], None if weight is None else weight[:, order])
@@ -129,7 +129,7 @@ def test_images_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("weight", [None, 0.0, 0.5, 1.0])
-def test_a_single_place_has_no_negatives_and_no_gradient(weight):
+def test_a_single_position_has_no_negatives_and_no_gradient(weight):
     features = torch.tensor([[[0.6, 0.8]]], requires_grad=True)
     loss = weighted_info_nce(features, features.detach(), None if weight is None else torch.tensor([[weight]]))
     loss.sum().backward()
@@ -215,7 +215,7 @@ def test_a_backward_leaves_what_was_kept_to_the_next_one():
 
 @pytest.mark.parametrize("weights", ["none", "random"])
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
-def test_no_images_or_no_places_give_an_empty_loss(shape, weights):
+def test_no_images_or_no_positions_give_an_empty_loss(shape, weights):
     query = torch.zeros(shape, requires_grad=True)
     loss = weighted_info_nce(query, query.detach(), None if weights == "none" else torch.zeros(shape[:2]))
     assert loss.shape == shape[:2]

@@ -107,7 +107,7 @@ class Case(NamedTuple):
         return "-".join(str(value).removeprefix("torch.") for value in self)
 
 
-# Places and channels are 1, ragged, and a multiple of every tile; less than a tile, and several.
+# Positions and channels are 1, ragged, and a multiple of every tile; less than a tile, and several.
 CASES = (
     Case((5, 2, 1), "none", 1.0),
     Case((5, 2, 64), "with zeros", 0.01),
@@ -169,12 +169,12 @@ def test_uniform_weights_are_vanilla_infonce_but_for_the_logarithm_of_the_length
 @needs_kernels
 @every_schedule
 @pytest.mark.parametrize("weights", ["none", "with zeros"])
-def test_an_order_of_places_and_images_changes_nothing_but_the_order(weights, schedule):
+def test_an_order_of_positions_and_images_changes_nothing_but_the_order(weights, schedule):
     inputs = make_inputs((3, 70, 9), weights, torch.float32)
-    places = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    positions = torch.randperm(70, generator=torch.Generator().manual_seed(1))
 
     def shuffled(value: Tensor) -> Tensor:
-        return value.detach().flip(0)[:, places].requires_grad_(value.requires_grad)
+        return value.detach().flip(0)[:, positions].requires_grad_(value.requires_grad)
 
     expected = kernel_results(inputs, schedule)
     found = kernel_results(of_all(shuffled, inputs), schedule, shuffled(upstream((3, 70))))
@@ -220,7 +220,7 @@ def test_zero_weights_are_exact_even_where_similarities_differ_by_hundreds(dtype
     inputs = (query, query.detach().clone().requires_grad_(), torch.zeros(1, 2))
     loss, grad_query, grad_key = kernel_results(inputs, schedule, torch.ones(1, 2), tau=0.01)
     torch.testing.assert_close(loss, torch.full((1, 2), -200 - math.log(2)))
-    # All of row i's mass lies on the other place: dL_i/dq_i = (k_j - k_i) / tau, and the same for the keys.
+    # All of row i's mass lies on the other position: dL_i/dq_i = (k_j - k_i) / tau, and the same for the keys.
     expected = torch.tensor([[[-200.0, 0.0], [200.0, 0.0]]], dtype=dtype)
     torch.testing.assert_close(grad_query, expected)
     torch.testing.assert_close(grad_key, expected)
@@ -230,7 +230,7 @@ def test_zero_weights_are_exact_even_where_similarities_differ_by_hundreds(dtype
 @every_schedule
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("weight", [None, 0.0, 0.5, 1.0])
-def test_a_single_place_has_no_negatives_and_no_gradient(weight, dtype, schedule):
+def test_a_single_position_has_no_negatives_and_no_gradient(weight, dtype, schedule):
     query, key, _ = make_inputs((3, 1, 5), "none", dtype)
     inputs = (query, key, None if weight is None else torch.full((3, 1), weight))
     loss, *gradients = kernel_results(inputs, schedule)
@@ -358,7 +358,7 @@ def test_a_frozen_side_gets_no_gradient_and_costs_no_product(trained, schedule, 
 @every_schedule
 @pytest.mark.parametrize("weights", ["none", "random"])
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0), (0, 0, 0)])
-def test_without_images_places_or_channels(shape, weights, schedule):
+def test_without_images_positions_or_channels(shape, weights, schedule):
     query, key = (torch.zeros(shape, requires_grad=True) for _ in range(2))
     inputs = (query, key, None if weights == "none" else torch.full(shape[:2], 0.25))
     found = kernel_results(inputs, schedule)

@@ -10,6 +10,7 @@ import tyro
 from regvq_fast.cli.cache_tokens import CacheConfig
 from regvq_fast.config import VQGAN_PRESETS, override, parse_config
 from regvq_fast.paper.experiments import EXPERIMENTS, prior_of, published_dataset, recipe
+from regvq_fast.paper.study import CHOSEN, QUANTIZER_FLAGS, TRIALS, TUNED_SIZE
 from regvq_fast.priors.registry import PRIORS
 
 SCALES = ("tiny", "full")
@@ -144,3 +145,15 @@ def test_the_study_compares_quantizers_on_equal_terms(scale):
         cache = tyro.cli(CacheConfig, args=["--tokenizer", "vq", "--out", "tokens", *arguments, *chosen.cache])
         if arguments:  # the images of the cache are those that the tokenizer was trained on
             assert (cache.crop, cache.flip) == (configs[0].data.crop, configs[0].data.flip)
+
+
+def test_all_quantizers_are_tuned_over_as_many_settings_and_the_chosen_ones_are_among_them():
+    assert TRIALS.keys() == QUANTIZER_FLAGS.keys()
+    assert {len(set(trials)) for trials in TRIALS.values()} == {6}
+    assert all(settings in TRIALS[name] for name, settings in CHOSEN.items())
+    rows = EXPERIMENTS["tuning"].rows["tiny"]
+    assert len({row.key for row in rows}) == len({row.name for row in rows}) == 7 * len(TRIALS)
+    study = {row.key: row.flags for row in EXPERIMENTS["quantizers"].rows["tiny"] if row.x == TUNED_SIZE}
+    assert sum(study.get(row.key) == row.flags for row in rows) == len(TRIALS)  # those of the study are one run
+    for row in rows:
+        assert tokenizer_config("scenes", "tiny", row, "tuning").quantizer.num_codes in range(960, 1090)

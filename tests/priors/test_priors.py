@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import trained_runs
 from helpers.runs import FAST, TRAIN, assert_same_run, records, resume, run_script, torchrun, train, without_clock
 from PIL import Image
 from safetensors.torch import load_file
@@ -518,30 +516,3 @@ def test_samples_are_not_mixed_with_others(runs: dict[str, Path], tmp_path: Path
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(SystemExit, match="empty folder"):
         sample("--prior", "ar", "--run", runs["ar"], "--out", tmp_path)
-
-
-def test_finished_runs_become_results(
-    runs: dict[str, Path], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "priors.json"
-    flags = ["priors", "--vq", tokenizer, "--ar", runs["ar"], "--diffusion", runs["diffusion"], "--json", out]
-    monkeypatch.setattr(trained_runs, "OTHER_CAPTIONS", 16)
-    monkeypatch.setattr(sys, "argv", ["trained_runs.py", *map(str, flags)])
-    trained_runs.main()
-    found = json.loads(out.read_text())
-    summary = json.loads((runs["ar"] / "summary.json").read_text())
-    cell = found["tables"]["agreement"]["rows"][0][2]
-    assert cell == f"{100 * summary['agreement of samples']:.1f} %"
-    diffusion = found["runs"]["diffusion"]
-    assert diffusion["layout of scenes of other captions"] < diffusion["layout of scenes"]
-    assert "nan" not in json.dumps(found["tables"])
-
-
-def test_runs_of_other_seeds_or_quantizers_are_not_compared(tokenizer: Path) -> None:
-    with pytest.raises(SystemExit, match="--vq-gan"):
-        trained_runs.main_job({"reg-vq": [tokenizer], "vq-gan": [tokenizer]})
-    with pytest.raises(SystemExit, match="same seeds"):
-        trained_runs.main_job({"reg-vq": [tokenizer, tokenizer], "vq-gan": []})
-    (row,) = trained_runs.main_job({"reg-vq": [tokenizer, tokenizer]})["tables"]["main-job"]["rows"]
-    assert row[0] == "`reg-vq`"
-    assert all("± 0.0" in cell for cell in row[1:])

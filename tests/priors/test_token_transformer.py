@@ -4,11 +4,11 @@ import json
 import math
 from typing import get_args
 
-import measuring
+import peers
 import pytest
-import step_peers
 import torch
 import torch.nn.functional as F
+from measuring import SkippedError
 
 from regvq_fast.priors import class_ids as module
 from regvq_fast.priors.autoregressive import TokenTransformer, sample_autoregressive
@@ -107,8 +107,8 @@ def test_taming_weights_give_minGPTs_logits():
 
 def test_logits_are_those_of_tamings_own_network():
     try:
-        mingpt = step_peers.taming_module("transformer.mingpt")
-    except measuring.SkippedError as error:
+        mingpt = peers.taming()["mingpt"]
+    except SkippedError as error:
         pytest.skip(str(error))
     theirs = mingpt.GPT(CODES, CONDITION + TOKENS, n_layer=DEPTH, n_head=HEADS, n_embd=WIDTH).eval()
     theirs.load_state_dict(taming_state())

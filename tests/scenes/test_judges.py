@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from regvq_fast.data.loading import collate
 from regvq_fast.scenes import ScenesDataset
-from regvq_fast.scenes.judges import RegionClassifier, region_accuracy, region_statistics
+from regvq_fast.scenes.judges import RegionClassifier, region_accuracy
+from regvq_fast.scenes.regions import region_statistics
 
 
 @pytest.fixture(scope="module")

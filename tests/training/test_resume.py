@@ -186,8 +186,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     (out / "checkpoints" / "step-0000099").mkdir()
     resume(out)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"{damaged} is truncated: {size // 2:,} of {size:,} bytes are there; step-0000009 is passed over" in said
-    assert "has no manifest.json: it is not a checkpoint, or only a part of one; step-0000099 is passed over" in said
+    assert f"{damaged} is truncated: {size // 2:,} of {size:,} bytes are there; step-0000009 is skipped" in said
+    assert "has no manifest.json: it is not a checkpoint, or only a part of one; step-0000099 is skipped" in said
     assert f"resuming from {out / 'checkpoints' / 'step-0000008'}" in said
     assert {"damaged-step-0000009", "damaged-step-0000099"} <= set(checkpoints(out))
     for name in ("damaged-step-0000009", "damaged-step-0000099"):
@@ -292,7 +292,7 @@ def test_a_finished_run_that_goes_on_serves_its_newest_checkpoint(
     assert all(torch.equal(served[name], value) for name, value in newest.items())
 
 
-@pytest.mark.parametrize("where", ["trainer.Trainer.open", "recorder.Recorder.__enter__"])
+@pytest.mark.parametrize("where", ["opening.Trainer.__init__", "recorder.Recorder.__enter__"])
 def test_ctrl_c_before_the_first_step_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
 ) -> None:

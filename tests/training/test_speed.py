@@ -98,6 +98,8 @@ def test_counting_operations_changes_nothing_and_gives_mfu(monkeypatch: pytest.M
         ("NVIDIA H100 PCIe", None, 378),
         ("NVIDIA A100-SXM4-80GB", None, 156),
         ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("NVIDIA H200 NVL", torch.bfloat16, 835),
+        ("NVIDIA H100 NVL", None, 418),
         ("Tesla V100-SXM2-32GB", None, 15.7),  # which has no TF32
         ("Tesla V100-SXM2-32GB", torch.bfloat16, None),
         ("NVIDIA GeForce RTX 5090", None, None),

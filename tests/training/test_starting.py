@@ -289,7 +289,7 @@ def test_a_new_codebook_may_have_another_size(base: Path, tmp_path: Path) -> Non
         (["--init-from", "no/such"], "no/such"),
         (["--freeze", "encoder", "decoder", "codebook"], "--freeze encoder decoder codebook"),
         (["--image-size", "33"], r"--image-size 33"),
-        (["--quantizer", "lfq"], r"--quantizer lfq has codes of its own"),
+        (["--quantizer", "lfq"], r"--quantizer lfq has fixed codes"),
     ],
 )
 def test_flags_that_contradict_the_weights_are_one_sentence(
@@ -313,8 +313,8 @@ def test_weights_without_a_table_of_codes_start_their_own_kind_and_by_distance_o
     assert before == after
     for flags, message in (
         (["--num-codes", 32], "--quantizer lfq has 32 codes of 5 channels .* 16 of 4"),
-        (["--reset-codebook"], "--quantizer lfq has codes of its own.*--reset-codebook"),
-        (["--quantizer", "bsq"], "--quantizer bsq has codes of its own"),
+        (["--reset-codebook"], "--quantizer lfq has fixed codes.*--reset-codebook"),
+        (["--quantizer", "bsq"], "--quantizer bsq has fixed codes"),
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             start(out, tmp_path / "refused", *flags)

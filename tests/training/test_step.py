@@ -240,7 +240,7 @@ def test_contrastive_loss_of_the_masked_region_and_of_every_place_reach_the_enco
     for region in ("all", "masked"):
         model, discriminator, loss = build_parts()
         assert loss.contrastive is not None
-        loss.contrastive.num_patches, loss.contrastive.max_places, loss.contrastive.region = None, 64, region
+        loss.contrastive.num_patches, loss.contrastive.max_positions, loss.contrastive.region = None, 64, region
         loss.l1_weight = loss.perceptual_weight = 0
         metrics, _ = VQGANStep(model, discriminator, loss, FP32)(images(), torch.tensor(3))
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoder.parameters())

@@ -1,4 +1,4 @@
-"""The paper's data sets in the layouts of their official archives, one module each."""
+"""The paper's data sets and ImageNet in the layouts of their official archives, one module each."""
 
 from regvq_fast.data.archives.archive import Archive, ArchiveName
 from regvq_fast.data.archives.archive_dataset import ArchiveDataset

@@ -28,15 +28,15 @@ class ADE20K(Archive):
     - the full release of 2016: ``ADE20K_2016_07_26/images/training/a/abbey/NAME.jpg`` with ``NAME_seg.png`` beside it;
     - the full release of 2021: the same in ``ADE20K_2021_17_01/images/ADE/training/...``.
 
-    Colours of a ``_seg.png`` are codes of some 3000 classes: they become the benchmark's as in the official conversion
-    (convertFromADE), once for each image.
+    Colours of a ``_seg.png`` are codes of about 3000 classes. They are converted to the benchmark's classes as by the
+    official conversion (convertFromADE), once for each image.
 
-    Labels are the scene categories of the benchmark's ``sceneCategories.txt``. Captions, which the archive has none of,
-    may be added: ``NAME.txt`` beside ``NAME.jpg``, one a line, or ``captions.jsonl`` in the top folder, a line for an
-    image: ``{"file_name": "training/NAME.jpg", "text": "a caption"}`` (or a list of captions).
+    Labels are the scene categories in the benchmark's ``sceneCategories.txt``. The archive has no captions; they may be
+    added in ``NAME.txt`` beside ``NAME.jpg``, one per line, or in ``captions.jsonl`` in the top folder, with a line for
+    each image: ``{"file_name": "training/NAME.jpg", "text": "a caption"}`` (or a list of captions).
 
-    Other data may have the layout of the benchmark: classes that ``objectInfo150.txt`` names differently, or images
-    with other names and no such file, whose maps may have any ids.
+    Other data may have the benchmark's layout, with other classes in ``objectInfo150.txt``, or without this file and
+    with other image names; maps may then have any ids.
     """
 
     name = "ade20k"
@@ -121,7 +121,7 @@ class ADE20K(Archive):
         return self._cached(name, self.path(name, part), lambda: self._converted(name))
 
     def _converted(self, name: str) -> NDArray[np.uint8]:
-        """(H, W) ids of the 150 classes, out of the colours of the full release."""
+        """Return the ids (H, W) of the 150 classes from the colours of the full release."""
         path = self.path(name, "segmentation")
         with Image.open(BytesIO(Path(path).read_bytes())) as file:
             if file.mode not in ("RGB", "RGBA"):
@@ -136,7 +136,7 @@ def _is_benchmark(folder: Path) -> bool:
 
 
 def _benchmark_classes(top: Path) -> tuple[str, ...]:
-    """Return the names of the class ids in a tree with the benchmark's layout; empty if they are unknown."""
+    """Return the names of the class ids in a folder with the benchmark's layout; empty if they are unknown."""
     table = top / "objectInfo150.txt"
     if table.is_file():
         lines = [line.split("\t") for line in text_lines(table)[1:]]
@@ -149,7 +149,7 @@ def _benchmark_classes(top: Path) -> tuple[str, ...]:
 
 
 def _read_captions(path: Path) -> CaptionTable:
-    """Return the captions in ``captions.jsonl``, none if it is missing."""
+    """Return the captions in ``captions.jsonl``; none if it is missing."""
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(raw_lines(path.read_bytes()) if path.is_file() else [], start=1):
         if not line.strip():

@@ -27,16 +27,16 @@ MAP_FOLDER = ".regvq-maps"
 class Archive(ABC):
     """One data set in its official layout.
 
-    The *name* of an image is the path of its file below the folder of the images. ``read`` returns files as a folder
-    of images would have them: an image, a map with one class id a pixel, captions one a line.
+    The *name* of an image is the path of its file below the folder of the images. ``read`` returns files in the form of
+    a folder of images: an image, a map with one class id per pixel, captions one per line.
 
     Args:
-        top: the folder that the archive unpacks to, for which :meth:`is_top` is true.
+        top: the unpacked archive's folder, for which :meth:`is_top` is true.
     """
 
     name: ClassVar[ArchiveName]
     tops: ClassVar[tuple[str, ...]]
-    """Names of the official top folder, which may be in the folder that users name."""
+    """Names of the official top folder, which may be in the folder that the user names."""
     layout: ClassVar[str]
     """Expected contents of the top folder, for messages."""
     fields: ClassVar[tuple[Field, ...]]
@@ -44,9 +44,9 @@ class Archive(ABC):
     needed: ClassVar[tuple[Field, ...]]
     """Fields that the preset's prior needs."""
     mirror_pairs: ClassVar[tuple[tuple[int, int], ...]] = ()
-    """Pairs of class ids, such as left and right eye, that a mirrored image exchanges."""
+    """Pairs of class ids, such as left and right eye, to exchange in mirrored images."""
     maps_fit: ClassVar[bool] = True
-    """True if maps must have the size of their images."""
+    """True if maps must be as large as their images."""
 
     title: str
     classes: tuple[str, ...] = ()
@@ -54,18 +54,18 @@ class Archive(ABC):
     partitions: Mapping[str, int]
     """The official splits and the number of images in each; 0: unknown."""
     served: Mapping[Split, str]
-    """The official splits for training and for validation; the latter is the one that papers report on."""
+    """The official splits for training and for validation, where papers report results."""
 
     def __init__(self, top: Path) -> None:
         self.top = top
         self.images = top / "images"
-        """The folder that names of images are relative to."""
+        """Folder to which names of images are relative."""
 
     @classmethod
     def at(cls, root: str | os.PathLike[str]) -> Self | None:
-        """Return the archive of which ``root`` is the top folder or the folder of images; None if it is neither.
+        """Return the archive with ``root`` as its top folder or folder of images; None if there is none.
 
-        Without its top folder, a folder of images has no captions, maps and official splits.
+        A folder of images is resolved to its top folder, which has captions, maps and official splits.
         """
         folder = Path(root)
         if cls.is_top(folder):
@@ -78,7 +78,7 @@ class Archive(ABC):
 
     @classmethod
     def within(cls, root: str | os.PathLike[str]) -> list[Self]:
-        """Return the archives whose top folders are in ``root``: several if it holds several releases."""
+        """Return the archives with top folders in ``root``, which may hold several releases."""
         tops = [top for top in (Path(root) / name for name in cls.tops) if cls.is_top(top)]
         # Links, and names that differ only in case on some file systems, refer to one archive.
         return [cls(top) for k, top in enumerate(tops) if not any(top.samefile(other) for other in tops[:k])]
@@ -86,12 +86,12 @@ class Archive(ABC):
     @classmethod
     @abstractmethod
     def is_top(cls, folder: Path) -> bool:
-        """Return whether this is the archive's top folder, judged by a few names in it."""
+        """Return whether this is the archive's top folder, from a few names in it."""
 
     @classmethod
     @abstractmethod
     def source(cls, part: Part) -> str:
-        """Return where to get the files of a part, and where to unpack them: the text after "get it from"."""
+        """Return the address of a part's files and where to unpack them, to follow "get it from"."""
 
     def lists(self) -> Sequence[Path]:
         """Return the files that list the images of the splits; all must exist."""
@@ -99,7 +99,7 @@ class Archive(ABC):
 
     @abstractmethod
     def listed(self, partition: str) -> list[str]:
-        """Return the names of the images of an official split, in a fixed order, including missing files.
+        """Return the names of the images of an official split in a fixed order, including missing files.
 
         Raises:
             FileNotFoundError: a list is missing. ValueError: one is damaged.
@@ -107,7 +107,7 @@ class Archive(ABC):
 
     @abstractmethod
     def path(self, name: str, part: Part) -> str:
-        """Return the path of the file with a part of an image, which may be missing; for a label the image's."""
+        """Return the path of the file with a part of an image, which may be missing; for labels, the image's path."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -123,13 +123,13 @@ class Archive(ABC):
         return np.full(len(names), -1, dtype=np.int32)
 
     def has(self, part: Part, names: Sequence[str]) -> NDArray[np.bool_]:
-        """Return which of the images have this part."""
+        """Return a mask of the images that have this part."""
         if part == "label":
             return np.asarray(self.labels(names) >= 0)
         return existing([self.path(name, part) for name in names])
 
     def read(self, name: str, part: Part) -> bytes:
-        """Return a part of an image, as a file in a folder of images would have it."""
+        """Return a part of an image in the form of a folder of images."""
         return Path(self.path(name, part)).read_bytes()
 
     @property
@@ -138,17 +138,16 @@ class Archive(ABC):
         return f"{self.title} in {self.top}"
 
     def _lines(self, path: Path) -> list[list[str]]:
-        """Return the lines of a list as words; FileNotFoundError states where to get it."""
+        """Return the lines of a list, split into words; FileNotFoundError says where to get it."""
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: get it from {self.source('image')}")
         return [line.split() for line in text_lines(path)]
 
     def _cached(self, name: str, source: str, make: Callable[[], NDArray[np.uint8]]) -> bytes:
-        """Return a semantic map from the cache, or make it and store it as PNG: in MAP_FOLDER or, if that can't be
-        written, in the user's cache.
+        """Return a semantic map from the cache; or make it, and store it as PNG in MAP_FOLDER or the user's cache.
 
-        A cached map has the modification time of ``source``, the file or folder that it was made of, and is made anew
-        when that changes. Equality counts: unpacked folders have the times of their packing.
+        A cached map has the modification time of ``source``, the file or folder that it is made of, and is valid only
+        if the times are equal: unpacked files can be older than the map.
         """
         made_of = _modified(source)
         folders = _map_folders(self.top)
@@ -165,15 +164,16 @@ class Archive(ABC):
                         os.utime(temporary, ns=(made_of, made_of))
                 break
             except OSError as failure:
-                reason = failure.strerror or type(failure).__name__  # without the file's name: one warning in all
+                reason = failure.strerror or type(failure).__name__  # without the file name: one warning
         else:
             warn_once(f"semantic maps made of {self.top} can't be kept, and are made anew each time ({reason})")
         return data
 
 
 def existing(paths: Iterable[str]) -> NDArray[np.bool_]:
-    """Return which of the files exist. Each folder is listed once, which is faster on network file systems than a
-    query for every file.
+    """Return a mask of the files that exist.
+
+    Each folder is listed once, which is faster on network file systems than a query per file.
     """
     listings: dict[str, set[str]] = {}
     found = []

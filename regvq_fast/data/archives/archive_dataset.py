@@ -1,7 +1,8 @@
 """The images of an official archive as a data set."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -11,49 +12,43 @@ from regvq_fast.data.archives.lookup import find_archive, holds_archive
 from regvq_fast.data.archives.split_files import SplitFiles
 from regvq_fast.data.image_files import ImageFileDataset
 from regvq_fast.data.manifest import mirrored_ids
-from regvq_fast.data.samples import Crop, Field, Part, Split
+from regvq_fast.data.samples import Field, Part
 
 
 class ArchiveDataset(ImageFileDataset):
     """An official split of one of the paper's data sets, as square uint8 RGB images.
 
-    Like :class:`~regvq_fast.data.folder.ImageFolder`, except that the archive defines which images are for training,
-    where captions and maps are, and which class ids a mirrored image exchanges.
+    Like :class:`~regvq_fast.data.folder.ImageFolder`, but the archive defines the splits, the files of captions and
+    maps, and the class ids to exchange in mirrored images.
 
     Args:
         archive: result of ``find_archive``.
-        split: "train", or "val" for the official split that papers report on (``archive.served``).
-        image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``.
+        settings: split, image_size, crop, flip, seed, limit, fields, as of
+            :class:`~regvq_fast.data.image_files.ImageFileDataset`. The split "val" is the official one that papers
+            report on (``archive.served``).
 
     Raises:
         FileNotFoundError: a list or all files of the split are missing, or none has the fields.
-        ValueError: the archive has no such field, a damaged list, and what ``ImageFolder`` raises.
+        ValueError: the archive has no such field, a damaged list, and what ``ImageFileDataset`` raises.
     """
 
-    def __init__(
-        self,
-        archive: Archive,
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(archive.top, split, image_size, crop, flip, seed, limit, fields)
+    def __init__(self, archive: Archive, *settings: Any, **named: Any) -> None:
         self.archive = archive
+        super().__init__(archive.top, *settings, **named)
+
+    def _find(self) -> None:
+        archive = self.archive
         self.num_classes = len(archive.classes) or None
         self._maps_fit = archive.maps_fit
         self._mirrored_ids = mirrored_ids(archive.mirror_pairs)
         for field in sorted(self.fields.difference(archive.fields)):
             raise ValueError(f"{archive.title} has no {field}; it has image{''.join(f', {f}' for f in archive.fields)}")
-        files = SplitFiles(archive, archive.served[split], self.fields)
+        files = SplitFiles(archive, archive.served[self.split], self.fields)
         files.require()
         if files.missing:
             warn_once(files.missing_note())
         complete = self._complete(list(files.has.values()), len(files.names))
-        # An array: worker processes share its memory, while each would copy a list.
+        # An array, whose memory worker processes share; each would copy a list.
         self.names = np.array(files.names)[complete][self._choose(None, len(complete))]
         if "label" in self.fields:
             self.label_names, self._labels = archive.label_names, archive.labels(self.names.tolist())

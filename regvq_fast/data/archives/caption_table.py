@@ -1,4 +1,4 @@
-"""The captions of many images that come in one file."""
+"""Captions of many images in one file."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,14 +6,14 @@ import numpy as np
 
 
 class CaptionTable:
-    """Captions by the names of images, in arrays whose memory worker processes share.
+    """Captions by image name, in arrays whose memory worker processes share.
 
     Args:
-        captions: of each image, in order; a line break in one is a space, and empty ones are left out.
+        captions: of each image, in order. Line breaks become spaces, and empty captions are left out.
     """
 
     def __init__(self, captions: Mapping[str, Sequence[str]]) -> None:
-        # Some captions end in a line break, or have one inside.
+        # Some captions contain or end with a line break.
         texts = {
             name: "\n".join(filter(None, (" ".join(caption.split()) for caption in captions[name])))
             for name in sorted(captions)
@@ -24,7 +24,7 @@ class CaptionTable:
         self._text = b"".join(encoded)
 
     def of(self, name: str) -> bytes:
-        """Return the captions of an image, one a line; empty if there are none."""
+        """Return the captions of an image, one per line; empty if there are none."""
         position = int(np.searchsorted(self.names, name))
         if position == len(self.names) or self.names[position] != name:
             return b""

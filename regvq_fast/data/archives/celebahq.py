@@ -16,9 +16,9 @@ from regvq_fast.data.samples import Part
 PARTS = tuple(
     "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth".split()
 )
-"""In the order of the official g_mask.py: class ids from 1 on, and a later one covers the earlier ones."""
+"""In the order of the official g_mask.py: class ids from 1 on; later parts cover earlier ones."""
 _VALIDATION, _TEST = 162_771, 182_638
-"""Rows of CelebA where its official partition changes, as the official g_partition.py has them."""
+"""First rows of CelebA's validation and test partitions, from the official g_partition.py."""
 _FOLDER_IMAGES = 2000
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
@@ -26,8 +26,8 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 class CelebAHQ(Archive):
     """``CelebA-HQ-img/N.jpg``, ``CelebAMask-HQ-mask-anno/0..14/0000N_PART.png``, ``CelebA-HQ-to-CelebA-mapping.txt``.
 
-    The masks of a face's parts (white on black, 512 px where the images have 1024; those of parts that can't be seen
-    are not there) are merged into one map on first use.
+    The masks of a face's parts are white on black, with 512 px for images of 1024 px; invisible parts have no mask.
+    They are merged into one map on first use.
     """
 
     name = "celebahq"
@@ -82,7 +82,7 @@ class CelebAHQ(Archive):
         return os.path.join(self.top, "CelebAMask-HQ-mask-anno", str(number // _FOLDER_IMAGES), f"{number:05d}")
 
     def has(self, part: Part, names: Sequence[str]) -> NDArray[np.bool_]:
-        """Return which faces have the mask of any part; nothing else states which parts are visible."""
+        """Return a mask of the faces that have the mask of any part; no list states which parts are visible."""
         if part == "image":
             return super().has(part, names)
         masks = [os.path.split(self._masks(name)) for name in names]
@@ -95,7 +95,7 @@ class CelebAHQ(Archive):
     def read(self, name: str, part: Part) -> bytes:
         if part == "image":
             return super().read(name, part)
-        # The folder's modification time covers masks that were added, removed or replaced, in one query.
+        # The folder's modification time changes with every mask, and takes one query.
         return self._cached(name, os.path.dirname(self._masks(name)), lambda: self._merged(name))
 
     def _merged(self, name: str) -> NDArray[np.uint8]:

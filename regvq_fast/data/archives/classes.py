@@ -1,6 +1,6 @@
-"""The classes of semantic maps whose archives have many of them.
+"""Classes of the semantic maps of ADE20K and COCO.
 
-ADE20K: the 150 classes of the scene parsing benchmark, and what the full releases call them. Figures from
+ADE20K: the 150 classes of the scene parsing benchmark, and their codes in the full releases. Figures from
 CSAILVision/sceneparsing: names (the first of each class's synonyms) from objectInfo150.txt, codes from
 convertFromADE/mapFromADE.txt; the releases of 2016 and 2021 have the same codes. COCO: labels.txt of
 nightrome/cocostuff.
@@ -67,4 +67,4 @@ COCO_CLASSES = _names(
     wood; other
     """
 )
-"""By class id: COCO's own ids; "other" is in the pixelmaps of the stuff challenge, for all that is no stuff."""
+"""Names by COCO's class id; "other", in the pixelmaps of the stuff challenge, is everything that is not stuff."""

@@ -19,16 +19,16 @@ from regvq_fast.data.samples import Part
 from regvq_fast.json_values import parse_json
 
 _YEARS = {"2017": (118287, 5000), "2014": (82783, 40504)}
-"""Newest first: it is used if both exist."""
+"""Images for training and validation; the first year that exists is used."""
 
 
 class COCO(Archive):
     """``train2017/NUMBER.jpg`` or ``images/train2017/NUMBER.jpg``, ``annotations/captions_train2017.json`` and, if
     requested, ``stuffthingmaps/train2017/NUMBER.png``; the same with 2014, and with val.
 
-    Maps have COCO's ids whatever their files have: 0 unlabelled, 1 to 91 things, 92 to 182 stuff. The stuffthingmaps
-    hold them lowered by one, with 255 for unlabelled; the pixelmaps of the stuff challenge hold them, with 183 for all
-    things. Those of 2017 serve the images of 2014, too, which are the same ones.
+    Maps have COCO's ids: 0 unlabelled, 1 to 91 things, 92 to 182 stuff. The files of stuffthingmaps have ids lower by
+    one, with 255 for unlabelled; the pixelmaps of the stuff challenge have these ids, with 183 for all things. Maps of
+    2017 also serve the images of 2014, which are the same.
     """
 
     name = "coco"
@@ -51,7 +51,7 @@ class COCO(Archive):
     def is_top(cls, folder: Path) -> bool:
         folder = Path(os.path.abspath(folder))
         own, above = ((base / "annotations").is_dir() for base in (folder, folder.parent))
-        if folder.name == "images" and above and not own:  # the folder above is, and has the captions
+        if folder.name == "images" and above and not own:  # the parent is the top folder, with the captions
             return False
         return _images_and_year(folder) is not None
 
@@ -128,7 +128,7 @@ class COCO(Archive):
         return [folder for folder in folders if os.path.isdir(folder)] or folders[:1]
 
     def _map_paths(self, name: str) -> list[str]:
-        number = os.path.splitext(name)[0][-12:]  # of COCO_train2014_000000000009, what 2017 calls it
+        number = os.path.splitext(name)[0][-12:]  # 2014's COCO_train2014_000000000009 is 2017's 000000000009
         return [os.path.join(folder, f"{number}.png") for folder in self._map_folders]
 
     def _of(self, partition: str) -> CaptionTable:
@@ -138,7 +138,7 @@ class COCO(Archive):
 
 
 def _read_captions(path: Path) -> CaptionTable:
-    """Return the captions of a split, none if their file is missing."""
+    """Return the captions of a split; none if their file is missing."""
     lines: dict[str, list[str]] = {}
     if path.is_file():
         try:
@@ -153,7 +153,7 @@ def _read_captions(path: Path) -> CaptionTable:
 
 
 def _images_and_year(top: Path) -> tuple[Path, str] | None:
-    """Return the folder of the images and the newest year in it; beside annotations one split suffices."""
+    """Return the folder of the images and the newest year in it; with annotations, one split suffices."""
     for year in _YEARS:
         for images in (top, top / "images"):
             found = sum((images / f"{split}{year}").is_dir() for split in ("train", "val"))

@@ -12,7 +12,7 @@ from regvq_fast.data.archives.archive import Archive
 from regvq_fast.data.samples import Part
 
 _CAPTION_FOLDERS = ("text", "text_c10", "birds/text", "cvpr2016_cub/text_c10")
-"""As the archives of captions unpack: in the top folder, or beside it."""
+"""Folders of unpacked captions, in the top folder or beside it."""
 
 
 class CUB200(Archive):
@@ -64,7 +64,7 @@ class CUB200(Archive):
 
     @cached_property
     def _species(self) -> list[str]:
-        """Return the folders of all species that ``images.txt`` lists; labels are positions in it."""
+        """Return the folders of all species in ``images.txt``, sorted; labels are positions in this list."""
         return sorted({words[1].partition("/")[0] for words in self._lines(self.lists()[0]) if len(words) > 1})
 
     @cached_property
@@ -91,5 +91,5 @@ class CUB200(Archive):
 
     def read(self, name: str, part: Part) -> bytes:
         data = super().read(name, part)
-        # Some captions have the replacement character where an apostrophe was lost.
+        # Some captions have the replacement character instead of an apostrophe.
         return data.replace("\ufffd".encode(), b" ") if part == "caption" else data

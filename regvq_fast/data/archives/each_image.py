@@ -24,16 +24,16 @@ class Problem(NamedTuple):
 
 
 class EachImage(Dataset[Result | Problem], Generic[Result]):
-    """The result of ``work`` for each existing image of a split, or the problem with it; computed on access.
+    """The result of ``work``, or the problem, for each existing image of a split; computed on access.
 
     Args:
-        files: the split's images, and the fields that ``work`` needs.
-        work: called with the archive, an image's name and the fields that it has; may raise anything.
+        files: images of the split, and the fields for ``work``.
+        work: called with the archive, an image's name and its fields; may raise anything.
     """
 
     def __init__(self, files: SplitFiles, work: Callable[[Archive, str, Collection[Field]], Result]) -> None:
         self.archive, self.work = files.archive, work
-        # An array: worker processes share its memory, while each would copy a list.
+        # An array, whose memory worker processes share; each would copy a list.
         self.names, self.has = np.array(files.names, dtype=np.str_), files.has
 
     def __len__(self) -> int:
@@ -44,11 +44,11 @@ class EachImage(Dataset[Result | Problem], Generic[Result]):
         fields = [field for field, there in self.has.items() if there[index]]
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="PIL")  # about oddities in files that it reads or rejects
+                warnings.filterwarnings("ignore", module="PIL")  # about irregularities in files
                 return patiently(
                     lambda: self.work(self.archive, name, fields), lambda: self.archive.path(name, "image")
                 )
-        except Exception as error:  # Pillow's decoders raise far more than OSError on damaged files
+        except Exception as error:  # Pillow's decoders raise many types of errors for damaged files
             if is_of_the_machine(error):
                 raise
             return Problem(self.archive.path(name, "image"), why_unreadable(error))

@@ -16,7 +16,7 @@ from regvq_fast.data.samples import Part
 
 _SYNSET = re.compile(r"n\d{8}")
 _LOOKED_AT = 1000
-"""Entries of a folder in which one of a synset must come up: a folder of a million images costs no full listing."""
+"""Number of entries of train/ to check for a synset, so that a folder with a million images is not listed."""
 _CLASSES = 1000
 _DEVKITS = ("", "ILSVRC2012_devkit_t12/data", "devkit/data")
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -25,10 +25,10 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 class ImageNet(Archive):
     """``train/SYNSET/NAME.JPEG`` and ``val/``, of the same form or flat, or both in Kaggle's ``ILSVRC/Data/CLS-LOC/``.
 
-    A label is the rank of the image's synset among the sorted ones of ``train/``, as everywhere in the field. Flat
-    validation images have theirs from Kaggle's ``LOC_val_solution.csv`` or the development kit's ground truth, whose
-    numbers are in an order of their own (``map_clsloc.txt``, ``meta.mat``). These files, and those with the names of
-    the classes, may be beside ``train/`` or up to three folders above. Subsets of the classes have the same layout.
+    A label is the rank of the image's synset among the sorted synsets of ``train/``, as usual. The labels of flat
+    validation images come from Kaggle's ``LOC_val_solution.csv`` or from the development kit's ground truth, which has
+    its own order of classes (``map_clsloc.txt``, ``meta.mat``). These files, and those with the names of the classes,
+    may be beside ``train/`` or up to three folders above. Subsets of the classes have the same layout.
     """
 
     name = "imagenet"
@@ -87,7 +87,7 @@ class ImageNet(Archive):
 
     @cached_property
     def _flat_synsets(self) -> Mapping[str, str]:
-        """Return the synsets of flat validation images, by their names; empty if no file states them."""
+        """Return the synsets of flat validation images by image name; empty if no file has them."""
         if solution := self._list("LOC_val_solution.csv"):
             lines = [" ".join(words).partition(",") for words in self._lines(solution)]
             return {name: boxes.partition(" ")[0] for name, _, boxes in lines}
@@ -112,7 +112,7 @@ class ImageNet(Archive):
         try:
             synsets = loadmat(meta, squeeze_me=True)["synsets"]
             return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in synsets}
-        except Exception as error:  # of many kinds, for a damaged file
+        except Exception as error:  # many types, for a damaged file
             raise ValueError(f"{meta} is damaged, or of no development kit ({error!r}): unpack it anew") from None
 
     def _list(self, name: str) -> Path | None:

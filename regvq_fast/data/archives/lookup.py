@@ -14,23 +14,22 @@ from regvq_fast.data.archives.imagenet import ImageNet
 ARCHIVES: dict[ArchiveName, type[Archive]] = {
     archive.name: archive for archive in (ADE20K, CelebAHQ, CUB200, COCO, ImageNet)
 }
-"""By the names of presets."""
+"""Archives by the name of their preset."""
 
 
 def holds_archive(root: str | os.PathLike[str]) -> bool:
-    """Return whether :func:`find_archive` finds archives in a folder: one, or several, which it refuses."""
+    """Return whether :func:`find_archive` finds an archive in a folder, or raises because it finds several."""
     return any(kind.at(root) is not None or kind.within(root) for kind in ARCHIVES.values())
 
 
 def find_archive(root: str | os.PathLike[str], name: ArchiveName | None = None) -> Archive | None:
-    """Return the official archive in a folder, which is its top folder, its folder of images, or contains its top
-    folder; None if there is none.
+    """Return the official archive whose top folder or folder of images is ``root``, or whose top folder is in it.
 
-    A top folder stands for its archive, whatever else is in it; a warning names other archives there.
+    If ``root`` is a top folder, other archives in it are ignored with a warning. None if there is no archive.
 
     Args:
-        root: the folder; a file or a missing path holds no archive.
-        name: look for this archive only.
+        root: the folder; a file or a missing path has no archive.
+        name: find only this archive.
 
     Raises:
         ValueError: there are several.

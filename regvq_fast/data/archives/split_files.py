@@ -1,4 +1,4 @@
-"""The files of an official split that exist."""
+"""Existing files of an official split."""
 
 from collections.abc import Collection
 
@@ -12,12 +12,12 @@ class SplitFiles:
     Args:
         archive: the archive.
         partition: an official split.
-        fields: those to look for.
+        fields: to look for.
 
     Attributes:
         names: images whose files exist, in the list's order.
         missing: images of the list whose files don't exist.
-        has: for each field, (len(names),) bool: which images have it.
+        has: for each field, a mask (len(names),) bool of the images that have it.
 
     Raises:
         FileNotFoundError: a list is missing. ValueError: one is damaged.
@@ -32,7 +32,7 @@ class SplitFiles:
         self.has = {field: archive.has(field, self.names) for field in sorted(fields)}
 
     def require(self) -> None:
-        """Raise FileNotFoundError where there is no image, or where no image has one of the fields."""
+        """Raise FileNotFoundError if there is no image, or if no image has one of the fields."""
         archive, partition = self.archive, self.partition
         if not self.names:
             raise FileNotFoundError(
@@ -45,7 +45,7 @@ class SplitFiles:
                 )
 
     def missing_note(self) -> str:
-        """Return how many images are missing, with an example; empty if none is."""
+        """Return a text with the number of missing images and an example; empty if none is missing."""
         if not self.missing:
             return ""
         count = len(self.missing) + len(self.names)

@@ -1,4 +1,4 @@
-"""Data sets in the form of Hugging Face's library ``datasets``: from the hub, saved on disk, or in parquet files."""
+"""Data sets of Hugging Face's library ``datasets``: from the hub, saved on disk, or in parquet files."""
 
 from regvq_fast.data.huggingface.stream import HuggingFaceStream
 from regvq_fast.data.huggingface.table import HuggingFaceImages

@@ -1,4 +1,4 @@
-"""The columns of a Hugging Face data set: which holds what, and what a row's value is as a file."""
+"""The columns of a Hugging Face data set: their roles, and their values in the form of files."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +17,7 @@ NAMES: dict[Part, tuple[str, ...]] = {
     "label": ("label", "labels", "cls", "class", "fine_label", "category"),
     "segmentation": ("segmentation", "annotation", "mask", "label_map", "seg.png", "label", "labels"),
 }
-"""Usual names of a column, in lower case and with "_" between words; only those of a fitting type count."""
+"""Usual names of columns, in lower case and with "_" between words; the type must fit, too."""
 _KINDS: dict[Part, str] = {
     "image": "images",
     "caption": "texts, or lists of texts",
@@ -27,7 +27,7 @@ _KINDS: dict[Part, str] = {
 
 
 def find_column(source: Source, features: Mapping[str, Any], part: Part) -> str | None:
-    """Return the column with a part of the images: the one that the source states, or found by name and type.
+    """Return the column with a part of the images, as the source states, or by name and type.
 
     Args:
         source: the data set.
@@ -35,11 +35,11 @@ def find_column(source: Source, features: Mapping[str, Any], part: Part) -> str 
         part: the image or a field.
 
     Returns:
-        The only column of a fitting type with a usual name; otherwise the only one of type Image (none with the name of
-        a map) or ClassLabel, for images and labels; None if there is none.
+        The only column with a fitting type and a usual name; otherwise, for images and labels, the only one of type
+        Image (without the name of a map) or ClassLabel; None if there is none.
 
     Raises:
-        ValueError: the stated column isn't there or has another type, or several columns could be it.
+        ValueError: the stated column is missing or has another type, or several columns fit.
     """
     stated = source.options.get(part)
     if stated is not None:
@@ -51,7 +51,7 @@ def find_column(source: Source, features: Mapping[str, Any], part: Part) -> str 
     fitting = [name for name in features if _fits(source, features[name], part)]
     found = [name for name in fitting if _is_usual(name, part)]
     if not found and part in ("image", "label"):
-        # By its type alone, which a text, a number or bytes don't tell.
+        # By type alone; texts, numbers and bytes are ambiguous.
         found = [
             name
             for name in fitting
@@ -67,7 +67,7 @@ def find_column(source: Source, features: Mapping[str, Any], part: Part) -> str 
 
 
 def require_column(source: Source, features: Mapping[str, Any], part: Part) -> str:
-    """Return the column with a part of the images; ValueError also where there is none."""
+    """Return the column with a part of the images; ValueError also if there is none."""
     column = find_column(source, features, part)
     if column is None:
         listed = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
@@ -79,7 +79,7 @@ def require_column(source: Source, features: Mapping[str, Any], part: Part) -> s
 
 
 def find_fields(source: Source, features: Mapping[str, Any]) -> dict[Field, str]:
-    """Return the columns of all fields that have one; of several that could be it, one has to be stated."""
+    """Return the columns of all fields; fields without a column, or with several unless one is stated, are left out."""
     found: dict[Field, str] = {}
     for field in get_args(Field):
         with suppress(ValueError):
@@ -89,10 +89,10 @@ def find_fields(source: Source, features: Mapping[str, Any]) -> dict[Field, str]
 
 
 def without_decoding(table: Any, columns: Mapping[Part, str]) -> Any:
-    """Return a data set, or a stream, whose images are the bytes of their files."""
+    """Return a data set or a stream with images as the bytes of their files."""
     import datasets
 
-    table = table.with_format(None)  # one that was saved keeps the format that it had
+    table = table.with_format(None)  # a saved data set keeps its format
     for column in set(columns.values()):
         if isinstance(table.features[column], datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
@@ -100,10 +100,10 @@ def without_decoding(table: Any, columns: Mapping[Part, str]) -> Any:
 
 
 def file_of(value: Any, part: Part) -> bytes:
-    """Return a value as the file that a folder would have: an image's bytes, or a caption a line.
+    """Return a value in the form of a file in a folder of images: an image's bytes, or one caption per line.
 
     Raises:
-        ValueError: there is none. OSError: the file of an image can't be read.
+        ValueError: there is no value. OSError: the file of an image can't be read.
     """
     if value is None:
         raise ValueError(f"it has no {part}")
@@ -116,14 +116,14 @@ def file_of(value: Any, part: Part) -> bytes:
         return value["bytes"]
     if value["path"] is None:
         raise ValueError(f"it has no {part}")
-    import fsspec  # a requirement of datasets; streams have addresses
+    import fsspec  # installed with datasets; streams contain addresses
 
     with fsspec.open(value["path"], "rb") as file:
         return file.read()
 
 
 def has_text(texts: Any) -> NDArray[np.bool_]:
-    """Return (rows,) which values of an Arrow column of captions have one: null, "" and [] don't."""
+    """Return a mask (rows,) of the values with a caption in an Arrow column: null, "" and [] have none."""
     import pyarrow.compute as pc
 
     lengths = pc.binary_length(texts) if _is_text(texts.type) else pc.list_value_length(texts)
@@ -133,12 +133,12 @@ def has_text(texts: Any) -> NDArray[np.bool_]:
 def read_labels(
     source: Source, feature: Any, columns: Sequence[Any]
 ) -> tuple[tuple[str, ...], list[NDArray[np.int64]]]:
-    """Return the names of the labels, and the ids of Arrow columns of labels; negative where there is none.
+    """Return the names of the labels, and the ids in Arrow columns of labels; negative ids mean no label.
 
     Args:
         source: the data set.
         feature: of the columns.
-        columns: of all splits, which share their ids.
+        columns: of all splits, which have common ids.
 
     Raises:
         ValueError: a number above a million, or one of a class without a name.
@@ -170,10 +170,10 @@ def _fits(source: Source, feature: Any, part: Part) -> bool:
     if part == "caption":
         return _is_text(kind) or (hasattr(kind, "value_type") and _is_text(kind.value_type))
     if part == "label":
-        # The names of other labels are known once all are read.
+        # The names of other labels are known only after reading all rows.
         streamed = "stream" in source.options
         return hasattr(feature, "names") or (not streamed and (_is_text(kind) or pa.types.is_integer(kind)))
-    # Files that datasets itself writes are structs, too.
+    # Structs are files written by datasets.
     return pa.types.is_binary(kind) or (
         pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(k).name for k in range(kind.num_fields)}
     )

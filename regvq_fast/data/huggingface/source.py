@@ -1,9 +1,9 @@
-"""The names of Hugging Face data sets in ``--data``, and opening them.
+"""Names of Hugging Face data sets in ``--data``, and their opening.
 
     hf:ORGANIZATION/NAME[@REVISION][?KEY=VALUE&KEY=VALUE...]      a data set on the hub
-    hf:PATH[?...]                                                 a folder or a parquet file here
+    hf:PATH[?...]                                                 a local folder or parquet file
 
-Without "hf:", a folder that ``save_to_disk`` wrote, a folder of parquet files or one such file is recognized, too.
+A folder written by ``save_to_disk``, a folder of parquet files and a parquet file are also recognized without "hf:".
 """
 
 import os
@@ -21,8 +21,7 @@ from regvq_fast.models.hub import HUB, LOG_IN, hub_name
 
 PREFIX = "hf:"
 KEYS = ("config", "image", *get_args(Field), *get_args(Split), "stream", "length")
-"""Keys behind the "?": a configuration, the column of each part, the name of each split, and those of streams."""
-
+"""Keys after the "?": a configuration, the column of each part, the name of each split, and keys of streams."""
 
 _SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}
 """Usual names of the splits; the first that exists is used."""
@@ -34,7 +33,7 @@ class Source(NamedTuple):
     text: str
     """The name as it was given."""
     path: str
-    """ORGANIZATION/NAME on the hub, or an absolute path here."""
+    """ORGANIZATION/NAME on the hub, or an absolute local path."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None: the main branch."""
     options: Mapping[str, str] = {}
@@ -52,7 +51,7 @@ def is_source(data: str | os.PathLike[str]) -> bool:
 
 
 def is_stream(data: str | os.PathLike[str]) -> bool:
-    """Return whether ``--data`` names a Hugging Face data set that is to be streamed."""
+    """Return whether ``--data`` names a Hugging Face data set to stream."""
     name, _, query = os.fspath(data).partition("?")
     return name.startswith(PREFIX) and "stream" in dict(parse_qsl(query, keep_blank_values=True))
 
@@ -61,8 +60,8 @@ def parse_source(data: str | os.PathLike[str]) -> Source:
     """Return the data set that ``--data`` names.
 
     Raises:
-        ValueError: an unknown key, one without its value, or a length that is no whole number above 0.
-        FileNotFoundError: neither a path here nor a name on the hub.
+        ValueError: an unknown key, a key without a value, or a length that is not a positive integer.
+        FileNotFoundError: neither a local path nor a name on the hub.
     """
     text = os.fspath(data)
     if not text.startswith(PREFIX):
@@ -89,12 +88,12 @@ def parse_source(data: str | os.PathLike[str]) -> Source:
 
 
 def open_splits(source: Source) -> Mapping[str, Any]:
-    """Open all splits of a data set, by name; what is not streamed is downloaded and prepared on first use.
+    """Open all splits of a data set by name; unless streamed, they are downloaded and prepared on first use.
 
     Raises:
         FileNotFoundError: no such data set, revision or data file. PermissionError: the hub refuses access.
-        OSError: the hub can't be reached, and the data set is not in its cache.
-        ValueError: ``datasets`` is not installed, the configuration must be chosen, or the files can't be read.
+        OSError: the hub can't be reached, and the data set is not cached.
+        ValueError: ``datasets`` is not installed, a configuration must be chosen, or the files can't be read.
     """
     try:
         import datasets
@@ -112,7 +111,7 @@ def open_splits(source: Source) -> Mapping[str, Any]:
         else:
             config = source.options.get("config")
             opened = datasets.load_dataset(source.path, config, revision=source.revision, streaming=streaming)
-    except Exception as error:  # of datasets' classes, of the hub's, or of Arrow's
+    except Exception as error:  # of datasets, the hub or Arrow
         if is_of_the_machine(error):
             raise
         raise _explained(error, source) from None
@@ -120,12 +119,12 @@ def open_splits(source: Source) -> Mapping[str, Any]:
 
 
 def find_split(source: Source, names: Collection[str], split: Split) -> tuple[str, bool]:
-    """Return which of a data set's splits serves ``split``, and whether it is one of its own.
+    """Return the name of the split that serves ``split``, and whether it serves only that.
 
-    Otherwise it serves training and validation, which have to divide it.
+    Otherwise training and validation divide it.
 
     Raises:
-        ValueError: a split that is named in the source isn't there, or none is for training.
+        ValueError: a split named in the source is missing, or there is none for training.
     """
     listed = ", ".join(map(repr, names))
     found: dict[str, str | None] = {}
@@ -152,7 +151,7 @@ def _is_saved(path: str | os.PathLike[str]) -> bool:
 
 
 def _explained(error: Exception, source: Source) -> Exception:
-    """Return what went wrong in opening a data set as one sentence."""
+    """Return an error with one sentence for an error in opening a data set."""
     reason = " ".join(str(error).split())
     kind = type(error).__name__
     if kind == "DatasetNotFoundError":
@@ -171,7 +170,7 @@ def _explained(error: Exception, source: Source) -> Exception:
             f"{source.path} is neither a folder here nor in the cache of {HUB}, which can't be reached or is switched "
             "off by HF_HUB_OFFLINE: check the path, or load it once with a network"
         )
-    if isinstance(error, ValueError) and "onfig" in reason:  # none chosen of several, or one that isn't there
+    if isinstance(error, ValueError) and "onfig" in reason:  # none of several is chosen, or a missing one
         names = reason[reason.find("[") + 1 : reason.find("]")].replace("'", "")
         return ValueError(f"{source.text} has the configurations {names}: choose one as ?config=NAME")
     kept: type[Exception] = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError

@@ -1,9 +1,9 @@
-"""A Hugging Face data set that is streamed from the hub, without being downloaded as a whole first."""
+"""A Hugging Face data set that is streamed from the hub instead of downloaded."""
 
 import logging
 import os
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, get_args
 
@@ -17,84 +17,74 @@ from regvq_fast.data.huggingface.source import find_split, is_stream, open_split
 from regvq_fast.data.image_dataset import FieldCounts, Provenance, SplitSettings
 from regvq_fast.data.image_files import CROP, HOLD_OUT, RESIZE, ImageFileDataset
 from regvq_fast.data.reading import is_of_the_machine, why_unreadable
-from regvq_fast.data.samples import Crop, Field, Part, Sample, Split, check_index
+from regvq_fast.data.samples import Field, Part, Sample, check_index
 from regvq_fast.ranks import rank, world_size
 
 logger = logging.getLogger("regvq_fast")
 
 BUFFER = 1000
-"""Rows that a process shuffles among; the files that it reads from are shuffled, too."""
+"""Size of a process's shuffle buffer in rows; the files that it reads are shuffled, too."""
 MOST_UNREADABLE = 1000
-"""Unreadable images in a row after which a process gives up."""
+"""Number of consecutive unreadable images after which a process raises an error."""
 
 
 class HuggingFaceStream(ImageFileDataset):
     """The rows of ``hf:...?stream`` as they arrive, as square uint8 RGB images.
 
-    For data that don't fit on the disk. Training samples are not a function of (seed, index), as those of other data
-    sets are; only crop, flip and the choice of a caption are, given the image. Each process (a rank, or one of its
-    workers) reads files of its own; where there are fewer files than processes, all read every file and serve
-    different rows. It shuffles within a buffer of 1000 rows, and begins another pass after the last row. So
+    For data that don't fit on the disk. Unlike in other data sets, training samples are not a function of (seed,
+    index); only crop, flip and the choice of a caption are, given the image. Each process (a worker, or a rank without
+    workers) reads its own files; if there are fewer files than processes, all read every file and serve different
+    rows. A process shuffles within a buffer of 1000 rows, and begins another pass after the last row. Therefore
 
     - the order depends on the numbers of ranks and workers;
-    - an epoch is a number of samples, in which some images may come twice and others not at all;
+    - an epoch is a number of samples, in which images may be repeated or missing;
     - a resumed run begins the pass of its epoch anew.
 
     Validation samples are exact: they are read once, at the start, and kept in memory as encoded files.
 
     Columns and splits are found as in :class:`HuggingFaceImages`. Without a validation split, about 5 % of the images
-    are held out by a hash of their bytes, and the first ``limit`` of these are used, for which twenty times as many
-    have to be read. Labels must be class labels, whose names are known beforehand. Rows without the fields are left
-    out silently; unreadable images are named in warnings, but not counted.
+    are held out by a hash of their bytes, and the first ``limit`` of them are used; this reads about 20 ``limit``
+    rows. Labels must be class labels, whose names are known beforehand. Rows without the fields are left out silently;
+    unreadable images cause warnings, but are not counted.
 
     Args:
-        source: as :mod:`regvq_fast.data.huggingface.source` describes it. ``length=N`` is the number of training
-            images, where the data set doesn't state its own.
-        split, image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``; labels, too.
+        source: see :mod:`regvq_fast.data.huggingface.source`. ``length=N`` is the number of training images, if the
+            data set does not state it.
+        split, image_size, crop, flip, seed, limit, fields: see
+            :class:`~regvq_fast.data.image_files.ImageFileDataset`.
 
     Raises:
-        ValueError: no length is known, labels that are no class labels; otherwise as :class:`HuggingFaceImages`.
+        ValueError: an unknown length, or labels that are not class labels; otherwise as :class:`HuggingFaceImages`.
     """
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
-        self._place = place = parse_source(source)
-        splits = open_splits(place)
-        name, self._is_own = find_split(place, splits, split)
+    def _find(self) -> None:
+        self._parsed = parsed = parse_source(self.source)
+        splits = open_splits(parsed)
+        name, self._is_own = find_split(parsed, splits, self.split)
         stream = splits[name]
         self._features = features = stream.features
         if features is None:
             raise ValueError(f"{self.source} doesn't state its columns, so that it can't be streamed: leave out stream")
         parts: tuple[Part, ...] = ("image", *sorted(self.fields))
-        self._columns = {part: require_column(place, features, part) for part in parts}
+        self._columns = {part: require_column(parsed, features, part) for part in parts}
         if "label" in self.fields:
             self.label_names = tuple(features[self._columns["label"]].names)
         self._stream = without_decoding(stream, self._columns).select_columns(sorted(set(self._columns.values())))
         self._reader: tuple[int, Iterator[Mapping[str, Any]]] | None = None
-        if split == "val":
-            self._take(list(islice(filter(self._serves, _rows(self._stream)), limit)))
+        if self.split == "val":
+            self._take(list(islice(filter(self._serves, _rows(self._stream)), self.limit)))
             if not self._rows:
                 raise ValueError(f"no image of {self.source} ({name}) is for validation, or has the fields")
             self._start(len(self._rows))
             return
         stated = (stream.info.splits or {}).get(name)
-        length = int(place.options.get("length", 0)) or (stated.num_examples if stated else 0)
+        length = int(parsed.options.get("length", 0)) or (stated.num_examples if stated else 0)
         if not length:
             raise ValueError(
                 f"{self.source} doesn't state how many images it has: append &length=N, a training epoch's number"
             )
         self._length = length if self._is_own else max(round(length * (1 - HOLD_OUT)), 1)
-        self.unreadable_flags = torch.zeros(0, dtype=torch.bool)  # no image has a number to be counted by
+        self.unreadable_flags = torch.zeros(0, dtype=torch.bool)  # images have no index to flag
         warn_once(
             f"{self.source} is streamed: the order of its images depends on --workers and the number of ranks, an "
             "epoch may miss or repeat images, and a resumed run does not continue where it stopped in the data"
@@ -102,7 +92,7 @@ class HuggingFaceStream(ImageFileDataset):
 
     @classmethod
     def count_fields(cls, data: str | os.PathLike[str] | None) -> FieldCounts:
-        """Count a field for all images where there is a column for it: rows without a value are not served."""
+        """Count a field for all images if it has a column, since rows without a value are left out."""
         stream = cls.open(data, SplitSettings("train", image_size=1))
         return FieldCounts(len(stream), stream._having())
 
@@ -132,7 +122,7 @@ class HuggingFaceStream(ImageFileDataset):
         raise ValueError(f"none of {MOST_UNREADABLE} images of {self.source} in a row can be read")
 
     def _take(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keep the rows that the next samples are of: those of validation, or one."""
+        """Keep the rows of the next samples: all of validation, or one of training."""
         self._rows = rows
         if "label" in self.fields:
             self._labels = np.array([row[self._columns["label"]] for row in rows], dtype=np.int32)
@@ -149,11 +139,11 @@ class HuggingFaceStream(ImageFileDataset):
         return ()
 
     def _having(self) -> dict[Field, int]:
-        columns = find_fields(self._place, self._features)
+        columns = find_fields(self._parsed, self._features)
         return {field: len(self) if field in columns else 0 for field in get_args(Field)}
 
     def _serves(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row is of this split, and has the fields."""
+        """Return whether a row belongs to this split and has the fields."""
         label = row[self._columns["label"]] if "label" in self.fields else 0
         if "label" in self.fields and label is not None and label >= len(self.label_names):
             raise ValueError(
@@ -172,8 +162,8 @@ class HuggingFaceStream(ImageFileDataset):
         return held_out == (self.split == "val")
 
     def _next(self, epoch: int) -> Mapping[str, Any]:
-        """Return the next row of this process, whose first one is of the pass of ``epoch``."""
-        if self._reader is None or self._reader[0] != os.getpid():  # a forked worker must not read with its parent
+        """Return the next row of this process; the first one is of the pass ``epoch``."""
+        if self._reader is None or self._reader[0] != os.getpid():  # a forked worker must not use its parent's reader
             self._reader = os.getpid(), self._passes(epoch)
         return next(self._reader[1])
 
@@ -185,7 +175,7 @@ class HuggingFaceStream(ImageFileDataset):
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         processes, process = world_size() * workers, rank() * workers + number
-        fsspec.asyn.reset_lock()  # which a fork may have copied locked
+        fsspec.asyn.reset_lock()  # a fork may have copied it locked
         if self._stream.num_shards >= processes:
             stream = self._stream.shard(processes, process, contiguous=False)
         else:
@@ -209,6 +199,6 @@ class HuggingFaceStream(ImageFileDataset):
 
 
 def _rows(stream: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a stream; batches of one, since plain iteration would divide it among workers once more."""
+    """Yield the rows of a stream, as batches of one: plain iteration would divide them among workers again."""
     for batch in stream.iter(batch_size=1):
         yield {column: values[0] for column, values in batch.items()}

@@ -1,7 +1,7 @@
-"""The images of a Hugging Face data set on this machine, at random positions."""
+"""A Hugging Face data set on this machine, with random access."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -18,28 +18,29 @@ from regvq_fast.data.huggingface.columns import (
 from regvq_fast.data.huggingface.source import find_split, is_source, open_splits, parse_source
 from regvq_fast.data.image_dataset import Provenance
 from regvq_fast.data.image_files import CROP, RESIZE, ImageFileDataset
-from regvq_fast.data.samples import Crop, Field, Part, Split
+from regvq_fast.data.samples import Field, Part, Split
 
 
 class HuggingFaceImages(ImageFileDataset):
     """The rows of a data set of the library ``datasets``, as square uint8 RGB images.
 
-    Like :class:`~regvq_fast.data.folder.ImageFolder`: images are decoded here, from the bytes or the path of a row, so
-    that crops, orientation and the skipping of unreadable images are the same. ``datasets`` downloads what is on the
-    hub and keeps it as Arrow files in its cache; these are memory-mapped, so that memory is 9 bytes an image, and 4 for
-    a label, and a worker process gets the files' names, not their contents.
+    As in :class:`~regvq_fast.data.folder.ImageFolder`, images are decoded here, from the bytes or the path in a row:
+    crops, orientation and the handling of unreadable images are the same. ``datasets`` downloads a data set from the
+    hub into Arrow files in its cache. They are memory-mapped: memory is 9 bytes per image and 4 per label, and worker
+    processes get file names, not contents.
 
     Columns are found by type and usual name (:data:`~regvq_fast.data.huggingface.columns.NAMES`) or stated:
-    ``hf:ORGANIZATION/NAME?image=photo&caption=title``. Labels are class labels, whole numbers from 0 on, whose names
-    are their digits, or texts, sorted over both splits. A negative number, as test splits without labels have, is none.
+    ``hf:ORGANIZATION/NAME?image=photo&caption=title``. Labels are class labels; integers from 0 on, whose names are
+    their digits; or texts, sorted over both splits. A negative number, as in test splits, means no label.
 
-    Splits: the data set's own where it has "train" and one of "val", "validation", "valid", "dev" or "test" (the first
-    of these), or those stated: ``?train=train_full&val=small``. Otherwise about 5 % of the rows are for validation,
-    chosen by a hash of their numbers, so that adding rows at the end moves none from one split to the other.
+    Splits: the data set's own if it has "train" and one of "val", "validation", "valid", "dev" or "test" (the first of
+    these), or stated ones: ``?train=train_full&val=small``. Otherwise about 5 % of the rows are for validation, chosen
+    by a hash of their numbers, so that adding rows at the end moves none between the splits.
 
     Args:
-        source: as :mod:`regvq_fast.data.huggingface.source` describes it.
-        split, image_size, crop, flip, seed, limit, fields: as of ``ImageFolder``; labels, too.
+        source: see :mod:`regvq_fast.data.huggingface.source`.
+        split, image_size, crop, flip, seed, limit, fields: see
+            :class:`~regvq_fast.data.image_files.ImageFileDataset`.
 
     Raises:
         FileNotFoundError: no such data set. OSError: the hub can't be reached, or refuses access.
@@ -47,30 +48,19 @@ class HuggingFaceImages(ImageFileDataset):
             fields; and what ``ImageFolder`` raises.
     """
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        split: Split = "train",
-        image_size: int = 256,
-        crop: Crop = "random-resized",
-        flip: bool = True,
-        seed: int = 0,
-        limit: int | None = None,
-        fields: Collection[Field] = (),
-    ) -> None:
-        super().__init__(source, split, image_size, crop, flip, seed, limit, fields)
-        self._place = parse_source(source)
-        splits = open_splits(self._place)
-        self.split_name, own = find_split(self._place, splits, split)
-        # Both splits, this one first: they share the ids of their labels.
+    def _find(self) -> None:
+        self._parsed = parse_source(self.source)
+        splits = open_splits(self._parsed)
+        self.split_name, own = find_split(self._parsed, splits, self.split)
+        # Both splits, this one first: their labels have common ids.
         names = dict.fromkeys(
-            [self.split_name, *(find_split(self._place, splits, part)[0] for part in get_args(Split))]
+            [self.split_name, *(find_split(self._parsed, splits, part)[0] for part in get_args(Split))]
         )
         self._tables = [splits[name] for name in names]
         table = self._tables[0]
         self._identity: str = table._fingerprint
         parts: tuple[Part, ...] = ("image", *sorted(self.fields))
-        columns = {part: require_column(self._place, table.features, part) for part in parts}
+        columns = {part: require_column(self._parsed, table.features, part) for part in parts}
         has = [self._has(field, columns[field]) for field in sorted(self.fields)]
         if has and not np.logical_and.reduce(has).any():
             missing = " and ".join(sorted(self.fields))
@@ -90,26 +80,26 @@ class HuggingFaceImages(ImageFileDataset):
         return data is not None and is_source(data)
 
     def _having(self) -> dict[Field, int]:
-        columns = find_fields(self._place, self._tables[0].features)
+        columns = find_fields(self._parsed, self._tables[0].features)
         counts = {field: int(self._has(field, column)[self._rows].sum()) for field, column in columns.items()}
         return dict.fromkeys(get_args(Field), 0) | counts
 
     def provenance(self) -> Provenance:
-        # The identity: of a data set on the hub the same on every machine, unlike the times of its files.
-        data = self._place.path if self._place.is_local else self.source
+        # The fingerprint of datasets: for a data set on the hub equal on all machines, unlike file times.
+        data = self._parsed.path if self._parsed.is_local else self.source
         return Provenance(data, CROP, RESIZE, " ".join([self._identity, *sorted(self.fields)]))
 
     def _has(self, field: Field, column: str) -> NDArray[np.bool_]:
-        """Return which rows have a field."""
+        """Return a mask of the rows with a field."""
         if field == "label":
             return self._read_labels(column)[1] >= 0
         values = _arrow(self._tables[0], column)
         return has_text(values) if field == "caption" else values.is_valid().to_numpy()
 
     def _read_labels(self, column: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-        """Return the names of the labels of both splits, and the ids of this one's rows."""
+        """Return the names of the labels of both splits, and the ids of this split's rows."""
         values = [_arrow(table, column) for table in self._tables if column in table.features]
-        names, ids = read_labels(self._place, self._tables[0].features[column], values)
+        names, ids = read_labels(self._parsed, self._tables[0].features[column], values)
         return names, ids[0]
 
     def _read(self, position: int, part: Part) -> bytes:
@@ -124,7 +114,7 @@ class HuggingFaceImages(ImageFileDataset):
 
 
 def row_hashes(rows: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """Return 32 bits of each row's number, mixed as MurmurHash3 ends, that decide whether the row is held out."""
+    """Return 32-bit hashes of row numbers (MurmurHash3's finalizer), which determine whether rows are held out."""
     bits = rows.astype(np.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
@@ -132,5 +122,5 @@ def row_hashes(rows: NDArray[np.int64]) -> NDArray[np.uint32]:
 
 
 def _arrow(table: Any, column: str) -> Any:
-    """Return a column as an Arrow array, of which only what is looked at is read."""
+    """Return a column as an Arrow array, read lazily."""
     return table.select_columns([column]).with_format("arrow")[:][column]

@@ -36,7 +36,7 @@ class ARConfig(PriorConfig):
 
 
 def _paper(preset: PresetName, num_classes: int) -> ARConfig:
-    """The paper's setting (section 4.1), with the sizes of taming's transformer for semantic synthesis."""
+    """Return the paper's setting (section 4.1), with the sizes of taming's transformer for semantic synthesis."""
     return ARConfig(
         run=PriorRunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         model=ARModelConfig(num_classes=num_classes, width=1024, depth=24, heads=16, condition_dropout=0.0),

@@ -26,17 +26,18 @@ from regvq_fast.models.llama import LlamaBlock, RMSNorm, grid_rotation
 from regvq_fast.models.transformer import INIT_STD, Block, check_sizes, grid_sinusoids, initialize
 from regvq_fast.models.weights import LoadedWeights, check_state_dict, nested_state_dict, strip_prefix
 from regvq_fast.ops.noise import Stream, row_words
-from regvq_fast.priors.class_ids import ClassIdModel, check_probability
+from regvq_fast.priors.class_ids import ClassIdModel
+from regvq_fast.settings import check_probabilities
 
 Arch = Literal["taming", "llama"]
-_BLOCKS: dict[str, tuple[type[Block | LlamaBlock], type[nn.Module]]] = {  # and the norm behind them
+_BLOCKS: dict[str, tuple[type[Block | LlamaBlock], type[nn.Module]]] = {  # block, and norm after the last one
     "taming": (Block, nn.LayerNorm),
     "llama": (LlamaBlock, RMSNorm),
 }
 
 
 class TokenTransformer(ClassIdModel):
-    """p(image tokens | condition), one token after the other; the defaults are taming's for semantic synthesis.
+    """p(image tokens | condition), token by token; the defaults are taming's for semantic synthesis.
 
     The sequence is the K ids of the condition, then the L tokens. A position attends to itself and to those before it.
     The condition is a semantic map; or a label, which is one id; or nothing, one id that is always the null condition.
@@ -50,9 +51,9 @@ class TokenTransformer(ClassIdModel):
         width: C, a multiple of `heads`.
         depth: blocks.
         heads: attention heads.
-        dropout: probability, in [0, 1), on the embeddings and behind attention and MLP of each block; the attention
-            weights have none, since they are never in memory.
-        arch: "taming" or "llama", the kind of the blocks, their positions and first weights.
+        dropout: probability, in [0, 1), on the embeddings and after attention and MLP of each block; not on attention
+            weights, which are never materialized.
+        arch: "taming" or "llama": kind of blocks, positions and initialization.
 
     Raises:
         ValueError: a size that is not positive, a width that is not a multiple of `heads` (llama: of 4 times as many),
@@ -113,8 +114,8 @@ class TokenTransformer(ClassIdModel):
             rotation = grid_rotation(self.condition_shape, self.token_shape, width // heads)
             self.register_buffer("pos_emb", rotation, persistent=False)
             nn.init.zeros_(self.head.weight)
-            # Without biases, attention by position alone needs what all tokens, and all ids of the condition, have in
-            # common (docs/priors.md).
+            # Without biases, attention by position alone needs a component that all tokens have in common, and one that
+            # all ids of the condition have in common (docs/priors.md).
             with torch.no_grad():
                 for embedding in (self.tok_emb, self.cond_emb):
                     embedding.weight += nn.init.normal_(torch.empty(width), std=INIT_STD)
@@ -142,11 +143,11 @@ class TokenTransformer(ClassIdModel):
     def loss(self, tokens: Tensor, condition: Tensor, *, inputs: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy in nats a token, computed in fp32.
 
-        The logits of a chunk of rows are in memory at a time, and backward makes them again where there are several.
+        Only the logits of one chunk of rows are in memory at a time; with several chunks, backward recomputes them.
 
         Args:
             tokens, condition: as in `forward`; the tokens are the targets.
-            inputs: the tokens that the network sees, where they differ (see `corrupt`); None: `tokens`.
+            inputs: tokens that the network sees, if they differ (see `corrupt`); None: `tokens`.
 
         Returns:
             0-dim float32.
@@ -172,14 +173,14 @@ class TokenTransformer(ClassIdModel):
     ) -> tuple[Tensor, Tensor]:
         """Corrupt inputs for training: random tokens among the true ones, the null condition for some images.
 
-        The first is taming's `pkeep`, a regularizer; the second teaches what classifier-free guidance needs. Random
-        numbers are a function of (seed, global number of the image, position), however a batch is split.
+        The first is taming's regularizer `pkeep`; the second trains the null condition for classifier-free guidance.
+        Random numbers are a function of (seed, global number of the image, position), however a batch is split.
 
         Args:
             tokens, condition: as in `forward`.
             seed: 0-dim int64 tensor.
-            first_image: global number of the first image; a 0-dim tensor, where it changes under `torch.compile`.
-            keep: probability that a token stays; otherwise it is any of the codes.
+            first_image: global number of the first image; a 0-dim tensor if it changes under `torch.compile`.
+            keep: probability that a token stays; otherwise it becomes a uniformly sampled code.
             condition_dropout: probability that an image loses its condition.
 
         Returns:
@@ -189,7 +190,7 @@ class TokenTransformer(ClassIdModel):
             ValueError: a probability outside [0, 1], or shapes as in `forward`.
             TypeError: not int64.
         """
-        check_probability("keep", keep)
+        check_probabilities({"keep": keep})
         tokens = self._flat_tokens(tokens)
         if keep < 1.0:
             images = torch.arange(len(tokens), device=tokens.device) + first_image
@@ -202,7 +203,7 @@ class TokenTransformer(ClassIdModel):
     # ----------------------------------------------------------------------------------------------------- sampling
 
     def prefill(self, condition: Tensor) -> tuple[Tensor, KeyValueCache]:
-        """Process the condition in one pass: logits (B, N) of the first token, and the cache for `decode`.
+        """Process the condition in one pass; return logits (B, N) of the first token, and the cache for `decode`.
 
         Raises: as `forward`.
         """
@@ -218,9 +219,9 @@ class TokenTransformer(ClassIdModel):
         Args:
             tokens: (B,) int64, the tokens at `index`.
             index: 0-dim int64 tensor, position in the image, from 0 on.
-            cache: holds the condition and all tokens before; gets this one.
-            reached: `index` + 1 as a number of the host: attention is over what is there, with shapes that grow. None:
-                over the whole cache, with a mask; all shapes are static.
+            cache: holds the condition and all earlier tokens; this token is added.
+            reached: `index` + 1 as an int: attention is over the filled part of the cache, with growing shapes. None:
+                over the whole cache with a mask, with static shapes.
 
         Returns:
             Logits (B, N) of the token at `index` + 1.
@@ -239,18 +240,16 @@ class TokenTransformer(ClassIdModel):
     def load_taming_state_dict(self, state_dict: Mapping) -> LoadedWeights:
         """Load taming's `GPT`: its state dict, or one of a `Net2NetTransformer` that has it as `transformer.*`.
 
-        A dict that has the state dict as "state_dict" is accepted, and one prefix before all names is stripped, such as
-        "module.". taming's condition and image share one embedding, which goes into both of ours; the null condition,
-        which it doesn't have, keeps the weights it has here. The number of heads is not in a checkpoint: it must be the
-        right one.
+        The state dict may be nested under "state_dict", and a common prefix of all names, such as "module.", is
+        stripped. taming has one embedding for condition and image, which is copied to both of ours. The null condition,
+        which taming lacks, keeps its weights. A checkpoint does not contain the number of heads: it must match.
 
         Returns:
             The number of tensors loaded, the names left out, and the prefix.
 
         Raises:
-            ValueError: no name fits, or with all missing and unexpected names and wrong shapes, more classes than the
-                shared embedding has, or attention that isn't causal throughout (`n_unmasked`); nothing has been loaded
-                then.
+            ValueError: missing or unexpected names, wrong shapes, more classes than the shared embedding has, or
+                attention that is not causal (`n_unmasked`); nothing is loaded then.
         """
         if self.arch != "taming":
             raise ValueError(
@@ -298,9 +297,9 @@ class TokenTransformer(ClassIdModel):
         return self.ln_f(x[:, self.condition_length - 1 :])
 
     def _placed(self, embeddings: Tensor, position: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the input of the first block, and what all blocks take besides: the rotation, if there is one.
+        """Return the input of the first block, and the rotation, if there is one, for all blocks.
 
-        The embeddings (B, L, C) are of the first positions, or of the one at `position`, a 0-dim int64 tensor.
+        The embeddings (B, L, C) are of the first L positions, or of the one at `position`, a 0-dim int64 tensor.
         """
         if position is None:
             rows = self.pos_emb[:, : embeddings.shape[1]]
@@ -315,8 +314,8 @@ class TokenTransformer(ClassIdModel):
 def _first_positions(condition_shape: tuple[int, int], token_shape: tuple[int, int], width: int) -> Tensor:
     """Return taming's position embeddings (1, K + L, C) before training.
 
-    The position that predicts a token starts like that of the map that shows it: attention from one to the other need
-    not be found by chance (docs/priors.md). The last one is never an input; it is there as in taming's checkpoints.
+    The position that predicts a token has the same embedding as that token's position in the map, so that attention
+    between them need not be learned first (docs/priors.md). The last row is never used; taming's checkpoints have it.
     """
     condition, tokens = (grid_sinusoids(shape, width) for shape in (condition_shape, token_shape))
     return torch.cat([condition[:-1], tokens, torch.zeros(1, width)])[None]

@@ -38,7 +38,7 @@ runs/...); regvq sample samples images from it.
 
 
 class _Loss(nn.Module):
-    """Cross-entropy of tokens, of which the network sees a corrupted form."""
+    """Cross-entropy of tokens, given corrupted inputs."""
 
     def __init__(self, prior: nn.Module, keep: float, condition_dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sampler of the autoregressive prior: the tokens of an image, one position after the other."""
+"""Sampler of the autoregressive prior: the tokens of an image, position by position."""
 
 import functools
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from regvq_fast.models.model import evaluating
 from regvq_fast.priors.autoregressive.config import ARConfig
 from regvq_fast.priors.autoregressive.model import TokenTransformer
 from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide
-from regvq_fast.priors.class_ids import ClassIdSampler
+from regvq_fast.priors.class_ids import ClassIdSampler, check_conditions
 from regvq_fast.priors.sampler import Progress, SamplingSettings, capture, check_keep, compiled
 
 
@@ -73,24 +73,23 @@ def sample_autoregressive(
 ) -> Tensor:
     """Sample the tokens of one image for each condition, without dropout, whatever mode the prior is in.
 
-    The condition runs in one pass; then every token is one step. On a GPU its shapes and addresses are static, and it
-    is a CUDA graph, captured once a call; nothing waits for the device after that. A token is a function of (seed,
-    number of the image, position): images don't change with the batch they are sampled in (but see
-    `regvq_fast.priors.choosing` on rounding).
+    The condition takes one pass; then every token takes one step. On a GPU the step is a CUDA graph, captured once per
+    call, after which the host does not wait for the device. A token is a function of (seed, number of the image,
+    position): images don't depend on their batch (but see `regvq_fast.priors.choosing` on rounding).
 
     Args:
-        prior: on the device of the condition; in half precision, if its weights are (`prior.bfloat16()`).
+        prior: on the device of the condition; computes in the type of its weights (`prior.bfloat16()`).
         condition: (B, h', w') or (B, K) int64.
         seed: an int, or a 0-dim int64 tensor on that device.
         temperature, top_k, top_p: as in `choose_tokens`.
-        guidance: weight w of classifier-free guidance, logits = null + w * (conditional - null). 1: none; others take
-            twice the work, and a prior that was trained with a null condition.
-        keep: for editing: tokens, and where to keep them, (B, h, w) or (B, L) int64 and bool. The others are sampled in
-            their order, each given the tokens before it, kept or sampled.
+        guidance: weight w of classifier-free guidance, logits = null + w * (conditional - null). 1: none; others double
+            the work and need a prior trained with a null condition.
+        keep: for editing: tokens, and a mask of those to keep, (B, h, w) or (B, L) int64 and bool. The others are
+            sampled in order, each given all tokens before it.
         first_image: global number of the first image.
-        compile: run the network's step by `torch.compile`; it is compiled once for all calls with such shapes. On a CPU
-            it gains nothing, since the step then runs over the whole cache.
-        progress: called after each position with the positions done and their number.
+        compile: run the network's step by `torch.compile`, compiled once for calls with equal shapes. It does not help
+            on a CPU, where the step then covers the whole cache.
+        progress: called after each position with the positions done and in total.
 
     Returns:
         Tokens (B, h, w) int64.
@@ -102,16 +101,13 @@ def sample_autoregressive(
     check_choice(temperature, top_k, top_p)
     check_guidance(guidance)
     device, (batch, length) = prior.pos_emb.device, (len(condition), prior.num_tokens)
-    if condition.device != device:
-        raise ValueError(f"the condition is on {condition.device} but the prior on {device}; move them to one device")
-    if batch == 0:
-        raise ValueError(f"there must be at least one condition, got {tuple(condition.shape)}")
+    check_conditions(condition, device)
     given, kept = check_keep(keep, batch, prior, device)
     guided = guidance != 1.0
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
     first_rows = (torch.arange(batch, device=device) + first_image) * length
     tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
-    index = torch.zeros((), dtype=torch.int64, device=device)  # of the last token that is there
+    index = torch.zeros((), dtype=torch.int64, device=device)  # of the last token
     decode = compiled(TokenTransformer.decode) if compile else TokenTransformer.decode
 
     def choose(logits: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The diffusion prior: all tokens at once, from masked to done, given a caption or label."""
+"""The diffusion prior: all tokens in parallel, from masked to final ones, given a caption or label."""
 
 from regvq_fast.priors.diffusion.loss import DiffusionTerms, MaskAndReplace, diffusion_terms, token_rows
 from regvq_fast.priors.diffusion.model import VQDiffusion

@@ -38,7 +38,7 @@ class DiffusionConfig(PriorConfig):
 
 
 def _vq_diffusion_b(preset: PresetName) -> DiffusionConfig:
-    """The paper's setting (section 4.1): VQ-Diffusion-B under CLIP's text features."""
+    """Return the paper's setting (section 4.1): VQ-Diffusion-B with CLIP's text features."""
     return DiffusionConfig(
         run=PriorRunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         model=DiffusionModelConfig(text_encoder="openai/clip-vit-base-patch32", width=1024, depth=19, heads=16),
@@ -48,7 +48,7 @@ def _vq_diffusion_b(preset: PresetName) -> DiffusionConfig:
 
 
 DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
-    # For two CPU cores. So few steps see each kind of noise too seldom to learn from the bound alone
+    # For two CPU cores. So few steps sample each noise level too rarely to learn from the bound alone
     # (docs/failed-ideas.md).
     "scenes": DiffusionConfig(
         model=DiffusionModelConfig(auxiliary_weight=1.0),

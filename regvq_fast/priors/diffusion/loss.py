@@ -47,9 +47,9 @@ _SOFTPLUS_THRESHOLD = 40.0  # beyond it softplus(x) is x to fp64's last bit
 
 @dataclass(frozen=True)
 class MaskAndReplace:
-    """The chain: cumulative probabilities of a code to stay and to be masked, linear in t (VQ-Diffusion's).
+    """The chain: cumulative probabilities that a code stays or is masked, linear in t as in VQ-Diffusion.
 
-    No table of it is kept: probabilities are computed from t, one number an image, in fp64.
+    Probabilities are computed from t, one number per image, in fp64; there is no table.
 
     Args:
         num_codes: N.
@@ -58,7 +58,7 @@ class MaskAndReplace:
         gamma_bar: G at the steps 1 and T.
 
     Raises:
-        ValueError: too few codes or steps, or probabilities that are none.
+        ValueError: too few codes or steps, or invalid probabilities.
     """
 
     num_codes: int
@@ -76,7 +76,7 @@ class MaskAndReplace:
                 f"alpha_bar must fall and gamma_bar rise, both in (0, 1), got alpha_bar {alphas}, gamma_bar {gammas}"
             )
         replaced = [1 - alpha - gamma for alpha, gamma in zip(alphas, gammas, strict=True)]
-        # Both are linear, so the fraction of replaced among unmasked codes rises everywhere if from end to end.
+        # Both are linear: the fraction of replaced among unmasked codes rises everywhere if it rises from end to end.
         if min(replaced) <= 0 or replaced[1] / alphas[1] < replaced[0] / alphas[0]:
             raise ValueError(
                 "alpha_bar + gamma_bar must stay below 1, and the fraction of replaced codes must not fall, got "
@@ -84,7 +84,7 @@ class MaskAndReplace:
             )
 
     def cumulative(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A_t, B_t and G_t, float64, at the int64 steps t, 0 to T."""
+        """Return A_t, B_t and G_t, float64, at the int64 steps t, 0 to T."""
         fraction = (t.double() - 1) / (self.num_steps - 1)
         first = t == 0
         alpha = torch.where(first, 1.0, torch.lerp(*self._ends(self.alpha_bar, fraction)))
@@ -99,7 +99,7 @@ class MaskAndReplace:
         return first, last, fraction
 
     def between(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b and g of q(x_t | x_s), float64; steps 0 <= s < t <= T. Written without differences of like numbers."""
+        """Return a, b and g of q(x_t | x_s), float64, for steps 0 <= s < t <= T; computed without cancellation."""
         alpha_s, beta_s, gamma_s = self.cumulative(s)
         alpha_t, beta_t, gamma_t = self.cumulative(t)
         alpha = alpha_t / alpha_s
@@ -113,7 +113,7 @@ class MaskAndReplace:
             tokens: x_0 (B, L) int64, codes.
             t: (B,) int64, 1 to T.
             seed: 0-dim int64 tensor.
-            first_image: global number of the first image; a token is a function of (seed, number, position).
+            first_image: global number of the first image; a token is a function of (seed, image number, position).
 
         Returns:
             (B, L) int64, codes or the mask N.
@@ -129,7 +129,7 @@ class MaskAndReplace:
     ) -> Tensor:
         """Sample x_s from q(x_s | x_t, x_0).
 
-        With x_0 from p(x_0 | x_t) it is a sample from p(x_s | x_t), for a few numbers a token rather than N.
+        With x_0 from p(x_0 | x_t), this samples from p(x_s | x_t) with a few numbers per token instead of N.
 
         Args:
             tokens: x_0 (B, L) int64, codes.
@@ -144,20 +144,20 @@ class MaskAndReplace:
         alpha_s, beta_s, gamma_s = (value.view(-1, 1) for value in self.cumulative(s))
         alpha, beta, gamma = (value.view(-1, 1) for value in self.between(s, t))
         masked, same = noisy == self.num_codes, noisy == tokens
-        # (a [k = c] + b) (A_s [k = y] + B_s) is a sum of four: mass of its own for y and for c, and for all codes.
+        # (a [k = c] + b) (A_s [k = y] + B_s) is a sum of masses for y, for c, and for all codes.
         to_mask = torch.where(masked, gamma_s, 0.0)
         to_token = torch.where(masked, gamma * alpha_s, (beta + alpha * same) * alpha_s)
         to_noisy = torch.where(masked, 0.0, alpha * beta_s)
         to_any = torch.where(masked, gamma, beta) * self.num_codes * beta_s
         choice, code = (row_words(seed, rows, Stream.POSTERIOR + i) for i in range(2))
-        # In fp32 the last words would round to the whole mass, and sample a code where `to_any` is 0.
+        # In fp64: in fp32 the largest words would round to the whole mass, and sample any code even if `to_any` is 0.
         level = (choice.double() + 0.5) / _WORDS * (to_mask + to_token + to_noisy + to_any)
         sampled = torch.where(level < to_mask + to_token + to_noisy, noisy, self._code(code))
         sampled = torch.where(level < to_mask + to_token, tokens, sampled)
         return torch.where(level < to_mask, self.num_codes, sampled)
 
     def log_posterior(self, logits: Tensor, noisy: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """log p(x_s | x_t), the mean of q(x_s | x_t, x_0) over p(x_0 | x_t) = softmax(logits).
+        """Return log p(x_s | x_t), the mean of q(x_s | x_t, x_0) over p(x_0 | x_t) = softmax(logits).
 
         Args:
             logits: (B, L, N); -inf is allowed.
@@ -165,7 +165,7 @@ class MaskAndReplace:
             s, t: (B,) or 0-dim int64 steps, 0 <= s < t <= T.
 
         Returns:
-            (B, L, N + 1) of at least fp32, the mask last.
+            (B, L, N + 1), at least fp32, with the mask last.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         alpha_s, beta_s, gamma_s = (value.view(-1, 1) for value in self.cumulative(s))
@@ -174,7 +174,7 @@ class MaskAndReplace:
         masked = noisy == self.num_codes
         tilt = torch.where(masked, 0.0, (beta_t / (alpha_t + beta_t)).log()).to(logits.dtype)
         tilted = _tilted(logits, noisy, tilt)
-        # W p'_k is exp z'_k / sum exp z: no need of either alone, but in the term with B_s.
+        # W p'_k = exp z'_k / sum exp z; W alone appears only in the term with B_s.
         log_sum = logits.logsumexp(-1)
         log_w = (tilted.logsumexp(-1) - log_sum)[..., None]
         mixed = torch.logaddexp(
@@ -188,7 +188,7 @@ class MaskAndReplace:
         return torch.cat([codes, mask[..., None]], dim=-1)
 
     def terminal_kl(self) -> float:
-        """KL(q(x_T | x_0) || p(x_T)) in nats a token; p(x_T) masks with probability G_T, and has no favourite code."""
+        """Return KL(q(x_T | x_0) || p(x_T)) in nats a token; p(x_T) masks with probability G_T, else is uniform."""
         alpha, beta, gamma = (value.item() for value in self.cumulative(torch.tensor(self.num_steps)))
         uniform = torch.tensor((1 - gamma) / self.num_codes, dtype=torch.float64)
         masses = torch.tensor([alpha + beta, beta], dtype=torch.float64)
@@ -196,7 +196,7 @@ class MaskAndReplace:
         return (counts * masses * (masses / uniform).log()).sum().item()
 
     def _code(self, words: Tensor) -> Tensor:
-        """Uniform codes from uniform words."""
+        """Return uniform codes from uniform words."""
         return words * self.num_codes >> 32
 
 
@@ -204,19 +204,19 @@ class DiffusionTerms(NamedTuple):
     """Terms of the loss of an image at its step t, in nats a token."""
 
     bound: Tensor
-    """(B,) KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 1 -log p(x_0 | x_1)."""
+    """(B,) KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); for t = 1, -log p(x_0 | x_1)."""
     cross_entropy: Tensor
     """(B,) -log p(x_0 | x_t)."""
 
     def loss(self, t: Tensor, probability: Tensor, num_steps: int, auxiliary_weight: float = 5e-4) -> Tensor:
-        """The bound, estimated from one step an image, and the auxiliary term; 0-dim float32, with the gradient.
+        """Return the bound, estimated from one step per image, plus the auxiliary term: 0-dim float32 with gradient.
 
         Args:
             t: (B,) int64.
             probability: (B,) with which t was sampled.
             num_steps: T.
-            auxiliary_weight: of the cross-entropy. It counts twice at the first step, falling to once at the last, as
-                in VQ-Diffusion's configurations for text.
+            auxiliary_weight: of the cross-entropy; doubled at the first step, falling linearly to this value at the
+                last, as in VQ-Diffusion's configurations for text.
         """
         weight = auxiliary_weight * (2 - (t - 1) / num_steps)
         return ((self.bound + weight * self.cross_entropy) / probability).mean()
@@ -225,16 +225,16 @@ class DiffusionTerms(NamedTuple):
 def diffusion_terms(
     transition: MaskAndReplace, logits: Tensor, tokens: Tensor, noisy: Tensor, t: Tensor
 ) -> DiffusionTerms:
-    """The variational bound's terms at the steps t (see the module's text).
+    """Return the terms of the variational bound at the steps t (see the module's docstring).
 
-    In fp32, or fp64 where the logits are. Memory beyond the logits and their gradient is O(B L) when compiled, and a
-    few temporary copies of the logits when not. Deterministic. Double backward is not supported.
+    Computed in fp32, or fp64 for fp64 logits. Memory beyond the logits and their gradient is O(B L) if compiled, and a
+    few temporary copies of the logits otherwise. Deterministic. Double backward is not supported.
 
     Args:
         transition: the chain.
         logits: (B, L, N), of p(x_0 | x_t); they get the gradient.
         tokens: x_0 (B, L) int64.
-        noisy: x_t (B, L) int64, the mask being N.
+        noisy: x_t (B, L) int64; the mask is N.
         t: (B,) int64, 1 to T.
 
     Raises:
@@ -263,7 +263,7 @@ def diffusion_terms(
     q_other = (reach * beta_s / evidence).to(dtype)
     log_tilt = torch.where(masked, 0.0, tilt.log()).to(dtype)
     log_v = torch.where(same, tilt.log(), 0.0).to(dtype)
-    log_r = torch.where(s[:, None] == 0, 0.0, (alpha_s / beta_s).log()).to(dtype)  # s = 0 has no use for it
+    log_r = torch.where(s[:, None] == 0, 0.0, (alpha_s / beta_s).log()).to(dtype)  # not used for s = 0
 
     log_sum, soft_sum, at_token, at_noisy = _token_sums(logits, tokens, noisy, log_tilt, log_r.expand_as(log_tilt))
     rest = torch.where(masked, -torch.inf, torch.log1p(-tilt)).to(dtype)
@@ -286,7 +286,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _tilted(logits: Tensor, noisy: Tensor, tilt: Tensor) -> Tensor:
-    """Logits (B, L, N) with tilt (B, L) added at the codes of noisy (B, L); nothing where that is the mask."""
+    """Return logits (B, L, N) with tilt (B, L) added at the codes of noisy (B, L), unless these are the mask."""
     codes = torch.arange(logits.shape[-1], device=logits.device)
     return torch.where(codes == noisy[..., None], logits + tilt[..., None], logits)
 
@@ -298,7 +298,7 @@ def _token_sums(logits: Tensor, tokens: Tensor, noisy: Tensor, tilt: Tensor, log
 class _TokenSums(torch.autograd.Function):
     """Sums of each token's logits z: log sum exp z', sum softplus(log p' + log r), z at the token, z at x_t, (B, L).
 
-    Written with its backward pass, so that autograd keeps the logits and nothing else of their size.
+    It has its own backward pass, so that autograd saves nothing of the size of the logits except the logits.
     """
 
     @staticmethod
@@ -321,7 +321,7 @@ class _TokenSums(torch.autograd.Function):
         tilted = _tilted(logits.to(tilt.dtype), noisy, tilt)
         slope = torch.sigmoid(tilted + (log_r - log_sum)[..., None])
         of_log_sum = of_log_sum - of_soft_sum * slope.sum(-1)
-        shares = tilted.sub_(log_sum[..., None]).exp_()  # p'
-        gradient = slope.mul_(of_soft_sum[..., None]).add_(shares.mul_(of_log_sum[..., None]))
+        probabilities = tilted.sub_(log_sum[..., None]).exp_()  # p'
+        gradient = slope.mul_(of_soft_sum[..., None]).add_(probabilities.mul_(of_log_sum[..., None]))
         gradient = _tilted(_tilted(gradient, tokens, at_token), noisy, at_noisy)
         return gradient.to(logits.dtype), None, None, None, None

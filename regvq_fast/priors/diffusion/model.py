@@ -1,4 +1,4 @@
-"""The discrete diffusion prior: a Transformer that names the tokens of an image behind noise, given a text.
+"""The discrete diffusion prior: a Transformer that predicts an image's tokens from noisy ones, given a text.
 
 VQ-Diffusion (Gu et al., "Vector Quantized Diffusion Model for Text-to-Image Synthesis", CVPR 2022). The mathematics is
 in `regvq_fast.priors.diffusion.loss`, the text in `regvq_fast.priors.diffusion.text`, sampling in
@@ -50,13 +50,13 @@ class AdaptiveLayerNorm(nn.Module):
         self.linear = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, L, C) and t (B,), 1 to T, to (B, L, C)."""
+        """Map x (B, L, C) and t (B,), 1 to T, to (B, L, C)."""
         scale, shift = self.linear(F.silu(self.emb(t - 1))).unsqueeze(1).chunk(2, dim=2)
         return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to text; key and value are one product, in this order."""
+    """Multi-head attention of tokens to text; one linear layer gives key and value, in this order."""
 
     def __init__(self, width: int, text_width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B, L, C) and text (B, K, C_text) to (B, L, C)."""
+        """Map x (B, L, C) and text (B, K, C_text) to (B, L, C)."""
         query = self.query(x).unflatten(2, (self.heads, -1))
         key, value = self.kv(text).unflatten(2, (2, self.heads, -1)).unbind(2)
         return self.dropout(self.proj(attention(query, key, value).flatten(2)))
@@ -86,31 +86,31 @@ class DiffusionBlock(Checkpointed):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU2(), nn.Linear(4 * width, width), nn.Dropout(dropout))
 
     def layers(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x (B, L, C), t (B,) and text (B, K, C_text) to (B, L, C)."""
+        """Map x (B, L, C), t (B,) and text (B, K, C_text) to (B, L, C)."""
         x = x + self.attn(self.ln1(x, t), attention)
         x = x + self.text_attn(self.ln_text(x, t), text)
         return x + self.mlp(self.ln2(x))
 
 
 class VQDiffusion(Model):
-    """p(x_0 | x_t, text) of every token at once; the defaults are VQ-Diffusion-B's.
+    """p(x_0 | x_t, text) of all tokens; the defaults are VQ-Diffusion-B's.
 
-    Where there is no text (padding, dropped captions) the network sees the null condition, a learned row for each
-    position, so that attention needs no mask.
+    Padding and dropped captions are replaced by the null condition, a learned row for each position, so that attention
+    needs no mask.
 
     Args:
         num_codes: N, the codes that tokens name; N itself is the mask.
         token_shape: (h, w) of an image's tokens.
-        text_encoder: of captions, or of labels (`LabelEncoder`); kept as `self.text_encoder`, and trained with the rest
-            if it is a learned one. None: the text comes as features, or the prior is unconditional.
-        text_shape: (K, C_text) of the features; an encoder decides it where there is one.
+        text_encoder: of captions, or of labels (`LabelEncoder`); kept as `self.text_encoder`, and trained with the
+            prior unless it is frozen. None: text is given as features, or the prior is unconditional.
+        text_shape: (K, C_text) of the features; ignored with an encoder.
         num_steps: T, the steps of the diffusion.
         width: C, a multiple of `heads`.
         depth: blocks.
         heads: attention heads.
-        dropout: probability, in [0, 1), behind attention and MLP of each block.
-        null_condition: have one. Without it every image needs a text, whose padding is what the encoder makes of it,
-            and guidance is not possible.
+        dropout: probability, in [0, 1), after attention and MLP of each block.
+        null_condition: include one. Without it every image needs a text, padding keeps the encoder's features, and
+            guidance is not possible.
 
     Raises:
         ValueError: a size that is not positive, a width that is not a multiple of `heads`, a dropout outside [0, 1).
@@ -161,16 +161,16 @@ class VQDiffusion(Model):
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_codes)
         self.apply(initialize)
-        # Tokens that are not masked are to be copied: with the embedding for a head the network begins with that.
+        # Start from copying unmasked tokens: the head equals the embedding.
         self.head.weight.data.copy_(self.tok_emb.weight.data[:num_codes])
-        # Rows of about unit length, as the features of CLIP.
+        # Rows of about unit length, as CLIP's features.
         null = torch.randn(positions, text_width) / math.sqrt(text_width)
         self.null_text = nn.Parameter(null) if null_condition else None
         self.text_encoder = text_encoder
 
     @property
     def conditioned_on(self) -> Condition:
-        """Kind of condition that the text encoder reads."""
+        """Kind of condition of the text encoder."""
         return "none" if self.text_encoder is None else self.text_encoder.condition
 
     @property
@@ -179,24 +179,24 @@ class VQDiffusion(Model):
         return getattr(self.text_encoder, "names", ())
 
     def condition_ids(self, conditions: Any) -> Tensor | None:
-        """Return captions or labels as ids (B, K, W) int64 on the CPU, which `forward` takes as text; None without."""
+        """Return captions or labels as ids (B, K, W) int64 on the CPU, for `forward`; None without an encoder."""
         return None if self.text_encoder is None else self.text_encoder.tokenize(conditions)
 
     def forward(self, tokens: Tensor, t: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """Return logits of p(x_0 | x_t, text).
 
         Args:
-            tokens: x_t, (B, h, w) or (B, L) int64 in [0, num_codes], the last being the mask.
+            tokens: x_t, (B, h, w) or (B, L) int64 in [0, num_codes], where num_codes is the mask.
             t: (B,) int64, 1 to T.
             text: features (B, K, C_text), or ids (B, K, W) int64 of `text_encoder`; None: the null condition.
-            text_mask: (B, K) or (B, 1) bool, false where the null condition replaces the text; ids have a
-                mask of their own besides.
+            text_mask: (B, K) or (B, 1) bool, False where the null condition replaces the text; combined with the mask
+                of ids.
 
         Returns:
             (B, L, N).
 
         Raises:
-            ValueError: other shapes, no null condition where one is needed, ids without an encoder.
+            ValueError: other shapes, a missing null condition, ids without an encoder.
             TypeError: tokens that are not int64.
         """
         tokens = flat_ids("tokens", tokens, self.token_shape, self.num_codes + 1)
@@ -210,9 +210,9 @@ class VQDiffusion(Model):
         return self.head(self.ln_f(x))
 
     def condition(self, batch: int, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """Return what the tokens attend to, (B, K, C_text): the text, and the null condition where it is masked.
+        """Return the condition (B, K, C_text) that tokens attend to: the text, or the null condition where masked.
 
-        It may go to `forward` as text without a mask; arguments and errors are those of `forward`.
+        `forward` accepts the result as text without a mask. Arguments and errors are as in `forward`.
         """
         if text is not None and not text.is_floating_point():
             if self.text_encoder is None:
@@ -239,9 +239,9 @@ class VQDiffusion(Model):
     def keep_text(
         self, batch: int, dropout: float = 0.1, *, seed: Tensor, first_image: int | Tensor = 0
     ) -> Tensor | None:
-        """Return a text_mask (B, 1) that drops captions, which trains the null condition; None where none is dropped.
+        """Return a text_mask (B, 1) that drops captions, to train the null condition; None if ``dropout`` is 0.
 
-        It is a function of (seed, global number of the image).
+        The mask is a function of (seed, global number of the image).
 
         Raises:
             ValueError: a dropout outside [0, 1], or above 0 for a model without a null condition.
@@ -260,14 +260,14 @@ class VQDiffusion(Model):
 
         Raises:
             ValueError: no text encoder, no captions, or an empty or over-long one.
-            TypeError: something else than a sequence of str.
+            TypeError: not a sequence of str.
         """
         if self.text_encoder is None:
             raise ValueError("captions need a text_encoder, which this model has none of: give features")
         return self.text_encoder.tokenize(captions)
 
     def architecture(self) -> dict[str, Any]:
-        """Return the arguments of the model as plain values; under "text_encoder" those of its encoder."""
+        """Return the arguments of the model as plain values, with those of its encoder under "text_encoder"."""
         encoder = None if self.text_encoder is None else self.text_encoder.architecture()
         return {**super().architecture(), "text_encoder": encoder}
 

@@ -66,7 +66,7 @@ runs/...); regvq sample samples images from it.
         self.timesteps.update(*tensors)
 
     def validation_loss(self, model: VQDiffusion, tokens: Tensor, condition: Tensor | None, first_image: int) -> Tensor:
-        """Return the bound, estimated by one uniformly sampled step an image, the same in every evaluation."""
+        """Return the bound, estimated from one uniform step per image, the same in every evaluation."""
         tokens = tokens.flatten(1)
         seed = torch.zeros((), dtype=torch.int64, device=self.device)
         t, probability = self._uniform.sample(seed, len(tokens), first_image)
@@ -76,14 +76,14 @@ runs/...); regvq sample samples images from it.
 
 
 def _text_encoder(model: DiffusionModelConfig) -> TextEncoder:
-    """Build the text encoder; it cuts captions that are too long, as data sets have them."""
+    """Build the text encoder, which truncates long captions."""
     if model.text_encoder == "words":
         return WordEncoder(truncate=True)
     return PretrainedTextEncoder(model.text_encoder, truncate=True)
 
 
 class _Loss(nn.Module):
-    """The variational bound at one step an image, and the auxiliary cross-entropy."""
+    """The variational bound at one step per image, and the auxiliary cross-entropy."""
 
     def __init__(
         self, prior: nn.Module, timesteps: TimestepSampler, auxiliary_weight: float, condition_dropout: float

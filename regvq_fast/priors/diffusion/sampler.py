@@ -1,4 +1,4 @@
-"""Sampler of the diffusion prior: all tokens of an image at once, from all masked to none."""
+"""Sampler of the diffusion prior: all tokens of an image in parallel, from all masked to none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class DiffusionSampler(PriorSampler):
         """Return captions as they are; look up labels.
 
         Raises:
-            ValueError: an unknown label; or `strict`, and a caption is empty or too long.
+            ValueError: an unknown label; with `strict`, an empty or over-long caption.
         """
         if strict and self.condition == "caption":
             self.prior.text_encoder.truncate = False  # type: ignore[union-attr]
@@ -100,30 +100,30 @@ def sample_diffusion(
 ) -> Tensor:
     """Sample the tokens of one image for each text, without dropout, whatever mode the prior is in.
 
-    A step from t to s samples x_0 from the truncated p(x_0 | x_t), then x_s from q(x_s | x_t, x_0): together a sample
-    from p(x_s | x_t), exact for any s < t, so that fewer steps skip and change nothing else. All shapes are static,
-    nothing waits for the device, and on a GPU the steps replay a CUDA graph that is captured once a call. A token is a
-    function of (seed, number of the image, position): images don't change with the batch they are sampled in (but see
-    `regvq_fast.priors.choosing` on rounding).
+    A step from t to s samples x_0 from the truncated p(x_0 | x_t), then x_s from q(x_s | x_t, x_0). Together this
+    samples p(x_s | x_t) exactly for any s < t, so a sampler may skip steps. All shapes are static and the host does not
+    wait for the device; on a GPU the steps replay a CUDA graph, captured once per call. A token is a function of (seed,
+    number of the image, position): images don't depend on their batch (but see `regvq_fast.priors.choosing` on
+    rounding).
 
     Args:
         prior: the model.
-        text: B captions or labels, which the prior's encoder reads, or its ids or features as in `VQDiffusion.forward`
-            on the prior's device. None: images of the null condition.
+        text: B captions or labels for the prior's encoder; or ids or features, as in `VQDiffusion.forward`, on the
+            prior's device. None: the null condition.
         seed: an int, or a 0-dim int64 tensor on the prior's device.
         text_mask: of the text, as in `VQDiffusion.forward`.
-        num_images: B where there is no text.
-        steps: 1 to the prior's `num_steps`, and by default as many.
+        num_images: B without text.
+        steps: 1 to the prior's `num_steps`; None: `num_steps`.
         temperature: of p(x_0 | x_t); 0 takes the most likely code.
-        truncation: fraction of p(x_0 | x_t) that is sampled from, the most likely codes first; 1: all of it.
-        guidance: weight w of classifier-free guidance, p(x_0 | x_t, text) being in proportion to
-            p(conditional)^w p(null)^(1 - w). 1: none; others take twice the work.
-        keep: for in-painting: tokens, and where to keep them, (B, h, w) or (B, L) int64 and bool. They are never
-            masked; the others are sampled around them.
+        truncation: fraction of p(x_0 | x_t) to sample from, the most likely codes first; 1: all.
+        guidance: weight w of classifier-free guidance: p(x_0 | x_t, text) is proportional to
+            p(conditional)^w p(null)^(1 - w). 1: none; others double the work.
+        keep: for in-painting: tokens, and a mask of those to keep, (B, h, w) or (B, L) int64 and bool. Kept tokens are
+            never masked; the others are sampled around them.
         first_image: global number of the first image.
-        compile: run the network by `torch.compile`; it is compiled once for all calls with such shapes.
-        states: a list that gets x_s (B, h, w) of every step, the last being the result; masked tokens are num_codes.
-        progress: called after each step with the steps done and their number.
+        compile: run the network by `torch.compile`, compiled once for calls with equal shapes.
+        states: a list to which x_s (B, h, w) of every step is appended; masked tokens are num_codes.
+        progress: called after each step with the steps done and in total.
 
     Returns:
         Tokens (B, h, w) int64.
@@ -184,7 +184,7 @@ def sample_diffusion(
 
 
 def timesteps(num_steps: int, steps: int) -> list[int]:
-    """Return the steps T = t_0 > t_1 > ... > 0 of a sampler that takes `steps` of `num_steps`, evenly spread."""
+    """Return the steps T = t_0 > t_1 > ... > 0 of a sampler that takes `steps` of `num_steps`, evenly spaced."""
     return [round(num_steps * left / steps) for left in range(steps, -1, -1)]
 
 

@@ -1,11 +1,11 @@
-"""Text for the diffusion prior: encoders from captions to features, behind one interface.
+"""Text encoders of the diffusion prior, from captions to features.
 
-    ids = encoder.tokenize(captions)    # (B, K, W) int64 on the CPU, in a loader's worker, say
-    features, mask = encoder(ids)       # (B, K, C), and (B, K) where there is text
+    ids = encoder.tokenize(captions)    # (B, K, W) int64 on the CPU, for example in a loader's worker
+    features, mask = encoder(ids)       # (B, K, C), and (B, K) which is True for text
 
-K positions a caption, C features a position. `WordEncoder` is small and trains with the prior;
-`PretrainedTextEncoder` is frozen, by default CLIP's, whose features VQ-Diffusion takes. `LabelEncoder` stands in for
-them where images have labels: a label is a text of one learned word.
+K positions per caption, C features per position. `WordEncoder` is small and trains with the prior.
+`PretrainedTextEncoder` is frozen, by default CLIP's, as in VQ-Diffusion. `LabelEncoder` is for labels: a label is a
+text of one learned word.
 """
 
 from __future__ import annotations
@@ -33,54 +33,54 @@ from regvq_fast.priors.conditions import Condition, label_ids
 CLIP = "openai/clip-vit-base-patch32"
 
 _WORD = re.compile(r"\w+|[^\w\s]")
-_DEFAULT_TOKENS = 77  # CLIP's; of pre-trained encoders whose tokenizer names no limit
-_MOST_TOKENS = 512  # tokenizers name astronomic limits where they have none
+_DEFAULT_TOKENS = 77  # CLIP's; for tokenizers without a limit
+_MOST_TOKENS = 512  # a larger limit means that the tokenizer has none
 
 
 class TextFeatures(NamedTuple):
-    """Features that the prior attends to."""
+    """Features of captions."""
 
     features: Tensor
     """(B, K, C)."""
     mask: Tensor
-    """(B, K) bool, true where there is text."""
+    """(B, K) bool, True for text."""
 
 
 class TextEncoder(nn.Module, ABC):
-    """Captions to features. A subclass keeps each argument of its constructor as an attribute of the same name."""
+    """Encoder of captions. A subclass keeps each argument of its constructor as an attribute of the same name."""
 
     condition: ClassVar[Condition] = "caption"
-    """Kind of condition that it reads."""
+    """Kind of condition that it encodes."""
     shape: tuple[int, int]
     """(K, C)."""
     truncate: bool
-    """Cut captions that are too long, which are an error otherwise."""
+    """Truncate long captions instead of raising an error."""
 
     @abstractmethod
     def tokenize(self, captions: Any) -> Tensor:
-        """Convert captions (B strings) to ids (B, K, W) int64 on the CPU, which `forward` understands.
+        """Convert captions (B strings) to ids (B, K, W) int64 on the CPU, for `forward`.
 
         Raises:
             ValueError: no captions, an empty one, or one that is too long.
-            TypeError: something else than a sequence of str.
+            TypeError: not a sequence of str.
         """
 
     @abstractmethod
     def forward(self, ids: Tensor) -> TextFeatures:
-        """Ids (B, K, W) of `tokenize`, on the encoder's device, to features and their mask."""
+        """Return features and mask of ids (B, K, W) from `tokenize`, on the encoder's device."""
 
     def architecture(self) -> dict[str, Any]:
-        """Return what `restore_text_encoder` needs to build an equal one, without its weights, as plain values."""
+        """Return plain values from which `restore_text_encoder` builds an equal encoder, without its weights."""
         arguments = inspect.signature(type(self)).parameters
         return {"type": type(self).__name__, **{name: getattr(self, name) for name in arguments}}
 
 
 class WordEncoder(TextEncoder):
-    """Words and their context, learned with the prior; needs no vocabulary and no download.
+    """Transformer over hashed words, learned with the prior; needs no vocabulary and no download.
 
-    A word is the sum of `hashes` rows of one table, whose indices are hashes of the word: two words share all of them
-    about once in buckets ** hashes pairs, so that any language has room in a small table. A few Transformer
-    blocks over words and positions follow. Case is ignored; punctuation marks are words.
+    A word is the sum of `hashes` rows of one table, at hashes of the word. Two words have all hashes in common about
+    once in buckets ** hashes pairs, so a small table suffices for any language. A few Transformer blocks over words and
+    positions follow. Case is ignored; punctuation marks are words.
 
     Args:
         width: C, a multiple of `heads`.
@@ -89,7 +89,7 @@ class WordEncoder(TextEncoder):
         max_words: K.
         buckets: rows of the table.
         hashes: rows a word.
-        truncate: cut long captions, which are an error otherwise.
+        truncate: truncate long captions instead of raising an error.
 
     Raises:
         ValueError: a size that is not positive, or a width that is not a multiple of `heads`.
@@ -117,13 +117,13 @@ class WordEncoder(TextEncoder):
         self.blocks = nn.ModuleList(Block(width, heads, dropout=0.0) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.apply(initialize)
-        # Words of unit variance, positions of a quarter: smaller ones drown in what the blocks add to all positions,
-        # and the prior learns to ignore the text.
+        # Words have variance 1, positions 1/4. With smaller values, what the blocks add to all positions dominates, and
+        # the prior learns to ignore the text.
         nn.init.normal_(self.embedding.weight, std=hashes**-0.5)
         nn.init.normal_(self.positions, std=0.5)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions to (B, K, hashes) int64, 1 to `buckets`, and 0 behind the last word."""
+        """Convert captions to ids (B, K, hashes) int64, 1 to `buckets`, and 0 after the last word."""
         check_captions(captions)
         ids = torch.zeros(len(captions), self.max_words, self.hashes, dtype=torch.int64)
         for row, caption in enumerate(captions):
@@ -135,27 +135,27 @@ class WordEncoder(TextEncoder):
         return ids
 
     def forward(self, ids: Tensor) -> TextFeatures:
-        """(B, K, hashes) to (B, K, C) and (B, K)."""
+        """Return features (B, K, C) and mask (B, K) of ids (B, K, hashes)."""
         x = self.embedding(ids).sum(2) + self.positions
         for block in self.blocks:
-            x = block(x, attention)  # positions behind the last word take part: they encode the length
+            x = block(x, attention)  # positions after the last word take part: they encode the length
         return TextFeatures(self.norm(x), ids[..., 0] > 0)
 
 
 class PretrainedTextEncoder(TextEncoder):
-    """A frozen text encoder of Hugging Face's transformers: CLIP's, T5's, BERT's, or of any model with a tokenizer.
+    """A frozen text encoder of Hugging Face's transformers: CLIP, T5, BERT, or any model with a tokenizer.
 
-    Its weights are neither parameters nor saved with the prior, and copies of the encoder share them; they move with
-    it to other devices and types. Features are the last hidden states, at unit length as in VQ-Diffusion, float32
-    whatever type the weights have.
+    Its weights are not parameters and are not saved with the prior. Copies of the encoder share them, and they move
+    with the encoder to other devices and types. Features are the last hidden states in float32, normalized to unit
+    length as in VQ-Diffusion.
 
     Args:
-        name: of a model on huggingface.co, which is fetched once, or a local folder.
-        max_tokens: K, tokens of a caption; None: as many as the tokenizer allows, 77 where it names no limit.
-        truncate: cut long captions, which are an error otherwise.
+        name: of a model on huggingface.co, which is downloaded once, or a local folder.
+        max_tokens: K, tokens per caption; None: the tokenizer's limit, or 77 if it has none.
+        truncate: truncate long captions instead of raising an error.
 
     Raises:
-        FileNotFoundError: no such model, or no network to fetch it.
+        FileNotFoundError: no such model, or no network to download it.
         ValueError: transformers is not installed, or `max_tokens` is not positive.
     """
 
@@ -174,7 +174,7 @@ class PretrainedTextEncoder(TextEncoder):
         self.shape = self.max_tokens, model.config.hidden_size
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions to (B, K, 2) int64: ids, and 1 where there is text."""
+        """Convert captions to (B, K, 2) int64: token ids, and 1 for text."""
         check_captions(captions)
         captions = list(captions)
         if not self.truncate:
@@ -188,7 +188,7 @@ class PretrainedTextEncoder(TextEncoder):
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> TextFeatures:
-        """(B, K, 2) to (B, K, C) and (B, K)."""
+        """Return features (B, K, C) and mask (B, K) of ids (B, K, 2)."""
         token_ids, mask = ids.unbind(2)
         hidden = self._frozen.model(input_ids=token_ids, attention_mask=mask).last_hidden_state
         return TextFeatures(F.normalize(hidden.float(), dim=2), mask.bool())
@@ -199,7 +199,7 @@ class PretrainedTextEncoder(TextEncoder):
 
 
 class LabelEncoder(TextEncoder):
-    """A learned row for each label, in place of a text.
+    """A learned row for each label.
 
     Args:
         names: of the labels by id; saved with the prior.
@@ -220,32 +220,32 @@ class LabelEncoder(TextEncoder):
         self.embedding = nn.Embedding(len(names), width)  # N(0, 1), as the words of WordEncoder
 
     def tokenize(self, captions: Sequence[str | int] | Tensor) -> Tensor:
-        """Labels, as of `label_ids`, to (B, 1, 1) int64."""
+        """Convert labels, as `label_ids`, to ids (B, 1, 1) int64."""
         return label_ids(captions, self.names, "the label")[:, None, None]
 
     def forward(self, ids: Tensor) -> TextFeatures:
-        """(B, 1, 1) to (B, 1, C) and (B, 1), all true."""
+        """Return features (B, 1, C) and an all-True mask (B, 1) of ids (B, 1, 1)."""
         ids = ids[..., 0]
         return TextFeatures(self.embedding(ids), torch.ones_like(ids, dtype=torch.bool))
 
 
 def restore_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
-    """Return the encoder of `TextEncoder.architecture`, a learned one with fresh weights.
+    """Return the encoder described by `TextEncoder.architecture`; learned encoders get new weights.
 
     Raises:
-        ValueError: not such a description. Otherwise as the encoder itself.
+        ValueError: not such a description. Otherwise as the encoder's constructor.
     """
     kinds: list[type[TextEncoder]] = [WordEncoder, PretrainedTextEncoder, LabelEncoder]
     return restore("text encoder", {kind.__name__: kind for kind in kinds}, description)
 
 
 def words_of(caption: str) -> list[str]:
-    """Return the words of a caption in lower case; a punctuation mark is a word."""
+    """Return the words of a caption in lower case; punctuation marks are words."""
     return _WORD.findall(caption.lower())
 
 
 def check_captions(captions: Sequence[str]) -> None:
-    """Raise TypeError on anything but a sequence of str, ValueError on an empty one or one with an empty caption."""
+    """Raise TypeError unless captions are a sequence of str; ValueError if there are none, or one is empty."""
     if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
         kind = "a str" if isinstance(captions, str) else ", ".join(sorted({type(item).__name__ for item in captions}))
         raise TypeError(f"captions must be a list of str, got {kind}")
@@ -267,7 +267,7 @@ def _hashes(word: str, count: int) -> list[int]:
 
 
 class _TransformersModel(Protocol):
-    """The part of a transformers model that this module uses; transformers may not be installed."""
+    """Interface of a transformers model as this module uses it; transformers may not be installed."""
 
     config: Any
 
@@ -277,7 +277,7 @@ class _TransformersModel(Protocol):
 
 
 class _Shared:
-    """Holder that keeps a model out of its owner's parameters and copies."""
+    """Wrapper that excludes a model from its owner's parameters and deep copies."""
 
     def __init__(self, model: _TransformersModel) -> None:
         self.model = model
@@ -295,7 +295,7 @@ def _too_long(caption: str, length: int, unit: str, limit: int) -> ValueError:
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    """Tokenizer and text encoder of a model."""
+    """Return tokenizer and text encoder of a model."""
     try:
         import transformers
     except ImportError:

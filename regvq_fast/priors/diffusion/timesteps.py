@@ -1,4 +1,4 @@
-"""Choice of the diffusion step that an image is trained at."""
+"""Sampling of the diffusion steps for training."""
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +10,20 @@ _WORDS = 2**32
 
 
 class TimestepSampler(nn.Module):
-    """Sampler of training steps t, with probability proportional to sqrt(E[L_t^2]), L_t being the bound's term at t.
+    """Sampler of steps t with probability proportional to sqrt(E[L_t^2]), where L_t is the bound's term at t.
 
-    With the loss divided by the probability its expectation stays the bound, and its variance is the least (Nichol and
-    Dhariwal, 2021; VQ-Diffusion). Until each step was sampled at least `warm_up` times, all have the same probability.
-    The first step takes the second's history, as in VQ-Diffusion: its term is a likelihood, not a divergence.
+    Divided by the probability, the loss has the bound as its expectation, with minimal variance (Nichol and Dhariwal,
+    2021; VQ-Diffusion). All steps have the same probability until each has been sampled `warm_up` times. The first step
+    uses the second's history, as in VQ-Diffusion, since its term is a likelihood, not a divergence.
 
     Args:
         num_steps: T.
-        warm_up: samples of each step before its history counts.
-        decay: of the history, a sample.
+        warm_up: samples of each step before the history is used.
+        decay: of the history, per sample.
         uniform: fraction of the probability that is spread equally over all steps, which bounds the loss's weights.
 
     Raises:
-        ValueError: a setting that is out of range.
+        ValueError: a setting out of range.
     """
 
     def __init__(self, num_steps: int, *, warm_up: int = 10, decay: float = 0.9, uniform: float = 0.001) -> None:
@@ -35,7 +35,7 @@ class TimestepSampler(nn.Module):
         if not 0 < decay < 1 or not 0 < uniform <= 1:
             raise ValueError(f"decay must lie in (0, 1) and uniform in (0, 1], got {decay} and {uniform}")
         self.num_steps, self.warm_up, self.decay, self.uniform = num_steps, warm_up, decay, uniform
-        self.register_buffer("history", torch.zeros(num_steps))  # of L_t^2, decayed sum of weights 1 - decay
+        self.register_buffer("history", torch.zeros(num_steps))  # exponential moving average of L_t^2, from 0
         self.register_buffer("count", torch.zeros(num_steps))
 
     history: Tensor
@@ -54,7 +54,7 @@ class TimestepSampler(nn.Module):
         )
 
     def sample(self, seed: Tensor, num_images: int, first_image: int | Tensor = 0) -> tuple[Tensor, Tensor]:
-        """Sample steps (B,) int64, 1 to T, with their probabilities (B,); a function of (seed, image number)."""
+        """Sample steps (B,) int64, 1 to T, with probabilities (B,), as a function of (seed, image number)."""
         images = torch.arange(num_images, device=seed.device) + first_image
         probabilities = self.probabilities()
         levels = (probabilities.double() * _WORDS).long().cumsum(0)  # integers: the same sums in any order

@@ -33,12 +33,12 @@ class MaskGITConfig(PriorConfig):
 
 
 MASKGIT_PRESETS: dict[str, MaskGITConfig] = {
-    # For ten minutes on two CPU cores, estimated from 17 images a second on one of them.
+    # For ten minutes on two CPU cores, estimated from 17 images/s on one core.
     "scenes": MaskGITConfig(
         model=MaskGITModelConfig(label_smoothing=0.0),
         optimizer=OptimizerConfig(steps=1000, batch_size=16, lr=2e-3, warmup_steps=50, final_lr_fraction=0.1),
     ),
-    # Section 4.1 of the paper; warm-up and weight decay are those of its code.
+    # Section 4.1 of the MaskGIT paper; warm-up and weight decay are from its code.
     "imagenet": MaskGITConfig(
         run=PriorRunConfig(preset="imagenet", image_every=1000, log_every=50, checkpoint_every=1000),
         model=MaskGITModelConfig(width=768, depth=24, heads=8, dropout=0.1),

@@ -2,9 +2,9 @@
 
 MaskGIT (Chang, Zhang, Jiang, Liu, Freeman, "MaskGIT: Masked Generative Image Transformer", CVPR 2022). In training, a
 fraction cos(pi / 2 * u) of the tokens, u uniform in [0, 1), is replaced by the mask, and the loss is their
-cross-entropy; sampling is in `regvq_fast.priors.maskgit.sampler`. As in the paper the head shares the weights of the
-token embedding. Other than there, LayerNorm comes before attention and MLP, not behind, and the condition has an
-embedding of its own, with one more row for the null condition of classifier-free guidance.
+cross-entropy; sampling is in `regvq_fast.priors.maskgit.sampler`. As in the paper, the head has the weights of the
+token embedding. Two differences: LayerNorm comes before attention and MLP, not after, and the condition has its own
+embedding, with one more row for the null condition of classifier-free guidance.
 
 Shapes: tokens (B, h, w), in row-major order (B, L) with L = h * w; condition (B, K), K = L for a map (B, h, w), else 1;
 N codes; C = width.
@@ -29,20 +29,20 @@ _WORDS = 2**32
 
 
 class MaskGIT(ClassIdModel):
-    """p(masked tokens | other tokens, condition), each by itself; the defaults are the paper's for ImageNet.
+    """p(masked token | other tokens, condition) for each token; the defaults are the paper's for ImageNet.
 
-    Every position attends to all. The condition is a semantic map, whose id at a token is added to its embedding; or a
-    label, one id before the tokens, as in the paper; or nothing, one id that is always the null condition.
+    Every position attends to all. The condition is a semantic map, whose id at each token is added to the embedding; or
+    a label, one id before the tokens, as in the paper; or nothing, one id that is always the null condition.
 
     Args:
-        num_codes: N, the codes that tokens name; N itself is the mask.
+        num_codes: N, the number of codes; N itself is the mask.
         num_classes: ids of the condition; the id `num_classes` is the null condition. 0: unconditional.
         token_shape: (h, w) of an image's tokens.
         label_names: names of the `num_classes` labels; empty: the condition is a map.
         width: C, a multiple of `heads`.
         depth: blocks.
         heads: attention heads.
-        dropout: probability, in [0, 1), on the embeddings and behind attention and MLP of each block.
+        dropout: probability, in [0, 1), on the embeddings and after attention and MLP of each block.
 
     Raises:
         ValueError: a size that is not positive, a width that is not a multiple of `heads`, a dropout outside [0, 1).
@@ -83,10 +83,10 @@ class MaskGIT(ClassIdModel):
         self.apply(initialize)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Return logits of every token, given all that are not masked and the condition.
+        """Return logits of every token, given the unmasked tokens and the condition.
 
         Args:
-            tokens: (B, h, w) or (B, L) int64 in [0, num_codes], the last being the mask.
+            tokens: (B, h, w) or (B, L) int64 in [0, num_codes], where num_codes is the mask.
             condition: (B, K), or a map (B, h, w), int64 in [0, num_classes].
 
         Returns:
@@ -101,15 +101,15 @@ class MaskGIT(ClassIdModel):
     def loss(self, tokens: Tensor, condition: Tensor, masked: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean cross-entropy of the masked tokens of each image, computed in fp32.
 
-        The logits of a chunk of rows are in memory at a time, and backward makes them again where there are several.
+        Only the logits of one chunk of rows are in memory at a time; with several chunks, backward recomputes them.
 
         Args:
-            tokens, condition: as in `forward`, the tokens without a mask: they are the targets.
-            masked: (B, L) bool, where the network sees the mask instead.
+            tokens, condition: as in `forward`; the tokens, without masks, are the targets.
+            masked: (B, L) bool, True for the positions to mask.
             label_smoothing: fraction of the target that is spread equally over all codes.
 
         Returns:
-            (B,) float32, nats a masked token.
+            (B,) float32, in nats per masked token.
 
         Raises: as `forward`.
         """
@@ -119,27 +119,27 @@ class MaskGIT(ClassIdModel):
         return (torch.cat(losses).view_as(masked) * masked).sum(1) / masked.sum(1).clamp(min=1)
 
     def mask(self, counts: Tensor, *, seed: Tensor, first_image: int | Tensor) -> Tensor:
-        """Choose the tokens of each image to mask, any of them with the same probability.
+        """Choose tokens of each image to mask, all with the same probability.
 
         Args:
-            counts: (B,) int64, how many.
-            seed, first_image: they are a function of (seed, global number of the image).
+            counts: (B,) int64, number of tokens to mask.
+            seed, first_image: the choice is a function of (seed, global number of the image).
 
         Returns:
             (B, L) bool.
         """
         rows = token_rows(counts[:, None].expand(-1, self.num_tokens), first_image)
-        # Of equal words the first position is the smaller one.
+        # Positions break ties between equal words.
         keys = row_words(seed, rows, Stream.MASKED_TOKENS) * self.num_tokens + rows % self.num_tokens
         return keys.argsort(1).argsort(1) < counts[:, None]
 
     def training_counts(self, batch: int, *, seed: Tensor, first_image: int | Tensor) -> Tensor:
-        """Return numbers (B,) int64 of tokens to mask, ceil(L cos(pi / 2 * u)) with u uniform in (0, 1)."""
+        """Return the numbers (B,) int64 of tokens to mask, ceil(L cos(pi / 2 * u)) with u uniform in (0, 1)."""
         uniform = (_ratio_words(batch, seed, first_image).double() + 0.5) / _WORDS
         return (self.num_tokens * torch.cos(math.pi / 2 * uniform)).ceil().long()
 
     def uniform_counts(self, batch: int, *, seed: Tensor, first_image: int | Tensor) -> Tensor:
-        """Return numbers (B,) int64 of tokens to mask, any from 1 to L with the same probability."""
+        """Return the numbers (B,) int64 of tokens to mask, uniform from 1 to L."""
         return 1 + (_ratio_words(batch, seed, first_image) * self.num_tokens >> 32)
 
     def _hidden(self, tokens: Tensor, condition: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ runs/...); regvq sample samples images from it.
         return _Loss(self.model, model.label_smoothing, model.condition_dropout)
 
     def validation_loss(self, model: MaskGIT, tokens: Tensor, condition: Any, first_image: int) -> Tensor:
-        """Return a bound of -log p(tokens | condition), estimated with one mask an image, equal in all evaluations.
+        """Return a bound of -log p(tokens | condition), estimated with one mask per image, the same in all evaluations.
 
-        The bound is that of a random order of the tokens: the mean over the masked ones, any number being as likely.
+        It is the bound of a random order of the tokens: the mean loss of masked tokens, whose number is uniform.
         """
         seed = torch.zeros((), dtype=torch.int64, device=tokens.device)
         counts = model.uniform_counts(len(tokens), seed=seed, first_image=first_image)

@@ -1,4 +1,4 @@
-"""Sampler of the masked prior: all tokens of an image in a few steps, the most confident first."""
+"""Sampler of the masked prior: an image's tokens in a few steps, the most confident first."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 from regvq_fast.models.model import evaluating
 from regvq_fast.ops.noise import Stream, gumbel_from_words, row_words
 from regvq_fast.priors.choosing import check_choice, check_guidance, choose_tokens, guide, step_seeds, token_rows
-from regvq_fast.priors.class_ids import ClassIdSampler
+from regvq_fast.priors.class_ids import ClassIdSampler, check_conditions
 from regvq_fast.priors.maskgit.config import MaskGITConfig
 from regvq_fast.priors.maskgit.model import MaskGIT
 from regvq_fast.priors.sampler import Progress, SteppedSettings, capture, check_keep, compiled
@@ -88,30 +88,28 @@ def sample_maskgit(
 ) -> Tensor:
     """Sample the tokens of one image for each condition, without dropout, whatever mode the prior is in.
 
-    A step samples every masked token from the network's distribution and keeps the most confident ones, as many as
-    `masked_counts` says; the others are masked again. A token's confidence is its log-probability, plus Gumbel noise
-    times a temperature that falls linearly to 0 at the last step. All shapes are static, nothing waits for the device,
-    and on a GPU the steps replay a CUDA graph that is captured once a call. A token is a function of (seed, number of
-    the image, position): images don't change with the batch they are sampled in (but see `regvq_fast.priors.choosing`
-    on rounding).
+    A step samples every masked token and keeps the most confident ones; the others are masked again. `masked_counts`
+    gives their number. A token's confidence is its log-probability plus Gumbel noise times a temperature that falls
+    linearly to 0 at the last step. All shapes are static and the host does not wait for the device; on a GPU the steps
+    replay a CUDA graph, captured once per call. A token is a function of (seed, number of the image, position): images
+    don't depend on their batch (but see `regvq_fast.priors.choosing` on rounding).
 
     Args:
         prior: on the device of the condition.
         condition: (B, K), or a map (B, h, w), int64.
         seed: an int, or a 0-dim int64 tensor on that device.
-        steps: 1 to the number of tokens; None: 12, or as many as there are tokens.
+        steps: 1 to the number of tokens; None: 12, or the number of tokens if that is smaller.
         temperature: as in `choose_tokens`.
-        choice_temperature: of the noise in confidences, before the first step. 0: the most probable tokens stay; very
-            large: any of them.
-        guidance: weight w of classifier-free guidance, logits = null + w * (conditional - null). 1: none; others take
-            twice the work, and a prior that was trained with a null condition.
-        keep: for in-painting: tokens, and where to keep them, (B, h, w) or (B, L) int64 and bool. They are never
-            masked; the others are sampled around them.
+        choice_temperature: initial temperature of the noise in confidences. 0: keep the most probable tokens; very
+            large: keep random ones.
+        guidance: weight w of classifier-free guidance, logits = null + w * (conditional - null). 1: none; others double
+            the work and need a prior trained with a null condition.
+        keep: for in-painting: tokens, and a mask of those to keep, (B, h, w) or (B, L) int64 and bool. Kept tokens are
+            never masked; the others are sampled around them.
         first_image: global number of the first image.
-        compile: run the network by `torch.compile`; it is compiled once for all calls with such shapes.
-        states: a list that gets the tokens (B, h, w) after every step, the last being the result; masked ones are
-            num_codes.
-        progress: called after each step with the steps done and their number.
+        compile: run the network by `torch.compile`, compiled once for calls with equal shapes.
+        states: a list to which the tokens (B, h, w) after every step are appended; masked ones are num_codes.
+        progress: called after each step with the steps done and in total.
 
     Returns:
         Tokens (B, h, w) int64.
@@ -125,10 +123,7 @@ def sample_maskgit(
     check_settings(prior, steps, choice_temperature)
     steps = steps or default_steps(prior)
     device, (batch, length) = prior.pos_emb.device, (len(condition), prior.num_tokens)
-    if condition.device != device:
-        raise ValueError(f"the condition is on {condition.device} but the prior on {device}; move them to one device")
-    if batch == 0:
-        raise ValueError(f"there must be at least one condition, got {tuple(condition.shape)}")
+    check_conditions(condition, device)
     given, kept = check_keep(keep, batch, prior, device)
     if guidance != 1.0:
         condition = prior.with_null(condition)
@@ -173,10 +168,10 @@ def sample_maskgit(
 
 
 def masked_counts(unknown: Tensor, steps: int) -> Tensor:
-    """Return how many tokens are masked before each step and behind the last, (B, steps + 1) int64.
+    """Return the numbers of masked tokens before each step and after the last, (B, steps + 1) int64.
 
-    After s of T steps it is floor(U cos(pi / 2 * s / T)) of an image's U unknown tokens, and at least one less than
-    before, until there are none.
+    After s of T steps, floor(U cos(pi / 2 * s / T)) of an image's U unknown tokens are masked, and at least one less
+    than before, until there are none.
 
     Args:
         unknown: U, (B,) int64.
@@ -190,7 +185,7 @@ def masked_counts(unknown: Tensor, steps: int) -> Tensor:
 
 
 def default_steps(prior: MaskGIT) -> int:
-    """Return the number of steps that a sampler takes if none is given."""
+    """Return the default number of steps."""
     return min(_STEPS, prior.num_tokens)
 
 

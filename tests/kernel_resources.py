@@ -1,7 +1,7 @@
 """Compile every kernel for every supported GPU, at every pinned tile, without one: registers, shared memory, spills.
 
-    python bench/kernel_resources.py                    all architectures, a table
-    python bench/kernel_resources.py 80 90 --width 256  some of them, one number of channels
+    python tests/kernel_resources.py                    all architectures, a table
+    python tests/kernel_resources.py 80 90 --width 256  some of them, one number of channels
 
 The calls are those that the launchers make: they run here on small CPU tensors, with the launches recorded instead of
 made. Exits with 1 if a kernel spills registers, needs more shared memory than the GPU has, multiplies without the
