@@ -25,6 +25,7 @@ from regvq_fast.priors.maskgit import MaskGIT
 
 IMAGES, BATCH = 60, 3
 FLAGS = f"--data scenes --val-images {IMAGES} --batch-size {BATCH} --device cpu --workers 1".split()
+FLAGS += ["--perceptual-weights", "random"]
 BATCHES = IMAGES // BATCH
 PHASES = {"validation images": 2, "reconstructions": BATCHES + 2, "samples": 2 * BATCHES + 2}
 """Batch of the feature network, counted over the whole evaluation."""
@@ -113,7 +114,7 @@ def test_an_evaluation_that_was_stopped_leaves_room_for_the_next(
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(TRAIN / "evaluate.py"), *flags(prior, out), "--val-images", "9999"]
-    command += ["--fid-features", "random-vgg16", "--perceptual-weights", "random"]
+    command += ["--fid-features", "random-vgg16"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not (out / ".evaluation.lock").exists():
             assert process.poll() is None, process.communicate()[1]
