@@ -25,6 +25,7 @@ from regvq_fast.priors.maskgit import MaskGIT
 
 IMAGES, BATCH = 60, 3
 FLAGS = f"--data scenes --val-images {IMAGES} --batch-size {BATCH} --device cpu --workers 1".split()
+FLAGS += ["--perceptual-weights", "random"]
 BATCHES = IMAGES // BATCH
 PHASES = {"validation images": 2, "reconstructions": BATCHES + 2, "samples": 2 * BATCHES + 2}
 """Batch of the feature network, counted over the whole evaluation."""
@@ -99,8 +100,11 @@ def test_a_data_worker_that_ends_is_a_sentence(
 
 
 def test_a_data_worker_that_is_stopped_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prior: Path) -> None:
-    monkeypatch.setattr(workers, "PATIENCE_SECONDS", 1.0)
-    net = Net(PHASES["validation images"], lambda: signal_workers(signal.SIGSTOP))
+    def stop() -> None:
+        monkeypatch.setattr(workers, "PATIENCE_SECONDS", 1.0)  # from here: the start of a worker takes longer
+        signal_workers(signal.SIGSTOP)
+
+    net = Net(PHASES["validation images"], stop)
     monkeypatch.setattr(evaluate_setup, "load_feature_net", lambda spec: net)
     with pytest.raises(SystemExit, match=r"error: no data for 1 seconds: data worker 0 \(process \d+\) is stopped"):
         main(flags(prior, tmp_path / "out"))
