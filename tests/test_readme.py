@@ -272,7 +272,7 @@ def test_from_nothing_to_samples(few_regions: None, tmp_path: Path, monkeypatch:
     commands = [command for command in shell_commands(sequence) if re.search("runs/(vq|ar|diffusion)", command)]
     scripts = [run_tiny(command) for command in commands]
     assert scripts == "vq.py cache_tokens.py ar.py sample.py diffusion.py sample.py evaluate.py".split()
-    table = TEXTS["docs/training.md"].split("A run leaves in `--out`")[1].split("\n\n")[1]
+    table = TEXTS["docs/training.md"].split("A run writes to\n`--out`")[1].split("\n\n")[1]
     names = {
         name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`([\w.]+)", cell)
     }

@@ -157,7 +157,7 @@ def test_maps_that_are_none(painters: dict[str, Painter], text: Any, word: str) 
         painters["ar"].map_of(text)
 
 
-@pytest.mark.parametrize(("text", "word"), [("  ", "no caption"), (None, "no caption"), ("x" * 501, "501 characters")])
+@pytest.mark.parametrize(("text", "word"), [("  ", "No caption"), (None, "No caption"), ("x" * 501, "501 characters")])
 def test_captions_that_are_none(painters: dict[str, Painter], text: Any, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         painters["diffusion"].caption_of(text)

@@ -116,7 +116,7 @@ def test_statistics_alone_leave_the_rest_out(tmp_path: Path) -> None:
     ("arrays", "message"),
     [
         ({"labels": np.zeros(3)}, "neither images .* nor statistics"),
-        ({"mu": np.zeros(8)}, "one of mu and sigma only"),
+        ({"mu": np.zeros(8)}, "only one of mu and sigma"),
         ({"mu": np.zeros(8), "sigma": np.eye(7)}, r"\(8,\) .*\(7, 7\)"),
         ({"mu": np.zeros(7), "sigma": np.eye(7)}, "7 features, Inception 8"),
         ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, r"mu \(float64\) .*not finite"),

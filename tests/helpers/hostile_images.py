@@ -73,12 +73,12 @@ def refused() -> dict[str, tuple[bytes, str]]:
     png, jpeg = encoded(gradient(200, 200)), encoded(gradient(200, 200), "JPEG")
     return {
         "empty.png": (b"", "empty"),
-        "text.png": (b"This is no image.\n" * 100, "no PNG"),
-        "page.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "no PNG"),
-        "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n", "no PNG"),
+        "text.png": (b"This is no image.\n" * 100, "not a PNG"),
+        "page.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "not a PNG"),
+        "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n", "not a PNG"),
         "truncated.png": (png[: len(png) // 2], "damaged"),
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "damaged"),
-        "header-only.png": (png[:33], "no PNG"),
+        "header-only.png": (png[:33], "not a PNG"),
         "flipped.png": (png[:60] + bytes([png[60] ^ 255]) + png[61:], "damaged"),
         "bomb.png": (png_of_size(20_000, 20_000), "million pixels"),
         "larger-bomb.png": (png_of_size(2**31 - 1, 2**31 - 1), "million pixels"),

@@ -28,6 +28,6 @@ def test_block_runs(block, capsys):
 
 
 def test_every_known_class_is_in_the_table():
-    table = TEXT.split("## What is covered")[1].split("\nWhat changes:")[0]
+    table = TEXT.split("## Coverage")[1].split("\nDifferences:")[0]
     assert len(BLOCKS) == 10
     assert [name for name in KNOWN if f"`{name.rsplit('.', 1)[1]}`" not in table] == []

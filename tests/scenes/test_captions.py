@@ -115,8 +115,8 @@ def test_a_pixel_shows_the_last_region_that_takes_half_of_it() -> None:
     ("caption", "message"),
     [
         ("a dog on the left and bricks on the right", "'a dog on the left and bricks on the right'"),
-        ("a picture of a cat.", "no caption"),
-        ("a cat", "no caption"),
+        ("a picture of a cat.", "not a caption"),
+        ("a cat", "not a caption"),
         ("a cat in a square on a cat", "'a cat in a square on a cat' .*twice"),
     ],
 )

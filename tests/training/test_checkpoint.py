@@ -97,7 +97,7 @@ def test_saving_replaces_no_other_folder(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors .*\b0 of"),
-        (lambda f: save_file({"w": torch.ones(99_999)}, f / "model.safetensors"), "not the file"),
+        (lambda f: save_file({"w": torch.ones(99_999)}, f / "model.safetensors"), "SHA-256"),
         (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors .*checkpoints/"),
         (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
         (lambda f: (f / "manifest.json").write_text("{}"), r"manifest\.json"),

@@ -41,8 +41,8 @@ def test_a_run_folder_that_is_removed_comes_back_and_the_end_says_so(
     said = capsys.readouterr()
     assert said.out.count(f"warning: {out} was removed") == 1
     assert said.err.splitlines()[-1] == (
-        f"all steps are done and {out} has the model, but the folder was removed before step 6: what it held beside "
-        "the records is lost"
+        f"all steps are done and {out} has the model, but the folder was removed before step 6: its earlier "
+        "checkpoints and images are lost"
     )
     assert not (out / "traceback.txt").exists()
     assert without_clock(records(out)) == without_clock(records(tmp_path / "whole"))
