@@ -138,7 +138,7 @@ def test_a_data_worker_that_ends_is_a_sentence(tokenizer: Path, tmp_path: Path) 
         return tokenize_batch(*arguments)
 
     flags = "--scenes 60 --views 1 --val-images 5 --shard-samples 8 --batch-size 3 --device cpu --workers 1".split()
-    with patch.object(caching, "tokenize_batch", kill_at_first), pytest.raises(SystemExit) as stopped:
+    with patch.object(encoding, "tokenize_batch", kill_at_first), pytest.raises(SystemExit) as stopped:
         cache(tokenizer, tmp_path / "cache", *flags)
     said = str(stopped.value.code)
     assert re.fullmatch(r"error: data worker 0 \(process \d+\) ended by SIGKILL; --workers 0 .*", said), said
