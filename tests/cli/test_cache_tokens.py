@@ -19,8 +19,7 @@ from helpers.runs import TRAIN, run_script, torchrun
 from helpers.tiny_models import tiny_tokenizer
 from PIL import Image
 
-from regvq_fast.cli import cache_tokens as caching
-from regvq_fast.data import ImageFolder, TokenDataset, tokenize_batch, training_batches
+from regvq_fast.data import ImageFolder, TokenDataset, encoding, tokenize_batch, training_batches
 from regvq_fast.data.loading import collate
 from regvq_fast.data.token_cache import read_info
 from regvq_fast.ownership import FolderLock
@@ -139,7 +138,7 @@ def test_a_data_worker_that_ends_is_a_sentence(tokenizer: Path, tmp_path: Path) 
         return tokenize_batch(*arguments)
 
     flags = "--scenes 60 --views 1 --val-images 5 --shard-samples 8 --batch-size 3 --device cpu --workers 1".split()
-    with patch.object(caching, "tokenize_batch", kill_at_first), pytest.raises(SystemExit) as stopped:
+    with patch.object(encoding, "tokenize_batch", kill_at_first), pytest.raises(SystemExit) as stopped:
         cache(tokenizer, tmp_path / "cache", *flags)
     said = str(stopped.value.code)
     assert re.fullmatch(r"error: data worker 0 \(process \d+\) ended by SIGKILL; --workers 0 .*", said), said
@@ -157,8 +156,8 @@ def test_a_run_that_stopped_goes_on_from_its_shards(
         written.append(path)
         write_shard(path, *arguments)
 
-    write_shard = caching.write_shard
-    with patch.object(caching, "write_shard", stop_at_the_third), pytest.raises(SystemExit) as stopped:
+    write_shard = encoding.write_shard
+    with patch.object(encoding, "write_shard", stop_at_the_third), pytest.raises(SystemExit) as stopped:
         cache(tokenizer, out, *SCENES)
     if isinstance(error, KeyboardInterrupt):
         assert stopped.value.code == 130
@@ -341,7 +340,7 @@ def test_fields_that_all_images_have_are_kept_and_others_named_before_encoding(
                 path.with_suffix(".txt").write_text(f"image {k}")
     flags = ["--data", photos, *"--views 2 --shard-samples 5 --batch-size 4 --device cpu --workers 0".split()]
     with (
-        patch.object(caching.ShardEncoder, "encode", side_effect=ValueError("encoding begins")),
+        patch.object(encoding.ShardEncoder, "encode", side_effect=ValueError("encoding begins")),
         pytest.raises(SystemExit),
     ):
         cache(tokenizer, tmp_path / "stopped", *flags)
