@@ -198,7 +198,17 @@ def test_sdist_holds_what_the_main_job_needs(built: Distributions) -> None:
 def test_the_wheel_works_in_an_environment_of_its_own(built: Distributions, tmp_path: Path) -> None:
     """Without this project's own installation: of the environment of the tests it sees the libraries alone."""
     run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], cwd=tmp_path)
-    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "venv", "install", "--no-deps", "--no-index"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        tmp_path / "venv",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+    ]
     run([*pip, built.wheels["wheel"]], cwd=tmp_path)
     (packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
     libraries = [path for path in sys.path if path.endswith("site-packages")]

@@ -166,7 +166,7 @@ def test_a_run_that_stopped_goes_on_from_its_shards(
     else:
         assert "No space left on device" in stopped.value.code
     assert sorted(contents(out)) == ["cache.json", "train-000000.safetensors", "train-000001.safetensors"]
-    with pytest.raises(ValueError, match="not complete"):
+    with pytest.raises(ValueError, match="incomplete"):
         TokenDataset(out)
     cache(tokenizer, out, *SCENES)
     assert contents(out) == contents(scenes)
