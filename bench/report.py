@@ -290,6 +290,19 @@ def results_of_study(root: Path, stem: str, up: str) -> str:
     return f"{text} ([the numbers of each run]({up}{stem}.csv))"
 
 
+def best_of_study(root: Path, codes: str) -> str:
+    """Return the six quantizers of the study on scenes with the lowest Fréchet distance at a codebook size."""
+    stem = f"{PAPER}/quantizers"
+    lines = [line for line in (root / f"{stem}.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    kept = [0, *(head.index(name) for name in ("FD[R]", "PSNR[R]", "SSIM[R]", "codes used", "FD[G]"))]
+    best = sorted(
+        (row for row in rows if row[0].endswith(f", {codes} codes")), key=lambda row: float(row[1].split()[0])
+    )
+    head, *best = ([row[k] for k in kept] for row in (head, *best[:6]))
+    return table(head, best)
+
+
 def section(root: Path, name: str, up: str) -> str:
     """Return the Markdown of a section; ``up`` leads from the page to the root."""
     files = {
@@ -307,6 +320,8 @@ def section(root: Path, name: str, up: str) -> str:
         if not (root / f"{stem}.md").exists():
             return NO_STUDY
         return f"{results_of_study(root, stem, up)}\n\n![curves]({up}{stem}-curves.png)"
+    if kind == "peers":
+        return best_of_study(root, what)
     if kind not in ("cpu", "gpu") or what not in MAKERS:
         raise ValueError(f"<!-- bench:{name} -->: no such section; see bench/report.py")
     parts = []
