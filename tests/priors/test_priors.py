@@ -209,7 +209,7 @@ def test_a_signal_ends_the_closing_evaluation_which_resuming_repeats(
                 yield update if name.startswith({"fit": "fitting", "sample": "sampling"}[stage]) else show
 
     with monkeypatch.context() as patch:
-        patch.setattr("regvq_fast.training.trainer.Recorder", Interrupting)
+        patch.setattr("regvq_fast.training.opening.Recorder", Interrupting)
         with pytest.raises(SystemExit) as stop:
             resume(out, script=PRIORS[prior])
     assert stop.value.code == 128 + signal.SIGINT
