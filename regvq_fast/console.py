@@ -1,6 +1,7 @@
 """Console output of the commands: run metadata, progress, and warnings that are printed once."""
 
 import logging
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,13 @@ _LINE_EVERY = 10.0  # seconds, without a terminal
 
 
 def say(console: Console, name: str, value: str) -> None:
-    """Print a name and a value on one line; all names have one width."""
-    console.print(Text.assemble((f"{name:>18}  ", "bold"), value), soft_wrap=True)
+    """Print a name and a value on one line, on a terminal wrapped between words; all names have one width."""
+    label = f"{name:>18}  "
+    if console.is_terminal:
+        indent = " " * len(label)
+        lines = textwrap.wrap(value, console.width - len(label), break_long_words=False, break_on_hyphens=False)
+        value = f"\n{indent}".join(lines)
+    console.print(Text.assemble((label, "bold"), value), soft_wrap=True)
 
 
 class Items:
@@ -60,8 +66,9 @@ def progress_bar(console: Console, below: RenderableType | None = None) -> Progr
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        TextColumn("left"),
+        TextColumn("·"),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("left"),
         console=console,
         disable=not console.is_terminal,
         expand=True,

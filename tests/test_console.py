@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from regvq_fast.console import Items, progress_bar, stage
+from regvq_fast.console import Items, progress_bar, say, stage
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -31,6 +31,19 @@ def test_a_stage_has_a_bar_on_a_terminal_and_a_line_every_ten_seconds_elsewhere(
         assert written.getvalue().splitlines() == ["sampling, steps 4/8", "sampling, steps 8/8"]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_value_wraps_between_words_on_a_terminal_only(terminal: bool) -> None:
+    written = io.StringIO()
+    value = "none: " + "a reason in words, " * 5 + "runs/" + "x" * 70
+    say(Console(file=written, force_terminal=terminal, width=80, color_system=None), "left out", value)
+    first, *others = written.getvalue().splitlines()
+    assert first.startswith("          left out  none: ")
+    assert " ".join([first[20:], *(line[20:] for line in others)]) == value
+    assert len(others) == (2 if terminal else 0)
+    assert all(line[:20].isspace() for line in others)
+    assert not terminal or (len(first) <= 80 and others[-1].endswith("runs/" + "x" * 70)), "a path stays whole"
+
+
 ITEMS = ["loss 0.123", "l1 0.123", "utilization 100 %", "1,234 images/s", "perceptual 0.123", "kl 0.12", "lambda 0.75"]
 
 
@@ -50,7 +63,7 @@ def test_counter_bar_and_time_left_stay_whole(monkeypatch, width, world_size):
     if width == 60 and world_size > 1:
         pytest.skip("too narrow for the name of the rank")
     bar, items = rendered(ITEMS, width, monkeypatch, world_size)
-    assert re.fullmatch(r"step( \(rank 0 of 8\))?  654321/1000000 [━╸╺]{5,} +0:00:00 left -:--:--", bar.strip())
+    assert re.fullmatch(r"step( \(rank 0 of 8\))?  654321/1000000 [━╸╺]{5,} +0:00:00 · -:--:-- left", bar.strip())
     assert len(bar) <= width
     shown = items.strip().split(" · ")
     assert shown == ITEMS[: len(shown)], "items are dropped whole, from the right"

@@ -113,7 +113,7 @@ A run leaves its configuration, metrics, images, checkpoints and weights in --ou
         self.reconstruction_loss = loss.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.meter = CodebookMeter(config, device)
 
-        joins = f"from step {disc_start} of {steps} on"
+        joins = f"from step {disc_start:,} of {steps:,} on"
         if disc_start >= steps:
             joins = f"none: --disc-start {disc_start} is past the last step, {steps - 1}"
             if config.loss.disc_start is None:
