@@ -21,7 +21,7 @@ CPU_STEPS = 5000
 def worth_compiling(asked: bool, device: torch.device, steps: int) -> tuple[bool, str]:
     """Return whether a run of ``steps`` steps compiles, and the reason if it does not although ``asked``."""
     if asked and device.type == "cpu" and steps < CPU_STEPS:
-        return False, f"off: on a CPU it costs more time than it saves below {CPU_STEPS:,} steps; this run has {steps:,}"
+        return False, f"off: on a CPU it costs more than it saves below {CPU_STEPS:,} steps; this run has {steps:,}"
     return asked, ""
 
 
