@@ -164,8 +164,9 @@ def save_curves(
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(axis)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(by_series) > 1 and panel == 1:
-            axes.legend(frameon=False, fontsize=8)
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > 1:
+        figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     _save(figure, path)
 
 
