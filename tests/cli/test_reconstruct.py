@@ -63,7 +63,7 @@ def test_each_image_comes_back_under_its_name_in_its_size(
     original = pixels(photos / "a.png")
     tokens = tokenize_images(model, original[None])
     expected = decode_tokens(model, tokens, (31, 40))[0]
-    # Weights read from a file may be aligned differently in memory: the last bit, and so the rounding to 8 bits, varies.
+    # The weights of a file may lie differently in memory, which may change the last bit and so the rounding.
     assert (pixels(out / "a.png").int() - expected.int()).abs().max() <= 1
     assert pixels(out / "turned.png").shape == (3, 20, 10)  # upright
     assert pixels(out / "single.png").shape == (3, 7, 5)
