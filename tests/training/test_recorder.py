@@ -48,7 +48,9 @@ def test_a_terminal_of_80_columns_shows_counter_bar_time_left_and_evaluations(
     monkeypatch.setattr("regvq_fast.training.recorder.Console", terminal)
     train("--out", tmp_path / "run", *FAST, "--eval-every", 2)
     lines = re.sub(r"\x1b\[[\d?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
-    bars = [line for line in lines if re.fullmatch(r"step \d/4 [━╸╺]+ +\d:\d\d:\d\d left +[-\d]:[-\d]+:[-\d]+ *", line)]
+    bars = [
+        line for line in lines if re.fullmatch(r"step \d/4 [━╸╺]+ +\d:\d\d:\d\d +· +[-\d]:[-\d]+:[-\d]+ +left *", line)
+    ]
     assert any(bar.startswith("step 4/4") for bar in bars)
     assert any(line.startswith("loss ") and "images/s" in line for line in lines)
     text = " ".join(" ".join(lines).split())
