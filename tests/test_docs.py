@@ -89,7 +89,7 @@ def templates() -> list[re.Pattern[str]]:
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [str(part.value) if isinstance(part, ast.Constant) else None for part in parts]
-            if sum(len(text or "") for text in texts) > 12:
+            if sum(len(text or "") for text in texts) > 15:
                 pattern = "".join(".*?" if text is None else re.escape(text) for text in texts)
                 found.append(re.compile(pattern, re.DOTALL))
     return found

@@ -39,7 +39,7 @@ INSTEAD = {
     r"\b[Oo]racles?\b": "PyTorch fallback, or reference",
     r"\b([Nn]obody(?!/)|[Ww]hom|[Ww]ish(es)?|be had)\b": "the plain statement",
 }
-"""What to write instead of a phrase of the first column; patterns leave out the uses that are technical terms."""
+"""Terms, by the patterns of the phrases that they replace; technical uses of these phrases do not match."""
 
 RENAMED = re.compile(r"\b(GIVEN|top_code|num_ranks|local_ranks|texts_of_ranks|is_for_others_to_say)\b|ranks\.together")
 

@@ -134,7 +134,7 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint:
         try:
             checkpoint, started_with = _read(step, folder, type(config))
         except (ValueError, OSError) as error:
-            notes.append(f"{error}; {folder.name} is skipped")
+            notes.append(f"{error}; checkpoint {folder.name} is skipped")
             continue
         checkpoint.notes = notes + _compare(config, started_with, folder)
         return checkpoint

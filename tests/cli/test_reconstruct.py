@@ -28,7 +28,8 @@ def photos(tmp_path: Path) -> Path:
     """Images of several sizes and formats, one of them lying on its side."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
-    noise = Image.effect_noise((40, 31), 90)
+    # Not Image.effect_noise, which continues one unseeded sequence per process.
+    noise = Image.fromarray(np.random.default_rng(0).normal(128, 90, (31, 40)).clip(0, 255).astype(np.uint8))
     noise.convert("RGB").save(folder / "a.png")
     noise.save(folder / "sub" / "a.tif")
     turned = Image.Exif()
@@ -61,14 +62,14 @@ def test_each_image_comes_back_under_its_name_in_its_size(
     assert files(out) == ["a.png", "single.png", "sub/a.png", "turned.png"]
     model = tiny_tokenizer()
     original = pixels(photos / "a.png")
-    tokens = tokenize_images(model, original[None])
+    # sub/a.tif has the same pixels and is in the same batch, whose size may change the last bit of a convolution.
+    tokens = tokenize_images(model, original.expand(2, -1, -1, -1))
     expected = decode_tokens(model, tokens, (31, 40))[0]
-    # The weights of a file may lie differently in memory, which may change the last bit and so the rounding.
-    assert (pixels(out / "a.png").int() - expected.int()).abs().max() <= 1
+    assert torch.equal(pixels(out / "a.png"), expected)
     assert pixels(out / "turned.png").shape == (3, 20, 10)  # upright
     assert pixels(out / "single.png").shape == (3, 7, 5)
     printed = capsys.readouterr().out
-    assert f"{image_psnr(expected, original):.2f} dB  a.png, 40 x 31, {len(tokens.unique())} codes" in printed
+    assert f"{image_psnr(expected, original):.2f} dB  a.png, 40 x 31, {len(tokens[0].unique())} codes" in printed
     assert "of 32 used" in printed
     assert f"4 in {out}" in printed
     assert pixels(sheet).shape[1] > 2 * 256

@@ -17,8 +17,8 @@ def build(root, split="val", **options):
 
 def test_of_several_archives_none_is_chosen_silently(tmp_path, caplog):
     birds, scenes = trees.cub200(tmp_path), trees.ade20k(tmp_path)
-    several = rf"^{tmp_path} holds ade20k \({scenes}\) and cub200 \({birds}\): "
-    with pytest.raises(ValueError, match=rf"{several}.*--dataset"):
+    several = rf"^{tmp_path} holds ade20k \({scenes}\) and cub200 \({birds}\): give the top folder of one"
+    with pytest.raises(ValueError, match=rf"{several} \(.*--dataset\)$"):
         build(tmp_path)
     assert find_archive(tmp_path, "cub200").top == birds
     older = trees.ade20k_full(tmp_path, 2016)

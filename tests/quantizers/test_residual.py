@@ -158,7 +158,7 @@ def test_compiles_as_one_graph(shared: bool) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"quantizers": []}, r"quantizers .*\[\]"),
+        ({"quantizers": []}, r"quantizers must be given.*\[\]"),
         ({"quantizers": [NearestQuantizer(N, D), NearestQuantizer(N, 4)]}, r"code_dim.*\(4, False\), \(8, False\)"),
         ({"dropout": (0, 1)}, r"dropout .*1, \.\.\., 1.*\(0, 1\)"),
         ({"dropout": (2,)}, r"dropout .*\(2,\)"),
