@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from bench_ops import ASSIGN, BACKWARD, FORWARD, GRAPH, HARD, INFO_NCE, QUANTIZE
 from helpers.tiny_models import tiny_vqgan
 from measuring import SkippedError, WrongResultError
 
+from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.noise import gumbel_noise
 from regvq_fast.priors.diffusion import VQDiffusion
 from regvq_fast.priors.diffusion.loss import MaskAndReplace
@@ -80,6 +82,19 @@ def test_the_check_refuses_a_wrong_output():
     assert examine("vqp nearest", (wrong,))["agreement"] < 1
     with pytest.raises(WrongResultError, match="nearest codes"):
         examine("ours", (wrong,))
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_few_rows_may_tie_and_may_not_lose(noisy):
+    """On one row in 2000 select the second of two equal codes: noise decides between them on stochastic rows alone."""
+    given = bench_ops.quantize_inputs(replace(tiny(QUANTIZE, FORWARD), codes=2, rows=2000), "cpu")
+    given["codebook"] = given["codebook"].detach()[:1].repeat(2, 1)
+    given["mask"] = torch.full((2000,), noisy)
+    indices = vector_quantize(**given).indices
+    other = indices.clone()
+    other[11] = 1 - other[11]
+    with pytest.raises(WrongResultError, match="miss a better code") if noisy else nullcontext():
+        bench_ops.check_indices("indices", other, indices, given, given["mask"])
 
 
 def test_plain_pytorch_computes_what_the_op_computes():
