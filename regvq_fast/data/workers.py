@@ -9,8 +9,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -33,8 +35,26 @@ class WorkerLoader(DataLoader[Any]):
     """A DataLoader with a limit on waiting: it returns :class:`PatientBatches` or :class:`OwnBatches`."""
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
-        return PatientBatches(batches) if self.num_workers else OwnBatches(batches)
+        if not self.num_workers:
+            return OwnBatches(super().__iter__())
+        with _interrupts_deferred():
+            return PatientBatches(super().__iter__())
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Handle Ctrl-C after the block. Python ignores exceptions of the hooks that it runs in a fork, and so Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    arrived: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
 
 
 class OwnBatches(Iterator[Any]):
@@ -186,6 +206,13 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     Queue._on_queue_feeder_error = staticmethod(_end_unheard)  # type: ignore[attr-defined]
+    sys.excepthook = _report
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an error of a worker, but not that its parent ended in the middle of receiving a batch."""
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_unheard(error: Exception, batch: object) -> None:

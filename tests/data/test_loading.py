@@ -82,6 +82,37 @@ def test_workers_keep_to_one_thread_and_leave_interrupts_to_the_parent():
     assert ignores
 
 
+def test_ctrl_c_while_workers_start_is_not_lost():
+    """Python ignores exceptions of the hooks of a fork; a signal that arrives in the fork is handled in one of them."""
+    forks = []
+    os.register_at_fork(after_in_parent=lambda: forks and signal.raise_signal(forks.pop()))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        forks.append(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            training_batches(AboutTheProcess(), 1, workers=1)
+        assert not forks
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_worker_is_silent_about_a_parent_that_ended_while_it_received_a_batch(capfd):
+    for error in (ConnectionResetError(104, "Connection reset by peer"), ValueError("a defect")):
+        worker = multiprocessing.get_context("fork").Process(target=report_as_a_worker, args=(error,))
+        worker.start()
+        worker.join(20)
+    said = capfd.readouterr().err
+    assert "ValueError: a defect" in said
+    assert "Connection" not in said
+
+
+def report_as_a_worker(error) -> None:
+    start_worker(0)
+    sys.excepthook(type(error), error, None)
+    sys.stderr.flush()
+
+
 def wait_as_a_worker(ready) -> None:
     start_worker(0)
     ready.set()
