@@ -1,4 +1,4 @@
-"""Device, mixed precision and backend settings, each chosen in one function."""
+"""Device, its memory's end, mixed precision and backend settings, each in one function."""
 
 import os
 from typing import NamedTuple
@@ -55,6 +55,13 @@ def inference_device(name: str) -> torch.device:
     if device.type == "cuda":
         configure_backends(device, deterministic=True)
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is a failed allocation, on a GPU or on the host."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 class Precision(NamedTuple):

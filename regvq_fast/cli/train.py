@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from regvq_fast.config import VQGAN_PRESETS, Config, parse_config
 from regvq_fast.invocation import as_typed
-from regvq_fast.precision import choose_device
+from regvq_fast.precision import choose_device, is_out_of_memory
 from regvq_fast.priors.registry import PRIORS
 from regvq_fast.ranks import local_rank, process_group, rank
 from regvq_fast.training.batch_size import find_batch_size
-from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
+from regvq_fast.training.memory import out_of_memory_advice
 from regvq_fast.training.opening import open_run
 from regvq_fast.training.recipe import Recipe
 from regvq_fast.training.stopping import RunStopped

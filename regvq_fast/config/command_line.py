@@ -12,6 +12,7 @@ import tyro
 from regvq_fast.config.saved import override, read_config
 from regvq_fast.config.sections import Config, PresetName
 from regvq_fast.invocation import as_typed, command
+from regvq_fast.precision import is_out_of_memory
 from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.ranks import local_rank, reported_by_rank_0
 from regvq_fast.settings import flag_of
@@ -145,7 +146,7 @@ def run_command(
         name: of the command, such as "train vq".
         kind: a dataclass; its fields are the flags, and their docstrings the help.
         work: what the command does. A ValueError or OSError, whose message is one sentence, gives exit status 1, Ctrl-C
-            gives 130. Rank 0 prints errors of all ranks.
+            gives 130. Rank 0 prints errors of all ranks. After a failed allocation the message names --batch-size.
         usage: text at the top of the help; commands in it ("regvq sample") appear as the user types them.
         args: after the command.
         stopped: printed after Ctrl-C, with fields in braces: "stopped; the images so far are in {out}".
@@ -158,3 +159,9 @@ def run_command(
     except KeyboardInterrupt:
         print(stopped.format_map(vars(settings)), file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        batch_size = getattr(settings, "batch_size", 1)
+        advice = f"use a --batch-size below {batch_size}" if batch_size > 1 else "use a smaller model or --device cpu"
+        sys.exit(f"error: out of memory; {advice}")

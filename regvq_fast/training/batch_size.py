@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 
 from regvq_fast.config import Config, override
-from regvq_fast.precision import choose_device
+from regvq_fast.precision import choose_device, is_out_of_memory
 from regvq_fast.ranks import world_size
-from regvq_fast.training.memory import is_out_of_memory, memory_limit, peak_memory
+from regvq_fast.training.memory import memory_limit, peak_memory
 from regvq_fast.training.recipe import Recipe
 from regvq_fast.training.trainer import Trainer
 

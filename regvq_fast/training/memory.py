@@ -21,13 +21,6 @@ def memory_limit(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is a failed allocation, on a GPU or on the host."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
 def out_of_memory_advice(config: TrainConfig, device: torch.device, rank_batch: int, *, training: bool = True) -> str:
     """Return a message with the peak and up to two flags that would help.
 

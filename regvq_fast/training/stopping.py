@@ -15,9 +15,10 @@ from typing import Any, Protocol, Self
 import torch
 
 from regvq_fast.config import TrainConfig
+from regvq_fast.precision import is_out_of_memory
 from regvq_fast.ranks import any_rank, rank, world_size
 from regvq_fast.training.checkpoint import Checkpoints
-from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
+from regvq_fast.training.memory import out_of_memory_advice
 
 TRACEBACK = "traceback.txt"
 """File in the run folder to which the tracebacks of unexpected errors are appended."""

@@ -99,6 +99,19 @@ def test_a_data_worker_that_ends_is_a_sentence(
     assert values(out) == whole
 
 
+def test_out_of_memory_is_a_sentence_with_the_batch_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prior: Path
+) -> None:
+    def allocate() -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(evaluate_setup, "load_feature_net", lambda spec: Net(PHASES["samples"], allocate))
+    with pytest.raises(SystemExit, match=rf"^error: out of memory; use a --batch-size below {BATCH}$"):
+        main(flags(prior, tmp_path / "out"))
+    assert not (tmp_path / "out" / RESULTS).exists()
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
 def test_a_data_worker_that_is_stopped_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prior: Path) -> None:
     def stop() -> None:
         monkeypatch.setattr(workers, "PATIENCE_SECONDS", 1.0)  # from here: the start of a worker takes longer

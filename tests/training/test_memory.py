@@ -11,8 +11,9 @@ from torch import Tensor
 
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.models import VQGAN
+from regvq_fast.precision import is_out_of_memory
 from regvq_fast.training.batch_size import largest_batch, runs_in_memory
-from regvq_fast.training.memory import is_out_of_memory, out_of_memory_advice
+from regvq_fast.training.memory import out_of_memory_advice
 from regvq_fast.training.trainer import Trainer
 
 
