@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from regvq_fast.ranks import sum_over_ranks, world_size
+from regvq_fast.ranks import mean_of_batch, sum_over_ranks, world_size
 
 
 class Padding:
@@ -12,7 +12,8 @@ class Padding:
     Args:
         valid: (M,) bool, False for padding; None: every row counts.
         over_ranks: count the valid rows of all ranks, each of which has M rows: the mean of the ranks' means is then
-            that of the whole batch, however the padding is distributed. This is a collective operation.
+            that of the whole batch, however the padding is distributed. This, and `mean_of_batch`, are collective
+            operations.
     """
 
     def __init__(self, valid: Tensor | None = None, *, over_ranks: bool = False) -> None:
@@ -43,6 +44,11 @@ class Padding:
         if self.valid is None:
             return mean
         return self._rescaled(mean * (self.valid.sum().to(mean.dtype) / self.valid.shape[0]))
+
+    def mean_of_batch(self, mean: Tensor) -> Tensor:
+        """Return the mean over the valid rows, of all ranks if `over_ranks`, with a gradient to ``mean``."""
+        mean = self.mean_of_ranks(mean)
+        return mean_of_batch(mean) if self.over_ranks else mean
 
     def groups(self, num_rows: int, groups: int) -> tuple[int | Tensor, "Padding"]:
         """Return the valid rows of each of ``groups`` equal groups of ``num_rows``, and empty groups as padding."""

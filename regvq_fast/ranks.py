@@ -71,6 +71,14 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return sum_over_ranks(value) / world_size()
 
 
+def mean_of_batch(mean: Tensor) -> Tensor:
+    """Return the mean of equally shaped tensors of all ranks, with a gradient to this rank's.
+
+    Data-parallel training takes the mean of the ranks' gradients, which is then that of the whole batch.
+    """
+    return mean if world_size() == 1 else mean + (mean_over_ranks(mean) - mean.detach())
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Return the sum of equally shaped tensors of all ranks, without a gradient."""
     if world_size() == 1:

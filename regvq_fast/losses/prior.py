@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from regvq_fast.padding import Padding
-from regvq_fast.ranks import mean_over_ranks, sum_over_ranks, world_size
+from regvq_fast.ranks import mean_of_batch, sum_over_ranks, world_size
 
 PriorScope = Literal["image", "batch", "global"]
 
@@ -40,8 +40,7 @@ def posterior_groups(scope: PriorScope, batch_size: int) -> int:
 def scoped_posterior(posterior: Tensor, scope: PriorScope, rows: int | Tensor) -> tuple[Tensor, int | Tensor]:
     """Return the posterior for the regularizer, and the number of rows in a group.
 
-    For scope "global" it is the mean of the ranks' posteriors, weighted by their rows, with the gradient to this
-    rank's. The mean of the ranks' gradients, as data-parallel training takes it, is then that of the whole batch.
+    For scope "global" it is the mean of the ranks' posteriors, weighted by their rows: `mean_of_batch`.
 
     Args:
         posterior: (G, N) of this rank.
@@ -56,4 +55,4 @@ def scoped_posterior(posterior: Tensor, scope: PriorScope, rows: int | Tensor) -
         posterior = posterior * weight.unsqueeze(1)
     else:
         all_rows = rows * world_size()
-    return posterior + (mean_over_ranks(posterior) - posterior.detach()), all_rows
+    return mean_of_batch(posterior), all_rows

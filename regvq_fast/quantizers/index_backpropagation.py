@@ -91,10 +91,9 @@ class IBQQuantizer(CodebookQuantizer):
             loss = loss + settings.codebook_weight * padding.mean_squared_error(codes, rows.detach())
             metrics = {"commitment": commitment.detach()}
             if self.training and settings.entropy_weight > 0:
-                entropies = softmax_entropies(
-                    rows, codebook, temperature=settings.entropy_temperature, valid=padding.valid
+                entropy, of_mean = softmax_entropies(
+                    rows, codebook, temperature=settings.entropy_temperature, padding=padding
                 )
-                entropy, of_mean = map(padding.mean_of_ranks, entropies)
                 loss = loss + settings.entropy_weight * (entropy - of_mean)
                 metrics |= {"entropy": entropy.detach(), "entropy_of_mean": of_mean.detach()}
             return self._deterministic(z, quantized, out.indices, loss, metrics, padding)

@@ -112,12 +112,12 @@ class LFQQuantizer(Quantizer):
             commitment = padding.mean_squared_error(rows, codes)
             loss, metrics = self.settings.commitment * commitment, {"commitment": commitment.detach()}
             if self.training and self.settings.entropy_weight > 0:
-                entropy, of_mean = map(padding.mean_of_ranks, self._entropies(rows, padding.valid))
+                entropy, of_mean = self._entropies(rows, padding)
                 loss = loss + self.settings.entropy_weight * (entropy - self.settings.diversity * of_mean)
                 metrics |= {"entropy": entropy.detach(), "entropy_of_mean": of_mean.detach()}
             return self._deterministic(z, quantized, self._indices(rows), loss, metrics, padding)
 
-    def _entropies(self, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _entropies(self, rows: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
         """Return the rows' mean entropy and the entropy of their mean, each a sum over groups of bits."""
         groups = rows.tensor_split(-(-self.code_dim // self.settings.group_bits), dim=1)
         entropies = []
@@ -127,10 +127,11 @@ class LFQQuantizer(Quantizer):
                 group.contiguous(),
                 self._all_codes(group.shape[1]),
                 temperature=self.settings.temperature / 2,
-                valid=valid,
+                valid=padding.valid,
             )
+            mean = padding.mean_of_batch(mean)
             of_mean = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
-            entropies.append(torch.stack([entropy, of_mean]))
+            entropies.append(torch.stack([padding.mean_of_ranks(entropy), of_mean]))
         entropy, of_mean = torch.stack(entropies).sum(0)
         return entropy, of_mean
 

@@ -212,10 +212,10 @@ class Quantizer(nn.Module):
 
     def _padding(self, valid: Tensor | None, z: Tensor) -> Padding:
         """Check ``valid``, (B, *), and return the padding of the rows of z."""
-        if valid is None:
-            return Padding()
-        check_rows("valid", valid, self._positions(z), z)
-        return Padding(valid.reshape(-1), over_ranks=self.training)  # only in training do all ranks run this together
+        if valid is not None:
+            check_rows("valid", valid, self._positions(z), z)
+            valid = valid.reshape(-1)
+        return Padding(valid, over_ranks=self.training)  # only in training do all ranks run this together
 
     def _to_rows(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return latents as rows (M, D) of ``dtype``; no copy if the channels are contiguous in memory."""

@@ -59,15 +59,17 @@ def _some_rows(rows: Tensor, padding: Padding) -> tuple[Tensor, Padding]:
 
 
 def softmax_entropies(
-    rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, temperature: float, valid: Tensor | None = None
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, temperature: float, padding: Padding | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the mean entropy of the rows' softmax and the entropy of their mean softmax: nats, 0-dim, with gradients.
 
-    Arguments are those of :func:`regvq_fast.ops.softmax_statistics`. As in IBQ and LlamaGen, 1e-5 is added in the
-    logarithm of the mean.
+    Arguments are those of :func:`regvq_fast.ops.softmax_statistics`, and the rows' padding. If that is over ranks, the
+    mean softmax is that of all ranks. As in IBQ and LlamaGen, 1e-5 is added in the logarithm of the mean.
     """
-    entropy, mean = softmax_statistics(rows, weight, bias, temperature=temperature, valid=valid)
-    return entropy, -(mean * (mean + 1e-5).log()).sum()
+    padding = padding or Padding()
+    entropy, mean = softmax_statistics(rows, weight, bias, temperature=temperature, valid=padding.valid)
+    mean = padding.mean_of_batch(mean)
+    return padding.mean_of_ranks(entropy), -(mean * (mean + 1e-5).log()).sum()
 
 
 def log_scale_that_perturbs(fraction: float, perturbed: Callable[[float], float | Tensor]) -> float:

@@ -15,7 +15,7 @@ import torch
 from regvq_fast.losses import LPIPS, LeCAM, ProbabilisticContrastiveLoss, ReconstructionLoss
 from regvq_fast.models import VQGAN, PatchDiscriminator, VGGFeatures
 from regvq_fast.precision import Precision
-from regvq_fast.quantizers import EMAQuantizer, RegularizedQuantizer
+from regvq_fast.quantizers import QUANTIZERS, RegularizedQuantizer
 from regvq_fast.ranks import mean_over_ranks, process_group, rank, world_size
 from regvq_fast.training.vqgan_step import VQGANStep
 
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 CASES = {
     "reg-vq": Case(),
-    "vq-vae": Case("vq-vae"),
+    **{name: Case(name) for name in ("vq-vae", "ibq", "lfq", "bsq")},
     "parts": Case(by_image=True, parts=2),
     "compiled": Case(compile=True),
     "regularized": Case(regularized=True),
@@ -50,8 +50,9 @@ def train(case: Case) -> list[dict[str, dict]]:
     device = torch.device("cpu")
     torch.manual_seed(0)
     quantizer = RegularizedQuantizer(16, 4, prior_scope="image" if case.by_image else "global", prior_weight=0.5)
-    if case.quantizer == "vq-vae":
-        quantizer = EMAQuantizer(16, 4)
+    if case.quantizer != "reg-vq":
+        entropy = {} if case.quantizer == "vq-vae" else {"entropy_weight": 1.0}
+        quantizer = QUANTIZERS[case.quantizer](16, 4, **entropy)
     model = VQGAN(quantizer, image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), z_channels=4)
     discriminator = PatchDiscriminator(filters=4, num_layers=1, norm="group")
     features = VGGFeatures("vgg16", ("relu1_2", "relu2_2"))

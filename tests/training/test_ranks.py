@@ -27,7 +27,7 @@ def assert_same(one: list[dict[str, dict]], two: list[dict[str, dict]]) -> None:
                 assert difference <= 1e-5 * max(1.0, float(value.abs().max())), f"{name}: {difference}"
 
 
-@pytest.mark.parametrize("quantizer", ["reg-vq", "vq-vae"])
+@pytest.mark.parametrize("quantizer", ["reg-vq", "vq-vae", "ibq", "lfq", "bsq"])
 def test_two_ranks_take_the_steps_of_one(two_ranks: dict[str, list[dict[str, dict]]], quantizer: str) -> None:
     one, two = train_on_ranks.train(Case(quantizer)), two_ranks[quantizer]
     assert_same(one, two)
