@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,6 +30,31 @@ def check_new_folder(out: Path, remedy: str = "name a new one") -> None:
     """
     if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise FileExistsError(f"--out {out} exists and is not an empty folder; {remedy}")
+
+
+@contextmanager
+def kept_folder(out: Path) -> Iterator[Callable[[], None]]:
+    """Create ``out`` and yield a function, also called at the end, that raises FileNotFoundError if it was removed.
+
+    Without that the rest of the files would be written into a new folder, and the first ones be missing in silence. A
+    folder that is still empty at the end goes, unless it was there before.
+    """
+    there = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)  # no new folder gets this one's number while it is open
+
+    def check() -> None:
+        if not (out.exists() and os.path.samestat(os.fstat(handle), out.stat())):
+            raise FileNotFoundError(f"--out {out} was removed while files were written into it: run the command again")
+
+    try:
+        yield check
+        check()
+    finally:
+        os.close(handle)
+        if not there:
+            with suppress(OSError):  # it is not empty
+                out.rmdir()
 
 
 @contextmanager

@@ -4,11 +4,11 @@
     python tests/soak.py --seed 1 --only 17                   # job 17 of that seed again
 
 Not a test of the suite: it takes as long as it is given, and prints counts of what was done. It trains the tokenizer
-and the priors, fills a token cache and evaluates, at tiny sizes, each with disturbances until it is through: SIGKILL,
-SIGTERM, SIGINT, SIGHUP, two seconds of SIGSTOP, SIGKILL of a data worker, TensorBoard's folder or the whole run's
-removed, files that can't grow for two seconds (as on a full disk), a reader of the output that goes away, a second
-process in the folder, and two processes in place of one, one of which may be killed. Their sums have another order:
-there only the steps and the size of the losses are compared.
+and the priors, fills a token cache, samples and evaluates, at tiny sizes, each with disturbances until it is through:
+SIGKILL, SIGTERM, SIGINT, SIGHUP, two seconds of SIGSTOP, SIGKILL of a data worker, TensorBoard's folder or the whole
+run's removed, files that can't grow for two seconds (as on a full disk), a reader of the output that goes away, a
+second process in the folder, and two processes in place of one, one of which may be killed. Their sums have another
+order: there only the steps and the size of the losses are compared.
 
 What a job suffers, and after how many of its records or shards, is a function of the seed and the job's number.
 """
@@ -40,6 +40,7 @@ JOBS = {
     "ar": ["ar.py", *PRIOR],
     "diffusion": ["diffusion.py", *PRIOR],
     "maskgit": ["maskgit.py", *PRIOR],
+    "sample": ["sample.py", *"--num-images 24 --batch-size 2 --device cpu".split()],
     "evaluate": ["evaluate.py", *EVALUATE],
 }
 """A job may need what those before it leave."""
@@ -55,6 +56,9 @@ def start(job: str, out: Path, base: Path, ranks: bool = False) -> "subprocess.P
     script, *arguments = JOBS[job]
     if job == "tokens":
         arguments += ["--tokenizer", base / "vq", "--device", "cpu", "--workers", 1, "--out", out]
+    elif job == "sample":
+        shutil.rmtree(out, ignore_errors=True)  # it samples into new folders only
+        arguments += ["--run", base / "ar", "--out", out]
     elif job == "evaluate":
         arguments += ["--prior-run", base / "maskgit", "--cache-dir", out / "cache", "--device", "cpu"]
         arguments += ["--workers", 1, "--out", out]
@@ -70,7 +74,7 @@ def progress(job: str, out: Path) -> int:
     """Return the number of records, shards or files that a job has written."""
     if job == "tokens":
         return len(list(out.glob("*.safetensors")))
-    if job == "evaluate":
+    if job in ("evaluate", "sample"):
         return sum(path.is_file() for path in out.rglob("*"))
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -118,10 +122,10 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
     alone, attempts = True, 0
     while True:
         kind, attempts = rng.choice(DISTURBANCES) if attempts < 6 else "none", attempts + 1
-        due = progress(job, out) + rng.choice((0, 1, 1, 2, 2, 3))  # 0: while it starts
-        ranks = kind in ("ranks", "rank") and out.exists()
+        ranks = kind in ("ranks", "rank") and out.exists() and job != "sample"
         alone &= not ranks
         process = start(job, out, base, ranks)
+        due = progress(job, out) + rng.choice((0, 1, 1, 2, 2, 3))  # 0: while it starts
         try:
             end = time.monotonic() + PATIENCE_SECONDS
             while process.poll() is None and progress(job, out) < due and time.monotonic() < end:
@@ -147,7 +151,7 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
 
 
 def same(job: str, a: Path, b: Path, alone: bool) -> None:
-    if job == "tokens":
+    if job in ("tokens", "sample"):
         names = sorted(path.name for path in a.iterdir())
         assert names == sorted(path.name for path in b.iterdir())
         assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)

@@ -1,11 +1,12 @@
 """Files that appear whole or not at all, and the user's cache."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from regvq_fast.files import atomic_path, check_new_folder, user_cache
+from regvq_fast.files import atomic_path, check_new_folder, kept_folder, user_cache
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -37,6 +38,26 @@ def test_what_is_there_is_not_written_into(tmp_path: Path) -> None:
     for out in (tmp_path, tmp_path / "file"):
         with pytest.raises(FileExistsError, match=f"^--out {out} .*or else$"):
             check_new_folder(out, "or else")
+
+
+@pytest.mark.parametrize("when", ["between two files", "before the end"])
+def test_a_folder_removed_while_it_is_filled_is_an_error(tmp_path: Path, when: str) -> None:
+    """Even if it is there again, with another part of the files."""
+    out = tmp_path / "out"
+    with kept_folder(out) as check:
+        (out / "0.png").touch()
+        check()
+
+    def replace() -> None:
+        with kept_folder(out) as check:
+            shutil.rmtree(out)
+            out.mkdir()
+            if when == "between two files":
+                check()
+                pytest.fail("not seen")
+
+    with pytest.raises(FileNotFoundError, match=f"^--out {out} was removed"):
+        replace()
 
 
 def test_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

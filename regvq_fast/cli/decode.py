@@ -16,7 +16,7 @@ from regvq_fast.config import run_command
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.encoded_images import EncodedImages
 from regvq_fast.data.tiles import decode_tokens
-from regvq_fast.files import check_new_folder
+from regvq_fast.files import check_new_folder, kept_folder
 from regvq_fast.image_grids import save_image
 from regvq_fast.models.weights import weights_hash
 from regvq_fast.settings import Section
@@ -76,13 +76,14 @@ def decode(config: DecodeConfig) -> None:
         raise ValueError(f"{config.tokens} states (codes, pixels a token) {stated}, --run {config.run} has {sizes}")
     console, start = Console(), time.perf_counter()
     maps = map(_Map, encoded.names, encoded.tokens, encoded.sizes)
-    with progress_bar(console) as progress:
+    with kept_folder(config.out) as check, progress_bar(console) as progress:
         task = progress.add_task("images", total=len(encoded.names))
         for batch in used.batches(maps):
             tokens = torch.stack([one.tokens for one in batch])
             images = decode_tokens(used.model, tokens, batch[0].size, used.tiling, used.autocast)
             for one, image in zip(batch, images, strict=True):
                 save_image(config.out / output_name(one.name), image)
+            check()
             progress.advance(task, len(batch))
     say(console, "images", f"{len(encoded.names)} in {config.out}, {time.perf_counter() - start:.1f} s")
 

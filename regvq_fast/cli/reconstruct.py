@@ -28,7 +28,7 @@ from regvq_fast.console import progress_bar, say
 from regvq_fast.data.tiles import decode_tokens, tokenize_images
 from regvq_fast.data.transforms import image_to_tensor
 from regvq_fast.evaluation.reconstruction_metrics import image_psnr
-from regvq_fast.files import check_new_folder
+from regvq_fast.files import check_new_folder, kept_folder
 from regvq_fast.image_grids import save_image, save_image_grid
 
 _SHEET_IMAGES, _SHEET_SIDE = 16, 256
@@ -74,7 +74,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     shown: list[tuple[Tensor, Tensor]] = []
     ratios: list[float] = []
     start = time.perf_counter()
-    with progress_bar(console) as progress:
+    with kept_folder(config.out) as check, progress_bar(console) as progress:
         task = progress.add_task("images", total=len(files))
         images = read_images(files, used.model.image_size if config.square else None)
         for batch in used.batches(images):
@@ -89,6 +89,7 @@ def reconstruct(config: ReconstructConfig) -> None:
                 if config.sheet is not None and len(shown) < _SHEET_IMAGES:
                     shown.append((_thumbnail(image.pixels), _thumbnail(reconstruction)))
                 progress.advance(task)
+            check()
     if config.sheet is not None:
         originals, reconstructions = (torch.stack(column) for column in zip(*shown, strict=True))
         save_image_grid(config.sheet, originals, reconstructions)

@@ -19,7 +19,7 @@ from regvq_fast.config import run_command
 from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.image_arrays import image_array_writer
-from regvq_fast.files import check_new_folder
+from regvq_fast.files import check_new_folder, kept_folder
 from regvq_fast.image_grids import save_image_grid, save_images
 from regvq_fast.models.hub import local_folder
 from regvq_fast.precision import choose_precision, inference_device
@@ -73,14 +73,13 @@ def generate(config: SampleConfig) -> None:
     """
     _check(config)
     generator = _Generator(config)
-    config.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     columns = generator.columns()
     # If there are more images than fit into the grid, it has whole rows only.
     most = _GRID if generator.num_images <= _GRID else _GRID // columns * columns
     start, seconds = 0, 0.0
     images: list[Tensor] = []
-    with progress_bar(console) as progress, generator.saving() as save:
+    with kept_folder(config.out) as check, progress_bar(console) as progress, generator.saving() as save:
         task = progress.add_task("images", total=generator.num_images)
 
         def advance(done: int, total: int) -> None:
@@ -92,6 +91,7 @@ def generate(config: SampleConfig) -> None:
             sampled = generator.sample(start, count, advance).cpu()
             seconds += time.perf_counter() - begin
             save(sampled, start)
+            check()
             images.append(sampled[: max(0, most - start)])
             start += count
     grid = torch.cat(images)

@@ -1,6 +1,7 @@
 """``regvq encode`` and ``regvq decode``: a file of tokens, and back."""
 
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from regvq_fast.cli.encode import EncodeConfig, encode
 from regvq_fast.cli.main import run
 from regvq_fast.cli.reconstruct import ReconstructConfig, reconstruct
 from regvq_fast.data import EncodedImages
+from regvq_fast.image_grids import save_image
 from regvq_fast.models import weights_hash
 
 
@@ -68,6 +70,23 @@ def test_decoding_gives_the_reconstructions(encoded: Path, photos: Path, tokeniz
     assert [str(name) for name in names] == ["a.png", "b.png", "sub/a.png", "sub/é.png"]
     for name in names:
         assert (tmp_path / "decoded" / name).read_bytes() == (tmp_path / "reconstructed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["decode", "reconstruct"])
+def test_a_folder_removed_between_two_images_is_an_error(
+    name: str, encoded: Path, photos: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, out = import_module(f"regvq_fast.cli.{name}"), tmp_path / "out"
+
+    def save_and_remove(path: Path, image: torch.Tensor) -> None:
+        save_image(path, image)
+        if path.name == "a.png":
+            shutil.rmtree(out)
+
+    monkeypatch.setattr(module, "save_image", save_and_remove)
+    source = encoded if name == "decode" else photos
+    with pytest.raises(SystemExit, match=f"^error: --out {out} was removed"):
+        run(name, ["--run", tokenizer, str(source), "--out", str(out), "--device", "cpu"])
 
 
 def test_square_images_have_the_tokenizers_size(tokenizer: str, photos: Path, tmp_path: Path) -> None:
