@@ -139,11 +139,12 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
             raise AssertionError(f"{job} did not end within {PATIENCE_SECONDS:.0f} seconds of {kind}") from None
         finally:
             process.kill()
-        if process.returncode == 0:
+        if process.returncode == 0 and out.exists():
             return alone
         # A run that lost its folder or could not write its files reports it and exits with 1.
         expected = {-number for number in SIGNALS} | {128 + number for number in SIGNALS} if not ranks else set()
         expected |= {1} if kind in ("vanished", "full", "worker", "rank") else set()
+        expected |= {0} if kind == "vanished" else set()  # removed after its end
         assert process.returncode in expected, f"{job} ended with {process.returncode} after {kind}: {said[-3000:]}"
         assert kind != "worker" or "data worker" in said, f"{job} after {kind}: {said[-3000:]}"
         # torchrun prints one of its own.
@@ -197,7 +198,7 @@ def main() -> None:
             before = counts.copy()
             try:
                 same(job, base / job, out, run(job, out, base, counts, random.Random(f"{args.seed} {number}")))
-            except AssertionError as error:
+            except (AssertionError, OSError) as error:  # the second: a file is missing
                 done[f"{job} failed"] += 1
                 print(f"job {number}, {job}, after {dict(counts - before)}: {str(error)[-3000:]}", flush=True)
                 continue

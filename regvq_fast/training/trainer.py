@@ -316,6 +316,10 @@ class Trainer(Generic[Config]):
                 "model": recorder.folder / WEIGHTS,
             }
             recorder.summarize(f"{recorder.folder}", rows | images)
+            recorder.check_folder(self.done)
+            recorder.sync()
+            if not (recorder.folder / WEIGHTS).exists():
+                raise FileNotFoundError(f"{recorder.folder} was removed meanwhile")
 
     def save(self) -> bool:
         """Save a checkpoint of the steps done, if there is none; return False, after a warning, on a full disk."""

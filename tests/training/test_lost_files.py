@@ -10,6 +10,7 @@ import pytest
 from helpers.runs import FAST, checkpoints, records, train, without_clock
 
 from regvq_fast.training.trainer import Trainer
+from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
 
 def remove_all(path: Path) -> None:
@@ -49,6 +50,30 @@ def test_a_run_folder_that_is_removed_comes_back_and_the_end_says_so(
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert json.loads((out / "config.json").read_text())["optimizer"]["steps"] == 8
     assert checkpoints(out) == ["step-0000006", "step-0000008"]
+    assert not list(out.rglob(".*"))
+
+
+@pytest.mark.parametrize("name", ["conclude", "summarize"])
+def test_a_run_folder_that_is_removed_after_the_last_checkpoint_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Before the model is written, or after it."""
+    out, kind = tmp_path / "run", Trainer if name == "conclude" else VQGANRecipe
+    original = getattr(kind, name)
+
+    def remove_first(*inputs: Any) -> Any:
+        remove_all(out)
+        return original(*inputs)
+
+    monkeypatch.setattr(kind, name, remove_first)
+    with pytest.raises(SystemExit) as stop:
+        train(*FAST, "--out", out, "--steps", 4, "--checkpoint-every", 2)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ("has the model" if name == "conclude" else "results could not be written") in said
+    assert "removed" in said
+    assert [row["step"] for row in records(out) if row["split"] == "val"] == [4]
+    assert (out / "model.safetensors").exists() == (name == "conclude")
     assert not list(out.rglob(".*"))
 
 
