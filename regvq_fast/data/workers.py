@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 PATIENCE_SECONDS = 300.0
 """Longest wait for a batch in seconds; the failover of a network disk may take minutes."""
 _LOOK_SECONDS = 5.0
 _NO_SHARED_MEMORY = 28  # exit status
+
+_MultiProcessingDataLoaderIter._shutdown = True  # of one whose constructor failed, which Python deletes, too
 
 _in_use: weakref.WeakSet["PatientBatches"] = weakref.WeakSet()
 

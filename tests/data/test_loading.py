@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 import signal
@@ -111,6 +112,21 @@ def report_as_a_worker(error) -> None:
     start_worker(0)
     sys.excepthook(type(error), error, None)
     sys.stderr.flush()
+
+
+def test_workers_that_cannot_start_are_one_error(monkeypatch):
+    """As on a full disk; PyTorch's iterator, deleted half made, adds none of its own."""
+
+    def full():
+        raise OSError(27, "File too large")
+
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    monkeypatch.setattr(torch.multiprocessing, "Queue", full)
+    with pytest.raises(OSError, match="too large"):
+        training_batches(AboutTheProcess(), 1, workers=1)
+    gc.collect()
+    assert not ignored
 
 
 def wait_as_a_worker(ready) -> None:
