@@ -85,6 +85,8 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
         if (error.name or "").partition(".")[0] == "regvq_fast":
             raise
         sys.exit(f"error: {command(name)} needs {error.name}: {install('train')}")
+    except OSError as error:  # of a package that looks for a temporary folder, or for a library
+        sys.exit(f"error: {command(name)} can't start: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
     module.main([*name.split()[1:], *args])

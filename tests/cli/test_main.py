@@ -102,6 +102,15 @@ def test_a_command_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) ->
         start(monkeypatch, "sample")
 
 
+def test_a_package_without_a_temporary_folder_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(command_line, "import_module", fails)
+    with pytest.raises(SystemExit, match=r"^error: .*sample.*No usable temporary directory"):
+        start(monkeypatch, "sample")
+
+
 def test_the_list_imports_neither_torch_nor_numpy() -> None:
     code = "import sys; sys.argv = ['regvq', '--help']; from regvq_fast.cli.main import main; main()"
     found = subprocess.run([*PYTHON, code], cwd=ROOT, capture_output=True, text=True, check=True)
