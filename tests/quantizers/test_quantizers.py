@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -134,11 +135,6 @@ def test_a_module_of_another_type_computes_in_fp32_or_fp64_with_its_rounded_code
     assert all(torch.isfinite(value).all() for value in rounded.state_dict().values())
 
 
-def test_maps_without_a_position_are_refused(quantizer: Quantizer) -> None:
-    with pytest.raises(ValueError, match=r"\(0, 8, 4, 5\)"):
-        quantizer(torch.zeros(0, D, 4, 5))
-
-
 def test_compiles_as_one_graph_to_the_same_result(quantizer: Quantizer) -> None:
     torch._dynamo.reset()
     expected = copy.deepcopy(quantizer)(maps(), seed())
@@ -171,7 +167,7 @@ def test_lookup_gives_the_codes_of_a_token_map(quantizer: Quantizer) -> None:
 
 @pytest.mark.parametrize("shape", [(2, D + 1, 4, 4), (2, 4, D), (D,), (0, D, 4)])
 def test_latents_of_another_shape_are_refused(quantizer: Quantizer, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"\(B, {D}, \*\)|at least one position"):
+    with pytest.raises(ValueError, match=rf"(\(B, {D}, \*\)|at least one position), got .*{re.escape(str(shape))}"):
         quantizer(torch.randn(shape), seed())
 
 
