@@ -1,4 +1,4 @@
-"""Samples of shards that are told apart by their numbers: shared by tests of shards."""
+"""Numbered samples of shards: shared by tests of shards."""
 
 from helpers.flat_images import encode_flat
 
