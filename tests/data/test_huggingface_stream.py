@@ -16,14 +16,9 @@ from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.loading import collate, read_samples, training_batches
 
 datasets = pytest.importorskip("datasets")
-from helpers.hugging_face import IMAGE, TEXT, quiet_datasets, source, table  # noqa: E402
+from helpers.hugging_face import ANIMALS, IMAGE, TEXT, source, table  # noqa: E402
 
-ANIMALS = datasets.ClassLabel(names=["cat", "dog", "owl"])
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet_datasets(monkeypatch, tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def published(path: Path, shards: int = 4, each: int = 10, **columns: Any) -> str:

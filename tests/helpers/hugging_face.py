@@ -8,6 +8,7 @@ import pytest
 from helpers.flat_images import encode_flat
 
 IMAGE, TEXT, NUMBER = datasets.Image(), datasets.Value("string"), datasets.Value("int64")
+ANIMALS = datasets.ClassLabel(names=["cat", "dog", "owl"])
 
 
 def quiet_datasets(patch: pytest.MonkeyPatch, cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs of train/vq.py at a tiny size, in this process, and what they leave."""
+"""Whole runs of the scripts of train/ at a tiny size, in this process, and what they leave."""
 
 import json
 import runpy
@@ -17,11 +17,21 @@ TINY = (
     "--val-images 6 --log-every 2 --image-every 2 --device cpu --disc-filters 4 --warmup-steps 2"
 ).split()
 FAST = ["--perceptual-weight", "0", "--contrastive", "none"]
+PRIORS = {"ar": "ar.py", "diffusion": "diffusion.py", "maskgit": "maskgit.py"}
+PRIOR = (
+    "--steps 4 --batch-size 8 --log-every 2 --image-every 3 --device cpu --warmup-steps 2 --width 16 --depth 1 "
+    "--heads 2"
+).split()
 
 
 def train(*flags: object) -> None:
     """Run the script with these flags on top of `TINY`."""
     run_script(*TINY, *flags)
+
+
+def fit(prior: str, *flags: object) -> None:
+    """Run the script of a prior with these flags on top of `PRIOR`."""
+    run_script(*PRIOR, *flags, script=PRIORS[prior])
 
 
 def resume(folder: Path, *flags: object, script: str = "vq.py") -> None:

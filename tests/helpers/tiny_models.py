@@ -1,4 +1,4 @@
-"""Models of a few weights, and a feature network of a few numbers."""
+"""Models of a few weights, small images, and a feature network of a few numbers."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regvq_fast.data.loading import collate
+from regvq_fast.data.transforms import to_float
 from regvq_fast.evaluation.feature_nets import FeatureNet
 from regvq_fast.models import VQGAN
 from regvq_fast.quantizers import NearestQuantizer, Quantizer
@@ -23,6 +24,16 @@ def scenes_batch(count: int, split: str = "val") -> dict[str, Any]:
     """The first scenes of a split, of 16 pixels."""
     scenes = ScenesDataset(split, 16, length=count)
     return collate([scenes[k] for k in range(count)])
+
+
+def training_images() -> Tensor:
+    """The first twelve training scenes, of 16 pixels, in [-1, 1]."""
+    return to_float(scenes_batch(12, "train")["image"])
+
+
+def noise_images(count: int, seed: int, low: int = 0, size: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def tiny_tokenizer(num_codes: int = 32, seed: int = 0) -> VQGAN:

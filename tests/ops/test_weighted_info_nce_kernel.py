@@ -1,12 +1,20 @@
 """The Triton kernels of ``weighted_info_nce`` against fp64 and the literal equations; on a CPU in the interpreter."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from helpers.info_nce_cases import make_inputs
+from helpers.info_nce_kernel_cases import (
+    Inputs,
+    assert_within_budget,
+    convert,
+    kernel_results,
+    of_all,
+    results,
+    upstream,
+)
 from helpers.kernel_cases import (
     DEVICE,
     FLOATS,
@@ -28,70 +36,11 @@ pytest.importorskip("triton")
 # The logarithm of a weight of 0, and lanes beyond the last row or key, which hold anything.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow", "ignore:invalid value")
 
-NAMES = ("loss", "d query", "d key")
-# The tensor cores' fp32 (three TF32 products) and exp2 are a few bits worse than the CPU's.
-SLACK = 1 if DEVICE == "cpu" else 8
-
-Inputs = tuple[Tensor, Tensor, Tensor | None]
-
 
 @if_kernels_are_elsewhere
 @pytest.mark.slow
 def test_this_file_passes_in_the_interpreter():
     pass_in_the_interpreter(__file__)
-
-
-def upstream(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-def results(
-    op: Callable[..., Tensor], inputs: Inputs, grad_loss: Tensor | None = None, **settings: Any
-) -> list[Tensor]:
-    """Loss and gradients of query and key, on the CPU."""
-    loss = op(*inputs, **settings)
-    grad_loss = upstream(loss.shape) if grad_loss is None else grad_loss
-    gradients = torch.autograd.grad(loss, inputs[:2], grad_loss.to(loss))
-    return [value.detach().cpu() for value in (loss, *gradients)]
-
-
-def kernel_results(inputs: Inputs, schedule: str, grad_loss: Tensor | None = None, **settings: Any) -> list[Tensor]:
-    with kernels(schedule):
-        return results(weighted_info_nce, of_all(surrounded, inputs), grad_loss, impl="triton", **settings)
-
-
-def of_all(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    query, key, weight = inputs
-    return function(query), function(key), None if weight is None else function(weight)
-
-
-def convert(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    return of_all(lambda value: value.detach().to(dtype).requires_grad_(value.requires_grad), inputs)
-
-
-def assert_within_budget(found: list[Tensor], inputs: Inputs, loss_scale: float = 1.0, tau: float = 0.07) -> None:
-    """Against the truth in fp64 at most the error of plain PyTorch in the inputs' type, and a little.
-
-    The little in fp32 is for the rounding of scores as large as 1 / tau, which their exponentials magnify. The kernels'
-    sums are fp32 for half types too: there the budget is small however bad plain PyTorch is.
-    """
-    dtype = inputs[0].dtype
-    eps = torch.finfo(dtype).eps
-    truth, plain = (
-        results(weighted_info_nce_reference, convert(inputs, kind), tau=tau) for kind in (torch.float64, dtype)
-    )
-    assert [value.dtype for value in found] == [torch.float32, dtype, dtype]
-    for name, value, other, true in zip(NAMES, found, plain, truth, strict=True):
-        scale = 1.0 if name == "loss" else loss_scale
-        size = true.abs().max().clamp(min=1.0 if name == "loss" else 0.0)
-        error, allowed = ((v - true).abs().max() / size for v in (value.double() / scale, other.double()))
-        if dtype == torch.float32:
-            allowed = SLACK * (allowed + (4 + 0.5 / tau) * eps)
-        else:
-            allowed = allowed.clamp(max=2 * eps) + eps
-        if name != "loss":  # a gradient may be subnormal
-            allowed += torch.finfo(dtype).smallest_normal * eps / scale / size
-        assert error <= allowed, f"{name}: {error / eps:.2f} of {allowed / eps:.2f} eps"
 
 
 class Case(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quantizers import BUILDERS, D, N, equal, seed
+from helpers.quantizer_cases import BUILDERS, D, N, equal, seed
 from torch import Tensor
 
 from regvq_fast.losses.prior import prior_kl
@@ -25,12 +25,6 @@ from regvq_fast.quantizers.statistics import softmax_of_some_rows
 
 LENGTHS = [20, 13, 5]
 VALID = torch.arange(20) < torch.tensor(LENGTHS).unsqueeze(1)
-
-
-@pytest.fixture(params=BUILDERS, ids=str)
-def quantizer(request: pytest.FixtureRequest) -> Quantizer:
-    torch.manual_seed(0)
-    return BUILDERS[request.param]()
 
 
 def sequences(batch: int = 3, length: int = 20) -> Tensor:

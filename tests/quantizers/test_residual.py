@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
+from helpers.quantizer_cases import BUILDERS, D, N, equal, seed
 from test_padding import VALID, padded, sequences
-from test_quantizers import BUILDERS, D, N, equal, seed
 from torch import Tensor
 
 from regvq_fast.quantizers import (

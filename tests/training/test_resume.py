@@ -1,7 +1,6 @@
 """A run that is interrupted and resumed is the run that was not, to the last bit."""
 
 import copy
-import json
 import os
 import random
 import re
@@ -12,11 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers.runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train, without_clock
-from PIL import Image
+from helpers.runs import FAST, SCRIPT, TINY, assert_same_run, checkpoints, records, resume, train
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,6 +30,7 @@ RUN = (
     f"--steps {STEPS} --dropout 0.2 --ema 0.9 --disc-start 5 --grad-accum-steps 2 --eval-every 4 --log-every 3 "
     "--final-lr-fraction 0.1 --checkpoint-every 2 --disc-lr 1e-4 --lecam-weight 0.1 --r1-weight 0.01 --r1-every 3"
 ).split()
+
 
 # A run that kills itself: {0} is where, {1} the command line.
 KILLED = """
@@ -197,17 +195,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert_same_run(whole, out)
 
 
-def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train(*FAST, "--out", out)
-    weights = out / "checkpoints" / "step-0000004" / "model.safetensors"
-    weights.write_bytes(bytes(reversed(weights.read_bytes())))
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit, match=r"checkpoints .*SHA-256"):
-        resume(out)
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -230,47 +217,6 @@ def test_a_run_cannot_end_before_the_steps_that_it_has_done(whole: Path) -> None
     with pytest.raises(SystemExit, match=r"\b12 .*\b11\b.*--steps"):
         resume(whole, "--steps", 11)
     assert before == (whole / "config.json").read_bytes()
-
-
-def test_a_finished_run_can_go_on_with_more_steps_and_a_lower_learning_rate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    train(*FAST, "--out", out, "--checkpoint-every", 0)
-    before = records(out)
-    resume(out)
-    assert without_clock(records(out)) == without_clock(before)
-    resume(out, "--steps", 6, "--lr", 1e-4, "--log-every", 1, "--amp")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "warning: --lr is 0.0001 from here on; it was 0.001" in said
-    assert "warning: --amp is True from here on; it was False" in said
-    assert [(row["split"], row["step"]) for row in records(out)] == [
-        ("train", 1), ("train", 2), ("train", 4), ("train", 5), ("train", 6), ("val", 6)
-    ]  # fmt: skip
-    assert checkpoints(out) == ["step-0000004", "step-0000006"]
-    assert json.loads((out / "config.json").read_text())["optimizer"]["steps"] == 6
-
-
-@pytest.mark.parametrize(
-    ("flags", "scheduled"),
-    [
-        (["--quantizer", "gumbel-vq"], "the learning rate and gumbel-vq's tau"),
-        (["--quantizer", "gumbel-vq", "--final-lr-fraction", 1], "gumbel-vq's tau"),
-        (["--final-lr-fraction", 1], None),
-    ],
-)
-def test_other_steps_are_told_where_a_schedule_depends_on_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[object], scheduled: str | None
-) -> None:
-    train(*FAST, "--out", tmp_path, *flags)
-    resume(tmp_path)
-    assert "from here on" not in capsys.readouterr().out
-    resume(tmp_path, "--steps", 5)
-    said = capsys.readouterr().out
-    assert said.count("from here on") == bool(scheduled)
-    assert said.count(f"--steps is 5 from here on; it was 4: the schedule of {scheduled} spans 5 steps") == bool(
-        scheduled
-    )
 
 
 def test_a_finished_run_that_goes_on_serves_its_newest_checkpoint(
@@ -323,54 +269,6 @@ def test_a_run_that_saved_nothing_starts_from_its_beginning(
     resume(tmp_path / "broken")
     assert "no checkpoint" in capsys.readouterr().out
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--resume"], "--resume .*--out"),
-        (["--resume", "--out", "nothing"], r".*nothing.*config\.json"),
-        (["--resume", "--out", "foreign"], r"foreign/config\.json"),
-        (["--resume", "--out", "file"], "there is no run in file"),
-    ],
-)
-def test_resuming_what_is_no_run_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], message: str
-) -> None:
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "config.json").write_text('{"model": "another program\'s"}')
-    (tmp_path / "file").write_text("")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=f"error: {message}"):
-        train(*flags)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "foreign"]
-
-
-def test_what_every_process_finds_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as stop:
-        resume(tmp_path / "nothing")
-    assert stop.value.code == 1
-
-
-def test_other_images_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def picture(path: Path, seed: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-
-    for k in range(4):
-        picture(tmp_path / "a" / "train" / f"{k}.png", k)
-        picture(tmp_path / "b" / "train" / f"{k}.png", 9 + k)
-    for folder in "ab":
-        picture(tmp_path / folder / "val" / "0.png", 8)
-    out = tmp_path / "run"
-    train(*FAST, "--out", out, "--data", tmp_path / "a")
-    resume(out, "--data", tmp_path / "b")
-    assert "warning: the first training images" in " ".join(capsys.readouterr().out.split())
-    picture(tmp_path / "b" / "train" / "5.png", 5)
-    with pytest.raises(SystemExit, match=r"\b5 training images.* 4\b"):
-        resume(out)
 
 
 def test_the_scale_of_the_losses_is_resumed(tmp_path: Path) -> None:

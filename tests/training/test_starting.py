@@ -1,4 +1,4 @@
-"""Runs that start from weights: what is taken, what is refused, what stays as it was to the last bit."""
+"""Runs that start from weights: frozen parts, whole runs and flags, and a model of taming's on other data."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.runs import FAST, TINY, assert_same_run, checkpoints, records, resume, run_script, state_of
 from helpers.taming_models import taming_model, tokens_and_images
-from helpers.tiny_models import scenes_batch, tiny_tokenizer, tiny_vqgan
+from helpers.tiny_models import tiny_vqgan, training_images
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,18 +18,8 @@ from torch import Tensor
 from regvq_fast.config import VQGANConfig, override
 from regvq_fast.data.transforms import to_float
 from regvq_fast.models import VQGAN
-from regvq_fast.quantizers import (
-    QUANTIZERS,
-    EMAQuantizer,
-    FSQQuantizer,
-    GumbelQuantizer,
-    IBQQuantizer,
-    NearestQuantizer,
-    Quantizer,
-    RegularizedQuantizer,
-    SimVQQuantizer,
-)
-from regvq_fast.training.starting import freeze, start_model
+from regvq_fast.quantizers import QUANTIZERS, EMAQuantizer, Quantizer, RegularizedQuantizer
+from regvq_fast.training.starting import freeze
 from regvq_fast.training.trainer import Trainer
 from regvq_fast.training.vqgan_recipe import VQGANRecipe
 
@@ -53,108 +43,6 @@ def start(source: object, out: Path, *flags: object) -> dict[str, Any]:
     """Train from weights; return the run's config.json."""
     run_script("--init-from", source, *SHORT, "--out", out, *flags)
     return json.loads((out / "config.json").read_text())
-
-
-def images() -> Tensor:
-    return to_float(scenes_batch(12, "train")["image"])
-
-
-# --- moves between quantizers ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "quantizer",
-    [
-        RegularizedQuantizer(32, 4, logits="distance"),
-        GumbelQuantizer(32, 4),
-        EMAQuantizer(32, 4),
-        SimVQQuantizer(32, 4),
-    ],
-    ids=lambda quantizer: type(quantizer).__name__,
-)
-def test_codes_of_a_nearest_code_model_are_kept_with_their_tokens(quantizer: Quantizer) -> None:
-    source = tiny_tokenizer()
-    source.quantize.embedding.weight.data.mul_(torch.linspace(0.5, 2, 32)[:, None])  # of different lengths
-    model = tiny_vqgan(quantizer, z_channels=8)
-    report = start_model(model, source, images(), micro_batch=5)
-    assert torch.equal(model.tokenize(images()), source.tokenize(images()))
-    assert torch.equal(model.quantize.codes(), source.quantize.codes())
-    torch.testing.assert_close(model.eval()(images()).reconstruction, source(images()).reconstruction)
-    before, after = (word for word in report.split() if word.replace(".", "").isdigit() and "." in word)
-    assert before == after
-
-
-@pytest.mark.parametrize(("logits", "target"), [("distance", 0.6), ("cosine", 0.6), ("linear", 0.6)])
-def test_noise_perturbs_the_target_fraction_from_the_first_step(logits: str, target: float) -> None:
-    model = tiny_vqgan(RegularizedQuantizer(32, 4, logits=logits), z_channels=8)
-    start_model(model, tiny_tokenizer(), images())
-    model.train()
-    found = [float(model(images(), torch.tensor(seed)).quantizer.metrics["perturbed"]) for seed in range(20)]
-    assert np.mean(found) == pytest.approx(target, abs=0.1)
-
-
-@pytest.mark.parametrize("logits", ["cosine", "linear"])
-def test_codes_of_one_length_behind_the_latents_scales_decode_to_the_same_images(logits: str) -> None:
-    source = tiny_tokenizer()
-    z = source.encode(images()).detach().permute(0, 2, 3, 1).flatten(0, 2)
-    std, mean = torch.std_mean(z, dim=0)
-    directions = torch.nn.functional.normalize(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    source.quantize.embedding.weight.data.copy_(mean + 1.7 * std * directions)
-    model = tiny_vqgan(RegularizedQuantizer(32, 4, logits=logits), z_channels=8)
-    start_model(model, source, images())
-    codes = torch.arange(32).view(2, 4, 4)
-    torch.testing.assert_close(model.decode_indices(codes), source.decode_indices(codes), rtol=1e-4, atol=1e-5)
-    rows = source.quantize.codes().T[None, :, None].detach()  # each code is its own best one
-    assert torch.equal(model.quantize.eval()(rows).indices.flatten(), torch.arange(32))
-
-
-def test_codes_of_reg_vq_go_into_a_nearest_code_model_with_their_scales() -> None:
-    source = tiny_vqgan(RegularizedQuantizer(32, 4), z_channels=8)
-    source.initialize_quantizer(images())
-    assert not torch.allclose(source.quantize.gain, torch.ones(4))
-    model = tiny_vqgan(NearestQuantizer(32, 4), z_channels=8)
-    start_model(model, source.eval(), images())
-    assert torch.equal(model.tokenize(images()), source.tokenize(images()))
-    torch.testing.assert_close(model.eval()(images()).reconstruction, source(images()).reconstruction)
-
-
-def test_the_same_kind_is_copied_with_its_buffers() -> None:
-    source = tiny_vqgan(RegularizedQuantizer(32, 4), z_channels=8)
-    source.initialize_quantizer(images())
-    model = tiny_vqgan(RegularizedQuantizer(32, 4, tau=0.5), z_channels=8)
-    start_model(model, source.eval(), images())
-    for name, value in source.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
-
-
-@pytest.mark.parametrize(
-    "quantizer",
-    [
-        NearestQuantizer(50, 4),
-        RegularizedQuantizer(50, 4),
-        GumbelQuantizer(50, 4),
-        SimVQQuantizer(50, 4),
-        IBQQuantizer(50, 4),
-    ],
-    ids=lambda q: type(q).__name__,
-)
-def test_a_new_codebook_is_of_latents_and_in_use(quantizer: Quantizer) -> None:
-    model = tiny_vqgan(quantizer, z_channels=8)
-    report = start_model(model, tiny_tokenizer(), images(), reset_codebook=True)
-    assert report.startswith("50 codes fitted to latents")
-    assert len(model.tokenize(images()).unique()) > 40
-
-
-def test_learned_logits_stay_with_their_kind() -> None:
-    for source, name in (
-        (GumbelQuantizer(32, 4), "gumbel-vq"),
-        (IBQQuantizer(32, 4), "ibq"),
-        (RegularizedQuantizer(32, 4, logits="linear"), "reg-vq"),
-    ):
-        model = tiny_vqgan(NearestQuantizer(32, 4))
-        with pytest.raises(ValueError, match=rf"--quantizer {name}.*--reset-codebook"):
-            start_model(model, tiny_vqgan(source).eval(), images())
-        start_model(model, tiny_vqgan(source).eval(), images(), reset_codebook=True)
 
 
 # --- frozen parts ----------------------------------------------------------------------------------------------------
@@ -209,10 +97,10 @@ def test_frozen_parts_compile_as_one_graph() -> None:
     for compiled in (False, True):
         torch.manual_seed(0)
         model = tiny_vqgan(RegularizedQuantizer(32, 4), z_channels=8)
-        model.initialize_quantizer(images())
+        model.initialize_quantizer(training_images())
         freeze(model, ("encoder", "codebook"))
         forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        forward(images()[:2], torch.tensor(3)).reconstruction.square().mean().backward()
+        forward(training_images()[:2], torch.tensor(3)).reconstruction.square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     plain, graph = gradients
     assert {name.split(".")[0] for name, gradient in plain.items() if gradient is not None} == {
@@ -318,14 +206,6 @@ def test_weights_without_a_table_of_codes_start_their_own_kind_and_by_distance_o
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             start(out, tmp_path / "refused", *flags)
-
-
-def test_fsq_of_other_levels_is_another_kind() -> None:
-    source = tiny_vqgan(FSQQuantizer(60, 3, levels=(3, 4, 5)))
-    start_model(tiny_vqgan(FSQQuantizer(60, 3, levels=(3, 4, 5))), source.eval(), images())
-    for other in (FSQQuantizer(60, 3, levels=(5, 4, 3)), NearestQuantizer(60, 3)):
-        with pytest.raises(ValueError, match=r"fsq .*not select codes by distance: .*levels"):
-            start_model(tiny_vqgan(other), source, images())
 
 
 def test_flags_for_weights_need_weights(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_compiled_step_equals_the_eager_one_on_both_sides_of_disc_start() -> Non
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        # No resampling, whose compiled gradients test_vqgan.py looks at: each kernel takes a second or two to compile.
+        # No resampling, whose compiled gradients test_layers.py looks at: each kernel takes a second or two to compile.
         parts = build_parts(ch_mult=(1,), layers=LAYERS[:1])
         step = VQGANStep(*parts, FP32, lecam=LeCAM(0.1), r1_weight=1.0, compile=compiled)
         # Twice on each side: several backward passes over compiled graphs must not share buffers, and none may be
