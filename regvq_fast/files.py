@@ -63,7 +63,7 @@ def kept_folder(out: Path) -> Iterator[Callable[[], None]]:
     """
     there = out.exists()
     try:
-        with FolderLock(out, "output"), _present(out, out) as check:
+        with _owned(out, out) as check:
             check_new_folder(out)
             yield check
     finally:
@@ -92,7 +92,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     partial = temporary_path(out)
     partial.mkdir()
     try:
-        with _present(partial, named):
+        with _owned(partial, named):
             yield partial
         try:
             os.replace(partial, out)
@@ -104,25 +104,26 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _present(folder: Path, out: Path) -> Iterator[Callable[[], None]]:
-    """Yield a function that raises FileNotFoundError, about ``out``, if ``folder`` was removed or replaced.
+def _owned(folder: Path, out: Path) -> Iterator[Callable[[], None]]:
+    """Lock ``folder``, and yield a function that raises FileNotFoundError, about ``out``, if it was removed or emptied.
 
-    It is also called at the end, and when a file is not found.
+    It is also called at the end, and after an error. A folder in which files appear while it is removed is
+    emptied only, of the lock's file, too.
     """
-    handle = os.open(folder, os.O_RDONLY)  # no new folder gets this one's number while it is open
+    with FolderLock(folder, "output") as lock:
 
-    def check() -> None:
-        if not (folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())):
-            raise FileNotFoundError(f"--out {out} was removed while files were written into it: run the command again")
+        def check() -> None:
+            if not lock.is_held():
+                raise FileNotFoundError(
+                    f"--out {out} was removed while files were written into it: run the command again"
+                )
 
-    try:
-        yield check
-        check()
-    except FileNotFoundError:
-        check()
-        raise
-    finally:
-        os.close(handle)
+        try:
+            yield check
+            check()
+        except Exception:  # each library has its own for a missing folder
+            check()
+            raise
 
 
 def check_writable(out: Path, remedy: str = "name another one") -> None:

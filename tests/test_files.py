@@ -63,6 +63,22 @@ def test_a_folder_removed_while_it_is_filled_is_an_error(tmp_path: Path, when: s
         fill()
 
 
+@pytest.mark.parametrize("folder", [kept_folder, atomic_folder])
+def test_a_folder_emptied_while_it_is_filled_is_an_error(tmp_path: Path, folder: Any) -> None:
+    """`rm -r` leaves the folder itself if another file appears in it meanwhile."""
+    out = tmp_path / "out"
+
+    def fill() -> None:
+        with folder(out) as yielded:
+            inside = out if folder is kept_folder else yielded
+            for path in inside.iterdir():
+                path.unlink()
+            (inside / "1.png").touch()
+
+    with pytest.raises(FileNotFoundError, match=f"^--out {out} was removed"):
+        fill()
+
+
 def test_a_kept_folder_is_filled_by_one_process_only(tmp_path: Path) -> None:
     """Two that began at once would mix their files in silence."""
     out = tmp_path / "out"

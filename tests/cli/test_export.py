@@ -162,6 +162,13 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_does_not_abort_the_process() -> None:
+    program = torch.export.export(nn.Linear(1, 1), (torch.zeros(1, 1),))
+    with pytest.raises(OSError, match="No space left"):
+        exporting._save(program, Path("/dev/full"), "pt2", ("x", "y"))
+
+
 def test_nothing_is_written_where_the_comparison_fails(
     regularized: VQGAN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
