@@ -1,10 +1,23 @@
 """Atomic files and folders, checks of output folders, and the user's cache."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from regvq_fast.ownership import FolderLock
+
+_LONGEST_STEM = 40  # characters of a name in that of its temporary file, whose length is limited, too
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new hidden path beside ``path``; its suffix is the same, since writers choose the format by it.
+
+    It is random: processes in several containers have the same number.
+    """
+    return path.with_name(f".{path.stem[:_LONGEST_STEM]}.{secrets.token_hex(4)}{path.suffix}")
 
 
 @contextmanager
@@ -15,7 +28,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # writers choose the format by the suffix
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -32,26 +45,28 @@ def check_new_folder(out: Path, remedy: str = "name a new one") -> None:
         raise FileExistsError(f"--out {out} exists and is not an empty folder; {remedy}")
 
 
+def check_new_file(flag: str, path: Path) -> None:
+    """Raise FileExistsError, about a flag, if its file exists."""
+    if path.exists():
+        raise FileExistsError(f"{flag} {path} exists; name a new file")
+
+
 @contextmanager
 def kept_folder(out: Path) -> Iterator[Callable[[], None]]:
-    """Create ``out`` and yield a function, also called at the end, that raises FileNotFoundError if it was removed.
+    """Create and lock ``out``, and yield a function, also called at the end, that raises if the folder was removed.
 
     Without that the rest of the files would be written into a new folder, and the first ones be missing in silence. A
     folder that is still empty at the end goes, unless it was there before.
+
+    Raises:
+        FileNotFoundError: ``out`` was removed. FileExistsError: another process writes or wrote into it.
     """
     there = out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)  # no new folder gets this one's number while it is open
-
-    def check() -> None:
-        if not (out.exists() and os.path.samestat(os.fstat(handle), out.stat())):
-            raise FileNotFoundError(f"--out {out} was removed while files were written into it: run the command again")
-
     try:
-        yield check
-        check()
+        with _owned(out, out) as check:
+            check_new_folder(out)
+            yield check
     finally:
-        os.close(handle)
         if not there:
             with suppress(OSError):  # it is not empty
                 out.rmdir()
@@ -65,19 +80,50 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``out`` exists and is not empty. ValueError: it is a mount point or the current folder.
+        FileNotFoundError: the temporary folder was removed.
     """
     check_new_folder(out)
-    out = out.resolve()
-    if out.is_mount() or out == Path.cwd():  # another folder can't replace it
+    named, out = out, out.resolve()
+    if out.is_dir() and any(out.iterdir()):  # another folder can't replace it
+        raise FileExistsError(f"--out {named} has hidden files; name a new folder")
+    if out.is_mount() or out == Path.cwd():  # nor these
         raise ValueError(f"--out {out} is a mount point or the current folder: name a new folder in it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    partial = temporary_path(out)
     partial.mkdir()
     try:
-        yield partial
-        os.replace(partial, out)
+        with _owned(partial, named):
+            yield partial
+        try:
+            os.replace(partial, out)
+        except OSError:
+            check_new_folder(named)  # another process may have filled it
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _owned(folder: Path, out: Path) -> Iterator[Callable[[], None]]:
+    """Lock ``folder``, and yield a function that raises FileNotFoundError, about ``out``, if it was removed or emptied.
+
+    It is also called at the end, and after an error. A folder in which files appear while it is removed is
+    emptied only, of the lock's file, too.
+    """
+    with FolderLock(folder, "output") as lock:
+
+        def check() -> None:
+            if not lock.is_held():
+                raise FileNotFoundError(
+                    f"--out {out} was removed while files were written into it: run the command again"
+                )
+
+        try:
+            yield check
+            check()
+        except Exception:  # each library has its own for a missing folder
+            check()
+            raise
 
 
 def check_writable(out: Path, remedy: str = "name another one") -> None:

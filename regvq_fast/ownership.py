@@ -38,11 +38,15 @@ class FolderLock:
         self.path = folder / f".{purpose}.lock"
         self._process = os.getpid()
         self._content = json.dumps({**_this_process(), "command": shlex.join(sys.argv)[:120], "since": time.time_ns()})
-        folder.mkdir(parents=True, exist_ok=True)
-        self._acquire()
         self._released = threading.Event()
-        threading.Thread(target=self._keep_touching, daemon=True).start()
+        folder.mkdir(parents=True, exist_ok=True)
         atexit.register(self.release)
+        try:
+            self._acquire()
+            threading.Thread(target=self._keep_touching, daemon=True).start()
+        except BaseException:  # Ctrl-C while the thread starts
+            self.release()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -52,19 +56,24 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise FileExistsError if another process took over while this one was paused; restore a lost file."""
-        if self._read() != self._content:
+        if not self.is_held():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
+
+    def is_held(self) -> bool:
+        """Return whether the file is still this process's: its folder was neither removed, emptied nor taken over."""
+        return self._read() == self._content
 
     def release(self) -> None:
         """Release the folder; a second call does nothing."""
         if self._released.is_set() or os.getpid() != self._process:  # a forked child does not own the lock
             return
+        with suppress(OSError):
+            if self.is_held():
+                self.path.unlink()
+        # Last: Ctrl-C before leaves the release to the end of the process.
         self._released.set()
         atexit.unregister(self.release)
-        with suppress(OSError):
-            if self._read() == self._content:
-                self.path.unlink()
 
     def _acquire(self) -> None:
         try:
@@ -101,7 +110,7 @@ class FolderLock:
     def _keep_touching(self) -> None:
         while not self._released.wait(_TOUCH_SECONDS):
             with suppress(OSError):
-                if self._read() == self._content:
+                if self.is_held():
                     os.utime(self.path)
 
 

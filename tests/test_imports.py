@@ -11,7 +11,7 @@ LAYERS = [
     "version invocation streams files json_values ownership nvml dispatch matmul native",
     "kernels",
     "ops",
-    "ranks console number_formats padding settings precision",
+    "ranks console number_formats padding settings precision termination",
     "quantizers losses",
     "models",
     "data scenes image_grids",

@@ -40,6 +40,26 @@ def owner(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
+@pytest.mark.parametrize("where", ["Thread.start", "Event.set"])
+def test_ctrl_c_while_a_folder_is_locked_or_released_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Elsewhere the folder would count as in use for ten minutes. 3 of 20 tries on a busy machine."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def lock() -> None:
+        if where == "Thread.start":
+            monkeypatch.setattr(f"threading.{where}", interrupted)
+        with FolderLock(tmp_path, "run"):
+            monkeypatch.setattr(f"threading.{where}", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        lock()
+    assert not (tmp_path / LOCK).exists()
+
+
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path, owner: "subprocess.Popen[str]") -> None:
     host = os.uname().nodename
     with pytest.raises(FileExistsError, match=rf"run is in use by process {owner.pid} on {host} \(.*--out"):

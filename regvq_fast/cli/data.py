@@ -1,7 +1,5 @@
 """The command ``regvq data``: check official archives of data sets, pack them into shards, make small ones."""
 
-import signal
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +82,7 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
         raise ValueError(f"--root {command.root} is not for photos, which come with scikit-image: leave it out")
     if command.command in ("emoji", "photos") and (flags := changed_flags(command, _OF_ARCHIVES)):
         raise ValueError(f"{flags[0]} is for the archives of verify and prepare: leave it out")
-    # SIGTERM removes unfinished folders, as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    try:
-        _run(command, console)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    _run(command, console)
 
 
 def _run(command: DataCommand, console: Console) -> None:

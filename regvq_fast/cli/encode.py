@@ -20,6 +20,7 @@ from regvq_fast.config import run_command
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.encoded_images import EncodedImages
 from regvq_fast.data.tiles import tokenize_images
+from regvq_fast.files import check_new_file
 from regvq_fast.models.weights import weights_hash
 
 USAGE = """Turn images into a file of tokens, with their names.
@@ -51,8 +52,7 @@ def encode(config: EncodeConfig) -> EncodedImages:
     files = find_images(config.images)
     if config.out.suffix != ".npz":
         raise ValueError(f"--out {config.out} must end in .npz")
-    if config.out.exists():
-        raise FileExistsError(f"--out {config.out} exists; name a new file")
+    check_new_file("--out", config.out)
     used = UsedTokenizer.load(config.run, config)
     model, console = used.model, Console()
     start, names, tokens, sizes = time.perf_counter(), [], [], []
@@ -67,6 +67,7 @@ def encode(config: EncodeConfig) -> EncodedImages:
     encoded = EncodedImages(
         names, tokens, sizes, weights_hash(model), model.quantize.num_codes, model.downsampling_factor
     )
+    check_new_file("--out", config.out)
     encoded.save(config.out)
     left_out = f", {len(files) - len(names)} left out" if len(names) < len(files) else ""
     say(console, "tokens", f"{sum(map(torch.numel, tokens)):,}, of a codebook of {model.quantize.num_codes:,}")

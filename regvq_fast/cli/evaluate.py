@@ -164,7 +164,8 @@ class _SplitEvaluation:
 
     def measure(self) -> dict[str, Measurement]:
         """Return the metrics by key; for a tokenizer also save its code counts and their plot."""
-        config, reference, device, loading = self.config, None, self.setup.device, self.setup.loading
+        config, device, loading = self.config, self.setup.device, self.setup.loading
+        reference = metrics = None
         described = describe_data(self.dataset)
         self.protocol = {**described, **self._metadata()}
         with progress_bar(self.setup.console) as progress, warnings.catch_warnings():
@@ -196,10 +197,6 @@ class _SplitEvaluation:
                     **loading,
                 )
                 self._keep_reconstruction(metrics.reconstruction)
-                if rank() == 0:
-                    with atomic_path(self.setup.out / CODE_COUNTS) as temporary:
-                        temporary.write_text(f"{metrics.reconstruction.code_counts.tolist()}\n")
-                    save_entropy_map(self.setup.out / ENTROPY_MAP, metrics.reconstruction.position_entropy)
                 if reference is not None and metrics.frechet is not None:
                     self._keep_frechet("fid_r", metrics.frechet, reference, len(self.dataset), {})
             if reference is not None and self.sampler is not None:
@@ -216,6 +213,11 @@ class _SplitEvaluation:
         if unreadable := max(unreadable_images(self.dataset), reference.unreadable if reference is not None else 0):
             for found in self.results.values():
                 found.protocol["unreadable"] = unreadable
+        # At the end, beside the results: the folder may be removed meanwhile.
+        if metrics is not None and rank() == 0:
+            with atomic_path(self.setup.out / CODE_COUNTS) as temporary:
+                temporary.write_text(f"{metrics.reconstruction.code_counts.tolist()}\n")
+            save_entropy_map(self.setup.out / ENTROPY_MAP, metrics.reconstruction.position_entropy)
         return self.results
 
     def _metadata(self) -> dict[str, Any]:

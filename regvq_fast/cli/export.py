@@ -12,7 +12,7 @@ from tyro.conf import arg
 from regvq_fast.cli.tokenizer_use import TokenizerConfig, load_tokenizer
 from regvq_fast.config import run_command
 from regvq_fast.console import say
-from regvq_fast.files import atomic_path, check_new_folder
+from regvq_fast.files import atomic_folder, check_new_folder
 from regvq_fast.models.exporting import IMAGE_TOLERANCE, Agreement, Format, export_tokenizer
 from regvq_fast.models.pretrained import to_json
 from regvq_fast.models.weights import weights_hash
@@ -51,19 +51,19 @@ def export(config: ExportConfig) -> Agreement:
     check_new_folder(config.out)
     model = load_tokenizer(config.run)
     start = time.perf_counter()
-    agreement = export_tokenizer(model, config.out, config.format)
-    description = {
-        "format": config.format,
-        "encoder": f"images (B, {model.in_channels}, H, W) float32 in [-1, 1] -> tokens (B, h, w) int64",
-        "decoder": f"tokens (B, h, w) int64 -> images (B, {model.in_channels}, H, W) float32, not clamped",
-        "num_codes": model.quantize.num_codes,
-        "downsampling_factor": model.downsampling_factor,
-        "image_size": model.image_size,
-        "tokenizer": weights_hash(model),
-        "compared": agreement._asdict(),
-    }
-    with atomic_path(config.out / DESCRIPTION) as temporary:
-        temporary.write_bytes(to_json(description))
+    with atomic_folder(config.out) as folder:
+        agreement = export_tokenizer(model, folder, config.format)
+        description = {
+            "format": config.format,
+            "encoder": f"images (B, {model.in_channels}, H, W) float32 in [-1, 1] -> tokens (B, h, w) int64",
+            "decoder": f"tokens (B, h, w) int64 -> images (B, {model.in_channels}, H, W) float32, not clamped",
+            "num_codes": model.quantize.num_codes,
+            "downsampling_factor": model.downsampling_factor,
+            "image_size": model.image_size,
+            "tokenizer": weights_hash(model),
+            "compared": agreement._asdict(),
+        }
+        (folder / DESCRIPTION).write_bytes(to_json(description))
     console = Console()
     for name in ("encoder", "decoder"):
         path = config.out / f"{name}.{config.format}"

@@ -12,7 +12,7 @@ from rich.console import Console
 from regvq_fast.config import run_command
 from regvq_fast.console import say
 from regvq_fast.evaluation.measurement import RESULTS
-from regvq_fast.files import check_new_folder
+from regvq_fast.files import atomic_folder, check_new_folder
 from regvq_fast.models.hub import CARD, PICTURES, HubName, check_name, publish
 from regvq_fast.models.model import Model, read_model
 from regvq_fast.models.pretrained import CONFIG, TOKENIZER, WEIGHTS, step_folders, to_json, with_manifest
@@ -75,10 +75,11 @@ def push(config: PushConfig) -> None:
         address = publish(files, config.to, revision=config.revision, private=config.private, message=message)
         say(console, "published", address)
         return
-    for name, content in files.items():
-        path = config.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    with atomic_folder(config.out) as folder:
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
     say(console, "not uploaded", f"{config.out} has what would be")
 
 

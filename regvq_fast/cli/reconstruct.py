@@ -28,7 +28,7 @@ from regvq_fast.console import progress_bar, say
 from regvq_fast.data.tiles import decode_tokens, tokenize_images
 from regvq_fast.data.transforms import image_to_tensor
 from regvq_fast.evaluation.reconstruction_metrics import image_psnr
-from regvq_fast.files import check_new_folder, kept_folder
+from regvq_fast.files import check_new_file, check_new_folder, kept_folder
 from regvq_fast.image_grids import save_image, save_image_grid
 
 _SHEET_IMAGES, _SHEET_SIDE = 16, 256
@@ -67,8 +67,8 @@ def reconstruct(config: ReconstructConfig) -> None:
     check_new_folder(config.out)
     if config.sheet is not None and config.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--sheet {config.sheet} must end in .png, .jpg or .webp")
-    if config.sheet is not None and config.sheet.exists():
-        raise FileExistsError(f"--sheet {config.sheet} exists; name a new file")
+    if config.sheet is not None:
+        check_new_file("--sheet", config.sheet)
     used = UsedTokenizer.load(config.run, config)
     console, counts = Console(), torch.zeros(used.model.quantize.num_codes, dtype=torch.int64)
     shown: list[tuple[Tensor, Tensor]] = []

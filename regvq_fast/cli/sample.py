@@ -19,7 +19,7 @@ from regvq_fast.config import run_command
 from regvq_fast.config.runtime import DeviceConfig
 from regvq_fast.console import progress_bar, say
 from regvq_fast.data.image_arrays import image_array_writer
-from regvq_fast.files import check_new_folder, kept_folder
+from regvq_fast.files import check_new_file, check_new_folder, kept_folder
 from regvq_fast.image_grids import save_image_grid, save_images
 from regvq_fast.models.hub import local_folder
 from regvq_fast.precision import choose_precision, inference_device
@@ -79,27 +79,28 @@ def generate(config: SampleConfig) -> None:
     most = _GRID if generator.num_images <= _GRID else _GRID // columns * columns
     start, seconds = 0, 0.0
     images: list[Tensor] = []
-    with kept_folder(config.out) as check, progress_bar(console) as progress, generator.saving() as save:
-        task = progress.add_task("images", total=generator.num_images)
+    with kept_folder(config.out) as check:
+        with progress_bar(console) as progress, generator.saving() as save:
+            task = progress.add_task("images", total=generator.num_images)
 
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=start + count * done / total)
+            def advance(done: int, total: int) -> None:
+                progress.update(task, completed=start + count * done / total)
 
-        while start < generator.num_images:
-            count = min(config.batch_size, generator.num_images - start)
-            begin = time.perf_counter()
-            sampled = generator.sample(start, count, advance).cpu()
-            seconds += time.perf_counter() - begin
-            save(sampled, start)
-            check()
-            images.append(sampled[: max(0, most - start)])
-            start += count
-    grid = torch.cat(images)
-    rows, legend = generator.show(len(grid))
-    save_image_grid(config.out / "grid.png", *rows, grid, columns=columns, legend=legend)
-    if generator.states:
-        save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
-        say(console, "strip", str(config.out / "strip.png"))
+            while start < generator.num_images:
+                count = min(config.batch_size, generator.num_images - start)
+                begin = time.perf_counter()
+                sampled = generator.sample(start, count, advance).cpu()
+                seconds += time.perf_counter() - begin
+                save(sampled, start)
+                check()
+                images.append(sampled[: max(0, most - start)])
+                start += count
+        grid = torch.cat(images)
+        rows, legend = generator.show(len(grid))
+        save_image_grid(config.out / "grid.png", *rows, grid, columns=columns, legend=legend)
+        if generator.states:
+            save_image_grid(config.out / "strip.png", generator.strip(), columns=_STRIP)
+            say(console, "strip", str(config.out / "strip.png"))
     say(console, "grid", str(config.out / "grid.png"))
     where = f"{config.out / '00000.png'} ..." if config.npz is None else str(config.npz)
     say(console, "images", f"{where}, {generator.num_images} in {seconds:.1f} s")
@@ -110,8 +111,8 @@ def _check(config: SampleConfig) -> None:
     check_new_folder(config.out)
     if config.npz is not None and config.npz.suffix != ".npz":
         raise ValueError(f"--npz {config.npz} must end in .npz")
-    if config.npz is not None and config.npz.exists():
-        raise FileExistsError(f"--npz {config.npz} exists; name a new file")
+    if config.npz is not None:
+        check_new_file("--npz", config.npz)
     if config.mask is not None and config.edit is None:
         raise ValueError(f"--mask {config.mask} needs an image: give --edit")
     if config.edit is not None and config.mask is None and not config.extend:
@@ -176,6 +177,7 @@ class _Generator:
             return
         with image_array_writer(self.config.npz, self.num_images, self._pixels()) as write:
             yield lambda images, _: write(images)
+            check_new_file("--npz", self.config.npz)
 
     def _of(self, numbers: range) -> Any:
         """Return the conditions of some images."""

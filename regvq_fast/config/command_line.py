@@ -16,6 +16,7 @@ from regvq_fast.precision import is_out_of_memory
 from regvq_fast.quantizers import QUANTIZERS
 from regvq_fast.ranks import local_rank, reported_by_rank_0
 from regvq_fast.settings import flag_of
+from regvq_fast.termination import removes_unfinished
 
 Settings = TypeVar("Settings")
 
@@ -146,18 +147,21 @@ def run_command(
         name: of the command, such as "train vq".
         kind: a dataclass; its fields are the flags, and their docstrings the help.
         work: what the command does. A ValueError or OSError, whose message is one sentence, gives exit status 1, Ctrl-C
-            gives 130. Rank 0 prints errors of all ranks. After a failed allocation the message names --batch-size.
+            gives 130, SIGTERM 143 and SIGHUP 129. Rank 0 prints errors of all ranks. After a failed allocation the
+            message names --batch-size.
         usage: text at the top of the help; commands in it ("regvq sample") appear as the user types them.
         args: after the command.
         stopped: printed after Ctrl-C, with fields in braces: "stopped; the images so far are in {out}".
     """
-    settings = tyro.cli(kind, args=args, prog=command(name), description=as_typed(usage))
+    settings = None
     try:
-        work(settings)
+        with removes_unfinished():
+            settings = tyro.cli(kind, args=args, prog=command(name), description=as_typed(usage))
+            work(settings)
     except (ValueError, OSError) as error:
         sys.exit(1 if reported_by_rank_0(error) else as_typed(f"error: {error}"))
     except KeyboardInterrupt:
-        print(stopped.format_map(vars(settings)), file=sys.stderr)
+        print("stopped" if settings is None else stopped.format_map(vars(settings)), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not is_out_of_memory(error):

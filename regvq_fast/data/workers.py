@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from regvq_fast.termination import deferred
 
 PATIENCE_SECONDS = 300.0
 """Longest wait for a batch in seconds; the failover of a network disk may take minutes."""
@@ -40,24 +41,8 @@ class WorkerLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         if not self.num_workers:
             return OwnBatches(super().__iter__())
-        with _interrupts_deferred():
+        with deferred():
             return PatientBatches(super().__iter__())
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Handle Ctrl-C after the block. Python ignores exceptions of the hooks that it runs in a fork, and so Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    arrived: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if arrived:
-            signal.raise_signal(signal.SIGINT)
 
 
 class OwnBatches(Iterator[Any]):

@@ -9,6 +9,7 @@ in plain PyTorch, for a codebook with all B*h*w x N logits in memory.
 
 import contextlib
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -164,7 +165,9 @@ def _traced_decoder(model: VQGAN) -> ExportedProgram:
 
 def _save(program: ExportedProgram, path: Path, kind: Format, names: tuple[str, str]) -> None:
     if kind == "pt2":
-        torch.export.save(program, path)
+        buffer = io.BytesIO()  # on a full disk PyTorch's own writer aborts the process
+        torch.export.save(program, buffer)
+        path.write_bytes(buffer.getbuffer())
         return
     torch.onnx.export(
         program, f=path, dynamo=True, input_names=names[:1], output_names=names[1:], external_data=False, verbose=False

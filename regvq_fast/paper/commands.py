@@ -65,9 +65,16 @@ class Commands:
             sys.exit(128 + self._received[-1])
 
     def run(self, function: Callable[..., object], *arguments: object) -> int:
-        """Run a module's function in a process; return its exit status, negative if a signal ended it."""
+        """Run a module's function in a process; return its exit status, negative if a signal ended it.
+
+        Raises:
+            OSError: the server was killed.
+        """
         process = _SERVER.Process(target=_run, args=(self._threads, function, arguments))
-        process.start()
+        try:
+            process.start()
+        except EOFError:
+            raise OSError("the process that starts commands was killed; run the same command again") from None
         with self._lock:
             self._running.add(process)
             missed = list(self._received)

@@ -131,6 +131,12 @@ def _run(config: PaperConfig, work: Mapping[str, Pipeline], report: Report, cons
         except BaseException:
             commands.stopping = True  # other rows finish their current stage
             raise
+    for title, pipeline in work.items():
+        for stage in pipeline.stages:
+            if not stage.result.exists():
+                raise FileNotFoundError(
+                    f"{title}: {stage.result} of the {stage.name} was removed; run the same command again"
+                )
 
 
 def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:

@@ -43,7 +43,7 @@ def save_row_figures(stem: Path, pipelines: Mapping[str, Pipeline], images: int,
         device: for the models.
 
     Raises:
-        FileNotFoundError: an older version, which saved no code counts, measured a row.
+        FileNotFoundError: an older version, which saved no code counts, measured a row; or they were removed.
     """
     stages = {name: pipeline.by_name() for name, pipeline in pipelines.items()}
     config = read_config(next(iter(stages.values()))["tokenizer"].folder, VQGANConfig)
@@ -66,8 +66,8 @@ def save_row_figures(stem: Path, pipelines: Mapping[str, Pipeline], images: int,
         folder = of_row["tokenizer"].folder
         model = VQGAN.from_pretrained(folder).to(device)
         rebuilt[name] = _reconstruct(model, shown["image"], device)
-        measured = pipelines[name].measured()
-        assert measured is not None
+        if (measured := pipelines[name].measured()) is None:
+            raise FileNotFoundError(f"the measurements of {folder} were removed; run the same command again")
         counts[name] = _counts(measured)
         codebooks[name] = folder / PICTURES / "codebook.png"
     save_rows(_named(stem, "reconstructions"), rebuilt)

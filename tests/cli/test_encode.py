@@ -17,6 +17,7 @@ from regvq_fast.cli.encode import EncodeConfig, encode
 from regvq_fast.cli.main import run
 from regvq_fast.cli.reconstruct import ReconstructConfig, reconstruct
 from regvq_fast.data import EncodedImages
+from regvq_fast.data.tiles import tokenize_images
 from regvq_fast.image_grids import save_image
 from regvq_fast.models import weights_hash
 
@@ -87,6 +88,22 @@ def test_a_folder_removed_between_two_images_is_an_error(
     source = encoded if name == "decode" else photos
     with pytest.raises(SystemExit, match=f"^error: --out {out} was removed"):
         run(name, ["--run", tokenizer, str(source), "--out", str(out), "--device", "cpu"])
+
+
+def test_a_file_that_appears_meanwhile_is_kept(
+    photos: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes with one --out both found no file, and the second replaced that of the first."""
+    module, out = import_module("regvq_fast.cli.encode"), tmp_path / "x.npz"
+
+    def tokenize(*arguments: Any) -> torch.Tensor:
+        out.write_text("of another process")
+        return tokenize_images(*arguments)
+
+    monkeypatch.setattr(module, "tokenize_images", tokenize)
+    with pytest.raises(SystemExit, match=f"^error: --out {out} exists; name a new file"):
+        run("encode", ["--run", tokenizer, str(photos), "--out", str(out), "--device", "cpu"])
+    assert out.read_text() == "of another process"
 
 
 def test_square_images_have_the_tokenizers_size(tokenizer: str, photos: Path, tmp_path: Path) -> None:

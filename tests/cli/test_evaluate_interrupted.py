@@ -19,9 +19,9 @@ from helpers.tiny_models import TinyNet, tiny_tokenizer
 from torch import Tensor
 
 from regvq_fast.cli import evaluate_setup
-from regvq_fast.cli.evaluate import main
+from regvq_fast.cli.evaluate import ENTROPY_MAP, main
 from regvq_fast.data import workers
-from regvq_fast.evaluation.measurement import RESULTS
+from regvq_fast.evaluation.measurement import CODE_COUNTS, RESULTS
 from regvq_fast.priors.maskgit import MaskGIT
 
 IMAGES, BATCH = 60, 3
@@ -97,6 +97,18 @@ def test_a_data_worker_that_ends_is_a_sentence(
     assert not list(out.rglob(".*"))
     monkeypatch.setattr(evaluate_setup, "load_feature_net", lambda spec: Net())
     main(flags(prior, out))
+    assert values(out) == whole
+
+
+def test_a_folder_removed_before_the_last_stage_has_all_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prior: Path, whole: dict[str, float]
+) -> None:
+    """The code counts were in the folder that was removed, and missing beside the results."""
+    out = tmp_path / "out"
+    net = Net(PHASES["samples"], lambda: shutil.rmtree(out))
+    monkeypatch.setattr(evaluate_setup, "load_feature_net", lambda spec: net)
+    main(flags(prior, out))
+    assert {path.name for path in out.glob("*.*")} >= {RESULTS, CODE_COUNTS, ENTROPY_MAP}
     assert values(out) == whole
 
 

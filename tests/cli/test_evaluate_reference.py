@@ -1,6 +1,7 @@
 """``regvq evaluate --reference`` with image files, and evaluation without the FID network."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from helpers.tiny_models import tiny_tokenizer
 from PIL import Image
 
+from regvq_fast.cli import sample
 from regvq_fast.cli.evaluate import EvaluateConfig, evaluate
 from regvq_fast.cli.sample import SampleConfig, generate
 from regvq_fast.data.image_arrays import ImageArray
@@ -102,6 +104,38 @@ def test_files_for_sampled_images_are_new_and_end_in_npz(tmp_path: Path) -> None
         with pytest.raises(error, match=name):
             generate(SampleConfig(out=tmp_path / "out", npz=tmp_path / name))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_removed_before_the_grid_is_an_error(
+    prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new folder had the grid only."""
+    out, show = tmp_path / "out", sample._Generator.show
+
+    def remove(self: sample._Generator, count: int) -> Any:
+        shutil.rmtree(out)
+        return show(self, count)
+
+    Image.new("L", (16, 16), 3).save(tmp_path / "map.png")
+    monkeypatch.setattr(sample._Generator, "show", remove)
+    with pytest.raises(FileNotFoundError, match=f"^--out {out} was removed"):
+        generate(SampleConfig(run=prior, map=tmp_path / "map.png", num_images=2, device="cpu", out=out))
+
+
+def test_a_file_of_images_that_appears_meanwhile_is_kept(prior: Path, tmp_path: Path) -> None:
+    Image.new("L", (16, 16), 3).save(tmp_path / "map.png")
+    npz = tmp_path / "x.npz"
+    config = SampleConfig(run=prior, map=tmp_path / "map.png", num_images=2, device="cpu", out=tmp_path / "o", npz=npz)
+    generator = sample._Generator(config)
+
+    def save() -> None:
+        with generator.saving() as write:
+            npz.write_text("of another process")
+            write(generator.sample(0, 2, lambda *_: None), 0)
+
+    with pytest.raises(FileExistsError, match=f"^--npz {npz} exists"):
+        save()
+    assert npz.read_text() == "of another process"
 
 
 def test_without_torch_fidelity_the_rest_is_measured(

@@ -1,5 +1,6 @@
 """``regvq export``: programs that give the tokenizer's tokens and images."""
 
+import errno
 import importlib.util
 import json
 import sys
@@ -148,6 +149,24 @@ def test_ties_are_counted_and_pass() -> None:
     codes[N // 2 :] = codes[: N // 2] * (1 + 1e-7)
     found = exporting.compare(model, lambda images: (model.tokenize(images) + N // 2) % N, model.decode_indices)
     assert found.different == found.tokens
+
+
+def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(model: VQGAN, into: Path, kind: str) -> exporting.Agreement:
+        (into / f"encoder.{kind}").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("regvq_fast.cli.export.export_tokenizer", write)
+    with pytest.raises(OSError, match="No space left"):
+        export(ExportConfig(run=str(folder), out=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_does_not_abort_the_process() -> None:
+    program = torch.export.export(nn.Linear(1, 1), (torch.zeros(1, 1),))
+    with pytest.raises(OSError, match="No space left"):
+        exporting._save(program, Path("/dev/full"), "pt2", ("x", "y"))
 
 
 def test_nothing_is_written_where_the_comparison_fails(

@@ -1,6 +1,7 @@
 """Runs on the Hugging Face Hub: what regvq push makes of them, and that commands take what it published by its name."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -107,6 +108,25 @@ def test_a_run_is_published_without_its_checkpoints_logs_and_folders(run: Path, 
     values = [metric["value"] for result in index["results"] for metric in result["metrics"]]
     assert values == [found["value"] for found in published.values()]
     assert metadata(files["README.md"])["license"] == "mit"
+
+
+def test_a_dry_run_on_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, write = tmp_path / "out", Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == "model.safetensors":
+            write(path, content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            push(PushConfig(run=run, to="org/vq", out=out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["private"]
+    push(PushConfig(run=run, to="org/vq", out=out))
+    written = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert written == published_files(run, VQ)
 
 
 @pytest.mark.usefixtures("no_downloads")

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -223,14 +222,17 @@ def test_missing_images_are_counted_and_a_field_that_nobody_has_is_an_error(tmp_
     assert ImageShards(out, "train", 16).title == str(out)  # which reads the manifest
 
 
-def test_nothing_half_made_is_left_by_a_cluster_that_ends_the_job(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_nothing_half_made_is_left_by_a_cluster_or_terminal_that_ends_the_job(tmp_path, monkeypatch, number):
     top = trees.cub200(tmp_path / "cub")
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(preparing, "write_shards", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or [Path()])
+    before = signal.getsignal(number)
+    monkeypatch.setattr(preparing, "write_shards", lambda *_: signal.raise_signal(number) or [Path()])
     with pytest.raises(SystemExit) as ended:
-        Told("prepare", top, out=tmp_path / "out")
-    assert ended.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
+        run_command(
+            "data", DataCommand, manage_data, "", ["prepare", "--root", str(top), "--out", str(tmp_path / "out")]
+        )
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) == before
     assert [path.name for path in tmp_path.iterdir()] == ["cub"]
 
 

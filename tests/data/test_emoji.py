@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import signal
 import tarfile
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from regvq_fast.cli import main
 from regvq_fast.cli.data import DataCommand, manage_data
 from regvq_fast.data import emoji
 from regvq_fast.data.datasets import build_dataset
@@ -129,9 +129,11 @@ def test_nothing_is_left_of_a_run_that_fails_or_is_killed(package, tmp_path, mon
     for path in (broken, other, Path(__file__)):
         with pytest.raises(ValueError, match=r"not a complete .* package .*: download it again"):
             run(tmp_path / "emoji", path)
-    monkeypatch.setattr(Image.Image, "save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit):
-        run(tmp_path / "emoji", package)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        monkeypatch.setattr(Image.Image, "save", lambda *_, number=number: signal.raise_signal(number))
+        with pytest.raises(SystemExit) as ended:
+            main.run("data", ["emoji", "--root", str(package), "--out", str(tmp_path / "emoji")])
+        assert ended.value.code == 128 + number
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.tgz", "other.tgz", "package.tgz"]
 
 

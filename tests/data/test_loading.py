@@ -83,19 +83,20 @@ def test_workers_keep_to_one_thread_and_leave_interrupts_to_the_parent():
     assert ignores
 
 
-def test_ctrl_c_while_workers_start_is_not_lost():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_workers_start_is_not_lost(number):
     """Python ignores exceptions of the hooks of a fork; a signal that arrives in the fork is handled in one of them."""
     forks = []
     os.register_at_fork(after_in_parent=lambda: forks and signal.raise_signal(forks.pop()))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(number, signal.default_int_handler)
     try:
-        forks.append(signal.SIGINT)
+        forks.append(number)
         with pytest.raises(KeyboardInterrupt):
             training_batches(AboutTheProcess(), 1, workers=1)
         assert not forks
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(number) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_a_worker_is_silent_about_a_parent_that_ended_while_it_received_a_batch(capfd):

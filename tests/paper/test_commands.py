@@ -71,3 +71,12 @@ def test_a_signal_while_a_command_starts_reaches_it(monkeypatch):
         one.run(time.sleep, 600)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert time.monotonic() - begin < 300
+
+
+def test_a_server_that_is_killed_is_a_sentence(monkeypatch):
+    def start(self):
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(commands._SERVER.Process, "start", start)
+    with Commands() as running, pytest.raises(OSError, match="was killed; run the same command again"):
+        running.run(print)

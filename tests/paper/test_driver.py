@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -129,6 +130,23 @@ def test_a_row_that_failed_goes_on_where_it_stopped(ran, tmp_path):
     prior = tmp_path / "out" / "runs" / "reg-vq" / "seed-0" / "prior"
     # As fast as this call asks for, not as the one that was interrupted did.
     assert ran.commands[3][2:] == [*"--resume --device cpu --no-amp --compile --out".split(), str(prior)]
+
+
+def test_a_row_that_is_removed_while_the_next_one_runs_is_an_error(ran, tmp_path, monkeypatch):
+    """The table would be without it, with status 0."""
+    first = tmp_path / "out" / "runs" / "vq-gan"
+
+    def remove(self, *arguments):
+        if first.exists() and "reg-vq" in str(arguments):
+            shutil.rmtree(first)
+        return ran(*arguments)
+
+    monkeypatch.setattr(Commands, "run", remove)
+    with pytest.raises(FileNotFoundError, match=r"VQ-GAN.*seed 0 .*summary\.json of the tokenizer was removed; run"):
+        reproduce(table2(tmp_path))
+    made = len(ran.commands)
+    reproduce(table2(tmp_path))
+    assert len(ran.commands) == made + 4
 
 
 def test_what_was_stopped_before_its_first_checkpoint_begins_anew(ran, tmp_path):
