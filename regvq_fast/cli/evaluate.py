@@ -34,7 +34,7 @@ from regvq_fast.evaluation.metrics import evaluate_tokenizer, fid_of_samples, op
 from regvq_fast.evaluation.plots import save_entropy_map
 from regvq_fast.evaluation.reconstruction_metrics import SSIM_WINDOW, ReconstructionMetrics
 from regvq_fast.evaluation.shares import rank_batches, rank_share, unreadable_images
-from regvq_fast.files import atomic_path, kept_folder
+from regvq_fast.files import atomic_path
 from regvq_fast.models.features import NoWeightsError
 from regvq_fast.models.pretrained import TOKENIZER
 from regvq_fast.models.vqgan import VQGAN
@@ -80,7 +80,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Measurement]:
         with ExitStack() as owned:
             with raise_on_all_ranks():
                 if rank() == 0:
-                    owned.enter_context(kept_folder(setup.out))
                     owned.enter_context(FolderLock(setup.out, "evaluation"))
             results = evaluation.measure()
             if rank() == 0:

@@ -125,17 +125,6 @@ def test_out_of_memory_is_a_sentence_with_the_batch_size(
     assert not list((tmp_path / "out").rglob(".*"))
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_folder_removed_meanwhile_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prior: Path, phase: str
-) -> None:
-    out = tmp_path / "out"
-    net = Net(PHASES[phase], lambda: shutil.rmtree(out, ignore_errors=True))
-    monkeypatch.setattr(evaluate_setup, "load_feature_net", lambda spec: net)
-    with pytest.raises(SystemExit, match=f"^error: --out {out} was removed"):
-        main(flags(prior, out))
-
-
 def test_a_data_worker_that_is_stopped_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prior: Path) -> None:
     def stop() -> None:
         monkeypatch.setattr(workers, "PATIENCE_SECONDS", 1.0)  # from here: the start of a worker takes longer
