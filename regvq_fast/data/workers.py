@@ -1,6 +1,7 @@
 """Processes and threads that load data: their signals, and limits on waiting for them."""
 
 import atexit
+import multiprocessing
 import os
 import queue
 import signal
@@ -171,9 +172,15 @@ def _watch(batches: "weakref.ref[PatientBatches]", closed: threading.Event) -> N
 
 @atexit.register  # before multiprocessing's handler, which would wait for the workers
 def _end_workers() -> None:
-    """End the workers of batches still in use when Python exits."""
+    """End all workers when Python exits: of batches still in use, and of loaders that keep theirs for another pass.
+
+    Something may still refer to a loader, such as the traceback of an exception.
+    """
     for batches in list(_in_use):
         batches.close()
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _no_room() -> str:

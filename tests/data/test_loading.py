@@ -68,6 +68,9 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+ALL_VALIDATION = "batches = validation_batches(data, 4, workers=1)\nfor _ in batches: pass"
+
+
 class AboutTheProcess(Dataset):
     """Samples that say how many compute threads their process has and whether it ignores Ctrl-C."""
 
@@ -226,12 +229,13 @@ def test_bad_arguments_name_the_value():
         validation_batches(dataset, 1, workers=-2)
 
 
-def test_batches_in_use_do_not_keep_python_from_ending() -> None:
+@pytest.mark.parametrize("use", ["batches = training_batches(data, 4, workers=1); next(batches)", ALL_VALIDATION])
+def test_loaders_do_not_keep_python_from_ending(use: str) -> None:
+    """With batches left, or with workers that wait for another pass."""
     code = (
         "from regvq_fast.scenes import ScenesDataset\n"
-        "from regvq_fast.data import training_batches\n"
-        "batches = training_batches(ScenesDataset('train', 16), 4, workers=1)\n"
-        "next(batches)"
+        "from regvq_fast.data import training_batches, validation_batches\n"
+        f"data = ScenesDataset('train', 16, length=8)\n{use}"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
