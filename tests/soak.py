@@ -1,7 +1,7 @@
 """Disturb runs at random, resume them, and compare their ends with those of undisturbed ones, bit by bit.
 
     python tests/soak.py --minutes 30 --seed 1
-    python tests/soak.py --seed 1 --only 17                   # job 17 of that seed again
+    python tests/soak.py --seed 1 --only 17 38                # two jobs of that seed again
 
 Not a test of the suite: it takes as long as it is given, and prints counts of what was done. It trains the tokenizer
 and the priors, fills a token cache, samples and evaluates, at tiny sizes, each with disturbances until it is through:
@@ -57,7 +57,6 @@ def start(job: str, out: Path, base: Path, ranks: bool = False) -> "subprocess.P
     if job == "tokens":
         arguments += ["--tokenizer", base / "vq", "--device", "cpu", "--workers", 1, "--out", out]
     elif job == "sample":
-        shutil.rmtree(out, ignore_errors=True)  # it samples into new folders only
         arguments += ["--run", base / "ar", "--out", out]
     elif job == "evaluate":
         arguments += ["--prior-run", base / "maskgit", "--cache-dir", out / "cache", "--device", "cpu"]
@@ -111,7 +110,8 @@ def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, 
         second = start(job, out, base)
         said = second.communicate(timeout=PATIENCE_SECONDS)[1].decode()
         ended = process.poll() is not None or not any(out.glob(".*.lock"))
-        assert ended or (second.returncode == 1 and f"in use by process {process.pid}" in said), said
+        refusals = (f"in use by process {process.pid}", *(["not an empty folder"] if job == "sample" else []))
+        assert ended or (second.returncode == 1 and any(refusal in said for refusal in refusals)), said
     else:
         return kind == "ranks"
     return True
@@ -124,6 +124,8 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
         kind, attempts = rng.choice(DISTURBANCES) if attempts < 6 else "none", attempts + 1
         ranks = kind in ("ranks", "rank") and out.exists() and job != "sample"
         alone &= not ranks
+        if job == "sample":  # it samples into new folders only
+            shutil.rmtree(out, ignore_errors=True)
         process = start(job, out, base, ranks)
         due = progress(job, out) + rng.choice((0, 1, 1, 2, 2, 3))  # 0: while it starts
         try:
@@ -177,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="this job alone")
+    parser.add_argument("--only", type=int, nargs="+", help="these jobs alone")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -190,8 +192,8 @@ def main() -> None:
             said = process.communicate()[1]
             assert process.returncode == 0, said.decode()[-2000:]
         print("undisturbed runs are done", flush=True)
-        for number in itertools.count() if args.only is None else [args.only]:
-            if time.monotonic() > end:
+        for number in args.only or itertools.count():
+            if time.monotonic() > end and not args.only:
                 break
             job, out = args.jobs[number % len(args.jobs)], base / "disturbed"
             shutil.rmtree(out, ignore_errors=True)

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,7 +217,7 @@ class _Caching:
         workers = default_workers(local_world_size()) if config.workers is None else config.workers
         encoder = ShardEncoder(self.model, self.folder, self.info, self.precision, config.batch_size, workers)
         start = time.perf_counter()
-        with raise_on_all_ranks(), progress_bar(self.console) as progress:
+        with raise_on_all_ranks(), self._keeping_info(), progress_bar(self.console) as progress:
             task = progress.add_task("images", total=sum(len(self.info.shard_range(*shard)) for shard in mine))
             for split in _SPLITS:
                 numbers = [number for name, number in mine if name == split]
@@ -227,6 +227,15 @@ class _Caching:
         unreadable = sum(map(unreadable_images, self.datasets.values()))
         if rank() == 0:
             self._finish(sum(len(self.info.shard_range(*shard)) for shard in missing), seconds, unreadable)
+
+    @contextmanager
+    def _keeping_info(self) -> Iterator[None]:
+        """Write cache.json again after the block if it was removed meanwhile, so that the same command goes on."""
+        try:
+            yield
+        finally:
+            if rank() == 0 and self.folder.exists() and not (self.folder / INFO).exists():
+                write_info(self.folder, self.info)
 
     def _say_fields(self) -> None:
         """Print the fields kept beside tokens, fields of only some images, and the priors that can be trained."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -127,6 +128,26 @@ def test_a_data_worker_that_ends_is_a_sentence(tokenizer: Path, tmp_path: Path) 
         cache(tokenizer, tmp_path / "cache", *flags)
     said = str(stopped.value.code)
     assert re.fullmatch(r"error: data worker 0 \(process \d+\) ended by SIGKILL; --workers 0 .*", said), said
+
+
+def test_a_cache_that_is_removed_while_it_is_filled_can_be_continued(
+    scenes: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shards after its removal are there, and its description again."""
+    out, original = tmp_path / "cache", encoding.ShardEncoder.encode
+
+    def encode_and_remove(encoder: encoding.ShardEncoder, *inputs: Any) -> Iterator[int]:
+        for done in original(encoder, *inputs):
+            if (out / f"{SHARDS[0]}.safetensors").exists():
+                shutil.rmtree(out)
+            yield done
+
+    monkeypatch.setattr(encoding.ShardEncoder, "encode", encode_and_remove)
+    with pytest.raises(SystemExit, match=r"^error: "):
+        cache(tokenizer, out, *SCENES)
+    assert not (out / f"{SHARDS[0]}.safetensors").exists()
+    monkeypatch.undo()
+    assert contents(cache(tokenizer, out, *SCENES)) == contents(scenes)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
