@@ -184,13 +184,14 @@ def rivals(op: str, group: Group) -> list[str]:
 
 
 def summary(document: Document) -> str:
-    """Return one row per op, with its gradients and at its largest size, and one per training step."""
+    """Return one row per op, with its gradients and at its largest size, and one per training step that has a peer."""
     rows = []
     for op in (*OPS, *STEPS):
         largest: dict[str, Group] = {}
         for group in groups_of(document, op):
             ours = group.get(own(op), {})
-            if not ours.get("ms") or ours["part"].partition(",")[0] not in WHOLE:
+            part, _, variant = ours.get("part", "").partition(", ")
+            if not ours.get("ms") or part not in WHOLE or variant.startswith("hard") or baseline(group) == own(op):
                 continue
             best = largest.get(ours["part"])
             if best is None or flops(ours) > flops(best[own(op)]):
