@@ -1,7 +1,6 @@
 """Processes and threads that load data: their signals, and limits on waiting for them."""
 
 import atexit
-import multiprocessing
 import os
 import queue
 import signal
@@ -10,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ _NO_SHARED_MEMORY = 28  # exit status
 _MultiProcessingDataLoaderIter._shutdown = True  # of one whose constructor failed, which Python deletes, too
 
 _in_use: weakref.WeakSet["PatientBatches"] = weakref.WeakSet()
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
 
 class WorkersFailed(OSError):
@@ -106,6 +107,7 @@ class PatientBatches(Iterator[Any]):
         self._forget_workers()
         threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), daemon=True).start()
         _in_use.add(self)
+        _workers.update(batches._workers)
 
     def __next__(self) -> Any:
         self._since = time.monotonic()
@@ -178,9 +180,8 @@ def _end_workers() -> None:
     """
     for batches in list(_in_use):
         batches.close()
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    for process in list(_workers):
+        process.kill()
 
 
 def _no_room() -> str:
