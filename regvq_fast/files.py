@@ -56,7 +56,7 @@ def kept_folder(out: Path) -> Iterator[Callable[[], None]]:
     """Create and lock ``out``, and yield a function, also called at the end, that raises if the folder was removed.
 
     Without that the rest of the files would be written into a new folder, and the first ones be missing in silence. A
-    folder that is still empty at the end goes, unless it was there before.
+    folder that is still empty at the end is removed, unless it was there before.
 
     Raises:
         FileNotFoundError: ``out`` was removed. FileExistsError: another process writes or wrote into it.

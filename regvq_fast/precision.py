@@ -1,4 +1,4 @@
-"""Device, its memory's end, mixed precision and backend settings, each in one function."""
+"""Device, out-of-memory errors, mixed precision and backend settings, each in one function."""
 
 import os
 from typing import NamedTuple

@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 300.0
 _LOOK_SECONDS = 5.0
 _NO_SHARED_MEMORY = 28  # exit status
 
-_MultiProcessingDataLoaderIter._shutdown = True  # of one whose constructor failed, which Python deletes, too
+_MultiProcessingDataLoaderIter._shutdown = True  # default that __del__ reads if the constructor failed
 
 _in_use: weakref.WeakSet["PatientBatches"] = weakref.WeakSet()
 _workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 from torch import Tensor
 
+from regvq_fast.files import temporary_path
 from regvq_fast.json_values import parse_json
 from regvq_fast.quantizers import QUANTIZERS, Quantizer
 from regvq_fast.version import __version__
@@ -81,7 +82,7 @@ def write_folder(
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} exists and is not a folder of weights: name another one")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    temporary, replaced = temporary_path(folder), temporary_path(folder)
     try:
         temporary.mkdir()
         entries = {path.name: entry for path, entry in (written or {}).items()}
