@@ -4,11 +4,12 @@
     python tests/soak.py --seed 1 --only 17 38                # two jobs of that seed again
 
 Not a test of the suite: it takes as long as it is given, and prints counts of what was done. It trains the tokenizer
-and the priors, fills a token cache, samples and evaluates, at tiny sizes, each with disturbances until it is through:
-SIGKILL, SIGTERM, SIGINT, SIGHUP, two seconds of SIGSTOP, SIGKILL of a data worker, TensorBoard's folder or the whole
-run's removed, files that can't grow for two seconds (as on a full disk), a reader of the output that goes away, a
-second process in the folder, and two processes in place of one, one of which may be killed. Their sums have another
-order: there only the steps and the size of the losses are compared.
+and the priors, fills a token cache, samples, evaluates, packs an archive into shards and makes two rows of a table of
+the paper, at tiny sizes, each with disturbances until it is through: SIGKILL, SIGTERM, SIGINT, SIGHUP, two seconds of
+SIGSTOP, SIGKILL of a data worker, TensorBoard's folder or the whole run's removed, files that can't grow for two
+seconds (as on a full disk), a reader of the output that goes away, a second process in the folder, and two processes in
+place of one, one of which may be killed. Their sums have another order: there only the steps and the size of the losses
+are compared.
 
 What a job suffers, and after how many of its records or shards, is a function of the seed and the job's number.
 """
@@ -28,13 +29,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from helpers.archive_trees import ade20k
 from helpers.runs import FAST, TINY, TRAIN, assert_same_run, checkpoints, records, torchrun
+from PIL import Image
 
 PRIOR = "--preset scenes --steps 14 --batch-size 4 --width 16 --depth 1 --heads 2 --device cpu".split()
 PRIOR += "--log-every 2 --checkpoint-every 2 --warmup-steps 2 --dropout 0.1 --ema 0.9 --workers 1".split()
 EVALUATE = "--fid-features random-vgg16 --perceptual-weights random --val-images 48 --batch-size 8".split()
 EVERY_2 = "--steps 14 --checkpoint-every 2 --dropout 0.2 --ema 0.9 --disc-start 5 --workers 1".split()
-JOBS = {
+TABLE = "table2 --rows vq-gan reg-vq --prior maskgit --fid-features random-vgg16 --jobs 2 --device cpu".split()
+JOBS: dict[str, list[str]] = {
     "vq": ["vq.py", *TINY, *FAST, *EVERY_2],
     "tokens": ["cache_tokens.py", *"--scenes 400 --views 2 --val-images 40 --shard-samples 64".split()],
     "ar": ["ar.py", *PRIOR],
@@ -42,14 +46,27 @@ JOBS = {
     "maskgit": ["maskgit.py", *PRIOR],
     "sample": ["sample.py", *"--num-images 24 --batch-size 2 --device cpu".split()],
     "evaluate": ["evaluate.py", *EVALUATE],
+    "prepare": ["data.py", *"prepare --size 256 --shard-mib 1 --workers 1".split()],
+    "paper": ["../tests/helpers/tiny_table.py", *TABLE],
 }
 """A job may need what those before it leave."""
+ALONE = ("sample", "prepare", "paper")
+"""Jobs that torchrun does not start."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DISTURBANCES = [number.name for number in SIGNALS]
 DISTURBANCES += ["paused", "worker", "tensorboard", "vanished", "full", "reader", "second", "ranks", "rank"]
 SECONDS = 2.0
 """Length of a pause, and of a full disk."""
 PATIENCE_SECONDS = 600.0
+
+
+def make_archive(folder: Path) -> None:
+    """Write 300 images of noise, 320 x 256 pixels, and their maps in ADE20K's layout."""
+    top = ade20k(folder)
+    for k in range(300):
+        image = Image.effect_noise((320, 256), 60)
+        image.convert("RGB").save(top / "images" / "training" / f"ADE_train_{k + 1000:08d}.jpg")
+        image.point(lambda value: value % 151).save(top / "annotations" / "training" / f"ADE_train_{k + 1000:08d}.png")
 
 
 def start(job: str, out: Path, base: Path, ranks: bool = False) -> "subprocess.Popen[bytes]":
@@ -61,6 +78,8 @@ def start(job: str, out: Path, base: Path, ranks: bool = False) -> "subprocess.P
     elif job == "evaluate":
         arguments += ["--prior-run", base / "maskgit", "--cache-dir", out / "cache", "--device", "cpu"]
         arguments += ["--workers", 1, "--out", out]
+    elif job in ("prepare", "paper"):
+        arguments += [*(["--root", base / "archive"] if job == "prepare" else []), "--out", out]
     elif (out / "config.json").exists():
         arguments = ["--resume", "--out", out]
     else:
@@ -73,10 +92,19 @@ def progress(job: str, out: Path) -> int:
     """Return the number of records, shards or files that a job has written."""
     if job == "tokens":
         return len(list(out.glob("*.safetensors")))
+    if job == "prepare":
+        return sum(len(list(folder.glob("*.tar"))) for folder in unfinished(out))
+    if job == "paper":
+        return sum(path.read_bytes().count(b"\n") for path in out.rglob("metrics.jsonl"))
     if job in ("evaluate", "sample"):
         return sum(path.is_file() for path in out.rglob("*"))
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def unfinished(out: Path) -> list[Path]:
+    """Return the folders that a job fills beside its own before they take its place."""
+    return [path for path in out.parent.glob(f".{out.name}.*") if path.is_dir()]
 
 
 def children(process: "subprocess.Popen[bytes]") -> list[int]:
@@ -97,6 +125,8 @@ def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, 
         os.kill(found[-1], signal.SIGKILL)
     elif kind in ("tensorboard", "vanished") and (folder := out / kind if kind == "tensorboard" else out).exists():
         shutil.rmtree(folder, ignore_errors=True)
+    elif kind == "vanished" and job == "prepare" and (folders := unfinished(out)):
+        shutil.rmtree(folders[0], ignore_errors=True)
     elif kind == "full":
         hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, hard))
@@ -106,10 +136,10 @@ def disturb(kind: str, process: "subprocess.Popen[bytes]", job: str, out: Path, 
     elif kind == "reader" and process.stdout:
         process.stdout.close()
         process.stdout = None
-    elif kind == "second" and any(out.glob(".*.lock")):
+    elif kind == "second" and any(out.rglob(".*.lock")):
         second = start(job, out, base)
         said = second.communicate(timeout=PATIENCE_SECONDS)[1].decode()
-        ended = process.poll() is not None or not any(out.glob(".*.lock"))
+        ended = process.poll() is not None or not any(out.rglob(".*.lock"))
         refusals = (f"in use by process {process.pid}", *(["not an empty folder"] if job == "sample" else []))
         assert ended or (second.returncode == 1 and any(refusal in said for refusal in refusals)), said
     else:
@@ -122,9 +152,9 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
     alone, attempts = True, 0
     while True:
         kind, attempts = rng.choice(DISTURBANCES) if attempts < 6 else "none", attempts + 1
-        ranks = kind in ("ranks", "rank") and out.exists() and job != "sample"
+        ranks = kind in ("ranks", "rank") and out.exists() and job not in ALONE
         alone &= not ranks
-        if job == "sample":  # it samples into new folders only
+        if job == "sample":  # into new folders only
             shutil.rmtree(out, ignore_errors=True)
         process = start(job, out, base, ranks)
         due = progress(job, out) + rng.choice((0, 1, 1, 2, 2, 3))  # 0: while it starts
@@ -141,6 +171,9 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
             raise AssertionError(f"{job} did not end within {PATIENCE_SECONDS:.0f} seconds of {kind}") from None
         finally:
             process.kill()
+        assert job != "prepare" or process.returncode < 0 or not unfinished(out), f"{job} left a folder after {kind}"
+        for folder in unfinished(out):
+            shutil.rmtree(folder)
         if process.returncode == 0 and out.exists():
             return alone
         # A run that lost its folder or could not write its files reports it and exits with 1.
@@ -148,13 +181,14 @@ def run(job: str, out: Path, base: Path, counts: Counter[str], rng: random.Rando
         expected |= {1} if kind in ("vanished", "full", "worker", "rank") else set()
         expected |= {0} if kind == "vanished" else set()  # removed after its end
         assert process.returncode in expected, f"{job} ended with {process.returncode} after {kind}: {said[-3000:]}"
-        assert kind != "worker" or "data worker" in said, f"{job} after {kind}: {said[-3000:]}"
-        # torchrun prints one of its own.
-        assert "Traceback" not in said or kind in ("SIGINT", "rank"), f"{job} after {kind}: {said[-3000:]}"
+        assert kind != "worker" or job == "paper" or "data worker" in said, f"{job} after {kind}: {said[-3000:]}"
+        # torchrun prints one of its own, and so does Python's server of processes.
+        own = kind in ("SIGINT", "rank") or (job == "paper" and kind in ("SIGKILL", "worker"))
+        assert "Traceback" not in said or own, f"{job} after {kind}: {said[-3000:]}"
 
 
 def same(job: str, a: Path, b: Path, alone: bool) -> None:
-    if job in ("tokens", "sample"):
+    if job in ("tokens", "sample", "prepare"):
         names = sorted(path.name for path in a.iterdir())
         assert names == sorted(path.name for path in b.iterdir())
         assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
@@ -165,6 +199,10 @@ def same(job: str, a: Path, b: Path, alone: bool) -> None:
         for name, found in first.items():
             x, y = found["value"], second[name]["value"]
             assert x == y if alone else abs(x - y) <= 1e-3 * abs(x), (name, x, y)
+    elif job == "paper":
+        assert (a / "table2.csv").read_text() == (b / "table2.csv").read_text()
+        for run in sorted(path.parent.relative_to(a) for path in a.rglob("metrics.jsonl")):
+            assert_same_run(a / run, b / run)
     elif alone:
         assert_same_run(a, b)
     else:
@@ -187,6 +225,7 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
+        make_archive(base / "archive")
         for job in JOBS:
             process = start(job, base / job, base)
             said = process.communicate()[1]

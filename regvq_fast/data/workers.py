@@ -1,6 +1,7 @@
 """Processes and threads that load data: their signals, and limits on waiting for them."""
 
 import atexit
+import multiprocessing
 import os
 import queue
 import signal
@@ -92,8 +93,8 @@ def _load(batches: Iterator[Any], asked: Any, loaded: Any, device: int | None) -
 class PatientBatches(Iterator[Any]):
     """Batches of worker processes, which end with this iterator.
 
-    A thread kills the worker of the next batch if that takes too long. DataLoader's own timeout does not end a wait for
-    a worker in the middle of sending a batch.
+    A thread kills the workers if the next batch takes too long, or if one of them is no more. DataLoader's own timeout
+    does not end a wait for a worker in the middle of sending a batch.
 
     Raises:
         WorkersFailed: a worker ended, or did not deliver the next batch for five minutes; the message names it.
@@ -123,9 +124,10 @@ class PatientBatches(Iterator[Any]):
             self._since = None
 
     def end_if_stuck(self) -> None:
-        """Kill the worker of the next batch if the wait is too long, which ends the wait."""
+        """Kill the worker of the next batch if the wait is too long; end a wait for a batch that was sent in part."""
         since = self._since
-        if since is not None and time.monotonic() - since > PATIENCE_SECONDS:
+        waited = 0.0 if since is None else time.monotonic() - since
+        if waited > PATIENCE_SECONDS and not self._stuck:
             number = self._batches._task_info[self._batches._rcvd_idx][0]
             worker = self._batches._workers[number]
             try:
@@ -137,6 +139,14 @@ class PatientBatches(Iterator[Any]):
                 f"no data for {PATIENCE_SECONDS:.0f} seconds: data worker {number} (process {worker.pid}) {does}"
             )
             worker.kill()
+        elif waited > _LOOK_SECONDS and (why := self._stuck or self._failure()):
+            self._stuck = why
+            # The other workers and this process can write to the pipe, too: only without them it is at its end.
+            for worker in self._batches._workers:
+                worker.kill()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._batches._worker_result_queue._writer.fileno(), inheritable=False)
+            os.close(nowhere)
 
     def _failure(self) -> str:
         """Return a message about a worker that ended; empty if all live."""
@@ -203,6 +213,18 @@ def start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     Queue._on_queue_feeder_error = staticmethod(_end_unheard)  # type: ignore[attr-defined]
     sys.excepthook = _report
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(), os.getppid()), daemon=True).start()
+
+
+def _end_with(parent: Any, number: int) -> None:
+    """End this worker after a parent that was killed.
+
+    DataLoader's worker sees that, too, but then waits until the batches that it has loaded are sent; those that don't
+    fit into the pipe never are.
+    """
+    while parent.is_alive() and os.getppid() == number:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -78,6 +78,17 @@ def test_validation_is_exact_and_that_of_the_data_set_read_as_a_whole(tmp_path: 
         streamed[3]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damage_in_the_middle_of_a_file_names_the_data_set(tmp_path: Path, split: str) -> None:
+    data = published(tmp_path, shards=1)
+    path = tmp_path / ("train-00000.parquet" if split == "train" else "validation-00000.parquet")
+    content = bytearray(path.read_bytes())
+    content[20:200] = bytes(180)  # the footer, which is read first, is whole
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*can't be read"):
+        build_dataset(data, split=split, image_size=8)[0]
+
+
 def test_held_out_images_are_never_trained_on(tmp_path: Path) -> None:
     table(range(200)).to_parquet(tmp_path / "train-0.parquet")
     data = source(tmp_path, stream="", length="200")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from regvq_fast.data import ImageFolder, training_batches, validation_batches
 from regvq_fast.data.datasets import build_dataset
-from regvq_fast.data.loading import TimedBatches, default_workers, spread_samples
+from regvq_fast.data.loading import TimedBatches, default_workers, in_order, spread_samples
 from regvq_fast.data.workers import WorkersFailed, start_worker
 from regvq_fast.scenes import ScenesDataset
 
@@ -241,6 +241,21 @@ def test_loaders_do_not_keep_python_from_ending(use: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_workers_end_when_their_parent_is_killed_though_their_batches_fill_the_pipe():
+    """DataLoader's worker waits until they are sent, and would wait forever."""
+    code = (
+        "import os, signal, time\n"
+        "from regvq_fast.data.loading import in_order\n"
+        "batches = iter(in_order([bytes(10**6)] * 9, workers=1))\n"
+        "next(batches)\n"
+        "time.sleep(2)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # The worker has the output, too: it is at its end when both are.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+
+
 def test_samples_spread_over_sorted_images_are_of_every_class(tmp_path):
     for name in ("cow", "fox"):
         for k in range(8):
@@ -275,6 +290,19 @@ def test_a_worker_that_ends_is_an_error_of_the_wait_for_its_batch_alone():
         time.sleep(0.01)
     with pytest.raises(WorkersFailed, match=rf"worker 0 \(process {worker.pid}\) ended by SIGKILL; --workers 0"):
         take(batches, 100)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_killed_while_it_sends_a_batch_ends_the_wait_for_the_rest(workers, monkeypatch):
+    """Another worker has the pipe open, too, and waits for its turn to write."""
+    monkeypatch.setattr("regvq_fast.data.workers._LOOK_SECONDS", 0.2)
+    batches = iter(in_order([bytes(10**6)] * 9, workers=workers))
+    time.sleep(2)  # the first batch is larger than the pipe
+    worker = batches._batches._workers[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkersFailed, match=rf"worker 0 \(process {worker.pid}\) ended by SIGKILL; --workers 0"):
+        list(batches)
+    assert not any(process.is_alive() for process in batches._batches._workers)
 
 
 def test_without_workers_a_thread_loads_and_ends_with_the_batches():

@@ -12,7 +12,7 @@ from helpers.hostile_images import encoded, gradient
 from helpers.tiny_models import TinyNet
 from torch import Tensor
 
-from regvq_fast.data.huggingface.table import HuggingFaceImages
+from regvq_fast.data import HuggingFaceImages, HuggingFaceStream
 from regvq_fast.evaluation.fid import FeatureStatistics, frechet_distance, make_reference
 from regvq_fast.evaluation.suite import ReferenceBatch
 from regvq_fast.models.model import read_model
@@ -116,6 +116,7 @@ def _quiet(folder: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     datasets.config.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
     datasets.config.HF_DATASETS_CACHE = str(cache)  # type: ignore[assignment]
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 s at the end of a stream
     datasets.disable_progress_bars()
 
 
@@ -139,10 +140,19 @@ def _read_table(folder: Path) -> None:
         _check((data[k] for k in range(min(len(data), 8))), "caption label", None, len(data.label_names))
 
 
+def _read_stream(folder: Path) -> None:
+    _quiet(folder)
+    for split in ("train", "val"):
+        source = f"hf:{folder / 'data'}?stream=&length=8"
+        data = HuggingFaceStream(source, split, SIDE, fields=("caption", "label"))
+        _check((data[k] for k in range(min(len(data), 8))), "caption label", None, len(data.label_names))
+
+
 MODEL_READERS = {
     "priors alone": Reader(_make_prior, _read_prior),
     "reference.npz": Reader(_make_reference, _read_reference),
     "statistics": Reader(_make_statistics, _read_statistics, writes=True),
     "parquet": Reader(_make_parquet, _read_table),
+    "parquet, streamed": Reader(_make_parquet, _read_stream),
     "save_to_disk": Reader(_make_saved, _read_table),
 }

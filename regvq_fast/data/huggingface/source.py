@@ -114,7 +114,7 @@ def open_splits(source: Source) -> Mapping[str, Any]:
     except Exception as error:  # of datasets, the hub or Arrow
         if is_of_the_machine(error):
             raise
-        raise _explained(error, source) from None
+        raise explained(error, source) from None
     return opened if isinstance(opened, dict) else {"train": opened}
 
 
@@ -142,16 +142,8 @@ def find_split(source: Source, names: Collection[str], split: Split) -> tuple[st
     return shared, False
 
 
-def _is_saved(path: str | os.PathLike[str]) -> bool:
-    """Return whether ``save_to_disk`` of a Dataset or a DatasetDict wrote this folder."""
-    folder = Path(path)
-    return (folder / "dataset_dict.json").is_file() or all(
-        (folder / name).is_file() for name in ("dataset_info.json", "state.json")
-    )
-
-
-def _explained(error: Exception, source: Source) -> Exception:
-    """Return an error with one sentence for an error in opening a data set."""
+def explained(error: Exception, source: Source) -> Exception:
+    """Return an error with one sentence for an error in opening or reading a data set."""
     reason = " ".join(str(error).split())
     kind = type(error).__name__
     if kind == "DatasetNotFoundError":
@@ -175,3 +167,11 @@ def _explained(error: Exception, source: Source) -> Exception:
         return ValueError(f"{source.text} has the configurations {names}: choose one as ?config=NAME")
     kept: type[Exception] = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
     return kept(f"{source.text} can't be read as a data set of images: {textwrap.shorten(reason, 200)} ({kind})")
+
+
+def _is_saved(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``save_to_disk`` of a Dataset or a DatasetDict wrote this folder."""
+    folder = Path(path)
+    return (folder / "dataset_dict.json").is_file() or all(
+        (folder / name).is_file() for name in ("dataset_info.json", "state.json")
+    )

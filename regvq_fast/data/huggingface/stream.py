@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 
 from regvq_fast.console import warn_once
 from regvq_fast.data.huggingface.columns import file_of, find_fields, require_column, without_decoding
-from regvq_fast.data.huggingface.source import find_split, is_stream, open_splits, parse_source
+from regvq_fast.data.huggingface.source import explained, find_split, is_stream, open_splits, parse_source
 from regvq_fast.data.image_dataset import FieldCounts, Provenance, SplitSettings
 from regvq_fast.data.image_files import CROP, HOLD_OUT, RESIZE, ImageFileDataset
 from regvq_fast.data.reading import is_of_the_machine, why_unreadable
@@ -72,7 +72,7 @@ class HuggingFaceStream(ImageFileDataset):
         self._stream = without_decoding(stream, self._columns).select_columns(sorted(set(self._columns.values())))
         self._reader: tuple[int, Iterator[Mapping[str, Any]]] | None = None
         if self.split == "val":
-            self._take(list(islice(filter(self._serves, _rows(self._stream)), self.limit)))
+            self._take(list(islice(filter(self._serves, self._each_row(self._stream)), self.limit)))
             if not self._rows:
                 raise ValueError(f"no image of {self.source} ({name}) is a validation image with the fields")
             self._start(len(self._rows))
@@ -120,6 +120,16 @@ class HuggingFaceStream(ImageFileDataset):
                     raise
                 logger.warning("skipped unreadable image %s (%s)", self._name(0), why_unreadable(error))
         raise ValueError(f"none of {MOST_UNREADABLE} images of {self.source} in a row can be read")
+
+    def _each_row(self, stream: Any) -> Iterator[Mapping[str, Any]]:
+        """Yield the rows of a stream, as batches of one: plain iteration would divide them among workers again."""
+        try:
+            for batch in stream.iter(batch_size=1):
+                yield {column: values[0] for column, values in batch.items()}
+        except Exception as error:  # of datasets, the hub or Arrow
+            if is_of_the_machine(error):
+                raise
+            raise explained(error, self._parsed) from None
 
     def _take(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep the rows of the next samples: all of validation, or one of training."""
@@ -184,7 +194,7 @@ class HuggingFaceStream(ImageFileDataset):
         while True:
             stream.set_epoch(epoch)
             served = 0
-            for row in filter(self._serves, _rows(stream)):
+            for row in filter(self._serves, self._each_row(stream)):
                 served += 1
                 yield row
             if not served:
@@ -196,9 +206,3 @@ class HuggingFaceStream(ImageFileDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reader": None}  # an iterator can't be pickled, and each process needs its own
-
-
-def _rows(stream: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a stream, as batches of one: plain iteration would divide them among workers again."""
-    for batch in stream.iter(batch_size=1):
-        yield {column: values[0] for column, values in batch.items()}
