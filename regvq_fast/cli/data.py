@@ -20,11 +20,11 @@ from regvq_fast.settings import changed_flags
 
 USAGE = """Check the paper's data sets and ImageNet, pack them into shards, or make two small data sets.
 
-    regvq data verify --dataset cub200 --root data/               # which files exist, where to get the rest
-    regvq data verify --root data/CUB_200_2011 --decode           # also decode every file
-    regvq data prepare --root data/CUB_200_2011 --out cub-shards  # resized, as tar files for --data
-    regvq data emoji --out emoji                                  # 1,906 images with names and groups, for --data
-    regvq data photos --out photos                                # 2,200 crops of ten photographs, for --data
+    regvq data verify --dataset cub200 --root data/      # list missing files
+    regvq data verify --root data/CUB_200_2011 --decode  # also decode the files
+    regvq data prepare --root data/CUB_200_2011 --out cub-shards
+    regvq data emoji --out emoji                         # 1,906 captioned emoji
+    regvq data photos --out photos                       # 2,200 labelled crops
 
 Training reads the archives' folders as they are: --data data/CUB_200_2011. docs/data.md has addresses, layouts, splits.
 """
@@ -73,7 +73,7 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
     if command.workers is not None and command.workers < 0:
         raise ValueError(f"--workers must not be negative, got {command.workers}")
     if command.command == "verify" and command.out is not None:
-        raise ValueError(f"--out {command.out} is for prepare; verify writes nothing: leave it out")
+        raise ValueError(f"--out {command.out} is not for verify, which writes nothing: leave it out")
     if command.command != "verify" and command.out is None:
         raise ValueError(f"{command.command} needs a folder to write to: name a new one with --out")
     if command.command == "prepare" and command.decode:

@@ -25,8 +25,8 @@ from regvq_fast.settings import Section
 
 USAGE = """Open a web page to use a tokenizer and its priors: reconstruct an image, paint a map, type a caption.
 
-    regvq demo                                              # models of the embedded scenes
-    regvq demo --run runs/vq                                # a run, and the priors of its tokens beside it
+    regvq demo                     # models of the embedded scenes
+    regvq demo --run runs/vq       # a run, and priors of its tokens beside it
     regvq demo --run runs/vq --prior-runs runs/ar runs/diffusion
     regvq demo --prior-runs runs/diffusion --port 8080
 

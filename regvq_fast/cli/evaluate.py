@@ -50,11 +50,11 @@ ENTROPY_MAP = "token_entropy.png"
 
 USAGE = """Measure a trained tokenizer, and images sampled by a prior, over a whole validation split.
 
-    regvq evaluate --run runs/vq                                    # PSNR, SSIM, LPIPS, codebook, FID[R]
-    regvq evaluate --prior-run runs/ar --top-p 0.95                 # and FID[G] of images by the prior
-    regvq evaluate --images samples --data photos --image-size 256  # FID[G] of images that are there
-    regvq evaluate --images samples.npz --reference reference.npz   # FID, sFID, IS ... by ADM's evaluation suite
-    regvq evaluate --run runs/vq --fid-features vgg16:vgg16.pth     # with other features, named as such
+    regvq evaluate --run runs/vq                     # PSNR, SSIM, LPIPS, FID[R]
+    regvq evaluate --prior-run runs/ar --top-p 0.95  # and FID[G] of its samples
+    regvq evaluate --images samples --data photos --image-size 256  # FID[G]
+    regvq evaluate --images samples.npz --reference reference.npz   # like ADM
+    regvq evaluate --run runs/vq --fid-features vgg16:vgg16.pth
 
 Writes evaluation.json: each number beside the protocol it was measured by. Of a tokenizer also code_counts.json and
 token_entropy.png.

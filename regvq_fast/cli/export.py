@@ -21,7 +21,7 @@ DESCRIPTION = "export.json"
 
 USAGE = """Export a tokenizer as two programs that run without this library.
 
-    regvq export --run runs/vq --out exported --format pt2    # torch.export.load
+    regvq export --run runs/vq --out exported --format pt2    # torch.export
     regvq export --run runs/vq --out exported --format onnx   # ONNX Runtime
 
 - encoder: images (B, 3, H, W) float32 in [-1, 1] to tokens (B, h, w) int64.

@@ -7,7 +7,7 @@ from regvq_fast.paper import PaperConfig, reproduce
 
 USAGE = """Reproduce a table or a sweep of the paper: every row from training to metrics.
 
-    regvq paper table2 --fid-features random-vgg16 --amp           # embedded scenes, tiny: a CPU will do
+    regvq paper table2 --fid-features random-vgg16 --amp  # minutes a row, CPU
     regvq paper codebook-size --fid-features vgg16:vgg16.pth --perceptual-weights vgg16.pth --seeds 0 1 2
     regvq paper table1 --preset ade20k --scale full --data ADE20K/ --processes 4 --compile --amp
 

@@ -27,7 +27,7 @@ USAGE = """Publish a run on the Hugging Face Hub, with a model card of its setti
 
     regvq push --run runs/vq --to me/scenes-vq --out published   # a dry run
     regvq push --run runs/vq --to me/scenes-vq --private
-    regvq push --run runs/ar --to me/scenes-ar --license mit     # a prior, with its tokenizer
+    regvq push --run runs/ar --to me/scenes-ar --license mit  # and tokenizer
 
 Log in with `hf auth login` first. The upload has the final model, config.json, evaluation.json,
 the last images and the card, but no checkpoints and no logs; local paths are cut to their last

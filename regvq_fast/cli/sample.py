@@ -38,15 +38,15 @@ _STRIP = 12  # largest number of states in a strip
 
 USAGE = """Sample images from a trained prior.
 
-    regvq sample --out samples                                        # the embedded prior of the scenes
-    regvq sample --run runs/ar --out samples                          # maps of the validation split
+    regvq sample --out samples                # the embedded prior of the scenes
+    regvq sample --run runs/ar --out samples  # maps of the validation split
     regvq sample --run runs/ar --out samples --map map.png --top-p 0.95 --guidance 2
     regvq sample --run runs/diffusion --out samples --text "grass on the left and bricks on the right"
     regvq sample --run runs/ar --out samples --label "golden retriever" --guidance 2
-    regvq sample --run runs/ar --out samples --per-class 50           # every label of the prior
+    regvq sample --run runs/ar --out samples --per-class 50  # 50 images a label
     regvq sample --run runs/ar --out samples --map map.png --edit photo.png --mask mask.png
     regvq sample --run runs/ar --out samples --edit photo.png --extend right right
-    regvq sample --run runs/ar --out samples --num-images 50000 --npz samples.npz   # for regvq evaluate --reference
+    regvq sample --run runs/ar --out samples --num-images 50000 --npz samples.npz
 
 --out gets each image as NUMBER.png, and grid.png: images under what they are conditioned on.
 """

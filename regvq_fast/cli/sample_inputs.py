@@ -59,7 +59,7 @@ class SubjectConfig(Section):
     map: Path | None = None
     """Semantic map: image with class ids as pixels (grayscale or palette); center-cropped, like --edit and --mask."""
     text: tuple[str, ...] = ()
-    """Captions."""
+    """Captions, each in quotes."""
     label: tuple[str, ...] = ()
     """Labels, by name or number. Default: all labels of the prior."""
     data: Path | None = None

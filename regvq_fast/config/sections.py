@@ -32,7 +32,7 @@ class OptimizerConfig(Section):
     steps: OptionalInt = None
     """Optimizer steps; None: set by --epochs."""
     epochs: int = 100
-    """Passes over the images; ignored with --steps."""
+    """Passes over the images, unless --steps is given."""
     batch_size: int = 16
     """Images per step, over all ranks."""
     accumulate: Annotated[int, arg(name="grad-accum-steps", metavar="N")] = 1
@@ -42,7 +42,7 @@ class OptimizerConfig(Section):
     betas: Annotated[tuple[float, float], arg(metavar="X X")] = (0.9, 0.95)
     """Betas of AdamW."""
     weight_decay: float = 0.01
-    """Weight decay of matrices and kernels."""
+    """Weight decay of matrices and convolutions."""
     warmup_steps: int = 100
     """Linear warm-up steps."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -104,9 +104,9 @@ class FolderConfig(Section):
     """Origin and folder of a run."""
 
     preset: PresetName = "scenes"
-    """Named set of defaults."""
+    """Defaults; --preset NAME --help shows them."""
     config: OptionalPath = None
-    """Start a new run from a run's config.json."""
+    """Start a new run with the settings of this config.json."""
     out: OptionalPath = None
     """Run folder; default: runs/PRESET-KIND-DATE."""
     resume: FlagCreatePairsOff[bool] = False
@@ -117,12 +117,14 @@ class FolderConfig(Section):
 class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderConfig):
     """Run."""
 
+    compile: bool = False
+    """torch.compile; on a CPU from 5000 steps on."""
     deterministic: bool = False
     """Reproducible GPU runs; CPU runs always are."""
     activation_checkpointing: bool = False
     """Recompute activations: less memory, slower."""
     find_batch_size: FlagCreatePairsOff[bool] = False
-    """Print the largest batch that fits, and exit."""
+    """Print the largest batch that fits a GPU; exit."""
     trace_steps: int = 0
     """Steps to profile into OUT/trace.json."""
     log: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("tensorboard",)
@@ -132,13 +134,13 @@ class RunConfig(CompileConfig, LoadingConfig, DeviceConfig, SeedConfig, FolderCo
     image_every: int = 250
     """Steps between saved images."""
     eval_every: int = 0
-    """Steps between evaluations; 0: final only."""
+    """Steps between evaluations; 0: at the end only."""
     checkpoint_every: Annotated[int, arg(metavar="N")] = 500
-    """Steps between checkpoints; 0: final only."""
+    """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: Annotated[int, arg(metavar="N")] = 2
     """Newest checkpoints kept, besides the best."""
     max_skipped: int = 20
-    """Non-finite steps in a row before an error."""
+    """Non-finite steps in a row; more are an error."""
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -109,15 +109,15 @@ class QuantizerConfig(Section):
     """Settings of all quantizers. `quantizer_section` adds those of one quantizer; sizes are then its actual ones."""
 
     quantizer: Literal[tuple(QUANTIZERS)] = next(iter(QUANTIZERS))  # type: ignore[valid-type]
-    """Reg-VQ or a baseline, each with its own flags."""
+    """Reg-VQ or baseline; add --help for its flags."""
     num_codes: int = 256
     """Codebook size N."""
     code_dim: int = 32
-    """Channels D of a code, unless N decides them."""
+    """Channels D of a code; ignored by fsq, lfq and bsq."""
     fp32_scores: bool = False
     """Scores in fp32 on a GPU even under --amp."""
     collapse_threshold: Annotated[float, arg(metavar="X")] = 0.1
-    """Warn below this fraction of uniform code usage."""
+    """Warn below this fraction of uniform use; 0: off."""
 
     def __post_init__(self) -> None:
         if not isinstance(self, QuantizerSettings):

@@ -45,7 +45,7 @@ class PaperConfig(CompileConfig, DeviceConfig):
     experiment: Positional[ExperimentName]
     """Table or sweep."""
     preset: PresetName = "scenes"
-    """Data set; at scale full also its settings."""
+    """Data set, not imagenet; at scale full also its settings."""
     scale: Scale = "tiny"
     """tiny: minutes per row, even on a CPU. full: the paper's sizes (scenes: 128 px), for GPUs."""
     data: Path | None = None

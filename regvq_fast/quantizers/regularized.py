@@ -50,9 +50,9 @@ class RegularizedSettings(QuantizerSettings):
     mask_ratio: float = 0.4
     """Fraction of stochastic positions."""
     perturbed: float = 0.6
-    """Fraction of them off their best code."""
+    """Fraction of stochastic ones off their best code."""
     mask_mode: MaskMode = "exact"
-    """Exact per image, or independent."""
+    """Exact number per image, or independently."""
     tau: float = 0.9
     """Gumbel-softmax temperature."""
     prior_weight: Annotated[float, arg(name="kl-weight")] = 0.1

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import unicodedata
 from collections import Counter
 from contextlib import redirect_stdout
@@ -32,9 +33,17 @@ def parsers_help(name: str) -> str:
     ):
         run(name, ["--help", "--help"])  # twice: not from the page
     shown = unicodedata.normalize("NFKD", text.getvalue()).encode("ascii", "ignore").decode()
-    shown = "\n".join(line.rstrip() for line in shown.strip().splitlines()) + "\n"
+    shown = "\n".join(_wrapped(line.rstrip()) for line in shown.strip().splitlines()) + "\n"
     # Of training commands, whose other flags have sections, -h would be a section of its own.
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" options\n -+\n  -h, --help .*\n\n", "", shown))
+
+
+def _wrapped(line: str) -> str:
+    """Wrap a line of prose, which the parser leaves as long as it is; commands are indented and stay whole."""
+    if len(line) <= 80 or line.startswith("    "):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 80, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def words(text: str) -> Counter[str]:
@@ -47,7 +56,9 @@ def test_pages_are_what_the_parsers_say(name: str) -> None:
     page = (PAGES / f"{name.replace(' ', '-')}.txt").read_text(encoding="utf-8")
     differ = words(page) - words(parsers_help(name)) | words(parsers_help(name)) - words(page)
     assert not differ, f"run python {Path(__file__).relative_to(ROOT)}"
-    assert max(map(len, page.partition(" -----")[2].splitlines())) <= 80
+    usage, _, flags = page.partition(" -----")
+    assert max(map(len, flags.splitlines())) <= 80
+    assert all(len(line) <= 80 or line.startswith("    ") for line in usage.splitlines())
     assert page.isascii()
 
 

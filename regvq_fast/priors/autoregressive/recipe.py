@@ -16,8 +16,8 @@ class ARRecipe(ClassIdRecipe[ARConfig]):
     command = "train ar"
     usage = """Train the autoregressive prior: a transformer over the tokens of an image, given a map or label.
 
-    regvq train ar --cache runs/tokens --compile --amp                # tokens of a cache
-    regvq train ar --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
+    regvq train ar --cache runs/tokens --compile --amp
+    regvq train ar --on-the-fly --tokenizer runs/vq --compile --amp
     regvq train ar --preset ade20k --cache ADE20K/tokens --compile --amp
     torchrun --nproc-per-node 4 -m regvq_fast train ar --preset ade20k --cache ADE20K/tokens --compile --amp
     regvq train ar --resume --out runs/NAME

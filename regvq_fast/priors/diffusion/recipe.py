@@ -20,8 +20,8 @@ class DiffusionRecipe(PriorRecipe[DiffusionConfig]):
     command = "train diffusion"
     usage = """Train the diffusion prior: VQ-Diffusion over the tokens of an image, given its caption or label.
 
-    regvq train diffusion --cache runs/tokens --compile --amp                # tokens of a cache
-    regvq train diffusion --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
+    regvq train diffusion --cache runs/tokens --compile --amp
+    regvq train diffusion --on-the-fly --tokenizer runs/vq --compile --amp
     regvq train diffusion --preset coco --cache COCO/tokens --compile --amp
     torchrun --nproc-per-node 4 -m regvq_fast train diffusion --preset coco --cache COCO/tokens --compile --amp
     regvq train diffusion --resume --out runs/NAME

@@ -17,8 +17,8 @@ class MaskGITRecipe(ClassIdRecipe[MaskGITConfig]):
     command = "train maskgit"
     usage = """Train the masked prior: MaskGIT over the tokens of an image, given a map or label.
 
-    regvq train maskgit --cache runs/tokens --compile --amp                # tokens of a cache
-    regvq train maskgit --on-the-fly --tokenizer runs/vq --compile --amp   # tokens made in every step
+    regvq train maskgit --cache runs/tokens --compile --amp
+    regvq train maskgit --on-the-fly --tokenizer runs/vq --compile --amp
     regvq train maskgit --preset imagenet --cache ImageNet/tokens --compile --amp
     torchrun --nproc-per-node 8 -m regvq_fast train maskgit --preset imagenet --cache ImageNet/tokens --compile --amp
     regvq train maskgit --resume --out runs/NAME
