@@ -73,7 +73,10 @@ def decode(config: DecodeConfig) -> None:
     stated = encoded.num_codes, encoded.downsampling_factor
     sizes = used.model.quantize.num_codes, used.model.downsampling_factor
     if stated != sizes:
-        raise ValueError(f"{config.tokens} states (codes, pixels a token) {stated}, --run {config.run} has {sizes}")
+        raise ValueError(
+            f"{config.tokens} states (codes, pixels a token) {stated}, --run {config.run} has {sizes}: encode the "
+            "images again"
+        )
     console, start = Console(), time.perf_counter()
     maps = map(_Map, encoded.names, encoded.tokens, encoded.sizes)
     with kept_folder(config.out) as check, progress_bar(console) as progress:
@@ -94,9 +97,9 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
     for name in names:
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
-            raise ValueError(f"{path} has an image named {name!r}, which is not a relative path")
+            raise ValueError(f"{path} has an image named {name!r}, which is not a relative path: encode again")
         if (found := output_name(name)) in seen:
-            raise ValueError(f"{path} has two images that would both become {found}")
+            raise ValueError(f"{path} has two images that would both become {found}: encode again")
         seen.add(found)
 
 

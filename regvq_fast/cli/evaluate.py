@@ -109,7 +109,9 @@ class _SplitEvaluation:
         assert size is not None  # checked
         for name, least in self._least_sizes():
             if size < least:
-                raise ValueError(f"{name} needs images of at least {least} pixels a side, these have {size}")
+                raise ValueError(
+                    f"{name} needs images of at least {least} pixels a side, these have {size}: use larger ones"
+                )
         data = data_of(config, self.sampler)
         self.dataset = build_dataset(
             data,

@@ -39,7 +39,10 @@ class SuiteEvaluation:
         self.samples = open_samples(images)
         self.reference.check(self.samples, net)
         if (least := min(self.samples.image_size)) < net.min_size:
-            raise ValueError(f"{net.name} needs images of at least {net.min_size} pixels a side, these have {least}")
+            raise ValueError(
+                f"{net.name} needs images of at least {net.min_size} pixels a side, these have {least}: choose other "
+                "--fid-features"
+            )
 
     def measure(self) -> dict[str, Measurement]:
         """Return the metrics by key."""

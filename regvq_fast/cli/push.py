@@ -91,7 +91,7 @@ def published_files(run: Path, name: HubName, license: str | None = None) -> dic
         ValueError: an unfinished run, a damaged file, a prior without its tokenizer, or measurements of other weights.
     """
     if not run.is_dir():
-        raise FileNotFoundError(f"no such folder: --run {run}")
+        raise FileNotFoundError(f"no such folder: --run {run}; give the folder of a run")
     if not (run / WEIGHTS).exists() and (steps := step_folders(run)):
         raise ValueError(
             f"{run} is not finished: continue it with --resume, or publish its newest checkpoint, --run "

@@ -207,4 +207,4 @@ def read_images(files: Iterable[ImageFile], square: int | None = None) -> Iterat
         any_read = True
         yield OpenedImage(name, pixels)
     if not any_read:
-        raise ValueError("none of the images can be read")
+        raise ValueError("none of the images can be read: give others; the warnings above name each")

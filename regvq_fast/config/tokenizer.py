@@ -232,7 +232,7 @@ class LossConfig(Section):
         check_adamw("--disc-lr", self.disc_lr, "--disc-betas", self.disc_betas)
         if self.contrastive != "none" and self.contrastive_patches < 2:
             raise ValueError(
-                f"--contrastive-patches must be at least 2 (one is negative), got {self.contrastive_patches}"
+                f"--contrastive-patches must be at least 2, since one has no negatives, got {self.contrastive_patches}"
             )
         if self.contrastive_weights is not None and not self.has_own_contrastive_net:
             serves = f"with --contrastive-net {self.contrastive_net} the perceptual one serves both"

@@ -143,7 +143,7 @@ def read_info(folder: Path) -> CacheInfo:
             info.check()
             return info
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, or does not describe a token cache ({error})") from None
+        raise ValueError(f"{path} is damaged, or not of a token cache ({error}): make the cache again") from None
     raise ValueError(f"{path} is of format {version!r}, this version reads {FORMAT}: make the cache again")
 
 

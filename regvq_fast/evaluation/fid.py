@@ -225,7 +225,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
         ValueError: the split is empty.
     """
     if not len(dataset):
-        raise ValueError("the split is empty: no image to evaluate")
+        raise ValueError("the split is empty, with no image to evaluate: give data with two or more")
     origin = dataset.provenance() if isinstance(dataset, ImageDataset) else Provenance(type(dataset).__name__)
     digest = hashlib.sha256()
     for file in origin.files:

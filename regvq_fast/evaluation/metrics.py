@@ -170,11 +170,11 @@ class SampledImages(Dataset[Sample]):
 
     def __init__(self, folder: Path, image_size: int | None = None) -> None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"no such folder of images: {folder}")
+            raise FileNotFoundError(f"no such folder of images: {folder}; give one, or an .npz file")
         found = [Path(file) for file in find_files(folder, EXTENSIONS)]
         self.files = [file for file in found if is_image(file.name) and file.name not in _NO_SAMPLES]
         if not self.files:
-            raise FileNotFoundError(f"no images in {folder}")
+            raise FileNotFoundError(f"no images in {folder}; give the folder of sampled images")
         with _opened(self.files[0]) as image:
             wanted = image.size if image_size is None else (image_size, image_size)
         self.image_size = wanted[::-1]

@@ -123,6 +123,10 @@ def _fitted_heads() -> dict[str, Tensor] | None:
         )
     path = Path(spec.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
     if not path.is_file():
-        warnings.warn(f"this torchmetrics has no LPIPS heads ({path}): using uniform ones", stacklevel=3)
+        warnings.warn(
+            f"this torchmetrics has no LPIPS heads ({path}): using uniform ones, which is not LPIPS; install another "
+            "version",
+            stacklevel=3,
+        )
         return None
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -136,7 +136,8 @@ def read_model(source: str | os.PathLike[str], *kinds: type[AnyModel], revision:
     name = description.pop("type", "VQGAN")  # early folders of a VQGAN have no type
     kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if kind is None:
-        raise ValueError(f"{source} holds a {name}, not a {' or '.join(kind.__name__ for kind in kinds)}")
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{source} holds a {name}, not a {wanted}: give the folder of a {wanted}")
     most = 2 * sum(value.numel() for value in weights.values())
     try:
         for number in _whole_numbers(description):

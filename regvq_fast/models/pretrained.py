@@ -176,7 +176,7 @@ def read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} is a file: give its folder, {folder.parent}, or VQGAN.from_taming a file of taming-transformers"
         )
     if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+        raise FileNotFoundError(f"no such folder: {folder}; give a run or a folder of save_pretrained")
     if not (folder / WEIGHTS).exists():
         checkpoints = list(step_folders(folder).values())
         if not checkpoints:

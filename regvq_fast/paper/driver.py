@@ -151,9 +151,12 @@ def _check(config: PaperConfig, experiment: Experiment) -> list[Row]:
         raise ValueError(f"--data {config.data} needs the preset of its data set: give --preset")
     if config.preset != "scenes" and config.data is None:
         raise ValueError(f"--preset {config.preset} needs its images: give their folder with --data PATH")
-    for path in (config.perceptual_weights, config.contrastive_weights):
+    for flag, path in (
+        ("--perceptual-weights", config.perceptual_weights),
+        ("--contrastive-weights", config.contrastive_weights),
+    ):
         if path not in (None, RANDOM) and not path.exists():
-            raise ValueError(f"there is no {path}")
+            raise ValueError(f"{flag} {path} does not exist: give a file of weights, or {RANDOM}")
     rows = experiment.rows[config.scale]
     known = [name for row in rows for name in _names(row)]
     if unknown := [name for name in config.rows if name not in known]:

@@ -60,7 +60,7 @@ class ImageSampler:
         if tokenizer.token_shape != self.prior.token_shape or tokenizer.quantize.num_codes != self.prior.num_codes:
             raise ValueError(
                 f"the tokenizer has {tokenizer.token_shape} tokens of {tokenizer.quantize.num_codes} codes, the prior "
-                f"{self.prior.token_shape} of {self.prior.num_codes}: they do not match"
+                f"{self.prior.token_shape} of {self.prior.num_codes}: give the tokenizer of its training"
             )
         self.hash = weights_hash(prior)[:12]
         if precision.dtype is not None:

@@ -64,7 +64,9 @@ def read_weights(source: str) -> StartingWeights:
     folder = path.parent if path.is_file() else path
     model = VQGAN.from_pretrained(folder if folder.exists() else source)  # which may be a hub id
     if model.in_channels != 3:
-        raise ValueError(f"the weights of {source} take images of {model.in_channels} channels, not 3")
+        raise ValueError(
+            f"the weights of {source} take images of {model.in_channels} channels, but runs have 3: give others"
+        )
     return StartingWeights(model, _discriminator_of(folder), f"{len(model.state_dict())} tensors loaded")
 
 

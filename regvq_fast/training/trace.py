@@ -33,7 +33,7 @@ class StepTrace:
         if count and self._end <= self._begin:
             recorder.warn(
                 f"--trace-steps {count} leaves no trace: the first {WARM} steps are not traced and only "
-                f"{len(steps)} steps are left"
+                f"{len(steps)} steps are left; give more --steps"
             )
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         self._profile = profile(activities=activities) if self._end > self._begin and rank() == 0 else None

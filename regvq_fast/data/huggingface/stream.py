@@ -119,7 +119,9 @@ class HuggingFaceStream(ImageFileDataset):
                 if is_of_the_machine(error):
                     raise
                 logger.warning("skipped unreadable image %s (%s)", self._name(0), why_unreadable(error))
-        raise ValueError(f"none of {MOST_UNREADABLE} images of {self.source} in a row can be read")
+        raise ValueError(
+            f"{MOST_UNREADABLE} images of {self.source} in a row can't be read: check its column of images"
+        )
 
     def _each_row(self, stream: Any) -> Iterator[Mapping[str, Any]]:
         """Yield the rows of a stream, as batches of one: plain iteration would divide them among workers again."""
