@@ -65,7 +65,7 @@ class RegularizedSettings(QuantizerSettings):
     def check(self) -> None:
         super().check()
         if not 0 < self.perturbed < 1:
-            raise ValueError(f"perturbed must be between 0 and 1, got {self.perturbed}")
+            raise ValueError(f"perturbed must be above 0 and below 1, got {self.perturbed}")
         if not 0 <= self.mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
         if not self.tau > 0:
