@@ -53,7 +53,7 @@ class DataCommand:
     out: Path | None = None
     """prepare: folder of the shards; emoji, photos: of the images. Must be new or empty."""
     size: int = 384
-    """prepare: shorter side in pixels; smaller images are kept. Training crops use down to 71 % of it."""
+    """prepare: shorter side in pixels; smaller images are kept. Training crops use down to 67 % of it."""
     quality: int = 95
     """prepare: JPEG quality, without chroma subsampling."""
     shard_mib: int = 1000
