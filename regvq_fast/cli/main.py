@@ -6,8 +6,11 @@ import. `python tests/cli/test_help_pages.py` writes these pages.
 
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -80,16 +83,32 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
         sys.exit(0)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow down shared cores
     try:
-        module = import_module(f"regvq_fast.cli.{COMMANDS[name].module}")
+        with _ending_at_once():
+            module = import_module(f"regvq_fast.cli.{COMMANDS[name].module}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "regvq_fast":
             raise
         sys.exit(f"error: {command(name)} needs {error.name}: {install('train')}")
     except OSError as error:  # of a package that looks for a temporary folder, or for a library
         sys.exit(f"error: {command(name)} can't start: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     module.main([*name.split()[1:], *args])
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C end this process in the block, unless a program has a handler of its own.
+
+    Imports of compiled modules turn its exception into an ImportError.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _split(args: Sequence[str]) -> tuple[str, list[str]]:

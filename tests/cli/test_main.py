@@ -111,6 +111,24 @@ def test_a_package_without_a_temporary_folder_is_an_error_of_one_line(monkeypatc
         start(monkeypatch, "sample")
 
 
+def test_ctrl_c_ends_an_import_that_takes_its_exception_for_a_failure() -> None:
+    """As those of compiled modules do."""
+    code = """
+import signal
+from regvq_fast.cli import main
+def fails(name):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        raise ImportError("initialization failed")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main.import_module = fails
+main.run("sample", [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_the_list_imports_neither_torch_nor_numpy() -> None:
     code = "import sys; sys.argv = ['regvq', '--help']; from regvq_fast.cli.main import main; main()"
     found = subprocess.run([*PYTHON, code], cwd=ROOT, capture_output=True, text=True, check=True)
