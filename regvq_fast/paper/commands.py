@@ -1,4 +1,4 @@
-"""Processes that run the rows' commands, several at a time; a signal lets each save its work, and so does the end of this process.
+"""Processes that run the rows' commands, several at a time; a signal or this process's end lets each save its work.
 
 They are forked from a server that has imported their modules: a start takes 0.1 s instead of several seconds.
 """
