@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -27,11 +28,9 @@ PATIENCE_SECONDS = 300.0
 """Longest wait for a batch in seconds; the failover of a network disk may take minutes."""
 _LOOK_SECONDS = 5.0
 _NO_SHARED_MEMORY = 28  # exit status
+_STUCK = {"T": "is stopped", "D": "waits for a disk that doesn't answer"}  # by state in /proc
 
-_MultiProcessingDataLoaderIter._shutdown = True  # default that __del__ reads if the constructor failed
-
-_in_use: weakref.WeakSet["PatientBatches"] = weakref.WeakSet()
-_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+_running: weakref.WeakSet["_Workers"] = weakref.WeakSet()
 
 
 class WorkersFailed(OSError):
@@ -44,8 +43,61 @@ class WorkerLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         if not self.num_workers:
             return OwnBatches(super().__iter__())
-        with deferred():
-            return PatientBatches(super().__iter__())
+        if self._iterator is None:
+            with deferred():
+                return PatientBatches(super().__iter__())
+        batches = PatientBatches(self._iterator)
+        batches.wait_for(super().__iter__)  # until each worker has answered
+        return batches
+
+    def _get_iterator(self) -> Any:
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        workers = _Workers(self)
+        _running.add(workers)
+        return workers
+
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    """Worker processes and what they loaded; they are killed at the end, wherever they are.
+
+    They have nothing to save, and a stuck one handles no other signal.
+    """
+
+    _shutdown = True  # default that __del__ reads if the constructor failed
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._owner = os.getpid()
+        super().__init__(loader)
+
+    def cut(self) -> None:
+        """Kill the workers, and end a wait for a batch that was sent in part.
+
+        This process can write to the pipe, too: only without that it is at its end.
+        """
+        for worker in self._workers:
+            worker.kill()
+        if hasattr(self, "_pin_memory_thread"):
+            self._pin_memory_thread_done_event.set()
+            vars(self._pin_memory_thread)["_invoke_excepthook"] = lambda thread: None  # it ends by an error
+        with suppress(OSError):  # garbage collection closed it before
+            writer = self._worker_result_queue._writer.fileno()  # type: ignore[attr-defined]
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, writer, inheritable=False)
+            os.close(nowhere)
+
+    def _shutdown_workers(self) -> None:
+        if os.getpid() != self._owner:  # a copy in a fork, found by its garbage collection
+            return
+        if not self._shutdown and hasattr(self, "_workers"):
+            self.cut()
+            # A worker killed while it read this event still holds the event's lock. No other process needs the event.
+            self._workers_done_event = threading.Event()  # type: ignore[assignment]
+            if hasattr(self, "_pin_memory_thread"):  # DataLoader would wake it through the pipe
+                self._pin_memory_thread.join(_LOOK_SECONDS)
+                del self._pin_memory_thread
+        super()._shutdown_workers()
 
 
 class OwnBatches(Iterator[Any]):
@@ -107,13 +159,15 @@ class PatientBatches(Iterator[Any]):
         self._closed = threading.Event()
         self._forget_workers()
         threading.Thread(target=_watch, args=(weakref.ref(self), self._closed), daemon=True).start()
-        _in_use.add(self)
-        _workers.update(batches._workers)
 
     def __next__(self) -> Any:
+        return self.wait_for(self._batches.__next__)
+
+    def wait_for(self, answer: Callable[[], Any]) -> Any:
+        """Call a method of the workers that waits for them."""
         self._since = time.monotonic()
         try:
-            return next(self._batches)
+            return answer()
         except (RuntimeError, OSError, EOFError) as error:
             why = self._stuck or self._failure()
             if not why:
@@ -128,25 +182,19 @@ class PatientBatches(Iterator[Any]):
         since = self._since
         waited = 0.0 if since is None else time.monotonic() - since
         if waited > PATIENCE_SECONDS and not self._stuck:
-            number = self._batches._task_info[self._batches._rcvd_idx][0]
-            worker = self._batches._workers[number]
-            try:
-                state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                state = ""
-            does = {"T": "is stopped", "D": "waits for a disk that doesn't answer"}.get(state, "doesn't answer")
+            workers = self._batches._workers
+            stuck = [k for k, worker in enumerate(workers) if _state(worker) in _STUCK]
+            # Between two passes no batch is due.
+            number, *_ = self._batches._task_info.get(self._batches._rcvd_idx) or [*stuck, 0]
+            worker = workers[number]
+            does = _STUCK.get(_state(worker), "doesn't answer")
             self._stuck = (
                 f"no data for {PATIENCE_SECONDS:.0f} seconds: data worker {number} (process {worker.pid}) {does}"
             )
             worker.kill()
         elif waited > _LOOK_SECONDS and (why := self._stuck or self._failure()):
             self._stuck = why
-            # The other workers and this process can write to the pipe, too: only without them it is at its end.
-            for worker in self._batches._workers:
-                worker.kill()
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._batches._worker_result_queue._writer.fileno(), inheritable=False)
-            os.close(nowhere)
+            self._batches.cut()
 
     def _failure(self) -> str:
         """Return a message about a worker that ended; empty if all live."""
@@ -167,13 +215,16 @@ class PatientBatches(Iterator[Any]):
             self._batches._worker_pids_set = False
 
     def close(self) -> None:
-        """Kill the workers: they have nothing to save, and a stuck one handles no other signal."""
+        """Kill the workers."""
         self._closed.set()
-        for worker in self._batches._workers:
-            worker.kill()
-        # A worker killed while it read this event still holds the event's lock. No other process needs the event.
-        self._batches._workers_done_event = threading.Event()
         self._batches._shutdown_workers()
+
+
+def _state(worker: BaseProcess) -> str:
+    try:
+        return Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def _watch(batches: "weakref.ref[PatientBatches]", closed: threading.Event) -> None:
@@ -188,10 +239,8 @@ def _end_workers() -> None:
 
     Something may still refer to a loader, such as the traceback of an exception.
     """
-    for batches in list(_in_use):
-        batches.close()
-    for process in list(_workers):
-        process.kill()
+    for workers in list(_running):
+        workers._shutdown_workers()
 
 
 def _no_room() -> str:

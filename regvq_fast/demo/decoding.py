@@ -18,6 +18,7 @@ SECONDS = 20.0
 MEMORY = 2 * 2**30
 """Memory limit of decoding in bytes: a WebP image of 50 million pixels takes 1.1 GiB."""
 _START_SECONDS = 120.0
+_AFTER_SECONDS = 10  # the parent's limit comes first
 
 
 class Decoder:
@@ -72,14 +73,17 @@ class Decoder:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that this process's threads hold
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_decode, args=(other, self.memory), daemon=True)
+        self._process = context.Process(target=_decode, args=(other, self.seconds, self.memory), daemon=True)
         self._process.start()
         other.close()
         self._begun = False
 
 
-def _decode(pipe: Connection, memory: int) -> None:
-    """Answer requests until the pipe is closed."""
+def _decode(pipe: Connection, seconds: float, memory: int) -> None:
+    """Answer requests until the pipe is closed.
+
+    The parent ends this process after its time limit. If the parent was killed, an alarm does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this one
     if sys.platform == "linux":
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
@@ -91,6 +95,7 @@ def _decode(pipe: Connection, memory: int) -> None:
         except EOFError:
             return
         answer: object
+        signal.alarm(int(seconds) + _AFTER_SECONDS)  # not of Python, which waits for Pillow
         try:
             square = read_square(file, size)
             answer = (square.pixels.numpy(), square.width, square.height)
@@ -98,4 +103,5 @@ def _decode(pipe: Connection, memory: int) -> None:
             answer = ValueError(f"The image takes over {memory / 2**30:.1f} GiB to decode: save a smaller version.")
         except Exception as error:
             answer = error
+        signal.alarm(0)
         pipe.send(answer)

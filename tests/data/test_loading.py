@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from regvq_fast.data import ImageFolder, training_batches, validation_batches
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.loading import TimedBatches, default_workers, in_order, spread_samples
-from regvq_fast.data.workers import WorkersFailed, start_worker
+from regvq_fast.data.workers import WorkerLoader, WorkersFailed, start_worker
 from regvq_fast.scenes import ScenesDataset
 
 
@@ -303,6 +303,59 @@ def test_a_worker_killed_while_it_sends_a_batch_ends_the_wait_for_the_rest(worke
     with pytest.raises(WorkersFailed, match=rf"worker 0 \(process {worker.pid}\) ended by SIGKILL; --workers 0"):
         list(batches)
     assert not any(process.is_alive() for process in batches._batches._workers)
+
+
+@pytest.mark.parametrize(("number", "fate"), [(signal.SIGKILL, "ended by SIGKILL"), (signal.SIGSTOP, "is stopped")])
+def test_a_worker_that_is_lost_between_two_passes_ends_the_wait_for_the_second(number, fate, monkeypatch):
+    monkeypatch.setattr("regvq_fast.data.workers._LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("regvq_fast.data.workers.PATIENCE_SECONDS", 1.0)
+    loader = validation_batches(ScenesDataset("val", 16, length=7), 3, workers=2)
+    list(loader)
+    lost = loader._iterator._workers[1]
+    os.kill(lost.pid, number)
+    with pytest.raises(WorkersFailed, match=rf"worker 1 \(process {lost.pid}\) {fate}"):
+        list(loader)
+
+
+def test_batches_with_pinned_memory_end_in_the_middle_of_sending_one(monkeypatch, capfd):
+    """PyTorch's thread that pins would wait for the rest."""
+    for name, value in {"is_available": True, "current_device_index": 0, "set_device_index": None}.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
+    options = {"collate_fn": list, "worker_init_fn": start_worker, "pin_memory": True}
+    for _ in range(3):
+        batches = iter(WorkerLoader([bytes(10**7)] * 9, num_workers=2, **options))
+        next(batches)
+        closing = threading.Thread(target=batches.close, daemon=True)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("passes", [1, 0])
+def test_workers_end_at_once_with_batches_that_are_found_by_garbage_collection(passes):
+    """There the queues are at their end before the workers are told."""
+    loader = validation_batches(ScenesDataset("val", 16, length=70), 3, workers=1)
+    batches = list(loader) if passes else iter(loader)
+    worker = loader._iterator._workers[0].pid
+    cycle = [loader, batches]
+    cycle.append(cycle)
+    del loader, batches, cycle
+    start = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - start < 4
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_a_fork_that_forgets_batches_leaves_their_workers_alone():
+    """As another loader's worker does by garbage collection."""
+    batches = training_batches(ScenesDataset("train", 16), 2, workers=1)._batches
+    fork = multiprocessing.get_context("fork").Process(target=batches._batches.__del__)
+    fork.start()
+    fork.join(20)
+    assert fork.exitcode == 0
+    assert len(take(batches, 20)) == 20
 
 
 def test_without_workers_a_thread_loads_and_ends_with_the_batches():

@@ -1,5 +1,6 @@
 """The process that decodes uploads: what it answers, and what ends it without harm."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ import torch
 from helpers.hostile_images import encoded, gradient, many_scans, refused
 from PIL import Image
 
+from regvq_fast.demo import decoding
 from regvq_fast.demo.decoding import Decoder
 from regvq_fast.demo.uploads import read_square
 
@@ -70,3 +72,15 @@ def test_a_decoder_that_crashes_is_replaced(decoder: Decoder, photo: Path, tmp_p
     decoder._process.kill()  # between two images
     decoder._process.join()
     assert decoder.read_square(photo, 16).width == 40
+
+
+def test_a_decoder_ends_in_the_middle_of_an_image_though_its_parent_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "bomb.jpg").write_bytes(many_scans(20_000))
+    spawn = multiprocessing.get_context("spawn")
+    pipe, other = spawn.Pipe()
+    arguments = (other, 1.0 - decoding._AFTER_SECONDS, 2**28)  # an alarm after one second
+    process = spawn.Process(target=decoding._decode, args=arguments, daemon=True)
+    process.start()
+    pipe.send((tmp_path / "bomb.jpg", 16))
+    process.join(60)
+    assert process.exitcode == -signal.SIGALRM

@@ -44,18 +44,30 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_reach_commands_that_save_their_work_and_end_the_driver(child, number):
+def start_driver(child):
     process = subprocess.Popen([sys.executable, "-c", DRIVER, str(child)], stderr=subprocess.PIPE)
     start = time.monotonic()
     while len(list(child.glob("*-ready"))) < 2:
         assert time.monotonic() - start < 180
         time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_reach_commands_that_save_their_work_and_end_the_driver(child, number):
+    process = start_driver(child)
     os.kill(process.pid, number)  # to this process alone, as kill and a batch system do
     _, error = process.communicate(timeout=300)
     passed = signal.SIGTERM if number == signal.SIGHUP else number
     assert [(child / f"{name}-{passed}").read_text() for name in "ab"] == ["x", "x"]  # once each
     assert process.returncode == 128 + number or (number == signal.SIGINT and b"KeyboardInterrupt" in error)
+
+
+def test_commands_save_their_work_and_end_when_the_driver_is_killed(child):
+    process = start_driver(child)
+    process.kill()
+    process.communicate(timeout=60)  # the commands have its output, too
+    assert [(child / f"{name}-{signal.SIGTERM}").read_text() for name in "ab"] == ["x", "x"]
 
 
 def test_a_signal_while_a_command_starts_reaches_it(monkeypatch):

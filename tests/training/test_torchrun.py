@@ -149,3 +149,18 @@ def test_alone_there_is_nobody_to_agree_with() -> None:
     assert all_gather_strings("ä") == ["ä"]
     with pytest.raises(OSError, match="full"), raise_on_all_ranks():
         raise OSError("full")
+
+
+def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = torchrun(SCRIPT, *TINY, *FAST, "--steps", 100_000, "--out", out)
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = time.monotonic()
+    while not (out / "metrics.jsonl").exists():
+        assert launcher.poll() is None
+        assert time.monotonic() - start < 180
+        time.sleep(0.05)
+    launcher.kill()
+    said, _ = launcher.communicate(timeout=90)  # the ranks have its output, too
+    assert "stopped by SIGTERM after step" in said
+    assert len(checkpoints(out)) == 1
