@@ -59,7 +59,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     else:
         dist.init_process_group("gloo")
     over = threading.Event()
-    threading.Thread(target=_stop_with_torchrun, args=(os.getppid(), over), daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # other launchers may end before their processes
+        threading.Thread(target=_stop_with_torchrun, args=(os.getppid(), over), daemon=True).start()
     try:
         yield
     finally:
