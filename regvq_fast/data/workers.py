@@ -181,7 +181,10 @@ class PatientBatches(Iterator[Any]):
         """Kill the worker of the next batch if the wait is too long; end a wait for a batch that was sent in part."""
         since = self._since
         waited = 0.0 if since is None else time.monotonic() - since
-        if waited > PATIENCE_SECONDS and not self._stuck:
+        if waited > _LOOK_SECONDS and (why := self._stuck or self._failure()):
+            self._stuck = why
+            self._batches.cut()
+        elif waited > PATIENCE_SECONDS and not self._stuck:
             workers = self._batches._workers
             stuck = [k for k, worker in enumerate(workers) if _state(worker) in _STUCK]
             # Between two passes no batch is due.
@@ -192,9 +195,6 @@ class PatientBatches(Iterator[Any]):
                 f"no data for {PATIENCE_SECONDS:.0f} seconds: data worker {number} (process {worker.pid}) {does}"
             )
             worker.kill()
-        elif waited > _LOOK_SECONDS and (why := self._stuck or self._failure()):
-            self._stuck = why
-            self._batches.cut()
 
     def _failure(self) -> str:
         """Return a message about a worker that ended; empty if all live."""
