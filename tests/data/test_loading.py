@@ -334,7 +334,7 @@ def test_batches_with_pinned_memory_end_in_the_middle_of_sending_one(monkeypatch
 
 @pytest.mark.parametrize("passes", [1, 0])
 def test_workers_end_at_once_with_batches_that_are_found_by_garbage_collection(passes):
-    """There the queues are at their end before the workers are told."""
+    """There the queues are at their end before the workers get their message."""
     loader = validation_batches(ScenesDataset("val", 16, length=70), 3, workers=1)
     batches = list(loader) if passes else iter(loader)
     worker = loader._iterator._workers[0].pid
