@@ -8,7 +8,6 @@ synchronization; values that the hosts agree on (:func:`any_rank`, :func:`raise_
 import inspect
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-_LOOK_SECONDS = 2.0
+from regvq_fast.orphans import watch_parent
+
 _OF_ALL = "all ranks stop with this error"
 """Note on an error, added by :func:`raise_on_all_ranks` and read by :func:`reported_by_rank_0`."""
 
@@ -58,25 +58,17 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    over = threading.Event()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # other launchers may end before their processes
-        threading.Thread(target=_stop_with_torchrun, args=(os.getppid(), over), daemon=True).start()
+    # A killed torchrun sends no signal. Other launchers may end before their processes.
+    over = watch_parent(signal.SIGTERM) if "TORCHELASTIC_RUN_ID" in os.environ else None
     try:
         yield
     finally:
-        over.set()
+        if over is not None:
+            over.set()
         # gloo's thread needs the GIL to free the tensors of the last operation, and destroying the group waits for that
         # thread while holding the GIL: give the thread time to finish.
         time.sleep(0.5)
         dist.destroy_process_group()
-
-
-def _stop_with_torchrun(parent: int, over: threading.Event) -> None:
-    """Let this process save its work and end after torchrun was killed, which sends SIGTERM otherwise."""
-    while not over.wait(_LOOK_SECONDS):
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "regvq_fast"
 # A layer may import from itself and from those above it in this list.
 LAYERS = [
-    "version invocation streams files json_values ownership nvml dispatch matmul native",
+    "version invocation streams orphans files json_values ownership nvml dispatch matmul native",
     "kernels",
     "ops",
     "ranks console number_formats padding settings precision termination",

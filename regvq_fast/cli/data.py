@@ -73,7 +73,7 @@ def manage_data(command: DataCommand, console: Console | None = None) -> None:
     if command.workers is not None and command.workers < 0:
         raise ValueError(f"--workers must not be negative, got {command.workers}")
     if command.command == "verify" and command.out is not None:
-        raise ValueError(f"--out {command.out} is not for verify, which writes nothing: leave it out")
+        raise ValueError(f"--out {command.out} is for prepare, emoji and photos; verify writes nothing: leave it out")
     if command.command != "verify" and command.out is None:
         raise ValueError(f"{command.command} needs a folder to write to: name a new one with --out")
     if command.command == "prepare" and command.decode:

@@ -1,7 +1,6 @@
 """Processes and threads that load data: their signals, and limits on waiting for them."""
 
 import atexit
-import multiprocessing
 import os
 import queue
 import signal
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from regvq_fast.orphans import watch_parent
 from regvq_fast.termination import deferred
 
 PATIENCE_SECONDS = 300.0
@@ -54,9 +54,7 @@ class WorkerLoader(DataLoader[Any]):
         if not self.num_workers:
             return super()._get_iterator()
         self.check_worker_number_rationality()
-        workers = _Workers(self)
-        _running.add(workers)
-        return workers
+        return _Workers(self)
 
 
 class _Workers(_MultiProcessingDataLoaderIter):
@@ -70,6 +68,7 @@ class _Workers(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._owner = os.getpid()
         super().__init__(loader)
+        _running.add(self)
 
     def cut(self) -> None:
         """Kill the workers, and end a wait for a batch that was sent in part.
@@ -145,8 +144,8 @@ def _load(batches: Iterator[Any], asked: Any, loaded: Any, device: int | None) -
 class PatientBatches(Iterator[Any]):
     """Batches of worker processes, which end with this iterator.
 
-    A thread kills the workers if the next batch takes too long, or if one of them is no more. DataLoader's own timeout
-    does not end a wait for a worker in the middle of sending a batch.
+    A thread kills the workers if the next batch takes too long, or if one of them ended. DataLoader's own timeout does
+    not end a wait for a worker in the middle of sending a batch.
 
     Raises:
         WorkersFailed: a worker ended, or did not deliver the next batch for five minutes; the message names it.
@@ -255,25 +254,15 @@ def start_worker(worker: int) -> None:
     """Ignore Ctrl-C, a closed terminal and the first SIGTERM: they reach every process, and the parent acts on them.
 
     The second SIGTERM ends the worker: Python sends one at exit and waits. DataLoader limits each worker to one compute
-    thread.
+    thread. DataLoader's worker notices the end of its parent, too, but then waits until the batches that it has loaded
+    are sent; those that don't fit into the pipe never are.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     Queue._on_queue_feeder_error = staticmethod(_end_unheard)  # type: ignore[attr-defined]
     sys.excepthook = _report
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(), os.getppid()), daemon=True).start()
-
-
-def _end_with(parent: Any, number: int) -> None:
-    """End this worker after a parent that was killed.
-
-    DataLoader's worker sees that, too, but then waits until the batches that it has loaded are sent; those that don't
-    fit into the pipe never are.
-    """
-    while parent.is_alive() and os.getppid() == number:
-        time.sleep(_LOOK_SECONDS)
-    os._exit(1)
+    watch_parent(signal.SIGKILL)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

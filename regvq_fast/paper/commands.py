@@ -13,6 +13,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from regvq_fast.orphans import watch_parent
+
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
@@ -100,15 +102,9 @@ def _send(process: Any, number: int) -> None:
 
 
 def _run(threads: int | None, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    watch_parent(signal.SIGTERM)  # lets it save its work: the same command continues both
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     function(*arguments)
-
-
-def _stop_with_parent() -> None:
-    """Let this process save its work and end after the table's was killed: the same command continues both."""
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
-    os.kill(os.getpid(), signal.SIGTERM)

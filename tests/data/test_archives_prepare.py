@@ -260,7 +260,7 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
         ({"out": out, "fields": ("segmentation",)}, "--fields segmentation: CUB-200-2011 has caption, label only"),
     ):
         assert message in Told("prepare", top, **options).error
-    assert re.search(rf"--out {out} .*verify", Told("verify", top, out=out).error)
+    assert re.search(rf"--out {out} .*prepare.*verify", Told("verify", top, out=out).error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cub", "full"]
 
 
