@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import wait
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -46,6 +47,8 @@ class Commands:
         self._running: set[Any] = set()
         self._received: list[int] = []
         self._lock = threading.RLock()  # each process gets each signal exactly once
+        # A start looks for the statuses of all processes, too; who reads a status second gets 255 in its place.
+        self._statuses = threading.Lock()
         self.stopping = False
         """True once no more commands may begin: after a signal or a failure."""
 
@@ -74,7 +77,8 @@ class Commands:
         """
         process = _SERVER.Process(target=_run, args=(self._threads, function, arguments))
         try:
-            process.start()
+            with self._statuses:
+                process.start()
         except EOFError:
             raise OSError("the process that starts commands was killed; run the same command again") from None
         with self._lock:
@@ -82,7 +86,9 @@ class Commands:
             missed = list(self._received)
         for number in missed:  # signals that came while it started
             _send(process, number)
-        process.join()
+        wait([process.sentinel])
+        with self._statuses:
+            process.join()
         with self._lock:
             self._running.discard(process)
         return process.exitcode or 0

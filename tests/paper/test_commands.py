@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 
 import pytest
 
@@ -92,3 +94,21 @@ def test_a_server_that_is_killed_is_a_sentence(monkeypatch):
     monkeypatch.setattr(commands._SERVER.Process, "start", start)
     with Commands() as running, pytest.raises(OSError, match="was killed; run the same command again"):
         running.run(print)
+
+
+def test_a_command_that_ends_while_another_starts_has_its_own_status(monkeypatch):
+    read, files = forkserver.read_signed, []
+
+    def slow_read(file):
+        files.append(file)
+        if len(files) == 2:  # the first command's status, after its id
+            time.sleep(2)
+        return read(file)
+
+    monkeypatch.setattr(forkserver, "read_signed", slow_read)
+    with Commands(2) as two, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(two.run, os._exit, 3)
+        while len(files) < 2:
+            time.sleep(0.01)
+        assert two.run(os._exit, 5) == 5
+        assert first.result() == 3
