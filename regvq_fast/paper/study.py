@@ -26,6 +26,15 @@ QUANTIZER_FLAGS: dict[str, str] = {
 }
 """Flags that select each quantizer."""
 
+_NEAREST = (
+    "--commitment 1",
+    "--commitment 0.05",
+    "--code-dim 8",
+    "--code-dim 8 --commitment 1",
+    "--code-dim 8 --commitment 0.05",
+    "--code-dim 16",
+)
+
 TRIALS: dict[str, tuple[str, ...]] = {
     "Reg-VQ": (
         "--kl-weight 0.03",
@@ -35,22 +44,8 @@ TRIALS: dict[str, tuple[str, ...]] = {
         "--perturbed 0.9 --kl-weight 0.03 --code-dim 16",
         "--perturbed 0.9 --kl-weight 0.03 --mask-ratio 0.2",
     ),
-    "VQ-GAN": (
-        "--commitment 1",
-        "--commitment 0.05",
-        "--code-dim 8",
-        "--code-dim 8 --commitment 1",
-        "--code-dim 8 --commitment 0.05",
-        "--code-dim 16",
-    ),
-    "VQ-GAN, rotation trick": (
-        "--commitment 1",
-        "--commitment 0.05",
-        "--code-dim 8",
-        "--code-dim 8 --commitment 1",
-        "--code-dim 8 --commitment 0.05",
-        "--code-dim 16",
-    ),
+    "VQ-GAN": _NEAREST,
+    "VQ-GAN, rotation trick": _NEAREST,
     "VQ-VAE": (
         "--codebook-decay 0.95",
         "--codebook-decay 0.9",
