@@ -58,15 +58,15 @@ WORDS: dict[str, dict[str, Any]] = {
 KINDS = {"autoregressive": PRIORS["ar"], "diffusion": PRIORS["diffusion"], "masked": PRIORS["maskgit"]}
 # Of a prior: by device its width, blocks, heads, images and steps of sampling.
 SIZES = {
-    "autoregressive": {"cpu": (256, 4, 8, 8, 0), "cuda": (1024, 24, 16, 32, 0)},
+    "autoregressive": {"cpu": (256, 4, 8, 4, 0), "cuda": (1024, 24, 16, 32, 0)},
     "diffusion": {"cpu": (128, 4, 4, 8, 5), "cuda": (1024, 19, 16, 16, 100)},
     "masked": {"cpu": (128, 4, 4, 8, 8), "cuda": (768, 24, 8, 32, 12)},
 }
-# By importance: a GPU's time may run out. On a CPU two are compiled, since compiling takes longer than all the rest.
+# By importance: a GPU's time may run out. On a CPU one is compiled, since compiling takes longer than all the rest.
 MODES = {
     ("vqgan", STEP, "cpu"): "taming fp32 amp-compile reg-vq",
     ("autoregressive", STEP, "cpu"): "taming fp32 amp llama-fp32",
-    ("autoregressive", SAMPLING, "cpu"): "taming fp32 fp32-compile llama-fp32",
+    ("autoregressive", SAMPLING, "cpu"): "taming fp32 llama-fp32",
     ("diffusion", STEP, "cpu"): "fp32 amp",
     ("diffusion", SAMPLING, "cpu"): "diffusers fp32",
     ("masked", STEP, "cpu"): "fp32 amp",

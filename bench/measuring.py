@@ -150,7 +150,7 @@ def measure_side_by_side(
             outcomes[name] = prepared
         else:
             runs[name], outcomes[name] = prepared
-    most, least, limit = (8, 2, 3.0) if device == "cuda" else (10 if whole else 30, 3, 0.8 * len(runs))
+    most, least, limit = (8, 2, 3.0) if device == "cuda" else (10 if whole else 30, 3, 0.6 * len(runs))
     begin = time.perf_counter()
     for turn in range(most if turns is None else turns):
         if turn >= least and time.perf_counter() - begin > limit:
