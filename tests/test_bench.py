@@ -21,7 +21,7 @@ import report
 import torch
 from bench_ops import ASSIGN, BACKWARD, FORWARD, GRAPH, HARD, INFO_NCE, QUANTIZE, QUIET, STEP, SWAP, TRAINED, Case
 from helpers.tiny_models import tiny_vqgan
-from measuring import SkippedError, WrongResultError
+from measuring import SkippedError
 
 from regvq_fast.ops import vector_quantize
 from regvq_fast.ops.noise import gumbel_noise
@@ -55,9 +55,7 @@ def next_code(value):
 CASES = [tiny(op, part) for op in (QUANTIZE, INFO_NCE) for part in (STEP, FORWARD, BACKWARD)]
 
 
-@pytest.mark.parametrize(
-    "case", [*CASES, tiny(QUANTIZE, FORWARD, "bfloat16"), tiny(ASSIGN, "assign")], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [*CASES, tiny(QUANTIZE, FORWARD, "bfloat16"), tiny(ASSIGN, "assign")], ids=str)
 def test_the_check_lets_a_right_result_through_and_no_wrong_gradient(case):
     makers, examine = case.prepare("cpu")
     assert set(case.competitors("cuda")) <= set(makers)
@@ -66,7 +64,7 @@ def test_the_check_lets_a_right_result_through_and_no_wrong_gradient(case):
     assert examine("matmul", makers["matmul"]()()) == {}
     if case.part in (STEP, BACKWARD):
         for wrong in (off(results[-1]), torch.full_like(results[-1], math.nan)):
-            with pytest.raises(WrongResultError, match="is off by"):
+            with pytest.raises(AssertionError, match="is off"):
                 examine("ours", (*results[:-1], wrong))
 
 
@@ -75,12 +73,12 @@ def test_the_check_refuses_a_wrong_output():
     results = makers["ours"]()()
     for place, name in enumerate(("quantized", "posterior", "indices", "indices", "perturbation", "dx")):
         wrong = (next_code if name == "indices" else off)(results[place])
-        with pytest.raises(WrongResultError, match=f"{name} (is off|are those of fp64 on 98)"):
+        with pytest.raises(AssertionError, match=f"{name} (is off|are those of fp64 on 98)"):
             examine("ours", (*results[:place], wrong, *results[place + 1 :]))
     makers, examine = tiny(ASSIGN, "assign").prepare("cpu")
     wrong = next_code(*makers["ours"]()())
     assert examine("vqp nearest", (wrong,))["agreement"] < 1
-    with pytest.raises(WrongResultError, match="nearest codes"):
+    with pytest.raises(AssertionError, match="nearest codes"):
         examine("ours", (wrong,))
 
 
@@ -93,7 +91,7 @@ def test_a_few_rows_may_tie_and_may_not_lose(noisy):
     indices = vector_quantize(**given).indices
     other = indices.clone()
     other[11] = 1 - other[11]
-    with pytest.raises(WrongResultError, match="miss a better code") if noisy else nullcontext():
+    with pytest.raises(AssertionError, match="miss a better code") if noisy else nullcontext():
         bench_ops.check_indices("indices", other, indices, given, given["mask"])
 
 
@@ -111,25 +109,26 @@ def test_a_graph_has_the_seed_of_its_replay(monkeypatch):
     makers, examine = tiny(QUANTIZE, STEP, variant=GRAPH).prepare("cpu")
     examine("ours", makers["ours"]()())
     monkeypatch.setattr(bench_ops, "graphed", lambda run: partial(tuple, run()))
-    with pytest.raises(WrongResultError, match="indices"):
+    with pytest.raises(AssertionError, match="indices"):
         examine("ours", makers["ours"]()())
 
 
 def test_weighted_and_vanilla_losses_and_other_libraries_are_told_apart():
     makers, examine = tiny(INFO_NCE, STEP).prepare("cpu")
     for name, other in (("ours", "vanilla"), ("vanilla", "ours")):
-        with pytest.raises(WrongResultError, match="loss is off"):
+        with pytest.raises(AssertionError, match="loss is off"):
             examine(name, makers[other]()())
     makers, examine = Case(SWAP, "", 32, "float32", 8, 256, "IBQ").prepare("cpu")
     right = makers["ours"]()()
     examine("ours", right)
     examine("library", makers["library"]()())
-    with pytest.raises(WrongResultError, match="IBQ differs"):
+    with pytest.raises(AssertionError, match="IBQ differs"):
         examine("library", (right[0], right[1] + 1))
 
 
 @pytest.mark.parametrize(("codes", "width"), [(1024, 8), (8192, 256)])
 def test_trained_like_latents_have_the_softmax_of_trained_models(codes, width):
+    torch.manual_seed(0)
     given = bench_ops.quantize_inputs(Case(QUANTIZE, FORWARD, codes, "bfloat16", width, 1024, TRAINED), "cpu")
     x, codebook = given["x"].detach().float(), given["codebook"].detach().float()
     log_p = (-given["scale"] * torch.cdist(x, codebook).square()).log_softmax(1)
@@ -166,8 +165,6 @@ def test_steps_and_samples_of_both_sides_run_and_a_wrong_first_step_is_refused(m
     sizes = {"batch_size": 2, "image_size": 32, "ch": 32, "ch_mult": (1, 1), "attn_resolutions": ()}
     monkeypatch.setattr(bench_steps, "SMALL", bench_steps.override(bench_steps.SMALL, **sizes))
     monkeypatch.setattr(bench_steps, "SIZES", {op: {"cpu": (16, 1, 2, 2, 2)}})
-    monkeypatch.setattr(bench_steps, "VQGAN", lambda quantizer, **_: tiny_vqgan(NearestQuantizer(32, 4)))
-    monkeypatch.setattr(bench_steps, "NUM_CODES", 32)
     makers, examine = bench_steps.Whole(op, part, "cpu").prepare("cpu")
     for mode in makers:
         if "compile" not in mode:
@@ -175,7 +172,7 @@ def test_steps_and_samples_of_both_sides_run_and_a_wrong_first_step_is_refused(m
     if part == bench_steps.STEP:
         monkeypatch.setattr(bench_steps, "make_ours", lambda *_: (None, {"loss": math.nan, "l1": 9.0}))
         makers["fp32"]()
-        with pytest.raises(WrongResultError, match="in the first step"):
+        with pytest.raises(AssertionError, match="not close|nan"):
             examine("fp32", None)
 
 
@@ -198,7 +195,7 @@ def test_each_outcome_is_kept_no_tensor_of_what_failed_and_few_turns_when_the_ti
         raise SkippedError("not installed")
 
     def examine(name, results):
-        bench_ops.require("dx", name != "wrong", "is off")
+        assert name != "wrong"
         return {"agreement": 1.0}
 
     makers = {name: lambda: lambda: None for name in ("right", "wrong")}
@@ -212,7 +209,7 @@ def test_each_outcome_is_kept_no_tensor_of_what_failed_and_few_turns_when_the_ti
     assert (found["right"]["turns"], found["right"]["agreement"], found["right"]["op"]) == (3, 1, "x")
     assert found["broken"]["reason"].startswith("ZeroDivisionError")
     assert held[0]() is None
-    assert measuring.measure_side_by_side({"a": makers["right"]}, examine, "cpu", turns=0)["a"]["seconds"] == []
+    assert measuring.measure_side_by_side({"a": makers["right"]}, examine, "cpu", turns=0)["a"][1] == []
 
 
 def test_clocks_are_tritons_for_ops_on_a_gpu_and_pytorchs_for_the_rest(monkeypatch):
@@ -238,7 +235,11 @@ def test_memory_is_the_peak_less_what_was_there_and_what_is_returned(monkeypatch
 def test_names_tell_cases_apart_and_few_are_compiled_on_a_cpu(module, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     cases = module.cases(device)
-    assert len({case.name for case in cases}) == len(cases) == len({json.dumps(case.fields()) for case in cases})
+    assert (
+        len({report.name_of(case.fields()) for case in cases})
+        == len(cases)
+        == len({json.dumps(case.fields()) for case in cases})
+    )
     assert all(len(set(case.competitors(device))) == len(case.competitors(device)) > 1 for case in cases)
     compiled = [case for case in cases if any("compile" in name for name in case.competitors(device))]
     assert 1 <= len(compiled) <= (9 if device == "cpu" else len(cases))
@@ -329,7 +330,7 @@ def test_targets_are_met_or_missed_by_what_was_measured(case, results, verdicts)
 
 
 def test_the_pages_match_the_results():
-    assert list(report.stale()) == [], "run: python bench/report.py"
+    assert list(report.stale(ROOT)) == [], "run: python bench/report.py"
 
 
 def test_results_of_a_gpu_fill_tables():
@@ -359,12 +360,12 @@ def test_pages_are_written_and_broken_markers_refused(tmp_path):
     document = {"machine": {"gpu": "Test", "commit": "b" * 40}, "date": "2026-01-02"}
     measuring.save(tmp_path / "bench/results/gpu-test.json", document | {"records": records(BF16, ours=1.0, eager=2.0)})
     (tmp_path / "results/photos-tiny/quantizers.md").write_text("# Quantizers\n\n| a |\n| --- |\n| 1 |\n\n3 seeds.\n")
-    readme, page, root = tmp_path / "README.md", tmp_path / "docs/page.md", ["--root", str(tmp_path)]
+    readme, page = tmp_path / "README.md", tmp_path / "docs/page.md"
     marked = "<!-- bench:{} -->\nold\n<!-- /bench -->\n".format
     readme.write_text(marked("cpu-tables") + marked("gpu-summary"))
     page.write_text(marked("study-photos") + marked("study-emoji"))
-    assert (report.main([*root, "--check"]), "old" in readme.read_text()) == (1, True)
-    assert (report.main(root), report.main([*root, "--check"])) == (0, 0)
+    assert (report.main(["--check"], tmp_path), "old" in readme.read_text()) == (1, True)
+    assert (report.main([], tmp_path), report.main(["--check"], tmp_path)) == (0, 0)
     assert report.NOTHING_YET.format("cpu") in readme.read_text()
     assert "bfloat16 | 1.00 | 2.0 x (eager) | 2.0 x (eager) |" in readme.read_text()
     assert "3 seeds. ([the numbers of each run](../results/photos-tiny/quantizers.csv))" in page.read_text()
@@ -372,4 +373,4 @@ def test_pages_are_written_and_broken_markers_refused(tmp_path):
     for text, message in (("<!-- bench:gpu-tables -->\n", "needs its"), (marked("x"), "no such section")):
         readme.write_text(text)
         with pytest.raises(ValueError, match=message):
-            report.main(root)
+            report.main([], tmp_path)
