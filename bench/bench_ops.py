@@ -125,13 +125,9 @@ class Case:
     def makers(
         self, given: Inputs, grads: list[Tensor], call: Callable[..., Results], plain: Any, factors: tuple[Tensor, ...]
     ) -> tuple[Makers, Truth]:
-        """Return those that every op has, ours and plain PyTorch, and the truth.
+        """Return what every op has: the product of factors that is the floor, ours, a partial of plain PyTorch, truth.
 
-        Args:
-            given: arguments of ``call``; gradients go to those that require them.
-            grads: gradients of the first results.
-            plain: a partial of plain PyTorch.
-            factors: of the product that is the floor.
+        Gradients of the first results go to those given that require them.
         """
         seed = given.get("seed", torch.zeros(()))
 
@@ -186,11 +182,11 @@ def latents(case: Case, device: str) -> tuple[Tensor, Tensor, float]:
 
 def quantize_inputs(case: Case, device: str) -> Inputs:
     trains, dtype = case.op == QUANTIZE, getattr(torch, case.dtype)
+    mask = torch.rand(case.rows, device=device) < MASK_RATIO if trains and QUIET not in case.variant else None
     x, codebook, scale = latents(case, device)
     found = {"x": x.to(dtype).requires_grad_(trains), "codebook": codebook.to(dtype).requires_grad_(trains)}
     if not trains:
         return found
-    mask = torch.rand(case.rows, device=device) < MASK_RATIO if QUIET not in case.variant else None
     tau = torch.tensor(TAU, dtype=dtype, device=device)  # on the device no competitor pays for a copy
     codebook_grad, seed = "hard" if HARD in case.variant else "soft", torch.tensor(SEED, device=device)
     return found | {"mask": mask, "scale": scale, "tau": tau, "seed": seed, "codebook_grad": codebook_grad}

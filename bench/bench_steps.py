@@ -30,7 +30,7 @@ from regvq_fast.config import VQGAN_PRESETS, override
 from regvq_fast.data.loading import read_samples
 from regvq_fast.data.transforms import to_float
 from regvq_fast.models import VQGAN
-from regvq_fast.models.features import RANDOM
+from regvq_fast.models.features import VGGFeatures
 from regvq_fast.models.taming_weights import discriminator_in
 from regvq_fast.precision import choose_precision
 from regvq_fast.priors import prior_recipe
@@ -39,6 +39,7 @@ from regvq_fast.priors.diffusion.sampler import sample_diffusion
 from regvq_fast.priors.maskgit import sample_maskgit
 from regvq_fast.priors.registry import PRIORS
 from regvq_fast.quantizers import NearestQuantizer
+from regvq_fast.training import build
 from regvq_fast.training import trainer as training
 from regvq_fast.training.compilation import CPU_STEPS
 from regvq_fast.training.trainer import Trainer
@@ -97,7 +98,6 @@ class Whole:
         run: dict[str, Any] = {"device": self.device, "amp": False, "compile": False, "steps": CPU_STEPS}
         if self.op == "vqgan":
             config = SMALL if self.device == "cpu" else PAPER
-            run |= {"perceptual_weights": RANDOM, "contrastive_weights": RANDOM}
             return override(config, **run, quantizer="vq-gan", contrastive="none")
         width, depth, heads, images, _ = SIZES[self.op][self.device]
         run |= {"width": width, "depth": depth, "heads": heads, "batch_size": images}
@@ -123,7 +123,6 @@ class Whole:
         """Return functions that make the runs, and the comparison of first steps."""
         firsts: dict[str, dict[str, Any]] = {}
         start: dict[str, Tensor] = {}  # taming's weights
-        torch._dynamo.config.recompile_limit = 64  # for all sizes and modes in one process
 
         def make(mode: str) -> Run:
             torch.manual_seed(0)
@@ -151,7 +150,10 @@ class Whole:
 def make_trainer(recipe: Any, config: Any) -> tuple[Any, dict[str, Any]]:
     """Return a trainer, its feature networks and tokenizer with random weights, and the batch of all its steps."""
     tokenizer = VQGAN(NearestQuantizer(NUM_CODES, 8), image_size=64, ch=32, ch_mult=(1, 1, 2))
-    with mock.patch.object(prior_recipe.VQGAN, "from_pretrained", return_value=tokenizer):
+    with (
+        mock.patch.object(build, "load_vgg_features", lambda net, weights: VGGFeatures(net)),
+        mock.patch.object(prior_recipe.VQGAN, "from_pretrained", return_value=tokenizer),
+    ):
         trainer: Any = Trainer(recipe, config)
     batch: Any = read_samples(trainer.data.train, range(trainer.batch_size))
     if recipe is VQGANRecipe:

@@ -43,10 +43,8 @@ class SkippedError(Exception):
     """A competitor that can't run here; the message says why."""
 
 
-def status_of(error: Exception) -> str:
-    """Return the status that a record has for an outcome without a time."""
-    known = {torch.OutOfMemoryError: "out of memory", SkippedError: "skipped", WrongResultError: "wrong"}
-    return known.get(type(error), "failed")
+# Of an outcome without a time; of any other error "failed".
+STATUSES = {torch.OutOfMemoryError: "out of memory", SkippedError: "skipped", WrongResultError: "wrong"}
 
 
 # -------------------------------------------------------------------------------------------------- time and memory
@@ -83,10 +81,9 @@ def peak_mib(run: Run, device: str) -> float:
     kept = 0
     if device == "cuda":
         torch.cuda.synchronize()
-        tensors = [value for value in outputs if isinstance(value, Tensor)] if isinstance(outputs, tuple) else []
-        kept = sum(
-            {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values()
-        )
+        tensors = outputs if isinstance(outputs, tuple) else ()
+        storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+        kept = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     return (peak_memory(torch.device(device)) - before - kept) / 2**20
 
 
@@ -132,7 +129,8 @@ def measure_side_by_side(
         try:
             found = examine(name, results)
         except AssertionError as error:
-            raise WrongResultError(error) from error
+            traceback.clear_frames(error.__traceback__)
+            raise WrongResultError(error) from None
         del results  # or they would be part of the memory that was there before
         outcomes[name] = found | {"mib": round(peak_mib(run, device), 3)}, []
         runs[name] = run
@@ -191,7 +189,8 @@ def record_of(fields: dict[str, Any], name: str, outcome: Outcome) -> dict[str, 
     """Return what the file has of a competitor in a case."""
     record = fields | {"competitor": name}
     if isinstance(outcome, Exception):
-        return record | {"status": status_of(outcome), "reason": f"{type(outcome).__name__}: {outcome}"[:500]}
+        status, reason = STATUSES.get(type(outcome), "failed"), f"{type(outcome).__name__}: {outcome}"[:500]
+        return record | {"status": status, "reason": reason}
     found, ms = outcome[0], sorted(1e3 * value for value in outcome[1])
     quartiles = [ms[len(ms) // 4], ms[-1 - len(ms) // 4]]
     return record | {"status": "ok", **found, "ms": statistics.median(ms), "turns": len(ms), "ms_quartiles": quartiles}

@@ -119,7 +119,6 @@ def plain_info_nce(query: Tensor, key: Tensor, weight: Tensor, tau: float) -> tu
 @functools.cache
 def compiled(function: Callable[..., Any], again: bool) -> Callable[..., Any]:
     """Compile ``function``, anew for each size; ``again``: for backwards that run more than once."""
-    torch._dynamo.config.recompile_limit = 64  # past this number of sizes it would run uncompiled
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
@@ -240,7 +239,8 @@ class TamingStep:
             if isinstance(norm, nn.GroupNorm):
                 norm.num_groups = group_norm(norm.num_channels).num_groups
         self.metrics: dict[str, Tensor] = {}
-        net.global_step, net.log, net.log_dict = 0, mock.Mock(), lambda metrics, **_: self.metrics.update(metrics)
+        net.global_step, net.log = 0, lambda *_, **__: None
+        net.log_dict = lambda metrics, **_: self.metrics.update(metrics)
         autoencoder = nn.ModuleList(module for module in net.children() if module is not net.loss)
         self._turns = [(m, build_optimizer(m, config.optimizer)) for m in (autoencoder, net.loss.discriminator)]
 

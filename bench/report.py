@@ -211,11 +211,9 @@ def where_worse(document: Document) -> str:
 
 def full(document: Document) -> str:
     """Return everything that a file holds, and what it lacks."""
-    tables = {op: op_table if op in OPS else step_tables for op in TITLES if groups_of(document, op)}
-    parts = [*(make(document, op) for op, make in tables.items()), where_worse(document)]
-    if missing := document.get("not_measured"):
-        parts.append("\n".join(["Not measured:\n", *(f"- {line}" for line in missing)]))
-    return "\n\n".join(parts)
+    made = ((op_table if op in OPS else step_tables)(document, op) for op in TITLES if groups_of(document, op))
+    missing = [f"- {line}" for line in document.get("not_measured", [])]
+    return "\n\n".join([*made, where_worse(document), *(["\n".join(["Not measured:\n", *missing])] if missing else [])])
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -274,18 +272,14 @@ def best_of_study(root: Path, codes: str) -> str:
     lines = [line for line in (root / f"{stem}.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     kept = [0, *(head.index(name) for name in ("FD[R]", "PSNR[R]", "SSIM[R]", "codes used", "FD[G]"))]
-    best = sorted(
-        (row for row in rows if row[0].endswith(f", {codes} codes")), key=lambda row: float(row[1].split()[0])
-    )
-    head, *best = ([row[k] for k in kept] for row in (head, *best[:6]))
-    return table(head, best)
+    size = [row for row in rows if row[0].endswith(f", {codes} codes")]
+    best = sorted(size, key=lambda row: float(row[1].split()[0]))[:6]
+    return table([head[k] for k in kept], [[row[k] for k in kept] for row in best])
 
 
 def section(root: Path, name: str, up: str) -> str:
     """Return the Markdown of a section; ``up`` leads from the page to the root."""
-    files = {
-        path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / RESULTS).glob("*.json"))
-    }
+    files = {path.name: json.loads(path.read_bytes()) for path in sorted((root / RESULTS).glob("*.json"))}
     for file, document in files.items():
         if found := document.get("tables", {}).get(name):  # of results of another kind
             where = f"{measured_on(document, found['more'])}.\n\n([JSON]({up}{RESULTS}/{file}))"
@@ -320,21 +314,17 @@ def render(root: Path, page: Path) -> str:
     return SECTION.sub(lambda match: filled(match["name"], section(root, match["name"], up)), text)
 
 
-def stale(root: Path) -> dict[Path, str]:
-    """Return the pages below a folder that differ from the results there, and what they should be."""
-    rendered = {page: render(root, page) for page in (root / "README.md", *sorted((root / "docs").glob("*.md")))}
-    return {page: text for page, text in rendered.items() if text != page.read_text(encoding="utf-8")}
-
-
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
-    check, changed = parser.parse_args(arguments).check, stale(root)
-    for page, text in changed.items():
+    check = parser.parse_args(arguments).check
+    rendered = {page: render(root, page) for page in (root / "README.md", *sorted((root / "docs").glob("*.md")))}
+    stale = [page for page, text in rendered.items() if text != page.read_text(encoding="utf-8")]
+    for page in stale:
         print(f"{page} {'differs from bench/results: python bench/report.py' if check else 'written'}")
         if not check:
-            page.write_text(text, encoding="utf-8")
-    return 1 if check and changed else 0
+            page.write_text(rendered[page], encoding="utf-8")
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":
