@@ -60,10 +60,10 @@ def taming() -> dict[str, Any]:
     # Newer versions don't have the one function that it needs.
     filtering = {"top_k_top_p_filtering": lambda logits, top_k, top_p=None: restrict(logits, top_k=top_k, top_p=top_p)}
     stand_ins["transformers"] = SimpleNamespace(**filtering)
-    names = ("models.vqgan", "modules.transformer.mingpt", "modules.vqvae.quantize")
-    names += ("modules.losses.lpips", "modules.losses.vqperceptual")
+    names = "transformer.mingpt vqvae.quantize losses.lpips losses.vqperceptual".split()
+    paths = ["models.vqgan", *(f"modules.{name}" for name in names)]
     with mock.patch.dict(sys.modules, stand_ins):
-        modules = [package("--no-deps taming-transformers-rom1504", f"taming.{name}") for name in names]
+        modules = [package("--no-deps taming-transformers-rom1504", f"taming.{path}") for path in paths]
     return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 
