@@ -145,9 +145,8 @@ class Case:
 
         @functools.cache
         def truth(name: str) -> Results:
-            double = {key: doubled(value) for key, value in given.items()} | (
-                {"weight": None} if name != "ours" else {}
-            )
+            double = {key: doubled(value) for key, value in given.items()}
+            double |= {} if name == "ours" else {"weight": None}
             forward = partial(call, double, impl="eager")
             return run(forward, double, STEP if self.part == BACKWARD else self.part)()
 
@@ -277,11 +276,8 @@ def info_nce(case: Case, device: str) -> tuple[Makers, Examine]:
     have many near neighbours: softmaxes are neither flat nor one-sided, and the negatives' part of the gradient is as
     large as the positive's. Of independent normal features it would vanish in the tolerance.
     """
-    normal, uniform, shape = (
-        partial(torch.randn, device=device),
-        partial(torch.rand, device=device),
-        (case.rows, case.codes),
-    )
+    normal, uniform = partial(torch.randn, device=device), partial(torch.rand, device=device)
+    shape = case.rows, case.codes
     mixing, original = normal(16, case.width), normal(*shape, 16)
     features = original @ mixing, (original + 0.5 * normal(*shape, 16)) @ mixing
     query, key = (F.normalize(feature.relu(), dim=2).to(getattr(torch, case.dtype)) for feature in features)
