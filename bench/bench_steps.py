@@ -123,6 +123,7 @@ class Whole:
         """Return functions that make the runs, and the comparison of first steps."""
         firsts: dict[str, dict[str, Any]] = {}
         start: dict[str, Tensor] = {}  # taming's weights
+        torch._dynamo.config.recompile_limit = 64  # for all sizes and modes in one process
 
         def make(mode: str) -> Run:
             torch.manual_seed(0)

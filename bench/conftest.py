@@ -31,7 +31,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch._dynamo.config.recompile_limit = 64  # past this number of sizes and modes they would run uncompiled
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # by what is skipped
 
 

@@ -119,6 +119,7 @@ def plain_info_nce(query: Tensor, key: Tensor, weight: Tensor, tau: float) -> tu
 @functools.cache
 def compiled(function: Callable[..., Any], again: bool) -> Callable[..., Any]:
     """Compile ``function``, anew for each size; ``again``: for backwards that run more than once."""
+    torch._dynamo.config.recompile_limit = 64  # past this number of sizes it would run uncompiled
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
