@@ -124,13 +124,14 @@ def measure_side_by_side(
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-        run = makers[name]()
+        run, problem = makers[name](), None
         results = run()
         try:
             found = examine(name, results)
         except AssertionError as error:
-            traceback.clear_frames(error.__traceback__)
-            raise WrongResultError(error) from None
+            problem = str(error)
+        if problem is not None:  # raised here, without the other error, whose frames hold tensors
+            raise WrongResultError(problem)
         del results  # or they would be part of the memory that was there before
         outcomes[name] = found | {"mib": round(peak_mib(run, device), 3)}, []
         runs[name] = run
