@@ -232,7 +232,7 @@ def test_the_suite_writes_a_record_of_each_competitor_and_goes_on_with_its_file(
 
     def run(*more):
         command = [sys.executable, "-m", "pytest", *flags, *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT)
         return done.stdout, json.loads((tmp_path / "r.json").read_text())
 
     output, found = run("--limit", "-1")
