@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import peers
 import torch
 import torch.nn.functional as F
-from measuring import Examine, Run, WrongResultError, graphed
+from measuring import Examine, Run, graphed
 from peers import Forward
 from torch import Tensor
 
@@ -50,24 +50,10 @@ Makers = dict[str, Callable[[], Run]]
 Truth = Callable[[str], Results]  # results in fp64 of "ours" or "vanilla"
 
 
-def require(name: str, condition: bool | Tensor, problem: str) -> None:
-    """Raise :class:`WrongResultError` unless the condition holds."""
-    if not condition:
-        raise WrongResultError(f"{name} {problem}")
-
-
 def require_close(name: str, found: Tensor, expected: Tensor, allowed: float) -> None:
     """Refuse a result whose largest deviation is more than a fraction of the largest element."""
-    error = float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    require(name, error <= allowed, f"is off by {error:.2g} of its largest element, {allowed} is allowed")
-
-
-def normals(device: str) -> Callable[..., Tensor]:
-    """Return a function of normal numbers, and of uniform ones with ``normal.rand``."""
-    generator = torch.Generator(device).manual_seed(0)
-    draw = partial(torch.randn, generator=generator, device=device)
-    draw.rand, draw.generator = partial(torch.rand, generator=generator, device=device), generator  # type: ignore[attr-defined]
-    return draw
+    limits: dict[str, Any] = {"rtol": 0, "atol": allowed * float(expected.abs().max()), "check_dtype": False}
+    torch.testing.assert_close(found, expected, **limits, msg=lambda text: f"{name} is off: {text}")
 
 
 def doubled(value: Any) -> Any:
@@ -119,11 +105,6 @@ class Case:
             found["products"] = PRODUCTS[self.op][self.part] - (HARD in self.variant)
         return found
 
-    @property
-    def name(self) -> str:
-        fields = self.fields()
-        return ", ".join([self.op, fields["part"], *(f"{k}={v}" for k, v in fields["size"].items()), self.dtype])
-
     def competitors(self, device: str) -> tuple[str, ...]:
         """Names; on a CPU "compiled" competes in few cases: compiling takes longer than all the rest."""
         if self.op == SWAP:
@@ -138,78 +119,70 @@ class Case:
 
     def prepare(self, device: str) -> tuple[Makers, Examine]:
         """Return functions that make the runs, and the check of a run's results."""
-        if self.op == SWAP:
-            return prepare_swap(self, device)
-        problem = (info_nce if self.op == INFO_NCE else quantize)(self, device)
-        given, plain = problem.given, problem.plain
+        torch.manual_seed(0)
+        return {INFO_NCE: info_nce, SWAP: swap}.get(self.op, quantize)(self, device)
+
+    def makers(
+        self, given: Inputs, grads: list[Tensor], call: Callable[..., Results], plain: Any, factors: tuple[Tensor, ...]
+    ) -> tuple[Makers, Truth]:
+        """Return what every op has: the product of factors that is the floor, ours, a partial of plain PyTorch, truth.
+
+        Gradients of the first results go to those given that require them.
+        """
+        seed = given.get("seed", torch.zeros(()))
 
         def run(forward: Forward, given: Inputs = given, part: str = self.part) -> Run:
             leaves = [value for value in given.values() if isinstance(value, Tensor) and value.requires_grad]
-            return make_run(part, forward, leaves, problem.grads)
+            return make_run(part, forward, leaves, grads)
 
         def in_graph(forward: Forward) -> Run:
             if GRAPH not in self.variant:
                 return run(forward)
-            given["seed"].fill_(0)
+            seed.fill_(0)
             replay = graphed(run(forward))
-            given["seed"].fill_(SEED)  # a replay that kept the old seed has wrong indices
+            seed.fill_(SEED)  # a replay that kept the old seed has wrong indices
             return replay
 
         @functools.cache
         def truth(name: str) -> Results:
-            double = {key: doubled(value) for key, value in given.items()} | (
-                {"weight": None} if name != "ours" else {}
-            )
-            forward = partial(problem.call, double, impl="eager")
+            double = {key: doubled(value) for key, value in given.items()}
+            double |= {} if name == "ours" else {"weight": None}
+            forward = partial(call, double, impl="eager")
             return run(forward, double, STEP if self.part == BACKWARD else self.part)()
 
-        makers: Makers = {
-            "matmul": lambda: lambda: (torch.matmul(*problem.factors),),  # written to memory
-            "ours": lambda: in_graph(partial(problem.call, given)),
-            "vanilla": lambda: run(partial(problem.call, given | {"weight": None})),
+        return {
+            "matmul": lambda: lambda: (torch.matmul(*factors),),  # written to memory
+            "ours": lambda: in_graph(partial(call, given)),
+            "vanilla": lambda: run(partial(call, given | {"weight": None})),
             "eager": lambda: in_graph(plain),
             "compiled": lambda: in_graph(partial(peers.compiled(plain.func, self.part == BACKWARD), *plain.args)),
-        }
-        return makers | problem.others, lambda name, results: problem.check(name, results, truth)
-
-
-class Problem(NamedTuple):
-    """Inputs, calls and checks of a case."""
-
-    given: Inputs
-    grads: list[Tensor]  # of the first results
-    factors: tuple[Tensor, Tensor]  # of the product that is the floor
-    call: Callable[..., Results]  # of the arguments; the leaves are those that require gradients
-    plain: Any  # a partial of plain PyTorch
-    others: Makers
-    check: Callable[[str, Results, Truth], dict[str, Any]]
+        }, truth
 
 
 # ------------------------------------------------------------------------------------------------------ vector_quantize
 
 
-def latents(case: Case, normal: Any) -> tuple[Tensor, Tensor, float]:
+def latents(case: Case, device: str) -> tuple[Tensor, Tensor, float]:
     """Return rows and codes of unit variance, and the logit scale.
 
     Random ones have logits of standard deviation 2: no softmax is one-sided. Trained-like ones have the softmax of
     trained models, see docs/benchmarks.md.
     """
+    normal = partial(torch.randn, device=device)
     if TRAINED not in case.variant:
         return normal(case.rows, case.width), normal(case.codes, case.width), 1 / math.sqrt(case.width)
     codes, spacing = normal(case.codes, DIMENSIONS), case.codes ** (-1 / DIMENSIONS)
-    use = torch.arange(1.0, case.codes + 1, device=codes.device) ** -0.4
-    chosen = use.multinomial(case.rows, replacement=True, generator=normal.generator)
-    x = codes[chosen] + 2 * spacing * normal(case.rows, DIMENSIONS)
+    use = torch.arange(1.0, case.codes + 1, device=device) ** -0.4
+    x = codes[use.multinomial(case.rows, replacement=True)] + 2 * spacing * normal(case.rows, DIMENSIONS)
     # Orthonormal: distances are the same at any width but for the factor.
     basis = math.sqrt(case.width / DIMENSIONS) * torch.linalg.qr(normal(case.width, DIMENSIONS))[0].t()
     return x @ basis, codes @ basis, 0.226 * DIMENSIONS / case.width / spacing**2
 
 
 def quantize_inputs(case: Case, device: str) -> Inputs:
-    normal: Any = normals(device)
     trains, dtype = case.op == QUANTIZE, getattr(torch, case.dtype)
-    mask = normal.rand(case.rows) < MASK_RATIO if trains and QUIET not in case.variant else None
-    x, codebook, scale = latents(case, normal)
+    mask = torch.rand(case.rows, device=device) < MASK_RATIO if trains and QUIET not in case.variant else None
+    x, codebook, scale = latents(case, device)
     found = {"x": x.to(dtype).requires_grad_(trains), "codebook": codebook.to(dtype).requires_grad_(trains)}
     if not trains:
         return found
@@ -218,12 +191,12 @@ def quantize_inputs(case: Case, device: str) -> Inputs:
     return found | {"mask": mask, "scale": scale, "tau": tau, "seed": seed, "codebook_grad": codebook_grad}
 
 
-def quantize(case: Case, device: str) -> Problem:
+def quantize(case: Case, device: str) -> tuple[Makers, Examine]:
     """A case of ``vector_quantize``, or of ``assign_codes``."""
-    given, normal = quantize_inputs(case, device), normals(device)
+    given = quantize_inputs(case, device)
     x, codebook, mask = given["x"], given["codebook"], given.get("mask")
     # The posterior's is over M rows, comparable to the other one.
-    grads = [normal(case.rows, case.width).to(x.dtype), case.rows * normal(1, case.codes)]
+    grads = [torch.randn_like(x), case.rows * torch.randn(1, case.codes, device=device)]
 
     def call(given: Inputs, **impl: Any) -> Results:
         if case.op == ASSIGN:
@@ -239,22 +212,22 @@ def quantize(case: Case, device: str) -> Problem:
         rows = None if mask is None else mask.nonzero().squeeze(1)
         settings = (mask, rows, given["tau"], given["scale"], given["codebook_grad"])
         plain = partial(peers.plain_quantize, x, codebook, *settings)
-    others: Makers = {
+    makers, truth = case.makers(given, grads, call, plain, (x.detach(), codebook.detach().t()))
+    makers |= {
         "nearest": partial(peer, peers.nearest),
-        "taming nearest": partial(peer, peers.taming_nearest),
+        "taming nearest": partial(peer, peers.nearest, library="taming"),
         "vqp nearest": partial(peer, peers.vqp, gumbel=False, training=case.op == QUANTIZE),
         "vqp gumbel": partial(peer, peers.vqp, gumbel=True),
         "flash-kmeans": lambda: peers.flash_kmeans(x, codebook),
     }
-    factors = (x.detach(), codebook.detach().t())
-    return Problem(given, grads, factors, call, plain, others, partial(check_quantize, case, given))
+    return makers, partial(check_quantize, case, given, truth)
 
 
 def check_indices(name: str, indices: Tensor, expected: Tensor, given: Inputs, mask: Tensor | None) -> Tensor:
     """Require the expected indices, except on a few rows whose scores tie within rounding; return where they agree."""
     same = indices == expected
     agreement = float(same.double().mean())
-    require(name, agreement >= 1 - MOST_TIES, f"are those of fp64 on {agreement:.2%} of the rows only")
+    assert agreement >= 1 - MOST_TIES, f"{name} are those of fp64 on {agreement:.2%} of the rows only"
     rows, scale = (~same).nonzero().squeeze(1), given.get("scale", 1.0)
     x, codebook = given["x"].detach()[rows].double(), given["codebook"].detach().double()
     noise = x.new_zeros(len(rows), len(codebook))
@@ -267,11 +240,11 @@ def check_indices(name: str, indices: Tensor, expected: Tensor, given: Inputs, m
 
     lost = (score(expected[rows]) - score(indices[rows])).abs()
     band = TIE_BAND * scale * (x.square().sum(1) + codebook[expected[rows]].square().sum(1))
-    require(name, (lost <= band).all(), "miss a better code")
+    assert (lost <= band).all(), f"{name} miss a better code"
     return same
 
 
-def check_quantize(case: Case, given: Inputs, name: str, results: Results, truth: Truth) -> dict[str, Any]:
+def check_quantize(case: Case, given: Inputs, truth: Truth, name: str, results: Results) -> dict[str, Any]:
     """Compare rows and codes with those in fp64; ties within rounding, of few rows, aside."""
     if case.op == ASSIGN and name != "matmul":
         nearest = truth("ours")[0]
@@ -296,45 +269,45 @@ def check_quantize(case: Case, given: Inputs, name: str, results: Results, truth
 # --------------------------------------------------------------------------------------------------- other ops
 
 
-def info_nce(case: Case, device: str) -> Problem:
+def info_nce(case: Case, device: str) -> tuple[Makers, Examine]:
     """A case of ``weighted_info_nce``; the gradient is that of the key, as in training.
 
     Features after a ReLU, of 16 latent factors, and a reconstruction that resembles them; most weights are 0. Such keys
     have many near neighbours: softmaxes are neither flat nor one-sided, and the negatives' part of the gradient is as
     large as the positive's. Of independent normal features it would vanish in the tolerance.
     """
-    normal: Any = normals(device)
-    shape = (case.rows, case.codes)
+    normal, uniform = partial(torch.randn, device=device), partial(torch.rand, device=device)
+    shape = case.rows, case.codes
     mixing, original = normal(16, case.width), normal(*shape, 16)
     features = original @ mixing, (original + 0.5 * normal(*shape, 16)) @ mixing
     query, key = (F.normalize(feature.relu(), dim=2).to(getattr(torch, case.dtype)) for feature in features)
-    weight = (normal.rand(shape) < MASK_RATIO) * normal.rand(shape)
+    weight = (uniform(shape) < MASK_RATIO) * uniform(shape)
     given: Inputs = {"query": query, "key": key.requires_grad_(), "weight": weight / weight.sum(1, keepdim=True)}
-    grads = [0.5 + normal.rand(shape)]
+    grads = [0.5 + uniform(shape)]
 
     def call(given: Inputs, **impl: Any) -> Results:
         return (weighted_info_nce(**given, tau=INFO_NCE_TAU, **impl),)
 
-    def check(name: str, results: Results, truth: Truth) -> dict[str, Any]:
+    def examine(name: str, results: Results) -> dict[str, Any]:
         if name in ("ours", "vanilla") and case.part != BACKWARD:
             require_close("loss", results[0], truth(name)[0], TOLERANCE)
         if name in ("ours", "vanilla") and case.part != FORWARD:
             expected, allowed = truth(name)[1], GRADIENT_TOLERANCE[case.dtype]
             off = float(((results[-1].double() - expected).norm(dim=2) / expected.norm(dim=2)).max())
-            require("dkey", off <= allowed, f"is off by {off:.2g} of a row's norm, {allowed} is allowed")
+            assert off <= allowed, f"dkey is off by {off:.2g} of a row's norm, {allowed} is allowed"
         return {}
 
     plain = partial(peers.plain_info_nce, query, key, given["weight"].to(query.dtype), INFO_NCE_TAU)
-    others = {"inf-cl": lambda: make_run(case.part, peers.inf_cl(query, key, INFO_NCE_TAU), [key], grads)}
-    return Problem(given, grads, (query, key.detach().mT), call, plain, others, check)
+    makers, truth = case.makers(given, grads, call, plain, (query, key.detach().mT))
+    peer = {"inf-cl": lambda: make_run(case.part, peers.inf_cl(query, key, INFO_NCE_TAU), [key], grads)}
+    return makers | peer, examine
 
 
-def prepare_swap(case: Case, device: str) -> tuple[Makers, Examine]:
+def swap(case: Case, device: str) -> tuple[Makers, Examine]:
     """A training step of another library's quantizer, before and after ``regvq_fast.integrations.accelerate``."""
-    normal = normals(device)
     side, scale = 16, case.width**-0.5 if case.variant == "IBQ" else 1.0  # its logits are products: of variance 1
-    batch = (normal(case.rows // side**2, case.width, side, side) * scale).requires_grad_()
-    grad, results = normal(*batch.shape), []
+    batch = (torch.randn(case.rows // side**2, case.width, side, side, device=device) * scale).requires_grad_()
+    grad, results = torch.randn_like(batch), []
 
     def make(ours: bool) -> Run:
         module = peers.library_quantizer(case.variant, case.codes, case.width, ours).to(device)
@@ -345,7 +318,7 @@ def prepare_swap(case: Case, device: str) -> tuple[Makers, Examine]:
         results.append(found)
         for ours, theirs in zip(results[0], found, strict=True):
             wrong = float(((ours - theirs).abs() > 1e-3 * theirs.abs().max()).float().mean())
-            require(case.variant, wrong < 1e-3, f"differs in a fraction of {wrong:.4f} of the values")
+            assert wrong < 1e-3, f"{case.variant} differs in a fraction of {wrong:.4f} of the values"
         return {}
 
     return {"ours": partial(make, True), "library": partial(make, False)}, examine

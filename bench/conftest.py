@@ -14,9 +14,9 @@ from typing import Any
 
 import measuring
 import pytest
+import report
 import torch
 from measuring import Outcome
-from report import PEERS
 
 from regvq_fast import nvml
 
@@ -40,25 +40,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     pairs = []
     for case in metafunc.module.cases(DEVICE):
-        mark = pytest.mark.benchmark(group=case.name, timer=lambda: CLOCK[0])
+        mark = pytest.mark.benchmark(group=name_of(case), timer=lambda: CLOCK[0])
         for name in case.competitors(DEVICE):
-            label = f"{name}, {case.name}".replace(", ", "-").replace("=", "").replace(" ", "_")  # -k understands it
+            # In words that -k understands.
+            label = f"{name}-{name_of(case)}".replace(", ", "-").replace(" = ", "").replace(" ", "_")
             pairs.append(pytest.param(case, name, id=label, marks=mark))
     metafunc.parametrize(("case", "competitor"), pairs)
+
+
+def name_of(case: Any) -> str:
+    fields = case.fields()
+    return f"{fields['op']}, {report.name_of(fields)}"
 
 
 @functools.lru_cache(maxsize=1)
 def outcomes_of(case: Any, names: tuple[str, ...], path: Path | None, limit: float, timed: bool) -> dict[str, Outcome]:
     """Measure competitors of a case, once for the tests of all of them, and keep their records in the file."""
     found = measuring.load(path, DEVICE) if path else {"records": [], "not_measured": []}
-    fields, missing = case.fields(), f"out of time: {case.name}"
+    fields, missing = case.fields(), f"out of time: {name_of(case)}"
     if set(names) <= {record["competitor"] for record in found["records"] if record.items() >= fields.items()}:
         return dict.fromkeys(names, measuring.SkippedError("the file of records has the case"))
     late = time.perf_counter() - BEGIN > limit
     outcomes: dict[str, Outcome] = dict.fromkeys(names, measuring.SkippedError("out of time"))
     found["not_measured"] = [line for line in found["not_measured"] if line != missing] + [missing] * late
     if not late:
-        torch.manual_seed(0)
         try:
             makers, examine = case.prepare(DEVICE)
             chosen = {name: makers[name] for name in names}
@@ -79,21 +84,22 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Any, st
     """Report one competitor in a case, after its result has been checked: a wrong one of ours fails."""
     config = request.config
 
-    def report(case: Any, name: str) -> None:
+    def measured(case: Any, name: str) -> None:
         calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
         names = tuple(call["competitor"] for call in calls if call.get("case") == case)
         path, limit = config.getoption("--records"), config.getoption("--limit")
         outcome = outcomes_of(case, names, path, limit, benchmark.enabled)[name]
         if isinstance(outcome, Exception):
-            if not name.startswith(PEERS) and measuring.status_of(outcome) in ("wrong", "failed"):
+            excused = isinstance(outcome, (measuring.SkippedError, torch.OutOfMemoryError))
+            if not name.startswith((*report.PEERS, "matmul")) and not excused:
                 raise outcome
             pytest.skip(f"{name}: {outcome}")
         if benchmark.enabled:
-            readings = iter(outcome["seconds"])
+            readings = iter(outcome[1])
 
             def advance() -> None:
                 CLOCK[0] += next(readings)
 
-            benchmark.pedantic(advance, rounds=len(outcome["seconds"]))
+            benchmark.pedantic(advance, rounds=len(outcome[1]))
 
-    return report
+    return measured

@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from regvq_fast import nvml
 from regvq_fast.files import atomic_path
+from regvq_fast.priors.sampler import capture
+from regvq_fast.training.memory import peak_memory
 
-PACKAGES: tuple[str, ...] = ("torch", "triton", "vector-quantize-pytorch", "taming-transformers-rom1504", "diffusers")
-PACKAGES += ("flash-kmeans", "inf-cl")
+PACKAGES = "torch triton vector-quantize-pytorch taming-transformers-rom1504 diffusers flash-kmeans inf-cl".split()
 Run = Callable[[], Any]
 Examine = Callable[[str, Any], dict[str, Any]]
-"""Check of what a call of a competitor returned: raises `WrongResultError`, or returns what the record has of it."""
-Outcome = dict[str, Any] | Exception
-"""Memory, seconds of each turn and what the check found of a competitor; or why it has no time."""
+"""Check of what a call of a competitor returned: an AssertionError, or what the record has of it."""
+Outcome = tuple[dict[str, Any], list[float]] | Exception
+"""Memory and what the check found of a competitor, and seconds of each turn; or why it has no time."""
 
 
 class WrongResultError(Exception):
@@ -41,10 +43,8 @@ class SkippedError(Exception):
     """A competitor that can't run here; the message says why."""
 
 
-def status_of(error: Exception) -> str:
-    """Return the status that a record has for an outcome without a time."""
-    known = {torch.OutOfMemoryError: "out of memory", SkippedError: "skipped", WrongResultError: "wrong"}
-    return known.get(type(error), "failed")
+# Of an outcome without a time; of any other error "failed".
+STATUSES = {torch.OutOfMemoryError: "out of memory", SkippedError: "skipped", WrongResultError: "wrong"}
 
 
 # -------------------------------------------------------------------------------------------------- time and memory
@@ -69,54 +69,38 @@ def peak_mib(run: Run, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        outputs = run()
-        torch.cuda.synchronize()
-        tensors = [value for value in outputs if isinstance(value, torch.Tensor)] if isinstance(outputs, tuple) else []
-        kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return (torch.cuda.max_memory_allocated() - before - sum(kept.values())) / 2**20
-    if sys.platform != "linux":
+    elif sys.platform == "linux":
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed: the run would find it there
+        Path("/proc/self/clear_refs").write_text("5")  # the recorded peak starts again from here
+    else:
         return math.nan
-
-    def status(field: str) -> int:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed: the run would find it there
-    Path("/proc/self/clear_refs").write_text("5")  # the recorded peak starts again from here
-    before = status("VmRSS:")
-    run()
-    return (status("VmHWM:") - before) / 1024
+    before = peak_memory(torch.device(device))
+    outputs = run()
+    kept = 0
+    if device == "cuda":
+        torch.cuda.synchronize()
+        tensors = outputs if isinstance(outputs, tuple) else ()
+        storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+        kept = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return (peak_memory(torch.device(device)) - before - kept) / 2**20
 
 
 def graphed(run: Run) -> Run:
     """Return a call that replays ``run`` as a CUDA graph and returns the same tensors every time."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and libraries set themselves up, which can't be captured
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
+    outputs: list[Tensor] = []
 
-    def replay() -> Any:
-        graph.replay()
-        return outputs
+    def step() -> None:
+        outputs[:] = run()
 
-    return replay
+    replay = capture(step, torch.empty(0, device="cuda"))
 
+    def replayed() -> tuple[Tensor, ...]:
+        replay()
+        return tuple(outputs)
 
-def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what ``function`` returns, or its error, without the tensors that its frames still held."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)
-        return error
+    return replayed
 
 
 def measure_side_by_side(
@@ -133,35 +117,45 @@ def measure_side_by_side(
     Args:
         turns: number of turns at most, by default 8 to 30; 0 makes and checks, which compiles.
     """
-
-    def prepare(name: str) -> tuple[Run, dict[str, Any]]:
-        run = makers[name]()
-        found = examine(name, run())
-        return run, found | {"mib": round(peak_mib(run, device), 3), "seconds": []}
-
     outcomes: dict[str, Any] = {}
     runs: dict[str, Run] = {}
-    for name in makers:
+
+    def prepare(name: str) -> None:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-        prepared = _attempt(prepare, name)
-        if isinstance(prepared, Exception):
-            outcomes[name] = prepared
-        else:
-            runs[name], outcomes[name] = prepared
-    most, least, limit = (8, 2, 3.0) if device == "cuda" else (10 if whole else 30, 3, 0.8 * len(runs))
+        run, problem = makers[name](), None
+        results = run()
+        try:
+            found = examine(name, results)
+        except AssertionError as error:
+            problem = str(error)
+        if problem is not None:  # raised here, without the other error, whose frames hold tensors
+            raise WrongResultError(problem)
+        del results  # or they would be part of the memory that was there before
+        outcomes[name] = found | {"mib": round(peak_mib(run, device), 3)}, []
+        runs[name] = run
+
+    def take_turn(name: str) -> None:
+        outcomes[name][1].append(seconds_of(runs[name], device, whole))
+
+    def attempt(what: Callable[[str], None], name: str) -> None:
+        try:
+            what(name)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+            outcomes[name] = error
+            runs.pop(name, None)
+
+    for name in makers:
+        attempt(prepare, name)
+    most, least, limit = (8, 2, 3.0) if device == "cuda" else (10 if whole else 30, 3, 0.6 * len(runs))
     begin = time.perf_counter()
     for turn in range(most if turns is None else turns):
         if turn >= least and time.perf_counter() - begin > limit:
             break
-        for name, run in list(runs.items()):
-            seconds = _attempt(seconds_of, run, device, whole)
-            if isinstance(seconds, Exception):
-                outcomes[name] = seconds
-                del runs[name]
-            else:
-                outcomes[name]["seconds"].append(seconds)
+        for name in list(runs):
+            attempt(take_turn, name)
     return outcomes
 
 
@@ -171,19 +165,16 @@ def measure_side_by_side(
 @functools.cache
 def describe_machine(device: str) -> dict[str, Any]:
     """Hardware, versions and commit, asked once."""
-    from pytest_benchmark.utils import get_commit_info
+    from pytest_benchmark.plugin import get_commit_info, get_cpu_info
 
     found: dict[str, Any] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     if device == "cuda":
-        properties = torch.cuda.get_device_properties()
-        capability = f"{properties.major}.{properties.minor}"
-        found |= {"gpu": properties.name, "compute_capability": capability, "driver": nvml.gpu_state()[0]}
-        found |= {"memory_gib": round(properties.total_memory / 2**30, 1)}
+        gpu = torch.cuda.get_device_properties()
+        found |= {"gpu": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}"}
+        found |= {"driver": nvml.gpu_state()[0], "memory_gib": round(gpu.total_memory / 2**30, 1)}
     else:
-        name = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
-            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        found |= {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        cpu = get_cpu_info().get("brand_raw", platform.machine())
+        found |= {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -199,9 +190,9 @@ def record_of(fields: dict[str, Any], name: str, outcome: Outcome) -> dict[str, 
     """Return what the file has of a competitor in a case."""
     record = fields | {"competitor": name}
     if isinstance(outcome, Exception):
-        return record | {"status": status_of(outcome), "reason": f"{type(outcome).__name__}: {outcome}"[:500]}
-    found, ms = dict(outcome), sorted(1e3 * value for value in outcome["seconds"])
-    del found["seconds"]
+        status, reason = STATUSES.get(type(outcome), "failed"), f"{type(outcome).__name__}: {outcome}"[:500]
+        return record | {"status": status, "reason": reason}
+    found, ms = outcome[0], sorted(1e3 * value for value in outcome[1])
     quartiles = [ms[len(ms) // 4], ms[-1 - len(ms) // 4]]
     return record | {"status": "ok", **found, "ms": statistics.median(ms), "turns": len(ms), "ms_quartiles": quartiles}
 

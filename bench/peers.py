@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -54,12 +55,15 @@ def taming() -> dict[str, Any]:
     package("einops")
     stand_ins = {name: SimpleNamespace(models=None, tqdm=None) for name in ("torchvision", "requests", "tqdm")}
     stand_ins = {name: module for name, module in stand_ins.items() if find_spec(name) is None}
+    stand_ins["pytorch_lightning"] = SimpleNamespace(LightningModule=nn.Module)
+    stand_ins["taming.main"] = SimpleNamespace(instantiate_from_config=lambda build: build())
     # Newer versions don't have the one function that it needs.
     filtering = {"top_k_top_p_filtering": lambda logits, top_k, top_p=None: restrict(logits, top_k=top_k, top_p=top_p)}
     stand_ins["transformers"] = SimpleNamespace(**filtering)
-    names = "transformer.mingpt vqvae.quantize diffusionmodules.model losses.lpips losses.vqperceptual".split()
+    names = "transformer.mingpt vqvae.quantize losses.lpips losses.vqperceptual".split()
+    paths = ["models.vqgan", *(f"modules.{name}" for name in names)]
     with mock.patch.dict(sys.modules, stand_ins):
-        modules = [package("--no-deps taming-transformers-rom1504", f"taming.modules.{name}") for name in names]
+        modules = [package("--no-deps taming-transformers-rom1504", f"taming.{path}") for path in paths]
     return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 
@@ -144,27 +148,19 @@ def vqp(x: Tensor, codebook: Tensor, *, gumbel: bool, training: bool = True) -> 
     return forward, [x] if gumbel else [x, *module.parameters()]
 
 
-def quantizer(module: nn.Module, x: Tensor, codebook: Tensor) -> tuple[Forward, list[Tensor]]:
-    """A quantizer of maps with an ``embedding``, on rows: our `NearestQuantizer`, or one that computes the same."""
-    module.to(x.device).embedding.weight.data.copy_(codebook.detach())  # type: ignore[union-attr,operator]
+def nearest(x: Tensor, codebook: Tensor, library: str = "") -> tuple[Forward, list[Tensor]]:
+    """Our ``NearestQuantizer``, or taming-transformers' ``VectorQuantizer2``, which computes in the type of ``x``."""
+    module: Any = NearestQuantizer(*codebook.shape)
+    if library:
+        module = taming()["quantize"].VectorQuantizer2(*codebook.shape, beta=0.25, legacy=False).to(x.dtype)
+    module.to(x.device).embedding.weight.data.copy_(codebook.detach())
 
     def forward() -> tuple[Tensor, ...]:
         output = module(x.t().unsqueeze(1).unsqueeze(0))  # (M, D) as a map (1, D, 1, M), as they lie in memory
-        quantized, loss = (output.quantized, output.loss) if hasattr(output, "loss") else output[:2]
+        quantized, loss = output[:2] if library else (output.quantized, output.loss)
         return quantized.squeeze(0).squeeze(1).t(), loss
 
     return forward, [x, *module.parameters()]
-
-
-def nearest(x: Tensor, codebook: Tensor) -> tuple[Forward, list[Tensor]]:
-    """Our ``NearestQuantizer``, for those who compute the same: the two packages without noise."""
-    return quantizer(NearestQuantizer(*codebook.shape), x, codebook)
-
-
-def taming_nearest(x: Tensor, codebook: Tensor) -> tuple[Forward, list[Tensor]]:
-    """taming-transformers' ``VectorQuantizer2``: nearest code, straight-through identity, in the type of ``x``."""
-    module = taming()["quantize"].VectorQuantizer2(*codebook.shape, beta=0.25, legacy=False)
-    return quantizer(module.to(x.dtype), x, codebook)
 
 
 def flash_kmeans(x: Tensor, codebook: Tensor) -> Forward:
@@ -205,10 +201,11 @@ def library_quantizer(library: str, num_codes: int, width: int, ours: bool) -> n
         module = package(library).VectorQuantize(width, num_codes, accept_image_fmap=True)
     elif library == "IBQ":  # as its authors write it; it isn't on PyPI
         module = importlib.import_module("helpers.plain_ibq").IndexPropagationQuantize(num_codes, width)
+    elif library == "taming":
+        module = taming()["quantize"].VectorQuantizer2(num_codes, width, beta=0.25)
     else:
-        vae = "diffusers.models.autoencoders.vae"
-        kind = taming()["quantize"].VectorQuantizer2 if library == "taming" else package(library, vae).VectorQuantizer
-        module = kind(num_codes, width, beta=0.25)
+        module = package(library, "diffusers.models.autoencoders.vae").VectorQuantizer(num_codes, width, beta=0.25)
+    if library in ("taming", "diffusers"):
         nn.init.normal_(module.embedding.weight)
     if ours:
         accelerate(module)
@@ -233,45 +230,34 @@ class TamingStep:
 
     def __init__(self, config: VQGANConfig, precision: Precision) -> None:
         self.precision, self.scaler = precision, precision.scaler()
-        with contextlib.redirect_stdout(io.StringIO()):  # they announce themselves
-            self.autoencoder, self.loss = _autoencoder(config).to(precision.device), _loss(config).to(precision.device)
-        self.discriminator: nn.Module = self.loss.discriminator
-        self._turns = [(m, build_optimizer(m, config.optimizer)) for m in (self.autoencoder, self.discriminator)]
+        size = {"resolution": config.data.image_size, "in_channels": 3, "out_ch": 3, "double_z": False}
+        shared = asdict(config.model) | size  # it ignores what it doesn't know
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces itself
+            codes = config.quantizer.num_codes, config.quantizer.code_dim
+            net = self.net = taming()["vqgan"].VQModel(shared, partial(_loss, config), *codes).to(precision.device)
+        nn.init.normal_(net.quantize.embedding.weight)  # fresh codes are so small that none would matter
+        for norm in net.modules():
+            if isinstance(norm, nn.GroupNorm):
+                norm.num_groups = group_norm(norm.num_channels).num_groups
+        self.metrics: dict[str, Tensor] = {}
+        net.global_step, net.log = 0, lambda *_, **__: None
+        net.log_dict = lambda metrics, **_: self.metrics.update(metrics)
+        autoencoder = nn.ModuleList(module for module in net.children() if module is not net.loss)
+        self._turns = [(m, build_optimizer(m, config.optimizer)) for m in (autoencoder, net.loss.discriminator)]
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Take one step on a batch (B, 3, H, W) in [-1, 1] and return the logged numbers, by taming's names."""
-        metrics: dict[str, Tensor] = {}
-        net = self.autoencoder
+        batch = {"image": images.permute(0, 2, 3, 1)}  # as its data sets have them
         for index, (module, optimizer) in enumerate(self._turns):
             for other, _ in self._turns:
                 other.requires_grad_(other is module)
             with self.precision.autocast():
-                quantized, codebook_loss, _ = net.quantize(net.quant_conv(net.encoder(images)))
-                reconstruction = net.decoder(net.post_quant_conv(quantized))
-                last_layer = net.decoder.conv_out.weight
-                loss, log = self.loss(codebook_loss, images, reconstruction, index, 0, last_layer=last_layer)
+                loss = self.net.training_step(batch, 0, index)
             self.scaler.scale(loss).backward()
             self.scaler.step(optimizer)
             self.scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            metrics |= log
-        return metrics
-
-
-def _autoencoder(config: VQGANConfig) -> Any:
-    """taming's ``VQModel``, which is a LightningModule, as a plain module."""
-    size = {"resolution": config.data.image_size, "in_channels": 3, "out_ch": 3, "double_z": False}
-    shared, width = asdict(config.model) | size, config.quantizer.code_dim  # they ignore what they don't know
-    networks, z = taming()["model"], config.model.z_channels
-    net: Any = nn.Module()
-    net.encoder, net.decoder = networks.Encoder(**shared), networks.Decoder(**shared)
-    net.quantize = taming()["quantize"].VectorQuantizer2(config.quantizer.num_codes, width, beta=0.25)
-    nn.init.normal_(net.quantize.embedding.weight)  # fresh codes are so small that none would matter
-    net.quant_conv, net.post_quant_conv = nn.Conv2d(z, width, 1), nn.Conv2d(width, z, 1)
-    for norm in net.modules():
-        if isinstance(norm, nn.GroupNorm):
-            norm.num_groups = group_norm(norm.num_channels).num_groups
-    return net
+        return self.metrics
 
 
 def _loss(config: VQGANConfig) -> Any:

@@ -33,32 +33,39 @@ STEPS = {
     "diffusion": "diffusion prior",
     "masked": "masked prior",
 }
-# Competitors of others: the columns of an op's table in their order, and those of steps, whose names go on with a mode.
+TITLES = {op: f"`{op}`" for op in OPS} | STEPS
+# Competitors of others in the order of columns; the first one in a case is its baseline.
 PEERS: tuple[str, ...] = ("eager", "compiled", "vqp nearest", "taming nearest", "vqp gumbel", "flash-kmeans", "inf-cl")
-PEERS += ("taming", "diffusers", "plain", "library", "matmul")
-BASELINES = ("eager", "taming", "diffusers", "plain")
+PEERS += ("taming", "diffusers", "library")
 # Ours without weights and without noise, for those who compute that.
 TWINS = {"inf-cl": "vanilla", "vqp nearest": "nearest", "taming nearest": "nearest"}
-OURS = ("ours", "chunked", "vanilla", "nearest", "matmul")  # no columns of an op's table
 
 Document = dict[str, Any]  # a file of results
 Record = dict[str, Any]
-Group = dict[str, Record]  # records of a case by competitor
+NOTHING: Record = {"status": "ok", "ms": math.nan, "mib": math.nan, "size": {}}
+
+
+class Group(dict[str, Record]):
+    """Records of a case by competitor; of one that is not there, no numbers."""
+
+    def __missing__(self, name: str) -> Record:
+        return NOTHING
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-def table(head: list[str], rows: Iterable[list[str]], on_gpu: bool = True) -> str:
+def table(head: list[str], rows: Iterable[list[str]], document: Document | None = None) -> str:
     """Return a Markdown table; absolute times only of a GPU, whose name says how fast it is."""
-    kept = [k for k, name in enumerate(head) if on_gpu or name not in ("ours, ms", "ms")]
+    on_cpu = document is not None and not document["machine"].get("gpu")
+    kept = [k for k, name in enumerate(head) if not on_cpu or name not in ("ours, ms", "ms")]
     lines = [[line[k] for k in kept] for line in (head, ["---"] * len(head), *rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float, digits: int = 3) -> str:
     """Return so many significant digits and every digit before the point; a dash for nothing."""
-    if value is None or math.isnan(value):
+    if math.isnan(value):
         return "-"
     return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}" if value else "0"
 
@@ -67,32 +74,27 @@ def times(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.{1 if value < 100 else 0}f} x"
 
 
-def ratio(mine: Record | None, other: Record | None, key: str = "ms") -> float:
+def ratio(mine: Record, other: Record, key: str = "ms") -> float:
     """Return how many times as fast as ``other`` mine is; nan unless both have a time."""
-    known = mine and other and mine.get(key) and other.get(key) is not None
-    return float(other[key] / mine[key]) if known else math.nan  # type: ignore[index]
+    return float(other[key] / mine[key]) if mine[key] else math.nan
 
 
-def own(op: str) -> str:
-    return "ours" if op in OPS else "fp32"
+def own(group: Group) -> Record:
+    return group["ours" if "ours" in group else "fp32"]
 
 
-def twin(group: Group, op: str, peer: str) -> Record | None:
+def twin(group: Group, peer: str) -> Record:
     """Return the record of ours that computes what a peer does."""
-    return group.get(TWINS.get(peer, ""), group.get(own(op)))
+    return group.get(TWINS.get(peer, ""), own(group))
 
 
-def against(group: Group, op: str, peer: str) -> float:
-    return ratio(twin(group, op, peer), group.get(peer))
-
-
-def baseline(group: Group) -> str:
-    return next((name for name in BASELINES if name in group), "fp32")
+def against(group: Group, peer: str) -> float:
+    return ratio(twin(group, peer), group[peer])
 
 
 def rate(group: Group) -> float:
     """Return the fraction of the rate of the same product by a matmul that ours reaches; nan for no time."""
-    return ratio(group.get("ours"), group.get("matmul")) * next(iter(group.values())).get("products", math.nan)
+    return ratio(group["ours"], group["matmul"]) * case_of(group).get("products", math.nan)
 
 
 def flops(record: Record) -> float:
@@ -104,27 +106,23 @@ def groups_of(document: Document, op: str) -> list[Group]:
     found: dict[str, Group] = {}
     for record in document["records"]:
         if record["op"] == op:
-            found.setdefault(case_of(record), {})[record["competitor"]] = record
+            known = {name: value for name, value in record.items() if value is not None}
+            found.setdefault(name_of(record), Group())[record["competitor"]] = NOTHING | known
     return list(found.values())
 
 
-def case_of(record: Record) -> str:
-    size = (f"{name} = {value}" for name, value in record["size"].items())
-    return ", ".join([record["part"], *size, record["detail"]])
+def case_of(group: Group) -> Record:
+    """Return any of its records, for what they share."""
+    return next(iter(group.values()))
 
 
-def columns(groups: Iterable[Group]) -> list[str]:
-    """Return the peers that take part in any of the cases."""
-    names = dict.fromkeys(name for group in groups for name in group if name not in OURS)
-    return sorted(names, key=lambda name: PEERS.index(name) if name in PEERS else len(PEERS))
+def name_of(case: Record) -> str:
+    size = (f"{name} = {value}" for name, value in case["size"].items())
+    return ", ".join([case["part"], *size, case["detail"]])
 
 
-def named(op: str) -> str:
-    return f"`{op}`" if op in OPS else STEPS[op]
-
-
-def on_gpu(document: Document) -> bool:
-    return bool(document["machine"].get("gpu"))
+def peers_in(*groups: Group) -> list[str]:
+    return [name for name in PEERS if any(name in group for group in groups)]
 
 
 def measured_on(document: Document, *more: str) -> str:
@@ -146,93 +144,76 @@ def measured_on(document: Document, *more: str) -> str:
 def op_table(document: Document, op: str) -> str:
     """Return every case of an op: times of ours, how many times as fast it is as each peer, memory, rates."""
     groups = groups_of(document, op)
-    peers = columns(groups)
+    peers = peers_in(*groups)
     kinds = [name for name in ("eager", "compiled") if name in peers] + ["ours"]
-    head = [f"`{op}`", "ours, ms", *(f"against {name}" for name in peers), *(f"MiB, {name}" for name in kinds)]
+    head = [TITLES[op], "ours, ms", *(f"against {name}" for name in peers), *(f"MiB, {name}" for name in kinds)]
     head += ["TFLOP/s", "of the matmul rate"]
     rows = []
     for group in groups:
-        ours = group.get("ours", {})
-        cells = [case_of(next(iter(group.values()))), number(ours.get("ms"))]
-        for name in peers:
-            status = group.get(name, {}).get("status", "ok")
-            cells.append(times(against(group, op, name)) if status == "ok" else status)
-        cells += [number(group.get(name, {}).get("mib")) for name in kinds]
-        tflops = flops(ours) / ours["ms"] / 1e9 if ours.get("ms") else None
-        rows.append([*cells, number(tflops), "-" if math.isnan(rate(group)) else f"{100 * rate(group):.0f} %"])
-    return table(head, rows, on_gpu(document))
+        ours, share = group["ours"], rate(group)
+        states = {name: group[name]["status"] for name in peers}
+        speeds = [times(against(group, name)) if state == "ok" else state for name, state in states.items()]
+        memory = [number(group[name]["mib"]) for name in kinds]
+        rates = [number(flops(ours) / ours["ms"] / 1e9), "-" if math.isnan(share) else f"{100 * share:.0f} %"]
+        rows.append([name_of(case_of(group)), number(ours["ms"]), *speeds, *memory, *rates])
+    return table(head, rows, document)
 
 
 def step_tables(document: Document, op: str) -> str:
     """Return the modes of each part: time, how many times as fast as the baseline, memory."""
-    found = []
+    found = [f"**{TITLES[op][:1].upper() + TITLES[op][1:]}**"]
     for group in groups_of(document, op):
-        other = baseline(group)
-        rows = []
+        rows, other = [], next(iter(peers_in(group)), "fp32")
         for name, record in group.items():
-            ms = number(record.get("ms")) if record["status"] == "ok" else record["status"]
-            rows.append([name, ms, times(ratio(record, group.get(other))), number(record.get("mib"))])
-        head = [case_of(next(iter(group.values()))), "ms", f"against {other}", "MiB"]
-        found.append(table(head, rows, on_gpu(document)))
-    title = STEPS[op][:1].upper() + STEPS[op][1:]
-    return f"**{title}**\n\n" + "\n\n".join(found)
-
-
-def rivals(op: str, group: Group) -> list[str]:
-    """Return baselines that ours must not lose to; of a step one alone: other modes are ours, or other precisions."""
-    return columns([group]) if op in OPS else [name for name in (baseline(group),) if name in group]
+            ms = number(record["ms"]) if record["status"] == "ok" else record["status"]
+            rows.append([name, ms, times(ratio(record, group[other])), number(record["mib"])])
+        found.append(table([name_of(case_of(group)), "ms", f"against {other}", "MiB"], rows, document))
+    return "\n\n".join(found)
 
 
 def summary(document: Document) -> str:
     """Return one row per op, with its gradients and at its largest size, and one per training step that has a peer."""
-    rows = []
-    for op in (*OPS, *STEPS):
-        largest: dict[str, Group] = {}
+    largest: dict[tuple[str, str], Group] = {}
+    for op in TITLES:
         for group in groups_of(document, op):
-            ours = group.get(own(op), {})
-            part, _, variant = ours.get("part", "").partition(", ")
-            if not ours.get("ms") or part not in WHOLE or variant.startswith("hard") or baseline(group) == own(op):
-                continue
-            best = largest.get(ours["part"])
-            if best is None or flops(ours) > flops(best[own(op)]):
-                largest[ours["part"]] = group
-        for group in largest.values():
-            ours, first = group[own(op)], baseline(group)
-            same_job = [name for name in rivals(op, group) if group[name].get("ms") and name not in TWINS]
-            closest = min(same_job, key=lambda name: against(group, op, name), default=first)
-            speed = [f"{times(against(group, op, name))} ({name})" for name in (first, closest)]
-            memory = [number(record.get("mib")) for record in (group.get(first, {}), ours)]
-            rows.append([f"{named(op)}, {case_of(ours)}", number(ours["ms"]), *speed, *memory])
+            case = op, case_of(group)["part"]
+            part, _, variant = case[1].partition(", ")
+            if part in WHOLE and not variant.startswith("hard") and own(group)["ms"] > 0 and peers_in(group):
+                largest[case] = max(largest.get(case, group), group, key=lambda group: flops(own(group)))
+    rows = []
+    for (op, _), group in largest.items():
+        ours, first = own(group), peers_in(group)[0]
+        same_job = [name for name in peers_in(group) if group[name]["ms"] > 0 and name not in TWINS]
+        closest = min(same_job, key=lambda name: against(group, name), default=first)
+        speed = [f"{times(against(group, name))} ({name})" for name in (first, closest)]
+        memory = [number(record["mib"]) for record in (group[first], ours)]
+        rows.append([f"{TITLES[op]}, {name_of(ours)}", number(ours["ms"]), *speed, *memory])
     head = ["", "ours, ms", "as fast as the baseline", "as the closest peer measured", "MiB, baseline", "MiB, ours"]
-    return table(head, rows, on_gpu(document))
+    return table(head, rows, document)
 
 
 def where_worse(document: Document) -> str:
     """Return the cases in which a peer is faster than ours, or takes less memory."""
     found = []
-    for op in (*OPS, *STEPS):
-        for group in groups_of(document, op):
-            for name in rivals(op, group):
-                better = []
-                if (speed := against(group, op, name)) < 1:
-                    better.append(f"is {1 / speed:.2f} x as fast")
-                if (memory := ratio(twin(group, op, name), group[name], "mib")) < 1:
-                    better.append(f"takes {number(memory, 2)} of the memory")
-                nearest = op == "vector_quantize" and TWINS.get(name) == "nearest"
-                what = "`NearestQuantizer`" if nearest else named(op)
-                found += [f"- {what}, {case_of(group[name])}: {name} {', '.join(better)}"] if better else []
+    for group in itertools.chain(*(groups_of(document, op) for op in TITLES)):
+        for name in peers_in(group):
+            better = []
+            if (speed := against(group, name)) < 1:
+                better.append(f"is {1 / speed:.2f} x as fast")
+            if (memory := ratio(twin(group, name), group[name], "mib")) < 1:
+                better.append(f"takes {number(memory, 2)} of the memory")
+            case, nearest = case_of(group), TWINS.get(name) == "nearest" and "nearest" in group
+            what = "`NearestQuantizer`" if nearest else TITLES[case["op"]]
+            found += [f"- {what}, {name_of(case)}: {name} {', '.join(better)}"] if better else []
     where = " nowhere." if not found else "\n\n" + "\n".join(found)
     return f"Where ours is slower, or takes more memory, than a peer:{where}"
 
 
 def full(document: Document) -> str:
     """Return everything that a file holds, and what it lacks."""
-    parts = [op_table(document, op) for op in OPS if groups_of(document, op)]
-    parts += [step_tables(document, op) for op in STEPS if groups_of(document, op)]
-    parts.append(where_worse(document))
-    if missing := document.get("not_measured"):
-        parts.append("\n".join(["Not measured:\n", *(f"- {line}" for line in missing)]))
-    return "\n\n".join(parts)
+    made = ((op_table if op in OPS else step_tables)(document, op) for op in TITLES if groups_of(document, op))
+    missing = [f"- {line}" for line in document.get("not_measured", [])]
+    return "\n\n".join([*made, where_worse(document), *(["\n".join(["Not measured:\n", *missing])] if missing else [])])
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -264,19 +245,19 @@ def targets(document: Document) -> str:
     rows: list[list[str]] = list(document.get("targets", []))  # of results from before, whose targets were others
     groups = [] if rows else [group for op in OPS for group in groups_of(document, op)]
     for group, (part, concerns, what, wanted) in itertools.product(groups, TARGETS):
-        mine, first = group.get("ours", {}), next(iter(group.values()))
-        case, (_, n, d), half = f"{first['op']}, {first['part']}", first["size"].values(), first["detail"] != "float32"
-        if case != part or not concerns(n, d, half):
+        ours, case = group["ours"], case_of(group)
+        (_, n, d), half = case["size"].values(), case["detail"] != "float32"
+        if f"{case['op']}, {case['part']}" != part or not concerns(n, d, half):
             continue
-        others = {RATE: rate(group), MS: mine.get("ms", math.nan), GB: (mine.get("mib") or math.nan) * 2**20 / 1e9}
-        got = others[what] if what in others else against(group, first["op"], what)
-        failed, least = mine.get("status") not in (None, "ok"), what not in (MS, GB)
+        others = {RATE: rate(group), MS: ours["ms"], GB: (ours["mib"] or math.nan) * 2**20 / 1e9}
+        got = others[what] if what in others else against(group, what)
+        failed, least = ours["status"] != "ok", what not in (MS, GB)
         if failed or not math.isnan(got):
             met = not failed and (got >= wanted if least else got <= wanted)
             label = what if what in others else f"times as fast as {what}"
             bound = f"at {'least' if least else 'most'} {wanted:.3g}"
             cells = ["-" if failed else number(got), "met" if met else "**missed**"]
-            rows.append([f"{first['op']}, {case_of(first)}", label, bound, *cells])
+            rows.append([f"{case['op']}, {name_of(case)}", label, bound, *cells])
     return table(["case", "target", "wanted", "measured", ""], rows) if rows else ""
 
 
@@ -285,42 +266,32 @@ def targets(document: Document) -> str:
 MAKERS: dict[str, Callable[[Document], str]] = {"summary": summary, "tables": full, "targets": targets}
 
 
-def results_of_study(root: Path, stem: str, up: str) -> str:
-    """Return a table that `regvq paper` wrote, without its title."""
-    text = (root / f"{stem}.md").read_text(encoding="utf-8").partition("\n\n")[2].strip()
-    return f"{text} ([the numbers of each run]({up}{stem}.csv))"
-
-
 def best_of_study(root: Path, codes: str) -> str:
     """Return the six quantizers of the study on scenes with the lowest Fréchet distance at a codebook size."""
     stem = f"{PAPER}/quantizers"
     lines = [line for line in (root / f"{stem}.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     kept = [0, *(head.index(name) for name in ("FD[R]", "PSNR[R]", "SSIM[R]", "codes used", "FD[G]"))]
-    best = sorted(
-        (row for row in rows if row[0].endswith(f", {codes} codes")), key=lambda row: float(row[1].split()[0])
-    )
-    head, *best = ([row[k] for k in kept] for row in (head, *best[:6]))
-    return table(head, best)
+    size = [row for row in rows if row[0].endswith(f", {codes} codes")]
+    best = sorted(size, key=lambda row: float(row[1].split()[0]))[:6]
+    return table([head[k] for k in kept], [[row[k] for k in kept] for row in best])
 
 
 def section(root: Path, name: str, up: str) -> str:
     """Return the Markdown of a section; ``up`` leads from the page to the root."""
-    files = {
-        path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / RESULTS).glob("*.json"))
-    }
+    files = {path.name: json.loads(path.read_bytes()) for path in sorted((root / RESULTS).glob("*.json"))}
     for file, document in files.items():
         if found := document.get("tables", {}).get(name):  # of results of another kind
             where = f"{measured_on(document, found['more'])}.\n\n([JSON]({up}{RESULTS}/{file}))"
             return f"{table(found['head'], found['rows'])}\n\n{where}"
     kind, _, what = name.partition("-")
-    if kind == "paper":
-        return results_of_study(root, f"{PAPER}/{what}", up)
-    if kind == "study":  # of regvq paper quantizers on one data set
-        stem = f"results/{what}-tiny/quantizers"
-        if not (root / f"{stem}.md").exists():
+    if kind in ("paper", "study"):  # tables that `regvq paper` wrote
+        stem = f"{PAPER}/{what}" if kind == "paper" else f"results/{what}-tiny/quantizers"
+        if kind == "study" and not (root / f"{stem}.md").exists():
             return NO_STUDY
-        return f"{results_of_study(root, stem, up)}\n\n![curves]({up}{stem}-curves.png)"
+        text = (root / f"{stem}.md").read_text(encoding="utf-8").partition("\n\n")[2].strip()  # without its title
+        curves = f"\n\n![curves]({up}{stem}-curves.png)" if kind == "study" else ""
+        return f"{text} ([the numbers of each run]({up}{stem}.csv)){curves}"
     if kind == "peers":
         return best_of_study(root, what)
     if kind not in ("cpu", "gpu") or what not in MAKERS:
@@ -343,23 +314,17 @@ def render(root: Path, page: Path) -> str:
     return SECTION.sub(lambda match: filled(match["name"], section(root, match["name"], up)), text)
 
 
-def stale(root: Path = ROOT) -> dict[Path, str]:
-    """Return the pages below a folder that differ from the results there, and what they should be."""
-    rendered = {page: render(root, page) for page in (root / "README.md", *sorted((root / "docs").glob("*.md")))}
-    return {page: text for page, text in rendered.items() if text != page.read_text(encoding="utf-8")}
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
-    parser.add_argument("--root", type=Path, default=ROOT, help="of the checkout")
-    options = parser.parse_args(arguments)
-    changed = stale(options.root.resolve())
-    for page, text in changed.items():
-        print(f"{page} {'differs from bench/results: python bench/report.py' if options.check else 'written'}")
-        if not options.check:
-            page.write_text(text, encoding="utf-8")
-    return 1 if options.check and changed else 0
+    check = parser.parse_args(arguments).check
+    rendered = {page: render(root, page) for page in (root / "README.md", *sorted((root / "docs").glob("*.md")))}
+    stale = [page for page, text in rendered.items() if text != page.read_text(encoding="utf-8")]
+    for page in stale:
+        print(f"{page} {'differs from bench/results: python bench/report.py' if check else 'written'}")
+        if not check:
+            page.write_text(rendered[page], encoding="utf-8")
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python bench/tile_search.py assign_codes --codes 8192 --width 64 --dtype float16
 
 Tried are the pinned tile and its neighbours, and those with other steps over the channels. All are compiled first, on
-every core; then they are timed one after the other as CUDA graphs, launches hidden. Results go to standard output,
+every core; then each is checked and timed as a case of the benchmarks, in a CUDA graph. Results go to standard output,
 fastest first, then the tiles that don't fit. `python tests/kernel_resources.py` says which spill registers.
 """
 
@@ -16,20 +16,19 @@ import functools
 import itertools
 import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from bench_ops import ASSIGN, INFO_NCE, QUANTIZE, STEP, Case
-from measuring import Run, describe_machine
+from bench_ops import ASSIGN, GRAPH, INFO_NCE, QUANTIZE, STEP, Case
+from measuring import describe_machine, measure_side_by_side
 
 from regvq_fast import dispatch
 from regvq_fast.dispatch import Tile
 from regvq_fast.kernels import vector_quantize, vector_quantize_backward, weighted_info_nce
 
-NO_CUDA = "bench/tile_search.py measures on a CUDA GPU, and PyTorch finds none on this machine."
 # Those that the benchmarks' cases launch: distance logits, one posterior.
 KERNELS = tuple(name for name in dispatch.KERNELS if not name.endswith("_heavy"))
 
@@ -45,15 +44,9 @@ class Search(NamedTuple):
     @property
     def case(self) -> Case:
         if self.kernel.startswith(INFO_NCE):
-            return Case(INFO_NCE, STEP, self.codes, self.dtype, self.width, max(1, 65536 // self.codes))
+            return Case(INFO_NCE, STEP, self.codes, self.dtype, self.width, max(1, 65536 // self.codes), GRAPH)
         op, part = (ASSIGN, "assign") if self.kernel == ASSIGN else (QUANTIZE, STEP)
-        return Case(op, part, self.codes, self.dtype, self.width)
-
-    def prepare(self, device: str) -> Run:
-        """Return a warm call of the op, which launches the kernel."""
-        run = self.case.prepare(device)[0]["ours"]()
-        run()
-        return run
+        return Case(op, part, self.codes, self.dtype, self.width, variant=GRAPH)
 
     def tiles(self, device: str) -> list[Tile]:
         """Return the pinned tile first, then half or twice its extents, one stage more or fewer, and other steps."""
@@ -86,35 +79,17 @@ def launched_with(kernel: str, tile: Tile) -> Iterator[None]:
     assert kernel in names, f"the op does not launch {kernel} here"
 
 
-@functools.lru_cache(maxsize=1)
-def _prepared(search: Search, device: str) -> Run:
-    return search.prepare(device)
+def milliseconds(search: Search, tile: Tile, device: str = "cuda", turns: int | None = None) -> float | str:
+    """Return the time of the op, or why the tile doesn't run; what differs between two tiles is the kernel's."""
+    makers, examine = search.case.prepare(device)
+    with launched_with(search.kernel, tile):
+        outcome = measure_side_by_side({"ours": makers["ours"]}, examine, device, turns=turns)["ours"]
+    if isinstance(outcome, Exception):  # too many registers, too much shared memory: whatever it is, the tile is out
+        return f"{type(outcome).__name__}: {outcome}".splitlines()[0][:120]
+    return 1e3 * statistics.median(outcome[1] or [0.0])
 
 
-def compile_tile(search: Search, tile: Tile, device: str) -> None:
-    """Compile a tile, which is then on disk for other processes; what fails will fail again when it is timed."""
-    with contextlib.suppress(Exception), launched_with(search.kernel, tile):
-        _prepared(search, device)()
-
-
-def time_tiles(search: Search, tiles: list[Tile], device: str, clock: Callable[[Run], float]) -> dict[Tile, Any]:
-    """Return milliseconds of the op by tile, fastest first, then the errors of those that don't run.
-
-    What differs between two tiles is the kernel's.
-    """
-    times: dict[Tile, float] = {}
-    errors: dict[Tile, str] = {}
-    run = search.prepare(device)
-    for tile in tiles:
-        try:
-            with launched_with(search.kernel, tile):
-                times[tile] = clock(run)
-        except Exception as error:  # too many registers, too much shared memory: whatever it is, the tile is out
-            errors[tile] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-    return dict(sorted(times.items(), key=lambda pair: pair[1])) | errors
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--codes", type=int, default=1024, help="N; of InfoNCE, L")
@@ -123,19 +98,15 @@ def main() -> int:
     parser.add_argument("--dtype", choices=types, default="bfloat16", help="of the inputs")
     search = Search(**vars(parser.parse_args()))
     if not torch.cuda.is_available():
-        print(NO_CUDA, file=sys.stderr)
-        return 2
-    from triton.testing import do_bench_cudagraph
-
-    clock = functools.partial(do_bench_cudagraph, rep=10, return_mode="median")
+        parser.error("it measures on a CUDA GPU, and PyTorch finds none on this machine")
     tiles, spawn = search.tiles("cuda"), multiprocessing.get_context("spawn")  # CUDA doesn't survive a fork
     with concurrent.futures.ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), spawn) as pool:
-        list(pool.map(functools.partial(compile_tile, search, device="cuda"), tiles))
-    print(f"{search.kernel}: {search.case.name}; pinned: {tiles[0]}\n{describe_machine('cuda')}")
-    for tile, found in time_tiles(search, tiles, "cuda", clock).items():
-        print(found if isinstance(found, str) else f"{1e3 * found:9.1f} us", tile)
-    return 0
+        list(pool.map(functools.partial(milliseconds, search, turns=0), tiles))  # which leaves it on disk, compiled
+    print(f"{search}; pinned: {tiles[0]}\n{describe_machine('cuda')}")
+    times = {tile: milliseconds(search, tile) for tile in tiles}
+    for tile, ms in sorted(times.items(), key=lambda pair: (isinstance(pair[1], str), pair[1])):
+        print(ms if isinstance(ms, str) else f"{1e3 * ms:9.1f} us", tile)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
