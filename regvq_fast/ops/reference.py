@@ -1,4 +1,4 @@
-"""The ops as plain PyTorch expressions of their formulas: the reference of the tests, the baseline of the benchmarks.
+"""The ops as plain PyTorch expressions of their formulas: the reference of the tests.
 
 They keep every M x N and L x L matrix and leave the gradients to autograd. Arguments and noise bits are the ops'.
 """
