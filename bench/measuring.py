@@ -112,7 +112,7 @@ def measure_side_by_side(
 ) -> dict[str, Outcome]:
     """Measure competitors, or keep why one was not: each is made, checked and weighed alone; then they take turns.
 
-    They go A B A B, so that a busy moment meets all, until there are enough turns, or 2 or 3 and the time is up.
+    They go A B A B, so that a busy moment meets all, until there are enough turns, or 2 to 5 and the time is up.
 
     Args:
         turns: number of turns at most, by default 8 to 30; 0 makes and checks, which compiles.
@@ -149,7 +149,7 @@ def measure_side_by_side(
 
     for name in makers:
         attempt(prepare, name)
-    most, least, limit = (8, 2, 3.0) if device == "cuda" else (10 if whole else 30, 3, 0.6 * len(runs))
+    most, least, limit = (8, 2, 3.0) if device == "cuda" else (10 if whole else 30, 3 if whole else 5, 0.2 * len(runs))
     begin = time.perf_counter()
     for turn in range(most if turns is None else turns):
         if turn >= least and time.perf_counter() - begin > limit:

@@ -166,7 +166,7 @@ def test_each_outcome_is_kept_no_tensor_of_what_failed_and_few_turns_when_the_ti
     outcomes = measuring.measure_side_by_side(makers, examine, "cpu")
     found = {name: measuring.record_of({"op": "x"}, name, outcome) for name, outcome in outcomes.items()}
     assert [found[name]["status"] for name in makers] == ["ok", "wrong", "out of memory", "out of memory", "failed"]
-    assert (found["right"]["turns"], found["right"]["agreement"], found["right"]["op"]) == (3, 1, "x")
+    assert (found["right"]["turns"], found["right"]["agreement"], found["right"]["op"]) == (5, 1, "x")
     assert found["broken"]["reason"].startswith("ZeroDivisionError")
     assert [tensor() for tensor in held] == [None, None]
     assert measuring.measure_side_by_side({"a": makers["right"]}, examine, "cpu", turns=0)["a"][1] == []
