@@ -156,7 +156,8 @@ def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
     command = torchrun(SCRIPT, *TINY, *FAST, "--steps", 100_000, "--out", out)
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     start = time.monotonic()
-    while not (out / "metrics.jsonl").exists():
+    records = out / "metrics.jsonl"
+    while not (records.exists() and records.read_bytes()):  # steps, which both ranks have done
         assert launcher.poll() is None
         assert time.monotonic() - start < 180
         time.sleep(0.05)
