@@ -32,7 +32,7 @@ from regvq_fast.precision import Precision
 from regvq_fast.priors.choosing import restrict
 from regvq_fast.priors.diffusion import VQDiffusion
 from regvq_fast.priors.maskgit import MaskGIT
-from regvq_fast.training.optimization import build_optimizer
+from regvq_fast.training.optimizers import build_optimizers
 
 Forward = Callable[[], tuple[Tensor, ...]]
 GPU_ONLY = ("flash-kmeans", "inf-cl")  # Triton kernels
@@ -243,7 +243,7 @@ class TamingStep:
         net.global_step, net.log = 0, lambda *_, **__: None
         net.log_dict = lambda metrics, **_: self.metrics.update(metrics)
         autoencoder = nn.ModuleList(module for module in net.children() if module is not net.loss)
-        self._turns = [(m, build_optimizer(m, config.optimizer)) for m in (autoencoder, net.loss.discriminator)]
+        self._turns = [(m, build_optimizers(m, config.optimizer)[0]) for m in (autoencoder, net.loss.discriminator)]
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Take one step on a batch (B, 3, H, W) in [-1, 1] and return the logged numbers, by taming's names."""

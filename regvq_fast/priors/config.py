@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptionalPath, RunConfig, TrainConfig
+from regvq_fast.config.sections import UNTITLED, OptimizerConfig, OptionalPath, RunConfig, TrainConfig
 from regvq_fast.data.samples import Crop
 from regvq_fast.priors.conditions import Condition
 from regvq_fast.settings import Section, changed_flags, check_at_least, check_probabilities
@@ -79,13 +79,24 @@ class PriorRunConfig(RunConfig):
 
 
 @dataclass(frozen=True)
+class PriorOptimizerConfig(OptimizerConfig):
+    """Optimization."""
+
+    muon: bool = False
+    """Muon instead of AdamW for the matrices of the Transformer blocks."""
+
+
+@dataclass(frozen=True)
 class PriorConfig(TrainConfig):
     """A run of a prior; each prior adds its network."""
 
     run: Annotated[PriorRunConfig, UNTITLED] = field(default_factory=PriorRunConfig)
+    optimizer: Annotated[PriorOptimizerConfig, UNTITLED] = field(default_factory=PriorOptimizerConfig)
     tokens: Annotated[TokensConfig, UNTITLED] = field(default_factory=TokensConfig)
 
     def check(self) -> None:
         super().check()
+        if self.run.shard and self.optimizer.muon:
+            raise ValueError("--shard splits the matrices that --muon needs whole: give --no-muon or leave out --shard")
         if self.tokens.on_the_fly:
             self.check_images(self.tokens.data)

@@ -29,6 +29,7 @@ from regvq_fast.priors.config import PriorConfig
 from regvq_fast.priors.sampler import PriorSampler, Progress, decode_images
 from regvq_fast.ranks import distributed, local_world_size, sum_over_ranks, synchronized, world_size
 from regvq_fast.training.compilation import maybe_compile
+from regvq_fast.training.optimizers import block_matrices
 from regvq_fast.training.recipe import Data, ImagesDone, Networks, Recipe, Step
 from regvq_fast.training.recorder import Recorder
 from regvq_fast.training.sharding import shard, skeleton
@@ -151,6 +152,7 @@ class PriorRecipe(Recipe[Config]):
         return config, Networks(
             self.model,
             {"grad_norm": self.model},
+            matrices=block_matrices(self.model) if config.optimizer.muon else (),
             auxiliary=auxiliary,
             saved_beside={TOKENIZER: self.tokenizer},
             metadata={

@@ -1,10 +1,9 @@
-"""The update of a step: AdamW, skipped if a loss or gradient is non-finite, and averaged weights.
+"""The update of a step, skipped if a loss or gradient is non-finite, and averaged weights.
 
 The decision to skip stays on the device, without synchronization: a skipped step runs the same code and changes
 nothing. Only `Watch.read`, called once per record, waits for the device.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from regvq_fast.config import OptimizerConfig
 from regvq_fast.precision import Precision
 from regvq_fast.ranks import rank, sum_over_ranks, world_size
+from regvq_fast.training.optimizers import build_optimizers
 from regvq_fast.training.recipe import Networks
 from regvq_fast.training.sharding import copied, full, load, local, placed
 
-_DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # These become non-finite as a consequence of another term, or because scaled gradients overflow: named as a cause only
 # if nothing else is non-finite.
 _DERIVED = ("quantizer", "loss", "lambda")
@@ -25,20 +24,6 @@ _DERIVED = ("quantizer", "loss", "lambda")
 _INPUTS = {"x": "latents", "query": "contrastive", "key": "contrastive"}
 OVERFLOWING = frozenset({"lambda", "grad_norm", "grad_norm_discriminator"})
 """Numbers that overflow while fp16 loss scaling searches for a scale."""
-
-
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on the weights of linear layers and convolutions only.
-
-    Decay would pull codes, embeddings, positions and null conditions to the origin. minGPT and taming-transformers
-    select the decayed parameters in the same way.
-    """
-    weights = {id(m.weight) for m in module.modules() if isinstance(m, _DECAYED)}
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if id(p) in weights]
-    others = [p for p in parameters if id(p) not in weights]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 
 
 def micro_batch_size(config: OptimizerConfig) -> int:
@@ -57,23 +42,6 @@ def micro_batch_size(config: OptimizerConfig) -> int:
     return size
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the learning rate at a step of a run: linear warm-up, then a schedule down to ``final_lr_fraction``.
-
-    "cosine" and "linear" decay after the warm-up. "wsd" (warm-up, stable, decay: Hu et al., MiniCPM, 2024) decays
-    linearly in the last ``decay_fraction`` of all steps. "constant" does not decay.
-    """
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    done = min(1.0, max(0, step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    above = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "linear": 1 - done,
-        "wsd": min(1.0, max(0, steps - step) / (config.decay_fraction * steps)),
-        "constant": 1.0,
-    }[config.schedule]
-    return config.lr * warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * above)
-
-
 class Optimization:
     """Optimizers, loss scaling, skipping of non-finite steps and averaged weights.
 
@@ -90,7 +58,7 @@ class Optimization:
     def __init__(self, networks: Networks, config: OptimizerConfig, precision: Precision, device: torch.device) -> None:
         self.trained, self.model, self.config, self.device = networks.trained, networks.model, config, device
         self.optimizers = {
-            name: build_optimizer(module, networks.optimizers.get(name, config))
+            name: build_optimizers(module, networks.optimizers.get(name, config), networks.matrices)
             for name, module in networks.trained.items()
         }
         self.scaler = precision.scaler()
@@ -99,10 +67,13 @@ class Optimization:
         self.average = AveragedWeights(self.model, config.ema, skip, skeleton) if config.ema else None
         self.judged: Any = self.model if self.average is None else self.average.module
         """The module with the weights to evaluate and save; sharded if the model is."""
-        for adamw in self.optimizers.values():
-            adamw.found_inf = self.watch.skip  # type: ignore[attr-defined]  # where it is 1, the fused kernel does nothing
+        for optimizer in self._all():
+            optimizer.found_inf = self.watch.skip  # type: ignore[attr-defined]  # where it is 1, the fused kernel does nothing
         self._rollback = Rollback(*networks.trained.values(), *networks.auxiliary.values())
         self._reading = Reading({}, 0, [], 0)
+
+    def _all(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for own in self.optimizers.values() for optimizer in own]
 
     def begin(self) -> None:
         """Save what forward passes change in place, for :meth:`step` and :meth:`undo`."""
@@ -119,17 +90,19 @@ class Optimization:
         """
         norms = {}
         for name in rates:
-            self.scaler.unscale_(self.optimizers[name])
+            for optimizer in self.optimizers[name]:
+                self.scaler.unscale_(optimizer)
             gradients = [p.grad for p in self.trained[name].parameters() if p.grad is not None]
             norms[name] = full(nn.utils.get_total_norm(gradients))
         self.watch.judge(norms)
         for name, norm in norms.items():
             if self.config.clip_grad > 0:
                 nn.utils.clip_grads_with_norm_(self.trained[name].parameters(), self.config.clip_grad, norm)
-            for group in self.optimizers[name].param_groups:
-                group["lr"] = rates[name]
-            self.optimizers[name].step()
-            self.optimizers[name].zero_grad(set_to_none=True)
+            for optimizer in self.optimizers[name]:
+                for group in optimizer.param_groups:
+                    group["lr"] = rates[name]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self._rollback.restore(self.watch.skip)
         if self.average is not None:
@@ -175,7 +148,7 @@ class Optimization:
         """
         return {
             "model": None if self.average is None else self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers.values()],
+            "optimizers": [optimizer.state_dict() for optimizer in self._all()],
             "scaler": self.scaler.state_dict(),
             "watch": self.watch.state_dict(),
         }
@@ -185,7 +158,7 @@ class Optimization:
         load(self.judged, weights)
         if self.average is not None:
             load(self.model, state["model"])
-        for optimizer, saved in zip(self.optimizers.values(), state["optimizers"], strict=True):
+        for optimizer, saved in zip(self._all(), state["optimizers"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             moments = {
                 k: {name: placed(value, parameters[k]) for name, value in of_one.items()}

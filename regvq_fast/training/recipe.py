@@ -1,7 +1,7 @@
 """The contract between the trainer and what it trains: a tokenizer, or a prior over its tokens."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol
@@ -59,6 +59,8 @@ class Networks:
     """First step of each trained network; default: 0."""
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
     """Optimizer settings of each trained network; default: those of the run."""
+    matrices: Sequence[Tensor] = ()
+    """Parameters that Muon updates instead of AdamW."""
     auxiliary: dict[str, nn.Module] = field(default_factory=dict)
     """Modules without an optimizer whose buffers a step changes."""
     saved_beside: dict[str, Any] = field(default_factory=dict)

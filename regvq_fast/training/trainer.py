@@ -26,7 +26,8 @@ from regvq_fast.precision import choose_device, choose_precision, configure_back
 from regvq_fast.training.checkpoint import Checkpoint, Checkpoints
 from regvq_fast.training.compilation import worth_compiling
 from regvq_fast.training.memory import peak_memory
-from regvq_fast.training.optimization import Optimization, learning_rate, micro_batch_size
+from regvq_fast.training.optimization import Optimization, micro_batch_size
+from regvq_fast.training.optimizers import learning_rate
 from regvq_fast.training.recipe import Metrics, Recipe, Step
 from regvq_fast.training.recorder import Recorder, reason
 from regvq_fast.training.sharding import gathered, whole

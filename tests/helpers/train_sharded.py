@@ -118,7 +118,7 @@ def stepped(
 
 def memory(of: Trainer[Any]) -> dict[str, int]:
     """Bytes of this rank's parameters, averages and optimizer states."""
-    states = (value for state in of.optimization.optimizers["grad_norm"].state.values() for value in state.values())
+    states = (value for state in of.optimization.optimizers["grad_norm"][0].state.values() for value in state.values())
     kinds: dict[str, Any] = {
         "parameters": of.networks.model.parameters(),
         "averages": of.optimization.judged.parameters(),

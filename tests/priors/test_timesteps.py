@@ -41,6 +41,7 @@ def test_weighted_loss_is_unbiased_by_enumeration() -> None:
     draw_words = lambda seed, images, stream: words  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timesteps, "row_words", draw_words)
+        patch.setattr(timesteps, "_GOLDEN", 0)
         t, probability = sampler.sample(SEED, len(words))
     estimate = (terms[t - 1].double() / probability.double()).mean().item()
     assert estimate == pytest.approx(terms.sum().item(), rel=1e-3)
@@ -54,6 +55,15 @@ def test_drawn_steps_have_the_probabilities_and_depend_on_the_image_alone() -> N
     shares = (t - 1).bincount(minlength=6) / 4000
     torch.testing.assert_close(shares, sampler.probabilities(), rtol=0, atol=0.03)  # four standard deviations
     torch.testing.assert_close(sampler.sample(SEED, 1000, first_image=3000)[0], t[3000:])
+
+
+def test_a_batch_has_steps_from_all_over_the_range() -> None:
+    sampler = TimestepSampler(100)
+    batches = torch.stack([sampler.sample(torch.tensor(seed), 16)[0] for seed in range(50)])
+    assert batches.sort().values.diff().max() <= 11  # of evenly spaced ones: 6 or 7
+    assert batches.double().mean(1).std() < 4  # of independent ones: 7.2
+    first = torch.cat([sampler.sample(torch.tensor(seed), 1)[0] for seed in range(4000)])
+    assert first.bincount(minlength=101)[1:].min() > 15  # of 40 on average
 
 
 def test_history_takes_all_ranks_terms_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

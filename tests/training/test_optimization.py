@@ -11,7 +11,8 @@ from regvq_fast.priors.autoregressive import TokenTransformer
 from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
 from regvq_fast.priors.maskgit import MaskGIT
 from regvq_fast.quantizers import RegularizedQuantizer
-from regvq_fast.training.optimization import AveragedWeights, build_optimizer, learning_rate
+from regvq_fast.training.optimization import AveragedWeights
+from regvq_fast.training.optimizers import build_optimizers, learning_rate
 
 
 def test_learning_rate_warms_up_and_then_follows_a_cosine() -> None:
@@ -59,7 +60,7 @@ def test_weight_decay_spares_biases_normalisation_and_codes() -> None:
     module = torch.nn.ModuleDict(
         {"q": RegularizedQuantizer(8, 4, logits="linear"), "c": torch.nn.Conv2d(4, 4, 3), "n": torch.nn.GroupNorm(2, 4)}
     )
-    optimizer = build_optimizer(module, OptimizerConfig(weight_decay=0.5))
+    (optimizer,) = build_optimizers(module, OptimizerConfig(weight_decay=0.5))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
     assert decayed == {id(module["c"].weight), id(module["q"].proj.weight)}
 
@@ -67,7 +68,8 @@ def test_weight_decay_spares_biases_normalisation_and_codes() -> None:
 def decayed_names(module: torch.nn.Module) -> list[str]:
     """In the order in which the optimizer has them."""
     names = {parameter: name for name, parameter in module.named_parameters()}
-    groups = build_optimizer(module, OptimizerConfig(weight_decay=0.5)).param_groups
+    (optimizer,) = build_optimizers(module, OptimizerConfig(weight_decay=0.5))
+    groups = optimizer.param_groups
     assert sum(len(group["params"]) for group in groups) == len(names)
     return [names[p] for group in groups if group["weight_decay"] > 0 for p in group["params"]]
 

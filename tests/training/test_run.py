@@ -282,7 +282,7 @@ def test_the_discriminator_has_settings_and_regularizers_of_its_own(monkeypatch:
         for number in range(6):
             trainer.step(number)
         assert [number for number, found in enumerate(penalized) if found] == steps
-        model, discriminator = trainer.optimization.optimizers.values()
+        (model,), (discriminator,) = trainer.optimization.optimizers.values()
         assert {(group["lr"], group["betas"]) for group in model.param_groups} == {(1e-3, (0.9, 0.95))}
         assert {(group["lr"], group["betas"]) for group in discriminator.param_groups} == {(lr, betas)}
         assert trainer.lr == 1e-3

@@ -71,7 +71,9 @@ def test_frozen_parts_stay_to_the_last_bit(base: Path, quantizer: str, parts: st
         trainer.step(step)
     assert trainer.record()[0]["lambda"] > 0  # the adaptive weight needs no gradient of the last layer
     prefixes = tuple(prefix for part in parts.split() for prefix in PARTS[part])
-    optimized = {id(p) for group in trainer.optimization.optimizers["grad_norm"].param_groups for p in group["params"]}
+    optimized = {
+        id(p) for group in trainer.optimization.optimizers["grad_norm"][0].param_groups for p in group["params"]
+    }
     for name, parameter in model.named_parameters():
         frozen = name.startswith(prefixes)
         learned = name != "quantize.embedding.weight" or quantizer not in ("vq-vae", "simvq")

@@ -167,7 +167,7 @@ def test_each_optimizer_takes_gradients_of_at_most_the_norm_of_clip_grad() -> No
         trainer.step(0)
         moments = {
             name: [10 * state["exp_avg"].flatten() for state in adamw.state.values()]
-            for name, adamw in trainer.optimization.optimizers.items()
+            for name, (adamw,) in trainer.optimization.optimizers.items()
         }
         return {name: torch.cat(values) for name, values in moments.items()}
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName
+from regvq_fast.config.sections import UNTITLED, PresetName
 from regvq_fast.priors.autoregressive.model import Arch
 from regvq_fast.priors.class_ids import ClassIdModelConfig
-from regvq_fast.priors.config import PriorConfig, PriorRunConfig
+from regvq_fast.priors.config import PriorConfig, PriorOptimizerConfig, PriorRunConfig
 from regvq_fast.settings import check_probabilities
 
 
@@ -40,14 +40,14 @@ def _paper(preset: PresetName, num_classes: int) -> ARConfig:
     return ARConfig(
         run=PriorRunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         model=ARModelConfig(num_classes=num_classes, width=1024, depth=24, heads=16, condition_dropout=0.0),
-        optimizer=OptimizerConfig(epochs=50, batch_size=40, warmup_steps=1000),
+        optimizer=PriorOptimizerConfig(epochs=50, batch_size=40, warmup_steps=1000),
     )
 
 
 AR_PRESETS: dict[str, ARConfig] = {
     # About ten minutes on two CPU cores: 256 positions of the map and 256 tokens an image.
     "scenes": ARConfig(
-        optimizer=OptimizerConfig(steps=600, batch_size=16, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1)
+        optimizer=PriorOptimizerConfig(steps=600, batch_size=16, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1)
     ),
     "ade20k": _paper("ade20k", num_classes=151),
     "celebahq": _paper("celebahq", num_classes=19),
@@ -55,6 +55,6 @@ AR_PRESETS: dict[str, ARConfig] = {
     "imagenet": ARConfig(
         run=PriorRunConfig(preset="imagenet", image_every=1000, log_every=50, checkpoint_every=1000),
         model=ARModelConfig(arch="llama", width=1024, depth=24, heads=16, dropout=0.1),
-        optimizer=OptimizerConfig(epochs=300, batch_size=256, lr=1e-4, weight_decay=0.05, warmup_steps=1000),
+        optimizer=PriorOptimizerConfig(epochs=300, batch_size=256, lr=1e-4, weight_decay=0.05, warmup_steps=1000),
     ),
 }

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regvq_fast.config.sections import UNTITLED, OptimizerConfig, PresetName
-from regvq_fast.priors.config import PriorConfig, PriorRunConfig, TransformerConfig
+from regvq_fast.config.sections import UNTITLED, PresetName
+from regvq_fast.priors.config import PriorConfig, PriorOptimizerConfig, PriorRunConfig, TransformerConfig
 from regvq_fast.settings import check_at_least
 
 
@@ -43,7 +43,7 @@ def _vq_diffusion_b(preset: PresetName) -> DiffusionConfig:
         run=PriorRunConfig(preset=preset, image_every=1000, log_every=50, checkpoint_every=1000),
         model=DiffusionModelConfig(text_encoder="openai/clip-vit-base-patch32", width=1024, depth=19, heads=16),
         # VQ-Diffusion averages weights by 0.99 every 25 steps: 0.99 ** (1 / 25) in every step.
-        optimizer=OptimizerConfig(epochs=100, batch_size=40, warmup_steps=1000, ema=0.9996),
+        optimizer=PriorOptimizerConfig(epochs=100, batch_size=40, warmup_steps=1000, ema=0.9996),
     )
 
 
@@ -52,7 +52,7 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
     # (docs/failed-ideas.md).
     "scenes": DiffusionConfig(
         model=DiffusionModelConfig(auxiliary_weight=1.0),
-        optimizer=OptimizerConfig(steps=3000, batch_size=16, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1),
+        optimizer=PriorOptimizerConfig(steps=3000, batch_size=16, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1),
     ),
     "cub200": _vq_diffusion_b("cub200"),
     "coco": _vq_diffusion_b("coco"),

@@ -7,6 +7,7 @@ from regvq_fast.ops.noise import Stream, row_words
 from regvq_fast.ranks import sum_over_ranks
 
 _WORDS = 2**32
+_GOLDEN = 2654435769  # of 2^32: its multiples are spread evenly
 
 
 class TimestepSampler(nn.Module):
@@ -54,11 +55,14 @@ class TimestepSampler(nn.Module):
         )
 
     def sample(self, seed: Tensor, num_images: int, first_image: int | Tensor = 0) -> tuple[Tensor, Tensor]:
-        """Sample steps (B,) int64, 1 to T, with probabilities (B,), as a function of (seed, image number)."""
+        """Sample steps (B,) int64, 1 to T, with probabilities (B,), as a function of (seed, image number).
+
+        The steps of consecutive images are spread over the distribution, so that a batch's loss varies less.
+        """
         images = torch.arange(num_images, device=seed.device) + first_image
         probabilities = self.probabilities()
         levels = (probabilities.double() * _WORDS).long().cumsum(0)  # integers: the same sums in any order
-        words = row_words(seed, images, Stream.TIME_STEPS)
+        words = (row_words(seed, torch.zeros_like(images), Stream.TIME_STEPS) + images * _GOLDEN) % _WORDS
         index = torch.searchsorted(levels, words, right=True).clamp(max=self.num_steps - 1)
         return index + 1, probabilities[index]
 
