@@ -141,7 +141,7 @@ def test_images_are_encoded_in_parts_and_compiled_as_the_prior_is(
             assert row["loss"] == pytest.approx(whole["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("prior", "own"), [("ar", []), ("ar", ["--arch", "llama"]), ("diffusion", [])])
+@pytest.mark.parametrize(("prior", "own"), [("ar", []), ("ar", ["--arch", "llama", "--muon"]), ("diffusion", [])])
 def test_a_resumed_run_equals_one_without_a_break(
     monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, prior: str, own: list[str]
 ) -> None:

@@ -86,6 +86,15 @@ def test_a_skipped_step_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(parameters, continued, strict=True))
 
 
+def test_a_step_reads_no_value() -> None:
+    """It would make the host wait for the device; tensors of the meta device have none."""
+    parameter = nn.Parameter(torch.empty(8, 4, device="meta"))
+    parameter.grad = torch.empty_like(parameter)
+    muon = Muon([parameter], lr=1e-2, weight_decay=0.1)
+    muon.found_inf = torch.empty((), device="meta")
+    muon.step()
+
+
 def test_a_loaded_optimizer_continues_to_the_bit() -> None:
     parameters = matrices()
     optimizer = Muon(parameters, lr=1e-2, weight_decay=0.1)
