@@ -38,7 +38,7 @@ class OptimizerConfig(Section):
     accumulate: Annotated[int, arg(name="grad-accum-steps", metavar="N")] = 1
     """Micro-batches per step, each with its own statistics."""
     lr: float = 1.5e-4
-    """Learning rate of AdamW after warm-up."""
+    """Learning rate after warm-up."""
     betas: Annotated[tuple[float, float], arg(metavar="X X")] = (0.9, 0.95)
     """Betas of AdamW."""
     weight_decay: float = 0.01

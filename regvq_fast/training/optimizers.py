@@ -27,6 +27,7 @@ from regvq_fast.models.model import Checkpointed
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's: singular values end between 0.7 and 1.2 after 5 iterations
 _ITERATIONS = 5
+_ELEMENTS = 2**24  # of a batch of matrices: bounds temporary memory, some 8 such tensors, to half a GiB
 _MOMENTUM = 0.95
 _SIZE_OF_ADAMW = 0.2  # root mean square of the elements of an update of AdamW, without its learning rate
 
@@ -100,35 +101,41 @@ class Muon(torch.optim.Optimizer):
             self._move(**group)
 
     def _move(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
-        # Matrices of one shape are one batch of products.
-        of_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+        of_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for matrix in params:
             if matrix.grad is not None:
-                state = self.state[matrix]
-                if not state:
-                    state["momentum"] = torch.zeros_like(matrix)
-                of_shape[matrix.shape].append((matrix, matrix.grad, state["momentum"]))
-        for shape, found in of_shape.items():
-            matrices, gradients, momenta = (list(tensors) for tensors in zip(*found, strict=True))
-            old, gradient, momentum = torch.stack(matrices), torch.stack(gradients), torch.stack(momenta)
-            changed = momentum.lerp(gradient, 1 - _MOMENTUM)
-            step = orthogonalized(gradient.lerp(changed, _MOMENTUM)) * (_SIZE_OF_ADAMW * math.sqrt(max(shape)))
-            new = old * (1 - lr * weight_decay) - lr * step
-            if self.found_inf is not None:
-                skip = self.found_inf.bool()
-                new, changed = torch.where(skip, old, new), torch.where(skip, momentum, changed)
-            torch._foreach_copy_(matrices + momenta, [*new.unbind(), *changed.unbind()])
+                of_shape[matrix.shape].append(matrix)
+        for shape, matrices in of_shape.items():
+            count = max(1, _ELEMENTS // shape.numel())
+            for first in range(0, len(matrices), count):
+                self._move_batch(matrices[first : first + count], lr, weight_decay)
+
+    def _move_batch(self, matrices: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+        """Update matrices of one shape, by batched products."""
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        old, momentum = torch.stack(tuple(matrices)), torch.stack(momenta)
+        gradient = torch.stack([m.grad for m in matrices if m.grad is not None])
+        changed = momentum.lerp(gradient, 1 - _MOMENTUM)
+        step = orthogonalized(gradient.lerp(changed, _MOMENTUM))
+        new = old * (1 - lr * weight_decay) - step * (lr * _SIZE_OF_ADAMW * math.sqrt(max(old.shape[1:])))
+        if self.found_inf is not None:
+            skip = self.found_inf.bool()
+            new, changed = torch.where(skip, old, new), torch.where(skip, momentum, changed)
+        torch._foreach_copy_([*matrices, *momenta], [*new.unbind(), *changed.unbind()])
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return about U V^T of matrices U S V^T (B, n, m): singular values of 0.7 to 1.2 where they are not almost 0.
 
-    On a GPU the products are in bfloat16, which Muon's authors found sufficient; few CPUs multiply it fast.
+    The products are in bfloat16 on GPUs that have it, which Muon's authors found sufficient; few CPUs multiply it fast.
     """
     a, b, c = _NEWTON_SCHULZ
     wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     x = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=1e-7)
-    x = x.bfloat16() if x.is_cuda else x
+    x = x.bfloat16() if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) else x
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

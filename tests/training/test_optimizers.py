@@ -11,6 +11,7 @@ from regvq_fast.config import OptimizerConfig
 from regvq_fast.models.llama import LlamaBlock
 from regvq_fast.priors.config import PriorConfig, PriorOptimizerConfig, PriorRunConfig, TokensConfig
 from regvq_fast.priors.diffusion import VQDiffusion, WordEncoder
+from regvq_fast.training import optimizers
 from regvq_fast.training.optimizers import Muon, block_matrices, build_optimizers, orthogonalized
 
 SHAPES = ((12, 12), (12, 36), (48, 12), (12, 36))
@@ -84,6 +85,23 @@ def test_a_skipped_step_changes_nothing() -> None:
         with_gradients(each, 2)
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(parameters, continued, strict=True))
+
+
+def test_batches_of_matrices_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, single = matrices(), matrices()
+    batches = []
+
+    def watched(batch: torch.Tensor) -> torch.Tensor:
+        batches.append(len(batch))
+        return orthogonalized(batch)
+
+    monkeypatch.setattr(optimizers, "orthogonalized", watched)
+    for parameters, limit in ((whole, 2**24), (single, 2 * 12 * 36 - 1)):
+        monkeypatch.setattr(optimizers, "_ELEMENTS", limit)
+        with_gradients(parameters, 0)
+        Muon(parameters, lr=1e-2, weight_decay=0.1).step()
+    assert batches == [1, 2, 1] + [1] * 4
+    torch.testing.assert_close(single, whole)
 
 
 def test_a_step_reads_no_value() -> None:
