@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction as `12.5 %`."""
-    return f"{100 * fraction:.3g} %"
+    """Return a fraction as `12.5 %`; only 1 gives `100 %`."""
+    return "99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.3g} %"
 
 
 def duration(seconds: float) -> str:

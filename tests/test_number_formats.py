@@ -21,6 +21,7 @@ def test_durations(seconds, text):
         ("psnr", float("inf"), ("PSNR", "inf dB")),
         ("ssim", 0.5312, ("SSIM", "0.531")),
         ("utilization", 1.0, ("utilization", "100 %")),
+        ("utilization", 4095 / 4096, ("utilization", "99.9 %")),
         ("utilization", 0.125, ("utilization", "12.5 %")),
         ("perplexity", 232.8, ("perplexity", "233 of 1,024")),
         ("loss (nats a token)", 4.3211, ("loss", "4.321 nats a token")),
