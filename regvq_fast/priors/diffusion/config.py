@@ -52,7 +52,9 @@ DIFFUSION_PRESETS: dict[str, DiffusionConfig] = {
     # (docs/failed-ideas.md).
     "scenes": DiffusionConfig(
         model=DiffusionModelConfig(auxiliary_weight=1.0),
-        optimizer=PriorOptimizerConfig(steps=3000, batch_size=16, lr=1e-3, warmup_steps=50, final_lr_fraction=0.1),
+        optimizer=PriorOptimizerConfig(
+            steps=2000, batch_size=16, lr=2e-3, warmup_steps=50, final_lr_fraction=0.1, muon=True
+        ),
     ),
     "cub200": _vq_diffusion_b("cub200"),
     "coco": _vq_diffusion_b("coco"),
