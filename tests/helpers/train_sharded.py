@@ -42,7 +42,7 @@ CLIPPED = {"clip_grad": 0.1}
 CPU = torch.device("cpu")
 # Cases of some steps: how the trainer differs from that of CONFIG.
 STEPPED: dict[str, dict[str, Any]] = {
-    "diffusion": {"prior": "diffusion"},
+    "diffusion": {"prior": "diffusion", "muon": False},  # which takes whole matrices
     "bf16": {"precision": Precision(CPU, torch.bfloat16, ""), "activation_checkpointing": True},
     "scaled": {"scaler": torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=3)},
     "skipped": {"skip": 1},
