@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Mapping
 
 
-def percent(fraction: float) -> str:
+def percent(fraction: float, form: str = ".3g") -> str:
     """Return a fraction as `12.5 %`; only 1 gives `100 %`."""
-    return "99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.3g} %"
+    return "99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:{form}} %"
 
 
 def duration(seconds: float) -> str:

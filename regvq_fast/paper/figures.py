@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from regvq_fast import number_formats
 from regvq_fast.config import VQGANConfig, read_config
 from regvq_fast.data.datasets import build_dataset
 from regvq_fast.data.loading import read_samples
@@ -197,7 +198,7 @@ def _used(counts: Tensor) -> str:
 
 def percent(fraction: float) -> str:
     """Return a fraction as a percentage with one decimal; only 1 gives 100.0 %."""
-    return "99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.1f} %"
+    return number_formats.percent(fraction, ".1f")
 
 
 def _style(k: int) -> dict[str, Any]:

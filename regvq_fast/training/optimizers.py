@@ -49,8 +49,9 @@ def build_optimizers(
     of_muon = {id(p) for p in matrices}
     parameters = [p for p in module.parameters() if p.requires_grad]
     muon = [p for p in parameters if id(p) in of_muon]
-    decayed = [p for p in parameters if id(p) in weights - of_muon]
-    others = [p for p in parameters if id(p) not in weights | of_muon]
+    rest = [p for p in parameters if id(p) not in of_muon]
+    decayed = [p for p in rest if id(p) in weights]
+    others = [p for p in rest if id(p) not in weights]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
     return [adamw, Muon(muon, lr=config.lr, weight_decay=config.weight_decay)] if muon else [adamw]

@@ -62,7 +62,7 @@ class TimestepSampler(nn.Module):
         images = torch.arange(num_images, device=seed.device) + first_image
         probabilities = self.probabilities()
         levels = (probabilities.double() * _WORDS).long().cumsum(0)  # integers: the same sums in any order
-        words = (row_words(seed, torch.zeros_like(images), Stream.TIME_STEPS) + images * _GOLDEN) % _WORDS
+        words = (row_words(seed, images.new_zeros(1), Stream.TIME_STEPS) + images * _GOLDEN) % _WORDS
         index = torch.searchsorted(levels, words, right=True).clamp(max=self.num_steps - 1)
         return index + 1, probabilities[index]
 
