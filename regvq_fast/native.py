@@ -9,7 +9,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from regvq_fast.files import user_cache
+
+_ROWS = Path(__file__).parent / "kernels" / "rows.c"
+_THREAD_ELEMENTS = 1 << 17  # fewest scores of a thread; starting one takes as long as some thousands of them
 
 
 @functools.lru_cache
@@ -29,10 +35,33 @@ def library(source: Path) -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # so that it appears complete
                 new = Path(scratch) / built.name
-                flags = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]
+                flags = ["-O3", "-ffp-contract=off", "-fopenmp-simd", "-pthread", "-shared", "-fPIC"]
                 command = [compiler, *flags, str(source), "-o", str(new)]
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 os.replace(new, built)
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def rows_library(like: Tensor) -> ctypes.CDLL | None:
+    """Return ``kernels/rows.c`` if it takes tensors such as ``like``: float32 on a CPU, outside of torch.compile."""
+    if like.device.type != "cpu" or like.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    return library(_ROWS)
+
+
+def run_rows(name: str, scores: Tensor, *arguments: Tensor | int | None) -> None:
+    """Call a function of ``kernels/rows.c`` for all rows of ``scores`` (rows, N), in PyTorch's number of threads."""
+    native = library(_ROWS)
+    assert native is not None
+    num_rows, num_codes = scores.shape
+    num_threads = max(1, min(torch.get_num_threads(), scores.numel() // _THREAD_ELEMENTS, num_rows))
+    getattr(native, name)(*map(_as_c, (num_threads, num_rows, num_codes, *arguments)))  # releases the GIL
+
+
+def _as_c(value: Tensor | int | None) -> ctypes.c_int64 | ctypes.c_void_p:
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    assert value is None or value.is_contiguous()
+    return ctypes.c_void_p(None if value is None else value.data_ptr())

@@ -150,7 +150,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: Distributions, name: st
     models = {path.relative_to(ROOT).as_posix() for path in (ROOT / "regvq_fast/scenes/pretrained").rglob("*.*")}
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "regvq_fast/cli/help").iterdir()}
     assert models
-    others = {"regvq_fast/py.typed", "regvq_fast/kernels/noise.c"}
+    others = {"regvq_fast/py.typed", "regvq_fast/kernels/rows.c"}
     others |= {"regvq_fast/demo/page.css", "regvq_fast/demo/painter.js"}
     assert contents(built.wheels[name]).keys() == expected | models | pages | others
 

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regvq_fast.dispatch import Impl, on_device_of, resolve_impl
 from regvq_fast.matmul import compute_dtype, without_tf32
-from regvq_fast.ops.tiling import row_argmax, rows_per_tile
+from regvq_fast.ops.row_passes import select
+from regvq_fast.ops.tiling import rows_per_tile
 from regvq_fast.ops.validation import check_codebook, check_finite, check_overflow
 
 
@@ -46,10 +47,10 @@ def _assign_codes_eager(x: Tensor, codebook: Tensor) -> Tensor:
     step = rows_per_tile(len(codes), x.device)
     buffer = codes.new_empty(min(step, len(x)), len(codes))
     for start in range(0, len(x), step):
-        rows = x[start : start + step].to(dtype)
+        tile = x[start : start + step].to(dtype)
         with without_tf32(x.device):
-            scores = torch.addmm(code_bias, rows, codes.t(), out=buffer[: len(rows)])
-        indices[start : start + step] = row_argmax(scores)
+            scores = torch.mm(tile, codes.t(), out=buffer[: len(tile)])
+        indices[start : start + step], _ = select(scores, code_bias)
     return indices
 
 

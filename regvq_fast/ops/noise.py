@@ -6,24 +6,20 @@ Noise depends on ``(seed, global row, code)`` and on nothing else. The layout of
 
 and the four words of one call belong to four adjacent codes. ``c0`` depends on the code only, ``c1`` and ``c2`` on the
 row only, so the first two of the ten rounds run on vectors, and only eight rounds on all pairs. ``kernels/noise.py``
-computes the same bits in Triton, ``kernels/noise.c`` on CPUs with a C compiler.
+has the same words in Triton, ``kernels/rows.c`` the same bits on CPUs with a C compiler.
 """
-
-import ctypes
-import threading
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from regvq_fast.native import library
+from regvq_fast.native import rows_library, run_rows
 
 _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
-_SOURCE = Path(__file__).parents[1] / "kernels" / "noise.c"
-_NATIVE_ELEMENTS = 1 << 20  # fewest elements of a thread; starting one costs about 1 % of their time
+_LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.4286068203e-6
+_SQRT_HALF = 0x3F3504F3  # the bits of sqrt(1/2)
 
 
 class Stream:
@@ -80,12 +76,26 @@ def gumbel_from_words(words: Tensor) -> Tensor:
 
     ``v = (word + 1/2) / 2^32`` and ``g = -log(-log1p(-v))``. Small ``v``, where fp32 is densest, is the *upper* tail of
     the noise, which argmax selects: it is resolved to the last bit. Words that round to ``v = 1`` give ``1 - 2^-24``.
+    The logarithms are written out, so that every CPU computes the same bits, here and in ``kernels/rows.c``.
     """
-    return _gumbel_from_uniform(words.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24))
+    v = words.to(torch.float32).add_(0.5).mul_(2.0**-32)
+    u = 1 - v
+    lost = (1 - u).sub_(v)  # what u lost by rounding
+    u.masked_fill_(u == 0, 2.0**-24)
+    return _logarithm(_logarithm(u).add_(lost.mul_(v.add_(1))).neg_()).neg_()
 
 
-def _gumbel_from_uniform(v: Tensor) -> Tensor:
-    return v.neg_().log1p_().neg_().log_().neg_()
+def _logarithm(x: Tensor) -> Tensor:
+    """``log(x)`` of positive normal fp32 numbers, within 1 ulp; the comments are in ``kernels/rows.c``."""
+    bits = x.view(torch.int32) - _SQRT_HALF
+    k = (bits >> 23).to(torch.float32)
+    f = bits.bitwise_and_(0x7FFFFF).add_(_SQRT_HALF).view(torch.float32) - 1
+    s = f / (f + 2)
+    z = s * s
+    rest = torch.full_like(z, 2 / 9)
+    for coefficient in (2 / 7, 2 / 5, 2 / 3, 0.0):
+        rest.mul_(z).add_(coefficient)
+    return (k * _LN2_LOW).sub_(s.mul_(f - rest)).add_(f).add_(k.mul_(_LN2_HIGH))
 
 
 def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int, head: int = 0) -> Tensor:
@@ -98,10 +108,13 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int, head: int = 0) -> T
         head: number of the head; each head's codes begin at a multiple of four in the counters.
 
     Returns:
-        (R, N) float32. Temporary memory: about 3 times the result in PyTorch, none in C.
+        (R, N) float32. Temporary memory: about 6 times the result in PyTorch, none in C.
     """
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and (native := library(_SOURCE)):
-        return _gumbel_from_uniform(_native_uniform(native, seed, rows, num_codes, head))
+    if rows.device.type == "cpu":
+        out = torch.empty(len(rows), num_codes)
+        if rows_library(out):
+            run_rows("regvq_noise", out, int(seed), head, rows.contiguous(), out)
+            return out
     num_blocks = (num_codes + 3) // 4
     blocks = torch.arange(num_blocks, device=rows.device) + head * num_blocks
     words = philox4x32(
@@ -115,25 +128,6 @@ def gumbel_noise(seed: Tensor, rows: Tensor, num_codes: int, head: int = 0) -> T
     for i, word in enumerate(words):
         noise[..., i] = word
     return gumbel_from_words(noise).view(len(rows), 4 * num_blocks)[:, :num_codes]
-
-
-def _native_uniform(native: ctypes.CDLL, seed: Tensor, rows: Tensor, num_codes: int, head: int) -> Tensor:
-    """Return ``v`` of :func:`gumbel_from_words` for some rows over all codes of a head, (R, N) float32."""
-    rows, key, uniform = rows.contiguous(), int(seed), torch.empty(len(rows), num_codes)
-    whole, pointer = ctypes.c_int64, ctypes.c_void_p
-    native.regvq_uniform.argtypes = [whole, pointer, whole, whole, whole, pointer]
-    num_threads = max(1, min(torch.get_num_threads(), uniform.numel() // _NATIVE_ELEMENTS, len(rows)))
-    calls = [
-        (key, some.data_ptr(), len(some), num_codes, head, out.data_ptr())
-        for some, out in zip(rows.tensor_split(num_threads), uniform.tensor_split(num_threads), strict=True)
-    ]
-    threads = [threading.Thread(target=native.regvq_uniform, args=call) for call in calls[1:]]
-    for thread in threads:  # ctypes releases the GIL
-        thread.start()
-    native.regvq_uniform(*calls[0])
-    for thread in threads:
-        thread.join()
-    return uniform
 
 
 def row_words(seed: Tensor, rows: Tensor, stream: int) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from regvq_fast.dispatch import Inputs
 from regvq_fast.matmul import compute_dtype, without_tf32
-from regvq_fast.ops.noise import gumbel_noise
+from regvq_fast.ops.row_passes import ColumnBias, Noise, select, softmax_backward
 from regvq_fast.ops.segment_sum import segment_counts, segment_sum_eager
-from regvq_fast.ops.tiling import may_keep, row_argmax, rows_per_tile
+from regvq_fast.ops.tiling import may_keep, rows_per_tile
 
 
 class _Logits:
@@ -32,10 +32,12 @@ class _Logits:
             self.weight = a.weight.to(self.dtype).contiguous()
             self.factor = a.scale.to(self.dtype)
             self.code_bias = self.weight.new_zeros(len(self.weight)) if a.bias is None else a.bias.to(self.dtype)
+            self.code_bias = self.code_bias.contiguous()
 
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+    def products(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the scores of some rows without ``code_bias``."""
         with without_tf32(x.device):
-            return torch.addmm(self.code_bias, x * self.factor, self.weight.t(), out=out)  # [rows, N]
+            return torch.mm(x * self.factor, self.weight.t(), out=out)  # [rows, N]
 
 
 class _Tile(NamedTuple):
@@ -80,12 +82,14 @@ def _temperatures(a: Inputs, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(a.mask[rows], a.tau, 1.0).to(dtype).unsqueeze(1)
 
 
-def _add_noise(a: Inputs, scores: Tensor, rows: Tensor, head: int) -> Tensor:
-    """Add the noise of some rows to their scores (rows, N), in place."""
+def _noise(a: Inputs, tile: _Tile, t: Tensor, head: int) -> Noise | None:
+    if not tile.noisy:
+        return None
     assert a.seed is not None
     assert a.mask is not None
-    noise = gumbel_noise(a.seed, rows + a.row_offset, scores.shape[1], head)
-    return scores.addcmul_(noise.to(scores.dtype), a.mask[rows].to(scores.dtype).unsqueeze(1))
+    mask = a.mask[tile.rows]
+    is_whole = mask.device.type == "cpu" and bool(mask.all())  # on a GPU a look at it would force a synchronization
+    return Noise(a.seed, tile.rows + a.row_offset, None if is_whole else mask, t, head)
 
 
 def _groups(a: Inputs, rows: Tensor) -> Tensor:
@@ -132,14 +136,9 @@ def _quantize_head(a: Inputs, head: int, kept: Tensor) -> tuple[Tensor, Tensor, 
     for tile in tiles:
         keeps = _is_kept(tile, kept)
         out = kept[tile.slice] if keeps else buffer[: len(tile.rows)]
-        scores = logits(a.x[tile.rows].to(logits.dtype), out=out)
-        best = row_argmax(scores)
-        best_indices[tile.rows] = best
-        if tile.noisy:
-            best = row_argmax(_add_noise(a, scores, tile.rows, head))
-            if keeps:
-                scores.div_(_temperatures(a, tile.rows, logits.dtype))
-        indices[tile.rows] = best
+        scores = logits.products(a.x[tile.rows].to(logits.dtype), out=out)
+        t = _temperatures(a, tile.rows, logits.dtype)
+        best_indices[tile.rows], indices[tile.rows] = select(scores, logits.code_bias, _noise(a, tile, t, head))
     quantized = a.codebook[indices]
     perturbation = (logits.codebook[indices] - logits.codebook[best_indices]).square_().sum(1)
     group_of_row = _groups(a, torch.arange(num_rows, device=a.x.device))
@@ -204,40 +203,32 @@ def _head_gradients(
     grad_lookup = grad_weight if logits.is_distance or not needs_codes else torch.zeros_like(logits.codebook)
     grad_bias = logits.code_bias.new_zeros(num_codes)  # [N], sum over m of dS
     if grad_posterior is not None:
-        grad_posterior = grad_posterior.to(dtype) / _group_sizes(a)  # [G, N]
+        grad_posterior = (grad_posterior.to(dtype) / _group_sizes(a)).contiguous()  # [G, N]
     tiles = _tiles(a)
-    buffers = logits.weight.new_empty(2, _most_rows(tiles), num_codes)
+    buffer = logits.weight.new_empty(2 * _most_rows(tiles), num_codes)
     for tile in tiles:
-        rows, both = tile.rows, buffers[:, : len(tile.rows)]
-        p, grad = both.unbind()
+        rows = tile.rows
+        both = buffer[: 2 * len(rows)]
+        p, grad = both.split(len(rows))
         # 1 / t multiplies x and the products with the logit weight, which are narrower than dS.
         x_tile, grad_tile, t = a.x[rows].to(dtype), grad_quantized[rows].to(dtype), _temperatures(a, rows, dtype)
         if _is_kept(tile, kept):
             scores = kept[tile.slice]
         else:
-            scores = logits(x_tile, out=grad)
-            if tile.noisy:
-                _add_noise(a, scores, rows, head).div_(t)
-        # Probabilities under 1e-26 become 0: on a CPU subnormal numbers would make softmax and the products below
-        # several times slower. The clamp keeps them out of softmax (e^-60 < 1e-26), the threshold out of p.
-        torch.clamp(scores, min=scores.amax(1, keepdim=True) - 60, out=grad)
-        torch.threshold_(torch.softmax(grad, 1, out=p), 1e-26, 0.0)
-        # dP: the posterior's gradient is a per-code bias.
-        torch.mm(grad_tile, logits.codebook.t(), out=grad)
+            scores = logits.products(x_tile, out=p)
+            select(scores, logits.code_bias, _noise(a, tile, t, head))
+        torch.mm(grad_tile, logits.codebook.t(), out=grad)  # dP; the posterior's gradient is a per-code bias
+        column_bias = None
         if grad_posterior is not None:
-            column_bias = grad_posterior if len(grad_posterior) == 1 else grad_posterior[_groups(a, rows)]
-            if a.valid is None:
-                grad += column_bias
-            else:
-                grad.addcmul_(column_bias, a.valid[rows].to(dtype).unsqueeze(1))
-        torch._softmax_backward_data(grad, p, 1, dtype, grad_input=grad)
+            column_bias = ColumnBias(grad_posterior, _groups(a, rows), None if a.valid is None else a.valid[rows])
+        softmax_backward(scores, column_bias, p, grad)
         if grad_x is not None:
             grad_x[rows] = torch.mm(grad, logits.weight).mul_(logits.factor / t).to(a.x.dtype)
         if needs_codes:
             grad_bias.addmv_(grad.t(), 1 / t.squeeze(1))
             x_tile = x_tile * (logits.factor / t)
             if soft and logits.is_distance:
-                grad_weight.addmm_(both.flatten(0, 1).t(), torch.cat([grad_tile, x_tile]))
+                grad_weight.addmm_(both.t(), torch.cat([grad_tile, x_tile]))
             else:
                 grad_weight.addmm_(grad.t(), x_tile)
                 if soft:

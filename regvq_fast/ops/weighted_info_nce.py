@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regvq_fast.dispatch import Impl, on_device_of, resolve_impl
 from regvq_fast.matmul import compute_dtype, image_chunks, without_tf32
+from regvq_fast.ops.row_passes import log_sum_exp, softmax
 from regvq_fast.ops.tiling import may_keep, rows_per_tile
 from regvq_fast.ops.validation import check_finite, check_like, check_matrix, check_overflow, check_positive
 
@@ -126,7 +127,7 @@ def _weighted_info_nce_eager(
         positive = diagonal.clone()
         if log_positive is not None:
             diagonal += log_positive[images, rows] - log_negative
-        lse[images, rows] = a.logsumexp(2)
+        lse[images, rows] = log_sum_exp(a)
         loss[images, rows] = lse[images, rows] + log_negative - positive
         negative_fraction[images, rows] = (diagonal - lse[images, rows]).expm1_().neg_()
     return loss, lse, negative_fraction, kept
@@ -148,10 +149,9 @@ def _weighted_info_nce_backward_eager(
     grad_key = torch.zeros(key.shape, dtype=dtype, device=key.device) if needs_key else None
     for images, rows in _tiles(query):
         a = kept[images, rows] if len(kept) else _similarities(query, key, images, rows, tau)
-        a = torch.sub(a, lse[images, rows].unsqueeze(2), out=None if len(kept) else a)
-        a.clamp_(min=-60).exp_()  # subnormal numbers would slow down the products on a CPU
-        a.diagonal(rows.start, 1, 2).copy_(-negative_fraction[images, rows])
-        a *= (grad_loss[images, rows].to(dtype) / tau).unsqueeze(2)
+        factor = grad_loss[images, rows].to(dtype) / tau
+        a = softmax(a, lse[images, rows], factor, out=torch.empty_like(a) if len(kept) else a)
+        a.diagonal(rows.start, 1, 2).copy_(-negative_fraction[images, rows] * factor)
         if grad_query is not None:
             grad_query[images, rows] = torch.bmm(a, key[images].to(dtype)).to(query.dtype)
         if grad_key is not None:

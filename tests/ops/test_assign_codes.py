@@ -67,18 +67,3 @@ def test_far_from_the_origin_the_nearest_code_still_wins():
 def test_inputs_that_train_get_no_gradient():
     x, codebook = (value.requires_grad_() for value in random_inputs(5, 3, 2))
     assert not assign_codes(x, codebook).requires_grad
-
-
-@pytest.mark.parametrize("num_columns", [1, 511, 512, 513, 575, 1000, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("least", [0, tiling._ARGMAX_SCORES])
-def test_the_first_of_equal_maxima_is_found(monkeypatch, num_columns, dtype, least):
-    monkeypatch.setattr(tiling, "_ARGMAX_SCORES", least)  # small searches and large ones
-    generator = torch.Generator().manual_seed(num_columns)
-    scores = torch.randint(-3, 4, (50, num_columns), generator=generator).to(dtype)  # many equals
-    scores[0] = -torch.inf
-    scores[1, -1] = 5.0
-    found = tiling.row_argmax(scores)
-    first = [row.tolist().index(row.max()) for row in scores]
-    assert found.tolist() == first
-    assert torch.equal(tiling.row_argmax(scores.t().contiguous().t()), found)  # as they may lie in memory

@@ -35,7 +35,7 @@ def test_scores_are_multiplied_without_tf32(op, monkeypatch):
     def watched(multiply):
         return lambda *args, **options: products.append(list(guarded)) or multiply(*args, **options)
 
-    for name in ("addmm", "bmm"):
+    for name in ("addmm", "bmm", "mm"):
         monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
     CALLS[op]()
     assert products == [[torch.device("cpu")]]

@@ -191,14 +191,14 @@ def test_the_global_generator_is_left_untouched():
 @pytest.fixture
 def without_a_compiler(monkeypatch):
     """Call it to have noise from PyTorch alone."""
-    return lambda: monkeypatch.setattr(noise, "library", lambda source: None)
+    return lambda: monkeypatch.setattr(noise, "rows_library", lambda like: None)
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
 @pytest.mark.parametrize("num_codes", [1, 3, 255, 256, 257, 1000])
 def test_noise_in_c_is_that_of_pytorch_to_the_bit(num_codes, without_a_compiler, monkeypatch):
-    assert native.library(noise._SOURCE) is not None
-    monkeypatch.setattr(noise, "_NATIVE_ELEMENTS", 1)  # several threads, however small
+    assert native.library(native._ROWS) is not None
+    monkeypatch.setattr(native, "_THREAD_ELEMENTS", 1)  # several threads, however small
     rows = torch.tensor([5, 0, 2**32 - 1, 2**40 + 3, -1, 77])[::2]  # not contiguous
     seeds = [seed_of(value) for value in (0, -5, 2**62 + 12345)]
     before = torch.get_num_threads()
@@ -216,7 +216,7 @@ def test_without_a_compiler_there_is_no_library(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert native.library.__wrapped__(noise._SOURCE) is None
+    assert native.library.__wrapped__(native._ROWS) is None
     assert not list(tmp_path.rglob("*"))
 
 
