@@ -25,7 +25,7 @@ class Noise(NamedTuple):
     mask: Tensor | None
     """The rows that get noise, (rows,) bool; None: all."""
     t: Tensor
-    """What the noisy scores are divided by, (rows, 1)."""
+    """Divisor of the noisy scores, (rows, 1)."""
     head: int
 
 
@@ -68,7 +68,7 @@ def argmax(scores: Tensor) -> Tensor:
 
 
 class ColumnBias(NamedTuple):
-    """A gradient of the columns that rows share: that of the posteriors."""
+    """Gradient of the columns that rows share, that of the posteriors."""
 
     values: Tensor
     """(G, N)"""
