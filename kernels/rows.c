@@ -6,7 +6,6 @@
 // The loops are plain, for the compiler to vectorize; a condition that could split one into two paths would prevent it.
 
 #include <math.h>
-#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -17,7 +16,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK = 256, MAX_THREADS = 64 };
+enum { BLOCK = 256 };
 #define LN2_HIGH 0.693145751953125f  // few bits, so that whole multiples are exact
 #define LN2_LOW 1.4286068203e-6f
 
@@ -253,75 +252,54 @@ EVERY_VECTOR_WIDTH void regvq_softmax_rows(const Pass *a, int64_t begin, int64_t
 
 typedef void Rows(const Pass *, int64_t, int64_t);
 
-typedef struct {
-    Rows *run;
-    const Pass *pass;
-    int64_t begin, end;
-    pthread_t thread;
-    int is_running;
-} Part;
-
-static void *run_part(void *part)
+// PyTorch's pool, where both use one OpenMP library. Its team stays whole, since libgomp ends threads that a call leaves
+// out; with few parts some do nothing.
+static void run(Rows *rows, const Pass *pass, int64_t num_rows, int64_t num_parts)
 {
-    Part *a = part;
-    a->run(a->pass, a->begin, a->end);
-    return NULL;
-}
-
-static void run(Rows *rows, const Pass *pass, int64_t num_rows, int64_t num_threads)
-{
-    Part parts[MAX_THREADS];
-    num_threads = least(MAX_THREADS, num_threads);
-    for (int64_t i = num_threads - 1; i >= 0; i--) {  // the first part, and any that gets no thread, runs in this one
-        parts[i] = (Part){
-            .run = rows, .pass = pass, .begin = num_rows * i / num_threads, .end = num_rows * (i + 1) / num_threads};
-        parts[i].is_running = i && !pthread_create(&parts[i].thread, NULL, run_part, &parts[i]);
-        if (!parts[i].is_running) run_part(&parts[i]);
-    }
-    for (int64_t i = 0; i < num_threads; i++)
-        if (parts[i].is_running) pthread_join(parts[i].thread, NULL);
+#pragma omp parallel for schedule(static) if (num_parts > 1)
+    for (int64_t i = 0; i < num_parts; i++) rows(pass, num_rows * i / num_parts, num_rows * (i + 1) / num_parts);
 }
 
 // Write the noise of some rows over all codes of a head.
 void regvq_noise(
-    int64_t num_threads, int64_t num_rows, int64_t num_codes, int64_t seed, int64_t head, const int64_t *rows,
+    int64_t num_parts, int64_t num_rows, int64_t num_codes, int64_t seed, int64_t head, const int64_t *rows,
     float *out)
 {
     Pass pass = {.num_codes = num_codes, .seed = seed, .head = head, .rows = rows, .scores = out};
-    run(regvq_noise_rows, &pass, num_rows, num_threads);
+    run(regvq_noise_rows, &pass, num_rows, num_parts);
 }
 
 // Add the bias to the scores, and write the best codes; with rows also add the noise, write the codes that are best
 // then, and divide the scores by t.
 void regvq_select(
-    int64_t num_threads, int64_t num_rows, int64_t num_codes, int64_t seed, int64_t head, const int64_t *rows,
+    int64_t num_parts, int64_t num_rows, int64_t num_codes, int64_t seed, int64_t head, const int64_t *rows,
     const float *t, const float *bias, float *scores, int64_t *best, int64_t *selected)
 {
     Pass pass = {.num_codes = num_codes, .seed = seed, .head = head, .rows = rows, .t = t, .bias = bias,
                  .scores = scores, .best = best, .selected = selected};
-    run(regvq_select_rows, &pass, num_rows, num_threads);
+    run(regvq_select_rows, &pass, num_rows, num_parts);
 }
 
 // Write p, and change grad in place. p may be scores.
 void regvq_softmax_backward(
-    int64_t num_threads, int64_t num_rows, int64_t num_codes, float *scores, const float *column_bias,
+    int64_t num_parts, int64_t num_rows, int64_t num_codes, float *scores, const float *column_bias,
     const int64_t *group, float *p, float *grad)
 {
     Pass pass = {.num_codes = num_codes, .scores = scores, .column_bias = column_bias, .group = group, .p = p,
                  .grad = grad};
-    run(regvq_softmax_backward_rows, &pass, num_rows, num_threads);
+    run(regvq_softmax_backward_rows, &pass, num_rows, num_parts);
 }
 
-void regvq_log_sum_exp(int64_t num_threads, int64_t num_rows, int64_t num_codes, float *scores, float *lse)
+void regvq_log_sum_exp(int64_t num_parts, int64_t num_rows, int64_t num_codes, float *scores, float *lse)
 {
     Pass pass = {.num_codes = num_codes, .scores = scores, .lse = lse};
-    run(regvq_log_sum_exp_rows, &pass, num_rows, num_threads);
+    run(regvq_log_sum_exp_rows, &pass, num_rows, num_parts);
 }
 
 // Write p. It may be scores.
 void regvq_softmax(
-    int64_t num_threads, int64_t num_rows, int64_t num_codes, float *scores, float *lse, const float *factor, float *p)
+    int64_t num_parts, int64_t num_rows, int64_t num_codes, float *scores, float *lse, const float *factor, float *p)
 {
     Pass pass = {.num_codes = num_codes, .scores = scores, .lse = lse, .factor = factor, .p = p};
-    run(regvq_softmax_rows, &pass, num_rows, num_threads);
+    run(regvq_softmax_rows, &pass, num_rows, num_parts);
 }

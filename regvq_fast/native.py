@@ -15,28 +15,29 @@ from torch import Tensor
 from regvq_fast.files import user_cache
 
 _ROWS = Path(__file__).parent / "kernels" / "rows.c"
-_THREAD_ELEMENTS = 1 << 17  # fewest scores of a thread; starting one takes as long as some thousands of them
+_FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC"]
+_PART_ELEMENTS = 1 << 15  # fewest scores of a thread, PyTorch's own grain
 
 
 @functools.lru_cache
 def library(source: Path) -> ctypes.CDLL | None:
     """Compile and load a C file; None if that fails, as without a compiler.
 
-    Compiled files are cached in ``$XDG_CACHE_HOME/regvq_fast`` (default: ``~/.cache/regvq_fast``) by a hash of the
-    source.
+    Compiled files are cached in ``$XDG_CACHE_HOME/regvq_fast`` (default: ``~/.cache/regvq_fast``) by a hash of flags
+    and source.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
     if compiler is None:
         return None
     try:
         folder = user_cache("native")
-        built = folder / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+        digest = hashlib.sha256(" ".join(_FLAGS).encode() + source.read_bytes()).hexdigest()
+        built = folder / f"{source.stem}-{digest[:16]}.so"
         if not built.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # so that it appears complete
                 new = Path(scratch) / built.name
-                flags = ["-O3", "-ffp-contract=off", "-fopenmp-simd", "-pthread", "-shared", "-fPIC"]
-                command = [compiler, *flags, str(source), "-o", str(new)]
+                command = [compiler, *_FLAGS, str(source), "-o", str(new)]
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 os.replace(new, built)
         return ctypes.CDLL(str(built))
@@ -56,8 +57,8 @@ def run_rows(name: str, scores: Tensor, *arguments: Tensor | int | None) -> None
     native = library(_ROWS)
     assert native is not None
     num_rows, num_codes = scores.shape
-    num_threads = max(1, min(torch.get_num_threads(), scores.numel() // _THREAD_ELEMENTS, num_rows))
-    getattr(native, name)(*map(_as_c, (num_threads, num_rows, num_codes, *arguments)))  # releases the GIL
+    num_parts = max(1, min(torch.get_num_threads(), scores.numel() // _PART_ELEMENTS, num_rows))
+    getattr(native, name)(*map(_as_c, (num_parts, num_rows, num_codes, *arguments)))  # releases the GIL
 
 
 def _as_c(value: Tensor | int | None) -> ctypes.c_int64 | ctypes.c_void_p:

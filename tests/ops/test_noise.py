@@ -198,7 +198,7 @@ def without_a_compiler(monkeypatch):
 @pytest.mark.parametrize("num_codes", [1, 3, 255, 256, 257, 1000])
 def test_noise_in_c_is_that_of_pytorch_to_the_bit(num_codes, without_a_compiler, monkeypatch):
     assert native.library(native._ROWS) is not None
-    monkeypatch.setattr(native, "_THREAD_ELEMENTS", 1)  # several threads, however small
+    monkeypatch.setattr(native, "_PART_ELEMENTS", 1)  # several threads, however small
     rows = torch.tensor([5, 0, 2**32 - 1, 2**40 + 3, -1, 77])[::2]  # not contiguous
     seeds = [seed_of(value) for value in (0, -5, 2**62 + 12345)]
     before = torch.get_num_threads()

@@ -22,7 +22,7 @@ def passes(request, monkeypatch):
         yield
         return
     assert native.rows_library(torch.empty(1)) is not None
-    monkeypatch.setattr(native, "_THREAD_ELEMENTS", 1)
+    monkeypatch.setattr(native, "_PART_ELEMENTS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
